@@ -1,0 +1,28 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+from hypothesis import settings
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may ask a hub for anything
+
+settings.register_profile("refmoe", deadline=None, derandomize=True)
+settings.load_profile("refmoe")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, with the reason, what this machine cannot run."""
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    reasons = {}
+    if missing:
+        reasons["engines"] = f"{' and '.join(missing)} not installed: pip install -e '.[engines]'"
+    if importlib.util.find_spec("cupy") is None:
+        reasons["gpu"] = "cupy not installed: pip install -e '.[cuda12]' on a machine with an NVIDIA GPU"
+    for item in items:
+        for marker, reason in reasons.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
