@@ -1,0 +1,98 @@
+"""Tensors of a safetensors file as read-only views of the mapped file.
+
+The safetensors library checks the file (header, offsets, overlaps, length); its NumPy front end then copies
+each tensor. A 90 GB checkpoint must not be copied, so the checked offsets are mapped here instead.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from refmoe.errors import InputError
+
+DTYPES: dict[str, Any] = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
+    "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+"""Names of dtypes in the format, and what they are in NumPy."""
+
+
+def one_line(error: object) -> str:
+    """The message of another library's error, without line breaks."""
+    return " ".join(str(error).split())
+
+
+def quoted(name: str) -> str:
+    """A name from a file, in quotes: on one line, without control characters, cut short where it is long."""
+    text = json.dumps(name)[1:-1]
+    return f"'{text}'" if len(text) <= 200 else f"'{text[:180]}...' ({len(name)} characters)"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a file: its place and, on demand, its values."""
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    def map(self) -> np.ndarray[Any, Any]:
+        """The values, mapped read-only. Raises InputError when the dtype has no NumPy counterpart."""
+        if self.dtype not in DTYPES:
+            raise InputError(
+                f"{self.path}: tensor {quoted(self.name)} has dtype {self.dtype}, "
+                f"but one of {', '.join(DTYPES)} was expected"
+            )
+        if 0 in self.shape:
+            return np.zeros(self.shape, DTYPES[self.dtype])
+        try:
+            # not np.memmap: its arrays carry a subclass into every result
+            raw = np.memmap(self.path, np.uint8, "r", self.offset, self._nbytes())
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{self.path}: tensor {quoted(self.name)} can no longer be read: {one_line(error)}"
+            ) from None
+        stored: np.ndarray[Any, Any] = np.asarray(raw).view(DTYPES[self.dtype])
+        return stored.reshape(self.shape)
+
+    def _nbytes(self) -> int:
+        return math.prod(self.shape) * int(np.dtype(DTYPES[self.dtype]).itemsize)
+
+
+def open_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """All tensors of a file by name, and its metadata.
+
+    Raises InputError when the file is missing, is not safetensors, or is cut short.
+    """
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder, but a safetensors file was expected")
+    try:
+        with safe_open(path, framework="np") as checked:
+            metadata = dict(checked.metadata() or {})
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header: dict[str, Any] = json.loads(file.read(length))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file, but a safetensors file was expected") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or one_line(error)}") from None
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a whole safetensors file: {one_line(error)}") from None
+    header.pop("__metadata__", None)
+    tensors = {
+        name: StoredTensor(path, name, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
+    return tensors, metadata

@@ -1,0 +1,57 @@
+"""One parameter: where its values come from, and the check that they are numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from refmoe.errors import InputError
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def all_finite(stored: np.ndarray[Any, Any]) -> bool:
+    """Whether no element is NaN or infinite; bfloat16 by its bits, which is faster than by its ufuncs."""
+    if stored.dtype == BFLOAT16:
+        exponent = np.uint16(0x7F80)
+        return not bool(((stored.view(np.uint16) & exponent) == exponent).any())
+    return bool(np.isfinite(stored).all())
+
+
+class Weight:
+    """A parameter that is read when it is used. Each read checks that the values are finite, the first time."""
+
+    def __init__(self, name: str, shape: tuple[int, ...], dtype: Any, source: Callable[[], Any], origin: str) -> None:
+        """name: the canonical name.   source: returns the stored values.   origin: file and tensor, for messages."""
+        self.name = name
+        self.shape = shape
+        self.dtype = np.dtype(dtype)
+        self.origin = origin
+        self._source = source
+        self._checked = False
+
+    def read(self) -> Any:
+        """All values, in the stored dtype. Raises InputError when one is NaN or infinite."""
+        stored = self._source()
+        if not self._checked:
+            self._check(stored)
+            self._checked = True
+        return stored
+
+    def rows(self, ids: Any) -> Any:
+        """Rows `ids` only. Raises InputError when one of their values is NaN or infinite."""
+        stored = self._source()[ids]
+        self._check(stored)
+        return stored
+
+    def _check(self, stored: Any) -> None:
+        if not all_finite(stored):
+            bad = stored[~np.isfinite(stored.astype(np.float64))]
+            raise InputError(
+                f"{self.origin} holds {bad.size} value{'s' * (bad.size != 1)} that "
+                f"{'are' if bad.size != 1 else 'is'} not finite (the first is {float(bad[0])}), "
+                "but every weight must be a number"
+            )

@@ -1,0 +1,82 @@
+"""The part of `ops` that moves numbers without computing any: shared by every array-based arithmetic."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, Self
+
+import numpy as np
+
+Tap = Callable[[str, Any], Any]
+"""Called with the full name of a tap and its value; returns the value to go on with, or None to keep it."""
+
+
+class StoredWeight(Protocol):
+    """A parameter as ops sees it: stored values that can be read whole or, for a table, by rows."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def read(self) -> Any:
+        """All stored values, in the stored dtype."""
+
+    def rows(self, ids: Any) -> Any:
+        """Only these rows of a table, in the stored dtype."""
+
+
+class ArrayOps:
+    """Selection, ordering and observation, over the array module `xp` at one floating-point dtype."""
+
+    def __init__(self, dtype: Any, tap: Tap | None = None, xp: Any = np) -> None:
+        """dtype: of every real array.   tap: receives the named intermediates.   xp: numpy or cupy."""
+        self.dtype = np.dtype(dtype)
+        self.xp = xp
+        self._tap = tap
+        self._prefix = ""
+
+    def array(self, values: Any) -> Any:
+        return self.xp.asarray(values, dtype=self.dtype)
+
+    def integers(self, values: Any) -> Any:
+        return self.xp.asarray(values, dtype=np.int64)
+
+    def vector(self, weight: StoredWeight) -> Any:
+        return self.array(weight.read())
+
+    def embed(self, table: StoredWeight, ids: Any) -> Any:
+        return self.array(table.rows(ids))
+
+    def max(self, x: Any, axis: int) -> Any:
+        return x.max(axis=axis)
+
+    def where(self, condition: Any, x: Any, otherwise: Any) -> Any:
+        return self.xp.where(condition, x, self.array(otherwise))
+
+    def concatenate(self, arrays: Sequence[Any], axis: int = 0) -> Any:
+        return self.xp.concatenate(arrays, axis=axis)
+
+    def top_k(self, x: Any, k: int) -> Any:
+        return self.xp.argsort(-x, axis=-1, kind="stable")[:, :k]
+
+    def gather(self, x: Any, index: Any) -> Any:
+        return self.xp.take_along_axis(x, index, axis=-1)
+
+    def group(self, ids: Any, groups: int) -> tuple[Any, list[int]]:
+        return self.xp.argsort(ids, kind="stable"), self.xp.bincount(ids, minlength=groups).tolist()
+
+    def inverse(self, order: Any) -> Any:
+        inverted = self.xp.empty_like(order)
+        inverted[order] = self.xp.arange(len(order))
+        return inverted
+
+    def tap(self, name: str, x: Any) -> Any:
+        if self._tap is None:
+            return x
+        replacement = self._tap(self._prefix + name, x)
+        return x if replacement is None else replacement
+
+    def within(self, prefix: str) -> Self:
+        inner = copy.copy(self)
+        inner._prefix = self._prefix + prefix
+        return inner

@@ -1,0 +1,60 @@
+"""Ops at a hardware dtype: the fast path. Bits depend on the machine; `exact` is the one where they do not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from refmoe.ops.arrays import ArrayOps, StoredWeight, Tap
+from refmoe.ops.weight_cache import WeightCache
+
+UPCAST_BYTES = 2 << 30
+
+
+def upcast(stored: Any, dtype: np.dtype[Any]) -> Any:
+    """Stored values at the computing dtype: exact, as each stored dtype is a subset of float32."""
+    if stored.dtype == dtype:
+        return stored
+    if stored.dtype == ml_dtypes.bfloat16:
+        # a bfloat16 is the upper half of a float32: a shift is several times faster than a cast
+        wide = stored.view(np.uint16).astype(np.uint32)
+        wide <<= np.uint32(16)
+        stored = wide.view(np.float32)
+    return stored.astype(dtype, copy=False)
+
+
+class NativeOps(ArrayOps):
+    """NumPy at float32 or float64; weights in a narrower dtype are converted when they are used."""
+
+    def __init__(self, dtype: Any = np.float64, tap: Tap | None = None, upcast_bytes: int = UPCAST_BYTES) -> None:
+        """dtype: float32 or float64.   upcast_bytes: memory for converted weights that are kept for later calls."""
+        super().__init__(dtype, tap)
+        self._upcast = WeightCache(upcast_bytes)
+
+    def linear(self, x: Any, weight: StoredWeight) -> Any:
+        matrix = self._upcast.get(weight, lambda: upcast(weight.read(), self.dtype), lambda array: array.nbytes)
+        return x @ matrix.T
+
+    def matmul(self, a: Any, b: Any) -> Any:
+        return a @ b
+
+    def sum(self, x: Any, axis: int) -> Any:
+        return x.sum(axis=axis)
+
+    def exp(self, x: Any) -> Any:
+        return np.exp(x)
+
+    def sqrt(self, x: Any) -> Any:
+        return np.sqrt(x)
+
+    def sigmoid(self, x: Any) -> Any:
+        small = np.exp(-np.abs(x))
+        return np.where(x >= 0, 1, small) / (1 + small)
+
+    def unit_circle(self, positions: Any, base: float, numerators: Sequence[int], denominator: int) -> Any:
+        exponents = -np.asarray(numerators, dtype=np.float64) / denominator
+        angles = positions[:, None] * base**exponents
+        return self.array(np.cos(angles)), self.array(np.sin(angles))

@@ -1,0 +1,35 @@
+"""Prepared weights, kept while they fit: what is done once per weight is not done once per call."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+
+class WeightCache:
+    """The most recently used prepared weights, up to a number of bytes."""
+
+    def __init__(self, limit: int) -> None:
+        """limit: bytes; a weight that alone is larger is prepared anew at each use."""
+        self.limit = limit
+        self.held = 0
+        self._entries: OrderedDict[int, tuple[Any, Any, int]] = OrderedDict()
+
+    def get(self, weight: Any, prepare: Callable[[], Any], size: Callable[[Any], int]) -> Any:
+        """What `prepare` makes of the weight, from the cache where it is there.
+
+        The entry holds the weight itself, so that its identity is not reused while it is a key.
+        """
+        key = id(weight)
+        if key in self._entries:
+            self._entries.move_to_end(key)
+            return self._entries[key][1]
+        prepared = prepare()
+        bytes_needed = size(prepared)
+        if bytes_needed <= self.limit:
+            self._entries[key] = (weight, prepared, bytes_needed)
+            self.held += bytes_needed
+            while self.held > self.limit:
+                self.held -= self._entries.popitem(last=False)[1][2]
+        return prepared

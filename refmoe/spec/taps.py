@@ -1,0 +1,44 @@
+"""The names of what can be observed, and their shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from refmoe.spec.config import Config
+
+LAYER_TAPS = {
+    "attention_norm": "T D",
+    "attention.q": "T H d",
+    "attention.k": "T K d",
+    "attention.v": "T K d",
+    "attention.q_rope": "T H d",
+    "attention.k_rope": "T K d",
+    "attention.scores": "H T S",  # scaled, unmasked
+    "attention.probs": "H T S",
+    "attention.context": "T H d",
+    "attention.output": "T D",
+    "attention_residual": "T D",
+    "moe_norm": "T D",
+    "router.logits": "T E",
+    "router.experts": "T k",  # integers
+    "router.weights": "T k",
+    "expert.gate": "T k F",
+    "expert.up": "T k F",
+    "expert.hidden": "T k F",
+    "expert.output": "T k D",  # unweighted
+    "moe.output": "T D",
+    "residual": "T D",
+}
+"""Taps of a layer in order of computation, each with prefix ``layers.{i}.``, and their dimensions."""
+
+MODEL_TAPS = {"embedding": "T D", "final_norm": "T D", "logits": "T V"}
+"""Taps outside the layers and their dimensions."""
+
+
+def tap_names(config: Config) -> Iterator[str]:
+    """Every tap of one call, in order of computation."""
+    yield "embedding"
+    for i in range(config.layers):
+        yield from (f"layers.{i}.{name}" for name in LAYER_TAPS)
+    yield "final_norm"
+    yield "logits"

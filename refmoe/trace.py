@@ -1,0 +1,168 @@
+"""Traces: record activations, write them, read them back.
+
+A trace is one safetensors file with keys ``<run>/<tap>``, each array in its producer's dtype, and one metadata entry
+``refmoe``: a JSON object with the fields of `Header`. `golden/FORMAT.md` is its specification.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from refmoe import __version__
+from refmoe.atomic import replacing
+from refmoe.checkpoint.safetensors_file import StoredTensor, open_safetensors
+from refmoe.errors import InputError
+
+FORMAT_VERSION = "1"
+OPS = ("prefill", "chunk", "decode")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of the model on new tokens of one sequence."""
+
+    run: str
+    """Its name: ``prefill``, ``chunk1``, ``decode1``, ...; with several sequences a suffix, ``prefill.row0``."""
+    op: str
+    """``prefill``, ``chunk`` or ``decode``."""
+    sequence: int
+    tokens: tuple[int, ...]
+    positions: tuple[int, ...]
+    past: int
+    """How many tokens of this sequence came before."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a trace says about itself."""
+
+    runs: tuple[Run, ...]
+    case: str | None = None
+    checkpoint: str | None = None
+    policy: str = "float64"
+    producer: dict[str, str] = field(default_factory=lambda: {"name": "refmoe", "version": __version__})
+    format_version: str = FORMAT_VERSION
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A trace file that has been opened: its header, and its arrays mapped on demand."""
+
+    path: Path
+    header: Header
+    tensors: dict[str, StoredTensor]
+
+    def names(self, run: str) -> list[str]:
+        """The taps that a run has."""
+        return [key.removeprefix(f"{run}/") for key in self.tensors if key.startswith(f"{run}/")]
+
+    def get(self, run: str, tap: str) -> np.ndarray[Any, Any]:
+        """One array, mapped from the file."""
+        return self.tensors[f"{run}/{tap}"].map()
+
+
+class Recorder:
+    """A tap that keeps what passes, under the current run's name."""
+
+    def __init__(self, patterns: str = "*", progress: Callable[[], None] | None = None) -> None:
+        """patterns: shell patterns of tap names, separated by commas, such as ``logits,layers.0.*``.
+
+        progress: called after each layer of each run.
+        """
+        self.patterns = patterns.split(",")
+        self.progress = progress
+        self.run = ""
+        self.arrays: dict[str, np.ndarray[Any, Any]] = {}
+
+    def __call__(self, name: str, x: Any) -> None:
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.patterns):
+            self.arrays[f"{self.run}/{name}"] = np.ascontiguousarray(x)
+        if self.progress is not None and name.endswith(".residual"):
+            self.progress()
+
+
+def write_trace(path: Path, header: Header, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
+    """Write a trace, whole or not at all. Raises InputError when the file cannot be written."""
+    metadata = json.dumps(asdict(header), separators=(",", ":"))
+    with replacing(path) as temporary:
+        # save_file writes the memory of a strided array as if it were dense
+        save_file({key: np.ascontiguousarray(array) for key, array in arrays.items()}, temporary, {"refmoe": metadata})
+
+
+def read_trace(path: Path) -> Trace:
+    """Open a trace. Raises InputError when it is not one, or its header does not say what it must."""
+    tensors, metadata = open_safetensors(path)
+    if "refmoe" not in metadata:
+        raise InputError(f"{path}: the metadata entry 'refmoe' is missing, so this is not a trace")
+    header = parse_header(path, metadata["refmoe"])
+    runs = {run.run for run in header.runs}
+    for key in tensors:
+        run, slash, _ = key.rpartition("/")
+        if not slash or run not in runs:
+            raise InputError(f"{path}: tensor '{key}' belongs to no run of the header, which has {sorted(runs)}")
+    return Trace(path, header, tensors)
+
+
+def parse_header(path: Path, text: str) -> Header:
+    """The metadata entry of a trace. Raises InputError that names the field which is not as the format says."""
+
+    def refuse(name: str, found: Any, expected: str) -> InputError:
+        return InputError(f"{path}: metadata field '{name}' is {json.dumps(found)}, but {expected} was expected")
+
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: the metadata entry 'refmoe' is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise refuse("refmoe", values, "an object")
+    if values.get("format_version") != FORMAT_VERSION:
+        raise refuse("format_version", values.get("format_version"), f'"{FORMAT_VERSION}"')
+    for name in ("case", "checkpoint"):
+        if not isinstance(values.get(name), str | None):
+            raise refuse(name, values[name], "a string or null")
+    if not isinstance(values.get("policy"), str):
+        raise refuse("policy", values.get("policy"), "a string")
+    producer = values.get("producer")
+    if not isinstance(producer, dict) or not all(isinstance(item, str) for item in producer.values()):
+        raise refuse("producer", producer, "an object of strings")
+    listed = values.get("runs")
+    if not isinstance(listed, list) or not listed:
+        raise refuse("runs", listed, "a list of at least one run")
+    runs = tuple(_parse_run(i, entry, refuse) for i, entry in enumerate(listed))
+    if len({run.run for run in runs}) < len(runs):
+        raise refuse("runs", [run.run for run in runs], "a different name for every run")
+    return Header(runs, values.get("case"), values.get("checkpoint"), values["policy"], producer)
+
+
+def _parse_run(i: int, entry: Any, refuse: Any) -> Run:
+    at = f"runs[{i}]"
+    if not isinstance(entry, dict):
+        raise refuse(at, entry, "an object")
+    if not isinstance(entry.get("run"), str) or not entry["run"] or "/" in entry["run"]:
+        raise refuse(f"{at}.run", entry.get("run"), "a name without '/'")
+    if entry.get("op") not in OPS:
+        raise refuse(f"{at}.op", entry.get("op"), f"one of {', '.join(OPS)}")
+    for name in ("sequence", "past"):
+        if not _is_count(entry.get(name)):
+            raise refuse(f"{at}.{name}", entry.get(name), "an integer from 0")
+    for name in ("tokens", "positions"):
+        found = entry.get(name)
+        if not isinstance(found, list) or not found or not all(_is_count(item) for item in found):
+            raise refuse(f"{at}.{name}", found, "a list of at least one integer from 0")
+    if len(entry["tokens"]) != len(entry["positions"]):
+        raise refuse(f"{at}.positions", entry["positions"], "as many positions as tokens")
+    return Run(
+        entry["run"], entry["op"], entry["sequence"], tuple(entry["tokens"]), tuple(entry["positions"]), entry["past"]
+    )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63

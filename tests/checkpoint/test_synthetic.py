@@ -1,0 +1,157 @@
+"""The weight formula: the same numbers from ten lines of plain integers, any element without the others."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from refmoe.checkpoint.synthetic import BLOCK, GAINS, default_exponent, elements, gains, synthetic_checkpoint
+from refmoe.checkpoint.write import named_weights
+from refmoe.errors import InputError
+from tests.checkpoint.models import UNEVEN
+
+SEEDS = st.integers(0, 2**64 - 1)
+NAMES = st.text(max_size=20)
+
+
+def plain_byte(seed: int, name: str, index: int) -> int:
+    """The formula as the format document states it, on Python's integers: the top byte of the hash of an index."""
+
+    def mix(z: int) -> int:
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+        return z ^ (z >> 31)
+
+    digest = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+    key = mix((seed + digest) % 2**64)
+    return mix((key + (index + 1) * 0x9E3779B97F4A7C15) % 2**64) >> 56
+
+
+@given(SEEDS, NAMES, st.integers(-126, 120), st.integers(0, 2**40))
+def test_elements_follow_the_formula(seed: int, name: str, exponent: int, start: int) -> None:
+    found = elements(seed, name, exponent, start, start + 5)
+    assert found.dtype == np.float32
+    expected = [(2 * plain_byte(seed, name, start + i) - 255) * Fraction(2) ** exponent for i in range(5)]
+    assert [Fraction(float(value)) for value in found] == expected
+
+
+@given(SEEDS, NAMES)
+def test_gains_follow_the_formula(seed: int, name: str) -> None:
+    found = gains(seed, name, 7)
+    assert found.dtype == np.float32
+    expected = [1 + Fraction(max(plain_byte(seed, name, i) // 2, 1) - 64, 128) for i in range(7)]
+    assert [Fraction(float(value)) for value in found] == expected
+    assert all(Fraction(1, 2) < value < Fraction(3, 2) for value in expected)
+
+
+def test_known_values() -> None:
+    """Vectors for other languages; they may never change, or every golden does."""
+    assert elements(0, "embedding", 0, 0, 6).tolist() == [-247, -5, 255, -119, -187, 1]
+    assert (gains(1, "layers.0.moe_norm", 4) * 128).tolist() == [108, 112, 174, 146]
+
+
+@given(st.data())
+def test_any_slice_equals_the_whole(data: st.DataObject) -> None:
+    size = 2 * BLOCK + 77
+    start = data.draw(st.integers(0, size))
+    stop = data.draw(st.integers(start, size))
+    assert np.array_equal(elements(9, "w1", -8, start, stop), WHOLE[start:stop])
+
+
+WHOLE = elements(9, "w1", -8, 0, 2 * BLOCK + 77)
+
+
+def test_rows_are_those_of_the_whole() -> None:
+    embedding = named_weights(synthetic_checkpoint(UNEVEN, 4).parameters)["embedding"]
+    whole = embedding.read()
+    for ids in ([0], [36, 3, 3, 0], [-1], []):
+        chosen = np.array(ids, dtype=np.int64)
+        assert np.array_equal(embedding.rows(chosen), whole[chosen])
+    for outside in (37, -38):
+        with pytest.raises(IndexError):
+            embedding.rows(np.array([outside]))
+
+
+def test_values_are_exact_in_every_dtype() -> None:
+    """With the default exponents, also at the published sizes, no dtype rounds an element."""
+    for config in (UNEVEN, replace(UNEVEN, dim=6144, hidden_dim=16384, heads=48, kv_heads=8, head_dim=128, layers=1)):
+        for name, weight in named_weights(synthetic_checkpoint(config, 2).parameters).items():
+            if len(weight.shape) == 1:
+                values = weight.read()
+            else:
+                values = elements(2, name, default_exponent(name, weight.shape), 0, 3000)
+                odd = np.ldexp(values.astype(np.float64), -default_exponent(name, weight.shape))
+                assert (abs(odd) <= 255).all()
+                assert (odd % 2 == 1).all()
+            for dtype in (ml_dtypes.bfloat16, np.float16):
+                assert np.array_equal(values.astype(dtype).astype(np.float64), values.astype(np.float64)), name
+
+
+@pytest.mark.parametrize("kind", GAINS)
+def test_the_default_exponent_is_the_largest_that_keeps_the_gain(kind: str) -> None:
+    """Against the inequality of its docstring, in rational arithmetic."""
+
+    def fits(exponent: int, fan_in: int) -> bool:
+        return Fraction(4) ** exponent * 21845 * fan_in <= Fraction(4) ** GAINS[kind]
+
+    for fan_in in [*range(1, 300), 4096, 14336, 6144, 16384, 2**20 - 1, 2**20, 2**20 + 1, 2**60 + 1, 4**64 // 21845]:
+        exponent = default_exponent(f"layers.0.{kind}", (3, fan_in))
+        used = 1 if kind == "embedding" else fan_in
+        assert fits(exponent, used)
+        assert not fits(exponent + 1, used)
+
+
+def test_names_and_seeds_give_other_values() -> None:
+    streams = [elements(seed, name, 0, 0, 64) for seed in (0, 1, 2**64 - 1) for name in ("w1", "w2", "layers.0.w1")]
+    for i, one in enumerate(streams):
+        for other in streams[:i]:
+            assert (one == other).mean() < 0.2
+
+
+def test_values_are_spread_evenly() -> None:
+    """Every value appears, the mean is near zero, neighbours and bytes of two streams do not go together."""
+    n = 1 << 18
+    values = elements(5, "layers.1.experts.3.w2", 0, 0, n).astype(np.float64)
+    counts = np.unique(values, return_counts=True)[1]
+    assert len(counts) == 256
+    # six standard deviations: of a mean, of a count (n p (1 - p)), of a correlation
+    assert abs(values.mean()) < 6 * np.sqrt(21845 / n)
+    assert (abs(counts - n / 256) < 6 * np.sqrt(n / 256)).all()
+    other = elements(6, "layers.1.experts.3.w2", 0, 0, n).astype(np.float64)
+    for shifted in (values[1:], values[26:], other):
+        assert abs(np.mean(values[: len(shifted)] * shifted)) / 21845 < 6 / np.sqrt(n - 26)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seed": -1}, "seed = -1"),
+        ({"seed": 2**64}, "2\\^64 - 1"),
+        ({"seed": 1.5}, "seed = 1.5"),
+        ({"seed": True}, "seed = True"),
+        ({"exponents": {"w4": 1}}, "unknown kind of parameter 'w4'"),
+        ({"exponents": {"w1": 1.0}}, "w1 = 1.0"),
+        ({"exponents": {"w1": 121}}, "-126 to 120"),
+        ({"exponents": {"wq": -127}}, "wq = -127"),
+    ],
+)
+def test_what_the_formula_does_not_take(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        synthetic_checkpoint(UNEVEN, **{"seed": 0, **changes})
+
+
+def test_given_exponents_are_used() -> None:
+    for exponent in (-126, -3, 0, 120):
+        weights = named_weights(synthetic_checkpoint(UNEVEN, 1, {"w2": exponent}).parameters)
+        for kind, used in (("w2", exponent), ("w1", default_exponent("w1", (UNEVEN.hidden_dim, UNEVEN.dim)))):
+            name = f"layers.0.experts.2.{kind}"
+            expected = elements(1, name, used, 0, UNEVEN.dim * UNEVEN.hidden_dim)
+            assert np.array_equal(weights[name].read().ravel(), expected)

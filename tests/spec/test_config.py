@@ -1,0 +1,54 @@
+"""Configurations: what is refused, and what the published sizes amount to."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+
+from refmoe.checkpoint.names import parameter_shapes
+from refmoe.checkpoint.size import active_parameters, total_parameters
+from refmoe.spec.config import PRESETS, Config, ConfigError
+from tests.models import SMALL
+
+BAD: dict[str, Any] = {
+    "dim": [0, -1, 1.0, "8", None, True],
+    "layers": [0],
+    "heads": [0, 7],
+    "kv_heads": [0, 4, 12],
+    "head_dim": [0, 7],
+    "hidden_dim": [0],
+    "vocab": [0],
+    "experts": [0, 1],
+    "experts_per_token": [0, 6],
+    "norm_eps": [-1e-5, float("nan"), float("inf"), "1e-5", None],
+    "rope_theta": [0, -1.0, float("nan"), None],
+    "window": [0, -4, 2.0],
+    "context": [0],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in BAD.items() for value in values])
+def test_a_bad_value_is_refused_with_its_field_and_itself(field: str, value: Any) -> None:
+    """CONFIG-1 to CONFIG-5."""
+    with pytest.raises(ConfigError) as caught:
+        Config(**{**asdict(SMALL), field: value})
+    assert str(value) in str(caught.value)
+    assert field in str(caught.value) or field in ("heads", "experts")
+
+
+def test_the_published_sizes_have_the_published_parameters() -> None:
+    """46.7 B and 12.9 B: Jiang et al. 2024, section 1; 8x22B: 141 B and 39 B, Mistral's announcement."""
+    small, large = PRESETS["mixtral-8x7b"], PRESETS["mixtral-8x22b"]
+    assert round(total_parameters(small) / 1e9, 1) == 46.7
+    assert round(active_parameters(small) / 1e9, 1) == 12.9
+    assert round(total_parameters(large) / 1e9) == 141
+    assert round(active_parameters(large) / 1e9) == 39
+
+
+def test_a_model_that_uses_all_experts_uses_all_parameters() -> None:
+    """The two counts meet where k = E."""
+    dense = Config(**{**asdict(SMALL), "experts_per_token": SMALL.experts})
+    assert active_parameters(dense) == total_parameters(dense)
+    assert len(parameter_shapes(SMALL)) == 3 + SMALL.layers * (7 + 3 * SMALL.experts)
