@@ -1,0 +1,1 @@
+"""Record what another engine computes, under the names of the taps."""

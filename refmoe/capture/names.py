@@ -1,0 +1,58 @@
+"""Names that engines give to the taps: one table per engine.
+
+`{i}` stands for the layer. A name with ``:in`` is the module's input, one with ``:out`` its output; a number
+after it picks one of several. Names of modules are those of the engines' own source.
+"""
+
+from __future__ import annotations
+
+HUGGING_FACE = {
+    "model.embed_tokens:out": "embedding",
+    "model.layers.{i}.input_layernorm:out": "attention_norm",
+    "model.layers.{i}.self_attn.q_proj:out": "attention.q",
+    "model.layers.{i}.self_attn.k_proj:out": "attention.k",
+    "model.layers.{i}.self_attn.v_proj:out": "attention.v",
+    "model.layers.{i}.self_attn:out1": "attention.probs",  # eager attention only
+    "model.layers.{i}.self_attn.o_proj:in": "attention.context",
+    "model.layers.{i}.self_attn.o_proj:out": "attention.output",
+    "model.layers.{i}.post_attention_layernorm:in": "attention_residual",
+    "model.layers.{i}.post_attention_layernorm:out": "moe_norm",
+    "model.layers.{i}.mlp.gate:out0": "router.logits",
+    "model.layers.{i}.mlp.gate:out1": "router.weights",
+    "model.layers.{i}.mlp.gate:out2": "router.experts",
+    "model.layers.{i}.mlp:out": "moe.output",
+    "model.layers.{i}:out": "residual",
+    "model.norm:out": "final_norm",
+    "lm_head:out": "logits",
+}
+"""transformers 5, `MixtralForCausalLM`: module to tap."""
+
+MISTRAL = {
+    "tok_embeddings:out": "embedding",
+    "layers.{i}.attention_norm:out": "attention_norm",
+    "layers.{i}.attention.wq:out": "attention.q",  # rotary pairs interleaved
+    "layers.{i}.attention.wk:out": "attention.k",  # rotary pairs interleaved
+    "layers.{i}.attention.wv:out": "attention.v",
+    "layers.{i}.attention.wo:in": "attention.context",
+    "layers.{i}.attention.wo:out": "attention.output",
+    "layers.{i}.ffn_norm:in": "attention_residual",
+    "layers.{i}.ffn_norm:out": "moe_norm",
+    "layers.{i}.feed_forward.gate:out": "router.logits",
+    "layers.{i}.feed_forward:out": "moe.output",
+    "layers.{i}:out": "residual",
+    "norm:out": "final_norm",
+    "output:out": "logits",
+}
+"""mistral-inference, `Transformer`: module to tap."""
+
+
+def tap_of(table: dict[str, str], name: str) -> str | None:
+    """The tap of an engine's name, with its layer, or None when the engine's name is not in the table."""
+    if name in table:
+        return table[name]
+    head, dot, rest = name.partition("layers.")
+    index, *_ = rest.replace(":", ".").split(".")
+    if not dot or not index.isdigit():
+        return None
+    tap = table.get(f"{head}layers.{{i}}{rest.removeprefix(index)}")
+    return None if tap is None else f"layers.{index}.{tap}"

@@ -1,0 +1,94 @@
+"""The certificate: a proven bound on how far each golden value is from the real number it stands for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from refmoe.golden import TRACE_FILE, Case
+from refmoe.ops.ball import PRECISION, BallOps, chooses
+from refmoe.script import execute
+from refmoe.spec.model import Model
+from refmoe.trace import Recorder, Trace, read_trace
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What the balls prove about one case."""
+
+    bounds: dict[str, float]
+    """``<run>/<tap>`` to the largest |golden - real value|, rounded up."""
+    relative: dict[str, float]
+    """The same over the root mean square of the tap."""
+    decisions: int
+    unproven: tuple[str, ...]
+    """Routing decisions that the balls do not separate, ``<run>/<tap>[token]``."""
+
+    def to_json(self) -> dict[str, Any]:
+        """For the manifest."""
+        worst = max(self.relative, key=lambda key: self.relative[key])
+        return {
+            "arithmetic": f"Arb balls, {PRECISION} bits",
+            "worst": {"tensor": worst, "relative": self.relative[worst]},
+            "bounds": self.bounds,
+            "relative": self.relative,
+            "decisions": {"all": self.decisions, "unproven": list(self.unproven)},
+        }
+
+
+class Prover:
+    """A tap that holds every ball against the golden as it passes, and follows the golden's routing.
+
+    Routing is followed, not recomputed, so that what comes after a decision encloses the same function; whether
+    the decision itself is the real one is proven or not on its own.
+    """
+
+    def __init__(self, golden: Trace) -> None:
+        self.golden = golden
+        self.run = ""
+        self.bounds: dict[str, float] = {}
+        self.relative: dict[str, float] = {}
+        self.decisions = 0
+        self.unproven: list[str] = []
+        self._logits: Any = None
+
+    def __call__(self, name: str, x: Any) -> Any:
+        key = f"{self.run}/{name}"
+        golden = self.golden.get(self.run, name)
+        if name.endswith("router.experts"):
+            proven = chooses(self._logits, golden)
+            self.decisions += len(proven)
+            self.unproven += [f"{key}[{token}]" for token in np.flatnonzero(~proven)]
+            return golden
+        if name.endswith("router.logits"):
+            self._logits = x
+        self.bounds[key] = largest_distance(x, golden)
+        scale = float(np.sqrt(np.mean(np.square(golden))))
+        self.relative[key] = self.bounds[key] / scale if scale else (math.inf if self.bounds[key] else 0.0)
+        return None
+
+
+def largest_distance(balls: Any, values: np.ndarray[Any, Any]) -> float:
+    """The largest |value - real number| that the balls allow, rounded up. Both arrays have one shape."""
+    distances = np.frompyfunc(lambda ball, value: float((ball - value).abs_upper()), 2, 1)(balls, values)
+    # abs_upper is an upper bound; its conversion to binary64 rounds to nearest, so step up once
+    return math.nextafter(float(np.max(distances.astype(np.float64))), math.inf)
+
+
+def certify(case: Case) -> Certificate:
+    """Run the case under balls and hold its golden against them.
+
+    Raises InputError when python-flint is not installed or the golden trace cannot be read.
+    """
+    prover = Prover(read_trace(case.folder / TRACE_FILE))
+    recorder = Recorder()
+
+    def tap(name: str, x: Any) -> Any:
+        prover.run = recorder.run
+        return prover(name, x)
+
+    execute(BallOps(tap), Model(case.config, case.checkpoint().parameters), case.runs(), recorder)
+    return Certificate(prover.bounds, prover.relative, prover.decisions, tuple(prover.unproven))

@@ -1,0 +1,48 @@
+"""The command line. It knows everything, and nothing knows it."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from refmoe import __version__
+from refmoe.cli.capture import capture_command, materialise_command
+from refmoe.cli.certify import certify_command
+from refmoe.cli.check import check_command
+from refmoe.cli.compare import compare_command
+from refmoe.cli.emit import emit_command
+from refmoe.cli.generate import generate_command
+from refmoe.cli.info import info_command
+from refmoe.errors import InputError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="refmoe")
+def commands() -> None:
+    """The executable specification of Mixtral, and the oracle for its implementations.
+
+    Exit status: 0 done and all well, 1 a difference was found, 2 the input cannot be used.
+    """
+
+
+for command in (
+    emit_command,
+    check_command,
+    certify_command,
+    compare_command,
+    capture_command,
+    materialise_command,
+    info_command,
+    generate_command,
+):
+    commands.add_command(command)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one sentence and status 2."""
+    try:
+        commands(standalone_mode=True)
+    except InputError as error:
+        click.echo(f"refmoe: {error}", err=True)
+        sys.exit(2)

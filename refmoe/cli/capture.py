@@ -1,0 +1,86 @@
+"""``refmoe capture`` and ``refmoe materialise``: run another engine on a case or a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+from refmoe.capture import transformers as engine
+from refmoe.checkpoint.load import checkpoint_digest, load_checkpoint
+from refmoe.checkpoint.size import total_parameters
+from refmoe.checkpoint.write import DTYPE_NAMES, write_checkpoint
+from refmoe.cli.options import GOLDEN, PATH, checkpoint_options, input_calls, input_options, json_option, progress_bar
+from refmoe.errors import InputError
+from refmoe.golden import read_case
+from refmoe.script import plan
+from refmoe.trace import Recorder, write_trace
+
+
+@click.command("materialise", short_help="Write the model of a golden case as an ordinary checkpoint.")
+@click.argument("case_name", metavar="CASE")
+@click.argument("folder", type=PATH, metavar="DIR")
+@click.option("--golden", "golden_folder", type=PATH, default=GOLDEN, show_default=True, help="Where cases are.")
+@click.option("--dtype", type=click.Choice([*DTYPE_NAMES]), default="bfloat16", show_default=True)
+@click.option("--layout", type=click.Choice(["hf", "mistral"]), default="hf", show_default=True)
+def materialise_command(case_name: str, folder: Path, golden_folder: Path, dtype: str, layout: str) -> None:
+    """Write the model of CASE to DIR as a checkpoint that other engines load unchanged.
+
+    \b
+    refmoe materialise walking-skeleton /tmp/model --dtype bfloat16
+    """
+    case = read_case(golden_folder / case_name)
+    write_checkpoint(folder, case.config, case.checkpoint().parameters, dtype, layout)
+    click.echo(f"{folder}: {total_parameters(case.config):,} parameters in {dtype}")
+
+
+@click.command("capture", short_help="Record a trace from another engine (transformers).")
+@checkpoint_options
+@input_options
+@click.option("--case", "case_name", metavar="NAME", help="Run the model and the script of this golden case instead.")
+@click.option("--golden", "golden_folder", type=PATH, default=GOLDEN, show_default=True, help="Where cases are.")
+@click.option("--out", type=PATH, required=True, metavar="TRACE", help="The trace to write (safetensors).")
+@click.option("--taps", default="*", show_default=True, help="Shell patterns of taps to keep, by commas.")
+@click.option("--dtype", type=click.Choice(engine.DTYPES), default="float32", show_default=True)
+@click.option("--attention", type=click.Choice(["eager", "sdpa"]), default="eager", show_default=True)
+@json_option
+def capture_command(
+    checkpoint: Path | None, layout: str | None, tokens: Any, prompt: str | None, chat: Path | None, chunk: Any,
+    decode: Any, case_name: str | None, golden_folder: Path, out: Path, taps: str, dtype: str, attention: str,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Load a checkpoint into transformers' MixtralForCausalLM, run it, and record what passes through its modules.
+
+    \b
+    refmoe capture --case walking-skeleton --dtype bfloat16 --out engine.safetensors
+    refmoe capture --checkpoint DIR --tokens 1,2,3 --decode 4,5 --out engine.safetensors
+    """
+    if (checkpoint is None) == (case_name is None):
+        raise InputError("exactly one of --checkpoint DIR and --case NAME was expected")
+    with tempfile.TemporaryDirectory() as temporary:
+        if case_name is not None:
+            case = read_case(golden_folder / case_name)
+            folder, runs, digest = Path(temporary), case.runs(), None
+            write_checkpoint(folder, case.config, case.checkpoint().parameters, "float32")
+        else:
+            assert checkpoint is not None
+            loaded = load_checkpoint(checkpoint, layout)
+            if loaded.layout != "hf":
+                raise InputError(f"{checkpoint}: transformers reads the Hugging Face layout only")
+            runs = plan(input_calls(checkpoint, tokens, prompt, chat, chunk, decode), loaded.config.vocab)
+            folder, digest = checkpoint, checkpoint_digest(loaded.files)
+        model = engine.load_model(folder, dtype, attention)
+        with progress_bar("capture", len(runs) * model.config.num_hidden_layers) as advance:
+            recorder = Recorder(taps, advance)
+            engine.capture(model, runs, recorder)
+    if not recorder.arrays:
+        raise InputError(f"--taps {taps!r} matches no tap")
+    write_trace(out, engine.header(model, runs, case_name, digest), recorder.arrays)
+    size = out.stat().st_size
+    if as_json:
+        click.echo(json.dumps({"trace": str(out), "bytes": size, "runs": len(runs), "taps": len(recorder.arrays)}))
+    else:
+        click.echo(f"{out}: {len(runs)} runs, {len(recorder.arrays)} arrays, {size:,} bytes")

@@ -1,0 +1,45 @@
+"""``refmoe certify``: a proven bound for every golden value."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from refmoe import golden
+from refmoe.certify import Certificate, certify
+from refmoe.cli.options import GOLDEN, PATH, json_option, progress_bar
+
+
+@click.command("certify", short_help="Prove how close every golden is to the real numbers.")
+@click.argument("folder", type=PATH, default=GOLDEN, required=False)
+@json_option
+def certify_command(folder: Path, as_json: bool) -> None:
+    """Run every golden case below FOLDER (default: golden) under Arb balls, which enclose the real-number values.
+
+    \b
+    refmoe certify
+    refmoe certify golden/walking-skeleton --json
+
+    Writes into each manifest, per tap, a proven bound on |golden - real value|, and per routing decision whether it
+    is proven. Needs the extra 'certify' (python-flint).
+    """
+    folders = golden.find_cases(folder)
+    results: dict[str, Certificate] = {}
+    with progress_bar("certify", len(folders)) as advance:
+        for path in folders:
+            manifest = golden.read_manifest(path)
+            results[path.name] = certify(golden.read_case(path))
+            golden.write_manifest(path, manifest | {"certificate": results[path.name].to_json()})
+            advance()
+    if as_json:
+        click.echo(json.dumps({name: certificate.to_json() for name, certificate in results.items()}))
+        return
+    for name, certificate in results.items():
+        key = max(certificate.relative, key=lambda tap: certificate.relative[tap])
+        proven = certificate.decisions - len(certificate.unproven)
+        click.echo(
+            f"{name}: every value within {certificate.relative[key]:.2e} of its tap's RMS (worst: {key}); "
+            f"{proven} of {certificate.decisions} routing decisions proven"
+        )

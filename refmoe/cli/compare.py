@@ -1,0 +1,38 @@
+"""``refmoe compare``: how far a trace is from a golden."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from refmoe.cli.options import PATH, json_option
+from refmoe.compare import compare_traces
+from refmoe.golden import TRACE_FILE
+from refmoe.report.terminal import print_comparison
+from refmoe.trace import read_trace
+
+
+@click.command("compare", short_help="Print how far each tap of a trace is from a golden.")
+@click.argument("trace", type=PATH)
+@click.argument("golden", type=PATH)
+@click.option("--run", "only", metavar="NAME", help="Only this run.")
+@json_option
+def compare_command(trace: Path, golden: Path, only: str | None, as_json: bool) -> None:
+    """Print, per layer and tap, the distance of TRACE from GOLDEN (a trace, or the folder of a case).
+
+    \b
+    refmoe compare engine.safetensors golden/walking-skeleton
+    refmoe compare engine.safetensors reference.safetensors --json
+
+    Relative RMS, the worst element and where it is; routing decisions that differ; the first tap that stands out.
+    These are distances, no verdict: exit status 0 whatever they are.
+    """
+    reference = golden / TRACE_FILE if golden.is_dir() else golden
+    comparison = compare_traces(read_trace(trace), read_trace(reference))
+    if as_json:
+        click.echo(json.dumps(asdict(comparison)))
+    else:
+        print_comparison(comparison, only)

@@ -1,0 +1,82 @@
+"""``refmoe generate``: stream text from a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from refmoe.checkpoint.load import load_checkpoint
+from refmoe.cli.options import PATH, Tokens, input_calls, json_option
+from refmoe.errors import InputError
+from refmoe.ops.native import NativeOps
+from refmoe.spec.model import Caches, Model, forward
+from refmoe.text.generate import generate
+from refmoe.text.sampling import SamplingSettings
+from refmoe.text.stream import stream_text
+from refmoe.text.tokenizer import Tokenizer
+
+
+class Session:
+    """One sequence being generated: the model and the caches of the tokens so far."""
+
+    def __init__(self, ops: Any, model: Model) -> None:
+        self.ops = ops
+        self.model = model
+        self.caches: Caches | None = None
+        self.past = 0
+
+    def step(self, tokens: Sequence[int]) -> Any:
+        """Logits [V] after the last of these new tokens."""
+        positions = self.ops.integers(range(self.past, self.past + len(tokens)))
+        logits, self.caches = forward(self.ops, self.model, self.ops.integers(tokens), positions, self.caches)
+        self.past += len(tokens)
+        return logits[-1]
+
+
+@click.command("generate", short_help="Stream text from a checkpoint.")
+@click.option("--checkpoint", type=PATH, metavar="DIR", required=True, help="Hugging Face's layout or Mistral's own.")
+@click.option("--layout", type=click.Choice(["hf", "mistral"]), help="How DIR is laid out; told by its files.")
+@click.option("--prompt", metavar="TEXT", help="Text to continue.")
+@click.option("--chat", type=PATH, metavar="FILE", help="A JSON list of chat messages to answer.")
+@click.option("--tokens", type=Tokens(), help="Token ids to continue; prints ids where there is no tokenizer.model.")
+@click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(min=1))
+@click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", type=int, help="Sample from the k most likely tokens only.")
+@click.option("--top-p", type=float, default=1.0, help="Sample from the smallest set of tokens with this probability.")
+@click.option("--seed", default=0, show_default=True, help="The same seed gives the same tokens.")
+@click.option("--dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True)
+@json_option
+def generate_command(
+    checkpoint: Path, layout: str | None, prompt: str | None, chat: Path | None, tokens: Any, max_new_tokens: int,
+    temperature: float, top_k: int | None, top_p: float, seed: int, dtype: str, as_json: bool,
+) -> None:  # fmt: skip
+    """Continue a prompt, or answer a chat, and stream the text as it comes.
+
+    \b
+    refmoe generate --checkpoint DIR --prompt 'Once upon a time' --max-new-tokens 20
+    refmoe generate --checkpoint DIR --chat messages.json --temperature 0.7 --top-p 0.9 --seed 1
+    """
+    loaded = load_checkpoint(checkpoint, layout)
+    ((_, _, start),) = input_calls(checkpoint, tokens, prompt, chat)
+    for token in start:
+        if not 0 <= token < loaded.config.vocab:
+            raise InputError(f"token {token} of the prompt is outside the model's vocabulary of {loaded.config.vocab}")
+    settings = SamplingSettings(temperature=temperature, top_k=top_k, top_p=top_p)
+    vocabulary = checkpoint / "tokenizer.model"
+    tokenizer = Tokenizer.load(vocabulary) if vocabulary.exists() else None
+    stop = {tokenizer.eos_id} if tokenizer else set()
+    session = Session(NativeOps(np.dtype(dtype)), Model(loaded.config, loaded.parameters))
+    new = generate(session.step, list(start), settings, max_new_tokens=max_new_tokens, stop_ids=stop, seed=seed)
+    if as_json:
+        ids = list(new)
+        text = "".join(stream_text(tokenizer, ids)) if tokenizer else None
+        click.echo(json.dumps({"prompt": list(start), "tokens": ids, "text": text}))
+        return
+    for piece in stream_text(tokenizer, new) if tokenizer else (f"{token} " for token in new):
+        click.echo(piece, nl=False)
+    click.echo()

@@ -1,0 +1,1 @@
+"""What is found, as a person or a program reads it."""

@@ -1,0 +1,67 @@
+"""Reports for a terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from refmoe.compare import Comparison, Distance
+
+WIDE = 118
+"""Columns that the whole table needs; a narrower terminal gets fewer columns, a pipe all of them."""
+
+
+def print_comparison(comparison: Comparison, only: str | None = None) -> None:
+    """Distances tap by tap, run by run, then routing and the first tap that stands out."""
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = WIDE
+    headings = ["run", "tap", "relative RMS", "worst", "at"]
+    if console.width >= WIDE:
+        headings += ["found", "expected", "dtype"]
+    table = Table(box=None, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in ("run", "tap", "dtype") else "right", no_wrap=True)
+    for d in comparison.distances:
+        if only in (None, d.run):
+            at = ",".join(map(str, d.where))
+            cells = [d.run, d.tap, f"{d.relative_rms:.2e}", f"{d.worst:.2e}", at]
+            cells += [f"{d.found:.6g}", f"{d.expected:.6g}", d.dtype]
+            table.add_row(*cells[: len(headings)], style="bold red" if d == comparison.first else None)
+    console.print(table)
+    console.print()
+    _print_missing(console, comparison)
+    _print_routing(console, comparison)
+    if comparison.first is None:
+        console.print("no tap stands out from those before it")
+    else:
+        console.print(f"first tap that stands out: {describe(comparison.first)}")
+
+
+def describe(d: Distance) -> str:
+    """One tap's distance in a sentence."""
+    values = f"found {d.found:.6g}, expected {d.expected:.6g}"
+    return f"{d.run}/{d.tap}, relative RMS {d.relative_rms:.2e}, worst at {list(d.where)}: {values}"
+
+
+def _print_missing(console: Console, comparison: Comparison) -> None:
+    for title, keys in (("not in the trace", comparison.missing), ("not in the golden", comparison.unknown)):
+        names = sorted({key.rpartition("/")[2].rpartition("layers.")[2].lstrip("0123456789.") for key in keys})
+        if names:
+            console.print(f"{title}: {', '.join(names)}")
+
+
+def _print_routing(console: Console, comparison: Comparison) -> None:
+    if not comparison.decisions:
+        console.print("routing: not compared, router.experts is not in both")
+        return
+    console.print(f"routing: {len(comparison.routing)} of {comparison.decisions} decisions differ")
+    for r in comparison.routing[:10]:
+        where = f"{r.run}, layer {r.layer}, token {r.token}"
+        console.print(f"  {where}: found {{{_ids(r.found)}}}, expected {{{_ids(r.expected)}}}")
+    if len(comparison.routing) > 10:
+        console.print(f"  and {len(comparison.routing) - 10} more")
+
+
+def _ids(experts: tuple[int, ...]) -> str:
+    return ", ".join(map(str, experts))

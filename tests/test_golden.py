@@ -1,0 +1,181 @@
+"""Goldens: recomputed to the bit, and whatever is changed on disk is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from refmoe import golden
+from refmoe.certify import certify
+from refmoe.errors import InputError
+from refmoe.ops.exact import ExactOps
+from refmoe.ops.native import NativeOps
+from refmoe.spec.model import Model, Steps
+from refmoe.trace import Header, read_trace, write_trace
+
+REPOSITORY = Path(__file__).parent.parent / "golden"
+CASE = "walking-skeleton"
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> Path:
+    """A copy of the first case, to be spoilt."""
+    return Path(shutil.copytree(REPOSITORY / CASE, tmp_path / CASE))
+
+
+@pytest.mark.parametrize("folder", golden.find_cases(REPOSITORY), ids=lambda path: path.name)
+def test_every_golden_is_recomputed_to_the_bit(folder: Path) -> None:
+    """P2."""
+    assert golden.check(folder) == []
+
+
+def test_emitting_a_case_again_writes_the_same_files(case: Path) -> None:
+    before = {path.name: path.read_bytes() for path in case.iterdir()}
+    golden.emit(golden.read_case(case))
+    assert (case / golden.TRACE_FILE).read_bytes() == before[golden.TRACE_FILE]
+    stored = json.loads(before[golden.MANIFEST_FILE]) | {"certificate": None}
+    assert json.loads((case / golden.MANIFEST_FILE).read_bytes()) == stored
+
+
+def test_a_changed_element_is_named_with_its_tensor_and_index(case: Path) -> None:
+    """One bit of one value, in a trace that is otherwise whole."""
+    path = case / golden.TRACE_FILE
+    trace = read_trace(path)
+    arrays = {key: tensor.map().copy() for key, tensor in trace.tensors.items()}
+    value = arrays["decode1/logits"]
+    value[0, 7] = np.nextafter(value[0, 7], np.inf)
+    write_trace(path, Header(trace.header.runs, trace.header.case, policy="exact"), arrays)
+    (digest, tensor) = (difference.what for difference in golden.check(case))
+    assert "SHA-256" in digest
+    assert "'decode1/logits' differs at [0, 7]" in tensor
+
+
+def test_what_is_missing_or_too_much_is_named(case: Path) -> None:
+    (case / "notes.txt").write_text("hello")
+    (case / golden.TRACE_FILE).unlink()
+    found = [difference.what for difference in golden.check(case)]
+    assert len(found) == 2
+    assert "notes.txt: an unexpected file" in found[0]
+    assert "trace.safetensors: is missing" in found[1]
+
+
+def test_another_seed_is_another_model(case: Path) -> None:
+    """The case file is the definition: the trace and the digests no longer fit it."""
+    text = (case / golden.CASE_FILE).read_text()
+    (case / golden.CASE_FILE).write_text(text.replace("seed = 1", "seed = 2"))
+    found = [difference.what for difference in golden.check(case)]
+    assert any("case.toml: SHA-256 differs" in what for what in found)
+    assert any("'prefill/embedding' differs at [0, 0] and" in what for what in found)
+
+
+CHANGES = {
+    "format_version": ('format_version = "1"', 'format_version = "9"', "'format_version'"),
+    "not toml": ("[config]", "[config", "not a readable TOML"),
+    "no why": ("why =", "reason =", "'why' is missing"),
+    "unknown field": ("[config]", "colour = 3\n[config]", "unknown field 'colour'"),
+    "bad dimension": ("heads = 6", "heads = 7", "kv_heads = 3 does not divide heads = 7"),
+    "unknown dimension": ("heads = 6", "heads = 6\nears = 2", "ears"),
+    "no seed": ("seed = 1", "sede = 1", "'seed'"),
+    "bad call": ('op = "chunk"', 'oop = "chunk"', "script[1]"),
+    "unknown kind": ("seed = 1", "seed = 1\nexponents = {wx = 3}", "'wx'"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_case_that_cannot_be_read_is_refused_by_its_field(case: Path, name: str) -> None:
+    old, new, words = CHANGES[name]
+    text = (case / golden.CASE_FILE).read_text()
+    assert old in text
+    (case / golden.CASE_FILE).write_text(text.replace(old, new, 1))
+    with pytest.raises(InputError) as caught:
+        golden.check(case)
+    assert words in str(caught.value)
+    assert golden.CASE_FILE in str(caught.value) or name == "unknown kind"
+
+
+def test_a_manifest_that_cannot_be_read_is_refused(case: Path) -> None:
+    path = case / golden.MANIFEST_FILE
+    for text, words in (
+        ("{", "not a readable JSON"),
+        ("{}", "'format_version'"),
+        ('{"format_version": "1"}', "'files'"),
+    ):
+        path.write_text(text)
+        with pytest.raises(InputError, match=words):
+            golden.check(case)
+    path.unlink()
+    with pytest.raises(InputError, match="no such file"):
+        golden.check(case)
+
+
+def test_an_empty_folder_has_no_case(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no case"):
+        golden.find_cases(tmp_path)
+
+
+@pytest.mark.parametrize("folder", golden.find_cases(REPOSITORY), ids=lambda path: path.name)
+def test_every_golden_is_certified(folder: Path) -> None:
+    """P3: bounds of 1e-12 of each tap's RMS, proven by Arb; every decision proven; the manifest says the same."""
+    certificate = certify(golden.read_case(folder))
+    assert max(certificate.relative.values()) < 1e-12
+    assert certificate.unproven == ()
+    assert golden.read_manifest(folder)["certificate"] == certificate.to_json()
+
+
+def test_a_golden_that_is_off_is_not_certified(case: Path) -> None:
+    """The certificate can fail: one value moved by 1e-9 shows in its bound."""
+    path = case / golden.TRACE_FILE
+    trace = read_trace(path)
+    arrays = {key: tensor.map().copy() for key, tensor in trace.tensors.items()}
+    arrays["prefill/layers.1.expert.up"][3, 1, 5] += 1e-9
+    write_trace(path, trace.header, arrays)
+    certificate = certify(golden.read_case(case))
+    assert certificate.bounds["prefill/layers.1.expert.up"] > 0.99e-9
+    assert certificate.bounds["prefill/layers.1.expert.gate"] < 1e-13
+
+
+def fused(a: Any, b: Any, c: Any) -> Any:
+    """a * b + c, rounded once."""
+    exact = np.frompyfunc(lambda x, y, z: float(Fraction(x) * Fraction(y) + Fraction(z)), 3, 1)
+    return exact(a, b, c).astype(np.float64)
+
+
+def rotate_fused(ops: Any, x: Any, table: Any) -> Any:
+    """ROPE-4 as a compiler that contracts a * b + c would compute it."""
+    cos, sin = (part[:, None, :] for part in table)
+    half = x.shape[-1] // 2
+    a, b = x[..., :half], x[..., half:]
+    return np.concatenate([fused(a, cos, -(b * sin)), fused(b, cos, a * sin)], axis=-1)
+
+
+MISTAKES = {
+    "a product of NumPy's": ("matmul", lambda self, a, b: a @ b),
+    "a linear map of NumPy's": ("linear", lambda self, x, w: x @ np.asarray(w.read(), np.float64).T),
+    "a sum of NumPy's": ("sum", lambda self, x, axis: x.sum(axis=axis)),
+    "angles rounded before their cosine": ("unit_circle", NativeOps.unit_circle),
+    "a sigmoid from its formula": ("sigmoid", lambda self, x: 1 / (1 + self.exp(-x))),
+}
+
+
+def assert_seen(found: list[golden.Difference]) -> None:
+    assert found
+    assert all("differs at" in difference.what for difference in found)
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_arithmetic_that_is_only_nearly_right_changes_the_golden(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check can fail: each of these is good to about an ulp, and each is seen."""
+    monkeypatch.setattr(ExactOps, *MISTAKES[name])
+    assert_seen(golden.check(REPOSITORY / CASE))
+
+
+def test_a_fused_multiply_add_changes_the_golden(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps(rotate=rotate_fused)
+    monkeypatch.setattr(golden, "Model", lambda config, parameters: Model(config, parameters, steps))
+    assert_seen(golden.check(REPOSITORY / CASE))
