@@ -30,11 +30,7 @@ def extend_cache(ops: Ops, cache: Cache | None, k: Array, v: Array, positions: A
     """
     if cache is None:
         return Cache(k, v, positions)
-    return Cache(
-        ops.concatenate([cache.k, k]),
-        ops.concatenate([cache.v, v]),
-        ops.concatenate([cache.positions, positions]),
-    )
+    return Cache(*(ops.concatenate(pair) for pair in ((cache.k, k), (cache.v, v), (cache.positions, positions))))
 
 
 def visible(positions: Array, cached: Array, window: int | None) -> Array:

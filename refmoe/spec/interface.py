@@ -22,36 +22,26 @@ class Weight(Protocol):
 
 
 class Ops(Protocol):
-    """The operations that carry the meaning of the arithmetic."""
+    """The operations that carry the meaning of the arithmetic, each with the shape of what it returns."""
 
-    def array(self, values: Any) -> Array:
-        """The given numbers as an array of this arithmetic."""
+    # real numbers in, an array of this arithmetic out; integers (positions, token ids) that index and compare
+    def array(self, values: Any) -> Array: ...
+    def integers(self, values: Any) -> Array: ...
 
-    def integers(self, values: Any) -> Array:
-        """The given integers as an array that can index or be compared: positions and token ids."""
+    # parameters: a vector [n]; rows of a table [V, D] for ids [T]: [T, D]; x [..., n] by a matrix [m, n]: [..., m]
+    def vector(self, weight: Weight) -> Array: ...
+    def embed(self, table: Weight, ids: Array) -> Array: ...
+    def linear(self, x: Array, weight: Weight) -> Array: ...
 
-    def vector(self, weight: Weight) -> Array:
-        """A one-dimensional parameter, such as a norm's gain: [n]."""
+    # a [..., m, n] by b [..., n, p]: [..., m, p]; sum and largest element over one axis, which is dropped
+    def matmul(self, a: Array, b: Array) -> Array: ...
+    def sum(self, x: Array, axis: int) -> Array: ...
+    def max(self, x: Array, axis: int) -> Array: ...
 
-    def embed(self, table: Weight, ids: Array) -> Array:
-        """Rows `ids` [T] of a table [V, D]: [T, D]."""
-
-    def linear(self, x: Array, weight: Weight) -> Array:
-        """x [..., n] times the transpose of a parameter [m, n]: [..., m]."""
-
-    def matmul(self, a: Array, b: Array) -> Array:
-        """a [..., m, n] times b [..., n, p]: [..., m, p]; leading axes are equal."""
-
-    def sum(self, x: Array, axis: int) -> Array:
-        """The sum over one axis, which is dropped."""
-
-    def max(self, x: Array, axis: int) -> Array:
-        """The largest element over one axis, which is dropped."""
-
+    # elementwise; sigmoid(x) = 1 / (1 + exp(-x))
     def exp(self, x: Array) -> Array: ...
     def sqrt(self, x: Array) -> Array: ...
-    def sigmoid(self, x: Array) -> Array:
-        """1 / (1 + exp(-x))."""
+    def sigmoid(self, x: Array) -> Array: ...
 
     def unit_circle(self, positions: Array, base: float, numerators: Sequence[int], denominator: int) -> Any:
         """Cosine and sine of the angles ``position * base ** (-numerator / denominator)``, each [T, n].
@@ -60,16 +50,13 @@ class Ops(Protocol):
         already lost what the cosine is about.
         """
 
-    def where(self, condition: Array, x: Array, otherwise: Array | float) -> Array:
-        """x where the condition holds, else `otherwise`."""
-
-    def concatenate(self, arrays: Sequence[Array], axis: int = 0) -> Array: ...
-
     def top_k(self, x: Array, k: int) -> Array:
         """Indices [T, k] of the k largest of each row of x [T, E], largest first, equal ones by lower index."""
 
-    def gather(self, x: Array, index: Array) -> Array:
-        """x[t, index[t, j]] for x [T, E] and integers [T, k]: [T, k]."""
+    # selection: elementwise; along an axis; x[t, index[t, j]] for integers [T, k]: [T, k]
+    def where(self, condition: Array, x: Array, otherwise: Array | float) -> Array: ...
+    def concatenate(self, arrays: Sequence[Array], axis: int = 0) -> Array: ...
+    def gather(self, x: Array, index: Array) -> Array: ...
 
     def group(self, ids: Array, groups: int) -> tuple[Array, list[int]]:
         """The order that sorts integers `ids` [n] stably, [n], and how many there are of each of 0 .. groups - 1."""
