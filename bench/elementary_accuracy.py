@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from refmoe.ops import elementary
+from refmoe.ops import elementary, elementary_tables
 
 ctx.prec = 256  # bits of every ball: a reduction from 2^31 to 2^-60 still leaves 160
 TO_UNITS = {e: arb(2) ** (52 - e) for e in range(-1022, 1024)}
@@ -33,7 +33,6 @@ REAL: dict[str, Callable[[Any], Any]] = {
     "sin": lambda x: x.sin(),
     "cos": lambda x: x.cos(),
     "sigmoid": lambda x: 1 / (1 + (-x).exp()),
-    "silu": lambda x: x / (1 + (-x).exp()),
 }
 OURS: dict[str, Callable[[Any], Any]] = {
     "exp": elementary.exp,
@@ -41,7 +40,6 @@ OURS: dict[str, Callable[[Any], Any]] = {
     "sin": lambda x: elementary.sin_cos(x)[0],
     "cos": lambda x: elementary.sin_cos(x)[1],
     "sigmoid": elementary.sigmoid,
-    "silu": elementary.silu,
 }
 FUNCTIONS = [*REAL, "circle"]
 
@@ -102,7 +100,7 @@ def around(centres: np.ndarray, rng: np.random.Generator, n: int) -> np.ndarray:
 def near_half_pi(rng: np.random.Generator, n: int, steps: int) -> np.ndarray:
     """n float64 in [1, 2^30] next to multiples of pi / 2 (steps = 16) or other multiples of pi / 32."""
     k = rng.integers(16, 10 * 2**30, n) // steps * steps
-    high = k * elementary._PI_STEP[0]
+    high = k * elementary_tables.PI_STEP[0]
     x = np.where(high <= 2.0**30, high, 1.0)
     return (x.view(np.int64) + rng.integers(-1, 2, n)).view(np.float64)
 
@@ -144,7 +142,7 @@ def arguments(function: str, n: int, seed: int) -> np.ndarray:
             nearest_to_multiples_of_half_pi()[: n // 4],
             tiny,
         ]
-    elif function in ("sigmoid", "silu"):
+    elif function == "sigmoid":
         parts = [
             rng.uniform(-745.2, 40, n // 4),
             rng.uniform(-10, 10, n // 2),

@@ -5,9 +5,10 @@ DOT-1  A sum of products is the exact real sum, rounded once to the nearest floa
 DOT-2  A NaN factor, infinity times zero, or infinite terms of both signs give NaN; other infinite terms give their
        infinity. A rounded sum beyond the largest float64 is an infinity; a subnormal one is rounded once.
 
-How it is computed, and why that meets the definition: `slices.py` and golden/dot.md. Every `@` and `.sum` below is on
-slices, hence exact; what the slices leave is bounded. Arrays may be CuPy's: pass the module as `xp`; the few elements
-that the fast path does not prove are computed on the host.
+How it is computed, and why that meets the definition: `slices`, `prepared_weight` and golden/dot.md. Every `@` and
+`.sum` below is on slices, hence exact, or on what slices left, whose error is bounded and counts in the rounding test.
+Arrays may be CuPy's: pass the module as `xp`; the few elements that the fast path does not prove are computed on the
+host.
 
 Sources: those of `slices.py`; Ziv 1991, "Fast evaluation of elementary mathematical functions with correctly rounded
 last bit" (the rounding test); Kulisch 2013, "Computer arithmetic and validity" (the exact accumulator).
@@ -15,22 +16,21 @@ last bit" (the rounding test); Kulisch 2013, "Computer arithmetic and validity" 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from refmoe.ops.double_double import two_sum
+from refmoe.ops.prepared_weight import PreparedWeight, prepare
 from refmoe.ops.slices import (
     MOST_BITS,
+    PLAIN,
     ROUNDING,
     Array,
-    PreparedWeight,
     bits,
-    covering,
+    coverage,
     on_host,
-    prepare,
     remainder_bound,
     sigma_above,
     split,
@@ -60,24 +60,26 @@ def linear(x: Array, weight: PreparedWeight, xp: Any = np) -> Array:
 
 
 def _linear_rows(x: Array, weight: PreparedWeight, xp: Any) -> Array:
-    """x: [t, n]   returns: [t, m]; one product of all slices of x, stacked, reads the weight once."""
+    """x: [t, n]   returns: [t, m]; one product of all slices of x and the remainder, stacked, reads the weight once."""
     (t, n), m = x.shape, len(weight.leading)
     safe, top, unsafe = tame(x, 1, xp)
-    stack = xp.empty((weight.count, t, n))
-    count, rest = split(safe, sigma_above(top, weight.width, xp), weight.width, stack)
+    stack = xp.empty((weight.count + 1, t, n))
+    count, rest = split(safe, sigma_above(top, weight.width, xp), weight.width, stack[:-1])
+    if rest is not None:
+        stack[count] = rest
+        count += 1
     stacked = stack[:count].reshape(count * t, n)
     parts = times(stacked, weight.leading, xp).reshape(count, t, m)
-    bound = remainder_bound(rest, 1, xp) + ROUNDING * n * top
-    proven = rest is None
-    value, unsure = settle(parts, None if proven and count <= 2 else bound * weight.top)
+    bound = n * (PLAIN * remainder_bound(rest, 1, xp) + ROUNDING * top)
+    exact = rest is None
+    value, unsure = settle(parts, None if exact and count <= 2 else bound * weight.top)
     if unsafe is not None or weight.remainder is not None or weight.wild:
         unsure = xp.zeros((t, m), dtype=bool) if unsure is None else unsure
         if weight.remainder is not None:
             rows = weight.remainder.rows
             more = [part.reshape(count, t, len(rows)) for part in weight.remainder.products(stacked, xp)]
-            all_parts = [*parts[:, :, rows], *(part for slices in more for part in slices)]
-            known = None if proven and len(all_parts) <= 2 else bound * weight.top[rows]
-            value[:, rows], doubted = settle(all_parts, known)
+            every = [*parts[:, :, rows], *(part for products in more for part in products)]
+            value[:, rows], doubted = settle(every, None if exact and len(every) <= 2 else bound * weight.top[rows])
             unsure[:, rows] = False if doubted is None else doubted
         if unsafe is not None:
             unsure |= unsafe
@@ -107,27 +109,31 @@ def _matmul_block(a: Array, b: Array, xp: Any) -> Array:
     leaves room to add them: exactly.
     """
     n = a.shape[-1]
-    most = next(s for s in range(2, 99) if covering((53 - bits(s * n)) // 2) <= s)
-    width = (53 - bits(most * n)) // 2
+    most = 2
+    while most * ((width := (53 - bits(most * n)) // 2) + 1) < coverage(n):
+        most += 1
     a_safe, a_top, a_unsafe = tame(a, -1, xp)
     b_safe, b_top, b_unsafe = tame(b, -2, xp)
     a_slices, b_slices = xp.empty((most, *a.shape)), xp.empty((most, *b.shape))
     a_count, a_rest = split(a_safe, sigma_above(a_top, width, xp), width, a_slices)
     b_count, b_rest = split(b_safe, sigma_above(b_top, width, xp), width, b_slices)
     parts = []
-    for k in range(min(most + 1, a_count + b_count - 1)):
+    for k in range(a_count + b_count - 1):
         first, last = max(0, k - b_count + 1), min(k, a_count - 1)
         part = a_slices[first] @ b_slices[k - first]
         for i in range(first + 1, last + 1):
             part += a_slices[i] @ b_slices[k - i]
         parts.append(part)
     bound = None
-    dropped = a_count + b_count - 1 > most + 1
-    if dropped or a_rest is not None or b_rest is not None or len(parts) > 2:
-        beyond = math.ldexp(4 * most * most, -(most + 1) * (width + 1)) if dropped else 0.0
-        bound = (remainder_bound(a_rest, -1, xp) + n * (ROUNDING + beyond) * a_top) * b_top
+    if a_rest is not None or b_rest is not None or len(parts) > 2:
+        a_bound, b_bound = remainder_bound(a_rest, -1, xp), remainder_bound(b_rest, -2, xp)
+        bound = n * (PLAIN * a_bound + ROUNDING * a_top) * b_top + (n * PLAIN * b_bound) * a_top
+        if a_rest is not None:
+            parts.append(a_rest @ b_safe)
         if b_rest is not None:
-            bound = bound + 2 * a_top * remainder_bound(b_rest, -2, xp)
+            parts.append(a_safe @ b_rest)
+        if a_rest is not None and b_rest is not None:  # both have counted a_rest @ b_rest
+            bound = bound + a_bound * xp.abs(b_rest).max(axis=-2, keepdims=True)
     value, unsure = settle(parts, bound)
     if a_unsafe is not None or b_unsafe is not None:
         unsure = xp.zeros(value.shape, dtype=bool) if unsure is None else unsure
@@ -155,12 +161,13 @@ def _sum_block(x: Array, axis: int, xp: Any) -> Array:
     n = x.shape[axis]
     width = min(53 - bits(n), MOST_BITS)
     safe, top, unsafe = tame(x, axis, xp)
-    stack = xp.empty((covering(width), *x.shape))
+    stack = xp.empty((2, *x.shape))  # nearly always all there is, and then no test is needed
     count, rest = split(safe, sigma_above(top, width, xp), width, stack)
-    parts = stack[:count].sum(axis=axis + 1)
+    parts = [piece.sum(axis=axis) for piece in stack[:count]]
     bound = None
     if count > 2 or rest is not None:
-        bound = (remainder_bound(rest, axis, xp) + ROUNDING * n * top).squeeze(axis)
+        bound = n * (PLAIN * remainder_bound(rest, axis, xp) + ROUNDING * top).squeeze(axis)
+        parts += [] if rest is None else [rest.sum(axis=axis)]
     value, unsure = settle(parts, bound)
     if unsafe is not None:
         unsafe = unsafe.squeeze(axis)

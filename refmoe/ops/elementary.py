@@ -1,4 +1,4 @@
-"""exp, log, sin, cos, sigmoid and silu in float64, with the same bits on every machine.
+"""exp, log, sin, cos and sigmoid in float64, with the same bits on every machine.
 
 NumPy's own change bits between SIMD levels and from CUDA's. These are built only of IEEE-754 binary64 `+ - * /` in
 round to nearest even, rint, comparisons, selections, table look-ups and integer operations on the bits, one array
@@ -26,68 +26,13 @@ from typing import Any
 import numpy as np
 
 from refmoe.ops import double_double
+from refmoe.ops import elementary_tables as tables
 from refmoe.ops.double_double import Array, fast_two_sum, power_of_two, split, two_product, two_sum
 
-
-def _table(text: str) -> Array:
-    """[2, n]: leading parts and remainders, from pairs of hexadecimal floats."""
-    return np.array([float.fromhex(word) for word in text.split()]).reshape(-1, 2).T.copy()
-
-
-# fmt: off
 _EXP_LARGEST = float.fromhex("0x1.62e42fefa39efp+9")  # the largest x whose e^x does not round to infinity
-_EXP_SMALLEST = -800.0  # well below where e^x, and x e^x, round to zero
-_STEPS_PER_LN2 = float.fromhex("0x1.71547652b82fep+4")  # 16 / ln 2
-_LN2_STEP_1 = float.fromhex("0x1.62e42fefap-5")  # ln 2 / 16 to a multiple of 2^-42: 38 bits, times 15 bits is exact
-_LN2_STEP_2 = float.fromhex("0x1.cf79abc9e3b3ap-44")  # what is left
+_EXP_SMALLEST = -800.0  # well below where e^x rounds to zero
 _GRID_31 = float.fromhex("0x1.8p+21")  # (r + this) - this rounds |r| < 2^20 to a multiple of 2^-31
-_EXP_TABLE = _table("""
-    0x1p+0 0x0p+0                          0x1.0b5587p+0 -0x1.833b784eb3a37p-27  0x1.172b84p+0 -0x1.c15742919041cp-27
-    0x1.2387a7p+0 -0x1.8a9dc7993e052p-28   0x1.306fe08p+0 0x1.18db8a96f46adp-27  0x1.3dea65p+0 -0x1.f6e5eee525f6fp-27
-    0x1.4bfdad8p+0 -0x1.64eaec715e343p-27  0x1.5ab07ep+0 -0x1.5bd5eb539b67fp-27  0x1.6a09e68p+0 -0x1.80c4336f74d05p-28
-    0x1.7a1147p+0 0x1.f580c36bea881p-27    0x1.8ace54p+0 0x1.15506dadd3e2bp-27   0x1.9c4918p+0 0x1.51f8480e3e236p-27
-    0x1.ae89f98p+0 0x1.5ad3ad5e8734dp-28   0x1.c199bep+0 -0x1.3d56b1eeef9a7p-27  0x1.d5818ep+0 -0x1.822dbc6d12fd3p-27
-    0x1.ea4afap+0 0x1.52486cc2c7b9dp-27
-""")  # 2^(j/16), j = 0 .. 15: rounded to 26 bits, and what is left
-
-_SQRT_HALF_BITS = 0x3FE6A09E667F3BCD  # of sqrt(1/2), rounded up
-_LN2_1 = float.fromhex("0x1.62e42fefa38p-1")  # ln 2 to a multiple of 2^-42: 42 bits, times 11 bits is exact
-_LN2_2 = float.fromhex("0x1.ef35793c7673p-45")  # what is left
-_LOG_TABLE = _table("""
-    0x1.522ae0738ap-2 0x1.ebe708164c759p-45   0x1.269621134ep-2 -0x1.1b61f10522625p-44
-    0x1.f991c6cb3cp-3 -0x1.90d04cd7cc834p-44  0x1.a93ed3c8aep-3 -0x1.8724350562169p-45
-    0x1.5bf406b544p-3 -0x1.27023eb68981cp-46  0x1.1178e8227ep-3 0x1.1ef78ce2d07f2p-45
-    0x1.9335e5d594p-4 0x1.3115c3abd47dap-45   0x1.08598b59e4p-4 -0x1.7e5dd7009902cp-46
-    0x1.0415d89e78p-5 -0x1.dddc7f461c516p-44  0x0p+0 0x0p+0
-    -0x1.f829b0e78p-6 -0x1.980267c7e09e4p-45  -0x1.f0a30c0118p-5 0x1.d599e83368e91p-45
-    -0x1.6f0d28ae58p-4 0x1.4b4641b664613p-44  -0x1.e27076e2bp-4 0x1.a342c2af0003cp-45
-    -0x1.29552f82p-3 0x1.5b967f4471dfcp-44    -0x1.5ff3070a7ap-3 0x1.8586f183bebf2p-44
-    -0x1.9525a9cf46p-3 0x1.297137d9f158fp-44  -0x1.c8ff7c79aap-3 0x1.7794f689f8434p-45
-    -0x1.fb9186d5e4p-3 0x1.d572aab993c87p-47  -0x1.1675cababap-2 -0x1.8380e731f55c4p-44
-    -0x1.2e8e2bae12p-2 0x1.67b1e99b72bd8p-45  -0x1.4618bc21c6p-2 0x1.3d82f484c84ccp-46
-    -0x1.5d1bdbf581p-2 0x1.8d6bdc9c7c238p-44
-""")  # log(32/i), i = 23 .. 45: to a multiple of 2^-42, and what is left
-
 _LARGEST_ANGLE = 1073741824.0  # 2^30
-_STEPS_PER_PI = float.fromhex("0x1.45f306dc9c883p+3")  # 32 / pi
-_STEPS_PER_PI_LOW = float.fromhex("-0x1.6b01ec5417056p-51")
-_PI_STEP = float.fromhex("0x1.921fb54442d18p-4"), float.fromhex("0x1.1a62633145c07p-58")  # pi / 32
-# pi / 32 again, in five parts of at most 19 bits, whose products with 34 bits are exact, and what is left.
-_PI_STEP_PARTS = [float.fromhex(part) for part in (
-    "0x1.921fcp-4", "-0x1.5777cp-25", "0x1.a308cp-45", "0x1.31318p-65", "0x1.8a2ep-85", "0x1.b839a252049c1p-108",
-)]
-_QUARTER = _table("""
-    0x0p+0 0x0p+0                         0x1.917a6cp-4 -0x1.eb25ea0f138c7p-31   0x1.8f8b84p-3 -0x1.cb2cfaa4da337p-30
-    0x1.294063p-2 -0x1.2a60fa574a369p-30  0x1.87de2a8p-2 -0x1.51569d2e59dbap-30  0x1.e2b5d38p-2 0x1.bd8ec78362475p-36
-    0x1.1c73b38p-1 0x1.ae68c86c9774ap-29  0x1.44cf328p-1 -0x1.7b7114f3fc4afp-28  0x1.6a09e68p-1 -0x1.80c4336f74d05p-29
-    0x1.8bc8068p-1 0x1.8a8ba05a743dap-28  0x1.a9b6628p-1 0x1.0ea1a3033ec62p-29   0x1.c38b2fp-1 0x1.80bdb0d23e9d1p-29
-    0x1.d906bdp-1 -0x1.9ae573aea067cp-30  0x1.e9f4158p-1 -0x1.39d225a27d387p-29  0x1.f6297dp-1 -0x1.1469faa77a357p-34
-    0x1.fd88dap-1 0x1.e89292cf04139p-28   0x1p+0 0x0p+0
-""")  # sin(j pi / 32), j = 0 .. 16: rounded to 26 bits, and what is left
-# fmt: on
-_HALF = np.concatenate([_QUARTER, _QUARTER[:, -2:0:-1]], axis=1)
-_SIN_TABLE = np.concatenate([_HALF, 0.0 - _HALF], axis=1)  # the whole circle: j = 0 .. 63, [2, 64]
-
 _BLOCK = 8192  # elements that NumPy works on at a time, so that the intermediate results stay in the cache
 
 
@@ -110,11 +55,6 @@ def sin_cos(x: Array, xp: Any = np) -> tuple[Array, Array]:
 def sigmoid(x: Array, xp: Any = np) -> Array:
     """1 / (1 + e^-x). Domain: all."""
     return _by_blocks(_sigmoid, xp, x)[0]
-
-
-def silu(x: Array, xp: Any = np) -> Array:
-    """x / (1 + e^-x). Domain: all; -0 for -0 and for x <= -752, -inf included."""
-    return _by_blocks(_silu, xp, x)[0]
 
 
 def unit_circle(positions: Array, base: float, numerators: Any, denominator: int, xp: Any = np) -> tuple[Array, Array]:
@@ -147,7 +87,7 @@ def unit_circle(positions: Array, base: float, numerators: Any, denominator: int
         steps, error = two_product(position, high)  # the angle in units of pi / 32: the reduction is exact
         nearest = xp.rint(steps)
         rest = two_sum(steps - nearest, error + position * low)
-        sine, cosine = _near_step(nearest, double_double.multiply(rest, _PI_STEP), xp)
+        sine, cosine = _near_step(nearest, double_double.multiply(rest, tables.PI_STEP), xp)
         sin[block] = xp.where(position < 0.0, np.nan, sine)
         cos[block] = xp.where(position < 0.0, np.nan, cosine)
     return cos, sin
@@ -159,7 +99,7 @@ def _steps_per_position(base: float, numerators: tuple[int, ...], denominator: i
     theta, top = np.array([base]), np.array(numerators, dtype=np.float64)
     exponent = double_double.multiply(double_double.log(theta, near=log(theta)), (0.0 - top, 0.0))
     frequency = double_double.exp(double_double.divide(exponent, float(denominator)))
-    high, low = double_double.multiply(frequency, (_STEPS_PER_PI, _STEPS_PER_PI_LOW))
+    high, low = double_double.multiply(frequency, (tables.STEPS_PER_PI, tables.STEPS_PER_PI_LOW))
     high.flags.writeable = low.flags.writeable = False
     return high, low
 
@@ -194,16 +134,16 @@ def _exp_parts(x: Array, xp: Any) -> tuple[Array, Array, Array]:
 
     The relative error is near 2^-63.
     """
-    n = xp.rint(x * _STEPS_PER_LN2)
-    r = x - n * _LN2_STEP_1  # exact
-    tail = n * _LN2_STEP_2
+    n = xp.rint(x * tables.STEPS_PER_LN2)
+    r = x - n * tables.LN2_STEP_1  # exact
+    tail = n * tables.LN2_STEP_2
     r1 = (r + _GRID_31) - _GRID_31  # 26 bits
     r2 = (r - r1) - tail
     r = r - tail
     q = _polynomial(r, 1 / 40320, 1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2) * (r * r)  # e^r - 1 - r
     n = n.astype(np.int64)
     j = n & 15
-    t1, t2 = xp.asarray(_EXP_TABLE[0])[j], xp.asarray(_EXP_TABLE[1])[j]
+    t1, t2 = xp.asarray(tables.EXP_TABLE[0])[j], xp.asarray(tables.EXP_TABLE[1])[j]
     high, error = fast_two_sum(t1, t1 * r1)  # the product is exact
     return high, error + (t2 + (t2 * r1 + (t1 + t2) * (r2 + q))), n >> 4
 
@@ -247,28 +187,12 @@ def _sigmoid(x: Array, xp: Any) -> tuple[Array]:
     return (xp.where(number, y, np.nan),)
 
 
-def _silu(x: Array, xp: Any) -> tuple[Array]:
-    number = x == x
-    x = xp.where(number, x, 0.0)
-    size = xp.abs(x)
-    inside = (size >= 2.0**-60) & (x >= _EXP_SMALLEST) & (x <= 64.0)
-    safe = xp.where(inside, x, 0.0)
-    high, low, k = _logistic_parts(safe, xp)
-    safe = xp.abs(safe)
-    p, error = two_product(safe, high)
-    y = _round_scaled(p, error + safe * low, k, xp)
-    y = xp.where(x < 0.0, -y, y)
-    # Outside: x / 2 near zero, x for large x, -0 for very negative x.
-    y = xp.where(inside, y, xp.where(size < 1.0, x * 0.5, xp.where(x > 0.0, x, -0.0)))
-    return (xp.where(number, y, np.nan),)
-
-
 def _log(x: Array, xp: Any) -> tuple[Array]:
     inside = (x > 0.0) & (x < np.inf)
     safe = xp.where(inside, x, 1.0)
     lift = (safe < 2.0**-1022).astype(np.int64) * 54  # makes a subnormal number normal
     bits = (safe * power_of_two(lift)).view(np.int64)
-    k = (bits - _SQRT_HALF_BITS) >> 52
+    k = (bits - tables.SQRT_HALF_BITS) >> 52
     m = (bits - (k << 52)).view(np.float64)  # x = m 2^(k - lift), sqrt(1/2) <= m < sqrt(2)
     k = (k - lift).astype(np.float64)
     i = xp.rint(32.0 / m)
@@ -279,8 +203,8 @@ def _log(x: Array, xp: Any) -> tuple[Array]:
     q = _polynomial(r, 1 / 11, -1 / 10, 1 / 9, -1 / 8, 1 / 7, -1 / 6, 1 / 5, -1 / 4, 1 / 3)
     q = (q * r) * (r * r) - (r2 * (r + r1)) * 0.5
     j = i.astype(np.int64) - 23
-    centre = k * _LN2_1 + xp.asarray(_LOG_TABLE[0])[j]  # exact
-    rest = k * _LN2_2 + xp.asarray(_LOG_TABLE[1])[j]
+    centre = k * tables.LN2_1 + xp.asarray(tables.LOG_TABLE[0])[j]  # exact
+    rest = k * tables.LN2_2 + xp.asarray(tables.LOG_TABLE[1])[j]
     near, error = fast_two_sum(r, -square)
     high, more = fast_two_sum(centre, near)
     y = high + (more + (error + (rest + q)))
@@ -292,8 +216,8 @@ def _sin_cos(x: Array, xp: Any) -> tuple[Array, Array]:
     inside = size <= _LARGEST_ANGLE
     small = size < 2.0**-27  # sin x = x and cos x = 1 to within 2^-55
     safe = xp.where(inside & ~small, x, 0.0)
-    n = xp.rint(safe * _STEPS_PER_PI)
-    p1, p2, p3, p4, p5, p6 = _PI_STEP_PARTS
+    n = xp.rint(safe * tables.STEPS_PER_PI)
+    p1, p2, p3, p4, p5, p6 = tables.PI_STEP_PARTS
     r = (safe - n * p1) - n * p2  # exact, as are the next three products; then |r| < 0.06
     r, e3 = two_sum(r, -(n * p3))
     r, e4 = two_sum(r, -(n * p4))
@@ -312,7 +236,7 @@ def _near_step(n: Array, r: double_double.Pair, xp: Any) -> tuple[Array, Array]:
     s = _polynomial(z, 1 / 362880, -1 / 5040, 1 / 120, -1 / 6) * (z * r0)  # sin r - r
     c = _polynomial(z, 1 / 40320, -1 / 720, 1 / 24, -1 / 2) * z  # cos r - 1
     j = n.astype(np.int64) & 63
-    leading, remainder = xp.asarray(_SIN_TABLE[0]), xp.asarray(_SIN_TABLE[1])
+    leading, remainder = xp.asarray(tables.SIN_TABLE[0]), xp.asarray(tables.SIN_TABLE[1])
     sin1, sin2 = leading[j], remainder[j]
     j = (j + 16) & 63
     cos1, cos2 = leading[j], remainder[j]
