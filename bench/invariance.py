@@ -28,7 +28,7 @@ FEATURES = {
 GROUPS = {"no AVX-512": "X86_V4 AVX512_ICL AVX512_SPR", "no AVX2": "X86_V3 X86_V4 AVX512_ICL AVX512_SPR"}
 
 
-def digests() -> dict[str, str]:
+def digests(golden: Path) -> dict[str, str]:
     """SHA-256 over the names and bytes of all taps of all golden cases, by arithmetic."""
     import numpy as np
 
@@ -40,7 +40,7 @@ def digests() -> dict[str, str]:
     from refmoe.trace import Recorder
 
     found = {"exact": hashlib.sha256(), "float64": hashlib.sha256()}
-    for folder in find_cases(ROOT / "golden"):
+    for folder in find_cases(golden):
         case = read_case(folder)
         model = Model(case.config, case.checkpoint().parameters)
         for name, digest in found.items():
@@ -85,16 +85,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", action="append", default=[], help="another interpreter that can import refmoe")
     parser.add_argument("--json", type=Path, help="write the table here as well")
+    parser.add_argument("--golden", type=Path, default=ROOT / "golden", help="the cases to hash (default: all)")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(digests()))
+        print(json.dumps(digests(options.golden)))
         return
     rows = []
     for name, python, extra in settings(options.python):
         environment = os.environ | {"PYTHONPATH": str(ROOT)} | extra
         # a name that this NumPy or processor does not have is a warning on standard error
-        command = [python, __file__, "--child"]
+        command = [python, __file__, "--child", "--golden", str(options.golden)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(f"{name}: {done.stderr.strip().splitlines()[-1]}")

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refmoe.checkpoint.weight import Weight
+from refmoe.ops import dot
 from refmoe.ops.ball import BallOps, chooses, midpoints
 from refmoe.ops.exact import ExactOps
 from refmoe.ops.native import NativeOps, upcast
@@ -153,3 +154,18 @@ def test_balls_contain_what_exact_ops_compute_to_an_ulp(values: list[float]) -> 
     for found, wanted in ((ball.exp(x), exact.exp(y)), (ball.sigmoid(x), exact.sigmoid(y))):
         for enclosure, value in zip(found, wanted.tolist(), strict=True):
             assert abs(enclosure - value) <= abs(enclosure) * 2.0**-52
+
+
+def test_exact_ops_split_a_weight_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many calls, and under however many prefixes, until it is pushed out."""
+    prepared = []
+    prepare = dot.prepare
+    monkeypatch.setattr(dot, "prepare", lambda *arguments: prepared.append(1) or prepare(*arguments))
+    ops, w = ExactOps(), weight(np.eye(3))
+    for inner in (ops, ops.within("layers.0."), ops.within("layers.1.")):
+        inner.linear(ops.array(np.ones((2, 3))), w)
+    assert len(prepared) == 1
+    small = ExactOps(prepared_bytes=0)
+    for _ in range(2):
+        small.linear(ops.array(np.ones((2, 3))), w)
+    assert len(prepared) == 3
