@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from refmoe.golden import TRACE_FILE, Case
+from refmoe.golden import Case, compute, trace_path
 from refmoe.ops.ball import PRECISION, BallOps, chooses
 from refmoe.script import execute
 from refmoe.spec.model import Model
-from refmoe.trace import Recorder, Trace, read_trace
+from refmoe.trace import Recorder, read_trace
 
 
 @dataclass(frozen=True)
@@ -28,15 +29,20 @@ class Certificate:
     """Routing decisions that the balls do not separate, ``<run>/<tap>[token]``."""
 
     def to_json(self) -> dict[str, Any]:
-        """For the manifest."""
+        """For the manifest. Infinity, which JSON has not, is null: no bound."""
         worst = max(self.relative, key=lambda key: self.relative[key])
         return {
             "arithmetic": f"Arb balls, {PRECISION} bits",
-            "worst": {"tensor": worst, "relative": self.relative[worst]},
-            "bounds": self.bounds,
-            "relative": self.relative,
+            "worst": {"tensor": worst, "relative": finite(self.relative[worst])},
+            "bounds": {key: finite(bound) for key, bound in self.bounds.items()},
+            "relative": {key: finite(bound) for key, bound in self.relative.items()},
             "decisions": {"all": self.decisions, "unproven": list(self.unproven)},
         }
+
+
+def finite(value: float) -> float | None:
+    """The value, or None where it is not finite."""
+    return value if math.isfinite(value) else None
 
 
 class Prover:
@@ -46,7 +52,7 @@ class Prover:
     the decision itself is the real one is proven or not on its own.
     """
 
-    def __init__(self, golden: Trace) -> None:
+    def __init__(self, golden: Mapping[str, np.ndarray[Any, Any]]) -> None:
         self.golden = golden
         self.run = ""
         self.bounds: dict[str, float] = {}
@@ -57,7 +63,7 @@ class Prover:
 
     def __call__(self, name: str, x: Any) -> Any:
         key = f"{self.run}/{name}"
-        golden = self.golden.get(self.run, name)
+        golden = self.golden[key]
         if name.endswith("router.experts"):
             proven = chooses(self._logits, golden)
             self.decisions += len(proven)
@@ -81,9 +87,14 @@ def largest_distance(balls: Any, values: np.ndarray[Any, Any]) -> float:
 def certify(case: Case) -> Certificate:
     """Run the case under balls and hold its golden against them.
 
+    Where the case stores a fingerprint, its golden is recomputed.
     Raises InputError when python-flint is not installed or the golden trace cannot be read.
     """
-    prover = Prover(read_trace(case.folder / TRACE_FILE))
+    if case.store == "trace":
+        golden = {key: tensor.map() for key, tensor in read_trace(trace_path(case.folder)).tensors.items()}
+    else:
+        golden = compute(case)
+    prover = Prover(golden)
     recorder = Recorder()
 
     def tap(name: str, x: Any) -> Any:

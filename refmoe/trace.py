@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save, save_file
 
 from refmoe import __version__
 from refmoe.atomic import replacing
@@ -84,17 +84,33 @@ class Recorder:
 
     def __call__(self, name: str, x: Any) -> None:
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.patterns):
-            self.arrays[f"{self.run}/{name}"] = np.ascontiguousarray(x)
+            self.keep(f"{self.run}/{name}", np.ascontiguousarray(x))
         if self.progress is not None and name.endswith(".residual"):
             self.progress()
+
+    def keep(self, key: str, array: np.ndarray[Any, Any]) -> None:
+        """What becomes of an array that passed."""
+        self.arrays[key] = array
 
 
 def write_trace(path: Path, header: Header, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
     """Write a trace, whole or not at all. Raises InputError when the file cannot be written."""
-    metadata = json.dumps(asdict(header), separators=(",", ":"))
     with replacing(path) as temporary:
-        # save_file writes the memory of a strided array as if it were dense
-        save_file({key: np.ascontiguousarray(array) for key, array in arrays.items()}, temporary, {"refmoe": metadata})
+        save_file(_dense(arrays), temporary, _metadata(header))
+
+
+def trace_bytes(header: Header, arrays: dict[str, np.ndarray[Any, Any]]) -> bytes:
+    """The bytes that `write_trace` would write."""
+    return bytes(save(_dense(arrays), _metadata(header)))
+
+
+def _metadata(header: Header) -> dict[str, str]:
+    return {"refmoe": json.dumps(asdict(header), separators=(",", ":"))}
+
+
+def _dense(arrays: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+    # safetensors writes the memory of a strided array as if it were dense
+    return {key: np.ascontiguousarray(array) for key, array in arrays.items()}
 
 
 def read_trace(path: Path) -> Trace:

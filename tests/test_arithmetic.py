@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from refmoe.checkpoint.write import named_weights
-from refmoe.golden import TRACE_FILE, read_case
+from refmoe.golden import read_case, trace_path
 from refmoe.ops import elementary
 from refmoe.trace import read_trace
 
@@ -65,7 +65,7 @@ def add(a: Vector, b: Vector) -> Vector:
 def test_the_document_reproduces_the_bits_of_a_golden() -> None:
     """The first tokens of the prefill: every tap that ends a step, to the last bit."""
     case = read_case(FOLDER)
-    c, trace = case.config, read_trace(FOLDER / TRACE_FILE)
+    c, trace = case.config, read_trace(trace_path(FOLDER))
     weights: dict[str, Any] = {}
     for name, weight in named_weights(case.checkpoint().parameters).items():
         values = np.asarray(weight.read(), np.float64).tolist()

@@ -17,7 +17,7 @@ import pytest
 from refmoe.checkpoint.synthetic import synthetic_checkpoint
 from refmoe.checkpoint.write import write_checkpoint
 from refmoe.cli import commands, main
-from refmoe.golden import read_case
+from refmoe.golden import read_case, trace_path
 from refmoe.spec.config import Config
 from refmoe.trace import read_trace
 from tests.models import SMALL
@@ -170,7 +170,7 @@ def test_check_passes_and_fails(refmoe: Refmoe, tmp_path: Path) -> None:
 def test_a_materialised_case_is_the_case(refmoe: Refmoe, tmp_path: Path) -> None:
     """In both layouts, the trace of the checkpoint is the golden, bit for bit."""
     case = read_case(GOLDEN / "walking-skeleton")
-    golden = read_trace(GOLDEN / "walking-skeleton" / "trace.safetensors")
+    golden = read_trace(trace_path(GOLDEN / "walking-skeleton"))
     for layout in ("hf", "mistral"):
         folder = tmp_path / layout
         assert refmoe("materialise", case.name, folder, "--golden", GOLDEN, "--layout", layout)[0] == 0

@@ -46,6 +46,8 @@ def load_model(folder: Path, dtype: str, attention: str = "eager") -> Any:
 def capture(model: Any, runs: Sequence[Run], recorder: Recorder) -> None:
     """Run a script on the model, a cache per sequence; what the hooks see goes to `recorder`.
 
+    A run whose `past` is less than what its sequence has seen begins with the cache cut to that many tokens.
+
     model: a `MixtralForCausalLM`.   runs: as `refmoe.script.plan` makes them.
     """
     torch = require("torch", "engines", "capturing from transformers")
@@ -56,6 +58,8 @@ def capture(model: Any, runs: Sequence[Run], recorder: Recorder) -> None:
             recorder.run = run.run
             # not made from the configuration: a cache that forgets what a window hides would hide S as well
             cache = caches.setdefault(run.sequence, transformers.DynamicCache())
+            if run.past < cache.get_seq_length():
+                cache.crop(run.past - cache.get_seq_length())  # a negative number: how many to remove
             model(
                 input_ids=torch.tensor([run.tokens]), position_ids=torch.tensor([run.positions]),
                 past_key_values=cache, use_cache=True,

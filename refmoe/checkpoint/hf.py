@@ -6,16 +6,15 @@ from collections.abc import Iterator
 from operator import itemgetter
 from pathlib import Path
 
+from refmoe.checkpoint.json_file import JsonFile, read_json
 from refmoe.checkpoint.layout import (
     Checkpoint,
     Expected,
-    JsonFile,
     View,
     account,
     gather_tensors,
     indexed_tensors,
     make_config,
-    read_json,
     refuse_pickles,
     to_checkpoint,
     whole,

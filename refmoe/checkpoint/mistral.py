@@ -8,15 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from refmoe.checkpoint.json_file import JsonFile, read_json
 from refmoe.checkpoint.layout import (
     Checkpoint,
     Expected,
-    JsonFile,
     account,
     gather_tensors,
     indexed_tensors,
     make_config,
-    read_json,
     refuse_pickles,
     to_checkpoint,
     whole,

@@ -1,16 +1,8 @@
-"""Synthetic weights: a formula, not a download.
-
-Every element is an odd integer in [-255, 255] times a power of two fixed per parameter, so that it is exact in
-bfloat16, float16, float32 and float64. The integer comes from a hash of (seed, parameter name, flat index): any
-element can be had without the others, in any language. `golden/FORMAT.md` has the same text with test vectors.
-"""
+"""A model whose weights are a formula, not a download: `weight_formula`, changed on purpose by `weight_edits`."""
 
 from __future__ import annotations
 
-import hashlib
-import math
-import sys
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,123 +10,63 @@ import numpy as np
 from refmoe.checkpoint.layout import Checkpoint
 from refmoe.checkpoint.names import build_parameters, parameter_shapes
 from refmoe.checkpoint.weight import Weight
+from refmoe.checkpoint.weight_edits import Edit, parse_edits
+from refmoe.checkpoint.weight_formula import EXPONENTS, GAINS, MASK, default_exponent, elements, gains
 from refmoe.errors import InputError
 from refmoe.spec.config import Config
-
-GOLDEN_RATIO = 0x9E3779B97F4A7C15
-MASK = (1 << 64) - 1
-MEAN_SQUARE = 21845
-"""The mean square of the odd integers in [-255, 255]: (256^2 - 1) / 3."""
-
-GAINS = {"embedding": 0, "wq": 1, "wk": 1, "wv": 0, "wo": 0, "gate": 1, "w1": 1, "w2": 1, "w3": 1, "output": 1}
-"""Logarithm to base two of the gain that each kind of parameter is meant to have.
-
-Queries, keys and router a little above one make attention peaked and choices clear; a gain of two in the experts keeps
-their output as large as the residual, so that what an expert does wrong is seen.
-"""
-
-BLOCK = 1 << 15
-"""Elements hashed at a time: few enough that the temporaries stay in the second-level cache."""
-
-TOP_BYTE = 7 if sys.byteorder == "little" else 0
-"""Which byte of a 64-bit integer in memory is its highest."""
-
-EXPONENTS = range(-126, 121)
-"""Exponents at which every element is a normal number of float32 and bfloat16."""
-
-
-def mix(z: int) -> int:
-    """The finaliser of splitmix64 (Steele, Lea and Flood 2014), on one 64-bit integer."""
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
-    return z ^ (z >> 31)
-
-
-def stream_key(seed: int, name: str) -> int:
-    """The 64-bit key of a parameter's elements: the seed mixed with the first 8 bytes of SHA-256 of the name."""
-    digest = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
-    return mix((seed + digest) & MASK)
-
-
-def hashed_bytes(key: int, start: int, stop: int) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
-    """The top byte of the hash of each index in [start, stop), in blocks with the index that each begins at."""
-    steps = np.arange(BLOCK, dtype=np.uint64) * np.uint64(GOLDEN_RATIO)
-    scratch, shifted = np.empty_like(steps), np.empty_like(steps)
-    for first in range(start, stop, BLOCK):
-        n = min(BLOCK, stop - first)
-        z, t = scratch[:n], shifted[:n]
-        np.add(steps[:n], np.uint64((key + (first + 1) * GOLDEN_RATIO) & MASK), out=z)
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-            np.right_shift(z, np.uint64(shift), out=t)
-            np.bitwise_xor(z, t, out=z)
-            np.multiply(z, np.uint64(factor), out=z)
-        # the last xor of the finaliser changes no bit of the top byte
-        yield first, z.view(np.uint8)[TOP_BYTE::8]
-
-
-def elements(seed: int, name: str, exponent: int, start: int, stop: int) -> np.ndarray[Any, Any]:
-    """Elements [start, stop) of a matrix in row-major order: float32 [stop - start].
-
-    (2 b - 255) 2^exponent, b the top byte of the hash of the index.
-    """
-    result = np.empty(stop - start, np.float32)
-    # (b - 127.5) 2^(exponent + 1): the same number, and every step of it is exact
-    scale = np.float32(math.ldexp(1, exponent + 1))
-    for first, top in hashed_bytes(stream_key(seed, name), start, stop):
-        block = result[first - start : first - start + len(top)]
-        block[:] = top
-        block -= np.float32(127.5)
-        block *= scale
-    return result
-
-
-def gains(seed: int, name: str, size: int) -> np.ndarray[Any, Any]:
-    """The gain of a norm: 1 + k/128 with -64 < k < 64, float32 [size]; k = max(b // 2, 1) - 64."""
-    result = np.empty(size, np.float32)
-    for first, top in hashed_bytes(stream_key(seed, name), 0, size):
-        k = np.maximum(top >> 1, 1).astype(np.float32) - 64
-        result[first : first + len(top)] = 1 + k / 128
-    return result
-
-
-def default_exponent(name: str, shape: tuple[int, ...]) -> int:
-    """The largest e with 4^e * 21845 * fan_in <= 4^gain: unit-size inputs give outputs of about the gain.
-
-    fan_in: the second dimension, or 1 for the embedding.
-    """
-    kind = name.rpartition(".")[2]
-    fan_in = 1 if kind == "embedding" else shape[1]
-    # the smallest k with 4^k >= n is half the bit length of n - 1, rounded up; e = gain - k
-    return GAINS[kind] - ((MEAN_SQUARE * fan_in - 1).bit_length() + 1) // 2
 
 
 class SyntheticWeight(Weight):
     """A parameter that is computed when it is read, whole or by rows."""
 
-    def __init__(self, seed: int, name: str, shape: tuple[int, ...], exponent: int) -> None:
+    def __init__(
+        self, seed: int, name: str, shape: tuple[int, ...], exponent: int, edits: tuple[Edit, ...] = ()
+    ) -> None:
         super().__init__(name, shape, np.float32, self._values, f"synthetic parameter '{name}'")
         self.seed = seed
         self.exponent = exponent
+        self.edits = edits
 
     def _values(self) -> np.ndarray[Any, Any]:
-        if len(self.shape) == 1:
-            return gains(self.seed, self.name, self.shape[0])
-        return elements(self.seed, self.name, self.exponent, 0, math.prod(self.shape)).reshape(self.shape)
+        height = self.shape[0] if len(self.shape) == 2 else 1
+        return self._edited(np.arange(height), self.edits).reshape(self.shape)
 
     def rows(self, ids: Any) -> np.ndarray[Any, Any]:
+        # what indexing an array would choose, or its IndexError
+        return self._edited(np.arange(self.shape[0])[ids], self.edits)
+
+    def _edited(self, rows: np.ndarray[Any, Any], edits: tuple[Edit, ...]) -> np.ndarray[Any, Any]:
+        """Rows of the matrix, or the gain as its only row, after some of the edits."""
+        block = self._formula(rows, self.exponent)
+        for i, edit in enumerate(edits):
+            formula = self._formula(rows, edit.given) if edit.action == "exponent" else None
+            copied = self._edited(np.array([edit.given]), edits[:i])[0] if edit.action == "copy" else None
+            edit.apply(block, rows, formula, copied)
+        return block
+
+    def _formula(self, rows: np.ndarray[Any, Any], exponent: int) -> np.ndarray[Any, Any]:
+        if len(self.shape) == 1:
+            return gains(self.seed, self.name, self.shape[0])[None]
         height, width = self.shape
-        rows = np.arange(height)[ids].tolist()  # what indexing an array would choose, or its IndexError
+        if len(rows) == height and np.array_equal(rows, np.arange(height)):
+            return elements(self.seed, self.name, exponent, 0, height * width).reshape(self.shape)
         result = np.empty((len(rows), width), np.float32)
-        for i, row in enumerate(rows):
-            result[i] = elements(self.seed, self.name, self.exponent, row * width, (row + 1) * width)
+        for i, row in enumerate(rows.tolist()):
+            result[i] = elements(self.seed, self.name, exponent, row * width, (row + 1) * width)
         return result
 
 
-def synthetic_checkpoint(config: Config, seed: int, exponents: dict[str, int] | None = None) -> Checkpoint:
+def synthetic_checkpoint(
+    config: Config,
+    seed: int,
+    exponents: Mapping[str, int] | None = None,
+    edits: Sequence[Mapping[str, Any]] = (),
+) -> Checkpoint:
     """A model of the given dimensions with weights from the formula.
 
     exponents: kind of parameter (the last part of its name) to the power of two, where it is not the default.
-    Raises InputError for an unknown kind, an exponent outside float32's or a seed outside 64 bits.
+    edits: changes to what the formula gives, as tables; `weight_edits` says what they may be.
+    Raises InputError for an unknown kind, an exponent outside float32's, a seed outside 64 bits or a malformed edit.
     """
     given = exponents or {}
     for kind in sorted(given.keys() - GAINS.keys()):
@@ -145,11 +77,12 @@ def synthetic_checkpoint(config: Config, seed: int, exponents: dict[str, int] | 
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MASK:
         raise InputError(f"seed = {seed!r}, but an integer from 0 to 2^64 - 1 was expected")
     shapes = parameter_shapes(config)
+    changes = parse_edits(edits, shapes)
 
     def weight(name: str) -> Weight:
         shape = shapes[name]
         kind = name.rpartition(".")[2]
         exponent = 0 if len(shape) == 1 else given.get(kind, default_exponent(name, shape))
-        return SyntheticWeight(seed, name, shape, exponent)
+        return SyntheticWeight(seed, name, shape, exponent, tuple(changes.get(name, ())))
 
     return Checkpoint(config, build_parameters(config, weight), "synthetic", (), ("F32",))

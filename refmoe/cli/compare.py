@@ -10,7 +10,7 @@ import click
 
 from refmoe.cli.options import PATH, json_option
 from refmoe.compare import compare_traces
-from refmoe.golden import TRACE_FILE
+from refmoe.golden import trace_path
 from refmoe.report.terminal import print_comparison
 from refmoe.trace import read_trace
 
@@ -30,7 +30,7 @@ def compare_command(trace: Path, golden: Path, only: str | None, as_json: bool) 
     Relative RMS, the worst element and where it is; routing decisions that differ; the first tap that stands out.
     These are distances, no verdict: exit status 0 whatever they are.
     """
-    reference = golden / TRACE_FILE if golden.is_dir() else golden
+    reference = trace_path(golden) if golden.is_dir() else golden
     comparison = compare_traces(read_trace(trace), read_trace(reference))
     if as_json:
         click.echo(json.dumps(asdict(comparison)))

@@ -10,10 +10,20 @@ import click
 
 from refmoe import golden
 from refmoe.checkpoint.load import checkpoint_digest, load_checkpoint
-from refmoe.cli.options import GOLDEN, PATH, checkpoint_options, input_calls, input_options, json_option, progress_bar
+from refmoe.cli.options import (
+    GOLDEN,
+    PATH,
+    checkpoint_options,
+    input_calls,
+    input_options,
+    jobs_option,
+    json_option,
+    progress_bar,
+)
 from refmoe.errors import InputError
 from refmoe.ops.exact import ExactOps
 from refmoe.ops.native import NativeOps
+from refmoe.parallel import results
 from refmoe.script import execute, plan
 from refmoe.spec.model import Model
 from refmoe.trace import Header, Recorder, write_trace
@@ -23,6 +33,9 @@ from refmoe.trace import Header, Recorder, write_trace
 @checkpoint_options
 @input_options
 @click.option("--case", "case_name", metavar="NAME", help="Recompute and write this golden case instead.")
+@click.option(
+    "--all", "every", is_flag=True, help="Write every golden case that is not written yet, and their manifest."
+)
 @click.option("--golden", "golden_folder", type=PATH, default=GOLDEN, show_default=True, help="Where cases are.")
 @click.option("--out", type=PATH, metavar="TRACE", help="The trace to write (safetensors).")
 @click.option("--taps", default="*", show_default=True, help="Shell patterns of taps to keep, by commas.")
@@ -30,10 +43,12 @@ from refmoe.trace import Header, Recorder, write_trace
     "--dtype", type=click.Choice(["exact", "float64", "float32"]), default="exact", show_default=True,
     help="exact: the same bits on every machine; the others are NumPy's arithmetic, faster.",
 )  # fmt: skip
+@jobs_option
 @json_option
 def emit_command(
     checkpoint: Path | None, layout: str | None, tokens: Any, prompt: str | None, chat: Path | None, chunk: Any,
-    decode: Any, case_name: str | None, golden_folder: Path, out: Path | None, taps: str, dtype: str, as_json: bool,
+    decode: Any, case_name: str | None, every: bool, golden_folder: Path, out: Path | None, taps: str, dtype: str,
+    jobs: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Run the specification and write every named intermediate.
 
@@ -42,16 +57,26 @@ def emit_command(
     refmoe emit --checkpoint DIR --prompt 'The capital of France is' --taps 'logits,layers.0.*' --out t.safetensors
     refmoe emit --checkpoint DIR --tokens 1,2,3,4 --chunk 5,6 --decode 7,8 --out trace.safetensors
     refmoe emit --case walking-skeleton
+    refmoe emit --all
+
+    --all passes over cases that this version has written from their case.toml as it is; --case never does. Killed at
+    any moment, either leaves the old case or the new one; start it again to go on.
     """
-    if case_name is not None:
+    if case_name is not None or every:
         if checkpoint is not None or out is not None or taps != "*" or dtype != "exact":
             raise InputError(
-                "--case writes a golden as it is defined: --checkpoint, --out, --taps and --dtype do not apply"
+                f"{'--all' if every else '--case'} writes a golden as it is defined: --checkpoint, --out, --taps and "
+                "--dtype do not apply"
             )
-        case = golden.read_case(golden_folder / case_name)
+        if case_name is not None and every:
+            raise InputError("one of --case NAME and --all was expected, but both were given")
+        if every:
+            _emit_all(golden_folder, jobs, as_json)
+            return
+        case = golden.read_case(golden_folder / str(case_name))
         with progress_bar(case.name, len(case.runs()) * case.config.layers) as advance:
-            golden.emit(case, advance)
-        _report(as_json, case.folder / golden.TRACE_FILE, len(case.runs()))
+            path = golden.emit(case, advance)
+        _report(as_json, path, len(case.runs()))
         return
     if checkpoint is None or out is None:
         raise InputError("--checkpoint DIR and --out TRACE were expected, or --case NAME")
@@ -65,6 +90,25 @@ def emit_command(
         raise InputError(f"--taps {taps!r} matches no tap")
     write_trace(out, Header(runs, None, checkpoint_digest(loaded.files), dtype), recorder.arrays)
     _report(as_json, out, len(runs))
+
+
+def _emit_all(folder: Path, jobs: int | None, as_json: bool) -> None:
+    cases = [golden.read_case(path) for path in golden.find_cases(folder)]
+    if cases[0].folder == folder:
+        raise InputError(f"{folder}: is a case, but a folder of cases was expected")
+    for place in [folder, *(case.folder for case in cases)]:
+        golden.remove_leftovers(place)
+    wanted = [case for case in cases if not golden.is_emitted(case)]
+    with progress_bar("emit", len(cases)) as advance, results(golden.emit, wanted, jobs) as emitted:
+        for _ in range(len(cases) - len(wanted)):
+            advance()
+        for _ in emitted:
+            advance()
+    golden.write_folder_manifest(folder)
+    if as_json:
+        click.echo(json.dumps({"emitted": [case.name for case in wanted], "cases": len(cases)}))
+    else:
+        click.echo(f"{folder}: {len(wanted)} of {len(cases)} cases written, the others were up to date")
 
 
 def _report(as_json: bool, path: Path, runs: int) -> None:

@@ -62,7 +62,8 @@ def generate_command(
     refmoe generate --checkpoint DIR --chat messages.json --temperature 0.7 --top-p 0.9 --seed 1
     """
     loaded = load_checkpoint(checkpoint, layout)
-    ((_, _, start),) = input_calls(checkpoint, tokens, prompt, chat)
+    (prefill,) = input_calls(checkpoint, tokens, prompt, chat)
+    start = prefill.tokens
     for token in start:
         if not 0 <= token < loaded.config.vocab:
             raise InputError(f"token {token} of the prompt is outside the model's vocabulary of {loaded.config.vocab}")

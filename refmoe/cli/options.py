@@ -38,6 +38,13 @@ def json_option(command: Command) -> Command:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")(command)
 
 
+def jobs_option(command: Command) -> Command:
+    option = click.option(
+        "--jobs", type=click.IntRange(1), metavar="N", help="Cases worked on at once; as many as there are cores."
+    )
+    return option(command)
+
+
 def checkpoint_options(command: Command) -> Command:
     """Where the model comes from."""
     command = click.option(
@@ -74,8 +81,8 @@ def input_calls(
 
         tokenizer = Tokenizer.load(folder / "tokenizer.model")
         tokens = tuple(encode_chat(tokenizer, load_chat(chat)) if chat else tokenizer.encode(prompt or ""))
-    calls: list[Call] = [("prefill", 0, tokens), *(("chunk", 0, piece) for piece in chunk)]
-    return [*calls, ("decode", 0, decode)] if decode else calls
+    calls = [Call("prefill", 0, tokens), *(Call("chunk", 0, piece) for piece in chunk)]
+    return [*calls, Call("decode", 0, decode)] if decode else calls
 
 
 @contextmanager

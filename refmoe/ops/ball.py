@@ -61,6 +61,9 @@ class BallOps(ArrayOps):
     def exp(self, x: Any) -> Any:
         return self._map(lambda ball: ball.exp(), x)
 
+    def log(self, x: Any) -> Any:
+        return self._map(lambda ball: ball.log(), x)
+
     def sqrt(self, x: Any) -> Any:
         return self._map(lambda ball: ball.sqrt(), x)
 

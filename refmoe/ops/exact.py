@@ -38,6 +38,9 @@ class ExactOps(ArrayOps):
     def exp(self, x: Any) -> Any:
         return elementary.exp(x, self.xp)
 
+    def log(self, x: Any) -> Any:
+        return elementary.log(x, self.xp)
+
     def sqrt(self, x: Any) -> Any:
         return self.xp.sqrt(x)  # correctly rounded by IEEE-754
 

@@ -47,6 +47,9 @@ class NativeOps(ArrayOps):
     def exp(self, x: Any) -> Any:
         return np.exp(x)
 
+    def log(self, x: Any) -> Any:
+        return np.log(x)
+
     def sqrt(self, x: Any) -> Any:
         return np.sqrt(x)
 

@@ -16,7 +16,7 @@ from refmoe.capture.names import HUGGING_FACE
 from refmoe.checkpoint.load import load_checkpoint
 from refmoe.ops.exact import ExactOps
 from refmoe.ops.native import NativeOps
-from refmoe.script import execute, plan
+from refmoe.script import Call, Packed, execute, plan
 from refmoe.spec.model import Model
 from refmoe.trace import Recorder, Run
 from tests.models import SMALL, relative_rms
@@ -128,6 +128,18 @@ def test_agrees_in_float64_to_float64_s_own_error(checkpoint: Path, kind: Any) -
     """Prefill, chunk and decode, every tap a hook can see, better than 1e-14."""
     found, expected = both(checkpoint, "float64", kind=kind)
     assert {key.split("/")[0] for key in found} == {"prefill", "chunk1", "decode1", "decode2"}
+    assert_close(found, expected, 1e-14, NEVER_SEEN)
+
+
+@pytest.mark.usefixtures("_lifted")
+def test_a_cut_cache_and_packed_segments_are_what_the_spec_says(checkpoint: Path) -> None:
+    """A second request over the first one's prefix, and segments of a packed call, each alone."""
+    calls = [
+        ("prefill", 0, [3, 14, 15, 9, 26, 5]), ("decode", 0, [7]), Call("chunk", 0, [9, 32], keep=4),
+        Packed([[4, 5, 6], [7, 8]]), Call("decode", 0, [1, 2], keep=5),
+    ]  # fmt: skip
+    found, expected = both(checkpoint, "float64", calls=calls)
+    assert {key.split("/")[0] for key in found} >= {"chunk1", "packed.seg0", "packed.seg1", "decode3"}
     assert_close(found, expected, 1e-14, NEVER_SEEN)
 
 

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refmoe.checkpoint.synthetic import BLOCK, GAINS, default_exponent, elements, gains, synthetic_checkpoint
+from refmoe.checkpoint.synthetic import synthetic_checkpoint
+from refmoe.checkpoint.weight_formula import BLOCK, GAINS, default_exponent, elements, gains
 from refmoe.checkpoint.write import named_weights
 from refmoe.errors import InputError
 from tests.checkpoint.models import UNEVEN
@@ -155,3 +156,133 @@ def test_given_exponents_are_used() -> None:
             name = f"layers.0.experts.2.{kind}"
             expected = elements(1, name, used, 0, UNEVEN.dim * UNEVEN.hidden_dim)
             assert np.array_equal(weights[name].read().ravel(), expected)
+
+
+# --- edits ----------------------------------------------------------------------------------------------------------
+
+GATE = "layers.0.router.gate"
+
+
+def edited(*edits: dict[str, Any]) -> dict[str, Any]:
+    return named_weights(synthetic_checkpoint(UNEVEN, 1, edits=edits).parameters)
+
+
+PLAIN = edited()
+
+
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        ({"value": 2.0}, lambda x: np.full_like(x, 2)),
+        ({"row": 1, "value": -0.5}, lambda x: np.where(np.arange(len(x))[:, None] == 1, -0.5, x)),
+        ({"columns": [2, 5], "value": 0.0}, lambda x: np.concatenate([x[:, :2], 0 * x[:, :3], x[:, 5:]], 1)),
+        ({"row": 2, "columns": [1, 4], "values": [1, -2, 0.25]}, lambda x: changed(x, 2, slice(1, 4), [1, -2, 0.25])),
+        ({"magnitude": 4.0}, lambda x: 4 * np.sign(x)),
+        ({"row": 0, "columns": [0, 3], "magnitude": 4.0}, lambda x: changed(x, 0, slice(3), 4 * np.sign(x[0, :3]))),
+        ({"row": 3, "copy": 1}, lambda x: changed(x, 3, slice(None), x[1])),
+        ({"row": 3, "columns": [4, 6], "copy": 1}, lambda x: changed(x, 3, slice(4, 6), x[1, 4:6])),
+        ({"row": 3, "copy": 3}, lambda x: x),
+        ({"entries": [[0, 3, 1.5], [4, 0, -8]]}, lambda x: changed(changed(x, 0, 3, 1.5), 4, 0, -8)),
+    ],
+)  # fmt: skip
+def test_an_edit_changes_what_it_names_and_nothing_else(edit: dict[str, Any], expected: Any) -> None:
+    found = edited({"parameter": GATE, **edit})
+    assert np.array_equal(found[GATE].read(), expected(PLAIN[GATE].read()))
+    for name in PLAIN.keys() - {GATE}:
+        assert np.array_equal(found[name].read(), PLAIN[name].read())
+
+
+def changed(x: Any, row: int, columns: Any, values: Any) -> Any:
+    x = x.copy()
+    x[row, columns] = values
+    return x
+
+
+def test_an_exponent_for_a_row_is_the_formula_s_at_that_scale() -> None:
+    """Whatever was edited before."""
+    found = edited(
+        {"parameter": "embedding", "value": 1.0}, {"parameter": "embedding", "row": 5, "exponent": 3}
+    )["embedding"].read()  # fmt: skip
+    assert (np.delete(found, 5, axis=0) == 1).all()
+    width = UNEVEN.dim
+    assert np.array_equal(found[5], elements(1, "embedding", 3, 5 * width, 6 * width))
+
+
+def test_edits_apply_in_order_each_on_what_the_ones_before_left() -> None:
+    first = {"parameter": GATE, "row": 1, "value": 1.0}
+    copied = {"parameter": GATE, "row": 3, "copy": 1}
+    later = {"parameter": GATE, "row": 1, "value": 2.0}
+    gate = edited(first, copied, later)[GATE].read()
+    assert (gate[3] == 1).all()
+    assert (gate[1] == 2).all()
+    assert (edited(first, later, copied)[GATE].read()[3] == 2).all()
+
+
+def test_a_pattern_edits_every_parameter_that_it_matches() -> None:
+    found = edited({"parameter": "layers.*.experts.?.w2", "row": 0, "value": 0.0}, {"parameter": "*norm", "value": 1.0})
+    for name, weight in found.items():
+        changes = name.endswith((".w2", "norm"))
+        assert np.array_equal(weight.read(), PLAIN[name].read()) != changes, name
+        if name.endswith("norm"):
+            assert (weight.read() == 1).all()
+
+
+@given(st.data())
+def test_rows_of_an_edited_table_are_those_of_the_whole(data: st.DataObject) -> None:
+    """Chains of copies included."""
+    rows, columns = st.integers(0, 36), st.sampled_from([None, [0, 1], [3, 9]])
+    actions = st.one_of(
+        st.fixed_dictionaries({"copy": rows}), st.fixed_dictionaries({"value": st.integers(-9, 9)}),
+        st.fixed_dictionaries({"magnitude": st.integers(0, 9)}),
+        st.fixed_dictionaries({"exponent": st.integers(-9, 9)}),
+    )  # fmt: skip
+    edits = [
+        {"parameter": "embedding", "row": data.draw(rows), **({"columns": c} if c else {}), **action}
+        for c, action in data.draw(st.lists(st.tuples(columns, actions), max_size=6))
+    ]
+    table = edited(*edits)["embedding"]
+    ids = np.array(data.draw(st.lists(rows, max_size=5)), dtype=np.int64)
+    assert np.array_equal(table.rows(ids), table.read()[ids])
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        ("zero", "edits\\[1\\]: 'zero' is not a table"),
+        ({"parameter": GATE}, "has none of value, values"),
+        ({"parameter": GATE, "value": 1, "row": 1, "copy": 2}, "has value and copy of"),
+        ({"parameter": GATE, "value": 1, "rows": 1}, "unknown field 'rows'"),
+        ({"parameter": "layers.9.*", "value": 1}, "'layers.9.\\*' matches no parameter"),
+        ({"value": 1}, "parameter = None matches no parameter"),
+        ({"parameter": GATE, "row": 5, "value": 1}, "row = 5, but layers.0.router.gate has rows 0 to 4"),
+        ({"parameter": GATE, "row": True, "value": 1}, "row = True"),
+        ({"parameter": "final_norm", "row": 0, "value": 1}, "final_norm has no rows"),
+        ({"parameter": GATE, "columns": [3, 3], "value": 1}, "columns = \\[3, 3\\], but \\[first, stop\\]"),
+        ({"parameter": GATE, "columns": [0, 1000], "value": 1}, "columns = \\[0, 1000\\]"),
+        ({"parameter": GATE, "columns": 3, "value": 1}, "columns = 3"),
+        ({"parameter": GATE, "copy": 1}, "copy needs a 'row'"),
+        ({"parameter": GATE, "row": 1, "copy": 5}, "copy = 5, but layers.0.router.gate has rows 0 to 4"),
+        ({"parameter": GATE, "value": 0.1}, "0.1 is not exact in bfloat16"),
+        ({"parameter": GATE, "value": 1e39}, "1e\\+39 is not exact"),
+        ({"parameter": GATE, "value": float("nan")}, "nan is not a finite number"),
+        ({"parameter": GATE, "value": "1"}, "'1' is not a finite number"),
+        ({"parameter": GATE, "magnitude": -1}, "magnitude = -1 is negative"),
+        ({"parameter": GATE, "values": [1]}, "values need a 'row'"),
+        ({"parameter": GATE, "row": 0, "values": [1]}, "must be a list of"),
+        ({"parameter": GATE, "row": 0, "columns": [0, 1], "values": [257]}, "257 is not exact"),
+        ({"parameter": GATE, "exponent": 121}, "exponent = 121, but an integer from -126 to 120"),
+        ({"parameter": GATE, "exponent": 1.0}, "exponent = 1.0"),
+        ({"parameter": "*norm", "exponent": 1}, "attention_norm is a gain, which has none"),
+        ({"parameter": GATE, "row": 1, "entries": []}, "'row' and 'columns' have no place"),
+        ({"parameter": GATE, "entries": 3}, "entries must be a list"),
+        ({"parameter": "final_norm", "entries": []}, "final_norm a matrix"),
+        ({"parameter": GATE, "entries": [[0, 1]]}, "entry \\[0, 1\\] is not \\[row, column, number\\]"),
+        ({"parameter": GATE, "entries": [[5, 1, 1.0]]}, "entry \\[5, 1, 1.0\\]"),
+        ({"parameter": GATE, "entries": [[0, 1, 0.3]]}, "0.3 is not exact"),
+    ],
+)  # fmt: skip
+def test_a_malformed_edit_is_refused_in_one_sentence(edit: Any, words: str) -> None:
+    with pytest.raises(InputError, match=words) as caught:
+        synthetic_checkpoint(UNEVEN, 1, edits=[{"parameter": GATE, "value": 1}, edit])
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("edits[1]: ")

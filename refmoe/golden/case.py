@@ -1,0 +1,151 @@
+"""Cases as their case.toml says: why each exists, the model, and the calls."""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from refmoe.checkpoint.layout import Checkpoint
+from refmoe.checkpoint.synthetic import synthetic_checkpoint
+from refmoe.errors import InputError
+from refmoe.script import Call, Packed, plan
+from refmoe.spec.config import Config, ConfigError
+from refmoe.trace import FORMAT_VERSION, Run
+
+CASE_FILE = "case.toml"
+STORES = ("trace", "fingerprint")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A case as its case.toml says: why it exists, the model, and the calls."""
+
+    folder: Path
+    why: str
+    clauses: tuple[str, ...]
+    bugs: tuple[str, ...]
+    conditions: tuple[str, ...]
+    config: Config
+    seed: int
+    calls: tuple[Call | Packed, ...]
+    start: int = 0
+    exponents: dict[str, int] = field(default_factory=dict)
+    edits: tuple[dict[str, Any], ...] = ()
+    store: str = "trace"
+    """What the golden folder keeps: ``trace``, or for a large case ``fingerprint``."""
+    digest: str = ""
+    """SHA-256 of the case.toml that was read."""
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    def checkpoint(self) -> Checkpoint:
+        """The model, its weights from the formula."""
+        return synthetic_checkpoint(self.config, self.seed, self.exponents, self.edits)
+
+    def runs(self) -> tuple[Run, ...]:
+        """The calls, planned."""
+        return plan(self.calls, self.config.vocab, self.start)
+
+
+def find_cases(golden: Path) -> list[Path]:
+    """The folders of all cases, in name order. Raises InputError when there is none."""
+    if (golden / CASE_FILE).exists():
+        return [golden]
+    folders = sorted(path.parent for path in golden.glob(f"*/{CASE_FILE}"))
+    if not folders:
+        raise InputError(f"{golden}: no case is there; folders with a {CASE_FILE} were expected")
+    return folders
+
+
+def read_case(folder: Path) -> Case:
+    """Raises InputError that names the field of case.toml which is missing, unknown or not as expected."""
+    path = folder / CASE_FILE
+    try:
+        data = path.read_bytes()
+        values = tomllib.loads(data.decode())
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{path}: not a readable TOML file: {error}") from None
+    try:
+        return replace(_parse(folder, values), digest=hashlib.sha256(data).hexdigest())
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _parse(folder: Path, values: dict[str, Any]) -> Case:
+    if values.get("format_version") != FORMAT_VERSION:
+        raise InputError(f"'format_version' is missing or unknown, but \"{FORMAT_VERSION}\" was expected")
+    for name, (fits, expected, default) in FIELDS.items():
+        if not fits(values.setdefault(name, default)):
+            raise InputError(f"'{name}' is missing or not {expected}")
+    for name in sorted(values.keys() - FIELDS.keys() - {"format_version"}):
+        raise InputError(f"unknown field '{name}'")
+    try:
+        config = Config(**values["config"])
+    except (TypeError, ConfigError) as error:
+        raise InputError(f"[config] {str(error).removeprefix('Config.__init__() ')}") from None
+    weights = {"exponents": {}, "edits": [], **values["weights"]}
+    if not is_count(weights.get("seed")) or weights.keys() - {"seed", "exponents", "edits"}:
+        raise InputError("[weights] must have an integer 'seed' from 0 and may have 'exponents' and 'edits'")
+    if not isinstance(weights["exponents"], dict):
+        raise InputError("[weights] 'exponents' is not a table")
+    if not is_list(dict)(weights["edits"]):
+        raise InputError("[weights] 'edits' is not a list of tables")
+    case = Case(
+        folder, values["why"].strip(), tuple(values["clauses"]), tuple(values["bugs"]), tuple(values["conditions"]),
+        config, weights["seed"], tuple(_call(i, call) for i, call in enumerate(values["script"])), values["start"],
+        weights["exponents"], tuple(weights["edits"]), values["store"],
+    )  # fmt: skip
+    case.runs()
+    return case
+
+
+def _call(i: int, call: dict[str, Any]) -> Call | Packed:
+    if call.get("op") == "packed":
+        segments = call.get("segments")
+        if call.keys() != {"op", "segments"} or not isinstance(segments, list) or not all(map(is_tokens, segments)):
+            raise InputError(f"script[{i}]: packed must have 'segments', lists of token ids, and nothing else")
+        return Packed(tuple(tuple(segment) for segment in segments))
+    if call.keys() - {"keep"} != {"op", "sequence", "tokens"}:
+        raise InputError(f"script[{i}] must have 'op', 'sequence' and 'tokens', may have 'keep', and nothing else")
+    if not isinstance(call["op"], str) or not is_count(call["sequence"]) or not is_count(call.get("keep", 0)):
+        raise InputError(f"script[{i}]: 'op' is not a string, or 'sequence' or 'keep' not an integer from 0")
+    if not is_tokens(call["tokens"]):
+        raise InputError(f"script[{i}]: 'tokens' is not a list of token ids")
+    return Call(call["op"], call["sequence"], tuple(call["tokens"]), call.get("keep"))
+
+
+def is_count(value: Any) -> bool:
+    """Whether it is an integer from 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def is_tokens(value: Any) -> bool:
+    """Whether it is a list of integers; which of them are token ids, the vocabulary says."""
+    return isinstance(value, list) and all(isinstance(item, int) and not isinstance(item, bool) for item in value)
+
+
+def is_list(kind: type) -> Callable[[Any], bool]:
+    """A test: whether it is a list of values of that kind."""
+    return lambda value: isinstance(value, list) and all(isinstance(item, kind) for item in value)
+
+
+FIELDS: dict[str, tuple[Callable[[Any], bool], str, Any]] = {
+    "why": (lambda value: isinstance(value, str), "a string", None),
+    "clauses": (is_list(str), "a list of strings", None),
+    "bugs": (is_list(str), "a list of strings", None),
+    "conditions": (is_list(str), "a list of strings", None),
+    "config": (lambda value: isinstance(value, dict), "a table", None),
+    "weights": (lambda value: isinstance(value, dict), "a table", None),
+    "script": (is_list(dict), "a list of tables", None),
+    "start": (is_count, "an integer from 0", 0),
+    "store": (lambda value: value in STORES, f"one of {', '.join(STORES)}", "trace"),
+}
+"""Per field of case.toml: what it must be, in code and in words, and the value where it is not given."""

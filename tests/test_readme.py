@@ -1,0 +1,98 @@
+"""README.md is true: its commands run and print what it shows, its figures are those of the files that it names."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from refmoe.conditions import CONDITIONS
+from refmoe.golden import find_cases
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "bench" / "results"
+
+
+def results(name: str) -> Any:
+    return json.loads((RESULTS / name).read_text())
+
+
+def console() -> list[tuple[str, list[str]]]:
+    """Every command of a console block and the lines it is said to print."""
+    found: list[tuple[str, list[str]]] = []
+    for block in re.findall(r"```console\n(.*?)```", TEXT, re.DOTALL):
+        for line in block.splitlines():
+            if line.startswith("$ "):
+                found.append((line[2:], []))
+            else:
+                found[-1][1].append(line)
+    return found
+
+
+def without_numbers(line: str) -> str:
+    """A line's words: measured numbers differ in their last digits from machine to machine."""
+    return re.sub(r"\s+", " ", re.sub(r"-?\d[\d.,]*(e[+-]\d+)?", "#", line)).strip()
+
+
+@pytest.mark.engines
+def test_the_tour_runs_and_prints_what_it_shows(tmp_path: Path) -> None:
+    """In order, in a folder of its own. Lines between ellipses must appear, in their order, numbers aside."""
+    shutil.copytree(ROOT / "golden", tmp_path / "golden")
+    commands = console()
+    assert len(commands) == 7
+    for command, shown in commands:
+        line = command.replace("/tmp/model", "model").replace("refmoe ", f"{sys.executable} -m refmoe ", 1)
+        done = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (command, done.stderr)
+        printed = [without_numbers(text) for text in done.stdout.splitlines()]
+        at = -1
+        for text in shown:
+            if text != "…":
+                wanted = without_numbers(text.replace("/tmp/model", "model"))
+                assert wanted in printed[at + 1 :], (command, text)
+                at = printed.index(wanted, at + 1)
+
+
+def test_the_main_command_is_made_of_commands_that_are_tested() -> None:
+    """What follows the installation; the tour and the tests of the command line run each of them."""
+    (line,) = re.findall(r"<!-- main -->\n```bash\n(.*)\n```", TEXT)
+    install, check, capture, compare = line.split(" && ")
+    assert install == "python -m pip install -e '.[engines]'"
+    assert check == "refmoe check"
+    assert capture.startswith("refmoe capture --case walking-skeleton")
+    assert compare.startswith("refmoe compare engine.safetensors golden/walking-skeleton")
+
+
+def test_the_figures_of_the_goldens() -> None:
+    folders = find_cases(ROOT / "golden")
+    size = sum(path.stat().st_size for path in (ROOT / "golden").rglob("*") if path.is_file())
+    assert f"{len(folders)} small models, {size / 1e6:.1f} MB" in TEXT
+    assert f"the {len(CONDITIONS)} conditions" in TEXT
+    certificates = [json.loads((folder / "manifest.json").read_bytes())["certificate"] for folder in folders]
+    worst = max(certificate["worst"]["relative"] for certificate in certificates)
+    assert f"the worst bound is {worst:.1e}" in TEXT.replace("e-14", "e-14")
+
+
+def test_the_table_of_digests() -> None:
+    table = results("invariance.json")
+    exact, plain = table["digests"]["exact"], table["digests"]["float64"]
+    assert f"| **different digests in {len(table['settings'])} settings** | **{exact}** | **{plain}** |" in TEXT
+    for row in table["settings"]:
+        assert f"| `{row['exact'][:8]}` | `{row['float64'][:8]}` |" in TEXT
+
+
+def test_the_table_of_costs() -> None:
+    for name, found in results("exact_cost.json").items():
+        assert f"| {name} | {found['ratio']:.1f} |" in TEXT
+
+
+def test_the_table_of_accuracy() -> None:
+    for row in results("elementary_accuracy.json"):
+        assert f"| {row['function']} | {row['max_ulp']:.4f} | {row['not_nearest']:,} of {row['arguments']:,} |" in TEXT
