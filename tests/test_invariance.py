@@ -21,6 +21,12 @@ SETTINGS = {
 }
 
 
+def survives(extra: dict[str, str]) -> bool:
+    """Whether NumPy alone can multiply in this setting: the processor may lack it, and OpenBLAS 0.3.34 may crash."""
+    product = "import numpy; numpy.ones((300, 700)) @ numpy.ones((700, 24))"
+    return subprocess.run([sys.executable, "-c", product], env=os.environ | extra, check=False).returncode == 0
+
+
 def digests(extra: dict[str, str]) -> dict[str, str]:
     """SHA-256 over all taps of the first case, in a process with these variables set."""
     command = [sys.executable, "bench/invariance.py", "--child", "--golden", "golden/walking-skeleton"]
@@ -36,6 +42,8 @@ def here() -> dict[str, str]:
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_exact_bits_are_the_same_elsewhere(setting: str, here: dict[str, str]) -> None:
+    if not survives(SETTINGS[setting]):
+        pytest.skip("NumPy's own matrix product dies in this setting, on this machine")
     assert digests(SETTINGS[setting])["exact"] == here["exact"]
 
 
