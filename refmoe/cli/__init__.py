@@ -14,6 +14,7 @@ from refmoe.cli.compare import compare_command
 from refmoe.cli.emit import emit_command
 from refmoe.cli.generate import generate_command
 from refmoe.cli.info import info_command
+from refmoe.cli.route import route_command
 from refmoe.errors import InputError
 
 
@@ -35,6 +36,7 @@ for command in (
     materialise_command,
     info_command,
     generate_command,
+    route_command,
 ):
     commands.add_command(command)
 
