@@ -12,7 +12,6 @@ from refmoe.errors import InputError
 from refmoe.spec.taps import LAYER_TAPS
 from refmoe.trace import Run, Trace
 
-Float = np.ndarray[Any, np.dtype[np.float64]]
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 STANDS_OUT = 16.0
