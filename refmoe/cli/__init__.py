@@ -15,6 +15,7 @@ from refmoe.cli.emit import emit_command
 from refmoe.cli.generate import generate_command
 from refmoe.cli.info import info_command
 from refmoe.cli.route import route_command
+from refmoe.cli.routers import routers_command
 from refmoe.errors import InputError
 
 
@@ -37,6 +38,7 @@ for command in (
     info_command,
     generate_command,
     route_command,
+    routers_command,
 ):
     commands.add_command(command)
 

@@ -1,0 +1,156 @@
+"""Running a law on a router: examples, the first that breaks it, and the smallest one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import hypothesis
+import numpy as np
+from hypothesis import HealthCheck, Phase
+from hypothesis.errors import Flaky
+
+from refmoe.routing.contract.broken import LawBroken, Malformed
+from refmoe.routing.contract.declaration import Declaration
+from refmoe.routing.contract.examples import Example, Strategy
+from refmoe.routing.contract.law import Law
+from refmoe.routing.contract.laws import LAWS
+from refmoe.routing.contract.subject import Subject
+
+Outcome = Literal["pass", "fail", "not applicable", "not judged"]
+EXAMPLES = 200
+SHAPE_LAW = "distinct-ids"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One law on one router."""
+
+    law: Law
+    outcome: Outcome
+    words: str
+    """What was found; why there is no verdict; or, of a law that passes, what else was seen."""
+    examples: int = 0
+    example: Example | None = None
+    """The smallest that breaks the law."""
+    token: int | None = None
+
+
+def settings(count: int, *phases: Phase) -> hypothesis.settings:
+    """The same examples at every run, and no files written."""
+    return hypothesis.settings(
+        max_examples=count, phases=phases, database=None, deadline=None, derandomize=False, print_blob=False,
+        report_multiple_bugs=False, suppress_health_check=list(HealthCheck), verbosity=hypothesis.Verbosity.quiet,
+    )  # fmt: skip
+
+
+def examples_of(law: Law, declaration: Declaration, count: int) -> tuple[Example, ...]:
+    """The examples of a law for a declaration."""
+    return drawn_examples(law.examples, sketch(declaration), count)
+
+
+@lru_cache(maxsize=4096)
+def sketch(d: Declaration) -> Declaration:
+    """What examples depend on. Routers that agree in it are tried on the same ones."""
+    return Declaration(
+        experts=d.experts,
+        top_k=1,
+        dtype=d.dtype,
+        arithmetic=d.arithmetic or d.dtype,
+        scoring="other" if d.scoring == "other" else "softmax",
+        nan="raise" if d.nan == "raise" else "unspecified",
+        gate=None if d.gate is None else np.eye(d.experts),
+    )
+
+
+@lru_cache(maxsize=4096)
+def drawn_examples(
+    strategy: Callable[[Declaration], Strategy], declaration: Declaration, count: int
+) -> tuple[Example, ...]:
+    """Examples drawn once, the same at every run, and used for every router and law that ask for them."""
+    drawn: list[Example] = []
+
+    @hypothesis.seed(0)
+    @settings(count, Phase.generate)
+    @hypothesis.given(strategy(declaration))
+    def collect(example: Example) -> None:
+        drawn.append(example)
+
+    collect()
+    return tuple(drawn)
+
+
+def check(law: Law, subject: Subject, example: Example) -> None:
+    """One example. Infinite and undefined bounds are legal here and mean that nothing is known."""
+    with np.errstate(all="ignore"):
+        law.check(subject, **example)
+
+
+def first_broken(law: Law, subject: Subject, count: int = EXAMPLES) -> tuple[int, LawBroken] | None:
+    """The number (from 1) of the first example that breaks the law, and how; None where none does."""
+    for number, example in enumerate(examples_of(law, subject.declaration, count), 1):
+        try:
+            check(law, subject, example)
+        except LawBroken as broken:
+            return number, broken
+    return None
+
+
+def smallest(law: Law, subject: Subject, count: int) -> tuple[Example, LawBroken] | None:
+    """The smallest example that breaks the law, as Hypothesis shrinks it."""
+    found: list[tuple[Example, LawBroken]] = []
+
+    @hypothesis.seed(0)
+    @settings(count, Phase.generate, Phase.shrink)
+    @hypothesis.given(law.examples(sketch(subject.declaration)))
+    def search(example: Example) -> None:
+        try:
+            check(law, subject, example)
+        except LawBroken as broken:
+            found.append((example, broken))
+            raise
+
+    try:
+        search()
+    except (LawBroken, Flaky):
+        return found[-1]
+    return None
+
+
+def hidden_by_shape(law: Law, error: LawBroken, subject: Subject, count: int) -> bool:
+    """Whether a law says no more than that the router returns no proper ids at all, which has a law of its own."""
+    if not isinstance(error, Malformed) or law.name == SHAPE_LAW:
+        return False
+    return first_broken(LAWS[SHAPE_LAW], subject, count) is not None
+
+
+def judge(law: Law, subject: Subject, count: int = EXAMPLES) -> Verdict:
+    """Check one law."""
+    missing = law.missing(subject)
+    if missing is not None:
+        return Verdict(law, "not applicable", f"needs {missing}")
+    broken = first_broken(law, subject, count)
+    note = law.note(subject, count) if law.note else ""
+    if broken is None:
+        return Verdict(law, "pass", note, len(examples_of(law, subject.declaration, count)))
+    number, error = broken
+    if hidden_by_shape(law, error, subject, count):
+        return Verdict(law, "not judged", f"{error.words} (law {SHAPE_LAW})", number)
+    example = examples_of(law, subject.declaration, count)[number - 1]
+    found = smallest(law, subject, count)
+    if found is not None:
+        example, error = found
+    return Verdict(law, "fail", f"{error.words}; {note}" if note else error.words, number, example, error.token)
+
+
+def judge_all(subject: Subject, count: int = EXAMPLES, only: Iterable[str] = ()) -> list[Verdict]:
+    """Check every law, or those named."""
+    names = list(only) or list(LAWS)
+    return [judge(LAWS[name], subject, count) for name in names]
+
+
+def printable(example: Example) -> dict[str, Any]:
+    """An example as lists and numbers."""
+    return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in example.items()}
