@@ -41,7 +41,8 @@ def mixtral(logits: Any, k: int = 2) -> Choice:
 
 def noisy_top_k(logits: Any, k: int = 2) -> Choice:
     """NOISY-2 without noise: the same function as `mixtral`."""
-    return _plain(lambda x: noisy.noisy_top_k(OPS, x, x * 0, x * 0, k), logits)
+    quiet = OPS.array(np.zeros(np.shape(logits)))  # not logits * 0, which is NaN where a logit is infinite
+    return _plain(lambda x: noisy.noisy_top_k(OPS, x, quiet, quiet, k), logits)
 
 
 def switch(logits: Any, capacity: int | None = None) -> Choice:

@@ -418,3 +418,10 @@ def test_the_family_runs_by_name_and_repeats_itself(name: str) -> None:
     assert first[1] == second[1]
     random = name in ("noisy-top-k", "gshard", "st-moe")
     assert (first[0].weights == third[0].weights).all() == (not random)
+
+
+def test_the_noiseless_adapter_masks_experts_as_mixtral_does() -> None:
+    """NOISY-2: a logit of -inf is an expert never chosen before another, and gives no NaN."""
+    logits = np.array([[1.0, -np.inf, 3.0, 2.0], [-np.inf, 0.0, -np.inf, 1.0]])
+    for found, expected in zip(ADAPTERS["noisy-top-k"](logits), ADAPTERS["mixtral"](logits), strict=True):
+        assert np.array_equal(found, expected)
