@@ -19,7 +19,8 @@ from refmoe.ops.ball import BallOps
 from refmoe.routing.contract import LAWS, Declaration, Subject, judge, judge_all
 from refmoe.routing.contract.arithmetic import FORMATS, neighbour
 from refmoe.routing.contract.bounds import keys, weight_enclosure
-from refmoe.routing.contract.checking import EXAMPLES, examples_of
+from refmoe.routing.contract.checking import EXAMPLES
+from refmoe.routing.contract.drawing import examples_of
 from refmoe.routing.contract.examples import BLOCK_COUNTS
 from refmoe.routing.contract.frameworks import to_framework, to_numpy
 from refmoe.routing.contract.report import explain

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal
 
 import hypothesis
 import numpy as np
-from hypothesis import HealthCheck, Phase
+from hypothesis import Phase
 from hypothesis.errors import Flaky
 
 from refmoe.routing.contract.broken import LawBroken, Malformed
-from refmoe.routing.contract.declaration import Declaration
-from refmoe.routing.contract.examples import Example, Strategy
+from refmoe.routing.contract.drawing import examples_of, settings, sketch
+from refmoe.routing.contract.examples import Example
 from refmoe.routing.contract.law import Law
 from refmoe.routing.contract.laws import LAWS
 from refmoe.routing.contract.subject import Subject
@@ -36,50 +35,6 @@ class Verdict:
     example: Example | None = None
     """The smallest that breaks the law."""
     token: int | None = None
-
-
-def settings(count: int, *phases: Phase) -> hypothesis.settings:
-    """The same examples at every run, and no files written."""
-    return hypothesis.settings(
-        max_examples=count, phases=phases, database=None, deadline=None, derandomize=False, print_blob=False,
-        report_multiple_bugs=False, suppress_health_check=list(HealthCheck), verbosity=hypothesis.Verbosity.quiet,
-    )  # fmt: skip
-
-
-def examples_of(law: Law, declaration: Declaration, count: int) -> tuple[Example, ...]:
-    """The examples of a law for a declaration."""
-    return drawn_examples(law.examples, sketch(declaration), count)
-
-
-@lru_cache(maxsize=4096)
-def sketch(d: Declaration) -> Declaration:
-    """What examples depend on. Routers that agree in it are tried on the same ones."""
-    return Declaration(
-        experts=d.experts,
-        top_k=1,
-        dtype=d.dtype,
-        arithmetic=d.arithmetic or d.dtype,
-        scoring="other" if d.scoring == "other" else "softmax",
-        nan="raise" if d.nan == "raise" else "unspecified",
-        gate=None if d.gate is None else np.eye(d.experts),
-    )
-
-
-@lru_cache(maxsize=4096)
-def drawn_examples(
-    strategy: Callable[[Declaration], Strategy], declaration: Declaration, count: int
-) -> tuple[Example, ...]:
-    """Examples drawn once, the same at every run, and used for every router and law that ask for them."""
-    drawn: list[Example] = []
-
-    @hypothesis.seed(0)
-    @settings(count, Phase.generate)
-    @hypothesis.given(strategy(declaration))
-    def collect(example: Example) -> None:
-        drawn.append(example)
-
-    collect()
-    return tuple(drawn)
 
 
 def check(law: Law, subject: Subject, example: Example) -> None:

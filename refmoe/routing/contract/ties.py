@@ -11,6 +11,8 @@ import numpy as np
 from refmoe.routing.contract.arithmetic import Array
 from refmoe.routing.contract.broken import LawBroken
 from refmoe.routing.contract.declaration import Declaration
+from refmoe.routing.contract.drawing import examples_of
+from refmoe.routing.contract.law import LAWS
 from refmoe.routing.contract.subject import Subject
 
 
@@ -36,9 +38,6 @@ def expected_ids(logits: Array, k: int, rule: str) -> Array:
 
 def seeming_rule(subject: Subject, count: int) -> SeemingRule:
     """Route the examples of the law `tie-rule` and see who is chosen where a tie decides."""
-    from refmoe.routing.contract.checking import examples_of
-    from refmoe.routing.contract.law import LAWS
-
     k = subject.declaration.top_k
     sets: Counter[str] = Counter()
     orders: Counter[str] = Counter()
