@@ -69,7 +69,7 @@ def capture(model: Any, runs: Sequence[Run], recorder: Recorder) -> None:
 def header(model: Any, runs: Sequence[Run], case: str | None = None, checkpoint: str | None = None) -> Header:
     """What the trace of a capture says about itself."""
     version = require("transformers", "engines", "capturing from transformers").__version__
-    policy = str(model.dtype).removeprefix("torch.")
+    policy = "hf-" + str(model.dtype).removeprefix("torch.")
     return Header(tuple(runs), case, checkpoint, policy, {"name": "transformers", "version": version})
 
 

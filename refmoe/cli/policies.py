@@ -1,0 +1,85 @@
+"""``refmoe policies``: the numeric policies, and where they differ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from refmoe.cli.options import json_option
+from refmoe.policy.load import BUDGETS, Difference, differences, policies, policy
+from refmoe.policy.policy import Policy
+
+WIDE = 118
+"""Columns of a table in a pipe, where no line is broken."""
+
+
+@click.command("policies", short_help="List the numeric policies, or print where some of them differ.")
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@json_option
+def policies_command(names: tuple[str, ...], as_json: bool) -> None:
+    """List the numeric policies; of one, print every field; of several, those in which they differ.
+
+    \b
+    refmoe policies
+    refmoe policies hf-bfloat16
+    refmoe policies hf-bfloat16 mistral-bfloat16 my-engine.toml
+    refmoe policies hf-float32 hf-float32+cache=float16
+
+    A policy says which dtype an engine may round to at each cut point. NAME is one of those listed, or a .toml file
+    with one table like those of refmoe/policy/profiles.toml; either may be followed by changes.
+    """
+    chosen = [policy(name) for name in names]
+    if as_json:
+        click.echo(json.dumps(as_data(chosen)))
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    if not chosen:
+        print_rows(console, ("policy", "whose arithmetic"), [(each.name, each.about) for each in policies()])
+        return
+    if len(chosen) == 1:
+        print_one(console, chosen[0])
+    rows = differences(chosen)
+    if not rows:
+        console.print("no difference")
+        return
+    print_rows(console, ("", *(each.name for each in chosen)), [(row.field, *row.values) for row in rows])
+
+
+def print_one(console: Console, chosen: Policy) -> None:
+    """What a table of fields does not show: whose arithmetic it is and where that was read."""
+    console.print(f"{chosen.name}: {chosen.about}", style="bold", markup=False)
+    console.print(f"source: {chosen.source}", markup=False)
+    for name in BUDGETS:
+        console.print(f"{name}: {getattr(chosen, name).source}", markup=False)
+    console.print()
+
+
+def print_rows(console: Console, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table; a terminal breaks its cells, a pipe gets one line per row."""
+    if not console.is_terminal:
+        console.width = max(WIDE, 2 + sum(max(map(len, column)) + 2 for column in zip(headings, *rows, strict=True)))
+    table = Table(box=None, pad_edge=False)
+    for i, heading in enumerate(headings):
+        table.add_column(heading, no_wrap=not i)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def as_data(chosen: Sequence[Policy]) -> dict[str, object]:
+    """The same as JSON."""
+    if not chosen:
+        return {"policies": [{"name": each.name, "about": each.about} for each in policies()]}
+    rows: tuple[Difference, ...] = differences(chosen)
+    table: dict[str, object] = {row.field: dict(zip((p.name for p in chosen), row.values, strict=True)) for row in rows}
+    if len(chosen) > 1:
+        return {"policies": [each.name for each in chosen], "differences": table}
+    sources = {name: getattr(chosen[0], name).source for name in BUDGETS}
+    return {
+        "name": chosen[0].name, "about": chosen[0].about, "source": chosen[0].source, "sources": sources,
+        "fields": {row.field: row.values[0] for row in rows},
+    }  # fmt: skip

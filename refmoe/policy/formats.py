@@ -1,0 +1,112 @@
+"""Binary floating-point formats: spacing, rounding to nearest, and which reals round to a value.
+
+Everything computes in binary64, which holds every value and every midpoint of the narrower formats exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True)
+class Format:
+    """An IEEE-754 binary format: `precision` bits of significand, the leading one counted."""
+
+    name: str
+    precision: int
+    exponent_min: int
+    exponent_max: int
+
+    @property
+    def u(self) -> float:
+        """The unit roundoff: the largest relative error of rounding to nearest in the normal range."""
+        return float(2.0**-self.precision)
+
+    @property
+    def largest(self) -> float:
+        """The largest finite value."""
+        return float((2 - 2.0 ** (1 - self.precision)) * 2.0**self.exponent_max)
+
+    @property
+    def tiny(self) -> float:
+        """The smallest normal value."""
+        return float(2.0**self.exponent_min)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """NumPy's dtype of this name."""
+        return np.dtype(ml_dtypes.bfloat16 if self.name == "bfloat16" else self.name)
+
+    def holds(self, other: Format) -> bool:
+        """Whether every value of the other format is one of this. The smallest exponent goes with the largest."""
+        return other.precision <= self.precision and other.exponent_max <= self.exponent_max
+
+    def __str__(self) -> str:
+        return self.name
+
+
+BFLOAT16 = Format("bfloat16", 8, -126, 127)
+FLOAT16 = Format("float16", 11, -14, 15)
+FLOAT32 = Format("float32", 24, -126, 127)
+FLOAT64 = Format("float64", 53, -1022, 1023)
+FORMATS = {format.name: format for format in (FLOAT64, FLOAT32, BFLOAT16, FLOAT16)}
+
+
+_EXPONENT = np.int64(0x7FF0000000000000)
+"""The bits of a binary64 that hold its exponent."""
+
+
+def ulp(x: Any, format: Format) -> Floats:
+    """The spacing of the format's values at |x|, as if there were no largest one; infinite where x is not finite."""
+    x = np.asarray(x, np.float64)
+    # the exponent's bits alone are 2^floor(log2 |x|): 0 where x is subnormal, infinity where it is not finite
+    power = (x.view(np.int64) & _EXPONENT).view(np.float64)
+    spacing: Floats = np.maximum(power, format.tiny) * 2.0 ** (1 - format.precision)
+    return spacing
+
+
+def nearest(x: Any, format: Format) -> Floats:
+    """Round to the nearest value of the format, ties to even, beyond the largest to infinity."""
+    x = np.asarray(x, np.float64)
+    if format == FLOAT64:
+        return np.array(x)
+    if format == FLOAT32:
+        with np.errstate(all="ignore"):
+            narrow: Floats = x.astype(np.float32).astype(np.float64)
+        return narrow
+    finite = np.isfinite(x)
+    known = x if finite.all() else np.where(finite, x, 0.0)
+    spacing = ulp(known, format)
+    rounded: Floats = np.rint(known / spacing) * spacing
+    over = np.abs(rounded) > format.largest
+    if over.any():
+        rounded = np.where(over, np.copysign(np.inf, known), rounded)
+    return rounded if known is x else np.where(finite, rounded, x)
+
+
+def representable(x: Any, format: Format) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which values the format holds; NaN is one of them."""
+    x = np.asarray(x, np.float64)
+    held: np.ndarray[Any, np.dtype[np.bool_]] = (nearest(x, format) == x) | np.isnan(x)
+    return held
+
+
+def cell(y: Any, format: Format) -> tuple[Floats, Floats]:
+    """The two ends of the reals that round to each finite value `y` of the format.
+
+    What lies between the ends rounds to `y`. The ends themselves are ties, which go to whichever value is even. Below
+    a power of two the spacing is half of that above it.
+    """
+    if format == FLOAT64:
+        return y, y
+    size = np.abs(y)
+    half = ulp(size, format) / 2
+    power = (np.frexp(size)[0] == 0.5) & (size > format.tiny)
+    inner, outer = size - np.where(power, half / 2, half), size + half
+    return np.where(y < 0, -outer, inner), np.where(y < 0, -inner, outer)
