@@ -14,11 +14,6 @@ from refmoe.trace import Run, Trace
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 
-STANDS_OUT = 16.0
-"""A tap stands out when its distance is this many times the largest before it: a hint where to look, no verdict."""
-
-UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
-
 
 @dataclass(frozen=True)
 class Distance:
@@ -59,8 +54,6 @@ class Comparison:
     """Taps of the reference that the trace lacks, ``<run>/<tap>``."""
     unknown: tuple[str, ...]
     """Taps of the trace that the reference lacks."""
-    first: Distance | None
-    """The first tap that stands out, in order of computation."""
 
 
 def compare_traces(trace: Trace, reference: Trace) -> Comparison:
@@ -92,7 +85,6 @@ def compare_traces(trace: Trace, reference: Trace) -> Comparison:
     return Comparison(
         tuple(distances), tuple(routing), decisions,
         tuple(sorted(keys - trace.tensors.keys())), tuple(sorted(trace.tensors.keys() - keys)),
-        first_that_stands_out(distances),
     )  # fmt: skip
 
 
@@ -126,17 +118,6 @@ def measure(run: str, tap: str, found: Any, expected: Any) -> Distance:
         run, tap, dtype, relative, float(np.abs(difference[at])), tuple(int(i) for i in at), float(found[at]),
         float(expected[at]),
     )  # fmt: skip
-
-
-def first_that_stands_out(distances: list[Distance]) -> Distance | None:
-    """The first tap much further off than everything computed before it, and than its own dtype explains."""
-    largest = 0.0
-    for distance in distances:
-        floor = UNIT_ROUNDOFF.get(distance.dtype, 2.0**-53)
-        if not distance.relative_rms <= STANDS_OUT * max(largest, floor):
-            return distance
-        largest = max(largest, distance.relative_rms)
-    return None
 
 
 def _distance(trace: Trace, reference: Trace, run: str, tap: str) -> Distance:

@@ -10,6 +10,7 @@ import fnmatch
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,14 @@ from safetensors.numpy import save, save_file
 
 from refmoe import __version__
 from refmoe.atomic import replacing
-from refmoe.checkpoint.safetensors_file import StoredTensor, open_safetensors
+from refmoe.checkpoint.json_file import shown
+from refmoe.checkpoint.safetensors_file import StoredTensor, one_line, open_safetensors, quoted, strict_json
 from refmoe.errors import InputError
 
 FORMAT_VERSION = "1"
 OPS = ("prefill", "chunk", "decode")
+LONGEST_NAME = 200
+"""Characters in a name that a header gives: of a run, a case, a policy, a producer."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,15 @@ class Trace:
 
     def names(self, run: str) -> list[str]:
         """The taps that a run has."""
-        return [key.removeprefix(f"{run}/") for key in self.tensors if key.startswith(f"{run}/")]
+        return self._by_run.get(run, [])
+
+    @cached_property
+    def _by_run(self) -> dict[str, list[str]]:
+        names: dict[str, list[str]] = {}
+        for key in self.tensors:
+            run, _, tap = key.rpartition("/")
+            names.setdefault(run, []).append(tap)
+        return names
 
     def get(self, run: str, tap: str) -> np.ndarray[Any, Any]:
         """One array, mapped from the file."""
@@ -123,7 +135,9 @@ def read_trace(path: Path) -> Trace:
     for key in tensors:
         run, slash, _ = key.rpartition("/")
         if not slash or run not in runs:
-            raise InputError(f"{path}: tensor '{key}' belongs to no run of the header, which has {sorted(runs)}")
+            raise InputError(
+                f"{path}: tensor {quoted(key)} belongs to no run of the header, which has {shown(sorted(runs))}"
+            )
     return Trace(path, header, tensors)
 
 
@@ -131,12 +145,17 @@ def parse_header(path: Path, text: str) -> Header:
     """The metadata entry of a trace. Raises InputError that names the field which is not as the format says."""
 
     def refuse(name: str, found: Any, expected: str) -> InputError:
-        return InputError(f"{path}: metadata field '{name}' is {json.dumps(found)}, but {expected} was expected")
+        return InputError(f"{path}: metadata field {quoted(name)} is {shown(found)}, but {expected} was expected")
+
+    def name_of(name: str, found: Any) -> None:
+        """Names go to terminals, pages and paths, so what is in one must be visible and short."""
+        if not found.isprintable() or len(found) > LONGEST_NAME:
+            raise refuse(name, found, f"at most {LONGEST_NAME} printable characters")
 
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: the metadata entry 'refmoe' is not JSON: {error}") from None
+        values = strict_json(text)
+    except ValueError as error:
+        raise InputError(f"{path}: the metadata entry 'refmoe' is not JSON: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise refuse("refmoe", values, "an object")
     if values.get("format_version") != FORMAT_VERSION:
@@ -144,27 +163,32 @@ def parse_header(path: Path, text: str) -> Header:
     for name in ("case", "checkpoint"):
         if not isinstance(values.get(name), str | None):
             raise refuse(name, values[name], "a string or null")
+        name_of(name, values.get(name) or "")
     if not isinstance(values.get("policy"), str):
         raise refuse("policy", values.get("policy"), "a string")
+    name_of("policy", values["policy"])
     producer = values.get("producer")
     if not isinstance(producer, dict) or not all(isinstance(item, str) for item in producer.values()):
         raise refuse("producer", producer, "an object of strings")
+    for name in ("name", "version"):
+        name_of(f"producer.{name}", producer.get(name, ""))
     listed = values.get("runs")
     if not isinstance(listed, list) or not listed:
         raise refuse("runs", listed, "a list of at least one run")
-    runs = tuple(_parse_run(i, entry, refuse) for i, entry in enumerate(listed))
+    runs = tuple(_parse_run(i, entry, refuse, name_of) for i, entry in enumerate(listed))
     if len({run.run for run in runs}) < len(runs):
         raise refuse("runs", [run.run for run in runs], "a different name for every run")
     return Header(runs, values.get("case"), values.get("checkpoint"), values["policy"], producer)
 
 
-def _parse_run(i: int, entry: Any, refuse: Any) -> Run:
+def _parse_run(i: int, entry: Any, refuse: Any, name_of: Any) -> Run:
     at = f"runs[{i}]"
     if not isinstance(entry, dict):
         raise refuse(at, entry, "an object")
     if not isinstance(entry.get("run"), str) or not entry["run"] or "/" in entry["run"]:
         raise refuse(f"{at}.run", entry.get("run"), "a name without '/'")
-    if entry.get("op") not in OPS:
+    name_of(f"{at}.run", entry["run"])
+    if not isinstance(entry.get("op"), str) or entry["op"] not in OPS:
         raise refuse(f"{at}.op", entry.get("op"), f"one of {', '.join(OPS)}")
     for name in ("sequence", "past"):
         if not _is_count(entry.get(name)):

@@ -151,7 +151,7 @@ def test_compare_reports_distances(refmoe: Refmoe, checkpoint: Path, tmp_path: P
     assert status == 0
     assert "layers.1.expert.hidden" in out
     assert "routing: 0 of 6 decisions differ" in out
-    assert "no tap stands out" in out
+    assert "for a verdict: refmoe verify" in out
     found = json.loads(refmoe("compare", tmp_path / "float32", tmp_path / "float64", "--json")[1])
     assert max(distance["relative_rms"] for distance in found["distances"]) < 1e-5
 
@@ -264,4 +264,4 @@ def test_capture_of_a_case_compares_with_its_golden(refmoe: Refmoe, tmp_path: Pa
     assert refmoe(*arguments)[0] == 0
     status, text, _ = refmoe("compare", out, GOLDEN / "walking-skeleton")
     assert status == 0
-    assert "no tap stands out" in text
+    assert "for a verdict: refmoe verify" in text

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,14 +29,33 @@ DTYPES: dict[str, Any] = {
 
 
 def one_line(error: object) -> str:
-    """The message of another library's error, without line breaks."""
-    return " ".join(str(error).split())
+    """The message of another library's error, without line breaks, control characters or too much of a long name."""
+    text = "".join(c if c.isprintable() else " " if c.isspace() else json.dumps(c)[1:-1] for c in str(error)[:10_000])
+    text = " ".join(text.split())
+    return text if len(text) <= 600 else f"{text[:500]}..."
 
 
 def quoted(name: str) -> str:
     """A name from a file, in quotes: on one line, without control characters, cut short where it is long."""
     text = json.dumps(name)[1:-1]
     return f"'{text}'" if len(text) <= 200 else f"'{text[:180]}...' ({len(name)} characters)"
+
+
+def strict_json(text: str | bytes) -> Any:
+    """JSON in which no name of an object is there twice. Raises ValueError, whatever is wrong with it."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            seen: set[str] = set()
+            repeated = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+            raise ValueError(f"{quoted(repeated)} is there more than once, but one value was expected")
+        return values
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 @dataclass(frozen=True)
@@ -74,25 +94,38 @@ class StoredTensor:
 def open_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """All tensors of a file by name, and its metadata.
 
-    Raises InputError when the file is missing, is not safetensors, or is cut short.
+    Raises InputError when the file is missing, is not safetensors, is cut short, or has two tensors of one name.
     """
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder, but a safetensors file was expected")
+    _refuse_what_is_no_file(path)
     try:
         with safe_open(path, framework="np") as checked:
             metadata = dict(checked.metadata() or {})
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header: dict[str, Any] = json.loads(file.read(length))
+            header: dict[str, Any] = strict_json(file.read(length))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file, but a safetensors file was expected") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or one_line(error)}") from None
     except SafetensorError as error:
         raise InputError(f"{path}: not a whole safetensors file: {one_line(error)}") from None
+    except (ValueError, struct.error) as error:
+        raise InputError(f"{path}: the header of the safetensors file cannot be used: {one_line(error)}") from None
     header.pop("__metadata__", None)
     tensors = {
         name: StoredTensor(path, name, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
         for name, entry in header.items()
     }
     return tensors, metadata
+
+
+def _refuse_what_is_no_file(path: Path) -> None:
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return  # opening it says why
+    if stat.S_ISDIR(mode):
+        raise InputError(f"{path}: is a folder, but a safetensors file was expected")
+    if not stat.S_ISREG(mode):
+        # a pipe, say: opening it would wait for somebody to write
+        raise InputError(f"{path}: is no ordinary file, but a safetensors file was expected")

@@ -14,8 +14,10 @@ from refmoe.cli.compare import compare_command
 from refmoe.cli.emit import emit_command
 from refmoe.cli.generate import generate_command
 from refmoe.cli.info import info_command
+from refmoe.cli.policies import policies_command
 from refmoe.cli.route import route_command
 from refmoe.cli.routers import routers_command
+from refmoe.cli.verify import verify_command
 from refmoe.errors import InputError
 
 
@@ -32,9 +34,11 @@ for command in (
     emit_command,
     check_command,
     certify_command,
+    verify_command,
     compare_command,
     capture_command,
     materialise_command,
+    policies_command,
     info_command,
     generate_command,
     route_command,

@@ -27,8 +27,8 @@ def compare_command(trace: Path, golden: Path, only: str | None, as_json: bool) 
     refmoe compare engine.safetensors golden/walking-skeleton
     refmoe compare engine.safetensors reference.safetensors --json
 
-    Relative RMS, the worst element and where it is; routing decisions that differ; the first tap that stands out.
-    These are distances, no verdict: exit status 0 whatever they are.
+    Relative RMS, the worst element and where it is; routing decisions that differ. These are distances, and exit
+    status 0 whatever they are; `refmoe verify` gives a verdict.
     """
     reference = trace_path(golden) if golden.is_dir() else golden
     comparison = compare_traces(read_trace(trace), read_trace(reference))

@@ -5,14 +5,14 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from refmoe.compare import Comparison, Distance
+from refmoe.compare import Comparison
 
 WIDE = 118
 """Columns that the whole table needs; a narrower terminal gets fewer columns, a pipe all of them."""
 
 
 def print_comparison(comparison: Comparison, only: str | None = None) -> None:
-    """Distances tap by tap, run by run, then routing and the first tap that stands out."""
+    """Distances tap by tap, run by run, then routing."""
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console.width = WIDE
@@ -27,21 +27,12 @@ def print_comparison(comparison: Comparison, only: str | None = None) -> None:
             at = ",".join(map(str, d.where))
             cells = [d.run, d.tap, f"{d.relative_rms:.2e}", f"{d.worst:.2e}", at]
             cells += [f"{d.found:.6g}", f"{d.expected:.6g}", d.dtype]
-            table.add_row(*cells[: len(headings)], style="bold red" if d == comparison.first else None)
+            table.add_row(*cells[: len(headings)])
     console.print(table)
     console.print()
     _print_missing(console, comparison)
     _print_routing(console, comparison)
-    if comparison.first is None:
-        console.print("no tap stands out from those before it")
-    else:
-        console.print(f"first tap that stands out: {describe(comparison.first)}")
-
-
-def describe(d: Distance) -> str:
-    """One tap's distance in a sentence."""
-    values = f"found {d.found:.6g}, expected {d.expected:.6g}"
-    return f"{d.run}/{d.tap}, relative RMS {d.relative_rms:.2e}, worst at {list(d.where)}: {values}"
+    console.print("these are distances; for a verdict: refmoe verify")
 
 
 def _print_missing(console: Console, comparison: Comparison) -> None:

@@ -1,0 +1,168 @@
+"""``refmoe verify``: is a trace what the declared policy allows, and if not, where does it first go wrong?"""
+
+from __future__ import annotations
+
+import io
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+
+from refmoe.atomic import replacing
+from refmoe.checkpoint.json_file import shown
+from refmoe.checkpoint.load import checkpoint_digest, load_checkpoint
+from refmoe.cli.options import GOLDEN, PATH, checkpoint_options, json_option, progress_bar
+from refmoe.errors import InputError
+from refmoe.golden import read_case
+from refmoe.policy.load import policy as named_policy
+from refmoe.policy.policy import Policy
+from refmoe.spec.config import Config
+from refmoe.trace import Trace, read_trace
+from refmoe.verify.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT, Report
+from refmoe.verify.verify import SIGNIFICANCE, verify
+
+EXIT_STATUS = {CONFORMANT: 0, NOT_CONFORMANT: 1, CANNOT_JUDGE: 2}
+
+
+LEAST_SIGNIFICANCE = 1e-100
+"""Below it every threshold goes to infinity."""
+
+
+def is_significance(_context: click.Context, _option: click.Parameter, value: float) -> float:
+    """A probability strictly between 0 and 1, and not so small that nothing would be improbable."""
+    if not LEAST_SIGNIFICANCE <= value < 1:
+        raise InputError(
+            f"--significance is {value:g}, but a probability from {LEAST_SIGNIFICANCE:g} to below 1 was expected"
+        )
+    return value
+
+
+@click.command("verify", short_help="Judge a trace: conformant, or wrong, where and by how much.")
+@click.argument("trace", type=PATH)
+@click.option("--case", "case_name", metavar="NAME", help="The golden case that was run; the trace's own if not given.")
+@click.option("--golden", "golden_folder", type=PATH, default=GOLDEN, show_default=True, help="Where cases are.")
+@checkpoint_options
+@click.option("--policy", metavar="POLICY", help="What rounding is legal; see `refmoe policies`. Else the trace's own.")
+@click.option(
+    "--significance", type=float, default=SIGNIFICANCE, show_default=True, callback=is_significance,
+    help="The probability that a healthy engine fails.",
+)  # fmt: skip
+@click.option("--html", type=PATH, metavar="FILE", help="Write the report as one page that needs no network.")
+@click.option("--junit", type=PATH, metavar="FILE", help="Write the report as JUnit XML.")
+@json_option
+@click.pass_context
+def verify_command(
+    context: click.Context, trace: Path, case_name: str | None, golden_folder: Path, checkpoint: Path | None,
+    layout: str | None, policy: str | None, significance: float, html: Path | None, junit: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Hold TRACE against a case or a checkpoint, step by step, and judge it by its policy.
+
+    \b
+    refmoe verify engine.safetensors --case walking-skeleton
+    refmoe verify engine.safetensors --checkpoint DIR --policy bfloat16 --html report.html
+
+    Each step is recomputed from the trace's own inputs, as an interval of everything that the policy allows. Exit
+    status 0: conformant. 1: not conformant. 2: cannot judge, or the trace cannot be used.
+    """
+    for out in (html, junit):
+        if out is not None:
+            _refuse_output(out, trace)
+    if html is not None and junit is not None and html.absolute() == junit.absolute():
+        raise InputError(f"{html}: both --html and --junit name it, but two files were expected")
+    opened = read_trace(trace)
+    declared = named_policy(policy) if policy is not None else _declared(opened)
+    report = _verify(opened, case_name, golden_folder, checkpoint, layout, declared, significance)
+    # first of all what a person waits for: a full disk must not take it away
+    if as_json:
+        from refmoe.report.verification_json import to_json
+
+        click.echo(to_json(report), nl=False)
+    else:
+        from refmoe.report.verification import print_report
+
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # names may have letters that a locale lacks
+        print_report(report)
+    if html is not None:
+        from refmoe.report.html import to_html
+
+        _write(html, to_html(report))
+    if junit is not None:
+        from refmoe.report.junit import to_junit
+
+        _write(junit, to_junit(report))
+    context.exit(EXIT_STATUS[report.verdict])
+
+
+def _refuse_output(path: Path, trace: Path) -> None:
+    """Before hours of work rather than after them."""
+    try:
+        if path.is_dir():
+            raise InputError(f"{path}: is a folder, but the name of a file to write was expected")
+        if path.exists() and trace.exists() and path.samefile(trace):
+            raise InputError(f"{path}: is the trace itself, but another file to write was expected")
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def _declared(trace: Trace) -> Policy:
+    """The policy that the trace names: one of refmoe's own, since a stranger's file could allow anything."""
+    name = trace.header.policy
+    if ".toml" in name:
+        raise InputError(
+            f"{trace.path}: metadata field 'policy' is {shown(name)}, but the name of a policy was expected; a file of "
+            "one's own is given with --policy"
+        )
+    try:
+        return named_policy(name)
+    except InputError as error:
+        raise InputError(f"{trace.path}: metadata field 'policy': {error}") from None
+
+
+def _verify(
+    trace: Trace, case_name: str | None, golden: Path, checkpoint: Path | None, layout: str | None, policy: object,
+    significance: float,
+) -> Report:  # fmt: skip
+    if case_name is not None and checkpoint is not None:
+        raise InputError("one of --case NAME and --checkpoint DIR was expected, but both were given")
+    if checkpoint is not None:
+        loaded = load_checkpoint(checkpoint, layout)
+        found = trace.header.checkpoint
+        if found is not None and found != (digest := checkpoint_digest(loaded.files)):
+            raise InputError(
+                f"{trace.path}: metadata field 'checkpoint' is {shown(found)}, but \"{digest}\", the digest of "
+                f"{checkpoint}, was expected"
+            )
+        name, config, parameters, runs = f"checkpoint {checkpoint}", loaded.config, loaded.parameters, None
+    else:
+        folder = golden / (case_name if case_name is not None else _named_case(trace))
+        case = read_case(folder)
+        if trace.header.case not in (None, case.name, folder.name):
+            raise InputError(
+                f"{trace.path}: metadata field 'case' is {shown(trace.header.case)}, but --case is {shown(case.name)}"
+            )
+        name, config, parameters, runs = f"case {case.name}", case.config, case.checkpoint().parameters, case.runs()
+    planned = runs if runs is not None else trace.header.runs
+    with progress_bar("verify", len(planned) * _layers(config)) as advance:
+        return verify(trace, name, config, parameters, runs, policy, significance, advance)  # type: ignore[arg-type]
+
+
+def _named_case(trace: Trace) -> str:
+    """The case that the trace names: a plain name, since a path would read a stranger's file."""
+    name = trace.header.case
+    if name is None:
+        raise InputError(f"{trace.path}: names no case, so --case NAME or --checkpoint DIR was expected")
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise InputError(f"{trace.path}: metadata field 'case' is {shown(name)}, but the name of a case was expected")
+    return name
+
+
+def _layers(config: Config) -> int:
+    return config.layers
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

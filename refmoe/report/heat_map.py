@@ -1,0 +1,170 @@
+"""The heat map of a verification: steps down, layers across, one cell per check or over all runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from refmoe.report.summary import excess_share, in_order, largest, run_names, share, worst_verdict
+from refmoe.report.wording import RUNGS, count, found_and_expected, number, place, visible, why
+from refmoe.verify.findings import FAIL, PASS, UNDECIDABLE, Check, Report
+
+ROOMY = 8
+"""Up to so many layers, a cell has room for its number."""
+
+EXPLAINED = 1000
+"""Checks whose reason a page carries; the JSON report has all of them."""
+
+LEVELS = {
+    "a": ("pass1", "·", "passes, up to 0.03"), "b": ("pass2", "·", "up to 0.1"), "c": ("pass3", "·", "up to 0.3"),
+    "d": ("pass4", "·", "up to 1 (all that is allowed)"), "e": ("fail1", "✕", "fails, up to 3"),
+    "f": ("fail2", "✕", "up to 30"), "g": ("fail3", "✕", "beyond 30"), "u": ("open", "?", "undecidable"),
+    "-": ("none", "", "no check"),
+}  # fmt: skip
+"""Code of a cell's state: its class, the symbol that says the verdict without colour, and the words of the legend."""
+
+PASS_BOUNDS, FAIL_BOUNDS = (0.03, 0.1, 0.3), (3.0, 30.0)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a cell shows over all runs."""
+
+    level: str
+    symbol: str
+    number: str
+    detail: str
+    first: bool
+    """Whether the first wrong step is among its checks."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A step. Outside of the layers it has one cell; inside, one per layer, None where there is no check."""
+
+    step: str
+    cells: tuple[Cell | None, ...]
+    outside: bool
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """The map over all runs, and as JSON what a script needs to show a single run."""
+
+    layers: tuple[int, ...]
+    rows: tuple[Row, ...]
+    data: str
+    roomy: bool
+
+
+def heat_map(report: Report) -> HeatMap:
+    """Lay out all checks. Cells are numbered row by row, left to right; the script counts them the same way."""
+    layers = tuple(sorted({check.layer for check in report.checks if check.layer is not None}))
+    groups: dict[tuple[str, int | None], list[Check]] = {}
+    for check in report.checks:
+        groups.setdefault((check.step, check.layer), []).append(check)
+    roomy = len(layers) <= ROOMY
+    rows = []
+    shown: list[list[Check]] = []
+    for step in in_order(step for step, _ in groups):
+        for columns in ((None,), layers):
+            here = [groups.get((step, column), []) for column in columns]
+            if any(here):
+                cells = tuple(_cell(report, checks, roomy) if checks else None for checks in here)
+                rows.append(Row(visible(step), cells, columns == (None,)))
+                shown += [checks for checks in here if checks]
+    return HeatMap(layers, tuple(rows), _data(report, shown, roomy), roomy)
+
+
+def level(verdict: str | None, amount: float) -> str:
+    """The code of a cell's state from the verdict and the share of what is allowed."""
+    if verdict is None:
+        return "-"
+    if verdict == UNDECIDABLE:
+        return "u"
+    codes, bounds = ("efg", FAIL_BOUNDS) if verdict == FAIL else ("abcd", PASS_BOUNDS)
+    return codes[sum(amount > bound for bound in bounds)]
+
+
+def _cell(report: Report, checks: Sequence[Check], roomy: bool) -> Cell:
+    verdict = worst_verdict(checks)
+    name, symbol, _ = LEVELS[level(verdict, largest(map(share, checks)))]
+    first = report.first_wrong in {(check.run, check.tap) for check in checks}
+    return Cell(name, symbol, _amount(checks) if roomy else "", _detail(checks, first), first)
+
+
+def _amount(checks: Sequence[Check]) -> str:
+    amount = largest(map(share, checks))
+    return "" if worst_verdict(checks) == UNDECIDABLE else number(amount, "")
+
+
+def _detail(checks: Sequence[Check], first: bool) -> str:
+    """A cell over all runs in words."""
+    failed = [check for check in checks if check.verdict == FAIL]
+    unsure = [check for check in checks if check.verdict == UNDECIDABLE]
+    runs = count(len(checks), "run")
+    if failed:
+        words = [f"fails in {len(failed)} of {runs}"] + [f"undecidable in {len(unsure)}"] * bool(unsure)
+    elif unsure:
+        words = [f"undecidable in {len(unsure)} of {runs}"]
+    else:
+        words = [f"passes in {runs}"]
+    worst = max(checks, key=lambda check: (check.verdict == FAIL, -1.0 if math.isnan(share(check)) else share(check)))
+    words += [f"closest to its limits or furthest beyond in {visible(worst.run)}: {_numbers(worst)}"]
+    if first:
+        words += ["here is the first wrong step"]
+    return f"{visible(checks[0].tap)}: {'; '.join(words)}."
+
+
+def _numbers(check: Check) -> str:
+    excess = f"excess {number(check.excess)} sigma, limit {number(check.excess_limit)}"
+    error = f"error {number(check.worst_error, 'not known')} of what is allowed"
+    return f"{error}, {excess}" if not math.isnan(excess_share(check)) else error
+
+
+def _data(report: Report, shown: list[list[Check]], roomy: bool) -> str:
+    """Every check as a few characters, by run and cell; words that repeat are written once and referred to."""
+    runs = run_names(report)
+    index = {run: i for i, run in enumerate(runs)}
+    texts: dict[str, int] = {"": 0}
+    states = [["-"] * len(shown) for _ in runs]
+    numbers = [[""] * len(shown) for _ in runs]
+    explained = 0
+    for position, checks in enumerate(shown):
+        for check in checks:
+            i = index[check.run]
+            states[i][position] = level(check.verdict, share(check))
+            reason = ""
+            if check.reason and explained < EXPLAINED:
+                explained += check.verdict != PASS
+                reason = _reason(check, report)
+            known = [texts.setdefault(text, len(texts)) for text in (RUNGS.get(check.rung, ""), reason)]
+            values = [number(check.worst_error), number(check.excess), number(check.excess_limit)]
+            amount = [_amount([check])] if roomy else []
+            numbers[i][position] = " ".join([*values, *map(str, known), *amount])
+    document = {
+        "runs": [visible(run) for run in runs],
+        "first": visible(report.first_wrong[0]) if report.first_wrong else "",
+        "taps": [visible(checks[0].tap) for checks in shown],
+        "levels": {code: [name, symbol] for code, (name, symbol, _) in LEVELS.items()},
+        "states": ["".join(state) for state in states],
+        "numbers": numbers,
+        "texts": list(texts),
+    }
+    text = json.dumps(document, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c")  # nothing in it can end the script element that holds it
+
+
+def _reason(check: Check, report: Report) -> str:
+    parts = [why(check, report)]
+    if check.verdict == FAIL and check.worst is not None:
+        parts.append(
+            ", ".join(
+                filter(
+                    None, (place(check.step, check.worst.where, check.worst.expert), found_and_expected(check.worst))
+                )
+            )
+        )
+    return "; ".join(parts)

@@ -1,0 +1,168 @@
+"""A verification as one HTML page: no network, nothing beside it, readable without script."""
+
+from __future__ import annotations
+
+import math
+from base64 import b64encode
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.resources import files
+from itertools import islice
+
+from refmoe.errors import require
+from refmoe.report import wording
+from refmoe.report.error_plot import crowded, error_plot, interval_plot
+from refmoe.report.heat_map import LEVELS, heat_map
+from refmoe.report.routing_strips import MARKS, routing_strips
+from refmoe.report.summary import run_names, summarise_routing, summarise_steps, wrong_choices
+from refmoe.verify.findings import CANNOT_JUDGE, CONFORMANT, FAIL, UNDECIDABLE, Check, Decision, Report
+
+LISTED = 100
+"""Failed checks, decisions and names that are written out; the JSON report has all of them."""
+
+FEW_DECISIONS = 600
+"""Up to so many decisions, the page has a table of all of them, and the strips of few runs are open."""
+
+VERDICTS = {CONFORMANT: ("good", "✓"), CANNOT_JUDGE: ("unsure", "?")}
+
+
+@dataclass(frozen=True)
+class CheckView:
+    """A check as the page shows it."""
+
+    run: str
+    tap: str
+    place: str
+    found: str
+    expected: str
+    legal: str
+    sigma: str
+    error: str
+    excess: str
+    limit: str
+    manner: str
+    reason: str
+    basis: str
+
+
+@dataclass(frozen=True)
+class DecisionView:
+    """A routing decision as the page shows it."""
+
+    run: str
+    layer: int
+    token: int
+    kind: str
+    legal: str
+    found: str
+    expected: str
+    margin: str
+    movable: str
+
+
+def to_html(report: Report) -> str:
+    """The page as text, to be written as UTF-8.
+
+    Its own style and script are named by their digest in a content security policy, which forbids everything else:
+    a name in the trace that looks like code stays a name, and a browser will not ask anybody for anything.
+    """
+    jinja2 = require("jinja2", "html", "the HTML report")
+    style, script = _read("verification.css"), _read("verification.js")
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, finalize=_printable
+    )
+    failed = [check for check in report.checks if check.verdict == FAIL]
+    routing = summarise_routing(report)
+    name, symbol = VERDICTS.get(report.verdict, ("bad", "✕"))
+    page = environment.from_string(_read("verification.html.j2")).render(
+        report=report,
+        style=style,
+        script=script,
+        digests={"style": _digest(style), "script": _digest(script)},
+        verdict={"name": name, "symbol": symbol},
+        first=_first_wrong(report),
+        runs=run_names(report),
+        map=heat_map(report),
+        levels=LEVELS,
+        plot=error_plot(report),
+        crowded=crowded(report),
+        steps=summarise_steps(report),
+        failures=[_check(check, report) for check in failed[:LISTED]],
+        failed=len(failed),
+        undecidable=_open_reasons(report),
+        routing=routing,
+        marks=MARKS,
+        strips=routing_strips(report),
+        illegal=[_decision(d) for d in routing.illegal[:LISTED]],
+        deviating=[_decision(d) for d in routing.deviating[:LISTED]],
+        every=[_decision(d) for d in report.decisions] if len(report.decisions) <= FEW_DECISIONS else [],
+        listed=LISTED,
+        number=wording.number,
+        count=wording.count,
+    )
+    return str(page)
+
+
+def _printable(value: object) -> object:
+    """What a template writes: text that is not markup of our own making gets its control characters escaped."""
+    return wording.visible(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
+
+
+def _read(name: str) -> str:
+    return files("refmoe.report").joinpath(name).read_text(encoding="utf-8").strip()
+
+
+def _digest(text: str) -> str:
+    return "sha256-" + b64encode(sha256(text.encode()).digest()).decode()
+
+
+def _first_wrong(report: Report) -> dict[str, object] | None:
+    if report.first_wrong is None:
+        return None
+    run, tap = report.first_wrong
+    check = report.check(run, tap)
+    return {
+        "run": run,
+        "tap": tap,
+        "check": None if check is None else _check(check, report),
+        "plot": "" if check is None or check.worst is None else interval_plot(check.worst),
+        "preceding": wording.preceding(report, run, tap),
+        "choices": [
+            {"token": d.token, "text": wording.choice(d, report.policy)} for d in wrong_choices(report, run, tap)[:5]
+        ],
+    }
+
+
+def _check(check: Check, report: Report) -> CheckView:
+    worst = check.worst
+    return CheckView(
+        check.run,
+        check.tap,
+        wording.place(check.step, worst.where, worst.expert) if worst else "",
+        wording.value_text(worst.found) if worst else "-",
+        wording.value_text(worst.expected) if worst else "-",
+        wording.legal(worst) if worst else "-",
+        "-" if worst is None or math.isnan(worst.sigma) else wording.number(worst.sigma),
+        wording.number(check.worst_error),
+        wording.number(check.excess),
+        wording.number(check.excess_limit) if check.excess_limit > 0 else "-",
+        wording.manner(check, report),
+        check.reason,
+        wording.basis(check),
+    )
+
+
+def _decision(d: Decision) -> DecisionView:
+    found = wording.ids(d.found) if d.found else "-"
+    legal = "legal" if d.legal else "illegal"
+    expected, margin, movable = wording.ids(d.expected), wording.number(d.margin), wording.number(d.movable)
+    return DecisionView(d.run, d.layer, d.token, d.kind, legal, found, expected, margin, movable)
+
+
+def _open_reasons(report: Report) -> list[tuple[str, int]]:
+    """Why checks are undecidable, and how many for each reason, the most frequent first."""
+    reasons: dict[str, int] = {}
+    for check in report.checks:
+        if check.verdict == UNDECIDABLE:
+            reasons[check.reason] = reasons.get(check.reason, 0) + 1
+    return list(islice(sorted(reasons.items(), key=lambda entry: -entry[1]), LISTED))

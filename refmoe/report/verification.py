@@ -1,0 +1,143 @@
+"""A verification on a terminal: the verdict, the first wrong step, and what else to know, most important first."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from refmoe.report.summary import Routing, StepSummary, summarise_routing, summarise_steps, wrong_choices
+from refmoe.report.terminal import WIDE
+from refmoe.report.wording import basis, choice, count, found_and_expected, number, place, preceding, visible, why
+from refmoe.verify.findings import CANNOT_JUDGE, CONFORMANT, FAIL, UNDECIDABLE, Check, Decision, Report
+
+LISTED = 10
+"""Failures and decisions shown one by one; beyond, only how many more there are."""
+
+STYLES = {CONFORMANT: "bold green", CANNOT_JUDGE: "bold yellow"}
+INDENT = " " * 6
+
+
+def print_report(report: Report, console: Console | None = None) -> None:
+    """Print a verification; a narrow terminal gets fewer columns of the table, a pipe all of them."""
+    if console is None:
+        console = Console(highlight=False, soft_wrap=True)
+        if not console.is_terminal:
+            console.width = WIDE
+    _headline(console, report)
+    _first_wrong(console, report)
+    _failures(console, report)
+    _steps(console, summarise_steps(report))
+    _routing(console, report, summarise_routing(report))
+    _gaps(console, report)
+
+
+def _print(console: Console, text: str, style: str = "") -> None:
+    """Plain text only: what looks like markup or an emoji in a name is part of the name."""
+    console.print(Text(text, style=style), soft_wrap=True)
+
+
+def _headline(console: Console, report: Report) -> None:
+    _print(console, report.verdict.upper(), STYLES.get(report.verdict, "bold red"))
+    _print(console, INDENT + visible(report.headline))
+    producer, policy = visible(report.producer), visible(report.policy)
+    against = f"against {visible(report.subject)}, policy {policy}, significance {report.significance:g}"
+    _print(console, f"{INDENT}{visible(report.trace)}, written by {producer}, {against}")
+
+
+def _first_wrong(console: Console, report: Report) -> None:
+    if report.first_wrong is None:
+        return
+    run, tap = report.first_wrong
+    check = report.check(run, tap)
+    console.print()
+    _print(console, f"first wrong step: {visible(tap)}, run {visible(run)}{_at(check)}", "bold")
+    if check is not None:
+        if check.worst is not None:
+            _print(console, INDENT + found_and_expected(check.worst))
+        _print(console, INDENT + why(check, report))
+        _print(console, f"{INDENT}{basis(check)}; {preceding(report, run, tap)}")
+    _decisions(console, report, wrong_choices(report, run, tap))
+
+
+def _failures(console: Console, report: Report) -> None:
+    failed = [check for check in report.checks if check.verdict == FAIL]
+    if failed:
+        console.print()
+    for check in failed[:LISTED]:
+        _print(console, f"FAIL  {visible(check.tap)}   {visible(check.run)}{_at(check)}", "red")
+        _print(console, INDENT + why(check, report))
+    if len(failed) > LISTED:
+        _print(console, f"and {count(len(failed) - LISTED, 'failed check')} more")
+    open_ones = [check for check in report.checks if check.verdict == UNDECIDABLE]
+    reasons = dict.fromkeys(visible(check.reason) for check in open_ones)
+    for reason in list(reasons)[:LISTED]:
+        same = sum(visible(check.reason) == reason for check in open_ones)
+        _print(console, f"UNDECIDABLE  {count(same, 'check')}: {reason}", "yellow")
+    if len(reasons) > LISTED:
+        _print(console, f"and {count(len(reasons) - LISTED, 'reason')} more")
+
+
+def _at(check: Check | None) -> str:
+    words = (
+        place(check.step, check.worst.where, check.worst.expert)
+        if check is not None and check.worst is not None
+        else ""
+    )
+    return f", {words}" if words else ""
+
+
+def _steps(console: Console, steps: list[StepSummary]) -> None:
+    console.print()
+    if not steps:
+        _print(console, "no step was checked")
+        return
+    headings = ["step", "fail", "undecidable", "worst error"]
+    if console.width >= 80:
+        headings = ["step", "checks", "pass", "fail", "undecidable", "worst error", "excess", "limit"]
+    table = Table(box=None, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "step" else "right", no_wrap=heading != "step")
+    for s in steps:
+        cells = {
+            "step": visible(s.step), "checks": str(s.checks), "pass": str(s.passed), "fail": str(s.failed),
+            "undecidable": str(s.undecidable), "worst error": number(s.error), "excess": number(s.excess),
+            "limit": number(s.excess_limit),
+        }  # fmt: skip
+        style = "bold red" if s.failed else "yellow" if s.undecidable else None
+        table.add_row(*(Text(cells[heading]) for heading in headings), style=style)
+    console.print(table)
+    _print(console, "worst error: 1 is all that the policy allows; excess and its limit: in standard deviations", "dim")
+
+
+def _routing(console: Console, report: Report, routing: Routing) -> None:
+    console.print()
+    if not routing.decisions:
+        _print(console, "routing: no decision could be judged")
+        return
+    kinds = ", ".join(f"{amount} {kind}" for kind, amount in routing.kinds.items())
+    absent = f"; {routing.absent} not in the trace" if routing.absent else ""
+    _print(console, f"routing: {count(routing.decisions, 'decision')}: {kinds}{absent}")
+    _print(console, f"{INDENT}{len(routing.illegal)} illegal, {len(routing.deviating)} legal but not the exact choice")
+    _decisions(console, report, routing.illegal)
+
+
+def _decisions(console: Console, report: Report, illegal: tuple[Decision, ...]) -> None:
+    for d in illegal[:LISTED]:
+        where = f"layers.{d.layer}.router.experts   {visible(d.run)}, token {d.token}"
+        _print(console, f"FAIL  {where}", "red")
+        _print(console, INDENT + choice(d, report.policy))
+    if len(illegal) > LISTED:
+        _print(console, f"and {count(len(illegal) - LISTED, 'illegal decision')} more")
+
+
+def _gaps(console: Console, report: Report) -> None:
+    """What is not there, and what therefore cannot be said."""
+    if report.missing or report.unknown or report.notes:
+        console.print()
+    for title, names in (("not in the trace", report.missing), ("keys that name no tap", report.unknown)):
+        if names:
+            more = f" and {len(names) - 3 * LISTED} more" if len(names) > 3 * LISTED else ""
+            _print(console, f"{title}: {', '.join(map(visible, names[: 3 * LISTED]))}{more}")
+    for note in report.notes:
+        _print(console, f"note: {visible(note)}")

@@ -1,0 +1,52 @@
+"""A verification for a program: one JSON object whose fields are those of `refmoe.verify.findings`.
+
+JSON has no word for what is not a finite number, so those are the strings "NaN", "Infinity" and "-Infinity", as in
+the JSON form of Protocol Buffers; `float` of Python and `Number` of JavaScript read them. None becomes null.
+verification.schema.json beside this file says what each field means.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import fields, is_dataclass
+from importlib.resources import files
+from typing import Any
+
+from refmoe.verify.findings import Report
+
+FORMAT_VERSION = "1"
+
+
+def to_json(report: Report) -> str:
+    """The whole report, one line per check and decision, so that a text tool can search it too."""
+    lines = [f'"format_version": {_encode(FORMAT_VERSION)}']
+    for field in fields(report):
+        value = getattr(report, field.name)
+        if field.name in ("checks", "decisions") and value:
+            items = ",\n  ".join(map(_encode, value))
+            lines.append(f'"{field.name}": [\n  {items}\n ]')
+        else:
+            lines.append(f'"{field.name}": {_encode(value)}')
+    return "{\n " + ",\n ".join(lines) + "\n}\n"
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema that every report satisfies."""
+    text = files("refmoe.report").joinpath("verification.schema.json").read_text(encoding="utf-8")
+    document: dict[str, Any] = json.loads(text)
+    return document
+
+
+def _encode(value: object) -> str:
+    return json.dumps(_plain(value), allow_nan=False)
+
+
+def _plain(value: object) -> Any:
+    if is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value

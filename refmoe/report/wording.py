@@ -1,0 +1,128 @@
+"""The words that every rendering of a verification shares, so that no two of them say different things."""
+
+from __future__ import annotations
+
+import math
+
+from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS
+from refmoe.verify.findings import FAIL, FREE, LOCAL, PASS, REPLAYED, UNDECIDABLE, Check, Decision, Element, Report
+
+AXES = {
+    "T": "token", "H": "head", "K": "key/value head", "E": "expert", "k": "slot", "S": "cached position",
+    "F": "hidden unit", "D": "channel", "d": "channel", "V": "vocabulary entry",
+}  # fmt: skip
+"""What one index along a dimension of a tap is called."""
+
+RUNGS = {
+    LOCAL: "local, from the trace's own inputs of the step",
+    REPLAYED: "recomputed with the trace's own choice of experts",
+    FREE: "recomputed with experts that refmoe chose",
+}
+"""The rungs, for somebody who has not read their definition."""
+
+
+def visible(text: str) -> str:
+    """`text` with whatever is not printable as an escape: names come from files that anybody may have written.
+
+    A terminal obeys escape sequences, XML 1.0 has no way to write a control character, and a lone surrogate (from
+    a file name that is not UTF-8) cannot be encoded at all.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def number(value: float, unknown: str = "-") -> str:
+    """Three significant digits, more before the point up to 99999; `unknown` for NaN: in findings, not known."""
+    if math.isnan(value):
+        return unknown
+    return f"{value:.0f}" if 100 <= abs(value) < 99999.5 else f"{value:.3g}"
+
+
+def value_text(value: float) -> str:
+    """A value of a tensor: enough digits to tell neighbours of float32 apart, and NaN by its name."""
+    return f"{value:.9g}"
+
+
+def count(amount: int, noun: str) -> str:
+    """A number with its noun, in the plural where it is due."""
+    return f"{amount} {noun}" if amount == 1 else f"{amount} {noun}s"
+
+
+def ids(experts: tuple[int, ...]) -> str:
+    """A choice of experts as a set, in the order given."""
+    return "{" + ", ".join(map(str, experts)) + "}"
+
+
+def place(step: str, where: tuple[int, ...], expert: int | None = None) -> str:
+    """An index in words, the token first: ``token 11, expert 7``; empty for a tap that is one number.
+
+    expert: the one behind the slot, which is then named in its place.
+    """
+    shape = (LAYER_TAPS | MODEL_TAPS).get(step, "").split()
+    if len(shape) != len(where):
+        return f"element {list(where)}" if where else ""
+    named = sorted(zip(shape, where, strict=True), key=lambda pair: pair[0] != "T")
+    slot = None if expert is None else f"expert {expert}"
+    return ", ".join((dimension == "k" and slot) or f"{AXES[dimension]} {index}" for dimension, index in named)
+
+
+def legal(element: Element) -> str:
+    """The legal interval in words."""
+    if math.isnan(element.low) or math.isnan(element.high):
+        return "not known"
+    if math.isinf(element.low) and math.isinf(element.high):
+        return "any value (no finite bound)"
+    return f"{value_text(element.low)} to {value_text(element.high)}"
+
+
+def found_and_expected(element: Element) -> str:
+    """What was found in an element and what is legal there, in one line."""
+    sigma = f", sigma {number(element.sigma)}" if not math.isnan(element.sigma) else ""
+    values = f"found {value_text(element.found)}, expected {value_text(element.expected)}"
+    return f"{values}, legal {legal(element)}{sigma}"
+
+
+def manner(check: Check, report: Report) -> str:
+    """What a failure means: a proof, or an improbability at the stated significance; empty where neither is claimed.
+
+    The filter against truncation has a threshold and no level of significance, so it gets no such word.
+    """
+    if check.verdict != FAIL:
+        return ""
+    if check.outside or check.worst_error > 1:
+        return "impossible under the policy"
+    if 0 < check.excess_limit < check.excess or check.rms > check.rms_limit:
+        return f"improbable at significance {report.significance:g}"
+    return ""
+
+
+def why(check: Check, report: Report) -> str:
+    """The reason of a check with what its failure means."""
+    return ": ".join(filter(None, (manner(check, report), visible(check.reason))))
+
+
+def basis(check: Check) -> str:
+    """From what a check was computed, and on which rung."""
+    since = ", ".join(map(visible, check.since))
+    return f"{f'computed from {since}; ' if since else ''}{RUNGS.get(check.rung, visible(check.rung))}"
+
+
+def preceding(report: Report, run: str, tap: str) -> str:
+    """What was found before a check, in order of computation; empty where there is no such check."""
+    checks = [(check.run, check.tap) for check in report.checks]
+    if (run, tap) not in checks:
+        return ""
+    earlier = [check.verdict for check in report.checks[: checks.index((run, tap))]]
+    if not earlier:
+        return "it is the first check"
+    passed, undecidable = earlier.count(PASS), earlier.count(UNDECIDABLE)
+    if passed == len(earlier):
+        return f"everything before it passes ({count(passed, 'check')})"
+    failed = earlier.count(FAIL)
+    return f"before it {passed} pass, {undecidable} undecidable{f', {failed} fail' if failed else ''}"
+
+
+def choice(decision: Decision, policy: str) -> str:
+    """A routing decision in a sentence, without its place."""
+    found = f"found {ids(decision.found)}" if decision.found else "not in the trace"
+    margin = f"margin {number(decision.margin)} against {number(decision.movable)} that {visible(policy)} can move"
+    return f"{found}, expected {ids(decision.expected)}: {decision.kind}, {margin}"

@@ -1,0 +1,1 @@
+"""The verifier: is this trace a legal result of the declared policy, and if not, where does it first go wrong?"""

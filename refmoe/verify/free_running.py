@@ -1,0 +1,199 @@
+"""The free-running rung: what no enclosure bounds is held against the noise that the policy itself produces.
+
+Where the trace does not say which experts were chosen, and rounding alone can decide it, legal results form islands:
+one for each choice. Replicas of the policy, with random roundings and with each open choice made either way, show how
+far apart these lie. That is a much weaker test than the others, and the report says so; yet an engine that computes
+nothing, or another token, does not pass it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from refmoe.ops.enclosure.array import Enclosure
+from refmoe.policy.formats import nearest, ulp
+from refmoe.policy.policy import Policy
+from refmoe.trace import Trace
+from refmoe.verify.findings import FAIL, FREE, PASS, UNDECIDABLE, Check, Element
+from refmoe.verify.passes import Pass
+from refmoe.verify.provenance import step_of
+from refmoe.verify.subject import Findings, Subject
+from refmoe.verify.tally import LEAN, SNR, Limits
+
+REPLICAS = 12
+MOST_VALUES = 4_000_000
+"""Values without bound beyond which replicas would not fit in memory: each value needs some 130 bytes."""
+
+Key = tuple[str, str]
+
+
+class Replica(Pass):
+    """A run of the policy with roundings drawn at random from their variance; with no generator, without any."""
+
+    def __init__(
+        self, trace: Trace, subject: Subject, policy: Policy, open_choices: dict[Key, set[int]], wanted: set[Key],
+        generator: np.random.Generator | None,
+    ) -> None:  # fmt: skip
+        """open_choices: tokens whose last expert is drawn, per router tap.   wanted: taps that are kept."""
+        super().__init__(trace, subject, policy, 0.0)
+        self.open_choices, self.wanted, self.generator = open_choices, wanted, generator
+        self.kept: dict[Key, list[Any]] = {}
+        self._sampled_logits: Any = None
+
+    def arrays(self) -> dict[Key, Any]:
+        """The wanted taps, [T, ...]."""
+        self.go()
+        return {key: np.concatenate(parts) for key, parts in self.kept.items()}
+
+    def _tap(self, name: str, x: Any) -> Any:
+        step, key = step_of(name), (self._run.run, name)
+        if step == "router.experts":
+            if name in self._present:
+                return np.asarray(self._read(name, step)).astype(np.int64)
+            return self._draw(key, x)
+        sampled = self._sample(x, step)
+        if step == "router.logits":
+            self._sampled_logits = sampled
+        if key in self.wanted:
+            self.kept.setdefault(key, []).append(sampled)
+        values = np.asarray(self._read(name, step), np.float64) if name in self._present else sampled
+        return Enclosure(values, accumulation=self.policy.accumulation)
+
+    def _sample(self, x: Enclosure, step: str) -> Any:
+        if self.generator is None:
+            return x.mid
+        x = x.settle()
+        noise = np.sqrt(np.broadcast_to(x.v, x.shape)) * self.generator.standard_normal(x.shape)
+        return nearest(x.mid + noise, self.policy.at(step))
+
+    def _draw(self, key: Key, chosen: Any) -> Any:
+        """The choice that the sampled logits make, but either way where rounding alone can decide."""
+        tokens = [t - self._start for t in self.open_choices.get(key, ()) if 0 <= t - self._start < len(chosen)]
+        if self.generator is None or not tokens or chosen.shape[1] == self._sampled_logits.shape[1]:
+            return chosen
+        chosen = np.array(chosen)
+        rest = np.array(self._sampled_logits)
+        np.put_along_axis(rest, chosen, -np.inf, axis=-1)
+        for token in tokens:
+            if self.generator.integers(2):
+                chosen[token, -1] = int(rest[token].argmax())
+        return chosen
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What replicas say of one tap. mid, square: [T, ...]"""
+
+    mid: Any
+    square: Any
+    """The mean square distance of the replicas from the run without rounding."""
+    choices: int
+    """How many choices were drawn in a run."""
+
+
+def replicate(trace: Trace, subject: Subject, policy: Policy, findings: Findings, wanted: set[Key]) -> dict[Key, Noise]:
+    """The noise of the wanted taps."""
+    choices = findings.open_choices
+    centre = Replica(trace, subject, policy, choices, wanted, None).arrays()
+    squares = {key: np.zeros(array.shape) for key, array in centre.items()}
+    for seed in range(REPLICAS):
+        drawn = Replica(trace, subject, policy, choices, wanted, np.random.default_rng(seed)).arrays()
+        with np.errstate(all="ignore"):
+            for key, array in drawn.items():
+                array -= centre[key]
+                array *= array
+                squares[key] += array / REPLICAS
+    count = sum(map(len, choices.values()))
+    return {key: Noise(centre[key], squares[key], count) for key in centre}
+
+
+def against_noise(
+    checks: list[Check], findings: Findings, trace: Trace, subject: Subject, policy: Policy, limits: Limits
+) -> list[Check]:
+    """The checks, those of unbounded values judged by noise where they have not failed already."""
+    wanted = {
+        (check.run, check.tap)
+        for check in checks
+        if check.rung == FREE and check.verdict != FAIL and findings.unbounded.get((check.run, check.tap))
+    }
+    held = sum(check.values for check in checks if (check.run, check.tap) in wanted)
+    if not wanted or held > MOST_VALUES:
+        return checks
+    noise = replicate(trace, subject, policy, findings, wanted)
+    return [
+        _judge(check, noise[check.run, check.tap], findings, trace, policy, limits)
+        if (check.run, check.tap) in noise
+        else check
+        for check in checks
+    ]
+
+
+def _judge(check: Check, noise: Noise, findings: Findings, trace: Trace, policy: Policy, limits: Limits) -> Check:
+    rows = np.array(sorted(findings.unbounded[check.run, check.tap]))
+    found = np.asarray(trace.get(check.run, check.tap), np.float64).reshape(len(noise.mid), -1)
+    mid, square = noise.mid.reshape(found.shape), noise.square.reshape(found.shape)
+    with np.errstate(all="ignore"):
+        spacing = ulp(mid, policy.at(step_of(check.tap)))
+        # one element's noise from a dozen replicas may be far too small: its row's is taken where that is larger
+        variance = np.maximum(square, square.mean(-1, keepdims=True)) + spacing**2 / 12
+        usable = np.isfinite(variance) & np.isfinite(mid)
+        error = found - mid
+        distance = np.where(usable, np.maximum(np.abs(error) - spacing / 2, 0.0) / np.sqrt(variance), 0.0)
+    here = np.zeros(found.shape, bool)
+    here[rows] = True
+    # n choices drawn either way are at most sqrt(2 n) standard deviations from the one without rounding
+    limit = limits.excess + math.sqrt(2 * noise.choices)
+    broken = here & usable & ~np.isfinite(found)
+    decided = int((here & usable).sum())
+    reasons = []
+    if broken.any():
+        reasons.append(f"{int(broken.sum())} of {check.values} values are not finite, and no replica's are")
+    worst = np.unravel_index(int(np.argmax(np.where(here & ~broken, distance, -1.0))), found.shape)
+    if distance[worst] > limit:
+        reasons.append(
+            f"a value is {distance[worst]:.4g} times the noise of {REPLICAS} replicas away, limit {limit:.1f}"
+        )
+    reasons += resemblances(found, mid, variance, usable & np.isfinite(found))
+    if reasons:
+        token, column = (int(i) for i in worst)
+        element = Element(
+            (token, column), float(found[worst]), float(mid[worst]), float("-inf"), float("inf"),
+            float(math.sqrt(variance[worst])),
+        )  # fmt: skip
+        return replace(check, verdict=FAIL, reason="; ".join(reasons), worst=element)
+    left = check.undecided - min(decided, check.undecided)
+    size = math.sqrt(float(variance[here & usable].mean())) if decided else float("nan")
+    signal = math.sqrt(float((mid[here & usable] ** 2).mean())) if decided else float("nan")
+    verdict = UNDECIDABLE if 2 * left > check.values else PASS
+    reason = (
+        f"{decided} of {check.values} values were held only against the noise of {REPLICAS} replicas, which is "
+        f"{size / signal if signal else math.inf:.2g} of their size: experts are not in the trace, and rounding "
+        "decides them"
+    )
+    return replace(check, verdict=verdict, reason=reason, undecided=left)
+
+
+def resemblances(found: Any, mid: Any, variance: Any, usable: Any) -> list[str]:
+    """Which plain fault the values look like. found, mid, variance: [T, n]
+
+    The matched filter against outputs that compute nothing, or another token: 0 for the right values, 1 for the wrong.
+    """
+    others = {"zero": np.zeros_like(mid), "one and the same row": np.broadcast_to(mid.mean(0), mid.shape)}
+    if len(mid) > 1:
+        others["the token before"] = np.roll(mid, 1, axis=0)
+        others["the token after"] = np.roll(mid, -1, axis=0)
+    said = []
+    for name, other in others.items():
+        with np.errstate(all="ignore"):
+            delta = np.where(usable, other - mid, 0.0)
+            error = np.where(usable, found - mid, 0.0)
+            weight = np.where(usable, 1 / variance, 0.0)
+            reach = float((delta**2 * weight).sum())
+            lean = float((error * delta * weight).sum()) / reach if reach > 0 else 0.0
+        if math.sqrt(reach) > SNR and lean > LEAN:
+            said.append(f"the values lean to {name} ({lean:.2f}, where right ones give 0)")
+    return said

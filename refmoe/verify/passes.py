@@ -1,0 +1,225 @@
+"""One pass over a trace: the model under enclosures, each step on the trace's own values where it has them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Set
+from typing import Any
+
+import numpy as np
+
+from refmoe.ops.enclosure.array import Enclosure
+from refmoe.ops.enclosure.ops import EnclosureOps
+from refmoe.policy.formats import FORMATS, ulp
+from refmoe.policy.policy import Policy
+from refmoe.script import cut
+from refmoe.spec.attention import visible
+from refmoe.spec.config import Config
+from refmoe.spec.model import Caches, Model, forward
+from refmoe.spec.taps import LAYER_TAPS
+from refmoe.trace import Run, Trace
+from refmoe.verify.findings import CONTESTABLE, FORCED
+from refmoe.verify.provenance import layer_of, step_of
+from refmoe.verify.routing import Routing, judge, valid
+from refmoe.verify.subject import Findings, Subject, shape_of
+from refmoe.verify.tally import Tally
+
+BLOCK_BYTES = 16 << 20
+"""Bytes in binary64 of the largest tap of a block of tokens; a pass holds some twenty arrays of that size."""
+KEPT_DECISIONS = 50_000
+"""Beyond these only decisions that are not forced, or not legal, are kept one by one."""
+
+AFTER_CHOICE = ("router.weights", "expert.gate", "expert.up", "expert.hidden", "expert.output", "moe.output")
+"""Taps whose value depends on which experts were chosen."""
+
+
+class Pass:
+    """A forward pass whose taps test the trace's values and then go on with them."""
+
+    def __init__(
+        self, trace: Trace, subject: Subject, policy: Policy, spreads: float,
+        recomputed: Set[tuple[str, str]] = frozenset(), unrounded: bool = False,
+        progress: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
+        """spreads: standard deviations that count as certain.   recomputed: taps whose values in the trace are tested
+        but not used.   unrounded: each step may have read its inputs before they were stored.
+        progress: called after each layer of each run."""
+        self.trace, self.subject, self.policy, self.spreads = trace, subject, policy, spreads
+        self.recomputed, self.unrounded, self.progress = recomputed, unrounded, progress
+        self.findings = Findings()
+        self.ops = EnclosureOps(policy, self._tap)
+        self._run = subject.runs[0]
+        self._start = 0
+        self._tokens = 0
+        self._present: Set[str] = frozenset()
+        self._logits: tuple[Enclosure, Any, bool] | None = None
+        self._unknown: Any = None
+
+    def go(self) -> Findings:
+        """All runs in order, each in blocks of tokens: a block is a piece of a prompt, which MODEL-4 allows."""
+        model = Model(self.subject.config, self.subject.parameters, self.subject.steps)
+        caches: dict[int, Caches] = {}
+        ops: Any = self.ops
+        with np.errstate(all="ignore"):
+            for run in self.subject.runs:
+                self._run, self._present = run, frozenset(self.trace.names(run.run))
+                before = cut(caches.get(run.sequence), run)
+                size = block_size(self.subject.config, run)
+                for self._start in range(0, len(run.tokens), size):
+                    tokens = run.tokens[self._start : self._start + size]
+                    positions = run.positions[self._start : self._start + size]
+                    self._tokens = len(tokens)
+                    _, before = forward(ops, model, ops.integers(tokens), ops.integers(positions), before)
+                assert before is not None
+                caches[run.sequence] = before
+        return self.findings
+
+    def _tap(self, name: str, x: Any) -> Any:
+        step = step_of(name)
+        if step == "router.experts":
+            return self._choose(name, x)
+        if step == "residual" and self.progress is not None:
+            self.progress()
+        dumped = self._read(name, step) if name in self._present else None
+        if step in AFTER_CHOICE and self._unknown is not None:
+            x = without_bound(x, self._unknown)
+        outside = 0
+        if dumped is not None:
+            outside = self._test(name, step, x, dumped)
+            self._note_unbounded(name, step, x)
+        if step == "router.logits":
+            self._logits = (x, dumped, not outside)
+        if dumped is None or (self._run.run, name) in self.recomputed:
+            return self.ops.cut(step, x)
+        values = np.asarray(dumped, np.float64)
+        if step == "attention.scores":
+            values = np.where(self._visible()[None], values, 0.0)
+        if not np.isfinite(values).all():
+            self.ops.events.append(name)
+        if not self.unrounded:
+            return Enclosure(values, accumulation=self.policy.accumulation)
+        spacing = ulp(values, self.policy.at(step))
+        return Enclosure(values, spacing / 2, spacing**2 / 12, self.policy.accumulation)
+
+    def _read(self, name: str, step: str) -> Any:
+        """The block's part of a tap."""
+        array = self.trace.get(self._run.run, name)
+        stop = self._start + self._tokens
+        if step in ("attention.scores", "attention.probs"):
+            # later keys are masked, so a block goes without them
+            return array[:, self._start : stop, : self._run.past + stop]
+        return array[self._start : stop]
+
+    def _test(self, name: str, step: str, x: Enclosure, dumped: Any) -> int:
+        """Hold a tap against its enclosure. Returns how many values are outside it."""
+        tally = self.findings.tallies.setdefault((self._run.run, name), Tally())
+        if step == "attention.scores":
+            # what a masked score holds is nobody's business
+            seen = np.broadcast_to(self._visible()[None], x.shape)
+            where = tuple(axis for axis in np.nonzero(seen))
+            x, values = x[seen], np.asarray(dumped[seen], np.float64)
+        else:
+            where = tuple(axis.reshape(-1) for axis in np.indices(x.shape, sparse=False))
+            values = np.asarray(dumped, np.float64).reshape(-1)
+            x = x.map(lambda part: np.broadcast_to(part, dumped.shape).reshape(-1))
+        axis = 1 if step in ("attention.scores", "attention.probs") else 0
+        where = tuple(part + self._start if i == axis else part for i, part in enumerate(where))
+        tally.rows += self._tokens
+        before = tally.outside
+        tally.add(
+            x, values, self.policy.at(step), FORMATS[str(dumped.dtype)], where, bool(self.ops.events)
+        )  # fmt: skip
+        if step == "attention.probs":
+            self._test_masked(name, tally)
+        return tally.outside - before
+
+    def _test_masked(self, name: str, tally: Tally) -> None:
+        """Probabilities of keys after the block are zero."""
+        array = self.trace.get(self._run.run, name)
+        stop = self._start + self._tokens
+        rest = array[:, self._start : stop, self._run.past + stop :]
+        if rest.size:
+            nothing = Enclosure(np.zeros(rest.size), accumulation=self.policy.accumulation)
+            where = tuple(axis.reshape(-1) for axis in np.indices(rest.shape))
+            where = (where[0], where[1] + self._start, where[2] + self._run.past + stop)
+            format = self.policy.at("attention.probs")
+            values = np.asarray(rest, np.float64).reshape(-1)
+            tally.add(nothing, values, format, FORMATS[str(array.dtype)], where, False)
+
+    def _note_unbounded(self, name: str, step: str, x: Enclosure) -> None:
+        if x.variance is None or step in ("attention.scores", "attention.probs"):
+            return
+        nothing = ~np.isfinite(np.broadcast_to(x.variance, x.shape)).reshape(x.shape[0], -1).all(-1)
+        if nothing.any():
+            rows = self.findings.unbounded.setdefault((self._run.run, name), set())
+            rows.update(self._start + int(token) for token in np.flatnonzero(nothing))
+
+    def _visible(self) -> Any:
+        stop = self._start + self._tokens
+        positions = np.asarray(self._run.positions[self._start : stop])
+        first = self._run.positions[0] - self._run.past
+        cached = np.arange(first, first + self._run.past + stop)
+        return visible(positions, cached, self.subject.config.window)
+
+    def _choose(self, name: str, expected: Any) -> Any:
+        """Judge the trace's choice of experts, and go on with it."""
+        assert self._logits is not None
+        x, dumped, trusted = self._logits
+        config, run = self.subject.config, self._run.run
+        found = None
+        if name in self._present:
+            array = self.trace.get(run, name)
+            found = np.asarray(array[self._start : self._start + self._tokens]).astype(np.int64)
+            wrong = ~valid(found, config.experts)
+            if wrong.any():
+                token = int(np.flatnonzero(wrong)[0])
+                self.findings.invalid.setdefault(
+                    (run, name),
+                    f"{int(wrong.sum())} tokens have no {config.experts_per_token} different experts from 0 to "
+                    f"{config.experts - 1}: token {self._start + token} has {found[token].tolist()}",
+                )  # fmt: skip
+                found = np.where(wrong[:, None], expected, found)
+        routing = judge(x, dumped, trusted, found, config.experts_per_token, self.policy, self.spreads)
+        self._record(run, name, routing)
+        if found is not None:
+            self._unknown = None
+            return found
+        # ids are not in the trace: they follow its logits, and where rounding decides nothing more can be said
+        open_ = routing.kind != FORCED
+        if dumped is not None and self.policy.compared == "stored":
+            values = np.asarray(dumped, np.float64)
+            routing_of_dump = judge(
+                Enclosure(values, accumulation=self.policy.accumulation), None, True, None, config.experts_per_token,
+                self.policy, self.spreads,
+            )  # fmt: skip
+            open_ = routing_of_dump.kind == CONTESTABLE
+            routing = routing_of_dump
+        self._unknown = np.flatnonzero(open_) if open_.any() else None
+        either = np.flatnonzero(open_ & np.isfinite(routing.movable))
+        self.findings.open_choices.setdefault((run, name), set()).update(self._start + int(t) for t in either)
+        return routing.expected
+
+    def _record(self, run: str, name: str, routing: Routing) -> None:
+        layer = layer_of(name)
+        assert layer is not None
+        for decision in routing.decisions(run, layer, self._start):
+            key = (decision.kind, decision.legal)
+            self.findings.counts[key] = self.findings.counts.get(key, 0) + 1
+            if len(self.findings.decisions) < KEPT_DECISIONS or decision.kind != FORCED or not decision.legal:
+                self.findings.decisions.append(decision)
+
+
+def without_bound(x: Enclosure, tokens: Any) -> Enclosure:
+    """The same, but nothing is known of some rows."""
+    radius = np.array(np.broadcast_to(x.r, x.shape), np.float64)
+    variance = np.array(np.broadcast_to(x.v, x.shape), np.float64)
+    radius[tokens] = np.inf
+    variance[tokens] = np.inf
+    return Enclosure(x.mid, radius, variance, x.accumulation, x.owed)
+
+
+def block_size(config: Config, run: Run) -> int:
+    """How many tokens of a run are verified together, so that memory does not grow with the run."""
+    taps = ["logits", *(f"layers.0.{name}" for name in LAYER_TAPS)]
+    per_token = max(math.prod(shape_of(tap, config, run)) for tap in taps) / len(run.tokens)
+    return max(1, min(len(run.tokens), int(BLOCK_BYTES / (8 * per_token))))

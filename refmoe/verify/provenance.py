@@ -1,0 +1,96 @@
+"""What each tap is computed from: the trace's own taps where it has them, else what those are computed from."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from dataclasses import dataclass
+
+from refmoe.spec.config import Config
+from refmoe.spec.taps import LAYER_TAPS, tap_names
+from refmoe.verify.findings import FREE, LOCAL, REPLAYED
+
+INPUTS = {
+    "attention_norm": ("x",),
+    "attention.q": ("attention_norm",),
+    "attention.k": ("attention_norm",),
+    "attention.v": ("attention_norm",),
+    "attention.q_rope": ("attention.q",),
+    "attention.k_rope": ("attention.k",),
+    "attention.scores": ("attention.q_rope", "attention.k_rope"),
+    "attention.probs": ("attention.scores",),
+    "attention.context": ("attention.probs", "attention.v"),
+    "attention.output": ("attention.context",),
+    "attention_residual": ("x", "attention.output"),
+    "moe_norm": ("attention_residual",),
+    "router.logits": ("moe_norm",),
+    "router.experts": ("router.logits",),
+    "router.weights": ("router.logits", "router.experts"),
+    "expert.gate": ("moe_norm", "router.experts"),
+    "expert.up": ("moe_norm", "router.experts"),
+    "expert.hidden": ("expert.gate", "expert.up"),
+    "expert.output": ("expert.hidden", "router.experts"),
+    "moe.output": ("expert.output", "router.weights"),
+    "residual": ("attention_residual", "moe.output"),
+}
+"""The inputs of each step of a layer; ``x`` is the hidden state that enters the layer."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the values of a tap come from."""
+
+    since: tuple[str, ...]
+    """Taps of the trace, in order of computation; empty where it is computed from the tokens alone."""
+    rung: str
+    spans: int
+    """How many steps lie between: 1 for a single step."""
+
+
+def inputs(tap: str, config: Config) -> tuple[str, ...]:
+    """The taps that a tap is directly computed from, in the same run and layer or the layer before."""
+    if tap == "embedding":
+        return ()
+    last = f"layers.{config.layers - 1}.residual"
+    if tap in ("final_norm", "logits"):
+        return (last,) if tap == "final_norm" else ("final_norm",)
+    _, layer, step = tap.split(".", 2)
+    before = "embedding" if layer == "0" else f"layers.{int(layer) - 1}.residual"
+    return tuple(before if name == "x" else f"layers.{layer}.{name}" for name in INPUTS[step])
+
+
+def origins(config: Config, present: Set[str]) -> dict[str, Origin]:
+    """The origin of every tap of a run that has the taps `present`."""
+    order = {tap: i for i, tap in enumerate(tap_names(config))}
+    found: dict[str, Origin] = {}
+    for tap in order:
+        since: set[str] = set()
+        spans, chosen_here = 1, False
+        for name in inputs(tap, config):
+            if name in present:
+                since.add(name)
+                continue
+            since.update(found[name].since)
+            spans = max(spans, 1 + found[name].spans)
+            chosen_here |= name.endswith("router.experts") or found[name].rung == FREE
+        rung = FREE if chosen_here else LOCAL if spans == 1 else REPLAYED
+        found[tap] = Origin(tuple(sorted(since, key=order.__getitem__)), rung, spans)
+    return found
+
+
+def step_of(tap: str) -> str:
+    """A tap's name without its layer."""
+    return tap.split(".", 2)[2] if tap.startswith("layers.") else tap
+
+
+def layer_of(tap: str) -> int | None:
+    """The layer of a tap, or None outside of the layers."""
+    return int(tap.split(".")[1]) if tap.startswith("layers.") else None
+
+
+MIXING = frozenset(
+    ["attention.q", "attention.k", "attention.v", "attention.context", "attention.output",
+     "router.logits", "expert.gate", "expert.up", "expert.output", "logits"]
+)  # fmt: skip
+"""Steps that sum over many inputs: there the errors of neighbouring values are independent."""
+
+assert INPUTS.keys() == LAYER_TAPS.keys()

@@ -1,0 +1,203 @@
+"""The tests on one tap: hard interval, cell excess, matched filter against truncation, and size of the error.
+
+    hard     the value found lies outside the rounded ends of the interval: impossible under the policy
+    excess   the distance from the midpoint to the cell of the value found, in standard deviations: exp(-2 lambda) is
+             what the tail of legal sums was measured to stay under, so lambda = ln(2 N / alpha) / 2 for N values
+    filter   how far errors lean towards zero, 0 for rounding to nearest and 1 for truncation; 1/2 lies between
+    size     the mean square of error over variance; one-sided, since more precision is always legal
+
+A tap may come in pieces; all sums are kept, no arrays are.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from refmoe.ops.enclosure.array import OWN, Enclosure
+from refmoe.policy.formats import FLOAT64, Format, cell, nearest, representable, ulp
+from refmoe.verify.findings import FAIL, PASS, UNDECIDABLE, Check, Element
+
+SNR = 26.0
+"""The filter speaks where truncation would be this many standard errors away: honest runs then stay within 0.26."""
+LEAN = 0.5
+"""Halfway between rounding to nearest and truncation."""
+ROWS = 30
+"""Below this number of rows the errors of a norm, or of equal tokens, are too much alike for size and filter."""
+PIECE = 1 << 16
+"""Values tested at once: some thirty temporary arrays of them stay in the cache, however long a tap is."""
+LIKE_POINTWISE = 32.0
+"""How many values err as one in elementwise steps and in segments up to a layer."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The thresholds of a whole verification, from one significance split over the tests."""
+
+    significance: float
+    values: int
+    """How many values all checks hold."""
+    tensors: int
+    """How many checks there are."""
+
+    @property
+    def excess(self) -> float:
+        """Standard deviations; a third of the significance, over all values."""
+        return math.log(2 * max(self.values, 1) * 3 / self.significance) / 2
+
+    def rms(self, values: int, alike: float) -> float:
+        """The largest root mean square of `values` errors of which `alike` err as one; a third, over all tensors."""
+        level = self.significance / (3 * max(self.tensors, 1))
+        return math.sqrt(1 + 3 * math.sqrt(math.log(1 / level) / (2 * values / alike)))
+
+
+@dataclass
+class Tally:
+    """What has been seen of one tap of one run."""
+
+    values: int = 0
+    undecided: int = 0
+    outside: int = 0
+    not_finite: int = 0
+    worst_error: float = 0.0
+    excess: float = 0.0
+    squares: float = 0.0
+    counted: int = 0
+    rows: int = 0
+    leaning: float = 0.0
+    reach: float = 0.0
+    worst: Element | None = None
+    worst_rank: tuple[int, float] = (-1, -1.0)
+
+    def add(
+        self, x: Enclosure, found: Any, policy_format: Format, found_format: Format, where: Any, may_overflow: bool
+    ) -> None:
+        """Test values. x: before its last rounding, [n]   found: binary64 [n]   where: per axis the indices [n]
+
+        A value that the policy's dtype holds is tested as rounded to it; another one has been kept more precisely, and
+        is tested as rounded to the dtype of the trace.
+        """
+        for start in range(0, found.size, PIECE):
+            piece = slice(start, start + PIECE)
+            places = tuple(axis[piece] for axis in where)
+            self._add_piece(x[piece], found[piece], policy_format, found_format, places, may_overflow)
+
+    def _add_piece(
+        self, x: Enclosure, found: Any, policy_format: Format, found_format: Format, where: Any, may_overflow: bool
+    ) -> None:
+        fits = representable(found, policy_format)
+        if fits.all():
+            self._add(x, found, policy_format, where, may_overflow)
+            return
+        finer = found_format if found_format.precision > policy_format.precision else policy_format
+        for chosen, format in ((fits, policy_format), (~fits, finer)):
+            if chosen.any():
+                places = tuple(axis[chosen] for axis in where)
+                self._add(x[chosen], found[chosen], format, places, may_overflow)
+
+    def _add(self, x: Enclosure, y: Any, format: Format, where: Any, may_overflow: bool) -> None:
+        # where the operation's own rounding is to this very dtype, it is the last rounding, tested below
+        bias = 0.0 if x.bias is None else x.bias
+        before = x if x.bias is not None or (x.owed and format == x.accumulation) else x.settle()
+        m = before.mid
+        r = np.where(np.isnan(m) | np.isnan(before.r), np.inf, before.r)
+        v = np.where(np.isnan(before.v), np.inf, np.broadcast_to(before.v, m.shape))
+        low, high = nearest(m - r, format), nearest(m + r, format)
+        low, high = np.where(np.isnan(low), -np.inf, low), np.where(np.isnan(high), np.inf, high)
+        finite = np.isfinite(y)
+        known = np.isfinite(m)
+        outside = ~((y >= low) & (y <= high)) | (np.isinf(y) & np.isinf(r))
+        # an infinity or NaN where the interval has no end is legal only if something can have overflowed
+        outside &= finite | np.isfinite(r) | (not may_overflow)
+        outside &= known | (finite & np.isfinite(r)) | (~finite & (not may_overflow))
+        spread = np.isfinite(v) & known
+        decided = outside | np.isfinite(r) | (spread & finite)
+
+        error = np.where(finite & known, y - np.where(known, m, 0.0), np.inf)
+        half = ulp(np.abs(m) + r, format) / 2 if format.precision < 53 else 0.0
+        allowed = r + half
+        ratio = np.where(np.isfinite(allowed), np.abs(error) / np.where(allowed > 0, allowed, 1.0), 0.0)
+        ratio = np.where((allowed == 0) & (error != 0), np.inf, ratio)
+
+        start, end = cell(np.where(finite, y, 0.0), format)
+        distance = np.maximum(0.0, np.maximum(m - end, start - m))
+        sigma = np.sqrt(v + (OWN * m) ** 2)
+        beyond = np.maximum(distance - bias, 0.0)
+        # a variance that is zero beside a radius that is not has underflowed, and says nothing
+        usable = finite & spread & (beyond > 0) & ((v > 0) | (r == 0))
+        excess = np.where(usable, beyond / np.where(sigma > 0, sigma, 5e-324), 0.0)
+
+        self.values += y.size
+        self.undecided += int((~decided).sum())
+        self.outside += int(outside.sum())
+        self.not_finite += int((outside & ~finite).sum())
+        self.worst_error = max(self.worst_error, float(ratio.max()))
+        self.excess = max(self.excess, float(excess.max()))
+        self._add_size(error, m, v, format, finite & spread)
+        rank = np.where(outside, 2.0, np.where(np.isfinite(r), 1.0, 0.0))
+        score = np.where(outside, np.where(np.isfinite(ratio), ratio, 1e300), excess)
+        self._keep_worst(rank, score, y, m, low, high, sigma, where)
+
+    def _add_size(self, error: Any, m: Any, v: Any, format: Format, usable: Any) -> None:
+        rounding = ulp(m, format) ** 2 / 12 if format != FLOAT64 else 0.0
+        weight = np.where(usable & (v + rounding > 0), 1 / np.where(v + rounding > 0, v + rounding, 1.0), 0.0)
+        error = np.where(usable, error, 0.0)
+        self.squares += float((error**2 * weight).sum())
+        self.counted += int((weight > 0).sum())
+        if format != FLOAT64:
+            delta = np.where(usable, -np.sign(m) * ulp(m, format) / 2, 0.0)
+            self.leaning += float((error * delta * weight).sum())
+            self.reach += float((delta**2 * weight).sum())
+
+    def _keep_worst(self, rank: Any, score: Any, y: Any, m: Any, low: Any, high: Any, sigma: Any, where: Any) -> None:
+        at = int(np.argmax(np.where(rank == rank.max(), score, -1.0)))
+        mine = (int(rank[at]) == 2, float(score[at]))
+        if mine > self.worst_rank or self.worst is None:
+            self.worst_rank = mine
+            place = tuple(int(axis[at]) for axis in where)
+            self.worst = Element(place, float(y[at]), float(m[at]), float(low[at]), float(high[at]), float(sigma[at]))
+
+    @property
+    def rms(self) -> float:
+        return math.sqrt(self.squares / self.counted) if self.counted else 0.0
+
+    @property
+    def truncation(self) -> float:
+        return self.leaning / self.reach if self.reach > 0 else 0.0
+
+    @property
+    def snr(self) -> float:
+        return math.sqrt(self.reach)
+
+    def check(
+        self, run: str, tap: str, since: tuple[str, ...], rung: str, limits: Limits, alike: float | None, why: str
+    ) -> Check:
+        """The verdict.   alike: how many values err as one; None where size and filter do not apply.   why: what makes
+        values undecided, in words."""
+        enough = alike is not None and self.rows >= ROWS and self.counted > 0
+        rms_limit = limits.rms(self.counted, alike) if enough and alike is not None else float("nan")
+        reasons = []
+        if self.outside:
+            kind = f", {self.not_finite} of them not finite" if self.not_finite else ""
+            reasons.append(f"{self.outside} of {self.values} values lie outside the legal interval{kind}")
+        if self.excess > limits.excess:
+            reasons.append(f"a value is {self.excess:.4g} standard deviations from its cell, limit {limits.excess:.1f}")
+        if enough and self.rms > rms_limit:
+            reasons.append(f"errors are {self.rms:.3g} times their expected size, limit {rms_limit:.3g}")
+        if enough and self.snr > SNR and abs(self.truncation) > LEAN:
+            toward = "toward zero, as truncation does" if self.truncation > 0 else "away from zero"
+            reasons.append(f"errors lean {toward}: {self.truncation:.2f}, where rounding to nearest gives 0")
+        if reasons:
+            verdict, reason = FAIL, "; ".join(reasons)
+        elif self.undecided * 2 > self.values or not self.values:
+            verdict, reason = UNDECIDABLE, f"{self.undecided} of {self.values} values have no bound: {why}"
+        else:
+            rest = f"; {self.undecided} of {self.values} values have no bound: {why}" if self.undecided else ""
+            verdict, reason = PASS, f"within what the policy allows{rest}"
+        return Check(
+            run, tap, since, rung, verdict, reason, self.values, self.undecided, self.outside, self.worst_error,
+            self.excess, limits.excess, self.rms, rms_limit, self.truncation, self.snr, self.worst,
+        )  # fmt: skip

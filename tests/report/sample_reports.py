@@ -1,0 +1,205 @@
+"""Reports made by hand, one per kind of thing that a rendering has to show."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from math import inf, nan
+
+from refmoe.report.summary import STEPS
+from refmoe.verify.findings import (
+    CANNOT_JUDGE,
+    CONFORMANT,
+    CONTESTABLE,
+    FAIL,
+    FORCED,
+    FREE,
+    LOCAL,
+    NOT_CONFORMANT,
+    PASS,
+    REPLAYED,
+    TIE,
+    UNDECIDABLE,
+    Check,
+    Decision,
+    Element,
+    Report,
+)
+
+HOSTILE = "<script>document.title='owned'</script>\"'&amp;]]>{{ 7*7 }}[bold]:smile:\x1b[31m\x00\u202e\ud800"
+"""Everything that one of the formats could take for its own: tags, entities, templates, markup, control characters."""
+
+WRONG = "layers.0.router.logits"
+
+
+def taps(layers: int) -> list[str]:
+    """Taps of one call in order of computation."""
+    inner = [f"layers.{i}.{step}" for i in range(layers) for step in STEPS[1:-2]]
+    return ["embedding", *inner, "final_norm", "logits"]
+
+
+def passing(run: str, tap: str, spread: int) -> Check:
+    """A check that passes, its numbers spread over what is legal."""
+    error, excess = 0.9 * ((7 * spread + 3) % 31) / 31, 5.0 * ((11 * spread + 5) % 29) / 29
+    return Check(run, tap, (), LOCAL, PASS, "", 128, 0, 0, error, excess, 12.1, 0.5, nan, 0.01, 3.0)
+
+
+def decision(run: str, layer: int, token: int) -> Decision:
+    """A legal decision; some are ties, some contestable, and some of those deviate."""
+    kind = TIE if (5 * layer + token) % 23 == 7 else CONTESTABLE if (3 * layer + token) % 17 == 4 else FORCED
+    expected = ((token + layer) % 8, (token + 3 * layer + 5) % 8)
+    found = (expected[1], (expected[0] + 1) % 8) if kind == CONTESTABLE and token % 2 else expected
+    margin = {FORCED: 0.21, TIE: 0.0, CONTESTABLE: 0.002}[kind]
+    return Decision(run, layer, token, kind, True, found, expected, margin, 0.004)
+
+
+def conformant(layers: int = 2, runs: int = 3, tokens: int = 16) -> Report:
+    """A healthy engine with every tap."""
+    names = ["prefill", *(f"decode{i}" for i in range(1, runs))]
+    checks = [passing(run, tap, i + 13 * r) for r, run in enumerate(names) for i, tap in enumerate(taps(layers))]
+    spans = {run: tokens if run == "prefill" else max(1, tokens // 16) for run in names}
+    decisions = [decision(run, i, t) for run in names for i in range(layers) for t in range(spans[run])]
+    headline = "Every value is one that bfloat16 can produce, and every token went to experts that it may go to."
+    return Report(
+        "traces/engine.safetensors",
+        "case walking-skeleton",
+        "transformers 5.23.0",
+        "bfloat16",
+        1e-6,
+        CONFORMANT,
+        headline,
+        tuple(checks),
+        tuple(decisions),
+    )
+
+
+def failing(layers: int = 2, runs: int = 3, tokens: int = 16) -> Report:
+    """Wrong router logits, what follows from them, an improbable step and one that cannot be decided."""
+    report = conformant(layers, runs, tokens)
+    impossible = Element((11, 7), 0.523, 0.3125, 0.3115, 0.3135, 0.00021)
+    slot = Element((11, 1, 63), -1.75, -1.7265625, -inf, inf, 0.00075)
+    score = Element((3, 11, 5), 0.51, 0.5, 0.49, 0.512, 0.002)
+    changed = {
+        ("prefill", WRONG): {
+            "verdict": FAIL, "outside": 3, "worst_error": 214.0, "excess": 1003.0, "worst": impossible,
+            "since": ("layers.0.moe_norm",), "reason": "3 of 128 values lie outside, the worst by 214 times its radius",
+        },
+        ("prefill", "layers.0.expert.output"): {
+            "verdict": FAIL, "worst_error": 0.0, "excess": 31.2, "worst": slot, "rung": REPLAYED,
+            "since": ("layers.0.moe_norm", "layers.0.router.experts"),
+            "reason": "the worst value lies 31.2 standard deviations away, the limit is 12.1",
+        },
+        ("prefill", "layers.1.attention.scores"): {
+            "verdict": FAIL, "outside": 0, "worst_error": 0.8, "excess": 44.0, "worst": score,
+            "reason": "the worst value lies 44 standard deviations away, the limit is 12.1",
+        },
+        ("decode1", "layers.1.residual"): {
+            "verdict": UNDECIDABLE, "undecided": 128, "worst_error": 0.0, "excess": 0.0, "excess_limit": 0.0,
+            "rung": FREE, "reason": "no value has a finite bound over a segment this long",
+        },
+    }  # fmt: skip
+    checks = tuple(replace(check, **changed.get((check.run, check.tap), {})) for check in report.checks)  # type: ignore[arg-type]
+    wrong = Decision("prefill", 0, 11, FORCED, False, (2, 5), (2, 7), 0.031, 0.004)
+    decisions = tuple(wrong if (d.run, d.layer, d.token) == ("prefill", 0, 11) else d for d in report.decisions)
+    return replace(
+        report,
+        verdict=NOT_CONFORMANT,
+        headline="layers.0.router.logits of run prefill holds values that bfloat16 cannot produce.",
+        checks=checks,
+        decisions=decisions,
+        first_wrong=("prefill", WRONG),
+        missing=("attention.q_rope", "expert.hidden"),
+        unknown=("prefill/layers.0.rotary.cos",),
+        notes=("The accumulator of the down projection: to judge it, expert.hidden would have to be in the trace.",),
+    )
+
+
+def undecidable() -> Report:
+    """A trace of which nothing could be decided, not even the routing."""
+    reason = "no bound is finite: layers.0.moe_norm would have to be in the trace"
+    checks = (Check("prefill", "logits", ("embedding",), FREE, UNDECIDABLE, reason, 32, 32, 0, 0.0, 0.0),)
+    choices = tuple(Decision("prefill", i, t, CONTESTABLE, True, (), (0, 1), 0.1, inf) for i in (0, 1) for t in (0, 1))
+    return Report(
+        "logits.safetensors", "checkpoint", "engine", "bfloat16", 1e-6, CANNOT_JUDGE, "Nothing could be decided.",
+        checks, choices, notes=("Only the logits are in the trace.",),
+    )  # fmt: skip
+
+
+def empty() -> Report:
+    """A trace without a single tap."""
+    headline = "The trace holds no tap that the specification knows."
+    return Report("empty.safetensors", "case square", "", "float32", 1e-6, CANNOT_JUDGE, headline, unknown=("x",))
+
+
+def hostile() -> Report:
+    """Names and sentences that try to be code."""
+    element = Element((0, 0), nan, 1.0, 0.5, 1.5, nan)
+    tap = f"layers.0.{HOSTILE}"
+    bad = Check(HOSTILE, tap, (HOSTILE,), LOCAL, FAIL, HOSTILE, 1, 0, 1, inf, inf, 12.0, worst=element)
+    other = replace(bad, tap=HOSTILE, verdict=UNDECIDABLE)
+    choice = Decision(HOSTILE, 0, 0, FORCED, False, (0, 1), (2, 3), 1.0, 0.1)
+    return Report(
+        HOSTILE, HOSTILE, HOSTILE, HOSTILE, 1e-6, NOT_CONFORMANT, HOSTILE, (bad, other), (choice,), (HOSTILE, tap),
+        (HOSTILE,), (HOSTILE,), (HOSTILE,),
+    )  # fmt: skip
+
+
+def not_finite() -> Report:
+    """Every number that may be NaN or infinite is, in every combination that a check can have."""
+    elements = (
+        Element((0, 1), nan, 0.0, -inf, inf, nan), Element((0, 1), inf, 1.0, 0.9, 1.1, 0.1),
+        Element((0, 1), -inf, nan, nan, nan, inf), Element((0, 1), 0.0, inf, inf, inf, 0.0), None,
+    )  # fmt: skip
+    amounts = (nan, nan, nan), (inf, inf, inf), (0.0, 0.0, 0.0), (inf, 3.0, 12.0), (nan, inf, 12.0), (0.5, nan, 0.0)
+    checks = tuple(
+        Check("prefill", tap, (), LOCAL, verdict, "why", 2, 1, 0, error, excess, limit, nan, nan, nan, inf, element)
+        for tap, verdict, (error, excess, limit), element in zip(
+            taps(1),
+            (FAIL, UNDECIDABLE, PASS, FAIL) * 6,
+            amounts * 4,
+            elements * 5,
+            strict=False,
+        )
+    )
+    choice = Decision("prefill", 0, 0, CONTESTABLE, True, (1, 0), (0, 1), nan, inf)
+    return replace(failing(), checks=checks, decisions=(choice,), first_wrong=("prefill", "embedding"))
+
+
+@cache
+def large() -> Report:
+    """56 layers, 40 runs and 100 000 decisions, some of them wrong."""
+    report = conformant(layers=56, runs=40, tokens=1)
+    decisions = [decision("prefill", i, t) for i in range(56) for t in range(1786)]
+    decisions[70_000] = replace(decisions[70_000], legal=False, found=(0, 1), expected=(2, 3), kind=FORCED)
+    wrong = ("decode17", "layers.31.attention.q_rope")
+    checks = tuple(
+        replace(c, verdict=FAIL, outside=1, worst_error=80.0, reason="1 of 128 values lies outside")
+        if (c.run, c.tap) == wrong
+        else c
+        for c in report.checks
+    )
+    headline = "layers.31.attention.q_rope of run decode17 holds a value that bfloat16 cannot produce."
+    return replace(
+        report,
+        checks=checks,
+        decisions=tuple(decisions),
+        verdict=NOT_CONFORMANT,
+        headline=headline,
+        first_wrong=wrong,
+    )
+
+
+@cache
+def all_wrong() -> Report:
+    """A large report of which everything fails: nothing may be listed without end."""
+    report = large()
+    checks = tuple(
+        replace(c, verdict=FAIL, outside=1, worst_error=3.0 + i % 97, reason=f"{i} values lie outside")
+        for i, c in enumerate(report.checks)
+    )
+    decisions = tuple(replace(d, legal=d.token % 2 == 0) for d in report.decisions)
+    return replace(report, checks=checks, decisions=decisions, first_wrong=("prefill", "embedding"))
+
+
+SMALL = {make.__name__: make for make in (conformant, failing, undecidable, empty, hostile, not_finite)}
+SAMPLES = SMALL | {"large": large, "all_wrong": all_wrong}

@@ -1,0 +1,97 @@
+"""The words that all renderings share: exact about what is proven, and harmless whatever a trace calls its taps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import inf, nan
+
+import pytest
+
+from refmoe.report.summary import share, summarise_routing, summarise_steps
+from refmoe.report.wording import legal, manner, number, place, preceding, visible
+from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS
+from refmoe.verify.findings import FAIL, LOCAL, PASS, Check, Element
+from tests.report import sample_reports
+from tests.report.sample_reports import HOSTILE, WRONG
+
+REPORT = sample_reports.failing()
+WRONG_CHECK = Check("prefill", "logits", (), LOCAL, FAIL, "why", 9)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"outside": 1}, "impossible under the policy"),
+        ({"worst_error": 1.01, "excess": 50.0, "excess_limit": 12.0}, "impossible under the policy"),
+        ({"worst_error": inf}, "impossible under the policy"),
+        ({"excess": 12.1, "excess_limit": 12.0}, "improbable at significance 1e-06"),
+        ({"rms": 1.5, "rms_limit": 1.2}, "improbable at significance 1e-06"),
+        ({"excess": 12.1, "excess_limit": 0.0}, ""),
+        ({"rms": 1.5, "rms_limit": nan, "worst_error": nan, "excess": nan, "excess_limit": nan}, ""),
+        ({"truncation": 1.0, "truncation_snr": 99.0}, ""),
+        ({"verdict": PASS, "outside": 1}, ""),
+    ],
+)
+def test_a_failure_claims_no_more_than_what_failed(fields: dict[str, object], words: str) -> None:
+    assert manner(replace(WRONG_CHECK, **fields), REPORT) == words  # type: ignore[arg-type]
+
+
+def test_every_index_of_every_tap_has_a_name_and_the_token_comes_first() -> None:
+    for step, shape in (LAYER_TAPS | MODEL_TAPS).items():
+        assert place(step, tuple(range(len(shape.split())))).startswith("token ")
+    assert place("router.logits", (11, 7)) == "token 11, expert 7"
+    assert place("attention.scores", (3, 11, 5)) == "token 11, head 3, cached position 5"
+    assert place("attention.k", (0, 1, 2)) == "token 0, key/value head 1, channel 2"
+    assert place("router.logits", (11,)) == place("unheard.of", (11,)) == "element [11]"
+    assert place("unheard.of", ()) == ""
+
+
+def test_what_could_steer_a_reader_s_program_is_shown_as_an_escape() -> None:
+    assert visible(HOSTILE).endswith(r"[bold]:smile:\x1b[31m\x00\u202e\ud800")
+    assert visible("layers.0.ümlaut 模型 \U0001f600") == "layers.0.ümlaut 模型 \U0001f600"
+    assert visible("a\nb\u2028") == r"a\nb\u2028"
+
+
+def test_numbers_keep_three_digits_and_say_what_they_are_not() -> None:
+    found = [number(x) for x in (0.03125, 1.0, 214.0, 1003.4, 99999.4, 123456.0, inf, nan)]
+    assert found == ["0.0312", "1", "214", "1003", "99999", "1.23e+05", "inf", "-"]
+
+
+def test_a_legal_interval_says_when_it_is_none() -> None:
+    element = Element((0,), 0.0, 0.0, -1.5, 2.0, nan)
+    assert legal(element) == "-1.5 to 2"
+    assert legal(replace(element, low=-inf, high=inf)) == "any value (no finite bound)"
+    assert legal(replace(element, low=-inf)) == "-inf to 2"
+    assert legal(replace(element, low=nan)) == "not known"
+
+
+def test_what_comes_before_the_first_wrong_step() -> None:
+    assert preceding(REPORT, "prefill", WRONG) == "everything before it passes (13 checks)"
+    assert preceding(REPORT, "prefill", "embedding") == "it is the first check"
+    assert preceding(REPORT, "decode2", "embedding") == "before it 86 pass, 1 undecidable, 3 fail"
+    assert preceding(REPORT, "decode9", "embedding") == ""
+
+
+def test_steps_are_counted_in_order_of_computation() -> None:
+    steps = summarise_steps(replace(REPORT, checks=REPORT.checks[::-1]))
+    assert [s.step for s in steps] == ["embedding", *LAYER_TAPS, "final_norm", "logits"]
+    logits = next(s for s in steps if s.step == "router.logits")
+    assert (logits.checks, logits.passed, logits.failed, logits.undecidable) == (6, 5, 1, 0)
+    assert (logits.error, logits.excess, logits.excess_limit) == (214.0, 1003.0, 12.1)
+    residual = next(s for s in steps if s.step == "residual")
+    assert (residual.passed, residual.undecidable) == (5, 1)
+
+
+def test_a_share_is_of_whichever_limit_is_nearer() -> None:
+    assert share(replace(WRONG_CHECK, worst_error=0.5, excess=24.0, excess_limit=12.0)) == 2.0
+    assert share(replace(WRONG_CHECK, worst_error=0.5, excess=3.0, excess_limit=12.0)) == 0.5
+    assert share(replace(WRONG_CHECK, worst_error=nan, excess=3.0, excess_limit=12.0)) == 0.25
+    assert share(replace(WRONG_CHECK, worst_error=0.5, excess=3.0, excess_limit=0.0)) == 0.5
+
+
+def test_routing_is_counted_by_kind_and_by_what_it_means() -> None:
+    routing = summarise_routing(REPORT)
+    assert (routing.decisions, routing.kinds) == (36, {"forced": 32, "tie": 2, "contestable": 2})
+    assert [(d.layer, d.token) for d in routing.illegal] == [(0, 11)]
+    assert [(d.layer, d.token) for d in routing.deviating] == [(1, 1)]
+    assert summarise_routing(sample_reports.undecidable()).absent == 4

@@ -1,0 +1,154 @@
+"""What tests of the verifier share: models, transformers loaded once per model and dtype, captures and judgements."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refmoe.capture import transformers as engine
+from refmoe.checkpoint.layout import Checkpoint
+from refmoe.checkpoint.synthetic import synthetic_checkpoint
+from refmoe.checkpoint.write import write_checkpoint
+from refmoe.golden import find_cases, read_case
+from refmoe.policy.load import policy
+from refmoe.script import AnyCall, plan
+from refmoe.spec.config import Config
+from refmoe.trace import Header, Recorder, Run, read_trace, write_trace
+from refmoe.verify.findings import FAIL, NOT_CONFORMANT, Report
+from refmoe.verify.provenance import step_of
+from refmoe.verify.verify import verify
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model and the calls made on it: a golden case, or one of `SYNTHETIC`."""
+
+    name: str
+    checkpoint: Checkpoint
+    runs: tuple[Run, ...]
+    of_a_case: bool
+
+    @property
+    def config(self) -> Config:
+        return self.checkpoint.config
+
+
+def tokens(count: int, vocab: int) -> list[int]:
+    """Different tokens in no order, as far as the vocabulary goes. vocab: not a multiple of 29"""
+    return [(7 + 29 * i) % vocab for i in range(count)]
+
+
+WIDE = Config(
+    dim=64, layers=1, heads=4, kv_heads=2, head_dim=16, hidden_dim=320, vocab=97, experts=4, experts_per_token=2,
+    rope_theta=3e4,
+)  # fmt: skip
+"""Sums of up to 320 terms."""
+
+DEEP = Config(
+    dim=48, layers=6, heads=6, kv_heads=3, head_dim=8, hidden_dim=40, vocab=97, experts=7, experts_per_token=2,
+    rope_theta=3e4,
+)  # fmt: skip
+"""More layers than any golden case, for what rounding does to choices."""
+
+SYNTHETIC: dict[str, tuple[Config, dict[str, int], list[AnyCall]]] = {
+    "wide": (WIDE, {}, [("prefill", 0, tokens(48, 97)), ("decode", 0, [5])]),
+    "small-embeddings": (DEEP, {"embedding": -16, "gate": -9}, [("prefill", 0, tokens(96, 97))]),
+}
+"""Models that are no golden case: config, powers of two of the weights, calls."""
+
+
+def case_names() -> list[str]:
+    """Every golden case."""
+    return [folder.name for folder in find_cases(GOLDEN)]
+
+
+@cache
+def model_named(name: str) -> Model:
+    """A golden case, or one of `SYNTHETIC`."""
+    if name in SYNTHETIC:
+        config, exponents, calls = SYNTHETIC[name]
+        return Model(name, synthetic_checkpoint(config, 1, exponents), plan(calls, config.vocab), False)
+    case = read_case(GOLDEN / name)
+    return Model(name, case.checkpoint(), case.runs(), True)
+
+
+@cache
+def loaded(name: str, dtype: str) -> Any:
+    """The model in transformers. Whoever patches it takes the patch back."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = model_named(name).checkpoint
+        write_checkpoint(Path(folder) / "model", checkpoint.config, checkpoint.parameters, "float32")
+        return engine.load_model(Path(folder) / "model", dtype)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch on one thread: its threads wait for each other longer than they work on matrices this small."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def captured(name: str, dtype: str, attention: str = "eager") -> Arrays:
+    """Every tap that hooks see, of the model as it is now, patches included."""
+    model = loaded(name, dtype)
+    model.set_attn_implementation(attention)
+    recorder = Recorder()
+    with one_thread():
+        engine.capture(model, model_named(name).runs, recorder)
+    return recorder.arrays
+
+
+@cache
+def honest(name: str, dtype: str, attention: str = "eager") -> Arrays:
+    """`captured` from transformers as it is; not to be changed."""
+    return captured(name, dtype, attention)
+
+
+def judged(name: str, arrays: Mapping[str, Any], rules: str, runs: tuple[Run, ...] | None = None) -> Report:
+    """The verdict about a trace with these arrays.   rules: the policy.   runs: what the trace says it ran."""
+    model = model_named(name)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.safetensors"
+        write_trace(path, Header(runs or model.runs, policy=rules), dict(arrays))
+        expected = model.runs if model.of_a_case else None
+        return verify(read_trace(path), name, model.config, model.checkpoint.parameters, expected, policy(rules))
+
+
+def only(arrays: Mapping[str, Any], wanted: Callable[[str], bool]) -> Arrays:
+    """The arrays of some steps.   wanted: of a step's name"""
+    return {key: array for key, array in arrays.items() if wanted(step_of(key.partition("/")[2]))}
+
+
+def failed_steps(report: Report) -> set[str]:
+    """The steps, without run and layer, whose checks fail. None fails in a conformant trace, some do in another."""
+    steps = {check.step for check in report.checks if check.verdict == FAIL}
+    assert bool(steps) == (report.verdict == NOT_CONFORMANT), report.headline
+    return steps
+
+
+def first_wrong_step(report: Report) -> str | None:
+    """The step that the report blames first, without run and layer."""
+    return None if report.first_wrong is None else step_of(report.first_wrong[1])
+
+
+def explained(report: Report) -> str:
+    """What an assertion shows when a report is not as expected."""
+    checks = [check for check in report.checks if check.verdict == FAIL]
+    return "\n".join([report.headline, *(f"{c.run}/{c.tap} {c.rung}: {c.reason}; {c.worst}" for c in checks[:8])])
