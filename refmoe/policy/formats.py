@@ -93,7 +93,13 @@ def nearest(x: Any, format: Format) -> Floats:
 def representable(x: Any, format: Format) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Which values the format holds; NaN is one of them."""
     x = np.asarray(x, np.float64)
-    held: np.ndarray[Any, np.dtype[np.bool_]] = (nearest(x, format) == x) | np.isnan(x)
+    held: np.ndarray[Any, np.dtype[np.bool_]]
+    if format.precision >= FLOAT32.precision:
+        held = (nearest(x, format) == x) | np.isnan(x)
+    else:
+        with np.errstate(invalid="ignore"):
+            steps = x / ulp(x, format)
+        held = ((np.rint(steps) == steps) & (np.abs(x) <= format.largest)) | ~np.isfinite(x)
     return held
 
 

@@ -98,7 +98,10 @@ class Matrix:
 
 @quiet
 def product(x: Enclosure, w: Matrix, how: Accumulator, exact_mid: Any = None) -> Enclosure:
-    """x [..., l, n] times w [..., n, m].   exact_mid: the product rounded once; at float64, where our own sums would err like the engine's."""
+    """x [..., l, n] times w [..., n, m].
+
+    exact_mid: the product rounded once; needed at float64, where our own sums err like the engine's.
+    """
     x = x.settle()
     n, u = x.shape[-1], how.format.u
     size, square = np.abs(x.mid), x.mid**2
