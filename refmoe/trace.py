@@ -77,8 +77,8 @@ class Trace:
         return names
 
     def get(self, run: str, tap: str) -> np.ndarray[Any, Any]:
-        """One array, mapped from the file."""
-        return self.tensors[f"{run}/{tap}"].map()
+        """One array of the file, read-only."""
+        return self.tensors[f"{run}/{tap}"].get()
 
 
 class Recorder:

@@ -20,6 +20,9 @@ from safetensors import SafetensorError, safe_open
 
 from refmoe.errors import InputError
 
+SMALL = 1 << 16
+"""Bytes up to which a tensor is read and not mapped."""
+
 DTYPES: dict[str, Any] = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
@@ -79,13 +82,38 @@ class StoredTensor:
             return np.zeros(self.shape, DTYPES[self.dtype])
         try:
             # not np.memmap: its arrays carry a subclass into every result
-            raw = np.memmap(self.path, np.uint8, "r", self.offset, self._nbytes())
+            raw = np.asarray(np.memmap(self.path, np.uint8, "r", self.offset, self._nbytes()))
         except (OSError, ValueError) as error:
-            raise InputError(
-                f"{self.path}: tensor {quoted(self.name)} can no longer be read: {one_line(error)}"
-            ) from None
-        stored: np.ndarray[Any, Any] = np.asarray(raw).view(DTYPES[self.dtype])
+            raise self._gone(error) from None
+        return self._shaped(raw)
+
+    def get(self) -> np.ndarray[Any, Any]:
+        """The values, read-only: mapped where they are many; to read a few is several times faster than to map them.
+
+        Raises InputError as `map` does.
+        """
+        if self.dtype not in DTYPES or not 0 < self._nbytes() <= SMALL:
+            return self.map()
+        try:
+            return self._shaped(self._read())
+        except OSError as error:
+            raise self._gone(error) from None
+
+    def _gone(self, error: Exception) -> InputError:
+        return InputError(f"{self.path}: tensor {quoted(self.name)} can no longer be read: {one_line(error)}")
+
+    def _shaped(self, raw: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        stored: np.ndarray[Any, Any] = raw.view(DTYPES[self.dtype])
         return stored.reshape(self.shape)
+
+    def _read(self) -> np.ndarray[Any, Any]:
+        """The bytes, read-only. Raises OSError when the file has become too short."""
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self.offset)
+            data = file.read(self._nbytes())
+        if len(data) < self._nbytes():
+            raise OSError(f"the file has become too short: {len(data)} of {self._nbytes()} bytes are left")
+        return np.frombuffer(data, np.uint8)
 
     def _nbytes(self) -> int:
         return math.prod(self.shape) * int(np.dtype(DTYPES[self.dtype]).itemsize)

@@ -22,7 +22,7 @@ from refmoe.verify.findings import CONTESTABLE, FORCED
 from refmoe.verify.provenance import layer_of, step_of
 from refmoe.verify.routing import Routing, judge, valid
 from refmoe.verify.subject import Findings, Subject, shape_of
-from refmoe.verify.tally import Tally
+from refmoe.verify.tally import Place, Tally
 
 BLOCK_BYTES = 16 << 20
 """Bytes in binary64 of the largest tap of a block of tokens; a pass holds some twenty arrays of that size."""
@@ -113,22 +113,20 @@ class Pass:
     def _test(self, name: str, step: str, x: Enclosure, dumped: Any) -> int:
         """Hold a tap against its enclosure. Returns how many values are outside it."""
         tally = self.findings.tallies.setdefault((self._run.run, name), Tally())
+        origin = (0, self._start, 0) if step in ("attention.scores", "attention.probs") else (self._start,)
+        flat = None
         if step == "attention.scores":
             # what a masked score holds is nobody's business
             seen = np.broadcast_to(self._visible()[None], x.shape)
-            where = tuple(axis for axis in np.nonzero(seen))
+            flat = np.flatnonzero(seen)
             x, values = x[seen], np.asarray(dumped[seen], np.float64)
         else:
-            where = tuple(axis.reshape(-1) for axis in np.indices(x.shape, sparse=False))
             values = np.asarray(dumped, np.float64).reshape(-1)
             x = x.map(lambda part: np.broadcast_to(part, dumped.shape).reshape(-1))
-        axis = 1 if step in ("attention.scores", "attention.probs") else 0
-        where = tuple(part + self._start if i == axis else part for i, part in enumerate(where))
         tally.rows += self._tokens
         before = tally.outside
-        tally.add(
-            x, values, self.policy.at(step), FORMATS[str(dumped.dtype)], where, bool(self.ops.events)
-        )  # fmt: skip
+        place = places(dumped.shape, origin, flat)
+        tally.add(x, values, self.policy.at(step), FORMATS[str(dumped.dtype)], place, bool(self.ops.events))
         if step == "attention.probs":
             self._test_masked(name, tally)
         return tally.outside - before
@@ -140,11 +138,10 @@ class Pass:
         rest = array[:, self._start : stop, self._run.past + stop :]
         if rest.size:
             nothing = Enclosure(np.zeros(rest.size), accumulation=self.policy.accumulation)
-            where = tuple(axis.reshape(-1) for axis in np.indices(rest.shape))
-            where = (where[0], where[1] + self._start, where[2] + self._run.past + stop)
+            place = places(rest.shape, (0, self._start, self._run.past + stop))
             format = self.policy.at("attention.probs")
             values = np.asarray(rest, np.float64).reshape(-1)
-            tally.add(nothing, values, format, FORMATS[str(array.dtype)], where, False)
+            tally.add(nothing, values, format, FORMATS[str(array.dtype)], place, False)
 
     def _note_unbounded(self, name: str, step: str, x: Enclosure) -> None:
         if x.variance is None or step in ("attention.scores", "attention.probs"):
@@ -207,6 +204,20 @@ class Pass:
             self.findings.counts[key] = self.findings.counts.get(key, 0) + 1
             if len(self.findings.decisions) < KEPT_DECISIONS or decision.kind != FORCED or not decision.legal:
                 self.findings.decisions.append(decision)
+
+
+def places(shape: tuple[int, ...], origin: tuple[int, ...], flat: Any = None) -> Place:
+    """From position to index in a tap, for a block of it that begins at `origin`.
+
+    flat: which elements of the block the positions count, or None for all.
+    """
+
+    def place(at: int) -> tuple[int, ...]:
+        index = np.unravel_index(at if flat is None else int(flat[at]), shape)
+        first = (*origin, *[0] * (len(index) - len(origin)))
+        return tuple(int(i) + start for i, start in zip(index, first, strict=True))
+
+    return place
 
 
 def without_bound(x: Enclosure, tokens: Any) -> Enclosure:

@@ -12,6 +12,7 @@ A tap may come in pieces; all sums are kept, no arrays are.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,10 @@ PIECE = 1 << 16
 """Values tested at once: some thirty temporary arrays of them stay in the cache, however long a tap is."""
 LIKE_POINTWISE = 32.0
 """How many values err as one in elementwise steps and in segments up to a layer."""
+
+
+Place = Callable[[int], tuple[int, ...]]
+"""From the position of a value among those given to its index in the tap."""
 
 
 @dataclass(frozen=True)
@@ -73,92 +78,103 @@ class Tally:
     worst_rank: tuple[int, float] = (-1, -1.0)
 
     def add(
-        self, x: Enclosure, found: Any, policy_format: Format, found_format: Format, where: Any, may_overflow: bool
+        self, x: Enclosure, found: Any, policy_format: Format, found_format: Format, place: Place, may_overflow: bool
     ) -> None:
-        """Test values. x: before its last rounding, [n]   found: binary64 [n]   where: per axis the indices [n]
+        """Test values. x: before its last rounding, [n]   found: binary64 [n]   place: from position to index
 
         A value that the policy's dtype holds is tested as rounded to it; another one has been kept more precisely, and
         is tested as rounded to the dtype of the trace.
         """
-        for start in range(0, found.size, PIECE):
-            piece = slice(start, start + PIECE)
-            places = tuple(axis[piece] for axis in where)
-            self._add_piece(x[piece], found[piece], policy_format, found_format, places, may_overflow)
+        with np.errstate(all="ignore"):
+            for start in range(0, found.size, PIECE):
+                part = slice(start, start + PIECE)
+                self._add_piece(x[part], found[part], policy_format, found_format, place, start, may_overflow)
 
     def _add_piece(
-        self, x: Enclosure, found: Any, policy_format: Format, found_format: Format, where: Any, may_overflow: bool
-    ) -> None:
+        self, x: Enclosure, found: Any, policy_format: Format, found_format: Format, place: Place, start: int,
+        may_overflow: bool,
+    ) -> None:  # fmt: skip
         fits = representable(found, policy_format)
         if fits.all():
-            self._add(x, found, policy_format, where, may_overflow)
+            self._add(x, found, policy_format, lambda i: place(start + i), may_overflow)
             return
         finer = found_format if found_format.precision > policy_format.precision else policy_format
         for chosen, format in ((fits, policy_format), (~fits, finer)):
-            if chosen.any():
-                places = tuple(axis[chosen] for axis in where)
-                self._add(x[chosen], found[chosen], format, places, may_overflow)
+            at = np.flatnonzero(chosen)
+            if at.size:
+                self._add(x[at], found[at], format, lambda i, at=at: place(start + int(at[i])), may_overflow)
 
-    def _add(self, x: Enclosure, y: Any, format: Format, where: Any, may_overflow: bool) -> None:
+    def _add(self, x: Enclosure, y: Any, format: Format, place: Place, may_overflow: bool) -> None:
         # where the operation's own rounding is to this very dtype, it is the last rounding, tested below
         bias = 0.0 if x.bias is None else x.bias
         before = x if x.bias is not None or (x.owed and format == x.accumulation) else x.settle()
         m = before.mid
-        r = np.where(np.isnan(m) | np.isnan(before.r), np.inf, before.r)
-        v = np.where(np.isnan(before.v), np.inf, np.broadcast_to(before.v, m.shape))
+        r, v = (np.asarray(np.where(np.isnan(part), np.inf, part)) for part in (before.r, before.v))
+        if not np.isfinite(m).all():
+            r = np.where(np.isnan(m), np.inf, r)
         low, high = nearest(m - r, format), nearest(m + r, format)
-        low, high = np.where(np.isnan(low), -np.inf, low), np.where(np.isnan(high), np.inf, high)
-        finite = np.isfinite(y)
-        known = np.isfinite(m)
-        outside = ~((y >= low) & (y <= high)) | (np.isinf(y) & np.isinf(r))
-        # an infinity or NaN where the interval has no end is legal only if something can have overflowed
-        outside &= finite | np.isfinite(r) | (not may_overflow)
-        outside &= known | (finite & np.isfinite(r)) | (~finite & (not may_overflow))
-        spread = np.isfinite(v) & known
-        decided = outside | np.isfinite(r) | (spread & finite)
+        bounded, spread = np.isfinite(r), np.isfinite(v)
+        clean = bool(np.isfinite(y).all() and np.isfinite(m).all() and bounded.all() and spread.all())
+        finite: Any = True
+        if clean:
+            outside = (y < low) | (y > high)
+        else:
+            low, high = np.where(np.isnan(low), -np.inf, low), np.where(np.isnan(high), np.inf, high)
+            finite, known = np.isfinite(y), np.isfinite(m)
+            outside = ~((y >= low) & (y <= high)) | (np.isinf(y) & np.isinf(r))
+            # an infinity or NaN where the interval has no end is legal only if something can have overflowed
+            outside &= finite | bounded | (not may_overflow)
+            outside &= known | (finite & bounded) | (~finite & (not may_overflow))
+            spread = spread & known
+            self.undecided += int((~(outside | bounded | (spread & finite))).sum())
+            self.not_finite += int((outside & ~finite).sum())
+            finite = finite & known
+        error = y - m if clean else np.where(finite, y - np.where(finite, m, 0.0), np.inf)
+        spacing = ulp(m, format)
+        ratio = np.abs(error) / (r + (ulp(np.abs(m) + r, format) / 2 if format.precision < 53 else 0.0))
+        if not clean:
+            ratio = np.where(bounded, ratio, 0.0)  # nothing is allowed too little where nothing is known
 
-        error = np.where(finite & known, y - np.where(known, m, 0.0), np.inf)
-        half = ulp(np.abs(m) + r, format) / 2 if format.precision < 53 else 0.0
-        allowed = r + half
-        ratio = np.where(np.isfinite(allowed), np.abs(error) / np.where(allowed > 0, allowed, 1.0), 0.0)
-        ratio = np.where((allowed == 0) & (error != 0), np.inf, ratio)
-
-        start, end = cell(np.where(finite, y, 0.0), format)
-        distance = np.maximum(0.0, np.maximum(m - end, start - m))
+        start, end = cell(y if clean else np.where(finite, y, 0.0), format)
+        beyond = np.maximum(m - end, start - m) - bias
         sigma = np.sqrt(v + (OWN * m) ** 2)
-        beyond = np.maximum(distance - bias, 0.0)
         # a variance that is zero beside a radius that is not has underflowed, and says nothing
-        usable = finite & spread & (beyond > 0) & ((v > 0) | (r == 0))
-        excess = np.where(usable, beyond / np.where(sigma > 0, sigma, 5e-324), 0.0)
+        usable = (beyond > 0) & ((v > 0) | (r == 0)) & finite & spread
+        excess = np.where(usable, beyond / sigma, 0.0)
 
         self.values += y.size
-        self.undecided += int((~decided).sum())
         self.outside += int(outside.sum())
-        self.not_finite += int((outside & ~finite).sum())
-        self.worst_error = max(self.worst_error, float(ratio.max()))
-        self.excess = max(self.excess, float(excess.max()))
-        self._add_size(error, m, v, format, finite & spread)
-        rank = np.where(outside, 2.0, np.where(np.isfinite(r), 1.0, 0.0))
-        score = np.where(outside, np.where(np.isfinite(ratio), ratio, 1e300), excess)
-        self._keep_worst(rank, score, y, m, low, high, sigma, where)
+        # fmax passes over the NaN of no error where none is allowed
+        self.worst_error = float(np.fmax.reduce(ratio, initial=self.worst_error))
+        self.excess = float(np.fmax.reduce(excess, initial=self.excess))
+        self._add_size(error, m, v, spacing, format, finite & spread)
+        self._keep_worst(outside, bounded, np.where(outside, ratio, excess), y, m, low, high, sigma, place)
 
-    def _add_size(self, error: Any, m: Any, v: Any, format: Format, usable: Any) -> None:
-        rounding = ulp(m, format) ** 2 / 12 if format != FLOAT64 else 0.0
-        weight = np.where(usable & (v + rounding > 0), 1 / np.where(v + rounding > 0, v + rounding, 1.0), 0.0)
-        error = np.where(usable, error, 0.0)
-        self.squares += float((error**2 * weight).sum())
-        self.counted += int((weight > 0).sum())
+    def _add_size(self, error: Any, m: Any, v: Any, spacing: Any, format: Format, usable: Any) -> None:
+        total = v + (spacing**2 / 12 if format != FLOAT64 else 0.0)
+        weight = np.where(usable & (total > 0), 1 / total, 0.0)
+        error = np.where(weight > 0, error, 0.0)
+        weighted = error * weight
+        self.squares += float(weighted @ error)
+        self.counted += int(np.count_nonzero(weight))
         if format != FLOAT64:
-            delta = np.where(usable, -np.sign(m) * ulp(m, format) / 2, 0.0)
-            self.leaning += float((error * delta * weight).sum())
-            self.reach += float((delta**2 * weight).sum())
+            delta = np.where(weight > 0, -np.sign(m) * spacing / 2, 0.0)
+            self.leaning += float(weighted @ delta)
+            self.reach += float((delta * weight) @ delta)
 
-    def _keep_worst(self, rank: Any, score: Any, y: Any, m: Any, low: Any, high: Any, sigma: Any, where: Any) -> None:
-        at = int(np.argmax(np.where(rank == rank.max(), score, -1.0)))
-        mine = (int(rank[at]) == 2, float(score[at]))
+    def _keep_worst(
+        self, outside: Any, bounded: Any, score: Any, y: Any, m: Any, low: Any, high: Any, sigma: Any, place: Place
+    ) -> None:
+        """score: [n], among elements that are outside, else bounded, else any, the largest is the worst."""
+        candidates = outside if outside.any() else np.broadcast_to(bounded, y.shape) if np.any(bounded) else None
+        score = np.nan_to_num(score, nan=0.0, posinf=1e300)
+        at = int(np.argmax(score if candidates is None else np.where(candidates, score, -1.0)))
+        mine = (bool(outside[at]), float(score[at]))
         if mine > self.worst_rank or self.worst is None:
             self.worst_rank = mine
-            place = tuple(int(axis[at]) for axis in where)
-            self.worst = Element(place, float(y[at]), float(m[at]), float(low[at]), float(high[at]), float(sigma[at]))
+            self.worst = Element(
+                place(at), float(y[at]), float(m[at]), float(low[at]), float(high[at]), float(sigma[at])
+            )
 
     @property
     def rms(self) -> float:

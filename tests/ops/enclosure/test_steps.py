@@ -138,11 +138,10 @@ def legal(step: Callable[..., None], given: Inputs, p: Policy, rng: np.random.Ge
 
 def hold(x: Enclosure, found: Any, tap: str, p: Policy, overflows: bool, name: str) -> Tally:
     tally = Tally()
-    where = tuple(axis.reshape(-1) for axis in np.indices(found.shape))
     dtype = FORMATS["float64" if p.accumulation.precision == 53 else "float32"]
     flat = x.map(lambda part: part.reshape(-1))
     with np.errstate(all="ignore"):
-        tally.add(flat, found.reshape(-1), p.at(tap), dtype, where, overflows)
+        tally.add(flat, found.reshape(-1), p.at(tap), dtype, lambda at: (at,), overflows)
     assert tally.outside == 0, f"{name}: {tap}: {tally.outside} of {found.size} outside: {tally.worst}"
     assert tally.excess < LIMIT, f"{name}: {tap}: excess {tally.excess}: {tally.worst}"
     return tally
