@@ -155,12 +155,12 @@ class Tally:
         weight = np.where(usable & (total > 0), 1 / total, 0.0)
         error = np.where(weight > 0, error, 0.0)
         weighted = error * weight
-        self.squares += float(weighted @ error)
+        self.squares += float((weighted * error).sum())
         self.counted += int(np.count_nonzero(weight))
         if format != FLOAT64:
             delta = np.where(weight > 0, -np.sign(m) * spacing / 2, 0.0)
-            self.leaning += float(weighted @ delta)
-            self.reach += float((delta * weight) @ delta)
+            self.leaning += float((weighted * delta).sum())
+            self.reach += float((delta**2 * weight).sum())
 
     def _keep_worst(
         self, outside: Any, bounded: Any, score: Any, y: Any, m: Any, low: Any, high: Any, sigma: Any, place: Place

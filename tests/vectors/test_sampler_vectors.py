@@ -1,8 +1,7 @@
-"""`sampler.json` against refmoe, stage by stage, and against the known bugs of samplers."""
+"""`sampler.json` against refmoe, stage by stage. The known bugs: `tests/mutants/test_outside.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -107,75 +106,3 @@ def test_every_margin_is_far_from_a_rounding_or_exactly_nothing() -> None:
         for tokens, margin in stages:
             exact = len({expected["penalised"][token] for token in tokens}) == 1 and len(tokens).bit_count() == 1
             assert float(margin) > 0.01 or (margin == "0" and exact), vector["name"]
-
-
-def pipeline(
-    vector: Vector, top_p: Callable[[Array, float], int] | None = None, divide_always: bool = False
-) -> tuple[list[float], list[int]]:
-    """The penalised logits and the kept set, written out again with room for a mistake.
-
-    top_p: from the probabilities in falling order and p, how many to keep.
-    """
-    logits, settings = logits_of(vector), settings_of(vector)
-    for token in set(vector["seen"]):
-        divide = divide_always or logits[token] > 0
-        factor = settings.repetition_penalty
-        logits[token] = logits[token] / factor if divide else logits[token] * factor
-    order = sorted(np.flatnonzero(logits > -np.inf).tolist(), key=lambda token: (-logits[token], token))
-    if settings.temperature == 0:
-        return logits.tolist(), order[:1]
-    order = order[: settings.top_k]
-    weights = np.exp((logits[order] - logits[order[0]]) / settings.temperature)
-    probabilities = weights / weights.sum()
-    count = (top_p or reaching)(probabilities, settings.top_p)
-    return logits.tolist(), sorted(order[:count])
-
-
-def reaching(probabilities: Array, p: float) -> int:
-    """Those before which the sum is below p; all where p is 1."""
-    before = np.cumsum(probabilities) - probabilities
-    return len(probabilities) if p == 1 else int((before < p).sum())
-
-
-def crossing_excluded(probabilities: Array, p: float) -> int:
-    return int((np.cumsum(probabilities) <= p).sum()) if p < 1 else len(probabilities)
-
-
-def first_crossing(probabilities: Array, p: float) -> int:
-    """Up to the first sum above p; where there is none, argmax says 0, and the first token is all that is kept."""
-    sums = np.minimum(np.cumsum(probabilities), 1.0)  # a sum rounded above 1 would hide the mistake at p = 1
-    return int(np.argmax(sums > p)) + 1
-
-
-VARIATIONS: dict[str, tuple[Callable[[Vector], tuple[list[float], list[int]]], str]] = {
-    "samp-topp-excludes-crossing": (lambda vector: pipeline(vector, crossing_excluded), "top-p-crossing"),
-    "samp-topp-one-greedy": (lambda vector: pipeline(vector, first_crossing), "top-p-one-flat"),
-    "samp-penalty-negative-logit": (lambda vector: pipeline(vector, divide_always=True), "penalty-negative"),
-}
-UNSEEN = {
-    "gen-pad-eq-eos": "masks attention, not logits: the ids of the tokenizer vector chat-five-turns show it in a trace"
-}
-
-
-def answer(vector: Vector) -> tuple[list[float], list[int]]:
-    expected = vector["expected"]
-    return [read(text) for text in expected["penalised"]], expected.get("kept", [expected.get("token")])
-
-
-def test_the_variations_vary_from_the_right_answer() -> None:
-    assert [vector["name"] for vector in VECTORS if pipeline(vector) != answer(vector)] == []
-
-
-@pytest.mark.parametrize("bug", VARIATIONS)
-def test_each_known_bug_is_caught(bug: str) -> None:
-    """The vector named here catches it, and so does each vector that says so."""
-    variation, name = VARIATIONS[bug]
-    caught = {vector["name"] for vector in VECTORS if variation(vector) != answer(vector)}
-    assert name in caught
-    claimed = {vector["name"] for vector in VECTORS if bug in vector["bugs"]}
-    assert name in claimed
-    assert claimed - caught == set()
-
-
-def test_no_vector_claims_a_bug_without_a_variation() -> None:
-    assert {bug for vector in VECTORS for bug in vector["bugs"]} <= set(VARIATIONS) - set(UNSEEN)
