@@ -72,13 +72,17 @@ class Replica(Pass):
 
     def _draw(self, key: Key, chosen: Any) -> Any:
         """The choice that the sampled logits make, but either way where rounding alone can decide."""
-        tokens = [t - self._start for t in self.open_choices.get(key, ()) if 0 <= t - self._start < len(chosen)]
-        if self.generator is None or not tokens or chosen.shape[1] == self._sampled_logits.shape[1]:
+        if self.generator is None or chosen.shape[1] == self._sampled_logits.shape[1]:
             return chosen
-        chosen = np.array(chosen)
         rest = np.array(self._sampled_logits)
+        last = np.take_along_axis(rest, chosen[:, -1:], axis=-1)[:, 0]
         np.put_along_axis(rest, chosen, -np.inf, axis=-1)
-        for token in tokens:
+        tokens = {t - self._start for t in self.open_choices.get(key, ())} & {*range(len(chosen))}
+        if self.policy.ties == "any":
+            # equal rows of a router give equal logits however they are sampled
+            tokens |= {int(t) for t in np.flatnonzero(last == rest.max(-1))}
+        chosen = np.array(chosen)
+        for token in sorted(tokens):
             if self.generator.integers(2):
                 chosen[token, -1] = int(rest[token].argmax())
         return chosen

@@ -13,7 +13,6 @@ from refmoe.ops.enclosure.ops import EnclosureOps
 from refmoe.policy.formats import FORMATS, ulp
 from refmoe.policy.policy import Policy
 from refmoe.script import cut
-from refmoe.spec.attention import visible
 from refmoe.spec.config import Config
 from refmoe.spec.model import Caches, Model, forward
 from refmoe.spec.taps import LAYER_TAPS
@@ -156,7 +155,7 @@ class Pass:
         positions = np.asarray(self._run.positions[self._start : stop])
         first = self._run.positions[0] - self._run.past
         cached = np.arange(first, first + self._run.past + stop)
-        return visible(positions, cached, self.subject.config.window)
+        return self.subject.steps.visible(positions, cached, self.subject.config.window)
 
     def _choose(self, name: str, expected: Any) -> Any:
         """Judge the trace's choice of experts, and go on with it."""

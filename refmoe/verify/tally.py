@@ -28,6 +28,8 @@ LEAN = 0.5
 """Halfway between rounding to nearest and truncation."""
 ROWS = 30
 """Below this number of rows the errors of a norm, or of equal tokens, are too much alike for size and filter."""
+CALM = 5.0
+"""Standard deviations below which nobody asks how far a truncating accumulator leans: no limit is as low."""
 PIECE = 1 << 16
 """Values tested at once: some thirty temporary arrays of them stay in the cache, however long a tap is."""
 LIKE_POINTWISE = 32.0
@@ -96,18 +98,17 @@ class Tally:
     ) -> None:  # fmt: skip
         fits = representable(found, policy_format)
         if fits.all():
-            self._add(x, found, policy_format, lambda i: place(start + i), may_overflow)
+            self._add(x, found, policy_format, _from(place, range(start, start + found.size)), may_overflow)
             return
         finer = found_format if found_format.precision > policy_format.precision else policy_format
         for chosen, format in ((fits, policy_format), (~fits, finer)):
             at = np.flatnonzero(chosen)
             if at.size:
-                self._add(x[at], found[at], format, lambda i, at=at: place(start + int(at[i])), may_overflow)
+                self._add(x[at], found[at], format, _from(place, start + at), may_overflow)
 
     def _add(self, x: Enclosure, y: Any, format: Format, place: Place, may_overflow: bool) -> None:
         # where the operation's own rounding is to this very dtype, it is the last rounding, tested below
-        bias = 0.0 if x.bias is None else x.bias
-        before = x if x.bias is not None or (x.owed and format == x.accumulation) else x.settle()
+        before = x if x.biased or (x.owed and format == x.accumulation) else x.settle()
         m = before.mid
         r, v = (np.asarray(np.where(np.isnan(part), np.inf, part)) for part in (before.r, before.v))
         if not np.isfinite(m).all():
@@ -136,11 +137,13 @@ class Tally:
             ratio = np.where(bounded, ratio, 0.0)  # nothing is allowed too little where nothing is known
 
         start, end = cell(y if clean else np.where(finite, y, 0.0), format)
-        beyond = np.maximum(m - end, start - m) - bias
+        beyond = np.maximum(m - end, start - m)
         sigma = np.sqrt(v + (OWN * m) ** 2)
         # a variance that is zero beside a radius that is not has underflowed, and says nothing
         usable = (beyond > 0) & ((v > 0) | (r == 0)) & finite & spread
         excess = np.where(usable, beyond / sigma, 0.0)
+        if x.biased and excess.max(initial=0.0) > CALM:
+            excess = np.where(usable, np.maximum(beyond - x.bias, 0.0) / sigma, 0.0)
 
         self.values += y.size
         self.outside += int(outside.sum())
@@ -217,3 +220,8 @@ class Tally:
             run, tap, since, rung, verdict, reason, self.values, self.undecided, self.outside, self.worst_error,
             self.excess, limits.excess, self.rms, rms_limit, self.truncation, self.snr, self.worst,
         )  # fmt: skip
+
+
+def _from(place: Place, positions: Any) -> Place:
+    """The same for some of the values.   positions: where they are among all of them"""
+    return lambda at: place(int(positions[at]))

@@ -89,8 +89,11 @@ class Chromium:
 
     def _read(self) -> dict[str, Any]:
         deadline = time.monotonic() + PATIENCE
+        # not select: in a long test run the descriptor's number may be beyond its limit
+        poll = select.poll()
+        poll.register(self._input, select.POLLIN)
         while b"\0" not in self._buffer:
-            ready, _, _ = select.select([self._input], [], [], max(0.0, deadline - time.monotonic()))
+            ready = poll.poll(1000 * max(0.0, deadline - time.monotonic()))
             assert ready, "chromium does not answer"
             chunk = os.read(self._input, 1 << 20)
             assert chunk, "chromium has ended"

@@ -47,7 +47,19 @@ class Enclosure:
         self.variance = variance
         self.accumulation = accumulation
         self.owed = owed
-        self.bias = bias
+        self._bias = bias
+
+    @property
+    def biased(self) -> bool:
+        """Whether there is a bias."""
+        return self._bias is not None
+
+    @property
+    def bias(self) -> Any:
+        """The bias, or None. It costs a product, and few ask for it, so that it is computed when asked for."""
+        if callable(self._bias):
+            self._bias = self._bias()
+        return self._bias
 
     # ---- what the spec asks of an array
 
@@ -57,8 +69,8 @@ class Enclosure:
 
     def map(self, move: Callable[[Any], Any]) -> Enclosure:
         """The same elements elsewhere: `move` selects, reshapes or reorders an array."""
-        parts = (None if part is None else move(part) for part in (self.radius, self.variance, self.bias))
-        radius, variance, bias = parts
+        radius, variance = (None if part is None else move(part) for part in (self.radius, self.variance))
+        bias = (lambda: move(self.bias)) if self.biased else None
         return Enclosure(move(self.mid), radius, variance, self.accumulation, self.owed, bias)
 
     def __getitem__(self, index: Any) -> Enclosure:
@@ -85,7 +97,7 @@ class Enclosure:
     @quiet
     def settle(self) -> Enclosure:
         """With the rounding that is owed, and with a bias counted as spread."""
-        if not self.owed and self.bias is None:
+        if not self.owed and not self.biased:
             return self
         radius, variance = self.r, self.v
         if self.owed:
@@ -95,7 +107,7 @@ class Enclosure:
             radius = unbounded_beyond(reach, (radius + (u * reach + tiny)) * SLACK, self.accumulation)
             # below tiny the spacing no longer shrinks: half of it is u tiny
             variance = bounded(variance + (u * (size + tiny)) ** 2 / 3 + UNDERFLOW)
-        if self.bias is not None:
+        if self.biased:
             variance = variance + self.bias**2 / 3
         return Enclosure(self.mid, radius, variance, self.accumulation)
 
@@ -133,7 +145,7 @@ class Enclosure:
     __radd__ = __add__
 
     def __neg__(self) -> Enclosure:
-        return Enclosure(-self.mid, self.radius, self.variance, self.accumulation, self.owed, self.bias)
+        return Enclosure(-self.mid, self.radius, self.variance, self.accumulation, self.owed, self._bias)
 
     def __sub__(self, other: Any) -> Enclosure:
         result: Enclosure = self + -other
@@ -185,7 +197,7 @@ class Enclosure:
         """
         if self.radius is None and not self.owed and not any_scale and representable(self.mid, format).all():
             return Enclosure(self.mid, accumulation=self.accumulation)
-        once = self.owed and self.bias is None and format == self.accumulation
+        once = self.owed and not self.biased and format == self.accumulation
         x = self if once else self.settle()
         size = np.abs(x.mid)
         reach = size + x.r
@@ -240,4 +252,5 @@ def concatenate(parts: Any, axis: int) -> Enclosure:
 
     mid = np.concatenate([part.mid for part in parts], axis=axis)
     first = parts[0]
-    return Enclosure(mid, join("radius"), join("variance"), first.accumulation, first.owed, join("bias"))
+    bias = (lambda: join("bias")) if any(part.biased for part in parts) else None
+    return Enclosure(mid, join("radius"), join("variance"), first.accumulation, first.owed, bias)

@@ -110,7 +110,11 @@ def product(x: Enclosure, w: Matrix, how: Accumulator, exact_mid: Any = None) ->
     total, energy = size @ w.size, square @ w.square
     inherited = inherited_radius(x, size, w)
     partial = (total + np.abs(mid)) / 2
-    bias = bounded(u * partial * np.abs(np.sign(x.mid).astype(np.float32) @ w.signs)) if how.truncates else None
+
+    @quiet
+    def bias() -> Any:
+        return bounded(u * partial * np.abs(np.sign(x.mid).astype(np.float32) @ w.signs))
+
     result = partial + inherited  # no partial sum of any legal factors is larger, as long as nothing rounds
     rounds = not how.holds_products(x, w)
     largest = result * (1 + 2 * u) if rounds else result
@@ -128,7 +132,7 @@ def product(x: Enclosure, w: Matrix, how: Accumulator, exact_mid: Any = None) ->
     result = (result + lost + own) * (SLACK + n * OWN)
     result = unbounded_beyond(largest * (1 + how.growth(n)), result, how.format)
     variance = inherited_variance(x, square, w) + (u * u / 3 * spread + lost_spread)
-    return Enclosure(mid, bounded(result), bounded(variance), x.accumulation, bias=bias)
+    return Enclosure(mid, bounded(result), bounded(variance), x.accumulation, bias=bias if how.truncates else None)
 
 
 def _product_and_path(x: Any, w: Any) -> tuple[Any, Any, int]:
