@@ -85,7 +85,8 @@ class Pass:
         outside = 0
         if dumped is not None:
             outside = self._test(name, step, x, dumped)
-            self._note_unbounded(name, step, x)
+            if self.findings.open_choices:
+                self._note_unbounded(name, step, x)
         if step == "router.logits":
             self._logits = (x, dumped, not outside)
         if dumped is None or (self._run.run, name) in self.recomputed:
@@ -121,7 +122,8 @@ class Pass:
             x, values = x[seen], np.asarray(dumped[seen], np.float64)
         else:
             values = np.asarray(dumped, np.float64).reshape(-1)
-            x = x.map(lambda part: np.broadcast_to(part, dumped.shape).reshape(-1))
+            shape = dumped.shape
+            x = x.map(lambda part: (part if part.shape == shape else np.broadcast_to(part, shape)).reshape(-1))
         tally.rows += self._tokens
         before = tally.outside
         place = places(dumped.shape, origin, flat)

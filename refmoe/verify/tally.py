@@ -96,8 +96,8 @@ class Tally:
         self, x: Enclosure, found: Any, policy_format: Format, found_format: Format, place: Place, start: int,
         may_overflow: bool,
     ) -> None:  # fmt: skip
-        fits = representable(found, policy_format)
-        if fits.all():
+        fits = policy_format.holds(found_format) or representable(found, policy_format)
+        if np.all(fits):
             self._add(x, found, policy_format, _from(place, range(start, start + found.size)), may_overflow)
             return
         finer = found_format if found_format.precision > policy_format.precision else policy_format
@@ -109,13 +109,15 @@ class Tally:
     def _add(self, x: Enclosure, y: Any, format: Format, place: Place, may_overflow: bool) -> None:
         # where the operation's own rounding is to this very dtype, it is the last rounding, tested below
         before = x if x.biased or (x.owed and format == x.accumulation) else x.settle()
-        m = before.mid
-        r, v = (np.asarray(np.where(np.isnan(part), np.inf, part)) for part in (before.r, before.v))
-        if not np.isfinite(m).all():
-            r = np.where(np.isnan(m), np.inf, r)
+        m, r, v = before.mid, np.asarray(before.r), np.asarray(before.v)
+        clean = bool(np.isfinite(y + m + r + v).all())
+        bounded: Any = True
+        spread: Any = True
+        if not clean:
+            r = np.where(np.isnan(r) | np.isnan(m), np.inf, r)
+            v = np.where(np.isnan(v), np.inf, v)
+            bounded, spread = np.isfinite(r), np.isfinite(v)
         low, high = nearest(m - r, format), nearest(m + r, format)
-        bounded, spread = np.isfinite(r), np.isfinite(v)
-        clean = bool(np.isfinite(y).all() and np.isfinite(m).all() and bounded.all() and spread.all())
         finite: Any = True
         if clean:
             outside = (y < low) | (y > high)
@@ -170,7 +172,7 @@ class Tally:
     ) -> None:
         """score: [n], among elements that are outside, else bounded, else any, the largest is the worst."""
         candidates = outside if outside.any() else np.broadcast_to(bounded, y.shape) if np.any(bounded) else None
-        score = np.nan_to_num(score, nan=0.0, posinf=1e300)
+        score = np.fmax(score, 0.0)
         at = int(np.argmax(score if candidates is None else np.where(candidates, score, -1.0)))
         mine = (bool(outside[at]), float(score[at]))
         if mine > self.worst_rank or self.worst is None:
