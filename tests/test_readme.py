@@ -98,3 +98,21 @@ def test_the_table_of_costs() -> None:
 def test_the_table_of_accuracy() -> None:
     for row in results("elementary_accuracy.json"):
         assert f"| {row['function']} | {row['max_ulp']:.4f} | {row['not_nearest']:,} of {row['arguments']:,} |" in TEXT
+
+
+def test_the_table_of_what_verifying_costs() -> None:
+    table = results("verify_cost.json")
+    for what in {row["what"] for row in table}:
+        ratios = {row["policy"]: f"{row['ratio']:.1f}" for row in table if row["what"] == what}
+        assert f"| {what} | {' | '.join(ratios[name] for name in ('float32', 'bfloat16', 'float16', 'float64'))} |" in TEXT
+
+
+def test_the_table_of_what_the_verifier_sees() -> None:
+    found = results("enclosures.json")
+    assert f"(limit {found['limit']:.1f} here" in TEXT
+    rows = re.findall(r"\| (.*) \| (\d+% / [\d,]+|–) \| (\d+% / [\d,]+|–) \| (\d+% / [\d,]+|–) \|\n", TEXT)
+    assert len(rows) >= 4
+    for fault, *cells in rows:
+        for dtype, cell in zip(("bfloat16", "float16", "float32"), cells, strict=True):
+            seen = found["faults"][fault].get(f"{dtype} 14336")
+            assert cell == ("–" if seen is None else f"{seen['outside']:.0%} / {seen['excess']:,.0f}")
