@@ -104,15 +104,16 @@ def test_the_table_of_what_verifying_costs() -> None:
     table = results("verify_cost.json")
     for what in {row["what"] for row in table}:
         ratios = {row["policy"]: f"{row['ratio']:.1f}" for row in table if row["what"] == what}
-        assert f"| {what} | {' | '.join(ratios[name] for name in ('float32', 'bfloat16', 'float16', 'float64'))} |" in TEXT
+        cells = " | ".join(ratios[name] for name in ("float32", "bfloat16", "float16", "float64"))
+        assert f"| {what} | {cells} |" in TEXT
 
 
 def test_the_table_of_what_the_verifier_sees() -> None:
     found = results("enclosures.json")
     assert f"(limit {found['limit']:.1f} here" in TEXT
-    rows = re.findall(r"\| (.*) \| (\d+% / [\d,]+|–) \| (\d+% / [\d,]+|–) \| (\d+% / [\d,]+|–) \|\n", TEXT)
+    rows = re.findall(r"\| (.*) \| (\d+% / [\d,]+|-) \| (\d+% / [\d,]+|-) \| (\d+% / [\d,]+|-) \|\n", TEXT)
     assert len(rows) >= 4
     for fault, *cells in rows:
         for dtype, cell in zip(("bfloat16", "float16", "float32"), cells, strict=True):
             seen = found["faults"][fault].get(f"{dtype} 14336")
-            assert cell == ("–" if seen is None else f"{seen['outside']:.0%} / {seen['excess']:,.0f}")
+            assert cell == ("-" if seen is None else f"{seen['outside']:.0%} / {seen['excess']:,.0f}")
