@@ -7,6 +7,7 @@ import sys
 import click
 
 from refmoe import __version__
+from refmoe.cli.audit import audit_command
 from refmoe.cli.capture import capture_command, materialise_command
 from refmoe.cli.certify import certify_command
 from refmoe.cli.check import check_command
@@ -14,6 +15,7 @@ from refmoe.cli.compare import compare_command
 from refmoe.cli.emit import emit_command
 from refmoe.cli.generate import generate_command
 from refmoe.cli.info import info_command
+from refmoe.cli.mutants import mutants_command
 from refmoe.cli.policies import policies_command
 from refmoe.cli.route import route_command
 from refmoe.cli.routers import routers_command
@@ -39,6 +41,8 @@ for command in (
     capture_command,
     materialise_command,
     policies_command,
+    mutants_command,
+    audit_command,
     info_command,
     generate_command,
     route_command,
