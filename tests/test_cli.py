@@ -6,44 +6,28 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from refmoe.checkpoint.synthetic import synthetic_checkpoint
 from refmoe.checkpoint.write import write_checkpoint
-from refmoe.cli import commands, main
+from refmoe.cli import commands
 from refmoe.golden import read_case, trace_path
 from refmoe.spec.config import Config
 from refmoe.trace import read_trace
+from tests.command_line import Refmoe
 from tests.models import SMALL
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "golden"
-Refmoe = Callable[..., tuple[int, str, str]]
 
 TEXT_MODEL = Config(
     dim=16, layers=2, heads=4, kv_heads=2, head_dim=6, hidden_dim=24, vocab=32000, experts=4, experts_per_token=2,
     rope_theta=3e4,
 )  # fmt: skip
-
-
-@pytest.fixture
-def refmoe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refmoe:
-    """Run a command: status, standard output, standard error."""
-
-    def run(*arguments: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["refmoe", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out, err = capsys.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return run
 
 
 @pytest.fixture(scope="module")

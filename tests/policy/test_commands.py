@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -15,7 +12,6 @@ import pytest
 from refmoe.checkpoint.load import load_checkpoint
 from refmoe.checkpoint.synthetic import synthetic_checkpoint
 from refmoe.checkpoint.write import write_checkpoint
-from refmoe.cli import main
 from refmoe.golden import read_case, trace_path
 from refmoe.ops.policy import PolicyOps
 from refmoe.policy.load import policies, policy
@@ -23,25 +19,11 @@ from refmoe.policy.steps import CUT_STEPS
 from refmoe.script import execute
 from refmoe.spec.model import Model
 from refmoe.trace import Recorder, read_trace
+from tests.command_line import Refmoe
 from tests.golden_cases import write_case
 from tests.models import SMALL
 
 GOLDEN = Path(__file__).parent.parent.parent / "golden"
-Refmoe = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def refmoe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refmoe:
-    """Run a command: status, standard output, standard error."""
-
-    def run(*arguments: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["refmoe", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out, err = capsys.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return run
 
 
 def test_policies_are_listed(refmoe: Refmoe) -> None:

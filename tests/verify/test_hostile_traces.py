@@ -3,44 +3,25 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from refmoe.checkpoint.write import write_checkpoint
-from refmoe.cli import main
 from refmoe.errors import InputError
 from refmoe.golden import read_case
 from refmoe.policy.load import policy
 from refmoe.trace import read_trace
 from refmoe.verify.intake import take_in
 from refmoe.verify.verify import verify
+from tests.command_line import Refmoe
 from tests.verify.hostile import CASE, CONFORMANT, GOLDEN, REFUSED, TRACES, WRONG, draft
-
-Refmoe = Callable[..., tuple[int, str, str]]
 
 SECONDS = 60.0
 """Far more than any of them needs, and far less than for ever."""
-
-
-@pytest.fixture
-def refmoe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refmoe:
-    """Run a command: status, standard output, standard error."""
-
-    def run(*arguments: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["refmoe", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out, err = capsys.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return run
 
 
 @pytest.fixture(scope="module")

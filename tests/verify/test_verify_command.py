@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -13,28 +12,13 @@ from xml.etree import ElementTree
 import pytest
 
 from refmoe.checkpoint.write import write_checkpoint
-from refmoe.cli import main
 from refmoe.golden import read_case, trace_path
 from refmoe.report.verification_json import schema
+from tests.command_line import Refmoe
 from tests.verify.hostile import CASE, GOLDEN, TRACES, draft
 
-Refmoe = Callable[..., tuple[int, str, str]]
 ROOT = GOLDEN.parent
 HONEST = trace_path(GOLDEN / CASE)
-
-
-@pytest.fixture
-def refmoe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refmoe:
-    """Run a command: status, standard output, standard error."""
-
-    def run(*arguments: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["refmoe", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out, err = capsys.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return run
 
 
 @pytest.fixture

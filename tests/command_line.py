@@ -1,0 +1,8 @@
+"""What tests of commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Refmoe = Callable[..., tuple[int, str, str]]
+"""The fixture `refmoe`: runs a command and gives its status, standard output and standard error."""
