@@ -14,6 +14,8 @@ from refmoe.cli import main
 from tests.command_line import Refmoe
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may ask a hub for anything
+for library in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(library, "1")  # read by processes that pytest-xdist starts: a core each, not all cores each
 
 settings.register_profile("refmoe", deadline=None, derandomize=True)
 settings.load_profile("refmoe")

@@ -87,22 +87,23 @@ MUTANTS: dict[str, Mutant] = {}
 def mutant(
     id: str, breaks: Sequence[str], touches: Sequence[str], needs: Sequence[str] = (), sources: Sequence[str] = (),
     severity: str = "high", changes: str = STEP, step: str | None = None, fix: str = "", equivalent: str = "",
-    judged_by: str = "",
+    judged_by: str = "", steps: Mapping[str, Callable[..., Any]] | None = None,
 ) -> Callable[[Function], Function]:  # fmt: skip
     """Register the decorated function as a mutant.
 
     changes: what the function replaces. `STEP`: the step of the function's own name, or of `step`. `CONFIG`: it maps
     the configuration; `PARAMETERS`: (config, parameters) to parameters; `POLICY`: the policy; `CALLS`: the runs.
+    steps: for `CALLS`, steps that it replaces as well, which see what the calls were changed to.
     """
 
     def register(function: Function) -> Function:
         if id in MUTANTS:
             raise ValueError(f"two mutants have the id {id}")
-        steps = {step or function.__name__: function} if changes == STEP else {}
+        replaced = {step or function.__name__: function} if changes == STEP else dict(steps or {})
         kind = function.__module__.rpartition(".")[2]
         MUTANTS[id] = Mutant(
             id, " ".join((function.__doc__ or "").split()), kind, tuple(breaks), tuple(needs), tuple(sources), severity,
-            changes, function, steps, tuple(touches), fix, equivalent, judged_by,
+            changes, function, replaced, tuple(touches), fix, equivalent, judged_by,
         )  # fmt: skip
         return function
 

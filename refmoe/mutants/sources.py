@@ -9,6 +9,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent
 CORE = (
     "spec", "ops", "policy", "verify", "script.py", "trace.py", "sharding", "mutants/engine.py", "mutants/mutant.py",
+    "mutants/attending.py", "mutants/rounding.py", "mutants/parameters.py", "mutants/quantised.py",
 )  # fmt: skip
 """What every outcome depends on."""
 
