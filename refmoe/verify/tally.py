@@ -117,7 +117,7 @@ class Tally:
             r = np.where(np.isnan(r) | np.isnan(m), np.inf, r)
             v = np.where(np.isnan(v), np.inf, v)
             bounded, spread = np.isfinite(r), np.isfinite(v)
-        low, high = nearest(m - r, format), nearest(m + r, format)
+        low, high = nearest(np.stack([m - r, m + r]), format)
         finite: Any = True
         if clean:
             outside = (y < low) | (y > high)
@@ -133,8 +133,8 @@ class Tally:
             self.not_finite += int((outside & ~finite).sum())
             finite = finite & known
         error = y - m if clean else np.where(finite, y - np.where(finite, m, 0.0), np.inf)
-        spacing = ulp(m, format)
-        ratio = np.abs(error) / (r + (ulp(np.abs(m) + r, format) / 2 if format.precision < 53 else 0.0))
+        spacing, allowed = ulp(np.stack([m, np.abs(m) + r]), format)
+        ratio = np.abs(error) / (r + allowed / 2 if format.precision < 53 else r)
         if not clean:
             ratio = np.where(bounded, ratio, 0.0)  # nothing is allowed too little where nothing is known
 
@@ -171,9 +171,12 @@ class Tally:
         self, outside: Any, bounded: Any, score: Any, y: Any, m: Any, low: Any, high: Any, sigma: Any, place: Place
     ) -> None:
         """score: [n], among elements that are outside, else bounded, else any, the largest is the worst."""
-        candidates = outside if outside.any() else np.broadcast_to(bounded, y.shape) if np.any(bounded) else None
-        score = np.fmax(score, 0.0)
-        at = int(np.argmax(score if candidates is None else np.where(candidates, score, -1.0)))
+        if bounded is True and not outside.any():
+            at = int(np.argmax(score))
+        else:
+            candidates = outside if outside.any() else np.broadcast_to(bounded, y.shape)
+            score = np.fmax(score, 0.0)
+            at = int(np.argmax(np.where(candidates, score, -1.0) if candidates.any() else score))
         mine = (bool(outside[at]), float(score[at]))
         if mine > self.worst_rank or self.worst is None:
             self.worst_rank = mine

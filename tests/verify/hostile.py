@@ -422,7 +422,7 @@ def policy_with_an_impossible_change(draft: Draft) -> None:
     draft.header["policy"] = "float32+cache=int8"
 
 
-@hostile(REFUSED, "metadata field 'policy'", "lenient.toml", "given with --policy")
+@hostile(REFUSED, "metadata field 'policy'", "given with --policy")
 def policy_of_its_own_making(draft: Draft) -> None:
     """A file beside the trace that allows anything."""
     draft.path.with_name("lenient.toml").write_text(
