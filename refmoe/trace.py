@@ -25,6 +25,8 @@ from refmoe.errors import InputError
 
 FORMAT_VERSION = "1"
 OPS = ("prefill", "chunk", "decode")
+SMALL_FILE = 4 << 20
+"""Bytes up to which a trace is held in memory."""
 LONGEST_NAME = 200
 """Characters in a name that a header gives: of a run, a case, a policy, a producer."""
 
@@ -69,6 +71,14 @@ class Trace:
         return self._by_run.get(run, [])
 
     @cached_property
+    def _small(self) -> bytes | None:
+        """The whole file where it is small: to read it once is cheaper than to open it for every tap."""
+        try:
+            return self.path.read_bytes() if self.path.stat().st_size <= SMALL_FILE else None
+        except OSError:
+            return None
+
+    @cached_property
     def _by_run(self) -> dict[str, list[str]]:
         names: dict[str, list[str]] = {}
         for key in self.tensors:
@@ -78,7 +88,7 @@ class Trace:
 
     def get(self, run: str, tap: str) -> np.ndarray[Any, Any]:
         """One array of the file, read-only."""
-        return self.tensors[f"{run}/{tap}"].get()
+        return self.tensors[f"{run}/{tap}"].get(self._small)
 
 
 class Recorder:

@@ -87,11 +87,13 @@ class StoredTensor:
             raise self._gone(error) from None
         return self._shaped(raw)
 
-    def get(self) -> np.ndarray[Any, Any]:
+    def get(self, file: bytes | None = None) -> np.ndarray[Any, Any]:
         """The values, read-only: mapped where they are many; to read a few is several times faster than to map them.
 
-        Raises InputError as `map` does.
+        file: the bytes of the whole file, where somebody has them.   Raises InputError as `map` does.
         """
+        if file is not None and self.dtype in DTYPES and len(file) >= self.offset + self._nbytes() > self.offset:
+            return self._shaped(np.frombuffer(file, np.uint8, self._nbytes(), self.offset))
         if self.dtype not in DTYPES or not 0 < self._nbytes() <= SMALL:
             return self.map()
         try:

@@ -96,7 +96,8 @@ class Pass:
             values = np.where(self._visible()[None], values, 0.0)
         if not np.isfinite(values).all():
             self.ops.events.append(name)
-        if not self.unrounded:
+        # an embedding is a stored row: there is nothing unrounded behind it
+        if not self.unrounded or step == "embedding":
             return Enclosure(values, accumulation=self.policy.accumulation)
         spacing = ulp(values, self.policy.at(step))
         return Enclosure(values, spacing / 2, spacing**2 / 12, self.policy.accumulation)
