@@ -17,7 +17,6 @@ from refmoe.errors import InputError
 from refmoe.golden import read_case
 from refmoe.policy.load import policy as named_policy
 from refmoe.policy.policy import Policy
-from refmoe.spec.config import Config
 from refmoe.trace import Trace, read_trace
 from refmoe.verify.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT, Report
 from refmoe.verify.verify import SIGNIFICANCE, verify
@@ -122,7 +121,7 @@ def _declared(trace: Trace) -> Policy:
 
 
 def _verify(
-    trace: Trace, case_name: str | None, golden: Path, checkpoint: Path | None, layout: str | None, policy: object,
+    trace: Trace, case_name: str | None, golden: Path, checkpoint: Path | None, layout: str | None, policy: Policy,
     significance: float,
 ) -> Report:  # fmt: skip
     if case_name is not None and checkpoint is not None:
@@ -145,8 +144,8 @@ def _verify(
             )
         name, config, parameters, runs = f"case {case.name}", case.config, case.checkpoint().parameters, case.runs()
     planned = runs if runs is not None else trace.header.runs
-    with progress_bar("verify", len(planned) * _layers(config)) as advance:
-        return verify(trace, name, config, parameters, runs, policy, significance, advance)  # type: ignore[arg-type]
+    with progress_bar("verify", len(planned) * config.layers) as advance:
+        return verify(trace, name, config, parameters, runs, policy, significance, advance)
 
 
 def _named_case(trace: Trace) -> str:
@@ -157,10 +156,6 @@ def _named_case(trace: Trace) -> str:
     if Path(name).name != name or name in ("", ".", ".."):
         raise InputError(f"{trace.path}: metadata field 'case' is {shown(name)}, but the name of a case was expected")
     return name
-
-
-def _layers(config: Config) -> int:
-    return config.layers
 
 
 def _write(path: Path, text: str) -> None:

@@ -19,12 +19,12 @@ from refmoe.policy.formats import ulp
 from refmoe.policy.policy import Policy
 from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters
+from refmoe.spec.taps import step_of
 from refmoe.trace import Run, Trace
 from refmoe.verify.findings import FAIL, FORCED, PASS, Check, Report
 from refmoe.verify.free_running import Replica
 from refmoe.verify.intake import Contents, take_in
 from refmoe.verify.passes import Pass
-from refmoe.verify.provenance import step_of
 from refmoe.verify.routing import Routing, valid
 from refmoe.verify.subject import Subject
 from refmoe.verify.tally import Limits

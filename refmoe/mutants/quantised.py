@@ -32,7 +32,6 @@ class Quantisation:
 
 INT8 = Quantisation("int8", 127.0, lambda x: np.rint(x).astype(np.int8))
 FP8 = Quantisation("fp8", 448.0, lambda x: x.astype(ml_dtypes.float8_e4m3fn))
-QUANTISATIONS = {each.name: each for each in (INT8, FP8)}
 
 
 @dataclass(frozen=True)

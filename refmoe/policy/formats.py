@@ -56,6 +56,8 @@ FLOAT16 = Format("float16", 11, -14, 15)
 FLOAT32 = Format("float32", 24, -126, 127)
 FLOAT64 = Format("float64", 53, -1022, 1023)
 FORMATS = {format.name: format for format in (FLOAT64, FLOAT32, BFLOAT16, FLOAT16)}
+OF_DTYPE = {format.dtype: format for format in FORMATS.values()}
+"""From NumPy's dtype to the format of its values."""
 
 
 _EXPONENT = np.int64(0x7FF0000000000000)

@@ -15,7 +15,7 @@ from refmoe.report.error_plot import crowded, error_plot, interval_plot
 from refmoe.report.heat_map import LEVELS, heat_map
 from refmoe.report.routing_strips import MARKS, routing_strips
 from refmoe.report.summary import run_names, summarise_routing, summarise_steps, wrong_choices
-from refmoe.verify.findings import CANNOT_JUDGE, CONFORMANT, FAIL, UNDECIDABLE, Check, Decision, Report
+from refmoe.verify.findings import CANNOT_JUDGE, CONFORMANT, FAIL, UNDECIDABLE, Check, Decision, Report, as_set
 
 LISTED = 100
 """Failed checks, decisions and names that are written out; the JSON report has all of them."""
@@ -153,9 +153,9 @@ def _check(check: Check, report: Report) -> CheckView:
 
 
 def _decision(d: Decision) -> DecisionView:
-    found = wording.ids(d.found) if d.found else "-"
+    found = as_set(d.found) if d.found else "-"
     legal = "legal" if d.legal else "illegal"
-    expected, margin, movable = wording.ids(d.expected), wording.number(d.margin), wording.number(d.movable)
+    expected, margin, movable = as_set(d.expected), wording.number(d.margin), wording.number(d.movable)
     return DecisionView(d.run, d.layer, d.token, d.kind, legal, found, expected, margin, movable)
 
 

@@ -6,8 +6,8 @@ from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
 
 from refmoe.report.summary import run_names
-from refmoe.report.wording import basis, choice, count, found_and_expected, ids, place, visible, why
-from refmoe.verify.findings import CANNOT_JUDGE, CONFORMANT, FAIL, UNDECIDABLE, Check, Decision, Report
+from refmoe.report.wording import basis, choice, count, found_and_expected, place, visible, why
+from refmoe.verify.findings import CANNOT_JUDGE, CONFORMANT, FAIL, UNDECIDABLE, Check, Decision, Report, as_set
 
 LISTED = 20
 """Illegal decisions of one layer that are written out."""
@@ -71,7 +71,7 @@ def _routing(suite: Element, report: Report, layer: int, made: list[Decision]) -
     if illegal:
         first = illegal[0]
         message = f"{len(illegal)} of {count(len(made), 'decision')} illegal, the first at token {first.token}: "
-        message += f"found {ids(first.found)}, expected {ids(first.expected)}"
+        message += f"found {as_set(first.found)}, expected {as_set(first.expected)}"
         failure = SubElement(case, "failure", message=message, type=FAIL)
         lines = [f"token {decision.token}: {choice(decision, report.policy)}" for decision in illegal[:LISTED]]
         lines += [f"and {len(illegal) - LISTED} more"] * (len(illegal) > LISTED)

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from refmoe.compare import Comparison
+from refmoe.verify.findings import as_set
 
 WIDE = 118
 """Columns that the whole table needs; a narrower terminal gets fewer columns, a pipe all of them."""
@@ -49,10 +50,6 @@ def _print_routing(console: Console, comparison: Comparison) -> None:
     console.print(f"routing: {len(comparison.routing)} of {comparison.decisions} decisions differ")
     for r in comparison.routing[:10]:
         where = f"{r.run}, layer {r.layer}, token {r.token}"
-        console.print(f"  {where}: found {{{_ids(r.found)}}}, expected {{{_ids(r.expected)}}}")
+        console.print(f"  {where}: found {as_set(r.found)}, expected {as_set(r.expected)}")
     if len(comparison.routing) > 10:
         console.print(f"  and {len(comparison.routing) - 10} more")
-
-
-def _ids(experts: tuple[int, ...]) -> str:
-    return ", ".join(map(str, experts))

@@ -5,7 +5,19 @@ from __future__ import annotations
 import math
 
 from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS
-from refmoe.verify.findings import FAIL, FREE, LOCAL, PASS, REPLAYED, UNDECIDABLE, Check, Decision, Element, Report
+from refmoe.verify.findings import (
+    FAIL,
+    FREE,
+    LOCAL,
+    PASS,
+    REPLAYED,
+    UNDECIDABLE,
+    Check,
+    Decision,
+    Element,
+    Report,
+    as_set,
+)
 
 AXES = {
     "T": "token", "H": "head", "K": "key/value head", "E": "expert", "k": "slot", "S": "cached position",
@@ -45,11 +57,6 @@ def value_text(value: float) -> str:
 def count(amount: int, noun: str) -> str:
     """A number with its noun, in the plural where it is due."""
     return f"{amount} {noun}" if amount == 1 else f"{amount} {noun}s"
-
-
-def ids(experts: tuple[int, ...]) -> str:
-    """A choice of experts as a set, in the order given."""
-    return "{" + ", ".join(map(str, experts)) + "}"
 
 
 def place(step: str, where: tuple[int, ...], expert: int | None = None) -> str:
@@ -123,6 +130,6 @@ def preceding(report: Report, run: str, tap: str) -> str:
 
 def choice(decision: Decision, policy: str) -> str:
     """A routing decision in a sentence, without its place."""
-    found = f"found {ids(decision.found)}" if decision.found else "not in the trace"
+    found = f"found {as_set(decision.found)}" if decision.found else "not in the trace"
     margin = f"margin {number(decision.margin)} against {number(decision.movable)} that {visible(policy)} can move"
-    return f"{found}, expected {ids(decision.expected)}: {decision.kind}, {margin}"
+    return f"{found}, expected {as_set(decision.expected)}: {decision.kind}, {margin}"

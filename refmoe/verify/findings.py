@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from refmoe.spec.taps import layer_of, step_of
 
 PASS, FAIL, UNDECIDABLE = "pass", "fail", "undecidable"
 """The three verdicts of a check."""
@@ -72,12 +74,12 @@ class Check:
     @property
     def layer(self) -> int | None:
         """The layer, or None outside of the layers."""
-        return int(self.tap.split(".")[1]) if self.tap.startswith("layers.") else None
+        return layer_of(self.tap)
 
     @property
     def step(self) -> str:
         """The tap's name without its layer."""
-        return self.tap.split(".", 2)[2] if self.tap.startswith("layers.") else self.tap
+        return step_of(self.tap)
 
 
 @dataclass(frozen=True)
@@ -123,9 +125,14 @@ class Report:
     """Taps of the specification that the trace lacks in every run and layer, without their layer."""
     unknown: tuple[str, ...] = ()
     """Keys of the trace that name no tap."""
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
     """What could not be said and what would have to be in the trace to say it; one sentence each."""
 
     def check(self, run: str, tap: str) -> Check | None:
         """The check of one tap of one run."""
         return next((check for check in self.checks if (check.run, check.tap) == (run, tap)), None)
+
+
+def as_set(experts: tuple[int, ...]) -> str:
+    """A choice of experts as a set, in the order given."""
+    return "{" + ", ".join(map(str, experts)) + "}"

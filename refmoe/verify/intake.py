@@ -11,11 +11,10 @@ import numpy as np
 from refmoe.checkpoint.json_file import shown
 from refmoe.checkpoint.safetensors_file import DTYPES, quoted
 from refmoe.errors import InputError
-from refmoe.policy.formats import FORMATS
+from refmoe.policy.formats import OF_DTYPE
 from refmoe.spec.config import Config
-from refmoe.spec.taps import tap_names
+from refmoe.spec.taps import step_of, tap_names
 from refmoe.trace import Run, Trace
-from refmoe.verify.provenance import step_of
 from refmoe.verify.subject import shape_of
 
 LAST_POSITION = (1 << 31) - 1
@@ -154,7 +153,7 @@ def _fit_tensor(trace: Trace, run: Run, tap: str, config: Config) -> None:
     if step_of(tap) == "router.experts":
         if dtype is None or dtype.kind not in "iu":
             raise InputError(f"{origin} has dtype {tensor.dtype}, but integers were expected")
-    elif dtype is None or str(dtype) not in FORMATS:
+    elif dtype not in OF_DTYPE:
         raise InputError(f"{origin} has dtype {tensor.dtype}, but one of F64, F32, F16, BF16 was expected")
 
 

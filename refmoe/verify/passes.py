@@ -10,15 +10,14 @@ import numpy as np
 
 from refmoe.ops.enclosure.array import Enclosure
 from refmoe.ops.enclosure.ops import EnclosureOps
-from refmoe.policy.formats import FORMATS, ulp
+from refmoe.policy.formats import OF_DTYPE, ulp
 from refmoe.policy.policy import Policy
 from refmoe.script import cut
 from refmoe.spec.config import Config
 from refmoe.spec.model import Caches, Model, forward
-from refmoe.spec.taps import LAYER_TAPS
+from refmoe.spec.taps import LAYER_TAPS, layer_of, step_of
 from refmoe.trace import Run, Trace
 from refmoe.verify.findings import CONTESTABLE, FORCED
-from refmoe.verify.provenance import layer_of, step_of
 from refmoe.verify.routing import Routing, judge, valid
 from refmoe.verify.subject import Findings, Subject, shape_of
 from refmoe.verify.tally import Place, Tally
@@ -128,7 +127,7 @@ class Pass:
         tally.rows += self._tokens
         before = tally.outside
         place = places(dumped.shape, origin, flat)
-        tally.add(x, values, self.policy.at(step), FORMATS[str(dumped.dtype)], place, bool(self.ops.events))
+        tally.add(x, values, self.policy.at(step), OF_DTYPE[dumped.dtype], place, bool(self.ops.events))
         if step == "attention.probs":
             self._test_masked(name, tally)
         return tally.outside - before
@@ -143,7 +142,7 @@ class Pass:
             place = places(rest.shape, (0, self._start, self._run.past + stop))
             format = self.policy.at("attention.probs")
             values = np.asarray(rest, np.float64).reshape(-1)
-            tally.add(nothing, values, format, FORMATS[str(array.dtype)], place, False)
+            tally.add(nothing, values, format, OF_DTYPE[array.dtype], place, False)
 
     def _note_unbounded(self, name: str, step: str, x: Enclosure) -> None:
         if x.variance is None or step in ("attention.scores", "attention.probs"):

@@ -77,16 +77,6 @@ def origins(config: Config, present: Set[str]) -> dict[str, Origin]:
     return found
 
 
-def step_of(tap: str) -> str:
-    """A tap's name without its layer."""
-    return tap.split(".", 2)[2] if tap.startswith("layers.") else tap
-
-
-def layer_of(tap: str) -> int | None:
-    """The layer of a tap, or None outside of the layers."""
-    return int(tap.split(".")[1]) if tap.startswith("layers.") else None
-
-
 MIXING = frozenset(
     ["attention.q", "attention.k", "attention.v", "attention.context", "attention.output",
      "router.logits", "expert.gate", "expert.up", "expert.output", "logits"]

@@ -117,7 +117,7 @@ class Tally:
             r = np.where(np.isnan(r) | np.isnan(m), np.inf, r)
             v = np.where(np.isnan(v), np.inf, v)
             bounded, spread = np.isfinite(r), np.isfinite(v)
-        low, high = nearest(np.stack([m - r, m + r]), format)
+        low, high = nearest(pair(m - r, m + r), format)
         finite: Any = True
         if clean:
             outside = (y < low) | (y > high)
@@ -133,7 +133,7 @@ class Tally:
             self.not_finite += int((outside & ~finite).sum())
             finite = finite & known
         error = y - m if clean else np.where(finite, y - np.where(finite, m, 0.0), np.inf)
-        spacing, allowed = ulp(np.stack([m, np.abs(m) + r]), format)
+        spacing, allowed = ulp(pair(m, np.abs(m) + r), format)
         ratio = np.abs(error) / (r + allowed / 2 if format.precision < 53 else r)
         if not clean:
             ratio = np.where(bounded, ratio, 0.0)  # nothing is allowed too little where nothing is known
@@ -225,6 +225,13 @@ class Tally:
             run, tap, since, rung, verdict, reason, self.values, self.undecided, self.outside, self.worst_error,
             self.excess, limits.excess, self.rms, rms_limit, self.truncation, self.snr, self.worst,
         )  # fmt: skip
+
+
+def pair(a: Any, b: Any) -> Any:
+    """Two arrays as one, so that both are treated in one call. a, b: [n] -> [2, n]"""
+    both = np.empty((2, *np.shape(a)))
+    both[0], both[1] = a, b
+    return both
 
 
 def _from(place: Place, positions: Any) -> Place:

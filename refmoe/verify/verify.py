@@ -9,7 +9,7 @@ from dataclasses import replace
 from refmoe.policy.policy import Policy
 from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters
-from refmoe.spec.taps import tap_names
+from refmoe.spec.taps import layer_of, step_of, tap_names
 from refmoe.trace import Run, Trace
 from refmoe.verify.findings import (
     CANNOT_JUDGE,
@@ -23,11 +23,12 @@ from refmoe.verify.findings import (
     Check,
     Decision,
     Report,
+    as_set,
 )
 from refmoe.verify.free_running import against_noise
 from refmoe.verify.intake import Contents, take_in
 from refmoe.verify.passes import Pass
-from refmoe.verify.provenance import MIXING, Origin, layer_of, origins, step_of
+from refmoe.verify.provenance import MIXING, Origin, origins
 from refmoe.verify.subject import Findings, Subject
 from refmoe.verify.tally import LIKE_POINTWISE, Limits, Tally
 
@@ -128,16 +129,11 @@ def _routing_check(mine: list[Decision], invalid: str | None, run: str, tap: str
     if illegal:
         d = illegal[0]
         reason = (
-            f"{len(illegal)} of {values} decisions are illegal; token {d.token} found {shown(d.found)}, expected "
-            f"{shown(d.expected)}: {d.kind}, margin {d.margin:.3g} against {d.movable:.3g} that rounding can move"
+            f"{len(illegal)} of {values} decisions are illegal; token {d.token} found {as_set(d.found)}, expected "
+            f"{as_set(d.expected)}: {d.kind}, margin {d.margin:.3g} against {d.movable:.3g} that rounding can move"
         )
         return Check(run, tap, origin.since, origin.rung, FAIL, reason, values, 0, len(illegal))
     return Check(run, tap, origin.since, origin.rung, PASS, "each choice is a top-k of legal logits", values)
-
-
-def shown(experts: tuple[int, ...]) -> str:
-    """Expert ids as a set."""
-    return "{" + ", ".join(map(str, experts)) + "}"
 
 
 def acquit(checks: list[Check], again: list[Check], reason: str) -> list[Check]:

@@ -13,7 +13,7 @@ from refmoe.mutants.catalogue import MUTANTS
 from refmoe.mutants.diagnosis import diagnose
 from refmoe.mutants.engine import held_trace, run, same
 from refmoe.mutants.parameters import mapped, with_experts, with_layers
-from refmoe.mutants.quantised import INT8, QUANTISATIONS, quantised
+from refmoe.mutants.quantised import FP8, INT8, quantised
 from refmoe.policy.load import policy
 from refmoe.spec.model import Layer, Parameters
 from refmoe.trace import Run
@@ -206,7 +206,7 @@ def test_hidden_values_overflow_where_the_case_says_they_do() -> None:
 # ---- quantised checkpoints
 
 
-@pytest.mark.parametrize("to", QUANTISATIONS.values(), ids=lambda to: to.name)
+@pytest.mark.parametrize("to", [INT8, FP8], ids=lambda to: to.name)
 def test_quantisation_errs_by_less_than_half_a_step(to: Any) -> None:
     right = parameters_of("walking-skeleton").layers[0].experts[0]
     held: Any = quantised(parameters_of("walking-skeleton"), to).layers[0].experts[0]
@@ -222,7 +222,7 @@ def test_quantisation_errs_by_less_than_half_a_step(to: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", BY_DTYPE)
-@pytest.mark.parametrize("to", QUANTISATIONS.values(), ids=lambda to: to.name)
+@pytest.mark.parametrize("to", [INT8, FP8], ids=lambda to: to.name)
 def test_the_right_quantised_engine_passes_against_dequantised_weights(to: Any, dtype: str) -> None:
     held, used = quantised(parameters_of("mini-8x7b"), to), policy(dtype)
     report = judged_under(traced_under(None, "mini-8x7b", held, used), "mini-8x7b", held, used)
@@ -231,6 +231,6 @@ def test_the_right_quantised_engine_passes_against_dequantised_weights(to: Any, 
 
 @pytest.mark.parametrize("bug", [each.id for each in mine() if "QUANT" in each.needs])
 def test_quantised_bugs_are_seen_in_fp8_too(bug: str) -> None:
-    fp8, used = quantised(parameters_of("mini-8x7b"), QUANTISATIONS["fp8"]), policy("bfloat16")
+    fp8, used = quantised(parameters_of("mini-8x7b"), FP8), policy("bfloat16")
     report = judged_under(traced_under(bug, "mini-8x7b", fp8, used), "mini-8x7b", fp8, used)
     assert first_wrong_step(report) in MUTANTS[bug].touches, explained(report)

@@ -21,9 +21,9 @@ from refmoe.sharding.parameters import SplitTable
 from refmoe.sharding.steps import all_reduce, attention_partials, received
 from refmoe.spec.config import PRESETS, Config
 from refmoe.spec.model import Model
+from refmoe.spec.taps import step_of
 from refmoe.trace import Header, Recorder, Trace
 from refmoe.verify.findings import CONFORMANT, NOT_CONFORMANT
-from refmoe.verify.provenance import step_of
 from tests.models import SMALL, random_parameters
 from tests.mutants.judging import (
     DTYPES,

@@ -220,7 +220,7 @@ def overflow(format: Format) -> float:
 def unbounded_beyond(reach: Any, radius: Any, format: Format) -> Any:
     """The radius, infinite where the format may not hold the value."""
     limit = overflow(format)
-    if np.max(reach, initial=0.0) < limit:
+    if np.asarray(reach).max(initial=0.0) < limit:
         return radius
     return np.where(reach < limit, radius, np.inf)
 

@@ -34,7 +34,7 @@ class EnclosureOps(ArrayOps):
         super().__init__(np.float64, tap)
         self.policy = policy
         self._exact = policy.accumulation.precision == 53 or policy.storage.precision == 53
-        self._matrices, self._exact_matrices = WeightCache(matrix_bytes), WeightCache(matrix_bytes)
+        self._matrices = WeightCache(matrix_bytes)
         self._products = Accumulator(policy.accumulation, policy.storage, policy.truncates, policy.flushes)
         self._sums = Accumulator(policy.statistics, policy.statistics)
         self.events: list[str] = []
@@ -49,18 +49,17 @@ class EnclosureOps(ArrayOps):
         return stored(table.rows(ids), self.policy.at("weights"), self.policy.accumulation)
 
     def linear(self, x: Enclosure, weight: StoredWeight) -> Enclosure:
-        def prepare() -> Matrix:
+        def prepare() -> tuple[Matrix, Any]:
             held = self.policy.at("weights")
-            return Matrix(Enclosure(nearest(weight.read(), held).T), held)
+            values = nearest(weight.read(), held)
+            return Matrix(Enclosure(values.T), held), dot.prepare(values) if self._exact else None
 
-        def prepare_exact() -> Any:
-            return dot.prepare(nearest(weight.read(), self.policy.at("weights")))
+        def nbytes(made: tuple[Matrix, Any]) -> int:
+            return made[0].nbytes + (made[1].nbytes if self._exact else 0)
 
-        prepared = self._matrices.get(weight, prepare, lambda made: made.nbytes)
-        exact = None
-        if self._exact:
-            exact = dot.linear(x.mid, self._exact_matrices.get(weight, prepare_exact, lambda made: made.nbytes))
-        return self._watch("linear", product(x, prepared, self._products, exact), self._products.format)
+        matrix, prepared = self._matrices.get(weight, prepare, nbytes)
+        exact = dot.linear(x.mid, prepared) if self._exact else None
+        return self._watch("linear", product(x, matrix, self._products, exact), self._products.format)
 
     # ---- products and sums
 
