@@ -47,13 +47,18 @@ def is_significance(_context: click.Context, _option: click.Parameter, value: fl
     "--significance", type=float, default=SIGNIFICANCE, show_default=True, callback=is_significance,
     help="The probability that a healthy engine fails.",
 )  # fmt: skip
+@click.option(
+    "--diagnose/--no-diagnose", "diagnosing", default=True, show_default=True,
+    help="Look for what explains a failure: the same again for each known bug.",
+)  # fmt: skip
 @click.option("--html", type=PATH, metavar="FILE", help="Write the report as one page that needs no network.")
 @click.option("--junit", type=PATH, metavar="FILE", help="Write the report as JUnit XML.")
 @json_option
 @click.pass_context
 def verify_command(
     context: click.Context, trace: Path, case_name: str | None, golden_folder: Path, checkpoint: Path | None,
-    layout: str | None, policy: str | None, significance: float, html: Path | None, junit: Path | None, as_json: bool,
+    layout: str | None, policy: str | None, significance: float, diagnosing: bool, html: Path | None,
+    junit: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Hold TRACE against a case or a checkpoint, step by step, and judge it by its policy.
 
@@ -71,7 +76,7 @@ def verify_command(
         raise InputError(f"{html}: both --html and --junit name it, but two files were expected")
     opened = read_trace(trace)
     declared = named_policy(policy) if policy is not None else _declared(opened)
-    report = _verify(opened, case_name, golden_folder, checkpoint, layout, declared, significance)
+    report = _verify(opened, case_name, golden_folder, checkpoint, layout, declared, significance, diagnosing)
     # first of all what a person waits for: a full disk must not take it away
     if as_json:
         from refmoe.report.verification_json import to_json
@@ -122,7 +127,7 @@ def _declared(trace: Trace) -> Policy:
 
 def _verify(
     trace: Trace, case_name: str | None, golden: Path, checkpoint: Path | None, layout: str | None, policy: Policy,
-    significance: float,
+    significance: float, diagnosing: bool,
 ) -> Report:  # fmt: skip
     if case_name is not None and checkpoint is not None:
         raise InputError("one of --case NAME and --checkpoint DIR was expected, but both were given")
@@ -145,7 +150,17 @@ def _verify(
         name, config, parameters, runs = f"case {case.name}", case.config, case.checkpoint().parameters, case.runs()
     planned = runs if runs is not None else trace.header.runs
     with progress_bar("verify", len(planned) * config.layers) as advance:
-        return verify(trace, name, config, parameters, runs, policy, significance, advance)
+        report = verify(trace, name, config, parameters, runs, policy, significance, advance)
+    if not diagnosing or report.verdict != NOT_CONFORMANT:
+        return report
+    from refmoe.mutants.catalogue import MUTANTS
+    from refmoe.mutants.diagnosis import diagnose, explained
+
+    with progress_bar("diagnose", len(MUTANTS)) as advance:
+        explanations = diagnose(
+            trace, config, parameters, runs, policy, report, MUTANTS.values(), significance, advance
+        )
+    return explained(report, explanations)
 
 
 def _named_case(trace: Trace) -> str:

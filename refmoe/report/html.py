@@ -81,6 +81,8 @@ def to_html(report: Report) -> str:
         digests={"style": _digest(style), "script": _digest(script)},
         verdict={"name": name, "symbol": symbol},
         first=_first_wrong(report),
+        explanations=[wording.explanation(found) for found in (report.explanations or ())[:LISTED]],
+        nothing_explains=wording.NOTHING_EXPLAINS,
         runs=run_names(report),
         map=heat_map(report),
         levels=LEVELS,

@@ -6,8 +6,28 @@ from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
 
 from refmoe.report.summary import run_names
-from refmoe.report.wording import basis, choice, count, found_and_expected, place, visible, why
-from refmoe.verify.findings import CANNOT_JUDGE, CONFORMANT, FAIL, UNDECIDABLE, Check, Decision, Report, as_set
+from refmoe.report.wording import (
+    NOTHING_EXPLAINS,
+    basis,
+    choice,
+    count,
+    explanation,
+    found_and_expected,
+    place,
+    visible,
+    why,
+)
+from refmoe.verify.findings import (
+    CANNOT_JUDGE,
+    CONFORMANT,
+    FAIL,
+    UNDECIDABLE,
+    Check,
+    Decision,
+    Explanation,
+    Report,
+    as_set,
+)
 
 LISTED = 20
 """Illegal decisions of one layer that are written out."""
@@ -35,6 +55,8 @@ def to_junit(report: Report) -> str:
             _routing(suite, report, layer, made)
     if report.verdict != CONFORMANT and root.find(".//failure") is None:
         _verdict(root, report)
+    if report.explanations is not None:
+        _explanations(root, report.explanations)
     for parent in (*root, root):
         _count(parent)
     ElementTree.indent(root)
@@ -78,6 +100,14 @@ def _routing(suite: Element, report: Report, layer: int, made: list[Decision]) -
         failure.text = "\n".join(lines)
     elif not any(decision.found for decision in made):
         SubElement(case, "skipped", message="the trace shows no choice of experts")
+
+
+def _explanations(root: Element, explanations: tuple[Explanation, ...]) -> None:
+    """Where readers show what a program has printed: beside the first failure."""
+    case = next((case for case in root.iter("testcase") if case.find("failure") is not None), None)
+    if case is not None:
+        parts = ["\n".join(explanation(found)) for found in explanations]
+        SubElement(case, "system-out").text = "\n\n".join(parts) or NOTHING_EXPLAINS
 
 
 def _verdict(root: Element, report: Report) -> None:

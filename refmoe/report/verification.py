@@ -8,7 +8,19 @@ from rich.text import Text
 
 from refmoe.report.summary import Routing, StepSummary, summarise_routing, summarise_steps, wrong_choices
 from refmoe.report.terminal import WIDE
-from refmoe.report.wording import basis, choice, count, found_and_expected, number, place, preceding, visible, why
+from refmoe.report.wording import (
+    NOTHING_EXPLAINS,
+    basis,
+    choice,
+    count,
+    explanation,
+    found_and_expected,
+    number,
+    place,
+    preceding,
+    visible,
+    why,
+)
 from refmoe.verify.findings import CANNOT_JUDGE, CONFORMANT, FAIL, UNDECIDABLE, Check, Decision, Report
 
 LISTED = 10
@@ -26,6 +38,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
             console.width = WIDE
     _headline(console, report)
     _first_wrong(console, report)
+    _explanations(console, report)
     _failures(console, report)
     _steps(console, summarise_steps(report))
     _routing(console, report, summarise_routing(report))
@@ -58,6 +71,19 @@ def _first_wrong(console: Console, report: Report) -> None:
         _print(console, INDENT + why(check, report))
         _print(console, f"{INDENT}{basis(check)}; {preceding(report, run, tap)}")
     _decisions(console, report, wrong_choices(report, run, tap))
+
+
+def _explanations(console: Console, report: Report) -> None:
+    if report.explanations is None:
+        return
+    console.print()
+    if not report.explanations:
+        _print(console, NOTHING_EXPLAINS)
+    for found in report.explanations[:LISTED]:
+        first, *rest = explanation(found)
+        _print(console, f"explained by {first}", "bold")
+        for line in rest:
+            _print(console, INDENT + line)
 
 
 def _failures(console: Console, report: Report) -> None:

@@ -15,6 +15,7 @@ from refmoe.verify.findings import (
     Check,
     Decision,
     Element,
+    Explanation,
     Report,
     as_set,
 )
@@ -133,3 +134,16 @@ def choice(decision: Decision, policy: str) -> str:
     found = f"found {as_set(decision.found)}" if decision.found else "not in the trace"
     margin = f"margin {number(decision.margin)} against {number(decision.movable)} that {visible(policy)} can move"
     return f"{found}, expected {as_set(decision.expected)}: {decision.kind}, {margin}"
+
+
+def explanation(found: Explanation) -> list[str]:
+    """What explains a failure, a sentence a line: what it is, what to look at, where it was met."""
+    lines = [visible(f"{found.kind}: {found.name}"), visible(found.about.rstrip("."))]
+    if found.fix:
+        lines.append(visible(f"fix: {found.fix}"))
+    return lines + [visible(f"met in: {source}") for source in found.sources[:SOURCES]]
+
+
+NOTHING_EXPLAINS = "no known bug, no two of them and no structure explains it"
+SOURCES = 3
+"""Reports of a bug that are named; `refmoe mutants show` has all."""

@@ -35,16 +35,6 @@ MODEL_TAPS = {"embedding": "T D", "final_norm": "T D", "logits": "T V"}
 """Taps outside the layers and their dimensions."""
 
 
-def step_of(tap: str) -> str:
-    """A tap's name without its layer."""
-    return tap.split(".", 2)[2] if tap.startswith("layers.") else tap
-
-
-def layer_of(tap: str) -> int | None:
-    """The layer of a tap, or None outside of the layers."""
-    return int(tap.split(".")[1]) if tap.startswith("layers.") else None
-
-
 def tap_names(config: Config) -> Iterator[str]:
     """Every tap of one call, in order of computation."""
     yield "embedding"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from refmoe.spec.taps import layer_of, step_of
-
 PASS, FAIL, UNDECIDABLE = "pass", "fail", "undecidable"
 """The three verdicts of a check."""
 
@@ -101,6 +99,33 @@ class Decision:
     """How far the policy's rounding can move that difference."""
 
 
+KNOWN_BUG, TWO_BUGS, STRUCTURE = "known bug", "two known bugs", "structure"
+"""What an explanation is. structure: the right values elsewhere, or times a factor."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How well something explains what failed."""
+
+    name: str
+    """Id of the bug, ids of both, or the structure in words."""
+    kind: str
+    about: str
+    fix: str
+    sources: tuple[str, ...]
+    """URLs."""
+    explains: bool
+    """Whether all that failed passes under it, and all that passed still does; for a structure, all of its step."""
+    still_failing: int
+    newly_failing: int
+    coefficient: float
+    """Of the matched filter: 1 where the error is this one, 0 where it has nothing to do with it; NaN where unknown."""
+    residual: float
+    """What it leaves of the error, root mean square over that of the whole error."""
+    touches: int = 0
+    """How many taps it can make wrong: of two that explain alike, the one that touches fewer says more."""
+
+
 @dataclass(frozen=True)
 class Report:
     """All findings about a trace."""
@@ -127,6 +152,8 @@ class Report:
     """Keys of the trace that name no tap."""
     notes: tuple[str, ...] = ()
     """What could not be said and what would have to be in the trace to say it; one sentence each."""
+    explanations: tuple[Explanation, ...] | None = None
+    """What explains the failure, the best first, empty where nothing known does; None where nobody has looked."""
 
     def check(self, run: str, tap: str) -> Check | None:
         """The check of one tap of one run."""
@@ -136,3 +163,13 @@ class Report:
 def as_set(experts: tuple[int, ...]) -> str:
     """A choice of experts as a set, in the order given."""
     return "{" + ", ".join(map(str, experts)) + "}"
+
+
+def step_of(tap: str) -> str:
+    """A tap's name without its layer."""
+    return tap.split(".", 2)[2] if tap.startswith("layers.") else tap
+
+
+def layer_of(tap: str) -> int | None:
+    """The layer of a tap, or None outside of the layers."""
+    return int(tap.split(".")[1]) if tap.startswith("layers.") else None

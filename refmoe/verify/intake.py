@@ -13,8 +13,9 @@ from refmoe.checkpoint.safetensors_file import DTYPES, quoted
 from refmoe.errors import InputError
 from refmoe.policy.formats import OF_DTYPE
 from refmoe.spec.config import Config
-from refmoe.spec.taps import step_of, tap_names
+from refmoe.spec.taps import tap_names
 from refmoe.trace import Run, Trace
+from refmoe.verify.findings import step_of
 from refmoe.verify.subject import shape_of
 
 LAST_POSITION = (1 << 31) - 1

@@ -15,9 +15,9 @@ from refmoe.policy.policy import Policy
 from refmoe.script import cut
 from refmoe.spec.config import Config
 from refmoe.spec.model import Caches, Model, forward
-from refmoe.spec.taps import LAYER_TAPS, layer_of, step_of
+from refmoe.spec.taps import LAYER_TAPS
 from refmoe.trace import Run, Trace
-from refmoe.verify.findings import CONTESTABLE, FORCED
+from refmoe.verify.findings import CONTESTABLE, FORCED, layer_of, step_of
 from refmoe.verify.routing import Routing, judge, valid
 from refmoe.verify.subject import Findings, Subject, shape_of
 from refmoe.verify.tally import Place, Tally

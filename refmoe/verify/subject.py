@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from refmoe.policy.steps import CUT_STEPS
 from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters, Steps
-from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS, step_of
+from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS
 from refmoe.trace import Run
-from refmoe.verify.findings import Decision
+from refmoe.verify.findings import Decision, step_of
 from refmoe.verify.tally import Tally
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from refmoe.policy.policy import Policy
 from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters
-from refmoe.spec.taps import layer_of, step_of, tap_names
+from refmoe.spec.taps import tap_names
 from refmoe.trace import Run, Trace
 from refmoe.verify.findings import (
     CANNOT_JUDGE,
@@ -24,6 +24,8 @@ from refmoe.verify.findings import (
     Decision,
     Report,
     as_set,
+    layer_of,
+    step_of,
 )
 from refmoe.verify.free_running import against_noise
 from refmoe.verify.intake import Contents, take_in

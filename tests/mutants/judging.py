@@ -59,6 +59,12 @@ def diagnosed(
     return diagnose(trace, case.config, parameters_of(name), case.runs(), policy(dtype), report, mutants)
 
 
+def assert_named(bug: str, found: tuple[Explanation, ...]) -> None:
+    """The bug explains the trace, and comes first of all that do."""
+    assert found[0].explains, found[:3]
+    assert found[0].name == bug, found[:3]
+
+
 def first_wrong_step(report: Report) -> str:
     """The step that is blamed first, without run and layer; empty where none is."""
     return next((check.step for check in report.checks if check.verdict == FAIL), "")

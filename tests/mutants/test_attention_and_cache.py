@@ -16,6 +16,7 @@ from refmoe.trace import Run, Trace
 from refmoe.verify.findings import CONFORMANT, FAIL, NOT_CONFORMANT, Report
 from tests.mutants.judging import (
     DTYPES,
+    assert_named,
     case_named,
     cases_aimed_at,
     diagnosed,
@@ -89,11 +90,6 @@ NAMED_FAST = (
 )  # fmt: skip
 """One of each kind, for the default run."""
 
-UNNAMED = {
-    "attn-fully-masked-row-nan": "its values are NaN, and an enclosure that holds any NaN would explain every one",
-}
-"""Bugs that a diagnosis cannot tell from others, with the reason."""
-
 
 def mine() -> list[Mutant]:
     """The bugs of these files."""
@@ -152,11 +148,8 @@ def test_every_need_is_known_and_proven() -> None:
 def name_it(bug: str, dtype: str) -> None:
     """The bug comes first among all of these files, and explains the trace."""
     trace, report = judge(bug, dtype)
-    if bug in UNNAMED:
-        pytest.skip(UNNAMED[bug])
     found = diagnosed(trace, SHOWN_BY[bug], dtype, report, mine())
-    assert found[0].explains, found[:3]
-    assert found[0].mutant == bug, found[:3]
+    assert_named(bug, found)
 
 
 @pytest.mark.parametrize("bug", NAMED_FAST)

@@ -16,6 +16,7 @@ from refmoe.trace import Run, Trace
 from refmoe.verify.findings import CONFORMANT, FAIL, NOT_CONFORMANT, Report
 from tests.mutants.judging import (
     DTYPES,
+    assert_named,
     case_named,
     cases_aimed_at,
     diagnosed,
@@ -176,8 +177,7 @@ def test_exchanged_gains_show_nothing_where_they_are_equal() -> None:
 def name_it(bug: str, dtype: str) -> None:
     trace, report = judge(bug, dtype)
     found = diagnosed(trace, shown_by(bug, dtype), dtype, report, MINE)
-    assert found[0].explains, found[:3]
-    assert found[0].mutant == bug, found[:3]
+    assert_named(bug, found)
 
 
 @pytest.mark.parametrize("bug", NAMED_FAST)

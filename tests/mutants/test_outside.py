@@ -124,7 +124,7 @@ def test_a_hidden_eos_is_seen_in_the_probabilities_and_named(name: str, dtype: s
     assert report.verdict == NOT_CONFORMANT
     assert first_wrong_step(report) in MUTANTS[EOS].touches, explained(report)
     first, *_ = diagnosed(trace, name, dtype, report, MUTANTS.values())
-    assert (first.mutant, first.explains) == (EOS, True)
+    assert (first.name, first.explains) == (EOS, True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -21,9 +21,8 @@ from refmoe.sharding.parameters import SplitTable
 from refmoe.sharding.steps import all_reduce, attention_partials, received
 from refmoe.spec.config import PRESETS, Config
 from refmoe.spec.model import Model
-from refmoe.spec.taps import step_of
 from refmoe.trace import Header, Recorder, Trace
-from refmoe.verify.findings import CONFORMANT, NOT_CONFORMANT
+from refmoe.verify.findings import CONFORMANT, NOT_CONFORMANT, step_of
 from tests.models import SMALL, random_parameters
 from tests.mutants.judging import (
     DTYPES,
@@ -302,7 +301,7 @@ def test_a_bug_of_sharding_is_named_as_a_variation_of_one_forward_pass(bug: str,
     report = judged(trace, name, dtype)
     hypotheses = [placed(other, each) for other in BUGS for each in few if can_show(other, each, config)]
     first, *_ = diagnosed(trace, name, dtype, report, hypotheses)
-    assert (first.mutant, first.explains) == (bug, True)
+    assert (first.name, first.explains) == (bug, True)
 
 
 def test_steps_that_a_bug_touches_are_taps() -> None:

@@ -14,6 +14,7 @@ from refmoe.verify.findings import (
     FAIL,
     FORCED,
     FREE,
+    KNOWN_BUG,
     LOCAL,
     NOT_CONFORMANT,
     PASS,
@@ -23,6 +24,7 @@ from refmoe.verify.findings import (
     Check,
     Decision,
     Element,
+    Explanation,
     Report,
 )
 
@@ -110,6 +112,21 @@ def failing(layers: int = 2, runs: int = 3, tokens: int = 16) -> Report:
         first_wrong=("prefill", WRONG),
         missing=("attention.q_rope", "expert.hidden"),
         unknown=("prefill/layers.0.rotary.cos",),
+        explanations=(
+            Explanation(
+                "router-input-unnormalised",
+                KNOWN_BUG,
+                "The gate reads the residual.",
+                "feed the norm to the gate",
+                ("https://example.org/1",),
+                True,
+                0,
+                0,
+                1.02,
+                0.01,
+                2,
+            ),
+        ),
         notes=("The accumulator of the down projection: to judge it, expert.hidden would have to be in the trace.",),
     )
 

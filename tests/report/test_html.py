@@ -60,7 +60,9 @@ def test_a_page_is_one_well_formed_document_without_anything_from_outside(pages:
         assert tag not in ("link", "img", "iframe", "object", "embed", "base", "form")
         assert not {"src", "href", "style", "srcset", "action"} & set(attributes), (tag, attributes)
         assert not [key for key in attributes if key.startswith("on")]
-    assert not re.search(r"url\(|@import|https?://", pages[name])
+    # where a bug was met is text, not a link: the page asks nobody for anything
+    without_sources = re.sub(r"<li>met in: https?://[^<]*</li>", "", pages[name])
+    assert not re.search(r"url\(|@import|https?://", without_sources)
     assert [attributes for tag, attributes in outline.tags if tag == "html"] == [{"lang": "en"}]
     names = [attributes["id"] for _, attributes in outline.tags if "id" in attributes]
     assert len(names) == len(set(names))

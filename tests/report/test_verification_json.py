@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 
 from refmoe.report.verification_json import schema, to_json
-from refmoe.verify.findings import Check, Decision, Element, Report
+from refmoe.verify.findings import Check, Decision, Element, Explanation, Report
 from tests.report.sample_reports import SMALL, failing, hostile, not_finite
 
 
@@ -46,6 +46,10 @@ def restored(document: dict[str, Any]) -> Report:
         checks.append(Check(**numbers(Check, entry), worst=element))
     decisions = [Decision(**numbers(Decision, entry)) for entry in document.pop("decisions")]
     document.pop("format_version")
+    if document["explanations"] is not None:
+        document["explanations"] = tuple(
+            Explanation(**numbers(Explanation, entry)) for entry in document.pop("explanations")
+        )
     return Report(**numbers(Report, document), checks=tuple(checks), decisions=tuple(decisions))
 
 
@@ -61,6 +65,7 @@ def test_fields_are_those_of_the_findings_and_each_is_documented() -> None:
         (Report, document, described),
         (Check, document["checks"][0], described["$defs"]["check"]),
         (Decision, document["decisions"][0], described["$defs"]["decision"]),
+        (Explanation, document["explanations"][0], described["$defs"]["explanation"]),
         (Element, next(c["worst"] for c in document["checks"] if c["worst"]), described["$defs"]["element"]),
     )
     for kind, value, definition in places:

@@ -20,9 +20,8 @@ from refmoe.golden import find_cases, read_case
 from refmoe.policy.load import policy
 from refmoe.script import AnyCall, plan
 from refmoe.spec.config import Config
-from refmoe.spec.taps import step_of
 from refmoe.trace import Header, Recorder, Run, read_trace, write_trace
-from refmoe.verify.findings import FAIL, NOT_CONFORMANT, Report
+from refmoe.verify.findings import FAIL, NOT_CONFORMANT, Report, step_of
 from refmoe.verify.verify import verify
 
 Arrays = dict[str, np.ndarray[Any, Any]]

@@ -15,8 +15,8 @@ from refmoe.policy.steps import CUT_STEPS
 from refmoe.script import execute
 from refmoe.spec.config import Config
 from refmoe.spec.model import Model, Parameters
-from refmoe.spec.taps import step_of
 from refmoe.trace import Header, Recorder, Run, Trace
+from refmoe.verify.findings import step_of
 
 
 class Engine(NamedTuple):

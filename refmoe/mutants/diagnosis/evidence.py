@@ -1,0 +1,199 @@
+"""A failed trace and the arithmetic of holding it against another specification than the right one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from refmoe.mutants.mutant import Mutant
+from refmoe.policy.formats import ulp
+from refmoe.policy.policy import Policy
+from refmoe.spec.config import Config
+from refmoe.spec.model import Model, Parameters
+from refmoe.trace import Run, Trace
+from refmoe.verify.findings import FAIL, FORCED, PASS, UNDECIDABLE, Check, Report, step_of
+from refmoe.verify.free_running import Replica
+from refmoe.verify.intake import Contents, take_in
+from refmoe.verify.passes import Pass
+from refmoe.verify.routing import Routing, valid
+from refmoe.verify.subject import Subject
+from refmoe.verify.tally import Limits
+from refmoe.verify.verify import SIGNIFICANCE, acquit, assemble
+
+Key = tuple[str, str]
+"""Run and tap."""
+
+SAMPLED = 1 << 18
+"""Values of an error that the matched filter looks at; beyond, every so many."""
+
+
+class Variation(Protocol):
+    """What a trace can be held against: a mutant, or two of them."""
+
+    @property
+    def touches(self) -> tuple[str, ...]: ...
+    def model(self, config: Config, parameters: Parameters) -> Model: ...
+    def policy(self, policy: Policy) -> Policy: ...
+    def runs(self, runs: tuple[Run, ...]) -> tuple[Run, ...]: ...
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A failed trace with what the right specification says of it."""
+
+    trace: Trace
+    right: Subject
+    policy: Policy
+    contents: Contents
+    limits: Limits
+    report: Report
+    failed: tuple[Check, ...]
+    expected: dict[Key, Any] = field(default_factory=dict)
+    """Exact results from the trace's own inputs: for each failed step its first tap, and every one with NaN."""
+    error: Any = None
+    """The errors of all of these in units of their spacing, at most `SAMPLED` of them. [n]"""
+
+
+def gather(
+    trace: Trace, config: Config, parameters: Parameters, runs: tuple[Run, ...] | None, policy: Policy, report: Report,
+    significance: float = SIGNIFICANCE,
+) -> Evidence:  # fmt: skip
+    """The evidence of a trace that has failed."""
+    contents = take_in(trace, config, runs)
+    limits = Limits(significance, contents.values, contents.tensors)
+    right = Subject(config, parameters, contents.runs)
+    failed = tuple(check for check in report.checks if check.verdict == FAIL)
+    firsts = {check.step: (check.run, check.tap) for check in reversed(failed) if check.step != "router.experts"}
+    wanted = {*firsts.values(), *((c.run, c.tap) for c in failed if not _finite(trace, c))}
+    evidence = Evidence(trace, right, policy, contents, limits, report, failed)
+    found = {key: np.asarray(trace.get(*key), np.float64) for key in wanted}
+    expected = middle(evidence, right, policy, wanted)
+    expected = {key: array for key, array in expected.items() if found[key].shape == array.shape}
+    evidence = replace(evidence, expected=expected)
+    return replace(evidence, error=weighted(evidence, found))
+
+
+def _finite(trace: Trace, check: Check) -> bool:
+    if check.step == "router.experts":
+        return True
+    return bool(np.isfinite(np.asarray(trace.get(check.run, check.tap), np.float64)).all())
+
+
+def weighted(evidence: Evidence, arrays: dict[Key, Any]) -> Any:
+    """How far arrays are from the expected ones, in units of their spacing; what is not finite counts as no distance.
+
+    returns: [n], or None where a shape is another
+    """
+    parts = []
+    for key, right in evidence.expected.items():
+        array = arrays.get(key)
+        if array is None or array.shape != right.shape:
+            return None
+        with np.errstate(all="ignore"):
+            distance = ((array - right) / ulp(right, evidence.policy.at(step_of(key[1])))).reshape(-1)
+        parts.append(np.where(np.isfinite(distance), distance, 0.0))
+    if not parts:
+        return np.zeros(0)
+    together = np.concatenate(parts)
+    return together[:: -(-max(together.size, 1) // SAMPLED)]
+
+
+def middle(evidence: Evidence, subject: Subject, policy: Policy, wanted: set[Key]) -> dict[Key, Any]:
+    """What exact arithmetic makes of the trace's own inputs, at the wanted taps."""
+    with np.errstate(all="ignore"):
+        return Replica(evidence.trace, subject, policy, {}, wanted, None).arrays()
+
+
+class UnderBug(Pass):
+    """A pass under a bug, which may make infinities and NaN of its own."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.ops.events.append("bug")
+
+
+class Chooser(UnderBug):
+    """A pass under a bug that chooses by another rule: the right choice is its own, not the largest logits."""
+
+    def _choose(self, name: str, expected: Any) -> Any:
+        found = self._found(name)
+        if found is None:
+            return super()._choose(name, expected)
+        nothing = np.zeros(len(found))
+        legal = (np.sort(found, axis=-1) == np.sort(expected, axis=-1)).all(axis=-1)
+        self._record(
+            self._run.run, name, Routing(expected, np.full(len(found), FORCED), legal, nothing, nothing, found)
+        )
+        self._unknown = None
+        return found
+
+    def _found(self, name: str) -> Any:
+        """The trace's choice [T, k], or None where there is none, or one that is no choice at all."""
+        if name not in self._present:
+            return None
+        found = np.asarray(self._read(name, "router.experts")).astype(np.int64)
+        return found if valid(found, self.subject.config.experts).all() else None
+
+
+def subject_of(evidence: Evidence, variation: Variation) -> Subject:
+    """The specification as the variation has it."""
+    right = evidence.right
+    model = variation.model(right.config, right.parameters)
+    return Subject(model.config, model.parameters, variation.runs(evidence.contents.runs), model.steps)
+
+
+def judge_again(
+    evidence: Evidence, subject: Subject, policy: Policy, judge: Callable[..., Pass] = UnderBug
+) -> dict[Key, str]:
+    """The verdict of each check against another specification, acquitted as `verify` acquits them."""
+    right, limits = evidence.right.config, evidence.limits
+
+    def checked(recomputed: frozenset[Key] = frozenset(), unrounded: bool = False) -> list[Check]:
+        seen = judge(evidence.trace, subject, policy, limits.excess, recomputed, unrounded).go()
+        return assemble(seen, evidence.contents, right, limits)
+
+    checks = checked()
+    failed = frozenset((check.run, check.tap) for check in checks if check.verdict == FAIL)
+    if failed:
+        checks = acquit(checks, checked(recomputed=failed), "")
+    if policy.consumers == "unrounded" and any(check.verdict == FAIL for check in checks):
+        checks = acquit(checks, checked(unrounded=True), "")
+    return {(check.run, check.tap): check.verdict for check in checks}
+
+
+def still_failing(
+    evidence: Evidence, verdicts: dict[Key, str], wrong: dict[Key, Any], checks: Sequence[Check] | None = None
+) -> int:
+    """How many of the failed checks fail still.   wrong: what the other specification computes at the expected taps.
+
+    A check whose values are not finite has no bound under a bug that makes them. It is explained where the bug makes
+    them in the same places.
+    """
+    count = 0
+    for check in evidence.failed if checks is None else checks:
+        key = (check.run, check.tap)
+        if verdicts[key] == PASS:
+            continue
+        count += not (verdicts[key] == UNDECIDABLE and _same_gaps(evidence, key, wrong.get(key)))
+    return count
+
+
+def _same_gaps(evidence: Evidence, key: Key, wrong: Any) -> bool:
+    """Whether the trace and another specification are not finite in the same places, and somewhere."""
+    if wrong is None:
+        return False
+    gaps = ~np.isfinite(np.asarray(evidence.trace.get(*key), np.float64))
+    return bool(gaps.shape == wrong.shape and gaps.any() and (gaps == ~np.isfinite(wrong)).all())
+
+
+def newly_failing(evidence: Evidence, verdicts: dict[Key, str]) -> int:
+    """How many of the checks that passed fail now."""
+    return sum(check.verdict == PASS and verdicts[check.run, check.tap] == FAIL for check in evidence.report.checks)
+
+
+def changes_choice(mutant: Mutant | Variation) -> bool:
+    """Whether it chooses experts by another rule."""
+    return "router.experts" in mutant.touches

@@ -1,0 +1,163 @@
+"""Diagnosis beyond single bugs: pairs, structures, NaN, and nothing where nothing fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from refmoe.mutants.catalogue import MUTANTS
+from refmoe.mutants.diagnosis import explained
+from refmoe.mutants.diagnosis.known import Pair, matched_filter
+from refmoe.mutants.diagnosis.weights import MATRICES
+from refmoe.mutants.engine import held_trace, run
+from refmoe.mutants.parameters import mapped, with_layers
+from refmoe.policy.load import policy
+from refmoe.trace import Trace
+from refmoe.verify.findings import KNOWN_BUG, NOT_CONFORMANT, STRUCTURE, TWO_BUGS, Explanation
+from tests.mutants.judging import DTYPES, case_named, diagnosed, judged, parameters_of, traced
+
+Edit = Callable[[Any], Any]
+
+
+def edited(name: str, dtype: str, step: str, edit: Edit) -> Trace:
+    """An honest trace, each tap of one step changed. The change is rounded to the trace's dtype."""
+    honest = traced(None, name, dtype)
+    arrays = {key: np.array(tensor.get()) for key, tensor in honest.tensors.items()}
+    for key, array in arrays.items():
+        if key.endswith(step):
+            arrays[key] = edit(array.astype(np.float64)).astype(array.dtype)
+    return held_trace(honest.header, arrays)
+
+
+def found_in(trace: Trace, name: str, dtype: str) -> tuple[Explanation, ...]:
+    """What a report says explains the trace."""
+    report = judged(trace, name, dtype)
+    assert report.verdict == NOT_CONFORMANT
+    explanations = explained(report, diagnosed(trace, name, dtype, report, MUTANTS.values())).explanations
+    assert explanations is not None
+    return explanations
+
+
+def swapped(x: Any) -> Any:
+    """Heads 0 and 2 exchanged."""
+    return np.take(x, [2, 1, 0, *range(3, x.shape[1])], axis=1)
+
+
+def doubled(x: Any) -> Any:
+    """Odd channels hold their neighbours' values."""
+    return np.repeat(x[..., ::2], 2, axis=-1)
+
+
+STRUCTURES: dict[str, tuple[str, Edit, str, str]] = {
+    "heads": ("attention.q", swapped, "heads permuted", "2 of 12 heads hold what belongs to another (0 holds 2,"),
+    "channels": ("moe_norm", doubled, "channels taken from others", "1 holds 0"),
+    "factor": ("attention.output", lambda x: x * 1.75, "times 1.75", "1.75 times"),
+    "sign": ("expert.output", lambda x: -x, "times -1", "-1 times"),
+    "root": ("attention.q", lambda x: x * np.sqrt(6), "times sqrt(head_dim)", "sqrt(head_dim)"),
+    "shift": ("moe_norm", lambda x: np.roll(x, 1, axis=0), "shifted by +1 token", "the token before"),
+    "early": ("moe_norm", lambda x: np.roll(x, -1, axis=0), "shifted by -1 token", "the token after"),
+    "axes": ("attention.v", lambda x: np.swapaxes(x, 1, 2).reshape(x.shape), "transposed", "exchanged in memory"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_a_structure_is_named(name: str, dtype: str) -> None:
+    step, edit, words, detail = STRUCTURES[name]
+    first, *_ = found_in(edited("dims-distinct", dtype, step, edit), "dims-distinct", dtype)
+    assert (first.kind, first.explains) == (STRUCTURE, True)
+    assert first.name.startswith(f"{step}: ")
+    assert words in first.name
+    assert detail in first.about
+
+
+def loaded(name: str, dtype: str, change: Edit) -> Trace:
+    """The trace of an engine whose layers are changed when they are loaded."""
+    case = case_named(name)
+    parameters = with_layers(parameters_of(name), change)
+    return run(None, case.config, parameters, case.runs(), policy(dtype))
+
+
+@pytest.mark.parametrize("matrices", [("w2",), ("w1", "w3", "w2")], ids=" ".join)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_permuted_experts_are_named(matrices: tuple[str, ...], dtype: str) -> None:
+    order = [2, 0, 1, 3, 4]
+
+    def change(layer: Any) -> Any:
+        taken = [{m: getattr(layer.experts[p], m) for m in matrices} for p in order]
+        experts = tuple(replace(expert, **new) for expert, new in zip(layer.experts, taken, strict=True))
+        return replace(layer, experts=experts)
+
+    found = found_in(loaded("dims-distinct", dtype, change), "dims-distinct", dtype)
+    steps = {step for step, matrix in MATRICES.items() if matrix in matrices}
+    assert {each.name for each in found} == {f"{step}: experts permuted" for step in steps}
+    for each in found:
+        # an expert that no token chose cannot be seen
+        listed = each.about.partition(": ")[2].split(", ")
+        assert {*listed} <= {"0 has that of 2", "1 has that of 0", "2 has that of 1"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_square_matrix_used_as_its_transpose_is_named(dtype: str) -> None:
+    config = case_named("square").config
+    assert config.heads * config.head_dim == config.dim
+
+    def change(layer: Any) -> Any:
+        return replace(layer, wo=mapped(layer.wo, np.transpose))
+
+    first, *_ = found_in(loaded("square", dtype, change), "square", dtype)
+    assert first.name == "attention.output: wo transposed"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        ("attn-gqa-tile", "expert-w1-w3-swapped"),
+        ("rope-sign-flipped", "router-double-softmax"),
+        ("expert-gelu", "expert-weight-missing"),
+    ],
+)
+def test_two_bugs_at_once_are_both_named(one: str, two: str, dtype: str) -> None:
+    case = case_named("dims-distinct")
+    pair: Any = Pair(MUTANTS[one], MUTANTS[two])
+    object.__setattr__(pair, "id", "two")
+    trace = run(pair, case.config, parameters_of(case.name), case.runs(), policy(dtype))
+    first, *_ = found_in(trace, case.name, dtype)
+    assert first.kind == TWO_BUGS
+    assert set(first.name.split(" + ")) == {one, two}
+    assert first.coefficient == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_where_nothing_fits_nothing_is_named(dtype: str) -> None:
+    generator = np.random.default_rng(1)
+
+    def noise(x: Any) -> Any:
+        return x + generator.standard_normal(x.shape) * np.abs(x).mean()
+
+    for step in ("attention.v", "router.logits", "expert.output", "residual"):
+        assert found_in(edited("dims-distinct", dtype, step, noise), "dims-distinct", dtype) == ()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_bug_that_makes_nan_is_named_by_where_they_are(dtype: str) -> None:
+    bug, shown_by = "attn-fully-masked-row-nan", "batch-ragged"
+    first, *_ = found_in(traced(bug, shown_by, dtype), shown_by, dtype)
+    assert (first.kind, first.name) == (KNOWN_BUG, bug)
+    # the same NaN elsewhere is not this bug
+    elsewhere = edited(shown_by, dtype, "attention.probs", lambda x: np.where(np.arange(len(x)) == 0, np.nan, x.T).T)
+    assert bug not in {each.name for each in found_in(elsewhere, shown_by, dtype)}
+
+
+def test_the_filter_is_one_for_the_error_itself_and_zero_beside_it() -> None:
+    error = np.array([3.0, 4.0, 0.0])
+    assert matched_filter(error, error) == (1.0, 0.0)
+    assert matched_filter(error, np.array([0.0, 0.0, 2.0])) == (0.0, pytest.approx(np.sqrt(29) / 5))
+    coefficient, residual = matched_filter(error, error / 2)
+    assert (coefficient, residual) == (2.0, 0.5)
+    assert np.isnan(matched_filter(error, None)[0])
