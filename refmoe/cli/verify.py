@@ -156,7 +156,7 @@ def _verify(
     from refmoe.mutants.catalogue import MUTANTS
     from refmoe.mutants.diagnosis import diagnose, explained
 
-    with progress_bar("diagnose", len(MUTANTS)) as advance:
+    with progress_bar("diagnose", 2 * len(MUTANTS)) as advance:
         explanations = diagnose(
             trace, config, parameters, runs, policy, report, MUTANTS.values(), significance, advance
         )

@@ -14,8 +14,10 @@ from refmoe.mutants.diagnosis import explained
 from refmoe.mutants.diagnosis.known import Pair, matched_filter
 from refmoe.mutants.diagnosis.weights import MATRICES
 from refmoe.mutants.engine import held_trace, run
+from refmoe.mutants.on_ranks import on_ranks
 from refmoe.mutants.parameters import mapped, with_layers
 from refmoe.policy.load import policy
+from refmoe.sharding.layout import Layout
 from refmoe.trace import Trace
 from refmoe.verify.findings import KNOWN_BUG, NOT_CONFORMANT, STRUCTURE, TWO_BUGS, Explanation
 from tests.mutants.judging import DTYPES, case_named, diagnosed, judged, parameters_of, traced
@@ -131,6 +133,13 @@ def test_two_bugs_at_once_are_both_named(one: str, two: str, dtype: str) -> None
     assert first.kind == TWO_BUGS
     assert set(first.name.split(" + ")) == {one, two}
     assert first.coefficient == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_bug_of_a_sharded_run_is_named(dtype: str) -> None:
+    bug = on_ranks(MUTANTS["tp-residual-counted-n-times"], Layout(3, 1))
+    first, *_ = found_in(traced(bug, "dims-distinct", dtype), "dims-distinct", dtype)
+    assert (first.kind, first.name) == (KNOWN_BUG, bug.id)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from refmoe.mutants.diagnosis.evidence import gather
-from refmoe.mutants.diagnosis.known import explain, pairs, rank, suspects
+from refmoe.mutants.diagnosis.known import explanations, pairs, rank, suspects
 from refmoe.mutants.diagnosis.structure import structural
 from refmoe.mutants.diagnosis.weights import of_weights
-from refmoe.mutants.mutant import Mutant
+from refmoe.mutants.mutant import PARALLEL, Mutant
+from refmoe.mutants.on_ranks import ONE_DEVICE, on_ranks
 from refmoe.policy.policy import Policy
+from refmoe.sharding.layout import layouts
 from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters
 from refmoe.trace import Run, Trace
@@ -26,23 +28,29 @@ def diagnose(
 
     A mutant that explains nothing but might explain a part stays in the list, with `explains` false. Pairs and
     structures are sought only where no mutant explains the trace, and are there only if they do.
-    progress: called after each mutant.
+    progress: called for each mutant, and once more for each that touches a failed step.
     """
     if not any(check.verdict == FAIL for check in report.checks):
         return ()
     evidence = gather(trace, config, parameters, runs, policy, report, significance)
-    suspected, found = suspects(evidence, mutants), []
-    for each in suspected:
-        explanation = explain(evidence, each)
-        if explanation is not None:
-            found.append(explanation)
-        if progress is not None:
-            progress()
+    step = progress if progress is not None else lambda: None
+    known = tuple(mutants)
+    suspected = suspects(evidence, known, step)
+    found = explanations(evidence, suspected, step)
+    if not any(each.explains for each in found):
+        split = suspects(evidence, placed(known, config), lambda: None)
+        found += explanations(evidence, split, lambda: None)
     if not any(each.explains for each in found):
         found += pairs(evidence, suspected)
     if not any(each.explains for each in found):
         found += [*of_weights(evidence), *structural(evidence)]
     return tuple(sorted(found, key=rank))
+
+
+def placed(mutants: Iterable[Mutant], config: Config) -> list[Mutant]:
+    """The mutants of a sharded run on every layout that the model fits, each a variation of one forward pass."""
+    parallel = [each for each in mutants if each.changes == PARALLEL]
+    return [on_ranks(each, layout) for each in parallel for layout in layouts(config) if layout != ONE_DEVICE]
 
 
 def explained(report: Report, found: tuple[Explanation, ...]) -> Report:

@@ -8,7 +8,7 @@ of the error is the mutant's (1: all of it, in size and direction), and orders s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -40,6 +40,8 @@ from refmoe.verify.findings import KNOWN_BUG, TWO_BUGS, Explanation
 WORSE = 1.5
 """A mutant that leaves more of the error than this has nothing to do with it: an independent one of the same size, as
 of other roundings, leaves the root of two."""
+EXPLAINED, UNRELATED = 0.5, 0.9
+"""What an explanation leaves at most to end the search among mutants that leave more than this."""
 PAIRS = 6
 """Pairs of mutants, those that leave least, that are held against the trace."""
 PAIR_LEAVES = 0.5
@@ -58,10 +60,14 @@ class Suspect:
     residual: float
 
 
-def suspects(evidence: Evidence, mutants: Iterable[Mutant]) -> list[Suspect]:
-    """The mutants that touch a failed step, and what they do there."""
-    steps = {check.step for check in evidence.failed}
-    return [suspect(evidence, each) for each in mutants if each.in_one_pass and steps & set(each.touches)]
+def suspects(evidence: Evidence, mutants: Iterable[Mutant], progress: Callable[[], None]) -> list[Suspect]:
+    """The mutants that touch a failed step, and what they do there, those that leave the least of the error first."""
+    steps, found = {check.step for check in evidence.failed}, []
+    for each in mutants:
+        if each.in_one_pass and steps & set(each.touches):
+            found.append(suspect(evidence, each))
+        progress()
+    return sorted(found, key=lambda each: each.residual)
 
 
 def suspect(evidence: Evidence, mutant: Mutant) -> Suspect:
@@ -80,6 +86,18 @@ def matched_filter(error: Any, delta: Any) -> tuple[float, float]:
     if reach == 0 or size == 0:
         return 0.0, math.inf
     return float(error @ delta) / reach, math.sqrt(float((error - delta) @ (error - delta)) / size)
+
+
+def explanations(evidence: Evidence, suspected: list[Suspect], progress: Callable[[], None]) -> list[Explanation]:
+    """The suspects held against the trace. Once one explains it, those whose effect is no part of the error are not."""
+    found: list[Explanation] = []
+    for each in suspected:
+        known = any(other.explains and other.residual < EXPLAINED for other in found)
+        explanation = None if known and each.residual > UNRELATED else explain(evidence, each)
+        if explanation is not None:
+            found.append(explanation)
+        progress()
+    return found
 
 
 def explain(evidence: Evidence, found: Suspect) -> Explanation | None:
