@@ -29,6 +29,7 @@ def test_runs_are_named_and_counted() -> None:
 
 
 def test_several_sequences_get_a_suffix() -> None:
+    """And each counts its positions from 0, with what it has cached (ROPE-2)."""
     runs = plan([("prefill", 0, [1]), ("prefill", 1, [2, 3]), ("decode", 1, [4]), ("decode", 0, [5])], 10)
     assert [run.run for run in runs] == ["prefill.row0", "prefill.row1", "decode1.row1", "decode1.row0"]
     assert [run.positions for run in runs] == [(0,), (0, 1), (2,), (1,)]

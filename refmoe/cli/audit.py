@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.console import Console
 from rich.table import Table
 
-from refmoe.audit import Coverage, coverage, unknown
-from refmoe.checkpoint.json_file import read_json
+from refmoe.audit import Coverage, audit
 from refmoe.cli.options import GOLDEN, PATH, json_option
-from refmoe.golden import find_cases, read_case
+from refmoe.errors import InputError
+from refmoe.golden import find_cases
 from refmoe.mutants.catalogue import MUTANTS
-from refmoe.mutants.matrix import MATRIX_FILE, summarise
+from refmoe.mutants.matrix_file import MATRIX_FILE, read_matrix
+from refmoe.mutants.matrix_summary import summarise
+from refmoe.mutants.sources import changed
+from refmoe.report.matrix_text import failures, stale_lines
 
 
 @click.command("audit", short_help="What proves each clause: code, tests, mutants, cases.")
@@ -32,36 +35,50 @@ def audit_command(context: click.Context, golden: Path, tests: Path, as_json: bo
     refmoe audit
     refmoe audit --json
 
-    Exit status 1 when nothing proves a clause, a mutant breaks a clause that nobody states, or a mutant lives in
-    float32 according to the matrix.
+    A clause is proven by a test that names it in its own source, or by a mutant of it that is killed, according to
+    golden/matrix.json, wherever anything can show it. Exit status 1 when a clause has neither, something names a
+    clause that nobody states, a mutant lives without a known reason, or the specification itself fails.
     """
-    cases = [read_case(folder) for folder in find_cases(golden)]
-    rows = coverage(cases, MUTANTS, tests if tests.is_dir() else None)
-    strays = unknown(rows, MUTANTS)
-    alive = _alive(golden, [case.name for case in cases])
+    if not tests.is_dir():
+        raise InputError(f"{tests}: no such folder, but that of the tests was expected")
+    matrix = read_matrix(golden / MATRIX_FILE)
+    summary = summarise(matrix, [folder.name for folder in find_cases(golden)])
+    found = audit(golden, MUTANTS, summary.dead, tests)
+    problems = [f"{row.clause} ({row.code}): {gap}" for row in found.gaps for gap in row.gaps]
+    problems += [f"{stray} names it, but nobody states it" for stray in found.strays]
+    problems += summary.problems
+    numbers = {"all": counts(found.rows), "forward pass": counts([row for row in found.rows if row.forward_pass])}
+    stale = sorted(changed(matrix.sources, golden))
     if as_json:
-        values = {"clauses": [asdict(row) | {"gaps": row.gaps} for row in rows], "unknown": strays, "alive": alive}
+        rows = [asdict(row) | {"gaps": row.gaps} for row in found.rows]
+        values = {
+            "clauses": rows, "counts": numbers, "mutants": len(MUTANTS), "killed": len(summary.dead),
+            "problems": problems, "changed": stale,
+        }  # fmt: skip
         click.echo(json.dumps(values))
     else:
-        _print(rows)
-        for stray in strays:
-            click.echo(f"FAIL  {stray} is stated nowhere")
-        for name in alive:
-            click.echo(f"FAIL  mutant {name} lives in float32")
-        lacking = sum(bool(row.gaps) for row in rows)
-        click.echo(
-            f"{len(rows)} clauses, {lacking} without proof; {len(MUTANTS)} mutants, {len(alive)} alive in float32"
-        )
-    if strays or alive or any(row.gaps for row in rows):
+        _print(found.rows)
+        for what, count in numbers.items():
+            click.echo(f"clauses, {what}: {', '.join(f'{number} {name}' for name, number in count.items())}")
+        click.echo(f"mutants: {len(summary.dead)} of {len(MUTANTS)} killed, {len(summary.equivalent)} equivalent")
+        for line in [*stale_lines(stale), *failures(problems)]:
+            click.echo(line)
+    if problems:
         context.exit(1)
 
 
-def _alive(golden: Path, cases: list[str]) -> list[str]:
-    values: dict[str, Any] = read_json(golden / MATRIX_FILE).values
-    return list(summarise(values["kills"], cases).alive["float32"])
+def counts(rows: Sequence[Coverage]) -> dict[str, int]:
+    """How many clauses there are, and what proves them."""
+    return {
+        "stated": len(rows),
+        "with a killed mutant": sum(bool(row.killed) for row in rows),
+        "named by a test": sum(bool(row.tests) for row in rows),
+        "both": sum(bool(row.killed and row.tests) for row in rows),
+        "neither": sum(bool(row.gaps) for row in rows),
+    }
 
 
-def _print(rows: list[Coverage]) -> None:
+def _print(rows: Sequence[Coverage]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     table = Table(box=None, pad_edge=False)
     for heading in ("clause", "code", "tests", "mutants", "cases"):

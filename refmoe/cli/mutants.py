@@ -12,13 +12,18 @@ from rich.console import Console
 from rich.table import Table
 
 from refmoe.atomic import replacing
-from refmoe.checkpoint.json_file import read_json
 from refmoe.cli.options import GOLDEN, PATH, jobs_option, json_option, progress_bar
 from refmoe.errors import InputError
-from refmoe.golden import find_cases
+from refmoe.golden import MANIFEST_FILE, file_digest, find_cases, read_case, read_folder_manifest, write_manifest
 from refmoe.mutants.catalogue import MUTANTS
-from refmoe.mutants.matrix import MATRIX_FILE, POLICIES, compute_matrix, runnable, summarise, to_json
+from refmoe.mutants.matrix import POLICIES, SPECIFICATION, Outcome, compute_matrix, runnable, whole
+from refmoe.mutants.matrix_changes import gains, losses, outside_changed, plan, revised_matrix
+from refmoe.mutants.matrix_file import MATRIX_FILE, Matrix, read_matrix, to_matrix, write_matrix
+from refmoe.mutants.matrix_summary import summarise
 from refmoe.mutants.mutant import Mutant
+from refmoe.mutants.outside import judge_outside
+from refmoe.mutants.sources import changed, digests
+from refmoe.report.matrix_text import changed_lines, stale_lines, summary_lines
 
 Names = tuple[str, ...]
 
@@ -30,7 +35,8 @@ def mutants_command() -> None:
     \b
     refmoe mutants list
     refmoe mutants show norm-eps-outside-sqrt
-    refmoe mutants matrix
+    refmoe mutants results
+    refmoe mutants matrix --changed
     """
 
 
@@ -67,7 +73,10 @@ def show_command(name: str, as_json: bool) -> None:
         click.echo(json.dumps(record(each)))
         return
     for field, value in record(each).items():
-        if value:
+        if field == "unseen":
+            for policy, reason in value.items():
+                click.echo(f"{field:10} {policy}: {reason}")
+        elif value:
             click.echo(f"{field:10} {', '.join(value) if isinstance(value, list) else value}")
 
 
@@ -76,32 +85,123 @@ def show_command(name: str, as_json: bool) -> None:
 @click.option("--case", "cases", multiple=True, metavar="NAME", help="Only this case; may be given again.")
 @click.option("--mutant", "names", multiple=True, metavar="ID", help="Only this mutant; may be given again.")
 @click.option("--policy", "policies", multiple=True, type=click.Choice(POLICIES), help="Only this dtype.")
+@click.option("--changed", "only_changed", is_flag=True, help="Only what changed files can affect; nothing is written.")
 @jobs_option
 @json_option
 @click.pass_context
 def matrix_command(
-    context: click.Context, golden: Path, cases: Names, names: Names, policies: Names, jobs: int | None, as_json: bool
-) -> None:
+    context: click.Context, golden: Path, cases: Names, names: Names, policies: Names, only_changed: bool,
+    jobs: int | None, as_json: bool,
+) -> None:  # fmt: skip
     """Judge every mutant on every case in float32, bfloat16 and float16 as if it were a foreign engine.
 
     \b
     refmoe mutants matrix
+    refmoe mutants matrix --changed
     refmoe mutants matrix --mutant rope-sign-flipped --case walking-skeleton
 
-    The whole matrix is written to golden/matrix.json; a part of it is printed. Exit status 1 when the specification
-    itself fails somewhere, or a mutant lives in float32.
+    The whole matrix, some twenty minutes of two cores, is written to golden/matrix.json, with digests of what it was
+    computed of, and entered in golden/manifest.json; a part of it is printed. With --changed, the mutants of a changed
+    file of the catalogue are run on all cases, all mutants on a changed case, and after a change of the core each
+    mutant on one case that killed it.
+
+    Exit status 1 when the specification itself fails somewhere, a mutant lives without a known reason, or with
+    --changed one that was killed is not any more.
     """
     for name in names:
         _named(name)
-    folders = [golden / name for name in cases] if cases else find_cases(golden)
-    chosen, used = names or runnable(), policies or POLICIES
-    with progress_bar("matrix", len(folders) * len(used)) as advance:
-        outcomes = compute_matrix(folders, chosen, used, jobs, advance)
-    if not (cases or names or policies):
-        with replacing(golden / MATRIX_FILE) as temporary:
-            temporary.write_text(to_json(outcomes, golden))
-        _report(context, golden, as_json)
+    part = bool(cases or names or policies)
+    if only_changed and part:
+        raise InputError("--changed says what is run, so no --case, --mutant or --policy was expected beside it")
+    if only_changed:
+        _changed(context, golden, jobs, as_json)
         return
+    folders = [golden / name for name in cases] if cases else find_cases(golden)
+    work = whole(folders, names or runnable(), policies or POLICIES)
+    seen = {} if part else judge_outside(golden)
+    with progress_bar("matrix", len(work)) as advance:
+        outcomes = compute_matrix(work, jobs, advance)
+    if part:
+        _print_outcomes(outcomes, as_json)
+        if any(each.killed for each in outcomes if each.mutant == SPECIFICATION):
+            context.exit(1)
+        return
+    matrix = to_matrix(outcomes, seen, digests(golden))
+    write_matrix(golden / MATRIX_FILE, matrix)
+    _enter_in_manifest(golden)
+    _summary(context, matrix, golden, as_json)
+
+
+@mutants_command.command("results", short_help="What the recorded matrix says, in short or as a page.")
+@click.option("--golden", type=PATH, default=GOLDEN, show_default=True, help="Where cases are, and the matrix.")
+@click.option("--html", type=PATH, metavar="FILE", help="Write the whole matrix as one page that needs no network.")
+@json_option
+@click.pass_context
+def results_command(context: click.Context, golden: Path, html: Path | None, as_json: bool) -> None:
+    """Print who is killed and who lives, and which cases do the killing, as golden/matrix.json has it.
+
+    \b
+    refmoe mutants results
+    refmoe mutants results --html matrix.html
+
+    Exit status 1 when the specification itself fails somewhere, or a mutant lives without a known reason.
+    """
+    matrix = read_matrix(golden / MATRIX_FILE)
+    if html is not None:
+        from refmoe.report.matrix_html import to_html
+
+        cases = [read_case(folder) for folder in find_cases(golden)]
+        with replacing(html) as temporary:
+            temporary.write_text(to_html(matrix, cases), encoding="utf-8")
+    _summary(context, matrix, golden, as_json)
+
+
+def _enter_in_manifest(golden: Path) -> None:
+    """Tell the manifest of the golden folder, where there is one, of the matrix and of nothing else."""
+    if (golden / MANIFEST_FILE).exists():
+        manifest = read_folder_manifest(golden)
+        files = manifest["files"] | {MATRIX_FILE: file_digest(golden / MATRIX_FILE)}
+        write_manifest(golden, manifest | {"files": dict(sorted(files.items()))})
+
+
+def _summary(context: click.Context, matrix: Matrix, golden: Path, as_json: bool) -> None:
+    summary = summarise(matrix, [folder.name for folder in find_cases(golden)])
+    stale = sorted(changed(matrix.sources, golden))
+    if as_json:
+        click.echo(json.dumps(asdict(summary) | {"problems": summary.problems, "changed": stale}))
+    else:
+        for line in [*summary_lines(summary), *stale_lines(stale)]:
+            click.echo(line)
+    if summary.problems:
+        context.exit(1)
+
+
+def _changed(context: click.Context, golden: Path, jobs: int | None, as_json: bool) -> None:
+    matrix = read_matrix(golden / MATRIX_FILE)
+    parts = changed(matrix.sources, golden)
+    cases = {case.name: case for case in map(read_case, find_cases(golden))}
+    work = plan(matrix, parts, cases)
+    with progress_bar("matrix", len(work)) as advance:
+        outcomes = compute_matrix(work, jobs, advance)
+    seen = judge_outside(golden) if outside_changed(parts) else matrix.outside
+    lost = losses(matrix, outcomes, seen)
+    summary = summarise(revised_matrix(matrix, outcomes, seen, matrix.sources), [*cases])
+    problems = [*map(str, lost), *summary.problems] if parts else []
+    if as_json:
+        more = gains(matrix, outcomes)
+        values = {
+            "changed": sorted(parts), "runs": len(outcomes), "lost": [asdict(each) for each in lost],
+            "gained": [asdict(each) for each in more], "problems": problems,
+        }  # fmt: skip
+        click.echo(json.dumps(values))
+    else:
+        for line in changed_lines(sorted(parts), work, problems):
+            click.echo(line)
+    if problems:
+        context.exit(1)
+
+
+def _print_outcomes(outcomes: list[Outcome], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([asdict(each) for each in outcomes]))
         return
@@ -110,27 +210,12 @@ def matrix_command(
         click.echo(f"{each.mutant:32} {each.case:28} {each.policy:9} {each.verdict:15} {place}")
 
 
-def _report(context: click.Context, golden: Path, as_json: bool) -> None:
-    values: dict[str, Any] = read_json(golden / MATRIX_FILE).values
-    summary = summarise(values["kills"], [folder.name for folder in find_cases(golden)])
-    if as_json:
-        click.echo(json.dumps(asdict(summary)))
-    else:
-        for policy in POLICIES:
-            alive = f"; alive: {', '.join(summary.alive[policy])}" if summary.alive[policy] else ""
-            click.echo(f"{policy:9} {summary.killed[policy]} of {summary.mutants} mutants killed{alive}")
-        click.echo(f"the specification itself fails in {len(summary.false_alarms)} of its runs")
-        click.echo(f"cases that alone kill nothing: {', '.join(summary.redundant) or 'none'}")
-    if summary.false_alarms or summary.alive["float32"]:
-        context.exit(1)
-
-
 def record(each: Mutant) -> dict[str, Any]:
     """A mutant as JSON."""
     return {
         "id": each.id, "class": each.kind, "about": each.about, "breaks": list(each.breaks),
         "needs": list(each.needs), "touches": list(each.touches), "severity": each.severity, "fix": each.fix,
-        "equivalent": each.equivalent, "sources": list(each.sources),
+        "equivalent": each.equivalent, "unseen": dict(each.unseen), "sources": list(each.sources),
     }  # fmt: skip
 
 

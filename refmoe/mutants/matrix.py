@@ -5,13 +5,10 @@ It proves that the suite can fail. Beside the mutants the specification itself i
 
 from __future__ import annotations
 
-import json
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from refmoe.golden import Case, read_case
 from refmoe.mutants.catalogue import MUTANTS
@@ -19,7 +16,6 @@ from refmoe.mutants.engine import run, same
 from refmoe.mutants.mutant import PARALLEL, Mutant
 from refmoe.mutants.on_ranks import ONE_DEVICE, on_ranks
 from refmoe.mutants.quantised import INT8, quantised
-from refmoe.mutants.sources import digests
 from refmoe.parallel import results
 from refmoe.policy.load import policy as named_policy
 from refmoe.sharding.layout import layouts
@@ -28,11 +24,13 @@ from refmoe.verify.findings import FAIL, NOT_CONFORMANT, Report
 from refmoe.verify.verify import verify
 
 POLICIES = ("float32", "bfloat16", "float16")
-FORMAT_VERSION = "1"
-MATRIX_FILE = "matrix.json"
+SPECIFICATION = "-"
+"""The name under which the specification itself is run."""
 
-IMPOSSIBLE, IMPROBABLE, ROUTING = "impossible", "improbable", "routing"
+IMPOSSIBLE, IMPROBABLE, ROUTING = MANNERS = ("impossible", "improbable", "routing")
 """What kills: a value outside its hard interval, a statistic, an illegal choice of experts."""
+INERT = "inert"
+"""The verdict of a mutant that changes no bit of the trace."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +50,11 @@ class Outcome:
     case: str
     policy: str
     verdict: str
-    """``inert``: it changes no bit of the trace. Else that of the verification."""
+    """`INERT`, or that of the verification."""
     step: str = ""
     """The first wrong step, where it is killed."""
     by: str = ""
+    """One of `MANNERS`, where it is killed."""
     rung: str = ""
 
     @property
@@ -64,11 +63,11 @@ class Outcome:
 
 
 def judge_case(work: Work) -> list[Outcome]:
-    """Run the mutants on a case and judge them; the specification itself comes first, under the name ``-``."""
+    """Run the mutants on a case and judge them; the specification itself comes first."""
     case = read_case(work.case)
     ground = case.checkpoint().parameters
     outcomes, judged = [], set()
-    for name in ("-", *work.mutants):
+    for name in (SPECIFICATION, *work.mutants):
         each = MUTANTS.get(name)
         text = work.policy + (each.judged_by if each else "")
         quantised_model = each is not None and "QUANT" in each.needs
@@ -78,7 +77,7 @@ def judge_case(work: Work) -> list[Outcome]:
             # the specification itself, under each policy and on each checkpoint that a mutant is judged by
             judged.add((text, quantised_model))
             report = verify(right, f"case {case.name}", case.config, parameters, case.runs(), policy)
-            outcomes.append(outcome_of("-", case.name, work.policy, report))
+            outcomes.append(outcome_of(SPECIFICATION, case.name, work.policy, report))
         if each is None:
             continue
         if each.changes == PARALLEL:
@@ -86,7 +85,7 @@ def judge_case(work: Work) -> list[Outcome]:
             continue
         trace = run(each, case.config, parameters, case.runs(), policy)
         if same(trace, right):
-            outcomes.append(Outcome(name, case.name, work.policy, "inert"))
+            outcomes.append(Outcome(name, case.name, work.policy, INERT))
             continue
         report = verify(trace, f"case {case.name}", case.config, parameters, case.runs(), policy)
         outcomes.append(outcome_of(name, case.name, work.policy, report))
@@ -95,7 +94,7 @@ def judge_case(work: Work) -> list[Outcome]:
 
 def judge_parallel(mutant: Mutant, case: Case, policy: str) -> Outcome:
     """A mutant of the sharded run on a case: on the layouts that fit, until one shows it."""
-    parameters, outcome = case.checkpoint().parameters, Outcome(mutant.id, case.name, policy, "inert")
+    parameters, outcome = case.checkpoint().parameters, Outcome(mutant.id, case.name, policy, INERT)
     for layout in layouts(case.config):
         if layout == ONE_DEVICE:
             continue
@@ -125,19 +124,25 @@ def outcome_of(mutant: str, case: str, policy: str, report: Report) -> Outcome:
 
 
 def compute_matrix(
-    cases: Sequence[Path], mutants: Sequence[str], policies: Sequence[str] = POLICIES, jobs: int | None = None,
-    progress: Callable[[], None] | None = None,
-) -> list[Outcome]:  # fmt: skip
-    """All outcomes, in an order that does not depend on the number of processes."""
-    work = [Work(case, policy, tuple(mutants)) for case in cases for policy in policies]
+    work: Sequence[Work], jobs: int | None = None, progress: Callable[[], None] | None = None
+) -> list[Outcome]:
+    """All outcomes, in an order that does not depend on the number of processes.
+
+    jobs: as for `refmoe.parallel.results`.   progress: is called after each piece of work.
+    """
     found: list[Outcome] = []
     with results(judge_case, work, jobs) as judged:
         for _, outcomes in judged:
             found += outcomes
             if progress is not None:
                 progress()
-    order = {name: i for i, name in enumerate(("-", *MUTANTS))}
+    order = {name: i for i, name in enumerate((SPECIFICATION, *MUTANTS))}
     return sorted(found, key=lambda each: (order[each.mutant], each.policy, each.case))
+
+
+def whole(cases: Sequence[Path], mutants: Sequence[str], policies: Sequence[str] = POLICIES) -> list[Work]:
+    """The work of running all these mutants on all these cases."""
+    return [Work(case, policy, tuple(mutants)) for case in cases for policy in policies]
 
 
 def runnable() -> tuple[str, ...]:
@@ -145,53 +150,3 @@ def runnable() -> tuple[str, ...]:
     return tuple(
         each.id for each in MUTANTS.values() if (each.in_one_pass or each.changes == PARALLEL) and not each.equivalent
     )
-
-
-def to_json(outcomes: Iterable[Outcome], root: Path) -> str:
-    """The matrix as a file: per mutant and policy the cases that kill it, and at which step."""
-    kills: dict[str, dict[str, dict[str, str]]] = {}
-    other: dict[str, dict[str, list[str]]] = {}
-    for each in outcomes:
-        if each.killed:
-            place = f"{each.step} {each.by} {each.rung}"
-            kills.setdefault(each.mutant, {}).setdefault(each.policy, {})[each.case] = place
-        elif each.verdict != "inert" and each.mutant != "-":
-            other.setdefault(each.mutant, {}).setdefault(each.policy, []).append(each.case)
-    values = {
-        "format_version": FORMAT_VERSION, "policies": list(POLICIES), "sources": digests(root),
-        "kills": kills, "seen_but_legal": other, "equivalent": {
-            each.id: each.equivalent for each in MUTANTS.values() if each.equivalent
-        },
-    }  # fmt: skip
-    return json.dumps(values, indent=1, sort_keys=False) + "\n"
-
-
-@dataclass(frozen=True)
-class Summary:
-    """The matrix in short."""
-
-    killed: dict[str, int]
-    """Per policy, how many mutants at least one case kills."""
-    alive: dict[str, tuple[str, ...]]
-    """Per policy, the mutants that no case kills."""
-    false_alarms: tuple[str, ...]
-    """Cases and policies in which the specification itself fails."""
-    redundant: tuple[str, ...]
-    """Cases that kill nothing which no other case kills at the same dtype."""
-    mutants: int
-
-
-def summarise(kills: Mapping[str, Mapping[str, Mapping[str, Any]]], cases: Sequence[str]) -> Summary:
-    """kills: as in the file, per mutant, policy and case."""
-    names = runnable()
-    alive = {policy: tuple(name for name in names if not kills.get(name, {}).get(policy)) for policy in POLICIES}
-    needed: dict[str, int] = defaultdict(int)
-    for name in names:
-        for policy in POLICIES:
-            killers = [*kills.get(name, {}).get(policy, {})]
-            if len(killers) == 1:
-                needed[killers[0]] += 1
-    alarms = tuple(f"{case} {policy}" for policy, found in kills.get("-", {}).items() for case in found)
-    redundant = tuple(case for case in cases if not needed[case])
-    counts = {policy: len(names) - len(alive[policy]) for policy in POLICIES}
-    return Summary(counts, alive, alarms, redundant, len(names))

@@ -55,6 +55,8 @@ class Mutant:
     """Why no legal run shows it, where none does."""
     judged_by: str = ""
     """Changes to the policy that state the rule it breaks, such as ``+ties=lower``, where the generic ones do not."""
+    unseen: Mapping[str, str] = field(default_factory=dict)
+    """Policies under which no verification can see it, each with the reason: its effect against what is legal."""
 
     @property
     def in_one_pass(self) -> bool:
@@ -88,6 +90,7 @@ def mutant(
     id: str, breaks: Sequence[str], touches: Sequence[str], needs: Sequence[str] = (), sources: Sequence[str] = (),
     severity: str = "high", changes: str = STEP, step: str | None = None, fix: str = "", equivalent: str = "",
     judged_by: str = "", steps: Mapping[str, Callable[..., Any]] | None = None,
+    unseen: Mapping[str, str] | None = None,
 ) -> Callable[[Function], Function]:  # fmt: skip
     """Register the decorated function as a mutant.
 
@@ -104,6 +107,7 @@ def mutant(
         MUTANTS[id] = Mutant(
             id, " ".join((function.__doc__ or "").split()), kind, tuple(breaks), tuple(needs), tuple(sources), severity,
             changes, function, replaced, tuple(touches), fix, equivalent, judged_by,
+            unseen or {},
         )  # fmt: skip
         return function
 

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent
+
 CORE = (
-    "spec", "ops", "policy", "verify", "script.py", "trace.py", "sharding", "mutants/engine.py", "mutants/mutant.py",
-    "mutants/attending.py", "mutants/rounding.py", "mutants/parameters.py", "mutants/quantised.py",
+    "spec", "ops", "policy", "verify", "sharding", "script.py", "trace.py", "golden/case.py",
+    "checkpoint/layout.py", "checkpoint/synthetic.py", "checkpoint/weight.py", "checkpoint/weight_edits.py",
+    "checkpoint/weight_formula.py", "mutants/attending.py", "mutants/engine.py", "mutants/matrix.py",
+    "mutants/mutant.py", "mutants/on_ranks.py", "mutants/parameters.py", "mutants/quantised.py", "mutants/rounding.py",
 )  # fmt: skip
-"""What every outcome depends on."""
+"""What every run of a mutant on a case depends on."""
+SURROUNDINGS = ("text", "routing/losses.py", "mutants/generation.py", "mutants/outside.py", "mutants/vectors.py")
+"""What the mutants of tokenizer, sampler and loss depend on beside their vectors."""
+
+CATALOGUE, CASES, VECTORS = "mutants/", "cases/", "vectors/"
+"""What the names of parts begin with."""
 
 
 def digest(paths: Iterable[Path]) -> str:
@@ -22,18 +31,32 @@ def digest(paths: Iterable[Path]) -> str:
     return total.hexdigest()
 
 
+def files_of(names: Iterable[str], package: Path = PACKAGE) -> list[Path]:
+    """The files of the package that these names stand for, folders with all that is in them."""
+    found: list[Path] = []
+    for name in names:
+        path = package / name
+        found += [path] if path.is_file() else [*path.rglob("*.py"), *path.rglob("*.toml")]
+    return found
+
+
+def with_imports(path: Path) -> set[Path]:
+    """A file of the catalogue, and those of the others that it imports from."""
+    names = re.findall(r"^from refmoe\.mutants\.catalogue\.(\w+) import", path.read_text(encoding="utf-8"), re.M)
+    return {path}.union(*(with_imports(path.with_name(f"{name}.py")) for name in names))
+
+
 def digests(golden: Path) -> dict[str, str]:
-    """Per part its digest: ``core``, each file of the catalogue, each case."""
-    core: list[Path] = []
-    for name in CORE:
-        path = PACKAGE / name
-        core += [path] if path.is_file() else [*path.rglob("*.py"), *path.rglob("*.toml")]
-    found = {"core": digest(core)}
+    """Per part its digest: ``core``, ``surroundings``, each file of the catalogue, each case, each file of vectors."""
+    found = {"core": digest(files_of(CORE)), "surroundings": digest(files_of(SURROUNDINGS))}
     for path in sorted((PACKAGE / "mutants" / "catalogue").glob("*.py")):
         if path.name != "__init__.py":
-            found[f"mutants/{path.stem}"] = digest([path])
+            found[CATALOGUE + path.stem] = digest(with_imports(path))
     for path in sorted(golden.glob("*/case.toml")):
-        found[f"cases/{path.parent.name}"] = digest([path])
+        found[CASES + path.parent.name] = digest([path])
+    for path in sorted((golden / "vectors").glob("*.json")):
+        if not path.name.endswith(".schema.json"):
+            found[VECTORS + path.stem] = digest([path])
     return found
 
 

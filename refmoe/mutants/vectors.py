@@ -7,7 +7,6 @@ mistake is small: an implementation in float32 is not wrong here.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from refmoe.checkpoint.json_file import read_json
 from refmoe.errors import InputError
 from refmoe.ops.native import NativeOps
 from refmoe.routing.losses import router_z_loss
@@ -84,9 +84,8 @@ def wrong(implementation: Any, content: Mapping[str, Any]) -> list[str]:
 
 
 def read_vectors(path: Path) -> dict[str, Any]:
-    """A file of vectors."""
-    content: dict[str, Any] = json.loads(path.read_text(encoding="ascii"))
-    return content
+    """A file of vectors. Raises InputError when it is missing or is not JSON."""
+    return read_json(path).values
 
 
 def right_text(text: Text, vector: Vector) -> bool:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from base64 import b64encode
 from dataclasses import dataclass
-from hashlib import sha256
-from importlib.resources import files
 from itertools import islice
 
-from refmoe.errors import require
 from refmoe.report import wording
 from refmoe.report.error_plot import crowded, error_plot, interval_plot
 from refmoe.report.heat_map import LEVELS, heat_map
+from refmoe.report.page import render
 from refmoe.report.routing_strips import MARKS, routing_strips
 from refmoe.report.summary import run_names, summarise_routing, summarise_steps, wrong_choices
 from refmoe.verify.findings import CANNOT_JUDGE, CONFORMANT, FAIL, UNDECIDABLE, Check, Decision, Report, as_set
@@ -61,24 +58,16 @@ class DecisionView:
 
 
 def to_html(report: Report) -> str:
-    """The page as text, to be written as UTF-8.
-
-    Its own style and script are named by their digest in a content security policy, which forbids everything else:
-    a name in the trace that looks like code stays a name, and a browser will not ask anybody for anything.
-    """
-    jinja2 = require("jinja2", "html", "the HTML report")
-    style, script = _read("verification.css"), _read("verification.js")
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, finalize=_printable
-    )
+    """The page as text, to be written as UTF-8. Raises InputError when Jinja2 is missing."""
     failed = [check for check in report.checks if check.verdict == FAIL]
     routing = summarise_routing(report)
     name, symbol = VERDICTS.get(report.verdict, ("bad", "✕"))
-    page = environment.from_string(_read("verification.html.j2")).render(
+    return render(
+        "verification.html.j2",
+        ["verification.css"],
+        "verification.js",
+        "the HTML report",
         report=report,
-        style=style,
-        script=script,
-        digests={"style": _digest(style), "script": _digest(script)},
         verdict={"name": name, "symbol": symbol},
         first=_first_wrong(report),
         explanations=[wording.explanation(found) for found in (report.explanations or ())[:LISTED]],
@@ -102,20 +91,6 @@ def to_html(report: Report) -> str:
         number=wording.number,
         count=wording.count,
     )
-    return str(page)
-
-
-def _printable(value: object) -> object:
-    """What a template writes: text that is not markup of our own making gets its control characters escaped."""
-    return wording.visible(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
-
-
-def _read(name: str) -> str:
-    return files("refmoe.report").joinpath(name).read_text(encoding="utf-8").strip()
-
-
-def _digest(text: str) -> str:
-    return "sha256-" + b64encode(sha256(text.encode()).digest()).decode()
 
 
 def _first_wrong(report: Report) -> dict[str, object] | None:

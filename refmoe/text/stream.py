@@ -56,9 +56,10 @@ class TextStream:
 def decode_utf8(data: bytes, final: bool) -> tuple[str, bytes]:
     """The text of UTF-8 bytes, and the bytes at the end that a longer input could still turn into a character.
 
-    TOK-8: each byte that is part of no valid sequence gives one U+FFFD. Python's errors="replace" gives one for a
-    whole truncated sequence, so it cannot be used. When `final`, no bytes are kept back. Python also keeps back the two
-    bytes that begin an encoded surrogate (ED A0 to ED BF), which nothing completes: they turn to U+FFFD one byte later.
+    As TOK-8 has it, each byte that is part of no valid sequence gives one U+FFFD. Python's errors="replace" gives one
+    for a whole truncated sequence, so it cannot be used. When `final`, no bytes are kept back. Python also keeps back
+    the two bytes that begin an encoded surrogate (ED A0 to ED BF), which nothing completes: they turn to U+FFFD one
+    byte later.
     """
     text = ""
     while True:

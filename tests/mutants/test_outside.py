@@ -11,10 +11,10 @@ from refmoe.errors import InputError
 from refmoe.mutants.catalogue import MUTANTS
 from refmoe.mutants.engine import same
 from refmoe.mutants.generation import Session, unchanged_by_router_logits
-from refmoe.mutants.mutant import LOSS, SAMPLER, TOKENIZER
-from refmoe.mutants.vectors import Sampler, Text, read_vectors, wrong
+from refmoe.mutants.mutant import TOKENIZER
+from refmoe.mutants.outside import FILES, RIGHT, built, outside, read_vocabulary
+from refmoe.mutants.vectors import read_vectors, wrong
 from refmoe.routing.losses import load_balancing_loss
-from refmoe.text.tokenizer import Tokenizer
 from refmoe.verify.findings import NOT_CONFORMANT
 from tests.models import random_model
 from tests.mutants.judging import (
@@ -31,27 +31,18 @@ from tests.mutants.judging import (
 
 pytest.importorskip("mistral_common")
 
-from tests.vectors.tokenizer import DATA
-from tests.vectors.tokenizer import FILES as TOKENIZERS
-
 NO_VECTOR = {"aux-leaks-into-inference": "no wrong loss, but one in a wrong place: a law of generation shows it"}
-FILES = {
-    TOKENIZER: [f"tokenizer-{version}.json" for version in TOKENIZERS], SAMPLER: ["sampler.json"],
-    LOSS: ["losses.json"],
-}  # fmt: skip
 CONTENT = {name: read_vectors(GOLDEN / "vectors" / name) for names in FILES.values() for name in names}
-RIGHT = {TOKENIZER: Text, SAMPLER: Sampler, LOSS: load_balancing_loss}
 
-BUGS = [bug for bug, each in MUTANTS.items() if each.changes in FILES and bug not in NO_VECTOR]
+BUGS = [bug for bug in outside() if bug not in NO_VECTOR]
 AIMED = [(bug, name) for bug in BUGS for name in FILES[MUTANTS[bug].changes]]
 
 
-def built(function: Any, name: str) -> Any:
-    """An implementation to hold against a file: a tokenizer is built over the vocabulary that the file is of."""
+def over(function: Any, name: str) -> Any:
+    """An implementation to hold against a file, over the vocabulary that the file is of."""
     content = CONTENT[name]
-    if content["kind"] == "tokenizer":
-        return function.over(Tokenizer.load(DATA / content["tokenizer"]["file"]))
-    return function() if content["kind"] == "sampler" else function
+    tokenizer = content["kind"] == TOKENIZER
+    return built(function, content["kind"], read_vocabulary(content, GOLDEN / name) if tokenizer else None)
 
 
 def claimed(bug: str, name: str) -> set[str]:
@@ -61,12 +52,12 @@ def claimed(bug: str, name: str) -> set[str]:
 
 @pytest.mark.parametrize(("changes", "name"), [(changes, name) for changes, names in FILES.items() for name in names])
 def test_the_right_implementation_gets_every_vector_right(changes: str, name: str) -> None:
-    assert wrong(built(RIGHT[changes], name), CONTENT[name]) == []
+    assert wrong(over(RIGHT[changes], name), CONTENT[name]) == []
 
 
 @pytest.mark.parametrize(("bug", "name"), AIMED)
 def test_a_bug_is_caught_by_every_vector_that_lists_it(bug: str, name: str) -> None:
-    found = set(wrong(built(MUTANTS[bug].function, name), CONTENT[name]))
+    found = set(wrong(over(MUTANTS[bug].function, name), CONTENT[name]))
     assert claimed(bug, name)
     assert claimed(bug, name) - found == set()
 
@@ -81,7 +72,7 @@ def test_the_vectors_list_no_bug_that_is_not_in_the_catalogue(name: str) -> None
 @pytest.mark.parametrize(("bug", "name"), AIMED)
 def test_a_bug_leaves_some_vectors_right(bug: str, name: str) -> None:
     """It is one mistake, not another implementation altogether."""
-    assert len(wrong(built(MUTANTS[bug].function, name), CONTENT[name])) < len(CONTENT[name]["vectors"])
+    assert len(wrong(over(MUTANTS[bug].function, name), CONTENT[name])) < len(CONTENT[name]["vectors"])
 
 
 def test_vectors_of_another_kind_or_version_are_refused() -> None:

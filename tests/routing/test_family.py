@@ -409,6 +409,15 @@ def test_ties_go_to_the_lower_id_in_every_router() -> None:
     assert expert_choice(ExactOps(), np.zeros((4, 3)), 2).kept.tolist() == [[True] * 3] * 2 + [[False] * 3] * 2
 
 
+def test_an_expert_leaves_a_token_for_a_later_one() -> None:
+    """CHOICE-4. Each expert takes one of two tokens: the second, when it is likelier, changes who has the first."""
+    first = [3, 2]  # likelier with expert 0 than the other where that is [1, 1], less likely where it is [4, 1]
+    for second, taken in (([1, 1], [True, False]), ([4, 1], [False, True])):
+        routing = expert_choice(BALLS, logarithms([first, second]), 1)
+        assert routing.kept[0].tolist() == taken
+        assert routing.kept[1].tolist() == [not each for each in taken]
+
+
 @pytest.mark.parametrize("name", [*FAMILY])
 def test_the_family_runs_by_name_and_repeats_itself(name: str) -> None:
     """The seed is all the chance there is."""

@@ -1,0 +1,151 @@
+"""The matrix as one HTML page: no network, nothing beside it, readable without script."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from refmoe.golden import Case
+from refmoe.mutants.catalogue import MUTANTS
+from refmoe.mutants.matrix import IMPOSSIBLE, IMPROBABLE, INERT, POLICIES, ROUTING, runnable
+from refmoe.mutants.matrix_file import Matrix
+from refmoe.mutants.matrix_summary import Summary, summarise
+from refmoe.mutants.outside import outside
+from refmoe.report.page import render
+from refmoe.report.wording import count
+from refmoe.verify.findings import CANNOT_JUDGE, CONFORMANT
+
+STATES = {
+    IMPOSSIBLE: ("■", "killed: a value that the policy makes impossible"),
+    IMPROBABLE: ("◆", "killed: values that the policy makes improbable"),
+    ROUTING: ("▲", "killed: an illegal choice of experts"),
+    CONFORMANT: ("○", "changes something, all of it legal"),
+    CANNOT_JUDGE: ("?", "changes something that cannot be judged"),
+    INERT: ("·", "changes no bit"),
+}
+"""What a mutant comes to on a case under a policy, its mark, and in words."""
+CLASSES = {state: state.replace(" ", "-") for state in STATES}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A mutant on a case."""
+
+    marks: tuple[tuple[str, str], ...]
+    """Class and text of each stretch of equal marks, one mark per policy; none where it is inert under all."""
+    words: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A mutant on all cases."""
+
+    mutant: str
+    about: str
+    lives: str
+    """Where it lives without a known reason: policies."""
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Life:
+    """A mutant that no case kills under some policies."""
+
+    mutant: str
+    policies: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Weight:
+    """What a case is worth."""
+
+    case: str
+    why: str
+    kills: int
+    """Pairs of mutant and policy."""
+    alone: int
+    """Those of them that no other case kills."""
+
+
+def to_html(matrix: Matrix, cases: Sequence[Case]) -> str:
+    """The page as text, to be written as UTF-8. Raises InputError when Jinja2 is missing."""
+    names = [case.name for case in cases]
+    summary = summarise(matrix, names)
+    return render(
+        "matrix.html.j2",
+        ["verification.css", "matrix.css"],
+        "matrix.js",
+        "the HTML page of the matrix",
+        summary=summary,
+        policies=POLICIES,
+        cases=names,
+        classes={kind: [row(matrix, summary, name, names) for name in group] for kind, group in by_kind()},
+        states=[(CLASSES[state], mark, words) for state, (mark, words) in STATES.items()],
+        lives=lives(summary),
+        weights=weights(matrix, summary, cases),
+        outside=[(name, MUTANTS[name].about, matrix.outside.get(name, {})) for name in outside()],
+        count=count,
+    )
+
+
+def by_kind() -> list[tuple[str, list[str]]]:
+    """The mutants of the grid, class by class."""
+    names = sorted(runnable(), key=lambda name: MUTANTS[name].kind)  # within a class, the order of the catalogue
+    return [(kind, list(group)) for kind, group in groupby(names, key=lambda name: MUTANTS[name].kind)]
+
+
+def row(matrix: Matrix, summary: Summary, mutant: str, cases: Sequence[str]) -> Row:
+    """A mutant on these cases."""
+    alive = ", ".join(policy for policy in POLICIES if mutant in summary.alive[policy])
+    return Row(mutant, MUTANTS[mutant].about, alive, tuple(cell(matrix, mutant, case) for case in cases))
+
+
+def cell(matrix: Matrix, mutant: str, case: str) -> Cell:
+    """A mutant on a case, policy by policy."""
+    states, said = [], []
+    for policy in POLICIES:
+        step, state, rung = outcome(matrix, mutant, case, policy)
+        states.append(state)
+        said.append(f"{step}, {state} ({rung})" if step else STATES[state][1])
+    if {*states} == {INERT}:
+        return Cell((), "")
+    marks = tuple((CLASSES[state], STATES[state][0] * len([*same])) for state, same in groupby(states))
+    together = groupby(zip(said, POLICIES, strict=True), key=lambda pair: pair[0])
+    return Cell(marks, "; ".join(f"{', '.join(policy for _, policy in pairs)}: {words}" for words, pairs in together))
+
+
+def outcome(matrix: Matrix, mutant: str, case: str, policy: str) -> tuple[str, str, str]:
+    """The first wrong step, one of `STATES`, and the rung; step and rung are empty where it is not killed."""
+    place = matrix.killers(mutant, policy).get(case)
+    if place is not None:
+        step, by, rung = place.split()
+        return step, by, rung
+    return "", matrix.lives.get(mutant, {}).get(policy, {}).get(case, INERT), ""
+
+
+def lives(summary: Summary) -> list[Life]:
+    """Who lives where and why, those without a reason first."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for policy in POLICIES:
+        for name in summary.alive[policy]:
+            found.setdefault((name, ""), []).append(policy)
+        for name, reason in summary.unseen[policy].items():
+            found.setdefault((name, reason), []).append(policy)
+    table = [Life(name, ", ".join(policies), reason) for (name, reason), policies in found.items()]
+    return sorted(table, key=lambda life: bool(life.reason))
+
+
+def weights(matrix: Matrix, summary: Summary, cases: Sequence[Case]) -> list[Weight]:
+    """The cases by what they alone kill, the most first."""
+    table = [
+        Weight(
+            case.name,
+            " ".join(case.why.split()),
+            sum(case.name in matrix.killers(name, policy) for name in runnable() for policy in POLICIES),
+            summary.unique.get(case.name, 0),
+        )
+        for case in cases
+    ]
+    return sorted(table, key=lambda weight: (-weight.alone, -weight.kills))

@@ -1,0 +1,49 @@
+"""The matrix as lines of text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from refmoe.mutants.matrix import POLICIES, Work
+from refmoe.mutants.matrix_summary import Summary
+from refmoe.report.wording import count
+
+
+def summary_lines(summary: Summary) -> Iterable[str]:
+    """Who is killed, who lives and why, which cases do the killing; what must not be comes last."""
+    for policy in POLICIES:
+        yield f"{policy:9} {summary.killed[policy]} of {summary.mutants} mutants killed"
+        for name, reason in summary.unseen[policy].items():
+            yield f"          {name} cannot be seen: {reason}"
+    caught = summary.outside - len(summary.outside_alive)
+    yield f"vectors   {caught} of {summary.outside} mutants of tokenizer, sampler and loss killed"
+    alone = ", ".join(f"{case} {number}" for case, number in summary.unique.items())
+    yield f"what a case alone kills, mutants times dtypes: {alone or 'nothing'}"
+    yield f"cases that alone kill nothing: {', '.join(summary.redundant) or 'none'}"
+    yield from failures(summary.problems)
+
+
+def changed_lines(parts: Sequence[str], work: Sequence[Work], problems: Sequence[str]) -> Iterable[str]:
+    """What has changed, what was run again, and what of it is not as it should be."""
+    if not parts:
+        yield "nothing has changed since the matrix was computed"
+    else:
+        mutants = {name for each in work for name in each.mutants}
+        runs = f"{count(sum(len(each.mutants) for each in work), 'run')} of {count(len(mutants), 'mutant')}"
+        cases = count(len({each.case for each in work}), "case")
+        yield f"changed: {', '.join(parts)}"
+        yield f"{runs} on {cases} repeated, and the specification there"
+        if not problems:
+            yield "all that was killed is killed; `refmoe mutants matrix` records the new state"
+    yield from failures(problems)
+
+
+def stale_lines(parts: Sequence[str]) -> Iterable[str]:
+    """Whether the matrix is of other sources than those there are."""
+    if parts:
+        yield f"changed since: {', '.join(parts)}; `refmoe mutants matrix --changed` says whether it still holds"
+
+
+def failures(problems: Sequence[str]) -> Iterable[str]:
+    """What must not be, a line each."""
+    return (f"FAIL  {problem}" for problem in problems)

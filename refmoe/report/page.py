@@ -1,0 +1,42 @@
+"""Pages that need no network: one file with its own style and script, and nothing that a name could smuggle in."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Sequence
+from hashlib import sha256
+from importlib.resources import files
+from typing import Any
+
+from refmoe.errors import require
+from refmoe.report import wording
+
+
+def render(template: str, styles: Sequence[str], script: str, what: str, **values: Any) -> str:
+    """A page as text, to be written as UTF-8.   template, styles, script: files of this package.   what: for messages
+
+    Its own style and script are named by their digest in a content security policy, which forbids everything else:
+    a name in the trace that looks like code stays a name, and a browser will not ask anybody for anything.
+    Raises InputError when Jinja2 is missing.
+    """
+    jinja2 = require("jinja2", "html", what)
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, finalize=_printable
+    )
+    style, code = "\n".join(map(_read, styles)), _read(script)
+    digests = {"style": _digest(style), "script": _digest(code)}
+    page = environment.from_string(_read(template)).render(style=style, script=code, digests=digests, **values)
+    return str(page)
+
+
+def _printable(value: object) -> object:
+    """What a template writes: text that is not markup of our own making gets its control characters escaped."""
+    return wording.visible(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
+
+
+def _read(name: str) -> str:
+    return files("refmoe.report").joinpath(name).read_text(encoding="utf-8").strip()
+
+
+def _digest(text: str) -> str:
+    return "sha256-" + b64encode(sha256(text.encode()).digest()).decode()
