@@ -7,6 +7,10 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from refmoe.mutants.catalogue import MUTANTS
+from refmoe.mutants.matrix import POLICIES
+from refmoe.policy.load import policy
+
 PACKAGE = Path(__file__).parent.parent
 
 CORE = (
@@ -15,7 +19,9 @@ CORE = (
     "checkpoint/weight_formula.py", "mutants/attending.py", "mutants/engine.py", "mutants/matrix.py",
     "mutants/mutant.py", "mutants/on_ranks.py", "mutants/parameters.py", "mutants/quantised.py", "mutants/rounding.py",
 )  # fmt: skip
-"""What every run of a mutant on a case depends on."""
+"""What every run of a mutant on a case depends on, beside the policies that it is judged by."""
+NOT_CORE = ("ops/kernels", "ops/cupy_ops.py", "ops/device.py", "policy/profiles.toml")
+"""Of these packages, what no such run loads, or only a part of: of all profiles, those that mutants are judged by."""
 SURROUNDINGS = ("text", "routing/losses.py", "mutants/generation.py", "mutants/outside.py", "mutants/vectors.py")
 """What the mutants of tokenizer, sampler and loss depend on beside their vectors."""
 
@@ -37,7 +43,14 @@ def files_of(names: Iterable[str], package: Path = PACKAGE) -> list[Path]:
     for name in names:
         path = package / name
         found += [path] if path.is_file() else [*path.rglob("*.py"), *path.rglob("*.toml")]
-    return found
+    left_out = [package / name for name in NOT_CORE]
+    return [path for path in found if not any(path.is_relative_to(each) for each in left_out)]
+
+
+def policies() -> str:
+    """The policies that mutants are judged by, field by field."""
+    changes = sorted({each.judged_by for each in MUTANTS.values()})
+    return "\n".join(repr(policy(name + change)) for name in POLICIES for change in changes)
 
 
 def with_imports(path: Path) -> set[Path]:
@@ -48,7 +61,8 @@ def with_imports(path: Path) -> set[Path]:
 
 def digests(golden: Path) -> dict[str, str]:
     """Per part its digest: ``core``, ``surroundings``, each file of the catalogue, each case, each file of vectors."""
-    found = {"core": digest(files_of(CORE)), "surroundings": digest(files_of(SURROUNDINGS))}
+    core = hashlib.sha256(f"{digest(files_of(CORE))} {policies()}".encode()).hexdigest()
+    found = {"core": core, "surroundings": digest(files_of(SURROUNDINGS))}
     for path in sorted((PACKAGE / "mutants" / "catalogue").glob("*.py")):
         if path.name != "__init__.py":
             found[CATALOGUE + path.stem] = digest(with_imports(path))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from refmoe.spec.config import Config
 from refmoe.spec.taps import LAYER_TAPS, tap_names
-from refmoe.verify.findings import FREE, LOCAL, REPLAYED
+from refmoe.verify.findings import FREE, LOCAL, REPLAYED, step_of
 
 INPUTS = {
     "attention_norm": ("x",),
@@ -44,6 +44,8 @@ class Origin:
     rung: str
     spans: int
     """How many steps lie between: 1 for a single step."""
+    normalises: bool
+    """Whether one of these steps is a norm, whose statistic errs for a whole row alike."""
 
 
 def inputs(tap: str, config: Config) -> tuple[str, ...]:
@@ -64,16 +66,17 @@ def origins(config: Config, present: Set[str]) -> dict[str, Origin]:
     found: dict[str, Origin] = {}
     for tap in order:
         since: set[str] = set()
-        spans, chosen_here = 1, False
+        spans, chosen_here, normalises = 1, False, step_of(tap) in NORMS
         for name in inputs(tap, config):
             if name in present:
                 since.add(name)
                 continue
             since.update(found[name].since)
             spans = max(spans, 1 + found[name].spans)
+            normalises |= found[name].normalises
             chosen_here |= name.endswith("router.experts") or found[name].rung == FREE
         rung = FREE if chosen_here else LOCAL if spans == 1 else REPLAYED
-        found[tap] = Origin(tuple(sorted(since, key=order.__getitem__)), rung, spans)
+        found[tap] = Origin(tuple(sorted(since, key=order.__getitem__)), rung, spans, normalises)
     return found
 
 
@@ -82,5 +85,8 @@ MIXING = frozenset(
      "router.logits", "expert.gate", "expert.up", "expert.output", "logits"]
 )  # fmt: skip
 """Steps that sum over many inputs: there the errors of neighbouring values are independent."""
+
+NORMS = frozenset(["attention_norm", "moe_norm", "final_norm"])
+"""Steps that scale a row by one statistic of it."""
 
 assert INPUTS.keys() == LAYER_TAPS.keys()

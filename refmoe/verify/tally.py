@@ -197,10 +197,11 @@ class Tally:
         return math.sqrt(self.reach)
 
     def check(
-        self, run: str, tap: str, since: tuple[str, ...], rung: str, limits: Limits, alike: float | None, why: str
-    ) -> Check:
-        """The verdict.   alike: how many values err as one; None where size and filter do not apply.   why: what makes
-        values undecided, in words."""
+        self, run: str, tap: str, since: tuple[str, ...], rung: str, limits: Limits, alike: float | None,
+        leans: bool, why: str,
+    ) -> Check:  # fmt: skip
+        """The verdict.   alike: how many values err as one; None where size and filter do not apply.   leans: whether a
+        lean of the errors says anything.   why: what makes values undecided, in words."""
         enough = alike is not None and self.rows >= ROWS and self.counted > 0
         rms_limit = limits.rms(self.counted, alike) if enough and alike is not None else float("nan")
         reasons = []
@@ -211,7 +212,7 @@ class Tally:
             reasons.append(f"a value is {self.excess:.4g} standard deviations from its cell, limit {limits.excess:.1f}")
         if enough and self.rms > rms_limit:
             reasons.append(f"errors are {self.rms:.3g} times their expected size, limit {rms_limit:.3g}")
-        if enough and self.snr > SNR and abs(self.truncation) > LEAN:
+        if enough and leans and self.snr > SNR and abs(self.truncation) > LEAN:
             toward = "toward zero, as truncation does" if self.truncation > 0 else "away from zero"
             reasons.append(f"errors lean {toward}: {self.truncation:.2f}, where rounding to nearest gives 0")
         if reasons:

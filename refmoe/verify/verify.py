@@ -59,7 +59,7 @@ def verify(
 
     def judge(recomputed: frozenset[tuple[str, str]] = frozenset(), unrounded: bool = False) -> Judged:
         findings = Pass(trace, subject, policy, limits.excess, recomputed, unrounded, progress).go()
-        checks = assemble(findings, contents, config, limits)
+        checks = assemble(findings, contents, config, policy, limits)
         return findings, against_noise(checks, findings, trace, subject, policy, limits)
 
     findings, checks = judge()
@@ -74,7 +74,7 @@ def verify(
     return conclude(trace, name, policy, significance, contents, findings, checks)
 
 
-def assemble(findings: Findings, contents: Contents, config: Config, limits: Limits) -> list[Check]:
+def assemble(findings: Findings, contents: Contents, config: Config, policy: Policy, limits: Limits) -> list[Check]:
     """The checks of a pass, in order of computation, run by run."""
     checks = []
     chosen = {(d.run, d.layer, d.token): d.found or d.expected for d in findings.decisions}
@@ -95,8 +95,12 @@ def assemble(findings: Findings, contents: Contents, config: Config, limits: Lim
                 continue
             tally = findings.tallies.get((run.run, tap), Tally())
             size = alike_values(tap, origin, alike)
+            # the rows of a norm in the dtype of its statistic: adding eps to rounded means errs alike in all of them
+            alike_rows = origin.normalises and policy.statistics.precision <= policy.at(step_of(tap)).precision
+            if size is not None and alike_rows:
+                size = max(size, tally.values / max(tally.rows, 1))
             why = OPEN_CHOICE if origin.rung == FREE else NO_BOUND
-            check = tally.check(run.run, tap, origin.since, origin.rung, limits, size, why)
+            check = tally.check(run.run, tap, origin.since, origin.rung, limits, size, not alike_rows, why)
             checks.append(name_expert(check, chosen))
     return checks
 

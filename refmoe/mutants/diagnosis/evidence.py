@@ -153,7 +153,7 @@ def judge_again(
 
     def checked(recomputed: frozenset[Key] = frozenset(), unrounded: bool = False) -> list[Check]:
         seen = judge(evidence.trace, subject, policy, limits.excess, recomputed, unrounded).go()
-        return assemble(seen, evidence.contents, right, limits)
+        return assemble(seen, evidence.contents, right, policy, limits)
 
     checks = checked()
     failed = frozenset((check.run, check.tap) for check in checks if check.verdict == FAIL)
