@@ -136,7 +136,8 @@ class Tally:
         spacing, allowed = ulp(pair(m, np.abs(m) + r), format)
         ratio = np.abs(error) / (r + allowed / 2 if format.precision < 53 else r)
         if not clean:
-            ratio = np.where(bounded, ratio, 0.0)  # nothing is allowed too little where nothing is known
+            # nothing is allowed too little where nothing is known, nor where a legal value is infinite
+            ratio = np.where(bounded & (finite | outside), ratio, 0.0)
 
         start, end = cell(y if clean else np.where(finite, y, 0.0), format)
         beyond = np.maximum(m - end, start - m)

@@ -15,7 +15,7 @@ from refmoe.ops.exact import ExactOps
 from refmoe.script import execute
 from refmoe.spec import model as spec
 from refmoe.trace import Recorder
-from refmoe.verify.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT
+from refmoe.verify.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT, PASS
 from tests.verify.engines import (
     captured,
     case_names,
@@ -179,3 +179,10 @@ def test_few_taps_are_no_fault_and_the_report_says_what_is_missing(name: str, dt
     assert "moe_norm" in report.missing
     assert not any(wanted(step) for step in report.missing)
     assert any("moe_norm" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("dtype", ["float16"])
+def test_a_legal_infinity_is_no_error_beyond_the_allowed_one(dtype: str) -> None:
+    """Past 65504 a value is infinite as it should be: the report must not say that it errs by more than is allowed."""
+    report = judged("huge-activations", honest("huge-activations", dtype, "eager"), "hf-float16")
+    assert [check.tap for check in report.checks if check.verdict == PASS and not check.worst_error <= 1] == []
