@@ -12,6 +12,7 @@ from refmoe.cli.capture import capture_command, materialise_command
 from refmoe.cli.certify import certify_command
 from refmoe.cli.check import check_command
 from refmoe.cli.compare import compare_command
+from refmoe.cli.conform import conform_command
 from refmoe.cli.emit import emit_command
 from refmoe.cli.generate import generate_command
 from refmoe.cli.info import info_command
@@ -19,6 +20,7 @@ from refmoe.cli.mutants import mutants_command
 from refmoe.cli.policies import policies_command
 from refmoe.cli.route import route_command
 from refmoe.cli.routers import routers_command
+from refmoe.cli.scoreboard import scoreboard_command
 from refmoe.cli.verify import verify_command
 from refmoe.errors import InputError
 
@@ -40,6 +42,8 @@ for command in (
     compare_command,
     capture_command,
     materialise_command,
+    conform_command,
+    scoreboard_command,
     policies_command,
     mutants_command,
     audit_command,

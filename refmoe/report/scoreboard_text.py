@@ -1,0 +1,190 @@
+"""Results of conformance and the scoreboard on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from refmoe.conform.known import Held
+from refmoe.conform.outcome import SKIPPED, Outcome, Results
+from refmoe.conform.process import BROKEN, CRASHED, TIMED_OUT
+from refmoe.conform.scoreboard import DEVIATES, FAILED, KINDS, NOT_RUN, UNDECIDABLE, UNSUPPORTED, Group, Scoreboard
+from refmoe.report.terminal import WIDE
+from refmoe.report.wording import count, number, visible
+from refmoe.verify.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT
+
+STYLES = {
+    CONFORMANT: "green", NOT_CONFORMANT: "bold red", CANNOT_JUDGE: "yellow", SKIPPED: "dim", CRASHED: "bold red",
+    TIMED_OUT: "bold red", BROKEN: "bold red",
+}  # fmt: skip
+MARKS = {CONFORMANT: "✓", DEVIATES: "✕", UNDECIDABLE: "?", UNSUPPORTED: "-", FAILED: "!", NOT_RUN: "·"}
+"""Per kind of outcome a character."""
+LISTED = 10
+"""Cases of a group that are named, and lines of a harness's standard error."""
+INDENT = "    "
+
+
+def console_for_reports() -> Console:
+    """A pipe gets whole tables."""
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = WIDE
+    return console
+
+
+def print_results(results: Results, held: Held, logs: Mapping[tuple[str, str], str]) -> None:
+    """Case by dtype, then what failed.   logs: per case and dtype the end of the harness's standard error"""
+    console = console_for_reports()
+    engine = results.engine
+    options = " ".join(f"{key}={value}" for key, value in engine.options.items())
+    _print(console, visible(f"{engine.name} {engine.version}  {options}".strip()), "bold")
+    _print(console, visible(f"smoke test: {results.smoke}"))
+    console.print()
+    console.print(_case_table(results))
+    console.print()
+    for outcome in held.failing:
+        _print_failure(console, outcome, logs.get((outcome.case, outcome.dtype), ""))
+    for outcome, entry in held.known:
+        _print(console, f"{_place(outcome)}: known to fail: {visible(entry.reason)}{_issue(entry.issue)}", "dim")
+    for outcome, entry in held.passing:
+        _print(
+            console, f"{_place(outcome)}: conformant, but listed as known to fail: {visible(entry.reason)}", "bold red"
+        )
+    for reason, outcomes in _skips(results).items():
+        _print(console, f"skipped: {visible(reason)}: {_places(outcomes)}", "dim")
+    for note in results.notes:
+        _print(console, f"note: {visible(note)}")
+    counts = results.counts
+    said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in STYLES if counts[verdict])
+    known = f"; {count(len(held.known), 'failure')} known" if held.known else ""
+    _print(console, f"{count(len(results.outcomes), 'outcome')}: {said}{known}", "bold")
+
+
+def _case_table(results: Results) -> Table:
+    dtypes = list(dict.fromkeys(each.dtype for each in results.outcomes))
+    found = {(each.case, each.dtype): each for each in results.outcomes}
+    table = Table(box=None, pad_edge=False)
+    for heading in ("case", *dtypes):
+        table.add_column(heading, no_wrap=True)
+    for case in dict.fromkeys(each.case for each in results.outcomes):
+        row = [found[case, dtype].verdict for dtype in dtypes]
+        table.add_row(Text(visible(case)), *(Text(verdict, STYLES[verdict]) for verdict in row))
+    return table
+
+
+def _print_failure(console: Console, outcome: Outcome, log: str) -> None:
+    first = f": first wrong step {'/'.join(outcome.first_wrong)}" if outcome.first_wrong else ""
+    _print(console, visible(f"{_place(outcome)}: {outcome.verdict}{first}"), STYLES[outcome.verdict])
+    _print(console, INDENT + visible(outcome.reason))
+    for cause in outcome.explanations[:1]:
+        _print(console, visible(f"{INDENT}{cause.kind}: {cause.name}: {cause.about}"))
+    if log and outcome.verdict in (CRASHED, TIMED_OUT, BROKEN):
+        _print(console, f"{INDENT}the end of its standard error:")
+        for line in log.splitlines()[-LISTED:]:
+            _print(console, f"{INDENT}  {visible(line)}", "dim")
+
+
+def _skips(results: Results) -> dict[str, list[Outcome]]:
+    """Per reason, with its issue, what was skipped."""
+    found: dict[str, list[Outcome]] = {}
+    for each in results.outcomes:
+        if each.verdict == SKIPPED:
+            found.setdefault(each.reason + _issue(each.issue), []).append(each)
+    return found
+
+
+def _place(outcome: Outcome) -> str:
+    return visible(f"{outcome.case} {outcome.dtype}")
+
+
+def _places(outcomes: Sequence[Outcome]) -> str:
+    cases = list(dict.fromkeys(each.case for each in outcomes))
+    more = f" and {len(cases) - LISTED} more cases" if len(cases) > LISTED else ""
+    return visible(", ".join(cases[:LISTED])) + more
+
+
+def _issue(issue: str | None) -> str:
+    return "" if issue is None else f" ({visible(issue)})"
+
+
+def _print(console: Console, text: str, style: str = "") -> None:
+    """Plain text only: what looks like markup in a name is part of the name."""
+    console.print(Text(text, style=style), soft_wrap=True)
+
+
+# ---- the scoreboard
+
+
+def print_scoreboard(board: Scoreboard) -> None:
+    """Counts, engine by dtype; marks, case by engine; deviations; the largest error of each step."""
+    console = console_for_reports()
+    console.print(_counts(board))
+    console.print()
+    _print(
+        console,
+        ", ".join(f"{mark} {kind}" for kind, mark in MARKS.items()) + "; a mark for each dtype, in the order above",
+    )
+    console.print(_marks(board))
+    for kind in (DEVIATES, FAILED, UNDECIDABLE, UNSUPPORTED):
+        groups = board.groups(kind)
+        if groups:
+            console.print()
+            _print(console, kind, "bold")
+        for group in groups:
+            _print_group(console, group)
+    console.print()
+    _print(console, "largest error of each step, in units of the allowed error", "bold")
+    console.print(_errors(board))
+    for note in board.notes:
+        _print(console, f"note: {visible(note)}")
+
+
+def _names(board: Scoreboard) -> list[str]:
+    """Short names of the engines, for the heads of columns."""
+    return [f"#{i}" for i in range(1, len(board.entrants) + 1)]
+
+
+def _counts(board: Scoreboard) -> Table:
+    table = Table(box=None, pad_edge=False)
+    kinds = list(dict.fromkeys(KINDS.values()))
+    for heading in ("", "engine", "dtype", *kinds):
+        table.add_column(heading, justify="right" if heading in kinds else "left")
+    for name, entrant in zip(_names(board), board.entrants, strict=True):
+        for dtype in entrant.dtypes:
+            tally = entrant.tally(dtype)
+            table.add_row(name, Text(visible(entrant.label)), dtype, *(str(tally[kind]) for kind in kinds))
+    return table
+
+
+def _marks(board: Scoreboard) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("case", no_wrap=True)
+    for name in _names(board):
+        table.add_column(name, no_wrap=True)
+    for case in board.cases:
+        cells = ("".join(MARKS[entrant.kind(case, dtype)] for dtype in entrant.dtypes) for entrant in board.entrants)
+        table.add_row(Text(visible(case)), *cells)
+    return table
+
+
+def _print_group(console: Console, group: Group) -> None:
+    cause = f": {group.cause.kind}: {group.cause.name}" if group.cause else ""
+    what = f"first wrong step {group.step}{cause}" if group.step else f"{group.reason}{_issue(group.issue)}"
+    _print(console, visible(f"  {group.label}: {what}"))
+    cases = [f"{case} ({', '.join(dtypes)})" for case, dtypes in group.places.items()]
+    more = f" and {len(cases) - LISTED} more" if len(cases) > LISTED else ""
+    _print(console, visible(f"{INDENT}{', '.join(cases[:LISTED])}{more}"), "dim")
+
+
+def _errors(board: Scoreboard) -> Table:
+    worst = [entrant.worst_errors() for entrant in board.entrants]
+    table = Table(box=None, pad_edge=False)
+    table.add_column("step")
+    for name in _names(board):
+        table.add_column(name, justify="right")
+    for step in dict.fromkeys(step for errors in worst for step in errors):
+        table.add_row(step, *(number(errors[step], "NaN") if step in errors else "-" for errors in worst))
+    return table
