@@ -1,0 +1,150 @@
+"""Ops on a GPU: `NativeOps` on another device. The steps that go with them are in `refmoe.ops.kernels.steps`.
+
+Nothing but `cupy_ops` imports CuPy: the rest runs over NumPy and kernels on a CPU as well, and is tested so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from refmoe.ops.arrays import ArrayOps, StoredWeight, Tap
+from refmoe.ops.device import require_gpu
+from refmoe.ops.kernels import source
+from refmoe.ops.kernels.calls import Kernels
+from refmoe.ops.kernels.kernel import STORED, GetFunction
+from refmoe.ops.native import upcast
+from refmoe.ops.slices import on_host
+from refmoe.ops.weight_cache import WeightCache
+from refmoe.spec.experts import Expert
+
+Array = Any
+FEW_TOKENS = 4
+"""Up to so many, weights are read where they are, once per row; above, a matrix product reads them at float32.
+
+A bfloat16 weight costs 2 bytes per row in place; converting it and multiplying costs 2 + 4 + 4 bytes, once. By that
+count 5 rows are even. Not yet measured.
+"""
+
+
+class CupyOps(ArrayOps):
+    """CuPy at float32 or float64; weights stay on the device in their stored dtype."""
+
+    def __init__(
+        self,
+        xp: Any,
+        module: Callable[[str], GetFunction],
+        dtype: Any = np.float32,
+        tap: Tap | None = None,
+        weight_bytes: int = 64 << 30,
+    ) -> None:
+        """xp, module: as of `Kernels`.   weight_bytes: device memory for weights that are kept for later calls."""
+        super().__init__(dtype, tap, xp)
+        self.kernels = Kernels(xp, module) if self.dtype == np.float32 else None
+        self._weights = WeightCache(weight_bytes)
+        self._last_table: dict[str, Any] = {}  # shared by all copies that `within` makes
+
+    @property
+    def watched(self) -> bool:
+        """Whether anybody receives taps."""
+        return self._tap is not None
+
+    # ---- parameters
+
+    def stored(self, weight: StoredWeight) -> Array:
+        """A weight on the device: in its stored dtype where the kernels read that, else at the computing dtype."""
+
+        def upload() -> Array:
+            values = weight.read()
+            kept = values if str(values.dtype) in STORED else values.astype(self.dtype)
+            return self.xp.ascontiguousarray(self.xp.asarray(kept))
+
+        return self._weights.get(weight, upload, lambda array: array.nbytes)
+
+    def stacked(self, experts: tuple[Expert, ...]) -> tuple[Array, Array, Array] | None:
+        """w1 and w3 [E, F, D] and w2 [E, D, F] in one piece each; None where experts are stored in different dtypes."""
+
+        def upload() -> tuple[Array, Array, Array]:
+            first, second, third = ([getattr(e, name).read() for e in experts] for name in ("w1", "w3", "w2"))
+            return self._stack(first), self._stack(second), self._stack(third)
+
+        stacks: tuple[Array, Array, Array] = self._weights.get(
+            experts, upload, lambda arrays: sum(0 if array is None else array.nbytes for array in arrays)
+        )
+        return None if any(stack is None or stack.dtype != stacks[0].dtype for stack in stacks) else stacks
+
+    def _stack(self, matrices: Sequence[Array]) -> Array | None:
+        """One upload per expert, into its place: the stack is never there twice."""
+        dtypes = {str(matrix.dtype) for matrix in matrices}
+        if len(dtypes) > 1:
+            return None
+        (dtype,) = dtypes
+        stack = self.xp.empty((len(matrices), *matrices[0].shape), matrices[0].dtype if dtype in STORED else self.dtype)
+        for i, matrix in enumerate(matrices):
+            stack[i] = self.xp.asarray(matrix.astype(stack.dtype, copy=False))
+        return stack
+
+    def vector(self, weight: StoredWeight) -> Array:
+        return upcast(self.stored(weight), self.dtype)
+
+    def embed(self, table: StoredWeight, ids: Array) -> Array:
+        return self.array(table.rows(on_host(ids)))
+
+    def linear(self, x: Array, weight: StoredWeight) -> Array:
+        matrix = self.stored(weight)
+        rows = x.reshape(-1, x.shape[-1])
+        if self.kernels is None or len(rows) > FEW_TOKENS:
+            return x @ upcast(matrix, self.dtype).T
+        # as the only expert of a model of one expert
+        only = self.xp.zeros((len(rows), 1), np.int32)
+        product = self.kernels.expert_output(matrix[None], self.xp.ascontiguousarray(rows)[:, None], only)
+        return product.reshape(*x.shape[:-1], -1)
+
+    # ---- arithmetic
+
+    def matmul(self, a: Array, b: Array) -> Array:
+        return a @ b
+
+    def sum(self, x: Array, axis: int) -> Array:
+        return x.sum(axis=axis)
+
+    def exp(self, x: Array) -> Array:
+        return self.xp.exp(x)
+
+    def log(self, x: Array) -> Array:
+        return self.xp.log(x)
+
+    def sqrt(self, x: Array) -> Array:
+        return self.xp.sqrt(x)
+
+    def sigmoid(self, x: Array) -> Array:
+        small = self.xp.exp(-self.xp.abs(x))
+        return self.xp.where(x >= 0, 1, small) / (1 + small)
+
+    def unit_circle(self, positions: Array, base: float, numerators: Sequence[int], denominator: int) -> Any:
+        """On the host, in float64: a device's own sine and cosine may differ in the last bit."""
+        key = (base, tuple(numerators), denominator)
+        last = self._last_table
+        if last.get("positions") is not positions or last.get("key") != key:  # every layer asks for the same
+            exponents = -np.asarray(numerators, dtype=np.float64) / denominator
+            angles = on_host(positions)[:, None] * base**exponents
+            last.update(positions=positions, key=key, table=(self.array(np.cos(angles)), self.array(np.sin(angles))))
+        return last["table"]
+
+
+@cache
+def _module(file: str) -> GetFunction:
+    """The kernels of one file, compiled for the current device when one is first launched."""
+    cupy = require_gpu()
+    module = cupy.RawModule(code=source.text(file), options=source.OPTIONS, name_expressions=source.expressions(file))
+    return module.get_function  # type: ignore[no-any-return]
+
+
+def cupy_ops(dtype: Any = np.float32, tap: Tap | None = None) -> CupyOps:
+    """Ops on the current device. Raises InputError, with the reason, where there is none."""
+    cupy = require_gpu()
+    free, _ = cupy.cuda.runtime.memGetInfo()
+    return CupyOps(cupy, _module, dtype, tap, weight_bytes=free * 3 // 4)

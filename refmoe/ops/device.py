@@ -1,0 +1,49 @@
+"""Whether this machine has a GPU that refmoe can use, and if not, why not, in one sentence."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+from refmoe.errors import InputError
+
+INSTALL = "pip install 'refmoe[cuda13]' 'cupy-cuda13x[ctk]'"
+"""The extra brings CuPy; its own extra the libraries of the CUDA toolkit, which CuPy alone does not contain."""
+
+
+def gpu_problem() -> str | None:
+    """Why no GPU can be used, or None if one can.
+
+    Importing CuPy succeeds without a driver, a device or a toolkit, so each is asked for in turn; nothing is compiled
+    and no memory is taken.
+    """
+    try:
+        cupy = import_module("cupy")
+    except ImportError as error:
+        return f"CuPy is not installed or does not load ({_line(error)}): {INSTALL}"
+    runtime = cupy.cuda.runtime
+    try:
+        devices = runtime.getDeviceCount()
+    except runtime.CUDARuntimeError as error:
+        return f"there is no NVIDIA driver that CuPy can use ({_line(error)})"
+    if not devices:
+        return "the NVIDIA driver shows no device; CUDA_VISIBLE_DEVICES may hide it"
+    try:
+        cupy.cuda.nvrtc.getVersion()
+        import_module("cupy.cuda").cublas  # noqa: B018  loaded when it is first named
+    except (ImportError, AttributeError, RuntimeError) as error:
+        return f"a library of the CUDA toolkit is missing ({_line(error)}): {INSTALL}"
+    return None
+
+
+def require_gpu() -> ModuleType:
+    """The module cupy. Raises InputError with the reason where no GPU can be used."""
+    problem = gpu_problem()
+    if problem:
+        raise InputError(f"no GPU can be used: {problem}")
+    return import_module("cupy")
+
+
+def _line(error: Exception) -> str:
+    """The first line of a message, or the kind of error where there is none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,1 @@
+"""Kernels on the CPU: CUDA text compiled by g++ behind `cuda.h`, launched on NumPy arrays as CuPy launches it."""
