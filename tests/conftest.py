@@ -11,6 +11,7 @@ import pytest
 from hypothesis import settings
 
 from refmoe.cli import main
+from refmoe.ops.device import gpu_problem
 from tests.command_line import Refmoe
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may ask a hub for anything
@@ -27,8 +28,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     reasons = {}
     if missing:
         reasons["engines"] = f"{' and '.join(missing)} not installed: pip install -e '.[engines]'"
-    if importlib.util.find_spec("cupy") is None:
-        reasons["gpu"] = "cupy not installed: pip install -e '.[cuda12]' on a machine with an NVIDIA GPU"
+    if problem := gpu_problem():
+        reasons["gpu"] = problem
     for item in items:
         for marker, reason in reasons.items():
             if item.get_closest_marker(marker):

@@ -9,20 +9,12 @@ import numpy as np
 import pytest
 
 from refmoe.ops.cupy_ops import cupy_ops
-from refmoe.ops.device import gpu_problem
 from refmoe.ops.kernels.kernel import STORED, Kernel
 from refmoe.ops.kernels.table import KERNELS
 from tests.kernels.examples import examples
 from tests.kernels.on_cpu import arrays_of
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def _gpu() -> None:
-    problem = gpu_problem()
-    if problem:
-        pytest.skip(problem)
 
 
 class OnGpu:
