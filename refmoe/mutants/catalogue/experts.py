@@ -12,6 +12,7 @@ import numpy as np
 from refmoe.mutants.mutant import PARAMETERS, mutant
 from refmoe.mutants.parameters import mapped, with_experts, with_layers
 from refmoe.mutants.rounding import rounded
+from refmoe.ops.enclosure.array import Enclosure
 from refmoe.policy.steps import run_experts as right_experts
 from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters
@@ -27,6 +28,11 @@ ALIGN = 8
 """Rows that a kernel gives an expert without tokens: rows of a tensor core's tile."""
 ROWS = 100
 """Rows after which an offset wraps: in 8x7B 2^31 / 28672 = 74898 rows, 37449 tokens, and no case is so long."""
+
+SLOPE = 0.001
+"""More than the slope of the difference of both forms of GELU anywhere."""
+ROUNDINGS = 4
+"""Of 1 + tanh(z) or 1 + erf(z): that of the function, of the sum and of the products."""
 
 
 def swiglu(ops: Any, gate: Any, up: Any) -> Any:
@@ -103,14 +109,25 @@ def silu_of_up(ops: Any, experts: Any, x: Any, chosen: Any) -> Any:
     ],
 )  # fmt: skip
 def gelu_gate(ops: Any, experts: Any, x: Any, chosen: Any) -> Any:
-    """The gate's activation is GELU in its tanh form, copied from another model."""
+    """The gate's activation is GELU, copied from another model: here in its tanh form; a trace may have either."""
 
     def geglu(ops: Any, gate: Any, up: Any) -> Any:
         # (1 + tanh z) / 2 = sigmoid(2 z), z = sqrt(2 / pi) (x + 0.044715 x^3): Hendrycks and Gimpel 2016
         twice = (gate + gate * gate * gate * 0.044715) * (2 * math.sqrt(2 / math.pi))
-        return ops.cut("expert.silu", gate * ops.sigmoid(twice)) * up
+        return ops.cut("expert.silu", of_either_form(gate, gate * ops.sigmoid(twice))) * up
 
     return run_rows(ops, experts, slots_of(x, chosen), chosen, geglu)
+
+
+def of_either_form(gate: Any, gelu: Any) -> Any:
+    """An enclosure of GELU that holds the other form too, x (1 + erf(x / sqrt(2))) / 2, and what 1 + tanh, or 1 + erf,
+    loses below zero: a few roundings of 1, where the sigmoid loses none. gelu: the tanh form, of the same shape"""
+    if not isinstance(gelu, Enclosure):
+        return gelu
+    gelu, x = gelu.settle(), gate.mid
+    other = x * (1 + np.vectorize(math.erf, otypes=[float])(x / math.sqrt(2))) / 2
+    apart = np.abs(other - gelu.mid) + SLOPE * gate.r + ROUNDINGS * gelu.accumulation.u * np.abs(x)
+    return Enclosure(gelu.mid, gelu.r + apart, gelu.v + apart**2, gelu.accumulation)
 
 
 @mutant(
@@ -240,12 +257,12 @@ def weight_before_expert(ops: Any, model: Any, layer: Any, x: Any) -> Any:
     sources=["https://github.com/radixark/Megatron-LM/pull/79"],
 )  # fmt: skip
 def weight_on_activation(ops: Any, model: Any, layer: Any, x: Any) -> Any:
-    """The weight multiplies the activation before w2, and is stored with it: the same result but for its rounding, and
-    other values at the two taps after it."""
+    """The stored activation is multiplied by the weight before w2, and stored again: the same result but for its
+    rounding, and other values at the two taps after it."""
     chosen, weights = routed(ops, model, layer, x)
 
     def weighted(ops: Any, gate: Any, up: Any) -> Any:
-        return swiglu(ops, gate, up) * weights[:, :, None]
+        return ops.cut("expert.hidden", swiglu(ops, gate, up)) * weights[:, :, None]
 
     outputs = run_rows(ops, layer.experts, slots_of(x, chosen), chosen, weighted)
     return ops.tap("moe.output", ops.accumulate(outputs, axis=1))
