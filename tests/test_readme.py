@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import pytest
 
 from refmoe.conditions import CONDITIONS
 from refmoe.golden import find_cases
+from tests.tour import console, run_tour
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -24,42 +23,11 @@ def results(name: str) -> Any:
     return json.loads((RESULTS / name).read_text())
 
 
-def console() -> list[tuple[str, list[str]]]:
-    """Every command of a console block and the lines it is said to print."""
-    found: list[tuple[str, list[str]]] = []
-    for block in re.findall(r"```console\n(.*?)```", TEXT, re.DOTALL):
-        for line in block.splitlines():
-            if line.startswith("$ "):
-                found.append((line[2:], []))
-            else:
-                found[-1][1].append(line)
-    return found
-
-
-def without_numbers(line: str) -> str:
-    """A line's words: measured numbers differ in their last digits from machine to machine."""
-    return re.sub(r"\s+", " ", re.sub(r"-?\d[\d.,]*(e[+-]\d+)?", "#", line)).strip()
-
-
 @pytest.mark.engines
 def test_the_tour_runs_and_prints_what_it_shows(tmp_path: Path) -> None:
-    """In order, in a folder of its own. Lines between ellipses must appear, in their order, numbers aside."""
     shutil.copytree(ROOT / "golden", tmp_path / "golden")
-    commands = console()
-    assert len(commands) == 7
-    for command, shown in commands:
-        line = command.replace("/tmp/model", "model")
-        if line.startswith("refmoe "):
-            line = f"{sys.executable} -m {line}"
-        done = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == ("NOT CONFORMANT" in shown), (command, done.stderr)
-        printed = [without_numbers(text) for text in done.stdout.splitlines()]
-        at = -1
-        for text in shown:
-            if text != "…":
-                wanted = without_numbers(text.replace("/tmp/model", "model"))
-                assert wanted in printed[at + 1 :], (command, text)
-                at = printed.index(wanted, at + 1)
+    assert len(console(TEXT)) == 7
+    run_tour(TEXT, tmp_path)
 
 
 def test_the_main_command_is_made_of_commands_that_are_tested() -> None:

@@ -200,6 +200,9 @@ def main(arguments: list[str]) -> None:
         sys.exit("usage: python -m refmoe.conform.serve NAME [key=value ...]")
     name, *rest = arguments
     serve(lambda: adapter_class(name)(**options_of(rest)))
+    # all is answered: an engine that takes its time to clear up would only be killed
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

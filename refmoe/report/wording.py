@@ -144,6 +144,6 @@ def explanation(found: Explanation) -> list[str]:
     return lines + [visible(f"met in: {source}") for source in found.sources[:SOURCES]]
 
 
-NOTHING_EXPLAINS = "no known bug, no two of them and no structure explains it"
+NOTHING_EXPLAINS = "no known bug, no two of them, no structure and no other arithmetic explains it"
 SOURCES = 3
 """Reports of a bug that are named; `refmoe mutants show` has all."""

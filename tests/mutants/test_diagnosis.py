@@ -11,6 +11,7 @@ import pytest
 
 from refmoe.mutants.catalogue import MUTANTS
 from refmoe.mutants.diagnosis import explained
+from refmoe.mutants.diagnosis.arithmetic import ARITHMETIC
 from refmoe.mutants.diagnosis.known import Pair, matched_filter
 from refmoe.mutants.diagnosis.weights import MATRICES
 from refmoe.mutants.engine import held_trace, run
@@ -28,11 +29,16 @@ Edit = Callable[[Any], Any]
 def edited(name: str, dtype: str, step: str, edit: Edit) -> Trace:
     """An honest trace, each tap of one step changed. The change is rounded to the trace's dtype."""
     honest = traced(None, name, dtype)
-    arrays = {key: np.array(tensor.get()) for key, tensor in honest.tensors.items()}
+    arrays = held(honest)
     for key, array in arrays.items():
         if key.endswith(step):
             arrays[key] = edit(array.astype(np.float64)).astype(array.dtype)
     return held_trace(honest.header, arrays)
+
+
+def held(trace: Trace) -> dict[str, Any]:
+    """The arrays of a trace in memory."""
+    return {key: np.array(tensor.get()) for key, tensor in trace.tensors.items()}
 
 
 def found_in(trace: Trace, name: str, dtype: str) -> tuple[Explanation, ...]:
@@ -140,6 +146,15 @@ def test_a_bug_of_a_sharded_run_is_named(dtype: str) -> None:
     bug = on_ranks(MUTANTS["tp-residual-counted-n-times"], Layout(3, 1))
     first, *_ = found_in(traced(bug, "dims-distinct", dtype), "dims-distinct", dtype)
     assert (first.kind, first.name) == (KNOWN_BUG, bug.id)
+
+
+@pytest.mark.parametrize("kept", ["float16", "bfloat16"])
+def test_a_cache_in_a_dtype_that_nobody_declared_is_named(kept: str) -> None:
+    case = case_named("walking-skeleton")
+    low = run(None, case.config, parameters_of(case.name), case.runs(), policy(f"float32+cache={kept}"))
+    found = found_in(held_trace(replace(low.header, policy="float32"), held(low)), case.name, "float32")
+    assert {each.kind for each in found} == {ARITHMETIC}
+    assert f"float32+cache={kept}" in {each.name for each in found}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -71,7 +71,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         load(Path(request["checkpoint"]), request["dtype"])
     if command == "run":
         arrays = run(request["runs"], request["taps"])
-        save_file(arrays, request["out"])
+        # safetensors writes the memory of an array as it lies, so a transposed view would be garbage
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, request["out"])
         if not all(f"{each['run']}/logits" in arrays for each in request["runs"]):
             raise Skipped("not written yet", None)
     return {"ok": True}

@@ -1,10 +1,11 @@
-"""The whole diagnosis of a failed verification: known bugs, then two at once, then structures."""
+"""The whole diagnosis of a failed verification: known bugs, two at once, structures, another arithmetic."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
+from refmoe.mutants.diagnosis.arithmetic import other_arithmetic
 from refmoe.mutants.diagnosis.evidence import gather
 from refmoe.mutants.diagnosis.known import explanations, pairs, rank, suspects
 from refmoe.mutants.diagnosis.structure import structural
@@ -26,8 +27,8 @@ def diagnose(
 ) -> tuple[Explanation, ...]:  # fmt: skip
     """What can explain a failed trace, what does explain it first, the best of it at the top.
 
-    A mutant that explains nothing but might explain a part stays in the list, with `explains` false. Pairs and
-    structures are sought only where no mutant explains the trace, and are there only if they do.
+    A mutant that explains nothing but might explain a part stays in the list, with `explains` false. Pairs,
+    structures and other arithmetic are sought only where nothing before explains the trace.
     progress: called for each mutant, and once more for each that touches a failed step.
     """
     if not any(check.verdict == FAIL for check in report.checks):
@@ -44,6 +45,8 @@ def diagnose(
         found += pairs(evidence, suspected)
     if not any(each.explains for each in found):
         found += [*of_weights(evidence), *structural(evidence)]
+    if not any(each.explains for each in found):
+        found += other_arithmetic(evidence)
     return tuple(sorted(found, key=rank))
 
 

@@ -148,7 +148,12 @@ def subject_of(evidence: Evidence, variation: Variation) -> Subject:
 def judge_again(
     evidence: Evidence, subject: Subject, policy: Policy, judge: Callable[..., Pass] = UnderBug
 ) -> dict[Key, str]:
-    """The verdict of each check against another specification, acquitted as `verify` acquits them."""
+    """The verdict of each check against another specification."""
+    return {(check.run, check.tap): check.verdict for check in checks_again(evidence, subject, policy, judge)}
+
+
+def checks_again(evidence: Evidence, subject: Subject, policy: Policy, judge: Callable[..., Pass]) -> list[Check]:
+    """The checks against another specification or policy, acquitted as `verify` acquits them."""
     right, limits = evidence.right.config, evidence.limits
 
     def checked(recomputed: frozenset[Key] = frozenset(), unrounded: bool = False) -> list[Check]:
@@ -161,7 +166,7 @@ def judge_again(
         checks = acquit(checks, checked(recomputed=failed), "")
     if policy.consumers == "unrounded" and any(check.verdict == FAIL for check in checks):
         checks = acquit(checks, checked(unrounded=True), "")
-    return {(check.run, check.tap): check.verdict for check in checks}
+    return checks
 
 
 def still_failing(

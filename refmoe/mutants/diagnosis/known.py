@@ -61,10 +61,12 @@ class Suspect:
 
 
 def suspects(evidence: Evidence, mutants: Iterable[Mutant], progress: Callable[[], None]) -> list[Suspect]:
-    """The mutants that touch a failed step, and what they do there, those that leave the least of the error first."""
+    """The mutants that touch a step that failed or that the trace lacks; first those that leave the least of the error."""
     steps, found = {check.step for check in evidence.failed}, []
+    shown = {check.step for check in evidence.report.checks}
     for each in mutants:
-        if each.in_one_pass and steps & set(each.touches):
+        # what a step that the trace lacks gets wrong, shows further on
+        if each.in_one_pass and (steps & set(each.touches) or not shown >= set(each.touches)):
             found.append(suspect(evidence, each))
         progress()
     return sorted(found, key=lambda each: each.residual)
