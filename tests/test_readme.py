@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 
 from refmoe.conditions import CONDITIONS
+from refmoe.conform.outcome import SKIPPED
+from refmoe.conform.results import read_results
 from refmoe.golden import find_cases
+from refmoe.mutants.catalogue import MUTANTS
+from refmoe.mutants.matrix import POLICIES
+from refmoe.mutants.matrix_file import read_matrix
+from refmoe.mutants.matrix_summary import summarise
+from refmoe.verify.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT
 from tests.tour import console, run_tour
 
 ROOT = Path(__file__).parent.parent
@@ -85,3 +92,34 @@ def test_the_table_of_what_the_verifier_sees() -> None:
         for dtype, cell in zip(("bfloat16", "float16", "float32"), cells, strict=True):
             seen = found["faults"][fault].get(f"{dtype} 14336")
             assert cell == ("-" if seen is None else f"{seen['outside']:.0%} / {seen['excess']:,.0f}")
+
+
+def test_the_table_of_known_bugs() -> None:
+    matrix = read_matrix(ROOT / "golden" / "matrix.json")
+    summary = summarise(matrix, matrix.cases)
+    assert f"{len(MUTANTS)} bugs that implementations" in TEXT
+    assert f"The {summary.outside} bugs of tokenizer, sampler and losses are all caught" in TEXT
+    for policy in POLICIES:
+        unseen = ", ".join(f"`{name}`" for name in summary.unseen[policy]) or "none"
+        assert f"| {policy} | {summary.killed[policy]} of {summary.mutants} | {unseen} |" in TEXT
+
+
+def test_the_figures_of_diagnosis() -> None:
+    found, text = results("diagnosis.json"), " ".join(TEXT.split())
+    assert f"named first for {found['named_first']} of {found['engines_with_a_known_bug']}" in text
+    assert f"of {found['engines_with_another_bug']} other faults {found['given_a_wrong_name']} is given" in text
+    assert f"{found['healthy_given_a_name']} of {found['healthy']} healthy engines" in text
+
+
+def test_the_table_of_engines() -> None:
+    files = sorted((RESULTS / "conform").glob("*.json"))
+    assert len(files) >= 5
+    for file in files:
+        engine = read_results(file).engine
+        options = "".join(f" {key}={value}" for key, value in engine.options.items())
+        for dtype in dict.fromkeys(each.dtype for each in read_results(file).outcomes):
+            verdicts = [each.verdict for each in read_results(file).outcomes if each.dtype == dtype]
+            assert len(verdicts) == len(find_cases(ROOT / "golden"))
+            kinds = (CONFORMANT, NOT_CONFORMANT, CANNOT_JUDGE, SKIPPED)
+            cells = " | ".join(str(verdicts.count(kind)) for kind in kinds)
+            assert f"| {engine.name} {engine.version}{options} | {dtype} | {cells} |" in TEXT

@@ -192,6 +192,7 @@ def test_a_new_kill_is_no_loss(golden: Path) -> None:
 
 # ---- the matrix of this repository
 
+
 @pytest.fixture(scope="module")
 def real() -> Matrix:
     return read_matrix(GOLDEN / MATRIX_FILE)

@@ -61,7 +61,7 @@ class Suspect:
 
 
 def suspects(evidence: Evidence, mutants: Iterable[Mutant], progress: Callable[[], None]) -> list[Suspect]:
-    """The mutants that touch a step that failed or that the trace lacks; first those that leave the least of the error."""
+    """The mutants that touch a step that failed or is missing; first those that leave the least of the error."""
     steps, found = {check.step for check in evidence.failed}, []
     shown = {check.step for check in evidence.report.checks}
     for each in mutants:

@@ -1,0 +1,136 @@
+"""How often is a bug named rightly that is in another engine? In transformers here, patched and dumped at bfloat16.
+
+Every bug of the catalogue that is a variation of a forward pass, on a golden case that shows it, beside the faults of
+the verifier's own tests, of which many are not in the catalogue: for these, and for transformers as it is, no bug may
+be named. A bug that changes nothing that the policy does not allow is invisible: it is counted, and is no failure.
+
+    python -m bench.diagnosis --json bench/results/diagnosis.json
+    python -m bench.diagnosis --everywhere     each bug on every golden case that is aimed at it as well
+    python -m bench.diagnosis --only rope-     those whose name begins so
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from refmoe.parallel import results
+from tests.mutants.patched import Patched
+from tests.mutants.patched_naming import (
+    ATTENTION,
+    HEALTHY,
+    LEFT_OUT,
+    Naming,
+    elsewhere,
+    everything,
+    healthy,
+    name_it,
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One engine to diagnose, by the names of bug and model: a patch is no value that goes to another process."""
+
+    bug: str
+    model: str
+    attention: str = "eager"
+
+
+def judge(work: Work) -> Naming:
+    """What its diagnosis says."""
+    bug = healthy(work.model) if work.bug == "healthy" else found(work.bug, work.model)
+    return name_it(bug, attention=work.attention)
+
+
+def found(name: str, model: str) -> Patched:
+    """A bug on a model."""
+    bugs = everything()
+    return next(bug for bug in (*bugs, *elsewhere(bugs)) if (bug.name, bug.model) == (name, model))
+
+
+def all_work(everywhere: bool, only: str) -> list[Work]:
+    """Every engine: patched ones first, healthy ones last."""
+    bugs = [bug for bug in everything() if bug.name.startswith(only)]
+    bugs += elsewhere(bugs) if everywhere else []
+    patched = [Work(bug.name, bug.model) for bug in bugs]
+    return patched + [Work("healthy", name, attention) for name in HEALTHY * (not only) for attention in ATTENTION]
+
+
+def measure(work: Sequence[Work], jobs: int | None) -> list[Naming]:
+    """All of them, in order. On a terminal a line says how far it is."""
+    told, namings = sys.stderr.isatty(), dict[Work, Naming]()
+    with results(judge, work, jobs) as judged:
+        for item, naming in judged:
+            namings[item] = naming
+            if told:
+                print(f"\r{len(namings)} of {len(work)}: {item.bug} on {item.model}\033[K", end="", file=sys.stderr)
+    if told:
+        print("\r\033[K", end="", file=sys.stderr)
+    return [namings[item] for item in work]
+
+
+def summary(namings: Sequence[Naming]) -> dict[str, Any]:
+    """The counts."""
+    engines = [each for each in namings if each.bug != "healthy"]
+    seen = [each for each in engines if each.visible]
+    known, other = [each for each in seen if each.called], [each for each in seen if not each.called]
+    mutants = {name for each in known for name in each.called}
+    lost = {name for each in known if not each.right for name in each.called}
+    well = [each for each in namings if each.bug == "healthy"]
+    return {
+        "engines_with_a_known_bug": len(known), "named_first": sum(each.right for each in known),
+        "share_named_first": sum(each.right for each in known) / max(len(known), 1),
+        "mutants": len(mutants), "mutants_named_first_wherever_patched": len(mutants - lost),
+        "engines_with_another_bug": len(other), "given_a_wrong_name": sum(not each.right for each in other),
+        "of_these_with_kin_in_the_catalogue": sum(bool(each.kin) for each in other),
+        "given_the_name_of_their_kin": sum(each.named == each.kin != "" for each in other),
+        "explained_by_a_structure": sum(each.explains and each.kind == "structure" for each in other),
+        "legal_under_other_arithmetic": sum(each.explains and each.kind == "other arithmetic" for each in other),
+        "invisible": [f"{each.bug} on {each.model}" for each in engines if not each.visible],
+        "healthy": len(well), "healthy_given_a_name": sum(each.visible or each.explains for each in well),
+    }  # fmt: skip
+
+
+def line(each: Naming) -> str:
+    """A row of the table."""
+    right = each.called[0] if each.called else f"({each.kin})" if each.kin else "-"
+    says = "invisible" if not each.visible else "explains" if each.explains else "no"
+    verdict = "" if each.right or not each.visible else "WRONG"
+    rank = "" if each.rank is None else str(each.rank)
+    first = each.first[:38]
+    return f"{each.bug:36} {each.model:26} {right:34} {first:38} {says:10} {rank:>4} {each.seconds:5.1f} s {verdict}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--everywhere", action="store_true", help="on every golden case aimed at a bug")
+    parser.add_argument("--only", default="", help="bugs whose name begins so")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--json", type=Path, help="write the table here as well")
+    options = parser.parse_args()
+    namings = measure(all_work(options.everywhere, options.only), options.jobs)
+    print(f"{'bug':36} {'case':26} {'right name':34} {'first':38} {'explains':10} rank")
+    print("\n".join(map(line, namings)))
+    own = {(bug.name, bug.model) for bug in everything()}
+    counts = summary([each for each in namings if each.bug == "healthy" or (each.bug, each.model) in own])
+    failures = [each for each in namings if each.visible and not each.right]
+    if failures:
+        print("\nfailures, with the first that were considered:")
+        print("\n".join(f"{each.bug} on {each.model}: {'; '.join(each.considered)}" for each in failures))
+    if options.everywhere:
+        counts["on_every_case_aimed_at_a_bug"] = summary(namings)
+    print(f"\n{json.dumps(counts, indent=1)}\nnamed first: {counts['share_named_first']:.1%}")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        table = {**counts, "left_out": LEFT_OUT, "engines": [each.as_json() for each in namings]}
+        options.json.write_text(json.dumps(table, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
