@@ -46,7 +46,7 @@ def test_a_hostile_trace_gets_what_it_deserves(refmoe: Refmoe, checkpoint: Path,
     trace.write(path)
     against = trace.against.replace("{checkpoint}", str(checkpoint)).split()
     started = time.monotonic()
-    status, out, err = refmoe("verify", path, *against, "--golden", GOLDEN)
+    status, out, err = refmoe("verify", path, *against, "--golden", GOLDEN, "--no-diagnose")
     assert time.monotonic() - started < SECONDS
     said = err if trace.status == REFUSED else out
     assert status == trace.status, said
@@ -76,7 +76,7 @@ def test_hostile_names_and_values_harm_no_report(refmoe: Refmoe, tmp_path: Path,
     """JSON parses, XML is XML, the page holds no control character."""
     path, html, junit = (tmp_path / part for part in ("stranger.safetensors", "page.html", "junit.xml"))
     TRACES[name].write(path)
-    _, out, _ = refmoe("verify", path, "--golden", GOLDEN, "--json", "--html", html, "--junit", junit)
+    _, out, _ = refmoe("verify", path, "--golden", GOLDEN, "--no-diagnose", "--json", "--html", html, "--junit", junit)
     json.loads(out)
     ElementTree.parse(junit)
     assert harmless(out)
@@ -117,3 +117,11 @@ def test_no_flipped_bit_in_the_header_is_a_traceback(tmp_path: Path) -> None:
             sentences.append(str(error))
     assert len(sentences) > 400
     assert all(str(path) in sentence and harmless(sentence) for sentence in sentences)
+
+
+@pytest.mark.parametrize("name", ["expert_that_does_not_exist", "negative_expert"])
+def test_experts_that_do_not_exist_are_no_index_for_a_diagnosis(name: str, refmoe: Refmoe, tmp_path: Path) -> None:
+    TRACES[name].write(tmp_path / "trace.safetensors")
+    status, out, err = refmoe("verify", tmp_path / "trace.safetensors", "--golden", GOLDEN)
+    assert (status, err) == (1, "")
+    assert "explain" in out

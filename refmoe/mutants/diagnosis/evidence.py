@@ -104,7 +104,17 @@ def weighted(evidence: Evidence, arrays: dict[Key, Any]) -> Any:
 def middle(evidence: Evidence, subject: Subject, policy: Policy, wanted: set[Key]) -> dict[Key, Any]:
     """What exact arithmetic makes of the trace's own inputs, at the wanted taps."""
     with np.errstate(all="ignore"):
-        return Replica(evidence.trace, subject, policy, {}, wanted, None).arrays()
+        return Exact(evidence.trace, subject, policy, {}, wanted, None).arrays()
+
+
+class Exact(Replica):
+    """A replica without any rounding. Where the trace's choice of experts is none, it goes on with the right one."""
+
+    def _tap(self, name: str, x: Any) -> Any:
+        chosen = super()._tap(name, x)
+        if step_of(name) != "router.experts":
+            return chosen
+        return np.where(valid(chosen, self.subject.config.experts)[:, None], chosen, x)
 
 
 class UnderBug(Pass):
