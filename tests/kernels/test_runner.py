@@ -18,7 +18,8 @@ PLAINLY = Conditions()
 WRONG = r"""
 __global__ void past_the_end(const float* x, float* y, int n) { int i = threadIdx.x; if (i <= n) y[i] = x[i]; }
 __global__ void before_the_start(float* y) { y[(int)threadIdx.x - 1] = 1.0f; }
-__global__ void far_away(float* y) { y[1 << 20] = 1.0f; }
+// 32 TiB away, where nothing is mapped: nearer could be memory of the test itself
+__global__ void far_away(float* y) { y[-(1ll << 43)] = 1.0f; }
 __global__ void no_barrier(const int* x, int* y) {
   __shared__ int s[64];
   s[threadIdx.x] = x[threadIdx.x];
