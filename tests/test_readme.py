@@ -107,7 +107,7 @@ def test_the_table_of_known_bugs() -> None:
 def test_the_figures_of_diagnosis() -> None:
     found, text = results("diagnosis.json"), " ".join(TEXT.split())
     assert f"named first for {found['named_first']} of {found['engines_with_a_known_bug']}" in text
-    assert f"of {found['engines_with_another_bug']} other faults {found['given_a_wrong_name']} is given" in text
+    assert f"of {found['engines_with_another_bug']} other faults {found['given_a_wrong_name']} are given" in text
     assert f"{found['healthy_given_a_name']} of {found['healthy']} healthy engines" in text
 
 

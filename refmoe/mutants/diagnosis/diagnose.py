@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from refmoe.mutants.diagnosis.arithmetic import other_arithmetic
 from refmoe.mutants.diagnosis.evidence import gather
-from refmoe.mutants.diagnosis.known import explanations, pairs, rank, suspects
+from refmoe.mutants.diagnosis.known import explanations, pairs, rank, suspects, unrelated
 from refmoe.mutants.diagnosis.structure import structural
 from refmoe.mutants.diagnosis.weights import of_weights
 from refmoe.mutants.mutant import PARALLEL, Mutant
@@ -43,7 +43,7 @@ def diagnose(
         found += explanations(evidence, split, lambda: None)
     if not any(each.explains for each in found):
         found += pairs(evidence, suspected)
-    if not any(each.explains for each in found):
+    if not any(each.explains and not unrelated(each) for each in found):
         found += [*of_weights(evidence), *structural(evidence)]
     if not any(each.explains for each in found):
         found += other_arithmetic(evidence)

@@ -18,7 +18,7 @@ from refmoe.verify.findings import FAIL, FORCED, PASS, UNDECIDABLE, Check, Repor
 from refmoe.verify.free_running import Replica
 from refmoe.verify.intake import Contents, take_in
 from refmoe.verify.passes import Pass
-from refmoe.verify.routing import Routing, valid
+from refmoe.verify.routing import Routing, consistent, valid
 from refmoe.verify.subject import Subject
 from refmoe.verify.tally import Limits
 from refmoe.verify.verify import SIGNIFICANCE, acquit, assemble
@@ -128,12 +128,29 @@ class UnderBug(Pass):
 class Chooser(UnderBug):
     """A pass under a bug that chooses by another rule: the right choice is its own, not the largest logits."""
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._chosen_by: tuple[Any, Any] | None = None
+        ops: Any = self.ops
+        choose = ops.top_k
+
+        def top_k(scores: Any, k: int) -> Any:
+            ids = choose(scores, k)
+            self._chosen_by = scores, ids
+            return ids
+
+        ops.top_k = top_k
+
     def _choose(self, name: str, expected: Any) -> Any:
         found = self._found(name)
         if found is None:
             return super()._choose(name, expected)
         nothing = np.zeros(len(found))
         legal = (np.sort(found, axis=-1) == np.sort(expected, axis=-1)).all(axis=-1)
+        if self._chosen_by is not None and np.array_equal(self._chosen_by[1], expected):
+            # ids are those of the scores: where these are equal, or rounding can move one past another, either is right
+            scores = self._chosen_by[0].settle()
+            legal |= consistent(scores.mid - scores.r, scores.mid + scores.r, found)
         self._record(
             self._run.run, name, Routing(expected, np.full(len(found), FORCED), legal, nothing, nothing, found)
         )
@@ -205,8 +222,11 @@ def _same_gaps(evidence: Evidence, key: Key, wrong: Any) -> bool:
 
 
 def newly_failing(evidence: Evidence, verdicts: dict[Key, str]) -> int:
-    """How many of the checks that passed fail now."""
-    return sum(check.verdict == PASS and verdicts[check.run, check.tap] == FAIL for check in evidence.report.checks)
+    """How many of the checks that passed fail now, in calls in which something is wrong: a bug may be one of prompts
+    alone, or of single tokens."""
+    wrong = {check.run for check in evidence.failed}
+    passed = (check for check in evidence.report.checks if check.verdict == PASS and check.run in wrong)
+    return sum(verdicts[check.run, check.tap] == FAIL for check in passed)
 
 
 def changes_choice(mutant: Mutant | Variation) -> bool:

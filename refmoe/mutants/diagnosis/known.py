@@ -120,10 +120,22 @@ def _held_against(evidence: Evidence, variation: Variation, wrong: dict[Key, Any
     return still_failing(evidence, verdicts, wrong), newly_failing(evidence, verdicts)
 
 
+def unrelated(found: Explanation) -> bool:
+    """Whether it allows the error but does not predict it."""
+    return UNRELATED < found.residual < math.inf
+
+
 def rank(found: Explanation) -> tuple[Any, ...]:
     """The best first: what explains, then what leaves the least."""
     left = found.residual if math.isfinite(found.residual) else math.inf
-    return (not found.explains, round(left, 2), found.still_failing + found.newly_failing, found.touches, found.name)
+    return (
+        not found.explains,
+        unrelated(found),
+        round(left, 2),
+        found.still_failing + found.newly_failing,
+        found.touches,
+        found.name,
+    )
 
 
 @dataclass(frozen=True)
