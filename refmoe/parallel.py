@@ -1,4 +1,4 @@
-"""Work on several cases at once, in processes."""
+"""Work on several items at once, in processes."""
 
 from __future__ import annotations
 
@@ -30,11 +30,18 @@ def results(
     if jobs <= 1:
         yield ((item, function(item)) for item in items)
         return
+    with process_pool(jobs) as executor:
+        futures = {executor.submit(function, item): item for item in items}
+        yield ((futures[future], future.result()) for future in as_completed(futures))
+
+
+@contextmanager
+def process_pool(jobs: int | None = None) -> Iterator[ProcessPoolExecutor]:
+    """Processes with one BLAS thread each, as many as given or as there are cores; what waits at the end is dropped."""
     # spawned, not forked: a forked process would keep the threads of a BLAS that is already loaded
     with mock.patch.dict(os.environ, ONE_THREAD):
-        executor = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
-        futures = {executor.submit(function, item): item for item in items}
+        executor = ProcessPoolExecutor(jobs or os.cpu_count(), multiprocessing.get_context("spawn"))
         try:
-            yield ((futures[future], future.result()) for future in as_completed(futures))
+            yield executor
         finally:
             executor.shutdown(wait=True, cancel_futures=True)

@@ -107,9 +107,15 @@ def execute(ops: Any, model: Model, runs: Sequence[Run], recorder: Recorder) -> 
 
 def cut(caches: Caches | None, run: Run) -> Caches | None:
     """The caches of a run's sequence with the first `run.past` tokens only."""
-    seen = len(caches[0].positions) if caches else 0
+    layers = [cut_layer(cache, run) for cache in caches or (None,)]
+    return tuple(cache for cache in layers if cache is not None) or None
+
+
+def cut_layer(cache: Cache | None, run: Run) -> Cache | None:
+    """The cache that a run's sequence has in one layer, with the first `run.past` tokens only; None for no token."""
+    seen = 0 if cache is None else len(cache.positions)
     if run.past > seen:
         raise InputError(f"run '{run.run}': past is {run.past}, but sequence {run.sequence} has seen {seen} tokens")
-    if not run.past:
+    if cache is None or not run.past:
         return None
-    return tuple(Cache(c.k[: run.past], c.v[: run.past], c.positions[: run.past]) for c in caches or ())
+    return Cache(cache.k[: run.past], cache.v[: run.past], cache.positions[: run.past])

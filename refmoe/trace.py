@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save, save_file
 
 from refmoe import __version__
@@ -118,7 +119,30 @@ class Recorder:
 def write_trace(path: Path, header: Header, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
     """Write a trace, whole or not at all. Raises InputError when the file cannot be written."""
     with replacing(path) as temporary:
-        save_file(_dense(arrays), temporary, _metadata(header))
+        try:
+            save_file(_dense(arrays), temporary, _metadata(header))
+        except SafetensorError as error:  # a full disk, say
+            raise InputError(f"{path}: cannot be written: {one_line(error)}") from None
+
+
+def join_trace(path: Path, header: Header, tensors: Mapping[str, StoredTensor]) -> None:
+    """Write a trace of arrays that are in other files, one after the other: none but one is in memory at a time.
+
+    The bytes are those of `write_trace`. Raises InputError when the file cannot be written.
+    """
+    order = sorted(tensors, key=lambda key: (-tensors[key].itemsize, key))
+    entries: dict[str, Any] = {"__metadata__": _metadata(header)}
+    offset = 0
+    for key in order:
+        end = offset + tensors[key].nbytes
+        entries[key] = {"dtype": tensors[key].dtype, "shape": tensors[key].shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key in order:
+            file.write(tensors[key].map().reshape(-1).view(np.uint8).data)
 
 
 def trace_bytes(header: Header, arrays: dict[str, np.ndarray[Any, Any]]) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -179,7 +180,9 @@ def account(
 
 def _weight(name: str, shape: tuple[int, ...], tensor: StoredTensor, view: View) -> Weight:
     origin = f"{tensor.path}: tensor {quoted(tensor.name)}"
-    return Weight(name, shape, DTYPES[tensor.dtype], lambda: view(tensor.map()), origin)
+    return Weight(
+        name, shape, DTYPES[tensor.dtype], lambda: view(tensor.map()), origin, partial(tensor.read_rows, view)
+    )
 
 
 def whole(stored: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

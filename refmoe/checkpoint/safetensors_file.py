@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import stat
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from refmoe.errors import InputError
+
+Array = np.ndarray[Any, Any]
 
 SMALL = 1 << 16
 """Bytes up to which a tensor is read and not mapped."""
@@ -82,7 +87,7 @@ class StoredTensor:
             return np.zeros(self.shape, DTYPES[self.dtype])
         try:
             # not np.memmap: its arrays carry a subclass into every result
-            raw = np.asarray(np.memmap(self.path, np.uint8, "r", self.offset, self._nbytes()))
+            raw = np.asarray(np.memmap(self.path, np.uint8, "r", self.offset, self.nbytes))
         except (OSError, ValueError) as error:
             raise self._gone(error) from None
         return self._shaped(raw)
@@ -92,14 +97,46 @@ class StoredTensor:
 
         file: the bytes of the whole file, where somebody has them.   Raises InputError as `map` does.
         """
-        if file is not None and self.dtype in DTYPES and len(file) >= self.offset + self._nbytes() > self.offset:
-            return self._shaped(np.frombuffer(file, np.uint8, self._nbytes(), self.offset))
-        if self.dtype not in DTYPES or not 0 < self._nbytes() <= SMALL:
+        if file is not None and self.dtype in DTYPES and len(file) >= self.offset + self.nbytes > self.offset:
+            return self._shaped(np.frombuffer(file, np.uint8, self.nbytes, self.offset))
+        if self.dtype not in DTYPES or not 0 < self.nbytes <= SMALL:
             return self.map()
         try:
             return self._shaped(self._read())
         except OSError as error:
             raise self._gone(error) from None
+
+    def read_rows(self, view: Callable[[Array], Array], start: int, stop: int) -> Array:
+        """Rows [start, stop) of what `view` cuts out of the tensor, read and not mapped where they lie together.
+
+        A file that vanishes or is cut short is then an error that can be told, and memory is what was asked for.
+        Raises InputError.
+        """
+        mapped = self.map()
+        rows = view(mapped)[start:stop]
+        offset = rows.__array_interface__["data"][0] - mapped.__array_interface__["data"][0]
+        if not (0 <= offset < mapped.nbytes and rows.flags.c_contiguous):
+            return np.ascontiguousarray(rows)  # a view that reorders: there is no such place in the file
+        values = np.empty(rows.shape, rows.dtype)
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                # reads are exactly as large as asked for: read-ahead would fetch what belongs to others
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM) if hasattr(os, "posix_fadvise") else None
+                file.seek(self.offset + offset)
+                self._fill(file, values.reshape(-1).view(np.uint8).data)
+        except OSError as error:
+            raise self._gone(error) from None
+        return values
+
+    @staticmethod
+    def _fill(file: RawIOBase, target: memoryview) -> None:
+        """Read until the target is full: one call may return less. Raises OSError when the file ends before."""
+        done = 0
+        while done < len(target):
+            count = file.readinto(target[done:])
+            if not count:
+                raise OSError(f"the file has become too short: {done} of {len(target)} bytes are left")
+            done += count
 
     def _gone(self, error: Exception) -> InputError:
         return InputError(f"{self.path}: tensor {quoted(self.name)} can no longer be read: {one_line(error)}")
@@ -112,13 +149,20 @@ class StoredTensor:
         """The bytes, read-only. Raises OSError when the file has become too short."""
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.offset)
-            data = file.read(self._nbytes())
-        if len(data) < self._nbytes():
-            raise OSError(f"the file has become too short: {len(data)} of {self._nbytes()} bytes are left")
+            data = file.read(self.nbytes)
+        if len(data) < self.nbytes:
+            raise OSError(f"the file has become too short: {len(data)} of {self.nbytes} bytes are left")
         return np.frombuffer(data, np.uint8)
 
-    def _nbytes(self) -> int:
-        return math.prod(self.shape) * int(np.dtype(DTYPES[self.dtype]).itemsize)
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return int(np.dtype(DTYPES[self.dtype]).itemsize)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+        return math.prod(self.shape) * self.itemsize
 
 
 def open_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:

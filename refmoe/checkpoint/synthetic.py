@@ -47,9 +47,10 @@ class SyntheticWeight(Weight):
     def _formula(self, rows: np.ndarray[Any, Any], exponent: int) -> np.ndarray[Any, Any]:
         if len(self.shape) == 1:
             return gains(self.seed, self.name, self.shape[0])[None]
-        height, width = self.shape
-        if len(rows) == height and np.array_equal(rows, np.arange(height)):
-            return elements(self.seed, self.name, exponent, 0, height * width).reshape(self.shape)
+        width = self.shape[1]
+        if len(rows) and np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):
+            first = int(rows[0]) * width
+            return elements(self.seed, self.name, exponent, first, first + len(rows) * width).reshape(-1, width)
         result = np.empty((len(rows), width), np.float32)
         for i, row in enumerate(rows.tolist()):
             result[i] = elements(self.seed, self.name, exponent, row * width, (row + 1) * width)

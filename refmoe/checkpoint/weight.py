@@ -24,13 +24,20 @@ def all_finite(stored: np.ndarray[Any, Any]) -> bool:
 class Weight:
     """A parameter that is read when it is used. Each read checks that the values are finite, the first time."""
 
-    def __init__(self, name: str, shape: tuple[int, ...], dtype: Any, source: Callable[[], Any], origin: str) -> None:
-        """name: the canonical name.   source: returns the stored values.   origin: file and tensor, for messages."""
+    def __init__(
+        self, name: str, shape: tuple[int, ...], dtype: Any, source: Callable[[], Any], origin: str,
+        read_block: Callable[[int, int], Any] | None = None,
+    ) -> None:  # fmt: skip
+        """name: the canonical name.   source: returns the stored values.   origin: file and tensor, for messages.
+
+        read_block: returns rows [start, stop) of the stored values, where that can be had without the rest.
+        """
         self.name = name
         self.shape = shape
         self.dtype = np.dtype(dtype)
         self.origin = origin
         self._source = source
+        self._read_block = read_block
         self._checked = False
 
     def read(self) -> Any:
@@ -44,6 +51,17 @@ class Weight:
     def rows(self, ids: Any) -> Any:
         """Rows `ids` only. Raises InputError when one of their values is NaN or infinite."""
         stored = self._source()[ids]
+        self._check(stored)
+        return stored
+
+    def block(self, start: int, stop: int) -> Any:
+        """Rows [start, stop) of a matrix, in memory of their own: of a weight too large to be held.
+
+        Raises InputError when one of their values is NaN or infinite, or the file can no longer be read.
+        """
+        if self._read_block is None:
+            return self.rows(slice(start, stop))
+        stored = self._read_block(start, stop)
         self._check(stored)
         return stored
 

@@ -62,3 +62,6 @@ def main() -> None:
     except InputError as error:
         click.echo(f"refmoe: {error}", err=True)
         sys.exit(2)
+    except MemoryError as error:
+        click.echo(f"refmoe: out of memory: {error or 'no more could be had'}", err=True)
+        sys.exit(2)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +14,17 @@ import click
 from refmoe.cli.options import GOLDEN, PATH, json_option, progress_bar
 from refmoe.cli.verify import is_significance
 from refmoe.conform.adapter import DTYPES
+from refmoe.conform.adapter_command import adapter_command
 from refmoe.conform.conform import Suite, conform
 from refmoe.conform.harness import Harness, HarnessUnusable
 from refmoe.conform.judgement import Judge
+from refmoe.conform.keeping import keep_folder
 from refmoe.conform.known import Held, hold, known_failures, read_known, write_known
 from refmoe.conform.outcome import SKIPPED, Outcome, Results
 from refmoe.conform.results import to_json, write_results
 from refmoe.conform.scaffold import SCAFFOLDS, usage, write_scaffold
 from refmoe.conform.serve import options_of
-from refmoe.conform.workflow import known_file, write_workflow
+from refmoe.conform.workflow import check_source, known_file, write_workflow
 from refmoe.errors import InputError
 from refmoe.golden import Case, find_cases, read_case
 from refmoe.policy.load import policy as named_policy
@@ -37,7 +36,7 @@ Names = tuple[str, ...]
 
 @click.command("conform", short_help="Run an engine on the golden cases, and judge each.")
 @click.argument("harness", nargs=-1, type=click.UNPROCESSED, metavar="[-- COMMAND [ARGUMENTS]]")
-@click.option("--adapter", metavar="NAME", help="An adapter of refmoe's own, such as transformers, or module.of.yours.")
+@click.option("--adapter", metavar="NAME", help="transformers or another of refmoe's own, FILE.py or module.of.yours.")
 @click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="An option of the adapter; repeatable.")
 @click.option("--python", type=PATH, metavar="PROGRAM", help="The Python in which the adapter runs; else this one.")
 @click.option("--case", "names", multiple=True, metavar="NAME", help="Only this case; repeatable.")
@@ -55,7 +54,12 @@ Names = tuple[str, ...]
 @click.option("--golden", type=PATH, default=GOLDEN, show_default=True, help="Where cases are.")
 @click.option("--known", type=PATH, metavar="FILE", help="Failures that are known (TOML).")
 @click.option("--out", type=PATH, metavar="FILE", help="Write the results (JSON).")
+@click.option("--keep", type=PATH, metavar="DIR", help="Keep what the engine returned, a trace for each case.")
 @click.option("--write-ci", type=PATH, metavar="FILE", help="Write a GitHub workflow, today's failures known.")
+@click.option(
+    "--refmoe-from", "source", metavar="OWNER/REPOSITORY[@REF]",
+    help="With --write-ci: where on GitHub it gets refmoe and the cases.",
+)  # fmt: skip
 @click.option(
     "--scaffold", type=(click.Choice([*SCAFFOLDS]), PATH), metavar="LANGUAGE FILE",
     help=f"Only write a harness to begin with: {' or '.join(SCAFFOLDS)}.",
@@ -65,13 +69,15 @@ Names = tuple[str, ...]
 def conform_command(
     context: click.Context, harness: Names, adapter: str | None, options: Names, python: Path | None, names: Names,
     dtypes: Names, policies: Names, timeout: float, significance: float, diagnosing: bool, golden: Path,
-    known: Path | None, out: Path | None, write_ci: Path | None, scaffold: tuple[str, Path] | None, as_json: bool,
+    known: Path | None, out: Path | None, keep: Path | None, write_ci: Path | None, source: str | None,
+    scaffold: tuple[str, Path] | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Hold an engine against the golden cases at its dtypes, over the protocol of refmoe/conform/PROTOCOL.md.
 
     \b
     refmoe conform --adapter transformers --option attention=sdpa --out results/transformers.json
-    refmoe conform -- ./my-harness --threads 4
+    refmoe conform --adapter ./my_adapter.py --python ../venv/bin/python
+    refmoe conform --keep traces -- ./my-harness --threads 4
     refmoe conform --scaffold c harness.c
 
     Exit status 0: every case is conformant, skipped or known to fail. 1: one is not, or one that is known to fail
@@ -85,17 +91,21 @@ def conform_command(
         raise InputError("exactly one of --adapter NAME and -- COMMAND was expected")
     if adapter is None and (options or python is not None):
         raise InputError("--option and --python are about an adapter, but no --adapter was given")
+    _check_ci(write_ci, source)
     for path in (out, write_ci, None if write_ci is None else known_file(write_ci)):
         if path is not None:
             _refuse_output(path)
+    if keep is not None:
+        keep_folder(keep)
     listed = read_known(known) if known is not None else []
-    cases = [read_case(folder) for folder in find_cases(golden)]
+    cases = golden_cases(golden)
     suite = Suite(
         chosen_cases(cases, names),
         cases,
         [*dict.fromkeys(dtypes)],
         policies_of(policies),
         Judge(significance, diagnosing),
+        keep,
     )
     if adapter is None:
         results, logs = _run(
@@ -108,9 +118,11 @@ def conform_command(
     status = exit_status(results, held)
     if out is not None:
         write_results(out, results)
-    if write_ci is not None:
+    if write_ci is not None and source is not None:
         write_known(known_file(write_ci), known_failures(results))
-        write_workflow(write_ci, _arguments(adapter, options, names, dtypes, policies, timeout), harness, adapter)
+        write_workflow(
+            write_ci, source, _arguments(adapter, options, names, dtypes, policies, timeout), harness, adapter
+        )
     if as_json:
         click.echo(json.dumps(_record(results, held, status)))
     else:
@@ -125,6 +137,15 @@ def exit_status(results: Results, held: Held) -> int:
     if held.failing or held.passing:
         return 1
     return 2 if all(each.verdict == SKIPPED for each in results.outcomes) else 0
+
+
+def golden_cases(golden: Path) -> list[Case]:
+    """All cases of a folder. Raises InputError when there is none, or one is not readable."""
+    try:
+        folders = find_cases(golden)
+    except InputError as error:
+        raise InputError(f"{error}; --golden PATH says where they are") from None
+    return [read_case(folder) for folder in folders]
 
 
 def chosen_cases(cases: list[Case], names: Names) -> list[Case]:
@@ -145,21 +166,6 @@ def policies_of(arguments: Names) -> dict[str, Policy]:
             raise InputError(f"--policy is '{argument}', but DTYPE=POLICY with one of {', '.join(DTYPES)} was expected")
         found[dtype] = named_policy(name)
     return found
-
-
-@contextmanager
-def adapter_command(name: str, options: Names, python: Path | None) -> Iterator[tuple[list[str], Mapping[str, str]]]:
-    """The command that serves an adapter, and the variables by which its Python finds this refmoe.
-
-    python: the interpreter, or None for this one.
-    """
-    options_of([*options])
-    with tempfile.TemporaryDirectory(prefix="refmoe-path-") as folder:
-        # a folder with refmoe alone: beside it may be packages that are made for another Python
-        Path(folder, "refmoe").symlink_to(Path(__file__).resolve().parents[1], target_is_directory=True)
-        interpreter = sys.executable if python is None else str(python)
-        path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
-        yield [interpreter, "-P", "-m", "refmoe.conform.serve", name, *options], {"PYTHONPATH": path}
 
 
 def _run(
@@ -205,6 +211,18 @@ def _arguments(
     for option, values in repeated.items():
         words += [word for value in values for word in (option, value)]
     return [*words, "--timeout", f"{timeout:g}"]
+
+
+def _check_ci(write_ci: Path | None, source: str | None) -> None:
+    """Only the user knows where refmoe is, to a workflow that runs elsewhere. Raises InputError."""
+    if write_ci is None and source is not None:
+        raise InputError("--refmoe-from is about --write-ci, which was not given")
+    if write_ci is not None and source is None:
+        raise InputError(
+            "--write-ci needs --refmoe-from OWNER/REPOSITORY, the repository on GitHub that has refmoe and its cases"
+        )
+    if source is not None:
+        check_source(source)
 
 
 def _refuse_output(path: Path) -> None:

@@ -11,9 +11,12 @@ import click
 import numpy as np
 
 from refmoe.checkpoint.load import load_checkpoint
-from refmoe.cli.options import PATH, Tokens, input_calls, json_option
+from refmoe.cli.options import PATH, Tokens, device_option, input_calls, json_option
 from refmoe.errors import InputError
-from refmoe.ops.native import NativeOps
+from refmoe.gpu.decode import Decoder
+from refmoe.gpu.memory import resident, widest
+from refmoe.gpu.place import Place
+from refmoe.ops.slices import on_host
 from refmoe.spec.model import Caches, Model, forward
 from refmoe.text.generate import generate
 from refmoe.text.sampling import SamplingSettings
@@ -35,7 +38,26 @@ class Session:
         positions = self.ops.integers(range(self.past, self.past + len(tokens)))
         logits, self.caches = forward(self.ops, self.model, self.ops.integers(tokens), positions, self.caches)
         self.past += len(tokens)
-        return logits[-1]
+        return on_host(logits[-1])
+
+
+class OnDevice:
+    """The same in memory of a GPU that was taken before."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+
+    def step(self, tokens: Sequence[int]) -> Any:
+        """Logits [V] after the last of these new tokens."""
+        one = len(tokens) == 1 and self.decoder.past
+        return on_host(self.decoder.step(tokens[0]) if one else self.decoder.read(tokens))[0]
+
+
+def session(device: Place, model: Model, capacity: int, dtype: str) -> Session | OnDevice:
+    """A sequence of at most `capacity` tokens."""
+    if device.on_gpu and dtype == "float32":
+        return OnDevice(device.decoder(model, capacity))
+    return Session(device.native(np.dtype(dtype)), model)
 
 
 @click.command("generate", short_help="Stream text from a checkpoint.")
@@ -50,10 +72,11 @@ class Session:
 @click.option("--top-p", type=float, default=1.0, help="Sample from the smallest set of tokens with this probability.")
 @click.option("--seed", default=0, show_default=True, help="The same seed gives the same tokens.")
 @click.option("--dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True)
+@device_option("Weights stay there in the dtype they are stored in; --dtype is that of all else.")
 @json_option
 def generate_command(
     checkpoint: Path, layout: str | None, prompt: str | None, chat: Path | None, tokens: Any, max_new_tokens: int,
-    temperature: float, top_k: int | None, top_p: float, seed: int, dtype: str, as_json: bool,
+    temperature: float, top_k: int | None, top_p: float, seed: int, dtype: str, device: Place, as_json: bool,
 ) -> None:  # fmt: skip
     """Continue a prompt, or answer a chat, and stream the text as it comes.
 
@@ -71,8 +94,10 @@ def generate_command(
     vocabulary = checkpoint / "tokenizer.model"
     tokenizer = Tokenizer.load(vocabulary) if vocabulary.exists() else None
     stop = {tokenizer.eos_id} if tokenizer else set()
-    session = Session(NativeOps(np.dtype(dtype)), Model(loaded.config, loaded.parameters))
-    new = generate(session.step, list(start), settings, max_new_tokens=max_new_tokens, stop_ids=stop, seed=seed)
+    device.require_memory(resident(loaded.config, len(start), max_new_tokens, widest(loaded.dtypes), dtype))
+    model = Model(loaded.config, loaded.parameters, device.steps(dtype))
+    step = session(device, model, len(start) + max_new_tokens, dtype).step
+    new = generate(step, list(start), settings, max_new_tokens=max_new_tokens, stop_ids=stop, seed=seed)
     if as_json:
         ids = list(new)
         text = "".join(stream_text(tokenizer, ids)) if tokenizer else None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -12,7 +14,9 @@ from rich.table import Table
 
 from refmoe.checkpoint.load import load_checkpoint
 from refmoe.checkpoint.size import active_parameters, total_parameters
-from refmoe.cli.options import json_option
+from refmoe.cli.options import device_option, json_option
+from refmoe.gpu.memory import cache_bytes, gibibytes, missing, resident, widest
+from refmoe.gpu.place import Place
 from refmoe.spec.config import PRESETS, Config
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
@@ -21,13 +25,31 @@ BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 @click.command("info", short_help="Print the configuration, parameters and memory of a model.")
 @click.argument("model", metavar="DIR|" + "|".join(PRESETS))
 @click.option("--layout", type=click.Choice(["hf", "mistral"]), help="How DIR is laid out.")
+@device_option("What the model would take there, against what is free.")
+@click.option(
+    "--tokens",
+    type=click.IntRange(1),
+    default=2048,
+    show_default=True,
+    help="With --device cuda: length of the prompt, read in one call.",
+)
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(0),
+    default=64,
+    show_default=True,
+    help="With --device cuda: tokens after it that the cache has room for.",
+)
 @json_option
-def info_command(model: str, layout: str | None, as_json: bool) -> None:
+def info_command(
+    model: str, layout: str | None, device: Place, tokens: int, max_new_tokens: int, as_json: bool
+) -> None:
     """Print the configuration, total and active parameters, and memory per dtype.
 
     \b
     refmoe info mixtral-8x7b
     refmoe info path/to/Mixtral-8x7B-v0.1 --json
+    refmoe info mixtral-8x7b --device cuda --tokens 4096
 
     Total and active parameters are derived from the configuration. Of a checkpoint, every tensor is accounted for.
     """
@@ -39,6 +61,9 @@ def info_command(model: str, layout: str | None, as_json: bool) -> None:
         config = loaded.config
         stored = {"layout": loaded.layout, "files": [path.name for path in loaded.files], "stored": loaded.dtypes}
     facts = describe(config)
+    if device.on_gpu:
+        widths = ("bfloat16", "float32") if model in PRESETS else (widest(loaded.dtypes),)
+        facts["device"] = on_device(config, tokens, max_new_tokens, widths, device.free_memory())
     if as_json:
         click.echo(json.dumps(facts | stored))
         return
@@ -55,9 +80,11 @@ def info_command(model: str, layout: str | None, as_json: bool) -> None:
     for name, found in stored.items():
         table.add_row(name, ", ".join(found) if isinstance(found, list | tuple) else str(found))
     console.print(table)
+    if device.on_gpu:
+        _print_device(console, facts["device"])
 
 
-def describe(config: Config) -> dict[str, object]:
+def describe(config: Config) -> dict[str, Any]:
     """The facts that are derived from a configuration, for a program to read."""
     total = total_parameters(config)
     return {
@@ -69,6 +96,27 @@ def describe(config: Config) -> dict[str, object]:
     }
 
 
-def cache_bytes(config: Config) -> int:
-    """Bytes of keys and values that one token adds to the caches of all layers, in float32."""
-    return config.layers * 2 * config.kv_heads * config.head_dim * BYTES["float32"]
+def on_device(config: Config, tokens: int, max_new_tokens: int, dtypes: Sequence[str], free: int) -> dict[str, Any]:
+    """What generating takes on a device, for weights stored in each of the dtypes; computing is in float32."""
+    needs = {dtype: resident(config, tokens, max_new_tokens, dtype, "float32") for dtype in dtypes}
+    return {
+        "free_bytes": free,
+        "tokens": tokens,
+        "max_new_tokens": max_new_tokens,
+        "needed": {
+            dtype: asdict(need) | {"total": need.total, "missing": missing(need, free)} for dtype, need in needs.items()
+        },
+    }
+
+
+def _print_device(console: Console, found: dict[str, Any]) -> None:
+    console.print(
+        f"on the device {gibibytes(found['free_bytes'])} are free; a prompt of {found['tokens']} tokens and "
+        f"{found['max_new_tokens']} more, computed in float32, take"
+    )
+    table = Table("weights in", "weights", "cache", "buffers", "in all", box=None)
+    for dtype, need in found["needed"].items():
+        table.add_row(dtype, *(gibibytes(need[part]) for part in ("weights", "cache", "buffers", "total")))
+    console.print(table)
+    for dtype, need in found["needed"].items():
+        console.print(f"{dtype}: {need['missing'] or 'there is enough'}", soft_wrap=True)

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from refmoe.errors import InputError
+from refmoe.gpu.place import DEVICES, Place
 from refmoe.script import Call
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -43,6 +44,21 @@ def jobs_option(command: Command) -> Command:
         "--jobs", type=click.IntRange(1), metavar="N", help="Cases worked on at once; as many as there are cores."
     )
     return option(command)
+
+
+def _place(_context: click.Context, _option: click.Parameter, name: str) -> Place:
+    """Before anything is read or written: InputError where there is no such device."""
+    place = Place(name)
+    place.require()
+    return place
+
+
+def device_option(what: str) -> Callable[[Command], Command]:
+    """Where to compute; the command gets a `Place`.   what: runs on the GPU, in words."""
+    return click.option(
+        "--device", type=click.Choice(DEVICES), default="cpu", show_default=True, callback=_place,
+        help=f"cuda: an NVIDIA GPU, through CuPy (pip install 'refmoe[cuda13]'). {what}",
+    )  # fmt: skip
 
 
 def checkpoint_options(command: Command) -> Command:

@@ -5,20 +5,27 @@ from __future__ import annotations
 import io
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 
 from refmoe.atomic import replacing
 from refmoe.checkpoint.json_file import shown
-from refmoe.checkpoint.load import checkpoint_digest, load_checkpoint
-from refmoe.cli.options import GOLDEN, PATH, checkpoint_options, json_option, progress_bar
+from refmoe.checkpoint.load import checkpoint_digest
+from refmoe.cli.emit_job import synthetic_option
+from refmoe.cli.options import GOLDEN, PATH, checkpoint_options, device_option, json_option, progress_bar
 from refmoe.errors import InputError
-from refmoe.golden import read_case
+from refmoe.golden import case_source, read_case
+from refmoe.gpu.place import Place
 from refmoe.policy.load import policy as named_policy
 from refmoe.policy.policy import Policy
-from refmoe.trace import Trace, read_trace
+from refmoe.scale.source import Source, find_source, loaded
+from refmoe.scale.spread import open_executor, parse_executor
+from refmoe.trace import Run, Trace, read_trace
 from refmoe.verify.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT, Report
+from refmoe.verify.segments import Spread
 from refmoe.verify.verify import SIGNIFICANCE, verify
 
 EXIT_STATUS = {CONFORMANT: 0, NOT_CONFORMANT: 1, CANNOT_JUDGE: 2}
@@ -51,20 +58,30 @@ def is_significance(_context: click.Context, _option: click.Parameter, value: fl
     "--diagnose/--no-diagnose", "diagnosing", default=True, show_default=True,
     help="Look for what explains a failure: the same again for each known bug.",
 )  # fmt: skip
+@device_option(
+    "There, the products with weights are computed, of the bounds and of the replicas; all else is on the CPU, as "
+    "is the search for what explains a failure."
+)
+@synthetic_option
+@click.option(
+    "--executor", metavar="processes[:N]|dask:ADDRESS",
+    help="Judge layers side by side, in processes of this machine or on a Dask cluster.",
+)  # fmt: skip
 @click.option("--html", type=PATH, metavar="FILE", help="Write the report as one page that needs no network.")
 @click.option("--junit", type=PATH, metavar="FILE", help="Write the report as JUnit XML.")
 @json_option
 @click.pass_context
 def verify_command(
     context: click.Context, trace: Path, case_name: str | None, golden_folder: Path, checkpoint: Path | None,
-    layout: str | None, policy: str | None, significance: float, diagnosing: bool, html: Path | None,
-    junit: Path | None, as_json: bool,
+    layout: str | None, policy: str | None, significance: float, diagnosing: bool, device: Place, html: Path | None,
+    junit: Path | None, synthetic: int | None, executor: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Hold TRACE against a case or a checkpoint, step by step, and judge it by its policy.
 
     \b
     refmoe verify engine.safetensors --case walking-skeleton
     refmoe verify engine.safetensors --checkpoint DIR --policy bfloat16 --html report.html
+    refmoe verify engine.safetensors --checkpoint mixtral:8x7b --synthetic 1 --executor processes --no-diagnose
 
     Each step is recomputed from the trace's own inputs, as an interval of everything that the policy allows. Exit
     status 0: conformant. 1: not conformant. 2: cannot judge, or the trace cannot be used.
@@ -76,7 +93,10 @@ def verify_command(
         raise InputError(f"{html}: both --html and --junit name it, but two files were expected")
     opened = read_trace(trace)
     declared = named_policy(policy) if policy is not None else _declared(opened)
-    report = _verify(opened, case_name, golden_folder, checkpoint, layout, declared, significance, diagnosing)
+    if executor is not None:
+        parse_executor(executor)
+    against = _against(opened, case_name, golden_folder, checkpoint, layout, synthetic)
+    report = _verify(opened, against, declared, significance, diagnosing, device, executor)
     # first of all what a person waits for: a full disk must not take it away
     if as_json:
         from refmoe.report.verification_json import to_json
@@ -125,32 +145,54 @@ def _declared(trace: Trace) -> Policy:
         raise InputError(f"{trace.path}: metadata field 'policy': {error}") from None
 
 
-def _verify(
-    trace: Trace, case_name: str | None, golden: Path, checkpoint: Path | None, layout: str | None, policy: Policy,
-    significance: float, diagnosing: bool,
-) -> Report:  # fmt: skip
+class Against(NamedTuple):
+    """What the trace is held against."""
+
+    name: str
+    source: Source
+    runs: tuple[Run, ...] | None
+    """Those of the case; None for the trace's own."""
+
+
+def _against(
+    trace: Trace, case_name: str | None, golden: Path, checkpoint: Path | None, layout: str | None,
+    synthetic: int | None,
+) -> Against:  # fmt: skip
     if case_name is not None and checkpoint is not None:
         raise InputError("one of --case NAME and --checkpoint DIR was expected, but both were given")
-    if checkpoint is not None:
-        loaded = load_checkpoint(checkpoint, layout)
-        found = trace.header.checkpoint
-        if found is not None and found != (digest := checkpoint_digest(loaded.files)):
-            raise InputError(
-                f"{trace.path}: metadata field 'checkpoint' is {shown(found)}, but \"{digest}\", the digest of "
-                f"{checkpoint}, was expected"
-            )
-        name, config, parameters, runs = f"checkpoint {checkpoint}", loaded.config, loaded.parameters, None
-    else:
+    if checkpoint is None:
+        if synthetic is not None:
+            raise InputError(f"--synthetic {synthetic} goes with --checkpoint, but none was given")
         folder = golden / (case_name if case_name is not None else _named_case(trace))
         case = read_case(folder)
         if trace.header.case not in (None, case.name, folder.name):
             raise InputError(
                 f"{trace.path}: metadata field 'case' is {shown(trace.header.case)}, but --case is {shown(case.name)}"
             )
-        name, config, parameters, runs = f"case {case.name}", case.config, case.checkpoint().parameters, case.runs()
-    planned = runs if runs is not None else trace.header.runs
-    with progress_bar("verify", len(planned) * config.layers) as advance:
-        report = verify(trace, name, config, parameters, runs, policy, significance, advance)
+        return Against(f"case {case.name}", case_source(case), case.runs())
+    source = find_source(checkpoint, layout, synthetic)
+    found, files = trace.header.checkpoint, loaded(source).files
+    if found is not None and (not files or found != checkpoint_digest(files)):
+        digest = (
+            f'"{checkpoint_digest(files)}", the digest of {checkpoint},' if files else "null, as there are no files,"
+        )
+        raise InputError(f"{trace.path}: metadata field 'checkpoint' is {shown(found)}, but {digest} was expected")
+    return Against(f"checkpoint {checkpoint}", source, None)
+
+
+def _verify(
+    trace: Trace, against: Against, policy: Policy, significance: float, diagnosing: bool, device: Place,
+    executor: str | None,
+) -> Report:  # fmt: skip
+    name, source, runs = against
+    config, parameters = loaded(source).config, loaded(source).parameters
+    total = len(runs if runs is not None else trace.header.runs) * config.layers
+    place = nullcontext() if executor is None else open_executor(executor)
+    with progress_bar("verify", total) as advance, place as opened:
+        spread = None if opened is None else Spread(opened, source)
+        report = verify(
+            trace, name, config, parameters, runs, policy, significance, advance, device.enclosures(), spread
+        )
     if not diagnosing or report.verdict != NOT_CONFORMANT:
         return report
     from refmoe.mutants.catalogue import MUTANTS

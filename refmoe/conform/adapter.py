@@ -1,7 +1,7 @@
 """What an engine's adapter is, and the vocabulary of the protocol.
 
-An adapter is a class named ``Adapter`` in a module of `refmoe.conform.adapters`, or in any other module that can be
-imported. `refmoe.conform.serve` speaks the protocol for it.
+An adapter is a class named ``Adapter`` in a module of `refmoe.conform.adapters`, in a file, or in any other module that
+can be imported (`refmoe.conform.find_adapter`). `refmoe.conform.serve` speaks the protocol for it.
 """
 
 from __future__ import annotations

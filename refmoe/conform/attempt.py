@@ -9,6 +9,7 @@ from pathlib import Path
 
 from refmoe.checkpoint.write import write_checkpoint
 from refmoe.conform.harness import Harness
+from refmoe.conform.keeping import keep_file, keep_trace
 from refmoe.conform.process import BROKEN, HarnessError
 from refmoe.conform.received import received
 from refmoe.errors import InputError
@@ -42,9 +43,12 @@ def materialised(case: Case, parameters: Parameters, folder: Path, layout: str) 
 
 
 @contextmanager
-def attempted(harness: Harness, case: Case, checkpoint: Path, dtype: str, policy: str) -> Iterator[Trace]:
+def attempted(
+    harness: Harness, case: Case, checkpoint: Path, dtype: str, policy: str, kept: Path | None = None
+) -> Iterator[Trace]:
     """Load and run; while the context lasts, what the harness wrote is there as a trace of this policy.
 
+    kept: where to keep what it wrote, whatever it is.
     Raises Refused, or HarnessError for what fails and for a file that is not what was asked for.
     """
     described, runs = harness.description, case.runs()
@@ -57,10 +61,14 @@ def attempted(harness: Harness, case: Case, checkpoint: Path, dtype: str, policy
             harness.run(runs, described.taps, out)
             trace = received(out, keep, header, case.config, described.taps)
         except InputError as error:
+            if kept is not None:
+                keep_file(keep, kept)
             raise HarnessError(BROKEN, _without_folders(str(error), out, keep, checkpoint)) from None
         except HarnessError as error:
             error.reason = _without_folders(error.reason, out, keep, checkpoint)
             raise
+        if kept is not None:
+            keep_trace(trace, kept)
         yield trace
 
 

@@ -12,6 +12,7 @@ from refmoe import __version__
 from refmoe.conform.attempt import attempted, lacks, materialised
 from refmoe.conform.harness import Description, Harness, Refused
 from refmoe.conform.judgement import Judge
+from refmoe.conform.keeping import kept_file
 from refmoe.conform.outcome import SKIPPED, Engine, Outcome, Results
 from refmoe.conform.process import HarnessError
 from refmoe.conform.smoke import smoke_test
@@ -38,6 +39,8 @@ class Suite:
     policies: Mapping[str, Policy] = field(default_factory=dict)
     """Per dtype the policy, in place of the one that the harness declares."""
     judge: Judge = field(default_factory=Judge)
+    keep: Path | None = None
+    """A folder for the traces that come back."""
 
 
 def conform(harness: Harness, options: Mapping[str, str], suite: Suite, log: Log = lambda *_: None) -> Results:
@@ -51,10 +54,10 @@ def conform(harness: Harness, options: Mapping[str, str], suite: Suite, log: Log
         policies = chosen_policies(described, suite)
         with tempfile.TemporaryDirectory(prefix="refmoe-conform-") as temporary:
             folder = Path(temporary)
-            smoke = smoke_test(harness, suite.smoke, folder)
+            smoke = smoke_test(harness, suite.smoke, next(iter(policies)), folder)
             outcomes = []
             for case in suite.cases:
-                for outcome in _outcomes(harness, case, policies, suite.judge, folder):
+                for outcome in _outcomes(harness, case, policies, suite, folder):
                     outcomes.append(outcome)
                     log(outcome, harness.log if outcome.failed else "")
         note = harness.stop()
@@ -82,9 +85,10 @@ def chosen_policies(described: Description, suite: Suite) -> dict[str, Policy]:
 
 
 def _outcomes(
-    harness: Harness, case: Case, policies: Mapping[str, Policy], judge: Judge, folder: Path
+    harness: Harness, case: Case, policies: Mapping[str, Policy], suite: Suite, folder: Path
 ) -> Iterator[Outcome]:
     """The outcomes of one case, dtype by dtype."""
+    kept = {dtype: None if suite.keep is None else kept_file(suite.keep, case.name, dtype) for dtype in policies}
     lacking = lacks(case.runs(), harness.description.abilities)
     if lacking is not None:
         yield from (Outcome(case.name, dtype, each.name, SKIPPED, lacking) for dtype, each in policies.items())
@@ -92,15 +96,16 @@ def _outcomes(
     parameters = case.checkpoint().parameters
     with materialised(case, parameters, folder, harness.description.layout) as checkpoint:
         for dtype, policy in policies.items():
-            yield _outcome(harness, case, parameters, checkpoint, dtype, policy, judge)
+            yield _outcome(harness, case, parameters, checkpoint, dtype, policy, suite.judge, kept[dtype])
 
 
 def _outcome(
-    harness: Harness, case: Case, parameters: Parameters, checkpoint: Path, dtype: str, policy: Policy, judge: Judge
-) -> Outcome:
+    harness: Harness, case: Case, parameters: Parameters, checkpoint: Path, dtype: str, policy: Policy, judge: Judge,
+    kept: Path | None,
+) -> Outcome:  # fmt: skip
     skipped = Outcome(case.name, dtype, policy.name, SKIPPED, "")
     try:
-        with attempted(harness, case, checkpoint, dtype, policy.name) as trace:
+        with attempted(harness, case, checkpoint, dtype, policy.name, kept) as trace:
             return judge.judge(case, parameters, dtype, trace, policy)
     except Refused as refused:
         return replace(skipped, reason=refused.reason, issue=refused.issue)

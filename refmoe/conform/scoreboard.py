@@ -90,15 +90,27 @@ class Scoreboard:
 
     def groups(self, kind: str) -> list[Group]:
         """The outcomes of a kind, those together that have one engine, first wrong step, explanation or reason."""
-        found: dict[tuple[str, ...], list[Outcome]] = {}
-        labels: dict[tuple[str, ...], str] = {}
-        for entrant in self.entrants:
-            for each in entrant.results.outcomes:
-                if KINDS[each.verdict] == kind:
-                    key = (entrant.label, *_sort(each))
-                    found.setdefault(key, []).append(each)
-                    labels[key] = entrant.label
-        return [_group(labels[key], kind, outcomes) for key, outcomes in found.items()]
+        return [
+            _group(entrant.label, kind, outcomes)
+            for entrant in self.entrants
+            for outcomes in alike(each for each in entrant.results.outcomes if KINDS[each.verdict] == kind)
+        ]
+
+
+def alike(outcomes: Iterable[Outcome]) -> list[list[Outcome]]:
+    """Outcomes of one engine, those together that have one verdict, first wrong step, explanation or reason."""
+    found: dict[tuple[str, ...], list[Outcome]] = {}
+    for each in outcomes:
+        found.setdefault((KINDS[each.verdict], *_sort(each)), []).append(each)
+    return [*found.values()]
+
+
+def places(outcomes: Iterable[Outcome]) -> dict[str, tuple[str, ...]]:
+    """Per case the dtypes."""
+    found: dict[str, tuple[str, ...]] = {}
+    for each in outcomes:
+        found[each.case] = (*found.get(each.case, ()), each.dtype)
+    return found
 
 
 def _sort(outcome: Outcome) -> tuple[str, str]:
@@ -112,12 +124,9 @@ def _sort(outcome: Outcome) -> tuple[str, str]:
 
 def _group(label: str, kind: str, outcomes: Sequence[Outcome]) -> Group:
     first = outcomes[0]
-    places: dict[str, tuple[str, ...]] = {}
-    for each in outcomes:
-        places[each.case] = (*places.get(each.case, ()), each.dtype)
     step = step_of(first.first_wrong[1]) if first.first_wrong is not None else ""
     cause = first.explanations[0] if first.explanations else None
-    return Group(label, kind, step, cause, first.reason, first.issue, places)
+    return Group(label, kind, step, cause, first.reason, first.issue, places(outcomes))
 
 
 def result_files(paths: Iterable[Path]) -> list[Path]:

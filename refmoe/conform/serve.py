@@ -11,7 +11,6 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,6 +19,7 @@ from safetensors.numpy import save_file
 
 from refmoe.checkpoint.safetensors_file import one_line
 from refmoe.conform.adapter import DTYPES, PROTOCOL, TAPS, Adapter, Skipped
+from refmoe.conform.find_adapter import adapter_class
 from refmoe.conform.messages import (
     LONGEST_SENTENCE,
     Message,
@@ -166,21 +166,6 @@ def _parse_run(item: Message) -> Run:
 
 def _sentence(error: object) -> str:
     return one_line(error)[:LONGEST_SENTENCE] or type(error).__name__
-
-
-def adapter_class(name: str) -> Callable[..., Adapter]:
-    """The adapter of an engine.
-
-    name: a module of `refmoe.conform.adapters`, or with a dot in it any module.   Raises InputError when there is none.
-    """
-    module = name if "." in name else f"refmoe.conform.adapters.{name}"
-    try:
-        found: Callable[..., Adapter] = import_module(module).Adapter
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise
-        raise InputError(f"adapter '{name}': there is no module {module}") from None
-    return found
 
 
 def options_of(arguments: list[str]) -> Mapping[str, str]:

@@ -1,8 +1,9 @@
 """The smoke test: is it the harness that is broken, before anything is said about its engine?
 
-The smallest case at the first dtype, twice: what start has promised must be in the file, in shapes that fit the model,
-and in the same dtypes both times. No value is looked at. An engine that refuses a case, reports an error or dies
-proves nothing about its harness: then the next larger case is tried, and after a few of these the suite may find out.
+The smallest case at the first dtype that is run, twice: what start has promised must be in the file, in shapes that fit
+the model, and in the same dtypes both times. No value is looked at. An engine that refuses a case, reports an error or
+dies proves nothing about its harness: then the next larger case is tried, and after a few of these the suite may find
+out.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ TRIED = 3
 """Cases, the smallest that need only what the harness has."""
 
 
-def smoke_test(harness: Harness, cases: Sequence[Case], folder: Path) -> str:
+def smoke_test(harness: Harness, cases: Sequence[Case], dtype: str, folder: Path) -> str:
     """What was run, in words. Raises HarnessUnusable that says what is wrong with the harness."""
     able = [case for case in cases if lacks(case.runs(), harness.description.abilities) is None]
-    dtype, said = harness.description.dtypes[0], "nothing: no case needs only the abilities of the harness"
+    said = "nothing: no case needs only the abilities of the harness"
     for case in sorted(able, key=work)[:TRIED]:
         what = f"case {case.name} in {dtype}"
         try:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from refmoe.atomic import replacing
+from refmoe.checkpoint.safetensors_file import quoted
+from refmoe.errors import InputError
 
 TEMPLATE = """\
 # Written by `refmoe conform --write-ci`. It fails when a case fails that {known} does not list, and when one that
@@ -16,8 +19,6 @@ name: conformance
 on: [push, pull_request]
 permissions:
   contents: read
-env:
-  REFMOE: OWNER/refmoe # the repository with refmoe and its golden cases
 jobs:
   refmoe:
     runs-on: ubuntu-latest
@@ -26,7 +27,7 @@ jobs:
       - uses: actions/checkout@v4
       - uses: actions/checkout@v4
         with:
-          repository: ${{{{ env.REFMOE }}}}
+          repository: {source}
           path: .refmoe
       - uses: actions/setup-python@v5
         with:
@@ -51,9 +52,21 @@ EXTRAS = {"transformers": "[engines]", "llama_cpp": "[llama-cpp]", "onnx": "[onn
 """Per adapter the extra of refmoe's own that brings its engine, as pip reads it."""
 
 
-def write_workflow(path: Path, arguments: Sequence[str], harness: Sequence[str], adapter: str | None) -> None:
+def check_source(source: str) -> None:
+    """Raises InputError for what is no repository with refmoe: ``OWNER/REPOSITORY`` or ``OWNER/REPOSITORY@REF``."""
+    if not re.fullmatch(r"[A-Za-z0-9-]+/[\w.-]+(@[\w./-]+)?", source, re.ASCII):
+        raise InputError(
+            f"--refmoe-from is {quoted(source)}, but a repository on GitHub, OWNER/REPOSITORY or "
+            "OWNER/REPOSITORY@REF, was expected"
+        )
+
+
+def write_workflow(
+    path: Path, source: str, arguments: Sequence[str], harness: Sequence[str], adapter: str | None
+) -> None:
     """Write the workflow. Raises InputError when the file cannot be written.
 
+    source: the repository with refmoe and its golden cases, as `check_source` takes it.
     arguments: options of ``refmoe conform`` besides those about files.   harness: the command of the harness, if any.
     adapter: the name of the adapter otherwise.
     """
@@ -62,7 +75,9 @@ def write_workflow(path: Path, arguments: Sequence[str], harness: Sequence[str],
     words += ["--out", "conformance.json", *(["--", *harness] if harness else [])]
     # JSON's strings are YAML's; GitHub replaces what is between these braces before YAML is looked at
     command = json.dumps(shlex.join(words), ensure_ascii=False).replace("${{", "${{ '${{' }}")
-    text = TEMPLATE.format(known=known, extra=EXTRAS.get(adapter or "", ""), command=command)
+    repository, at, ref = source.partition("@")
+    source = repository + (f"\n          ref: {json.dumps(ref)}" if at else "")  # 1.10 is a text, not a number
+    text = TEMPLATE.format(known=known, source=source, extra=EXTRAS.get(adapter or "", ""), command=command)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

@@ -1,7 +1,7 @@
 """Golden cases: what is computed, how it is written down, and how it is checked."""
 
-from refmoe.golden.activations import compute, compute_fingerprints
-from refmoe.golden.case import CASE_FILE, STORES, Case, find_cases, read_case
+from refmoe.golden.activations import case_source, compute, compute_fingerprints
+from refmoe.golden.case import CASE_FILE, STORES, Case, find_cases, find_full_size_cases, read_case
 from refmoe.golden.checking import (
     Difference,
     check,
@@ -24,8 +24,31 @@ from refmoe.golden.manifest import (
 )
 
 __all__ = [
-    "CASE_FILE", "MANIFEST_FILE", "STORES", "Case", "Difference", "check", "compute", "compute_fingerprints", "emit",
-    "file_digest", "find_cases", "first_difference", "is_emitted", "leftovers", "read_case", "read_folder_manifest",
-    "read_manifest", "remove_leftovers", "tensor_digest", "trace_path", "verify_case_files", "verify_documents",
-    "verify_files", "write_folder_manifest", "write_manifest",
+    "CASE_FILE",
+    "MANIFEST_FILE",
+    "STORES",
+    "Case",
+    "Difference",
+    "case_source",
+    "check",
+    "compute",
+    "compute_fingerprints",
+    "emit",
+    "file_digest",
+    "find_cases",
+    "find_full_size_cases",
+    "first_difference",
+    "is_emitted",
+    "leftovers",
+    "read_case",
+    "read_folder_manifest",
+    "read_manifest",
+    "remove_leftovers",
+    "tensor_digest",
+    "trace_path",
+    "verify_case_files",
+    "verify_documents",
+    "verify_files",
+    "write_folder_manifest",
+    "write_manifest",
 ]  # fmt: skip

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from refmoe.checkpoint.layout import Checkpoint
+from refmoe.checkpoint.size import total_parameters
 from refmoe.checkpoint.synthetic import synthetic_checkpoint
 from refmoe.errors import InputError
 from refmoe.script import Call, Packed, plan
@@ -18,6 +19,8 @@ from refmoe.trace import FORMAT_VERSION, Run
 
 CASE_FILE = "case.toml"
 STORES = ("trace", "fingerprint")
+FULL_SIZE = 1 << 32
+"""Parameters from which a model is no small one."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Case:
     start: int = 0
     exponents: dict[str, int] = field(default_factory=dict)
     edits: tuple[dict[str, Any], ...] = ()
+    layers: tuple[int, int] | None = None
+    """From which layer to below which it is computed; None: all of them."""
     store: str = "trace"
     """What the golden folder keeps: ``trace``, or for a large case ``fingerprint``."""
     digest: str = ""
@@ -43,6 +48,16 @@ class Case:
     @property
     def name(self) -> str:
         return self.folder.resolve().name
+
+    @property
+    def full_size(self) -> bool:
+        """Whether it takes minutes and more, so that it is computed only when it is named."""
+        return total_parameters(self.config) >= FULL_SIZE
+
+    @property
+    def computed(self) -> range:
+        """The layers that are computed."""
+        return range(*(self.layers or (0, self.config.layers)))
 
     def checkpoint(self) -> Checkpoint:
         """The model, its weights from the formula."""
@@ -54,13 +69,28 @@ class Case:
 
 
 def find_cases(golden: Path) -> list[Path]:
-    """The folders of all cases, in name order. Raises InputError when there is none."""
+    """The folders of all cases that are not of full size, or the one that is named, in name order.
+
+    Raises InputError when there is none.
+    """
     if (golden / CASE_FILE).exists():
         return [golden]
     folders = sorted(path.parent for path in golden.glob(f"*/{CASE_FILE}"))
     if not folders:
         raise InputError(f"{golden}: no case is there; folders with a {CASE_FILE} were expected")
-    return folders
+    return [folder for folder in folders if not _is_full_size(folder)]
+
+
+def find_full_size_cases(golden: Path) -> list[Path]:
+    """The folders of the others, in name order."""
+    return [path.parent for path in sorted(golden.glob(f"*/{CASE_FILE}")) if _is_full_size(path.parent)]
+
+
+def _is_full_size(folder: Path) -> bool:
+    try:
+        return read_case(folder).full_size
+    except InputError:
+        return False  # whoever reads it next says what is wrong
 
 
 def read_case(folder: Path) -> Case:
@@ -101,10 +131,18 @@ def _parse(folder: Path, values: dict[str, Any]) -> Case:
     case = Case(
         folder, values["why"].strip(), tuple(values["clauses"]), tuple(values["bugs"]), tuple(values["conditions"]),
         config, weights["seed"], tuple(_call(i, call) for i, call in enumerate(values["script"])), values["start"],
-        weights["exponents"], tuple(weights["edits"]), values["store"],
+        weights["exponents"], tuple(weights["edits"]), _layers(values["layers"], config), values["store"],
     )  # fmt: skip
     case.runs()
     return case
+
+
+def _layers(given: list[int] | None, config: Config) -> tuple[int, int] | None:
+    if given is None:
+        return None
+    if len(given) != 2 or given[0] != 0 or not 0 < given[1] <= config.layers:
+        raise InputError(f"'layers' is {given}, but [0, n] with n from 1 to {config.layers} was expected")
+    return given[0], given[1]
 
 
 def _call(i: int, call: dict[str, Any]) -> Call | Packed:
@@ -146,6 +184,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str, Any]] = {
     "weights": (lambda value: isinstance(value, dict), "a table", None),
     "script": (is_list(dict), "a list of tables", None),
     "start": (is_count, "an integer from 0", 0),
+    "layers": (lambda value: value is None or is_tokens(value), "a list of two integers", None),
     "store": (lambda value: value in STORES, f"one of {', '.join(STORES)}", "trace"),
 }
 """Per field of case.toml: what it must be, in code and in words, and the value where it is not given."""

@@ -23,6 +23,7 @@ from refmoe.golden.manifest import (
     read_manifest,
     tensor_digest,
 )
+from refmoe.gpu.place import CPU, Place
 from refmoe.trace import read_trace
 
 
@@ -87,7 +88,7 @@ def _verify_digests(folder: Path, files: dict[str, str]) -> list[str]:
     return found
 
 
-def check(folder: Path, progress: Callable[[], None] | None = None) -> list[Difference]:
+def check(folder: Path, progress: Callable[[], None] | None = None, place: Place = CPU) -> list[Difference]:
     """Recompute a case and compare every bit and every digest. An empty list: all is as it should be."""
     found = verify_case_files(folder)
 
@@ -101,7 +102,7 @@ def check(folder: Path, progress: Callable[[], None] | None = None) -> list[Diff
             differs(f'{folder / name}: is no {case.store}, but {CASE_FILE} has store = "{case.store}"')
         else:
             compare = _check_trace if case.store == "trace" else _check_fingerprints
-            for what in compare(case, folder / name, progress):
+            for what in compare(case, folder / name, progress, place):
                 differs(what)
     except InputError as error:
         if not any(difference.what == str(error) for difference in found):
@@ -109,8 +110,8 @@ def check(folder: Path, progress: Callable[[], None] | None = None) -> list[Diff
     return found
 
 
-def _check_trace(case: Case, path: Path, progress: Callable[[], None] | None) -> list[str]:
-    computed = compute(case, progress)
+def _check_trace(case: Case, path: Path, progress: Callable[[], None] | None, place: Place) -> list[str]:
+    computed = compute(case, progress, place)
     digests = {key: tensor_digest(array) for key, array in computed.items()}
     if not path.exists():
         return _check_digests(case, digests)  # that the trace is missing has been said
@@ -125,8 +126,8 @@ def _check_trace(case: Case, path: Path, progress: Callable[[], None] | None) ->
     return [*runs, *wrong.values(), *_check_digests(case, digests, wrong.keys())]
 
 
-def _check_fingerprints(case: Case, path: Path, progress: Callable[[], None] | None) -> list[str]:
-    computed = compute_fingerprints(case, progress)
+def _check_fingerprints(case: Case, path: Path, progress: Callable[[], None] | None, place: Place) -> list[str]:
+    computed = compute_fingerprints(case, progress, place=place)
     digests = {key: value.sha256 for key, value in computed.items()}
     if not path.exists():
         return _check_digests(case, digests)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,23 +23,26 @@ from refmoe.golden.manifest import (
     tensor_digest,
     write_manifest,
 )
+from refmoe.gpu.place import CPU, Place
 from refmoe.trace import Header, trace_bytes
 
 
-def emit(case: Case, progress: Callable[[], None] | None = None) -> Path:
+def emit(case: Case, progress: Callable[[], None] | None = None, place: Place = CPU) -> Path:
     """Compute the case and write its values, then its manifest; returns the file of values.
 
     Values go to a file named by its own digest, which no manifest names yet; the new manifest, renamed over the old
     one, is the one step that changes the case; what only the old one named is removed last. Killed anywhere, the case
-    is the old one or the new one. A certificate is kept where the certified values have not changed.
+    is the old one or the new one. A certificate is kept where the certified values have not changed. Finished layers of
+    a case of full size are kept in NAME.parts, here, until it is written.
     """
     header = Header(case.runs(), case.name, policy="exact")
     if case.store == "trace":
-        arrays = compute(case, progress)
+        arrays = compute(case, progress, place)
         data = trace_bytes(header, arrays)
         tensors = {key: tensor_digest(arrays[key]) for key in sorted(arrays)}
     else:
-        fingerprints = compute_fingerprints(case, progress)
+        parts = Path(f"{case.name}.parts") if case.full_size else None
+        fingerprints = compute_fingerprints(case, progress, parts, place)
         data = fingerprint_text(header, fingerprints).encode()
         tensors = {key: fingerprints[key].sha256 for key in sorted(fingerprints)}
     path = case.folder / content_name(case.store, data)
@@ -52,6 +56,8 @@ def emit(case: Case, progress: Callable[[], None] | None = None) -> Path:
         certificate = None
     write_manifest(case.folder, new_manifest(case=case.name, files=files, tensors=tensors, certificate=certificate))
     remove_leftovers(case.folder)
+    if case.full_size and not place.on_gpu:
+        shutil.rmtree(f"{case.name}.parts")
     return path
 
 

@@ -63,6 +63,13 @@ def projection(key: str, j: int, flat: np.ndarray[Any, Any]) -> float:
     return float(dot.sum(flat * signs, 0))
 
 
+def from_json(entry: Any) -> Fingerprint:
+    """A fingerprint as `asdict` gave it. Raises KeyError or TypeError for what is none."""
+    return Fingerprint(
+        entry["dtype"], tuple(entry["shape"]), entry["sha256"], tuple(entry["projections"]), tuple(entry["leading"])
+    )
+
+
 def fingerprint_text(header: Header, fingerprints: dict[str, Fingerprint]) -> str:
     """The file that holds the fingerprints of a case."""
     tensors = {key: asdict(fingerprints[key]) for key in sorted(fingerprints)}
@@ -78,13 +85,7 @@ def read_fingerprints(path: Path) -> tuple[Header, dict[str, Fingerprint]]:
     header = parse_header(path, text)
     tensors: Any = json.loads(text).get("tensors")
     try:
-        return header, {
-            key: Fingerprint(
-                entry["dtype"], tuple(entry["shape"]), entry["sha256"], tuple(entry["projections"]),
-                tuple(entry["leading"]),
-            )
-            for key, entry in tensors.items()
-        }  # fmt: skip
+        return header, {key: from_json(entry) for key, entry in tensors.items()}
     except (AttributeError, KeyError, TypeError):
         raise InputError(f"{path}: 'tensors' is not an object of fingerprints of version {FORMAT_VERSION}") from None
 

@@ -24,6 +24,9 @@ class StoredWeight(Protocol):
     def rows(self, ids: Any) -> Any:
         """Only these rows of a table, in the stored dtype."""
 
+    def block(self, start: int, stop: int) -> Any:
+        """Rows [start, stop) of a matrix that is too large to be held, in the stored dtype."""
+
 
 class ArrayOps:
     """Selection, ordering and observation, over the array module `xp` at one floating-point dtype."""

@@ -1,4 +1,4 @@
-"""Ops on a GPU: `NativeOps` on another device. The steps that go with them are in `refmoe.ops.kernels.steps`.
+"""Ops on a GPU: what `NativeOps` and `ExactOps` are, there. `refmoe.ops.kernels.steps` has the steps for the former.
 
 Nothing but `cupy_ops` imports CuPy: the rest runs over NumPy and kernels on a CPU as well, and is tested so.
 """
@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from refmoe.ops import dot
 from refmoe.ops.arrays import ArrayOps, StoredWeight, Tap
-from refmoe.ops.device import require_gpu
+from refmoe.ops.device import free_memory, require_exact, require_gpu
+from refmoe.ops.exact import ExactOps
 from refmoe.ops.kernels import source
 from refmoe.ops.kernels.calls import Kernels
 from refmoe.ops.kernels.kernel import STORED, GetFunction
@@ -40,10 +42,16 @@ class CupyOps(ArrayOps):
         dtype: Any = np.float32,
         tap: Tap | None = None,
         weight_bytes: int = 64 << 30,
+        gemm: Callable[..., Array] | None = None,
     ) -> None:
-        """xp, module: as of `Kernels`.   weight_bytes: device memory for weights that are kept for later calls."""
+        """xp, module: as of `Kernels`.   weight_bytes: device memory for weights that are kept for later calls.
+
+        gemm: products of float32 rows [n, k] by half-precision weights [m, k], perhaps into a given array, which may
+        round the rows to the weights' dtype (`refmoe.gpu.gemm`); None: such weights are converted to float32.
+        """
         super().__init__(dtype, tap, xp)
         self.kernels = Kernels(xp, module) if self.dtype == np.float32 else None
+        self._gemm = gemm if self.dtype == np.float32 else None
         self._weights = WeightCache(weight_bytes)
         self._last_table: dict[str, Any] = {}  # shared by all copies that `within` makes
 
@@ -97,13 +105,21 @@ class CupyOps(ArrayOps):
         matrix = self.stored(weight)
         rows = x.reshape(-1, x.shape[-1])
         if self.kernels is None or len(rows) > FEW_TOKENS:
-            return x @ upcast(matrix, self.dtype).T
+            product = self.xp.empty((len(rows), len(matrix)), self.dtype)
+            return self.multiply(rows, matrix, product).reshape(*x.shape[:-1], -1)
         # as the only expert of a model of one expert
         only = self.xp.zeros((len(rows), 1), np.int32)
         product = self.kernels.expert_output(matrix[None], self.xp.ascontiguousarray(rows)[:, None], only)
         return product.reshape(*x.shape[:-1], -1)
 
     # ---- arithmetic
+
+    def multiply(self, rows: Array, matrix: Array, out: Array) -> Array:
+        """rows [n, k] by a matrix [m, k] on the device, as it is stored, into out [n, m], which is returned."""
+        if self._gemm is not None and matrix.dtype != self.dtype:
+            return self._gemm(rows, matrix, out)
+        out[...] = rows @ upcast(matrix, self.dtype).T
+        return out
 
     def matmul(self, a: Array, b: Array) -> Array:
         return a @ b
@@ -136,15 +152,75 @@ class CupyOps(ArrayOps):
 
 
 @cache
-def _module(file: str) -> GetFunction:
+def compiled(file: str) -> GetFunction:
     """The kernels of one file, compiled for the current device when one is first launched."""
     cupy = require_gpu()
     module = cupy.RawModule(code=source.text(file), options=source.OPTIONS, name_expressions=source.expressions(file))
     return module.get_function  # type: ignore[no-any-return]
 
 
+class Stored:
+    """Stored values, on the host or the device, whose rows are chosen by indices on the host."""
+
+    def __init__(self, values: Array, xp: Any) -> None:
+        self._values, self._xp, self.shape, self.dtype = values, xp, values.shape, values.dtype
+
+    def __getitem__(self, index: Any) -> Array:
+        if isinstance(index, int):
+            return on_host(self._values[index])  # for the exact path, which is there
+        there = isinstance(index, np.ndarray) and not isinstance(self._values, np.ndarray)
+        return self._values[self._xp.asarray(index) if there else index]
+
+
+class ExactCupyOps(ExactOps):
+    """`ExactOps` on a device, with the CPU's bits.
+
+    Float64 there is IEEE-754 as well, and every operation is a kernel of its own, so that none is fused with another.
+    """
+
+    def embed(self, table: StoredWeight, ids: Array) -> Array:
+        return self.array(table.rows(on_host(ids)))
+
+    def linear(self, x: Array, weight: StoredWeight) -> Array:
+        def prepare() -> dot.PreparedWeight:
+            return dot.prepare(Stored(weight.read(), self.xp), self.xp)  # type: ignore[arg-type]
+
+        return dot.linear(x, self._prepared.get(weight, prepare, lambda made: made.nbytes), self.xp)
+
+    def top_k(self, x: Array, k: int) -> Array:
+        # a sort by bits would put -0 before +0: this makes no -0, and is the negation of all else
+        return self.xp.argsort(0.0 - x, axis=-1, kind="stable")[:, :k]
+
+
+def from_device(tap: Tap | None, xp: Any) -> Tap | None:
+    """The tap of somebody who knows arrays on the host alone; what it returns goes to the device."""
+    if tap is None:
+        return None
+
+    def received(name: str, x: Array) -> Array:
+        replacement = tap(name, on_host(x))
+        return None if replacement is None else xp.asarray(replacement)
+
+    return received
+
+
+KEPT = 3, 4
+"""The part of the free memory that may hold weights; the rest is for activations and what libraries take."""
+
+
+def kept_bytes(free: int) -> int:
+    """Device memory for weights that are kept for later calls."""
+    return free * KEPT[0] // KEPT[1]
+
+
 def cupy_ops(dtype: Any = np.float32, tap: Tap | None = None) -> CupyOps:
     """Ops on the current device. Raises InputError, with the reason, where there is none."""
     cupy = require_gpu()
-    free, _ = cupy.cuda.runtime.memGetInfo()
-    return CupyOps(cupy, _module, dtype, tap, weight_bytes=free * 3 // 4)
+    return CupyOps(cupy, compiled, dtype, tap, weight_bytes=kept_bytes(free_memory(cupy)))
+
+
+def exact_cupy_ops(tap: Tap | None = None) -> ExactCupyOps:
+    """Exact ops on the current device. Raises InputError where there is none, or it would not be exact."""
+    cupy = require_gpu()
+    require_exact()
+    return ExactCupyOps(tap, cupy, kept_bytes(free_memory(cupy)))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 from refmoe.errors import InputError
 
@@ -42,6 +45,27 @@ def require_gpu() -> ModuleType:
     if problem:
         raise InputError(f"no GPU can be used: {problem}")
     return import_module("cupy")
+
+
+EMULATION = ("CUBLAS_EMULATE_DOUBLE_PRECISION",)
+"""Variables by which cuBLAS 13 replaces products of float64 numbers by products of shorter ones."""
+
+
+def require_exact(environment: Mapping[str, str] | None = None) -> None:
+    """Raises InputError where products of float64 numbers on the device would not be IEEE-754's."""
+    found = os.environ if environment is None else environment
+    for name in EMULATION:
+        if found.get(name, "0") != "0":
+            raise InputError(
+                f"{name} is {found[name]!r} in the environment, under which cuBLAS emulates float64, but 0 or nothing "
+                "was expected for exact results"
+            )
+
+
+def free_memory(cupy: Any) -> int:
+    """Bytes of the current device that can be had, with what CuPy's pool holds for later."""
+    free, _total = cupy.cuda.runtime.memGetInfo()
+    return int(free) + int(cupy.get_default_memory_pool().free_bytes())
 
 
 def _line(error: Exception) -> str:

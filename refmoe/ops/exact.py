@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,8 @@ import numpy as np
 
 from refmoe.ops import dot, elementary
 from refmoe.ops.arrays import ArrayOps, StoredWeight, Tap
-from refmoe.ops.weight_cache import WeightCache
+from refmoe.ops.streaming import linear_by_blocks
+from refmoe.ops.weight_cache import STREAMED, WeightCache
 
 PREPARED_BYTES = 4 << 30
 
@@ -21,11 +23,16 @@ class ExactOps(ArrayOps):
     """IEEE-754 binary64. Elementwise ``+ - * /`` round once each, as NumPy does them; the rest is defined here."""
 
     def __init__(self, tap: Tap | None = None, xp: Any = np, prepared_bytes: int = PREPARED_BYTES) -> None:
-        """prepared_bytes: memory for prepared weights that are kept for later calls."""
+        """prepared_bytes: memory for prepared weights that are kept for later calls.
+
+        A weight of more than a fourth of that is streamed: at no time is the whole of it in memory.
+        """
         super().__init__(np.float64, tap, xp)
         self._prepared = WeightCache(prepared_bytes)
 
     def linear(self, x: Any, weight: StoredWeight) -> Any:
+        if math.prod(weight.shape) * self.dtype.itemsize > self._prepared.limit // STREAMED and self.xp is np:
+            return linear_by_blocks(x, weight, dot.prepare, dot.linear)
         prepared = self._prepared.get(weight, lambda: dot.prepare(weight.read(), self.xp), lambda made: made.nbytes)
         return dot.linear(x, prepared, self.xp)
 

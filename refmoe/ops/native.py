@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,8 @@ import ml_dtypes
 import numpy as np
 
 from refmoe.ops.arrays import ArrayOps, StoredWeight, Tap
-from refmoe.ops.weight_cache import WeightCache
+from refmoe.ops.streaming import linear_by_blocks
+from refmoe.ops.weight_cache import STREAMED, WeightCache
 
 UPCAST_BYTES = 2 << 30
 
@@ -30,11 +32,16 @@ class NativeOps(ArrayOps):
     """NumPy at float32 or float64; weights in a narrower dtype are converted when they are used."""
 
     def __init__(self, dtype: Any = np.float64, tap: Tap | None = None, upcast_bytes: int = UPCAST_BYTES) -> None:
-        """dtype: float32 or float64.   upcast_bytes: memory for converted weights that are kept for later calls."""
+        """dtype: float32 or float64.   upcast_bytes: memory for converted weights that are kept for later calls.
+
+        A weight of more than a fourth of that is streamed: at no time is the whole of it in memory.
+        """
         super().__init__(dtype, tap)
         self._upcast = WeightCache(upcast_bytes)
 
     def linear(self, x: Any, weight: StoredWeight) -> Any:
+        if math.prod(weight.shape) * self.dtype.itemsize > self._upcast.limit // STREAMED:
+            return linear_by_blocks(x, weight, lambda stored: upcast(stored, self.dtype), lambda x, w: x @ w.T)
         matrix = self._upcast.get(weight, lambda: upcast(weight.read(), self.dtype), lambda array: array.nbytes)
         return x @ matrix.T
 

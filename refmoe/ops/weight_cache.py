@@ -6,6 +6,9 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+STREAMED = 4
+"""A weight of more than one such part of the limit is not kept: it would drive out most of what is."""
+
 
 class WeightCache:
     """The most recently used prepared weights, up to a number of bytes."""

@@ -11,7 +11,18 @@ from rich.text import Text
 from refmoe.conform.known import Held
 from refmoe.conform.outcome import SKIPPED, Outcome, Results
 from refmoe.conform.process import BROKEN, CRASHED, TIMED_OUT
-from refmoe.conform.scoreboard import DEVIATES, FAILED, KINDS, NOT_RUN, UNDECIDABLE, UNSUPPORTED, Group, Scoreboard
+from refmoe.conform.scoreboard import (
+    DEVIATES,
+    FAILED,
+    KINDS,
+    NOT_RUN,
+    UNDECIDABLE,
+    UNSUPPORTED,
+    Group,
+    Scoreboard,
+    alike,
+    places,
+)
 from refmoe.report.terminal import WIDE
 from refmoe.report.wording import count, number, visible
 from refmoe.verify.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT
@@ -45,8 +56,8 @@ def print_results(results: Results, held: Held, logs: Mapping[tuple[str, str], s
     console.print()
     console.print(_case_table(results))
     console.print()
-    for outcome in held.failing:
-        _print_failure(console, outcome, logs.get((outcome.case, outcome.dtype), ""))
+    for outcomes in alike(held.failing):
+        _print_failures(console, outcomes, logs.get((outcomes[0].case, outcomes[0].dtype), ""))
     for outcome, entry in held.known:
         _print(console, f"{_place(outcome)}: known to fail: {visible(entry.reason)}{_issue(entry.issue)}", "dim")
     for outcome, entry in held.passing:
@@ -75,12 +86,18 @@ def _case_table(results: Results) -> Table:
     return table
 
 
-def _print_failure(console: Console, outcome: Outcome, log: str) -> None:
+def _print_failures(console: Console, outcomes: Sequence[Outcome], log: str) -> None:
+    """The first of those that are alike, and where the others are.   log: of the first"""
+    outcome, others = outcomes[0], outcomes[1:]
     first = f": first wrong step {'/'.join(outcome.first_wrong)}" if outcome.first_wrong else ""
     _print(console, visible(f"{_place(outcome)}: {outcome.verdict}{first}"), STYLES[outcome.verdict])
     _print(console, INDENT + visible(outcome.reason))
     for cause in outcome.explanations[:1]:
         _print(console, visible(f"{INDENT}{cause.kind}: {cause.name}: {cause.about}"))
+        if cause.fix:
+            _print(console, visible(f"{INDENT}fix: {cause.fix}"))
+    if others:
+        _print(console, f"{INDENT}the same in {len(others)} more: {_listed(places(others))}")
     if log and outcome.verdict in (CRASHED, TIMED_OUT, BROKEN):
         _print(console, f"{INDENT}the end of its standard error:")
         for line in log.splitlines()[-LISTED:]:
@@ -101,7 +118,15 @@ def _place(outcome: Outcome) -> str:
 
 
 def _places(outcomes: Sequence[Outcome]) -> str:
-    cases = list(dict.fromkeys(each.case for each in outcomes))
+    return _first(list(dict.fromkeys(each.case for each in outcomes)))
+
+
+def _listed(places: Mapping[str, Sequence[str]]) -> str:
+    """places: per case the dtypes"""
+    return _first([f"{case} ({', '.join(dtypes)})" for case, dtypes in places.items()])
+
+
+def _first(cases: Sequence[str]) -> str:
     more = f" and {len(cases) - LISTED} more cases" if len(cases) > LISTED else ""
     return visible(", ".join(cases[:LISTED])) + more
 
@@ -174,9 +199,7 @@ def _print_group(console: Console, group: Group) -> None:
     cause = f": {group.cause.kind}: {group.cause.name}" if group.cause else ""
     what = f"first wrong step {group.step}{cause}" if group.step else f"{group.reason}{_issue(group.issue)}"
     _print(console, visible(f"  {group.label}: {what}"))
-    cases = [f"{case} ({', '.join(dtypes)})" for case, dtypes in group.places.items()]
-    more = f" and {len(cases) - LISTED} more" if len(cases) > LISTED else ""
-    _print(console, visible(f"{INDENT}{', '.join(cases[:LISTED])}{more}"), "dim")
+    _print(console, f"{INDENT}{_listed(group.places)}", "dim")
 
 
 def _errors(board: Scoreboard) -> Table:

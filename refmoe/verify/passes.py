@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Set
 from typing import Any
 
 import numpy as np
 
 from refmoe.ops.enclosure.array import Enclosure
-from refmoe.ops.enclosure.ops import EnclosureOps
 from refmoe.policy.formats import OF_DTYPE, ulp
 from refmoe.policy.policy import Policy
 from refmoe.script import cut
-from refmoe.spec.config import Config
 from refmoe.spec.model import Caches, Model, forward
-from refmoe.spec.taps import LAYER_TAPS
-from refmoe.trace import Run, Trace
+from refmoe.trace import Trace
+from refmoe.verify.blocks import block_size, places, without_bound
 from refmoe.verify.findings import CONTESTABLE, FORCED, layer_of, step_of
 from refmoe.verify.routing import Routing, judge, valid
-from refmoe.verify.subject import Findings, Subject, shape_of
-from refmoe.verify.tally import Place, Tally
+from refmoe.verify.subject import Findings, Subject
+from refmoe.verify.tally import Tally
 
-BLOCK_BYTES = 16 << 20
-"""Bytes in binary64 of the largest tap of a block of tokens; a pass holds some twenty arrays of that size."""
 KEPT_DECISIONS = 50_000
 """Beyond these only decisions that are not forced, or not legal, are kept one by one."""
 
@@ -45,7 +40,7 @@ class Pass:
         self.trace, self.subject, self.policy, self.spreads = trace, subject, policy, spreads
         self.recomputed, self.unrounded, self.progress = recomputed, unrounded, progress
         self.findings = Findings()
-        self.ops = EnclosureOps(policy, self._tap)
+        self.ops = subject.ops(policy, self._tap)
         self._run = subject.runs[0]
         self._start = 0
         self._tokens = 0
@@ -53,9 +48,13 @@ class Pass:
         self._logits: tuple[Enclosure, Any, bool] | None = None
         self._unknown: Any = None
 
-    def go(self) -> Findings:
-        """All runs in order, each in blocks of tokens: a block is a piece of a prompt, which MODEL-4 allows."""
+    def go(self, layers: range | None = None) -> Findings:
+        """All runs in order, each in blocks of tokens: a block is a piece of a prompt, which MODEL-4 allows.
+
+        layers: only these, where the trace has what the first of them begins with; None: the whole model.
+        """
         model = Model(self.subject.config, self.subject.parameters, self.subject.steps)
+        layers = range(self.subject.config.layers) if layers is None else layers
         caches: dict[int, Caches] = {}
         ops: Any = self.ops
         with np.errstate(all="ignore"):
@@ -67,10 +66,33 @@ class Pass:
                     tokens = run.tokens[self._start : self._start + size]
                     positions = run.positions[self._start : self._start + size]
                     self._tokens = len(tokens)
-                    _, before = forward(ops, model, ops.integers(tokens), ops.integers(positions), before)
+                    if layers.start or layers.stop < self.subject.config.layers:
+                        before = self._part(model, layers, tokens, ops.integers(positions), before)
+                    else:
+                        _, before = forward(ops, model, ops.integers(tokens), ops.integers(positions), before)
                 assert before is not None
                 caches[run.sequence] = before
         return self.findings
+
+    def _part(self, model: Model, layers: range, tokens: Any, positions: Any, before: Caches | None) -> Caches:
+        """`forward`, of some layers: from the trace's own output of the layer before them, to their caches."""
+        ops: Any = self.ops
+        if layers.start:
+            name = f"layers.{layers.start - 1}.residual"
+            x = self._taken("residual", name, self._read(name, "residual"))
+        else:
+            x = ops.tap("embedding", ops.embed(model.parameters.embedding, ops.integers(tokens)))
+        extended = []
+        for i in layers:
+            cache = None if before is None else before[i - layers.start]
+            inner, layer = ops.within(f"layers.{i}."), model.parameters.layers[i]
+            x, cache = model.steps.decoder_layer(inner, model, layer, x, positions, cache)
+            extended.append(cache)
+        if layers.stop == model.config.layers:
+            gain = ops.vector(model.parameters.final_norm)
+            x = ops.tap("final_norm", model.steps.rms_norm(ops, x, gain, model.config.norm_eps))
+            ops.tap("logits", ops.linear(x, model.parameters.output))
+        return tuple(extended)
 
     def _tap(self, name: str, x: Any) -> Any:
         step = step_of(name)
@@ -90,6 +112,10 @@ class Pass:
             self._logits = (x, dumped, not outside)
         if dumped is None or (self._run.run, name) in self.recomputed:
             return self.ops.cut(step, x)
+        return self._taken(step, name, dumped)
+
+    def _taken(self, step: str, name: str, dumped: Any) -> Enclosure:
+        """The trace's values, to go on with."""
         values = np.asarray(dumped, np.float64)
         if step == "attention.scores":
             values = np.where(self._visible()[None], values, 0.0)
@@ -205,33 +231,3 @@ class Pass:
             self.findings.counts[key] = self.findings.counts.get(key, 0) + 1
             if len(self.findings.decisions) < KEPT_DECISIONS or decision.kind != FORCED or not decision.legal:
                 self.findings.decisions.append(decision)
-
-
-def places(shape: tuple[int, ...], origin: tuple[int, ...], flat: Any = None) -> Place:
-    """From position to index in a tap, for a block of it that begins at `origin`.
-
-    flat: which elements of the block the positions count, or None for all.
-    """
-
-    def place(at: int) -> tuple[int, ...]:
-        index = np.unravel_index(at if flat is None else int(flat[at]), shape)
-        first = (*origin, *[0] * (len(index) - len(origin)))
-        return tuple(int(i) + start for i, start in zip(index, first, strict=True))
-
-    return place
-
-
-def without_bound(x: Enclosure, tokens: Any) -> Enclosure:
-    """The same, but nothing is known of some rows."""
-    radius = np.array(np.broadcast_to(x.r, x.shape), np.float64)
-    variance = np.array(np.broadcast_to(x.v, x.shape), np.float64)
-    radius[tokens] = np.inf
-    variance[tokens] = np.inf
-    return Enclosure(x.mid, radius, variance, x.accumulation, x.owed)
-
-
-def block_size(config: Config, run: Run) -> int:
-    """How many tokens of a run are verified together, so that memory does not grow with the run."""
-    taps = ["logits", *(f"layers.0.{name}" for name in LAYER_TAPS)]
-    per_token = max(math.prod(shape_of(tap, config, run)) for tap in taps) / len(run.tokens)
-    return max(1, min(len(run.tokens), int(BLOCK_BYTES / (8 * per_token))))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from refmoe.ops.enclosure.ops import EnclosureOps
 from refmoe.policy.steps import CUT_STEPS
 from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters, Steps
@@ -22,6 +24,8 @@ class Subject:
     runs: tuple[Run, ...]
     steps: Steps = CUT_STEPS
     """Those of the specification, or of a known bug that the trace may have."""
+    ops: Callable[..., EnclosureOps] = EnclosureOps
+    """Made of a policy and a tap; the same everywhere but for the place where products are computed."""
 
 
 @dataclass

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
+from refmoe.ops.enclosure.ops import EnclosureOps
 from refmoe.policy.policy import Policy
 from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters
@@ -29,8 +30,8 @@ from refmoe.verify.findings import (
 )
 from refmoe.verify.free_running import against_noise
 from refmoe.verify.intake import Contents, take_in
-from refmoe.verify.passes import Pass
 from refmoe.verify.provenance import MIXING, Origin, origins
+from refmoe.verify.segments import Spread, judge_all
 from refmoe.verify.subject import Findings, Subject
 from refmoe.verify.tally import LIKE_POINTWISE, Limits, Tally
 
@@ -47,18 +48,23 @@ SIGNIFICANCE = 1e-6
 def verify(
     trace: Trace, name: str, config: Config, parameters: Parameters, runs: tuple[Run, ...] | None, policy: Policy,
     significance: float = SIGNIFICANCE, progress: Callable[[], None] | None = None,
+    ops: Callable[..., EnclosureOps] = EnclosureOps, spread: Spread | None = None,
 ) -> Report:  # fmt: skip
     """Judge a trace.
 
     name: what it is held against, in words.   runs: those of the case, or None to take the trace's own.
-    progress: called after each layer of each run.   Raises InputError when the trace cannot be held against it.
+    progress: called after each layer of each run.   ops: as of a `Subject`.
+    spread: where layers are judged side by side; None: one after the other, here.
+    Raises InputError when the trace cannot be held against it.
     """
     contents = take_in(trace, config, runs)
-    subject = Subject(config, parameters, contents.runs)
+    subject = Subject(config, parameters, contents.runs, ops=ops)
     limits = Limits(significance, contents.values, contents.tensors)
 
     def judge(recomputed: frozenset[tuple[str, str]] = frozenset(), unrounded: bool = False) -> Judged:
-        findings = Pass(trace, subject, policy, limits.excess, recomputed, unrounded, progress).go()
+        findings = judge_all(
+            trace, subject, policy, limits.excess, contents.present, recomputed, unrounded, progress, spread
+        )
         checks = assemble(findings, contents, config, policy, limits)
         return findings, against_noise(checks, findings, trace, subject, policy, limits)
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from refmoe.conform.known import read_known
 from refmoe.conform.results import read_results
 from tests.command_line import Refmoe
 from tests.conform.running import HONEST, hostile
@@ -59,6 +58,12 @@ def test_a_wrong_engine_is_named_and_explained(refmoe: Refmoe) -> None:
     outcome = values["results"]["outcomes"][0]
     assert outcome["first_wrong"] == {"run": "prefill", "tap": "logits"}
     assert outcome["worst_errors"]["logits"] > 1
+
+
+def test_the_smoke_test_is_at_a_dtype_that_is_run(refmoe: Refmoe) -> None:
+    status, out, err = refmoe("conform", "--case", "top-1", "--dtype", "bfloat16", "--", *HONEST)
+    assert status == 0, err
+    assert "smoke test: case window-1 in bfloat16, twice" in out
 
 
 def test_another_policy_can_be_declared(refmoe: Refmoe) -> None:
@@ -109,6 +114,7 @@ def test_a_harness_that_does_not_start_is_status_2_with_its_last_words(refmoe: R
         (("--policy", "float32", "--", "./x"), "--policy is 'float32', but DTYPE=POLICY"),
         (("--policy", "float32=nonsense", "--", "./x"), "policy 'nonsense' is unknown"),
         (("--golden", "tests", "--", "./x"), "tests: no case is there"),
+        (("--golden", "tests", "--", "./x"), "--golden PATH says where they are"),
         (("--known", "no-such.toml", "--", "./x"), "no-such.toml: no such file"),
         (("--out", "no-such/folder.json", "--", "./x"), "no-such/folder.json: cannot be written"),
         (("--out", "tests", "--", "./x"), "tests: is a folder"),
@@ -116,6 +122,12 @@ def test_a_harness_that_does_not_start_is_status_2_with_its_last_words(refmoe: R
         (("--dtype", "float64", "--", *HONEST), "dtype float64: honest 1.0 does not have it"),
         (("--policy", "float16=float16", "--", *HONEST), "dtype float16: honest 1.0 does not have it"),
         (("--adapter", "nonesuch"), "adapter 'nonesuch' cannot be used: its own error at start: adapter 'nonesuch'"),
+        (("--keep", "README.md", "--", "./x"), "README.md: is a file, but a folder to write traces to was expected"),
+        (("--keep", "no-such/folder", "--", "./x"), "no-such/folder: cannot be made: No such file or directory"),
+        (("--write-ci", "/tmp/x.yml", "--", "./x"), "--write-ci needs --refmoe-from OWNER/REPOSITORY"),
+        (("--refmoe-from", "me/refmoe", "--", "./x"), "--refmoe-from is about --write-ci, which was not given"),
+        (("--write-ci", "/tmp/x.yml", "--refmoe-from", "refmoe", "--", "./x"), "--refmoe-from is 'refmoe', but"),
+        (("--write-ci", "/tmp/x.yml", "--refmoe-from", "a/b@c d", "--", "./x"), "--refmoe-from is 'a/b@c d', but"),
     ],
 )
 def test_a_mistake_is_one_sentence(refmoe: Refmoe, arguments: tuple[str, ...], words: str) -> None:
@@ -167,29 +179,3 @@ def test_the_adapter_runs_in_another_environment(
     status, out, err = refmoe("conform", "--adapter", "mine.where", "--python", python, *CASES, *FLOAT32)
     assert status == 0, err
     assert str(tmp_path / "venv") in out
-
-
-def test_todays_failures_are_known_to_the_workflow(refmoe: Refmoe, tmp_path: Path) -> None:
-    workflow, command = tmp_path / "conformance.yml", hostile("gives_nan", "top-1")
-    status, _, _ = refmoe("conform", *CASES, *FLOAT32, "--no-diagnose", "--write-ci", workflow, "--", *command)
-    assert status == 1
-    (known,) = read_known(tmp_path / "conformance.known.toml")
-    assert (known.engine, known.case, known.dtype) == ("honest", "top-1", "float32")
-    (line,) = [line for line in workflow.read_text().splitlines() if "refmoe conform -" in line and "run:" in line]
-    words = shlex.split(json.loads(line.partition("run: ")[2]))
-    assert words[:2] == ["refmoe", "conform"]
-    assert words[-len(command) :] == command
-    words = words[1 : words.index("--golden")] + words[words.index("--known") : words.index("--out")]
-    status, out, _ = refmoe(*words, "--", *command)
-    assert status == 0, out
-
-
-def test_a_workflow_holds_whatever_an_argument_is(refmoe: Refmoe, tmp_path: Path) -> None:
-    """Quotes for the shell, for YAML, and braces that GitHub would replace."""
-    workflow = tmp_path / "ci.yml"
-    command = [*HONEST, 'it\'s "${{ secrets.X }}": # é\n']
-    refmoe("conform", "--case", "top-1", *FLOAT32, "--write-ci", workflow, "--", *command)
-    (line,) = [line for line in workflow.read_text().splitlines() if line.startswith('      - run: "refmoe')]
-    text = line.partition("run: ")[2]
-    assert "${{ secrets" not in text
-    assert shlex.split(json.loads(text.replace("${{ '${{' }}", "${{")))[-1] == command[-1]

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from refmoe.conform.adapter import Adapter, Skipped
+from refmoe.conform.adapter import Skipped
 from refmoe.conform.harness import EngineError, Refused, describe, expect_done
 from refmoe.conform.messages import MessageError, parse
 from refmoe.conform.process import Process
-from refmoe.conform.serve import _Server, adapter_class, options_of
+from refmoe.conform.serve import _Server, options_of
 from refmoe.errors import InputError
 from tests.conform.harnesses import honest
 from tests.conform.running import HONEST, LIMIT
@@ -212,16 +212,27 @@ def test_the_honest_harness_speaks_as_the_schema_says() -> None:
     assert process.stop() is None
 
 
-def test_an_adapter_is_found_by_name_or_module() -> None:
-    found: type[Adapter] = adapter_class("transformers")  # type: ignore[assignment]
-    assert found.name == "transformers"
-    for name in ("nonesuch", "tests.conform.nonesuch", "no_package.at_all"):
-        with pytest.raises(InputError, match=f"adapter '{name}': there is no module"):
-            adapter_class(name)
-
-
 def test_options_are_keys_and_values() -> None:
     assert options_of(["attention=sdpa", "path=/a=b"]) == {"attention": "sdpa", "path": "/a=b"}
     for wrong in ("attention", "=x", "a b=c"):
         with pytest.raises(InputError, match="key=value was expected"):
             options_of([wrong])
+
+
+def test_a_changed_policy_may_be_declared_and_the_document_says_so() -> None:
+    described = describe({**honest.DESCRIPTION, "policies": {"float32": "float32+cache=float16"}})
+    assert described.policies == {"float32": "float32+cache=float16"}
+    (line,) = [line for line in DOCUMENT.splitlines() if line.startswith("| `policies`")]
+    assert "`float32+cache=float16`" in line
+    assert "NAME+change" in line
+
+
+def test_the_document_warns_of_arrays_that_do_not_lie_dense() -> None:
+    section = DOCUMENT.partition("### run")[2].partition("### stop")[0]
+    assert "np.ascontiguousarray" in section
+    assert "save_file" in section
+
+
+def test_the_document_names_every_option_that_leaves_a_file() -> None:
+    for option in ("--out", "--known", "--keep", "--write-ci"):
+        assert f"`{option}" in DOCUMENT, option

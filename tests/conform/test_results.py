@@ -18,6 +18,7 @@ from refmoe.conform.scoreboard import DEVIATES, FAILED, UNDECIDABLE, UNSUPPORTED
 from refmoe.errors import InputError
 from tests.command_line import Refmoe
 
+COMMITTED = Path(__file__).parents[2] / "bench" / "results" / "conform"
 CAUSE = Cause("rope-sign-flipped", "known bug", "rotates the other way", "flip the sign", ("https://example.org/1",))
 ODD = "<script>alert(1)</script>\x1b[2J \u202e"
 OUTCOMES = (
@@ -219,3 +220,24 @@ def test_results_that_cannot_stand_side_by_side(folder: Path, refmoe: Refmoe) ->
     (folder / "empty").mkdir()
     assert "has no file *.json" in refmoe("scoreboard", folder / "empty")[2]
     assert refmoe("scoreboard", folder / "nothing.json")[0] == 2
+
+
+# ---- what is committed
+
+
+def test_the_page_of_the_committed_results_is_theirs(refmoe: Refmoe, tmp_path: Path) -> None:
+    page = tmp_path / "scoreboard.html"
+    assert refmoe("scoreboard", COMMITTED, "--html", page)[0] == 0
+    assert page.read_text() == (COMMITTED / "scoreboard.html").read_text(), "`refmoe scoreboard` was not run again"
+
+
+def test_what_is_committed_as_known_fails_in_the_committed_results() -> None:
+    failing = {
+        (results.engine.name, each.case, each.dtype)
+        for results in map(read_results, COMMITTED.glob("*.json"))
+        for each in results.outcomes
+        if each.failed
+    }
+    listed = {(each.engine, each.case, each.dtype) for each in read_known(COMMITTED / "known.toml")}
+    assert listed <= failing
+    assert {each for each in failing if each[0] == "onnxruntime"} <= listed

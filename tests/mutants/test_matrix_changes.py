@@ -136,6 +136,7 @@ IRRELEVANT = (
     "refmoe", "refmoe.atomic", "refmoe.errors", "refmoe.parallel", "refmoe.checkpoint", "refmoe.checkpoint.json_file",
     "refmoe.checkpoint.names", "refmoe.checkpoint.safetensors_file", "refmoe.golden", "refmoe.golden.activations",
     "refmoe.golden.checking", "refmoe.golden.emission", "refmoe.golden.fingerprint", "refmoe.golden.manifest",
+    "refmoe.gpu", "refmoe.gpu.place", "refmoe.ops.device",
     "refmoe.mutants", "refmoe.routing",
 )  # fmt: skip
 """Imported where mutants are judged, and without any influence on what a mutant comes to."""

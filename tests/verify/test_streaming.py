@@ -26,7 +26,7 @@ from refmoe.script import execute, plan
 from refmoe.spec.config import Config
 from refmoe.spec.model import Model
 from refmoe.trace import Header, Recorder, Run, read_trace, write_trace
-from refmoe.verify import passes
+from refmoe.verify import blocks, passes
 from refmoe.verify.findings import CONFORMANT, NOT_CONFORMANT, Report
 from refmoe.verify.subject import shape_of
 from refmoe.verify.verify import verify
@@ -76,7 +76,7 @@ def peak() -> int:
 def main() -> None:
     """Verify a trace of zeros, and say what came of it."""
     path, (layers, heads, tokens, block_bytes) = Path(sys.argv[1]), map(int, sys.argv[2:])
-    passes.BLOCK_BYTES = block_bytes
+    blocks.BLOCK_BYTES = block_bytes
     config, runs = model(layers, heads, tokens)
     before = peak()
     report = verify(
@@ -117,7 +117,7 @@ def test_ten_gigabytes_take_less_than_one(tmp_path: Path) -> None:
     """Blocks as they are by default."""
     size = zeros(tmp_path / "t", 1, 8, 9200)
     assert size > 10 * GIB
-    found = verify_zeros(tmp_path / "t", 1, 8, 9200, passes.BLOCK_BYTES)
+    found = verify_zeros(tmp_path / "t", 1, 8, 9200, blocks.BLOCK_BYTES)
     assert found["verdict"] == NOT_CONFORMANT
     assert found["peak"] < GIB
 
@@ -190,13 +190,13 @@ def test_a_long_run_is_judged_in_pieces_as_it_is_at_once(
     whole = judge(emitted, arithmetic)
     assert whole.verdict == CONFORMANT, whole.headline
     sizes = []
-    size_of = passes.block_size
+    size_of = blocks.block_size
 
     def block_size(config: Config, run: Run) -> int:
         sizes.append((size_of(config, run), len(run.tokens)))
         return sizes[-1][0]
 
-    monkeypatch.setattr(passes, "BLOCK_BYTES", 24 << 10)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 24 << 10)
     monkeypatch.setattr(passes, "block_size", block_size)
     assert_same(judge(emitted, arithmetic), whole)
     assert any(size * 3 < tokens for size, tokens in sizes)
@@ -216,7 +216,7 @@ def test_a_fault_late_in_a_run_is_found_where_it_is(tmp_path: Path, monkeypatch:
     else:
         array[(2, 85, 3) if tap in HUGE else (85, *[1] * (array.ndim - 1))] += np.float32(100)
     write_trace(tmp_path / "t", trace.header, arrays)
-    monkeypatch.setattr(passes, "BLOCK_BYTES", 24 << 10)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 24 << 10)
     report = judge((read_trace(tmp_path / "t"), config, parameters, runs), "float32")
     assert report.first_wrong == ("prefill", f"layers.1.{tap}")
     check = report.check(*report.first_wrong)
@@ -238,7 +238,7 @@ def test_a_probability_after_the_last_block_of_its_row_is_found(
     arrays = {key: np.array(stored.map()) for key, stored in trace.tensors.items()}
     arrays["prefill/layers.0.attention.probs"][1, 5, 95] = 1e-6
     write_trace(tmp_path / "t", trace.header, arrays)
-    monkeypatch.setattr(passes, "BLOCK_BYTES", 24 << 10)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 24 << 10)
     report = judge((read_trace(tmp_path / "t"), config, parameters, runs), "float32")
     assert report.first_wrong == ("prefill", "layers.0.attention.probs")
     check = report.check(*report.first_wrong)

@@ -28,4 +28,4 @@ def usage(language: str, path: Path) -> str:
     if language == "python":
         return f"refmoe conform -- python {path}"
     program = path.with_suffix("") if path.suffix else path.with_name(f"{path.name}.out")
-    return f"cc -std=c11 -Wall -Werror -O1 -o {program} {path} && refmoe conform -- {program.absolute()}"
+    return f"cc -std=c11 -Wall -Wextra -Werror -O2 -o {program} {path} -lm && refmoe conform -- {program.absolute()}"

@@ -1,9 +1,10 @@
 /* A harness for refmoe: it answers requests about your engine, a line of JSON each (refmoe/conform/PROTOCOL.md).
 
    As it is, it skips every case; what it does do is give the tap `embedding`, as an example. Write your engine where
-   it says HERE. It needs a little-endian machine and no library; nothing but answers may go to stdout.
+   it says HERE. It needs a little-endian machine and no library but libm; nothing but answers may go to stdout.
 
-       cc -std=c11 -Wall -Werror -O1 -o harness harness.c && refmoe conform -- ./harness                              */
+       cc -std=c11 -Wall -Wextra -Werror -O2 -o harness harness.c -lm && refmoe conform -- ./harness                  */
+#include <math.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -132,15 +133,46 @@ static const char *answer(const char *what, const char *text) { /* {"error": ...
 
 /* ---- safetensors */
 
-typedef struct { char key[256]; size_t rows, columns; float *values; } Tensor; /* written as F32 [rows, columns] */
+typedef struct { char key[256]; size_t rank, shape[8]; float *values; } Tensor; /* written as F32 */
 
-/* the values of a BF16 or F32 matrix, or NULL */
-static float *read_tensor(const char *folder, const char *name, size_t *rows, size_t *columns) {
+static size_t elements(const Tensor *t) {
+    size_t n = 1;
+    for (size_t i = 0; i < t->rank; i++) n *= t->shape[i];
+    return n;
+}
+
+static size_t width_of(const char *dtype) { /* bytes of an element, 0 where it is none that is read here */
+    if (!strcmp(dtype, "F64")) return 8;
+    if (!strcmp(dtype, "F32")) return 4;
+    return !strcmp(dtype, "BF16") || !strcmp(dtype, "F16") ? 2 : 0;
+}
+
+static float element(const unsigned char *at, const char *dtype) {
+    uint16_t half = 0;
+    uint32_t word = 0;
+    float value;
+    double wide;
+    if (!strcmp(dtype, "F64")) return memcpy(&wide, at, 8), (float)wide;
+    if (!strcmp(dtype, "F32")) return memcpy(&value, at, 4), value;
+    memcpy(&half, at, 2);
+    if (!strcmp(dtype, "BF16")) word = (uint32_t)half << 16; /* the upper half of a float32 */
+    else { /* 1 bit of sign, 5 of exponent, 10 of fraction */
+        int exponent = half >> 10 & 31, fraction = half & 1023;
+        if (exponent == 31) value = fraction ? NAN : INFINITY;
+        else value = ldexpf((float)(fraction + (exponent ? 1024 : 0)), (exponent ? exponent : 1) - 25);
+        return half >> 15 ? -value : value;
+    }
+    return memcpy(&value, &word, 4), value;
+}
+
+/* a tensor of any of these dtypes and of any rank up to 8, as floats; whether it succeeded */
+static int read_tensor(const char *folder, const char *name, Tensor *t) {
     char path[4096];
     uint64_t length = 0;
-    float *values = NULL;
     char *header = NULL;
+    unsigned char *raw = NULL;
     Json *all = NULL;
+    memset(t, 0, sizeof *t);
     snprintf(path, sizeof path, "%s/model.safetensors", folder);
     FILE *file = fopen(path, "rb");
     if (file && fread(&length, 8, 1, file) == 1 && length < 1u << 30 && (header = calloc(length + 1, 1)) &&
@@ -148,21 +180,22 @@ static float *read_tensor(const char *folder, const char *name, size_t *rows, si
         const char *s = header;
         const Json *entry = get(all = json_value(&s, 0), name);
         const Json *shape = get(entry, "shape"), *at = get(entry, "data_offsets");
-        int wide = !strcmp(text_of(get(entry, "dtype")), "F32");
-        if (count(shape) == 2 && count(at) == 2 && (wide || !strcmp(text_of(get(entry, "dtype")), "BF16")) &&
+        const char *dtype = text_of(get(entry, "dtype"));
+        size_t width = width_of(dtype);
+        if (shape && count(shape) <= sizeof t->shape / sizeof *t->shape && count(at) == 2 && width &&
             !fseek(file, (long)(8 + length + (uint64_t)at->first->number), SEEK_SET)) {
-            *rows = (size_t)shape->first->number, *columns = (size_t)shape->first->next->number;
-            size_t n = *rows * *columns, i = 0;
-            uint32_t *bits = need(malloc(n * 4 + 4));
-            for (size_t skip = wide ? 0 : 2; i < n; i++) /* a bfloat16 is the upper half of a float32 */
-                if (bits[i] = 0, fread((char *)(bits + i) + skip, 4 - skip, 1, file) != 1) break;
-            if (i == n) values = (float *)bits;
-            else free(bits);
+            for (const Json *j = shape->first; j; j = j->next) t->shape[t->rank++] = (size_t)j->number;
+            size_t n = elements(t);
+            raw = need(malloc(n * width + 1));
+            if (fread(raw, width, n, file) == n) {
+                t->values = need(malloc(n * sizeof *t->values + 1));
+                for (size_t i = 0; i < n; i++) t->values[i] = element(raw + i * width, dtype);
+            }
         }
     }
-    json_free(all), free(header);
+    json_free(all), free(header), free(raw);
     if (file) fclose(file);
-    return values;
+    return t->values != NULL;
 }
 
 static int write_tensors(const char *path, const Tensor *tensors, size_t n) { /* whether it succeeded */
@@ -171,48 +204,56 @@ static int write_tensors(const char *path, const Tensor *tensors, size_t n) { /*
     if (!file) return 0;
     fwrite(&length, 8, 1, file), fputc('{', file);
     for (size_t i = 0; i < n; i++) {
-        uint64_t size = 4 * tensors[i].rows * tensors[i].columns;
-        fputs(i ? "," : "", file), put_string(file, tensors[i].key);
-        fprintf(file, ":{\"dtype\":\"F32\",\"shape\":[%zu,%zu],\"data_offsets\":[%llu,%llu]}", tensors[i].rows,
-                tensors[i].columns, (unsigned long long)offset, (unsigned long long)(offset + size));
-        offset += size;
+        fputs(i ? "," : "", file), put_string(file, tensors[i].key), fputs(":{\"dtype\":\"F32\",\"shape\":[", file);
+        for (size_t k = 0; k < tensors[i].rank; k++) fprintf(file, k ? ",%zu" : "%zu", tensors[i].shape[k]);
+        fprintf(file, "],\"data_offsets\":[%llu,", (unsigned long long)offset);
+        offset += 4 * elements(&tensors[i]);
+        fprintf(file, "%llu]}", (unsigned long long)offset);
     }
     fputc('}', file), length = (uint64_t)ftell(file) - 8;
-    for (size_t i = 0; i < n; i++) fwrite(tensors[i].values, 4, tensors[i].rows * tensors[i].columns, file);
+    for (size_t i = 0; i < n; i++) fwrite(tensors[i].values, 4, elements(&tensors[i]), file);
     int failed = fseek(file, 0, SEEK_SET) || fwrite(&length, 8, 1, file) != 1 || ferror(file);
     return !(fclose(file) || failed);
 }
 
 /* ---- the engine */
 
-static float *embedding;
-static size_t vocabulary, width;
+static Tensor embedding; /* [vocabulary, width] */
 
 static const char *load(const char *checkpoint, const char *dtype) { /* what is wrong, or NULL */
     (void)dtype; /* HERE: load the model; the checkpoint is a Hugging Face directory, config.json and safetensors */
-    free(embedding);
-    embedding = read_tensor(checkpoint, "model.embed_tokens.weight", &vocabulary, &width);
-    return embedding ? NULL : "model.embed_tokens.weight cannot be read";
+    free(embedding.values);
+    if (!read_tensor(checkpoint, "model.embed_tokens.weight", &embedding) || embedding.rank != 2)
+        return "model.embed_tokens.weight cannot be read";
+    return NULL;
 }
 
-static const char *run(const Json *runs, const char *out) { /* what is wrong, or NULL */
-    size_t n = count(runs), i = 0;
+static int wanted(const Json *taps, const char *tap) {
+    for (const Json *j = taps->first; j; j = j->next)
+        if (!strcmp(text_of(j), tap)) return 1;
+    return 0;
+}
+
+static const char *run(const Json *runs, const Json *taps, const char *out) { /* what is wrong, or NULL */
+    size_t n = 0, width = embedding.shape[1];
     int written = 1;
-    Tensor *tensors = need(calloc(n + 1, sizeof *tensors));
+    Tensor *tensors = need(calloc(count(runs) + 1, sizeof *tensors));
     /* HERE: each run has `run` (its name), `op`, `sequence`, `tokens`, `positions`, and `past`: how many tokens of its
-       sequence the cache must hold, which is cut first where it holds more. Taps are `<run>/<tap>`. */
-    for (const Json *each = runs->first; each; each = each->next, i++) {
+       sequence the cache must hold, which is cut first where it holds more. Taps are `<run>/<tap>`, those of `taps`. */
+    for (const Json *each = runs->first; each; each = each->next) {
+        if (!wanted(taps, "embedding")) break;
         const Json *tokens = get(each, "tokens");
-        tensors[i].rows = count(tokens), tensors[i].columns = width;
-        snprintf(tensors[i].key, sizeof tensors[i].key, "%.200s/embedding", text_of(get(each, "run")));
-        float *row = tensors[i].values = need(calloc(tensors[i].rows * width + 1, 4));
-        for (const Json *t = tokens ? tokens->first : NULL; t; t = t->next, row += width)
-            if (t->number >= 0 && t->number < (double)vocabulary)
-                memcpy(row, embedding + (size_t)t->number * width, 4 * width);
+        Tensor *t = &tensors[n++];
+        t->rank = 2, t->shape[0] = count(tokens), t->shape[1] = width;
+        snprintf(t->key, sizeof t->key, "%.200s/embedding", text_of(get(each, "run")));
+        float *row = t->values = need(calloc(elements(t) + 1, 4));
+        for (const Json *j = tokens ? tokens->first : NULL; j; j = j->next, row += width)
+            if (j->number >= 0 && j->number < (double)embedding.shape[0])
+                memcpy(row, embedding.values + (size_t)j->number * width, 4 * width);
             else written = 0;
     }
     if (!write_tensors(out, tensors, n)) written = 0;
-    for (i = 0; i < n; i++) free(tensors[i].values);
+    for (size_t i = 0; i < n; i++) free(tensors[i].values);
     free(tensors);
     return written ? NULL : "the file cannot be written, or a token is none";
 }
@@ -234,8 +275,8 @@ int main(void) {
         else if (!strcmp(command, "load")) {
             wrong = load(text_of(get(request, "checkpoint")), text_of(get(request, "dtype")));
             if (!wrong) puts("{\"ok\": true}");
-        } else if (!strcmp(command, "run") && embedding && get(request, "runs")) {
-            wrong = run(get(request, "runs"), text_of(get(request, "out")));
+        } else if (!strcmp(command, "run") && embedding.values && get(request, "runs") && get(request, "taps")) {
+            wrong = run(get(request, "runs"), get(request, "taps"), text_of(get(request, "out")));
             if (!wrong) answer("skipped", "not written yet"); /* HERE: puts("{\"ok\": true}"), once logits are there */
         } else if (stopping) puts("{\"ok\": true}");
         else wrong = "the request is unknown, or came too early";
@@ -244,6 +285,6 @@ int main(void) {
         json_free(request);
         if (stopping) break;
     }
-    free(line), free(embedding);
+    free(line), free(embedding.values);
     return 0;
 }

@@ -20,8 +20,8 @@ from refmoe.ops.enclosure.array import Enclosure
 from refmoe.policy.formats import Format
 from refmoe.spec.config import Config
 from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS
+from refmoe.verify.blocks import without_bound
 from refmoe.verify.findings import FAIL, PASS, STRUCTURE, Explanation
-from refmoe.verify.passes import without_bound
 
 AXES = {
     "T": "token", "H": "head", "K": "key/value head", "E": "expert", "k": "slot", "S": "cached position",

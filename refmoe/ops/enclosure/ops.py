@@ -13,6 +13,7 @@ from refmoe.ops.arrays import ArrayOps, StoredWeight, Tap
 from refmoe.ops.enclosure import functions
 from refmoe.ops.enclosure.array import OWN, SLACK, Enclosure, bounded, concatenate, quiet, stored, unbounded_beyond
 from refmoe.ops.enclosure.products import Accumulator, Matrix, product, total
+from refmoe.ops.streaming import blocks
 from refmoe.ops.weight_cache import WeightCache
 from refmoe.policy.formats import Format, nearest, ulp
 from refmoe.policy.policy import STATISTICS, Policy
@@ -49,17 +50,27 @@ class EnclosureOps(ArrayOps):
         return stored(table.rows(ids), self.policy.at("weights"), self.policy.accumulation)
 
     def linear(self, x: Enclosure, weight: StoredWeight) -> Enclosure:
-        def prepare() -> tuple[Matrix, Any]:
-            held = self.policy.at("weights")
-            values = nearest(weight.read(), held)
-            return Matrix(Enclosure(values.T), held), dot.prepare(values) if self._exact else None
-
         def nbytes(made: tuple[Matrix, Any]) -> int:
             return made[0].nbytes + (made[1].nbytes if self._exact else 0)
 
-        matrix, prepared = self._matrices.get(weight, prepare, nbytes)
+        if math.prod(weight.shape) * self.dtype.itemsize > self._matrices.limit:
+            parts = []
+            for _, _, ready in blocks(weight, self._prepare):
+                parts.append(self._times(x, *ready))
+                _ = parts[-1].biased and parts[-1].bias  # computed now: later it would need the block
+            return self._watch("linear", concatenate(parts, axis=-1), self._products.format)
+        made = self._matrices.get(weight, lambda: self._prepare(weight.read()), nbytes)
+        return self._watch("linear", self._times(x, *made), self._products.format)
+
+    def _prepare(self, rows: Any) -> tuple[Matrix, Any]:
+        """Rows of a stored weight, as products want them."""
+        held = self.policy.at("weights")
+        values = nearest(rows, held)
+        return Matrix(Enclosure(values.T), held), dot.prepare(values) if self._exact else None
+
+    def _times(self, x: Enclosure, matrix: Matrix, prepared: Any) -> Enclosure:
         exact = dot.linear(x.mid, prepared) if self._exact else None
-        return self._watch("linear", product(x, matrix, self._products, exact), self._products.format)
+        return product(x, matrix, self._products, exact)
 
     # ---- products and sums
 

@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from refmoe.ops.cupy_ops import FEW_TOKENS
-from refmoe.ops.native import upcast
 from refmoe.spec import experts as spec_experts
 from refmoe.spec import norm as spec_norm
 from refmoe.spec import rope as spec_rope
@@ -105,7 +104,7 @@ def _by_expert(ops: Gpu, rows: Array, matrices: Array, bounds: list[int]) -> Arr
     result = ops.xp.empty((len(rows), matrices.shape[1]), rows.dtype)
     for expert, (start, stop) in enumerate(pairwise(bounds)):
         if start < stop:
-            result[start:stop] = rows[start:stop] @ upcast(matrices[expert], ops.dtype).T
+            ops.multiply(rows[start:stop], matrices[expert], result[start:stop])
     return result
 
 

@@ -1,0 +1,190 @@
+"""Three engines behind one interface, each on float32 weights from the formula, for `bench.peers`.
+
+An engine is imported when it is made: each runs in a process of its own, which may have only what that one needs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from refmoe.checkpoint.names import build_parameters
+from refmoe.checkpoint.synthetic import synthetic_checkpoint
+from refmoe.checkpoint.weight import Weight
+from refmoe.checkpoint.write import hf_config, named_weights
+from refmoe.conform.gguf_file import write_gguf
+from refmoe.ops.native import NativeOps
+from refmoe.spec.config import Config
+from refmoe.spec.model import Caches, Model, Parameters, forward
+from refmoe.trace import Run
+
+Array = np.ndarray[Any, Any]
+SEED = 1
+
+
+class Engine(Protocol):
+    """One sequence. Both methods return once the logits are there."""
+
+    def prefill(self, tokens: Sequence[int]) -> Array:
+        """Forget all, then read a prompt. Returns logits [T, V] of every token."""
+
+    def step(self, token: int, position: int) -> Array:
+        """One more token. Returns its logits [V]. At the position after the prompt, what came after it is forgotten."""
+
+
+def in_memory(config: Config, seed: int = SEED) -> Parameters:
+    """The formula's weights, computed once and held in float32."""
+    formula = named_weights(synthetic_checkpoint(config, seed).parameters)
+
+    def held(name: str) -> Weight:
+        values = formula[name].read()
+        return Weight(name, values.shape, values.dtype, lambda: values, name)
+
+    return build_parameters(config, held)
+
+
+class TimedOps(NativeOps):
+    """Native ops that note the time spent in matrix products."""
+
+    spent = 0.0
+
+    def linear(self, x: Any, weight: Any) -> Any:
+        return self._timed(super().linear, x, weight)
+
+    def matmul(self, a: Any, b: Any) -> Any:
+        return self._timed(super().matmul, a, b)
+
+    def _timed(self, product: Any, *factors: Any) -> Any:
+        began = time.perf_counter()
+        result = product(*factors)
+        TimedOps.spent += time.perf_counter() - began  # of the class: `within` makes copies
+        return result
+
+
+class Refmoe:
+    """The spec on `NativeOps`. `timed`: with the time spent in matrix products, which costs a little itself."""
+
+    def __init__(self, config: Config, threads: int, timed: bool = False) -> None:
+        """threads: as the BLAS was told when the process began, by its environment."""
+        self.ops: Any = (TimedOps if timed else NativeOps)(np.float32, upcast_bytes=1 << 40)
+        self.model = Model(config, in_memory(config))
+        self.prompt: Caches | None = None
+        self.caches: Caches | None = None
+
+    def prefill(self, tokens: Sequence[int]) -> Array:
+        logits = self._run(tokens, 0, None)
+        self.prompt = self.caches
+        return logits
+
+    def step(self, token: int, position: int) -> Array:
+        assert self.prompt is not None
+        before = self.prompt if position == len(self.prompt[0].positions) else self.caches
+        return self._run([token], position, before)[0]
+
+    def _run(self, tokens: Sequence[int], past: int, before: Caches | None) -> Array:
+        ops = self.ops
+        positions = ops.integers(range(past, past + len(tokens)))
+        logits, self.caches = forward(ops, self.model, ops.integers(tokens), positions, before)
+        return logits  # type: ignore[no-any-return]
+
+
+class Transformers:
+    """`MixtralForCausalLM`, attention by torch's fused kernel, experts as its `experts_implementation` says."""
+
+    def __init__(self, config: Config, threads: int, experts: str) -> None:
+        """experts: "eager", one by one; "grouped_mm", each of their matrices as one grouped product."""
+        import torch
+        import transformers
+        from transformers.initialization import no_init_weights
+
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(False)
+        theirs = transformers.MixtralConfig(**hf_config(config, "float32", rope_parameters=True))
+        theirs._attn_implementation, theirs._experts_implementation = "sdpa", experts
+        with no_init_weights():
+            self.model = transformers.MixtralForCausalLM(theirs).float().eval()
+        fill(self.model, config)
+        self.torch, self.new_cache = torch, transformers.DynamicCache
+        self.cache = self.new_cache()
+
+    def prefill(self, tokens: Sequence[int]) -> Array:
+        self.cache, self.prompt = self.new_cache(), len(tokens)
+        return self._run(tokens, 0)
+
+    def step(self, token: int, position: int) -> Array:
+        if position == self.prompt < self.cache.get_seq_length():
+            self.cache.crop(self.prompt - self.cache.get_seq_length())
+        return self._run([token], position)[0]
+
+    def _run(self, tokens: Sequence[int], past: int) -> Array:
+        ids = self.torch.tensor([tokens])
+        positions = self.torch.arange(past, past + len(tokens))[None]
+        out = self.model(input_ids=ids, position_ids=positions, past_key_values=self.cache, use_cache=True)
+        return out.logits[0].numpy()  # type: ignore[no-any-return]
+
+
+def fill(model: Any, config: Config) -> None:
+    """Put the formula's weights in their places in a `MixtralForCausalLM`, one at a time."""
+    weights = named_weights(synthetic_checkpoint(config, SEED).parameters)
+    base = model.model
+    places = {"embedding": base.embed_tokens.weight, "final_norm": base.norm.weight, "output": model.lm_head.weight}
+    for i, layer in enumerate(base.layers):
+        ours, experts = f"layers.{i}.", layer.mlp.experts
+        places[ours + "attention_norm"] = layer.input_layernorm.weight
+        places[ours + "moe_norm"] = layer.post_attention_layernorm.weight
+        places[ours + "router.gate"] = layer.mlp.gate.weight
+        for name in "qkvo":
+            places[f"{ours}attention.w{name}"] = getattr(layer.self_attn, f"{name}_proj").weight
+        for e in range(config.experts):
+            places[f"{ours}experts.{e}.w1"] = experts.gate_up_proj[e, : config.hidden_dim]
+            places[f"{ours}experts.{e}.w3"] = experts.gate_up_proj[e, config.hidden_dim :]
+            places[f"{ours}experts.{e}.w2"] = experts.down_proj[e]
+    for name, weight in weights.items():
+        places[name].detach().numpy()[...] = weight.read()
+
+
+CELLS = 256
+"""llama.cpp gives a sequence a multiple of so many cells of cache."""
+
+
+class LlamaCpp:
+    """llama.cpp, nothing watching, flash attention off, cache in float32."""
+
+    def __init__(self, config: Config, threads: int, gguf: Path, longest: int) -> None:
+        """gguf: written by `write`.   longest: tokens that the cache has room for."""
+        from refmoe.conform.adapters import llama_cpp_library as native
+
+        self.library, self.decode, self.vocab = native.load_library(print), native.decode, config.vocab
+        self.library.llama_get_logits.restype = ctypes.POINTER(ctypes.c_float)
+        self.library.llama_get_logits.argtypes = [ctypes.c_void_p]
+        model = self.library.llama_model_load_from_file(bytes(gguf), self.library.llama_model_default_params())
+        if not model:
+            raise RuntimeError("llama.cpp does not load the model; what it says is on standard error")
+        cells = -(-longest // CELLS) * CELLS
+        options = {"n_ctx": cells, "n_batch": cells, "n_ubatch": cells, "n_outputs_max_per_seq": cells}
+        options |= {"type_k": native.TYPES["float32"], "type_v": native.TYPES["float32"]}
+        options |= {"n_threads": threads, "n_threads_batch": threads, "flash_attn_type": native.FLASH["off"]}
+        self.context = native.new_context(self.library, model, None, options)
+
+    @staticmethod
+    def write(config: Config, gguf: Path) -> None:
+        write_gguf(gguf, config, synthetic_checkpoint(config, SEED).parameters)
+
+    def prefill(self, tokens: Sequence[int]) -> Array:
+        return self._run(tokens, 0)
+
+    def step(self, token: int, position: int) -> Array:
+        return self._run([token], position)[0]
+
+    def _run(self, tokens: Sequence[int], past: int) -> Array:
+        """What is in the cache from position `past` on goes first."""
+        positions = tuple(range(past, past + len(tokens)))
+        self.decode(self.library, self.context, Run("bench", "chunk", 0, tuple(tokens), positions, past), 0)
+        # waits until all is computed
+        logits = self.library.llama_get_logits(self.context)
+        return np.ctypeslib.as_array(logits, (len(tokens), self.vocab)).copy()

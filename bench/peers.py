@@ -1,0 +1,220 @@
+"""Speed against other engines on the CPU: float32, same weights, same tokens, same number of threads, side by side.
+
+Prefill is one call that returns the logits of all tokens, decode one token at a time after it. Each engine is a
+process of its own, its weights loaded and converted before any clock starts, and each round times all engines one
+after another. A ratio is the median over rounds of the ratio in a round, so that a machine that slows down or is
+shared slows both sides; of a round's several prefills and decode steps the median counts. Whoever returns other logits
+than refmoe stops the run: nobody is fast by doing less. The middle model's engines run at the same time and wait for
+their turn; the full-size layer's, 5.8 GB each, are started anew every round.
+
+    python -m bench.peers --llama-python /path/to/venv/bin/python --json bench/results/peers.json
+    python -m bench.peers --only middle --rounds 21
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refmoe.spec.config import PRESETS, Config
+
+ROOT = Path(__file__).parent.parent
+MIDDLE = Config(
+    dim=512, layers=4, heads=8, kv_heads=2, head_dim=64, hidden_dim=1792, vocab=4096, experts=8, experts_per_token=2
+)
+LAYER = replace(PRESETS["mixtral-8x7b"], layers=1, vocab=4096)
+MODELS = {"middle": MIDDLE, "8x7B layer": LAYER}
+OURS = "refmoe"
+PEERS = ("transformers eager", "transformers grouped_mm", "llama.cpp")
+TIMED = "refmoe timed"
+"""The same once more with a clock around every matrix product, for the share of time in them."""
+GOALS = {"prefill": 1.2, "decode": 1.0}
+AGREEMENT = 1e-3
+"""How far a logit may be from refmoe's, of the largest: hundreds of times what float32 explains, and far below what a
+skipped expert or layer does."""
+
+Call = Any
+Rounds = dict[str, dict[str, list[float]]]
+"""Phase to engine to seconds per round: of the whole prefill, of one decoded token."""
+
+
+# ---- measuring
+
+
+@contextmanager
+def started(name: str, task: dict[str, Any], python: str) -> Iterator[Call]:
+    """An engine's process, ready. Yields a function from an action and its arguments to the answer."""
+    threads = str(task["threads"])
+    limits = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), threads)
+    command = [python, "-m", "bench.peer_worker", name, json.dumps(task)]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | limits, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        asked, answers = process.stdin, process.stdout
+        assert asked is not None
+        assert answers is not None
+
+        def call(*action: str) -> dict[str, Any]:
+            if action:
+                print(json.dumps(action), file=asked, flush=True)
+            line = answers.readline()
+            if not line:
+                raise RuntimeError(f"{name} ended without an answer; what it says is on standard error")
+            found: dict[str, Any] = json.loads(line)
+            return found
+
+        call()
+        try:
+            yield call
+        finally:
+            asked.close()
+
+
+def time_round(call: Call, repeats: int) -> dict[str, Any]:
+    """Seconds and seconds in matrix products by phase: medians of `repeats` prefills, and of all steps after them."""
+    prefills = [call("prefill") for _ in range(repeats)]
+    steps = call("decode")
+    return {
+        "prefill": {key: statistics.median(one[key] for one in prefills) for key in ("seconds", "matmul")},
+        "decode": {key: statistics.median(steps[key]) for key in ("seconds", "matmul")},
+    }
+
+
+def measure(config: Config, options: argparse.Namespace, folder: Path, together: bool) -> dict[str, Any]:
+    """All engines on one model. together: all are in memory at once, else one after another in every round."""
+    tokens = np.random.default_rng(1).integers(0, config.vocab, options.prefill + options.decode).tolist()
+    task = {"config": asdict(config), "threads": options.threads, "tokens": tokens, "prompt": options.prefill}
+    task["gguf"] = str(folder / "model.gguf")
+    pythons = {name: sys.executable for name in (OURS, TIMED, *PEERS)} | {"llama.cpp": options.llama_python}
+    names = [name for name, python in pythons.items() if python]
+    if options.llama_python:
+        written = [options.llama_python, "-m", "bench.peer_worker", "write", json.dumps(task)]
+        subprocess.run(written, cwd=ROOT, check=True)
+    found: list[dict[str, Any]] = []
+    with ExitStack() as stack:
+        calls = {}
+        if together:
+            calls = {name: stack.enter_context(started(name, task, pythons[name])) for name in names}
+        for i in range(options.rounds):
+            found.append({})
+            # who comes first in a round changes from one to the next
+            for name in names[i % len(names) :] + names[: i % len(names)]:
+                with ExitStack() as short:
+                    call = calls.get(name) or short.enter_context(started(name, task, pythons[name]))
+                    if i == 0:
+                        call("save", str(folder / f"{name}.npy"))
+                    elif not together:
+                        call("prefill"), call("decode")
+                    found[i][name] = time_round(call, options.repeats)
+            print(f"round {i + 1} of {options.rounds}", *shown(found[i]), sep="  ", file=sys.stderr, flush=True)
+    logits = {name: np.load(folder / f"{name}.npy") for name in names}
+    return summary(names, found, {name: distance(logits[OURS], logits[name]) for name in names if name in PEERS})
+
+
+def shown(found: dict[str, Any]) -> Iterator[str]:
+    """A round in short: milliseconds of prefill and decode."""
+    for name, phases in found.items():
+        yield f"{name} {1e3 * phases['prefill']['seconds']:.1f} / {1e3 * phases['decode']['seconds']:.2f}"
+
+
+# ---- arithmetic
+
+
+def distance(ours: Any, theirs: Any) -> float:
+    """The largest difference of two arrays, as a part of the largest value."""
+    if ours.shape != theirs.shape:
+        return float("inf")
+    return float(np.abs(ours - theirs).max() / np.abs(ours).max())
+
+
+def summary(names: Sequence[str], found: Sequence[dict[str, Any]], distances: dict[str, float]) -> dict[str, Any]:
+    """Medians, and the ratios of every peer's time to refmoe's: above 1, refmoe is the faster one.
+
+    found: per round, of each engine and phase the seconds.
+    """
+    result: dict[str, Any] = {"rounds": len(found), "distance": distances}
+    for phase, goal in GOALS.items():
+        seconds = {name: [each[name][phase]["seconds"] for each in found] for name in names}
+        speed = {
+            name: statistics.median(b / a for a, b in zip(seconds[OURS], seconds[name], strict=True))
+            for name in names
+            if name in PEERS
+        }
+        # in each round the best of that round: no harder judge could be chosen
+        best = [min(seconds[name][i] for name in speed) for i in range(len(found))] if speed else []
+        result[phase] = {
+            "milliseconds": {name: 1e3 * statistics.median(seconds[name]) for name in names if name != TIMED},
+            "speed_against": speed,
+            "speed_against_best": min(speed.values(), default=None),
+            "speed_against_best_of_round": statistics.median(
+                b / a for a, b in zip(seconds[OURS], best, strict=True)
+            ) if best else None,
+            "goal": goal,
+            "share_of_matmul": statistics.median(
+                each[TIMED][phase]["matmul"] / each[TIMED][phase]["seconds"] for each in found
+            ),
+        }  # fmt: skip
+    return result
+
+
+def table(results: dict[str, Any]) -> Iterator[str]:
+    """The lines of the table."""
+    yield f"{'':12}{'':9}{'engine':26}{'ms':>10}{'refmoe is':>12}{'difference':>13}"
+    for model, result in results.items():
+        for phase in GOALS:
+            found = result[phase]
+            for name, ms in found["milliseconds"].items():
+                speed = f"{found['speed_against'][name]:10.2f} x" if name in found["speed_against"] else ""
+                far = f"{result['distance'][name]:13.1e}" if name in result["distance"] else ""
+                yield f"{model:12}{phase:9}{name:26}{ms:10.2f}{speed:>12}{far}".rstrip()
+            best = found["speed_against_best"]
+            if best is not None:
+                reached = "reached" if best >= found["goal"] else "missed"
+                yield f"{model:12}{phase:9}against the best {best:.2f} x, goal {found['goal']:.1f} x: {reached}"
+            yield f"{model:12}{phase:9}share of refmoe's time in matrix products {found['share_of_matmul']:.0%}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--llama-python", help="a Python that has refmoe[llama-cpp]; without it llama.cpp is left out")
+    parser.add_argument("--only", choices=MODELS, help="one of the models")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--layer-rounds", type=int, default=5, help="rounds of the full-size layer")
+    parser.add_argument("--repeats", type=int, default=3, help="prefills of an engine in a round")
+    parser.add_argument("--prefill", type=int, default=256, help="tokens")
+    parser.add_argument("--decode", type=int, default=16, help="tokens")
+    parser.add_argument("--json", type=Path, help="write the table here as well")
+    options = parser.parse_args()
+    results = {}
+    for model, config in MODELS.items():
+        if options.only in (None, model):
+            rounds = options.rounds if model == "middle" else options.layer_rounds
+            chosen = argparse.Namespace(**vars(options) | {"rounds": rounds})
+            with tempfile.TemporaryDirectory() as folder:
+                results[model] = measure(config, chosen, Path(folder), together=model == "middle")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        what = {"threads": options.threads, "prefill": options.prefill, "decode": options.decode}
+        options.json.write_text(json.dumps(what | results, indent=1) + "\n")
+    print(*table(results), sep="\n")
+    for model, result in results.items():
+        for name, far in result["distance"].items():
+            if not far < AGREEMENT:
+                raise SystemExit(f"{model}: the logits of {name} differ from refmoe's by {far:.1e} of the largest")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""A run is verified in blocks of tokens: how many at a time, and where in a tap an element of a block is."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from refmoe.ops.enclosure.array import Enclosure
+from refmoe.spec.config import Config
+from refmoe.spec.taps import LAYER_TAPS
+from refmoe.trace import Run
+from refmoe.verify.subject import shape_of
+from refmoe.verify.tally import Place
+
+BLOCK_BYTES = 16 << 20
+"""Bytes in binary64 of the largest tap of a block of tokens; a pass holds some twenty arrays of that size."""
+
+
+def places(shape: tuple[int, ...], origin: tuple[int, ...], flat: Any = None) -> Place:
+    """From position to index in a tap, for a block of it that begins at `origin`.
+
+    flat: which elements of the block the positions count, or None for all.
+    """
+
+    def place(at: int) -> tuple[int, ...]:
+        index = np.unravel_index(at if flat is None else int(flat[at]), shape)
+        first = (*origin, *[0] * (len(index) - len(origin)))
+        return tuple(int(i) + start for i, start in zip(index, first, strict=True))
+
+    return place
+
+
+def without_bound(x: Enclosure, tokens: Any) -> Enclosure:
+    """The same, but nothing is known of some rows."""
+    radius = np.array(np.broadcast_to(x.r, x.shape), np.float64)
+    variance = np.array(np.broadcast_to(x.v, x.shape), np.float64)
+    radius[tokens] = np.inf
+    variance[tokens] = np.inf
+    return Enclosure(x.mid, radius, variance, x.accumulation, x.owed)
+
+
+def block_size(config: Config, run: Run) -> int:
+    """How many tokens of a run are verified together, so that memory does not grow with the run."""
+    taps = ["logits", *(f"layers.0.{name}" for name in LAYER_TAPS)]
+    per_token = max(math.prod(shape_of(tap, config, run)) for tap in taps) / len(run.tokens)
+    return max(1, min(len(run.tokens), int(BLOCK_BYTES / (8 * per_token))))
