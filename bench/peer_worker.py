@@ -1,6 +1,6 @@
 """One engine in a process of its own, asked by `bench.peers` in JSON lines: what to do, then what it took.
 
-python -m bench.peer_worker ENGINE '{"config": {...}, "threads": 2, "tokens": [...], "prompt": 256, "gguf": PATH}'
+python -m bench.peer_worker ENGINE '{"config": {...}, "threads": 2, "clock": "wall", "tokens": [...], ...}'
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import numpy as np
 
 from bench import peer_engines as engines
 from refmoe.spec.config import Config
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def make(name: str, task: dict[str, Any]) -> engines.Engine:
@@ -32,9 +35,9 @@ def make(name: str, task: dict[str, Any]) -> engines.Engine:
 class Worker:
     """Times an engine on one prompt and the tokens after it."""
 
-    def __init__(self, engine: engines.Engine, tokens: list[int], prompt: int) -> None:
-        """tokens: those of the prompt and those to decode."""
-        self.engine, self.tokens, self.prompt = engine, tokens, prompt
+    def __init__(self, engine: engines.Engine, tokens: list[int], prompt: int, clock: Callable[[], float]) -> None:
+        """tokens: those of the prompt and those to decode.   clock: returns seconds."""
+        self.engine, self.tokens, self.prompt, self.clock = engine, tokens, prompt, clock
         self.kept: list[Any] | None = None
         """Logits of every call, while they are wanted."""
 
@@ -60,9 +63,9 @@ class Worker:
         return {}
 
     def _timed(self, work: Any) -> dict[str, Any]:
-        matmul, began = engines.TimedOps.spent, time.perf_counter()
+        matmul, began = engines.TimedOps.spent, self.clock()
         logits = work()
-        seconds = time.perf_counter() - began
+        seconds = self.clock() - began
         if self.kept is not None:
             self.kept.append(logits)
         return {"seconds": seconds, "matmul": engines.TimedOps.spent - matmul}
@@ -76,7 +79,9 @@ def main() -> None:
     if name == "write":
         engines.LlamaCpp.write(Config(**task["config"]), Path(task["gguf"]))
         return
-    worker = Worker(make(name, task), task["tokens"], task["prompt"])
+    clock = CLOCKS[task["clock"]]
+    engines.TimedOps.clock = staticmethod(clock)
+    worker = Worker(make(name, task), task["tokens"], task["prompt"], clock)
     print("{}", file=answers, flush=True)
     for line in sys.stdin:
         action, *arguments = json.loads(line)

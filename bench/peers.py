@@ -7,6 +7,10 @@ shared slows both sides; of a round's several prefills and decode steps the medi
 than refmoe stops the run: nobody is fast by doing less. The middle model's engines run at the same time and wait for
 their turn; the full-size layer's, 5.8 GB each, are started anew every round.
 
+With one thread the clock counts what the engine's process computes and not what others do meanwhile: the one way to
+compare on a machine that is busy. With more, a thread that waits for one that was interrupted counts too, and the
+machine should be idle.
+
     python -m bench.peers --llama-python /path/to/venv/bin/python --json bench/results/peers.json
     python -m bench.peers --only middle --rounds 21
 """
@@ -96,6 +100,7 @@ def measure(config: Config, options: argparse.Namespace, folder: Path, together:
     """All engines on one model. together: all are in memory at once, else one after another in every round."""
     tokens = np.random.default_rng(1).integers(0, config.vocab, options.prefill + options.decode).tolist()
     task = {"config": asdict(config), "threads": options.threads, "tokens": tokens, "prompt": options.prefill}
+    task["clock"] = "cpu" if options.threads == 1 else "wall"
     task["gguf"] = str(folder / "model.gguf")
     pythons = {name: sys.executable for name in (OURS, TIMED, *PEERS)} | {"llama.cpp": options.llama_python}
     names = [name for name, python in pythons.items() if python]
@@ -207,7 +212,8 @@ def main() -> None:
                 results[model] = measure(config, chosen, Path(folder), together=model == "middle")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        what = {"threads": options.threads, "prefill": options.prefill, "decode": options.decode}
+        what = {"threads": options.threads, "load": os.getloadavg()[0]}
+        what |= {"prefill": options.prefill, "decode": options.decode}
         options.json.write_text(json.dumps(what | results, indent=1) + "\n")
     print(*table(results), sep="\n")
     for model, result in results.items():

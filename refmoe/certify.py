@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from refmoe.errors import InputError
 from refmoe.golden import Case, compute, trace_path
 from refmoe.ops.ball import PRECISION, BallOps, chooses
 from refmoe.script import execute
@@ -88,8 +89,10 @@ def certify(case: Case) -> Certificate:
     """Run the case under balls and hold its golden against them.
 
     Where the case stores a fingerprint, its golden is recomputed.
-    Raises InputError when python-flint is not installed or the golden trace cannot be read.
+    Raises InputError when python-flint is not installed, the golden trace cannot be read or the case is too large.
     """
+    if case.full_size:
+        raise InputError(f"{case.folder}: is of full size, and ball arithmetic at that size takes days")
     if case.store == "trace":
         golden = {key: tensor.map() for key, tensor in read_trace(trace_path(case.folder)).tensors.items()}
     else:

@@ -90,6 +90,17 @@ class DeviceArray(NDArrayOperatorsMixin):
 
         return method
 
+    @property
+    def data(self) -> Any:
+        """As a MemoryPointer of CuPy."""
+
+        def copy_from_device_async(source: Any, size: int) -> None:
+            self.values.reshape(-1).view(np.uint8)[:size] = source.bytes[:size]
+
+        return types.SimpleNamespace(
+            bytes=self.values.reshape(-1).view(np.uint8), copy_from_device_async=copy_from_device_async
+        )
+
     def __len__(self) -> int:
         return len(self.values)
 
@@ -144,10 +155,13 @@ class StrictCupy:
             CUDARuntimeError=CudaError, getDeviceCount=lambda: 1, memGetInfo=lambda: (free, TOTAL)
         )
         nvrtc = types.SimpleNamespace(getVersion=lambda: (13, 0))
-        self.cuda = types.SimpleNamespace(runtime=runtime, nvrtc=nvrtc, cublas=object())
+        event = types.SimpleNamespace(record=lambda: None, synchronize=lambda: None)
+        self.cuda = types.SimpleNamespace(
+            runtime=runtime, nvrtc=nvrtc, cublas=object(), Event=lambda: event, get_elapsed_time=lambda _a, _b: 2.0
+        )
 
     def get_default_memory_pool(self) -> Any:
-        return types.SimpleNamespace(free_bytes=lambda: 0)
+        return types.SimpleNamespace(free_bytes=lambda: 0, free_all_blocks=lambda: None)
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(PoisonedNumpy(), name)

@@ -176,6 +176,73 @@ def test_what_is_asked_of_the_array_module_is_in_cupy() -> None:
     assert all(hasattr(cupy, name) for name in asked)
 
 
+NAMED = {
+    "cupy.RawModule", "cupy.__version__", "cupy.add", "cupy.asarray", "cupy.cuda.Event", "cupy.cuda.MemoryPool",
+    "cupy.cuda.Stream", "cupy.cuda.cublas", "cupy.cuda.device.get_cublas_handle", "cupy.cuda.get_current_stream",
+    "cupy.cuda.get_elapsed_time", "cupy.cuda.runtime", "cupy.cuda.nvrtc.getVersion", "cupy.cuda.runtime.CUDA_R_16BF",
+    "cupy.cuda.runtime.CUDA_R_16F", "cupy.cuda.runtime.CUDA_R_32F", "cupy.cuda.runtime.driverGetVersion",
+    "cupy.cuda.runtime.getDeviceProperties", "cupy.cuda.runtime.memGetInfo", "cupy.cuda.runtime.runtimeGetVersion",
+    "cupy.cuda.using_allocator", "cupy.empty", "cupy.full", "cupy.get_default_memory_pool", "cupy.ones", "cupy.take",
+    "cupy.zeros",
+}  # fmt: skip
+"""What is named of CuPy beside the functions of arrays."""
+METHODS = {
+    "cupy.cuda.Stream": ("begin_capture", "end_capture", "synchronize", "__enter__"),
+    "cupy.cuda.Graph": ("launch",),
+    "cupy.cuda.MemoryPool": ("malloc", "free_bytes", "free_all_blocks"),
+    "cupy.cuda.MemoryPointer": ("copy_from_device_async", "ptr"),
+    "cupy.cuda.Event": ("record", "synchronize"),
+    "cupy.RawModule": ("get_function",),
+    "cupy.ndarray": ("get", "argmax", "data"),
+}
+
+
+def dotted(node: ast.AST) -> str | None:
+    """``a.b.c`` as it is written, or None for what is not such a name."""
+    if isinstance(node, ast.Name):
+        return node.id
+    before = dotted(node.value) if isinstance(node, ast.Attribute) else None
+    return f"{before}.{node.attr}" if isinstance(node, ast.Attribute) and before else None
+
+
+def named(source: str) -> set[str]:
+    """The longest names that begin with ``cupy.``, imports from it included."""
+    tree = [*ast.walk(ast.parse(source))]
+    inner = {id(node.value) for node in tree if isinstance(node, ast.Attribute)}
+    names = {dotted(node) or "" for node in tree if isinstance(node, ast.Attribute) and id(node) not in inner}
+    imported = {
+        alias.name: f"{node.module}.{alias.name}"
+        for node in tree
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("cupy")
+        for alias in node.names
+    }
+    full = {f"{imported[first]}.{rest}" for first, _, rest in (n.partition(".") for n in names) if first in imported}
+    return {name for name in names if name.startswith("cupy.")} | full
+
+
+def test_what_is_named_of_cupy_is_there() -> None:
+    root = Path(__file__).parent.parent.parent
+    files = [
+        *(root / "refmoe" / "gpu").glob("*.py"), *(root / "bench").glob("gpu*.py"),
+        *(Path(str(part.__file__)) for part in (device, cupy_ops, calls, steps)),
+    ]  # fmt: skip
+    asked = set().union(*(named(path.read_text()) for path in files))
+    assert {name for name in asked if not name.startswith("cupy.cuda.cublas")} == NAMED - {"cupy.cuda.cublas"}
+    try:
+        import cupy
+    except ImportError:
+        return
+    for name in NAMED - {"cupy.cuda.cublas"}:  # its library is not needed to import CuPy
+        found = cupy
+        for part in name.split(".")[1:]:
+            found = getattr(found, part)
+    for name, methods in METHODS.items():
+        found = cupy
+        for part in name.split(".")[1:]:
+            found = getattr(found, part)
+        assert [method for method in methods if not hasattr(found, method)] == [], name
+
+
 class CudaError(RuntimeError):
     """As cupy.cuda.runtime.CUDARuntimeError."""
 
