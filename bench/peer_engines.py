@@ -19,6 +19,7 @@ from refmoe.checkpoint.weight import Weight
 from refmoe.checkpoint.write import hf_config, named_weights
 from refmoe.conform.gguf_file import write_gguf
 from refmoe.ops.native import NativeOps
+from refmoe.ops.native_steps import NATIVE_STEPS
 from refmoe.spec.config import Config
 from refmoe.spec.model import Caches, Model, Parameters, forward
 from refmoe.trace import Run
@@ -68,12 +69,12 @@ class TimedOps(NativeOps):
 
 
 class Refmoe:
-    """The spec on `NativeOps`. `timed`: with the time spent in matrix products, which costs a little itself."""
+    """`NativeOps`, as `refmoe generate` runs. `timed`: notes the time in matrix products, which costs a little."""
 
     def __init__(self, config: Config, threads: int, timed: bool = False) -> None:
         """threads: as the BLAS was told when the process began, by its environment."""
         self.ops: Any = (TimedOps if timed else NativeOps)(np.float32, upcast_bytes=1 << 40)
-        self.model = Model(config, in_memory(config))
+        self.model = Model(config, in_memory(config), NATIVE_STEPS)
         self.prompt: Caches | None = None
         self.caches: Caches | None = None
 

@@ -13,6 +13,7 @@ from refmoe.ops.device import free_memory, require_exact, require_gpu
 from refmoe.ops.enclosure.ops import EnclosureOps
 from refmoe.ops.exact import ExactOps
 from refmoe.ops.native import NativeOps
+from refmoe.ops.native_steps import NATIVE_STEPS
 from refmoe.spec.config import Config
 from refmoe.spec.model import Model, Parameters, Steps
 
@@ -71,8 +72,10 @@ class Place:
 
     def steps(self, dtype: str) -> Steps:
         """The steps that go with these ops."""
-        if not self.on_gpu or dtype == "exact":
+        if dtype == "exact":
             return Steps()
+        if not self.on_gpu:
+            return NATIVE_STEPS
         from refmoe.ops.kernels.steps import CUPY_STEPS
 
         steps: Steps = CUPY_STEPS

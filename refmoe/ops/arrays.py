@@ -73,6 +73,11 @@ class ArrayOps:
         inverted[order] = self.xp.arange(len(order))
         return inverted
 
+    @property
+    def watched(self) -> bool:
+        """Whether anybody receives taps."""
+        return self._tap is not None
+
     def tap(self, name: str, x: Any) -> Any:
         if self._tap is None:
             return x

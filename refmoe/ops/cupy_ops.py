@@ -55,11 +55,6 @@ class CupyOps(ArrayOps):
         self._weights = WeightCache(weight_bytes)
         self._last_table: dict[str, Any] = {}  # shared by all copies that `within` makes
 
-    @property
-    def watched(self) -> bool:
-        """Whether anybody receives taps."""
-        return self._tap is not None
-
     # ---- parameters
 
     def stored(self, weight: StoredWeight) -> Array:

@@ -133,13 +133,13 @@ def test_the_tokenizers_are_judged_again_only_where_they_can_have_changed() -> N
 
 
 IRRELEVANT = (
-    "refmoe", "refmoe.atomic", "refmoe.errors", "refmoe.parallel", "refmoe.checkpoint", "refmoe.checkpoint.json_file",
-    "refmoe.checkpoint.names", "refmoe.checkpoint.safetensors_file", "refmoe.checkpoint.size", "refmoe.golden", "refmoe.golden.activations",
-    "refmoe.golden.checking", "refmoe.golden.emission", "refmoe.golden.fingerprint", "refmoe.golden.manifest",
-    "refmoe.gpu", "refmoe.gpu.place", "refmoe.ops.device",
-    "refmoe.mutants", "refmoe.routing",
-    "refmoe.scale", "refmoe.scale.estimate", "refmoe.scale.job", "refmoe.scale.layerwise", "refmoe.scale.parts",
-    "refmoe.scale.source", "refmoe.scale.spread",
+    "refmoe", "refmoe.atomic", "refmoe.checkpoint", "refmoe.checkpoint.hf", "refmoe.checkpoint.json_file",
+    "refmoe.checkpoint.load", "refmoe.checkpoint.mistral", "refmoe.checkpoint.names",
+    "refmoe.checkpoint.safetensors_file", "refmoe.checkpoint.size", "refmoe.errors", "refmoe.golden",
+    "refmoe.golden.activations", "refmoe.golden.checking", "refmoe.golden.emission", "refmoe.golden.fingerprint",
+    "refmoe.golden.manifest", "refmoe.gpu", "refmoe.gpu.place", "refmoe.mutants", "refmoe.ops.device",
+    "refmoe.parallel", "refmoe.routing", "refmoe.scale", "refmoe.scale.estimate", "refmoe.scale.job",
+    "refmoe.scale.layerwise", "refmoe.scale.parts", "refmoe.scale.source", "refmoe.scale.spread",
 )  # fmt: skip
 """Imported where mutants are judged, and without any influence on what a mutant comes to."""
 

@@ -1,0 +1,86 @@
+"""The steps that save arrays: the spec's values where nobody watches, the spec's own bits where somebody does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from refmoe.checkpoint.synthetic import synthetic_checkpoint
+from refmoe.ops.native import NativeOps
+from refmoe.ops.native_steps import BLOCK, NATIVE_STEPS, swiglu
+from refmoe.spec import experts as spec_experts
+from refmoe.spec.config import Config
+from refmoe.spec.model import Model, Steps, forward
+
+Array = np.ndarray[Any, Any]
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> Config:
+    kv_heads, share, experts = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 5))
+    return Config(
+        dim=draw(st.integers(3, 20)), layers=2, heads=kv_heads * share, kv_heads=kv_heads,
+        head_dim=2 * draw(st.integers(1, 4)), hidden_dim=draw(st.integers(1, 30)), vocab=11, experts=experts,
+        experts_per_token=draw(st.integers(1, experts)), window=draw(st.sampled_from([None, 1, 3])),
+    )  # fmt: skip
+
+
+def run(config: Config, steps: Steps, ops: NativeOps, calls: tuple[int, ...]) -> Array:
+    """Logits [T, V] of tokens in calls of so many."""
+    model, caches, past, found = Model(config, synthetic_checkpoint(config, 3).parameters, steps), None, 0, []
+    for count in calls:
+        positions = np.arange(past, past + count)
+        logits, caches = forward(ops, model, positions % config.vocab, positions, caches)
+        found.append(logits)
+        past += count
+    return np.concatenate(found)
+
+
+@given(configs(), st.sampled_from([(1,), (7,), (4, 3), (5, 1, 1)]))
+def test_unwatched_steps_compute_the_spec(config: Config, calls: tuple[int, ...]) -> None:
+    expected = run(config, Steps(), NativeOps(np.float64), calls)
+    np.testing.assert_allclose(run(config, NATIVE_STEPS, NativeOps(np.float64), calls), expected, rtol=0, atol=1e-12)
+
+
+@given(configs())
+def test_watched_steps_are_those_of_the_spec(config: Config) -> None:
+    spec: dict[str, Array] = {}
+    ours: dict[str, Array] = {}
+    run(config, Steps(), NativeOps(np.float64, lambda name, x: spec.update({name: x.copy()})), (5,))
+    run(config, NATIVE_STEPS, NativeOps(np.float64, lambda name, x: ours.update({name: x.copy()})), (5,))
+    assert [*ours] == [*spec]
+    assert all(np.array_equal(ours[name], spec[name]) for name in spec)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("lowest", [-5.0, -87.0, -95.0, -700.0, -745.0])
+def test_a_gate_far_below_zero_keeps_its_digits(dtype: Any, lowest: float) -> None:
+    """exp(-gate) overflows there; the result may not become 0 before it is too small to be a normal number."""
+    gate = np.linspace(lowest, 5, BLOCK + 7, dtype=dtype).reshape(1, -1)
+    up = np.full_like(gate, 2)
+    with np.errstate(over="raise", invalid="raise"):
+        found = swiglu(NativeOps(dtype), gate, up.copy())
+    wide = gate.astype(np.longdouble)
+    exact = 2 * wide * (np.exp(np.minimum(wide, 0)) / (1 + np.exp(-np.abs(wide))))
+    normal = np.abs(exact) >= 1000 * np.finfo(dtype).tiny
+    relative = np.abs(found - exact)[normal] / np.abs(exact)[normal]
+    assert relative.max() < 8 * np.finfo(dtype).eps
+
+
+def test_experts_nobody_chose_are_not_run() -> None:
+    class Refused:
+        w1 = w2 = w3 = None
+
+    config = Config(
+        dim=4, layers=1, heads=1, kv_heads=1, head_dim=2, hidden_dim=3, vocab=5, experts=3, experts_per_token=1
+    )
+    expert = synthetic_checkpoint(config, 1).parameters.layers[0].experts[0]
+    x, chosen = np.ones((2, 4)), np.array([[1], [1]])
+    experts: Any = (Refused(), expert, Refused())
+    found = NATIVE_STEPS.run_experts(NativeOps(np.float64), experts, x, chosen)
+    expected = spec_experts.run_experts(NativeOps(np.float64), experts, x, chosen)
+    np.testing.assert_allclose(found, expected, rtol=1e-14)
