@@ -26,6 +26,7 @@ from refmoe.policy.policy import (
     FORMATS,
     ROUTER_ORDERS,
     SCALES,
+    SIGMOIDS,
     TIES,
     Budget,
     Policy,
@@ -36,6 +37,7 @@ DTYPES = ("storage", "accumulation", "statistics")
 BUDGETS = ("exp", "angles", "circle")
 CHOICES = {
     "scale": SCALES, "router_order": ROUTER_ORDERS, "compared": COMPARED, "ties": TIES, "consumers": CONSUMERS,
+    "sigmoid": SIGMOIDS,
 }  # fmt: skip
 FLAGS = ("truncates", "flushes")
 GROUPS = {"cache": ("cache.k", "cache.v")}

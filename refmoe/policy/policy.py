@@ -40,6 +40,7 @@ SCALES = ("scores", "query")
 TIES = ("any", "lower")
 COMPARED = ("stored", "unrounded")
 CONSUMERS = ("stored", "unrounded")
+SIGMOIDS = ("relative", "absolute")
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,9 @@ class Policy:
     """Which of two equal experts may be chosen: any, or the one with the lower id."""
     consumers: str = "unrounded"
     """Whether the next step reads a tap as stored, or may read it before it is rounded (fused kernels)."""
+    sigmoid: str = "relative"
+    """Whether the budget of exp holds for a sigmoid itself, or only for 1 plus it: an approximation of it by a
+    polynomial has few digits, or none, where it is far below 1."""
     truncates: bool = False
     """Whether an accumulator may truncate, as tensor cores do."""
     flushes: bool = False

@@ -157,6 +157,22 @@ def test_a_cache_in_a_dtype_that_nobody_declared_is_named(kept: str) -> None:
     assert f"float32+cache={kept}" in {each.name for each in found}
 
 
+def test_a_sigmoid_that_is_precise_in_absolute_terms_alone_is_named() -> None:
+    """As in onnxruntime 1.32: a few units of the roundoff of 1, whatever the sigmoid's own size."""
+    honest = traced(None, "walking-skeleton", "float32")
+    arrays, generator = held(honest), np.random.default_rng(1)
+    for key in [key for key in arrays if key.endswith("expert.gate")]:
+        gate, up = (arrays[key.replace("gate", name)].astype(np.float64) for name in ("gate", "up"))
+        sigmoid = 1 / (1 + np.exp(-gate)) + generator.uniform(-3, 3, gate.shape) * 2.0**-24
+        arrays[key.replace("gate", "hidden")] = (gate * sigmoid * up).astype(np.float32)
+    # what follows is right, given what it reads
+    case = case_named("walking-skeleton")
+    given = {key: array for key, array in arrays.items() if "expert.output" not in key and "moe" not in key}
+    kept = {key: array for key, array in given.items() if "layers.0" in key and "residual" not in key}
+    found = found_in(held_trace(honest.header, kept), case.name, "float32")
+    assert [(each.kind, each.name) for each in found] == [(ARITHMETIC, "float32+sigmoid=absolute")]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_where_nothing_fits_nothing_is_named(dtype: str) -> None:
     generator = np.random.default_rng(1)
@@ -185,3 +201,23 @@ def test_the_filter_is_one_for_the_error_itself_and_zero_beside_it() -> None:
     coefficient, residual = matched_filter(error, error / 2)
     assert (coefficient, residual) == (2.0, 0.5)
     assert np.isnan(matched_filter(error, None)[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("name", "field", "value", "words"),
+    [
+        ("window-decode", "window", None, "window ignored"),
+        ("window-chunks", "window", None, "window ignored"),
+        ("tiny-embedding", "norm_eps", 1e-8, "norm_eps 1e-08"),
+        ("dims-distinct", "rope_theta", 5e5, "rope_theta 500000"),
+        ("dims-distinct", "rope_theta", 2e5, None),
+    ],
+)
+def test_another_setting_is_named(name: str, field: str, value: Any, words: str | None, dtype: str) -> None:
+    """Window ignored as in mlx-lm 0.32; a value that nobody has as its default is not guessed."""
+    case = case_named(name)
+    trace = run(None, replace(case.config, **{field: value}), parameters_of(name), case.runs(), policy(dtype))
+    found = found_in(trace, name, dtype)
+    named = [each.name for each in found if each.kind in (KNOWN_BUG, STRUCTURE)]
+    assert named[:1] == ([words] if words else [])

@@ -23,6 +23,7 @@ CHANGES = {
     "flushes=true": "numbers below the smallest normal one count as zero",
     "statistics=float16": "norms, softmax and angles are computed in float16",
     "statistics=bfloat16": "norms, softmax and angles are computed in bfloat16",
+    "sigmoid=absolute": "a sigmoid is precise to some units of the roundoff of 1, not of its own, as in onnxruntime",
     "accumulation=float16": "sums are accumulated in float16",
     "accumulation=bfloat16": "sums are accumulated in bfloat16",
 }

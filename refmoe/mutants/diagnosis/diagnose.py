@@ -8,6 +8,7 @@ from dataclasses import replace
 from refmoe.mutants.diagnosis.arithmetic import other_arithmetic
 from refmoe.mutants.diagnosis.evidence import gather
 from refmoe.mutants.diagnosis.known import explanations, pairs, rank, suspects, unrelated
+from refmoe.mutants.diagnosis.settings import of_settings
 from refmoe.mutants.diagnosis.structure import structural
 from refmoe.mutants.diagnosis.weights import of_weights
 from refmoe.mutants.mutant import PARALLEL, Mutant
@@ -44,7 +45,7 @@ def diagnose(
     if not any(each.explains for each in found):
         found += pairs(evidence, suspected)
     if not any(each.explains and not unrelated(each) for each in found):
-        found += [*of_weights(evidence), *structural(evidence)]
+        found += [*of_settings(evidence), *of_weights(evidence), *structural(evidence)]
     if not any(each.explains for each in found):
         found += other_arithmetic(evidence)
     return tuple(sorted(found, key=rank))

@@ -55,6 +55,13 @@ def _sigmoid_error(size: Any, policy: Policy) -> Any:
     return error * (1 + error)
 
 
+def _sigmoid_lost(policy: Policy) -> Any:
+    """What a sigmoid may lose however small it is: all below the smallest normal value, or the budget at 1."""
+    if policy.sigmoid == "absolute":
+        return policy.accumulation.tiny + relative_error(policy.exp, policy.accumulation, 0.0)
+    return policy.accumulation.tiny
+
+
 @quiet
 def sigmoid(x: Enclosure, values: Any, policy: Policy) -> Enclosure:
     """values: sigmoid(x.mid). The derivative is s (1 - s) <= 1/4, and changes by less than a tenth per unit of x."""
@@ -64,9 +71,10 @@ def sigmoid(x: Enclosure, values: Any, policy: Policy) -> Enclosure:
     moved = np.minimum(slope + 2 * OWN + 0.05 * x.r, 0.25) * x.r
     reach = np.minimum(values + moved, 1.0)
     # exp(-x) overflows only where the result is below the smallest normal value
-    radius = moved + _sigmoid_error(size + x.r, policy) * reach + policy.accumulation.tiny + 4 * OWN * values
+    lost = _sigmoid_lost(policy)
+    radius = moved + _sigmoid_error(size + x.r, policy) * reach + lost + 4 * OWN * values
     variance = slope**2 * x.v + (_sigmoid_error(size, policy) * values) ** 2 / 3
-    variance = variance + policy.accumulation.tiny**2 / 3
+    variance = variance + lost**2 / 3
     return Enclosure(values, bounded(radius * SLACK), bounded(variance), x.accumulation, owed=True)
 
 
@@ -87,7 +95,7 @@ def silu(x: Enclosure, values: Any, policy: Policy) -> Enclosure:
     variance = slope**2 * x.v + (_sigmoid_error(size, policy) * mid) ** 2 / 3 + np.square(x.v) / 8
     # what a sigmoid loses absolutely: below the smallest normal value, and where it is a stored value of its own
     stored = policy.at("expert.sigmoid")
-    lost: Any = policy.accumulation.tiny
+    lost = _sigmoid_lost(policy)
     variance = variance + (size * lost) ** 2 / 3
     if stored.precision < policy.accumulation.precision:
         lost = lost + ulp(np.minimum(values + 0.25 * x.r, 1.0), stored) / 2

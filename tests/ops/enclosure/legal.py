@@ -154,10 +154,16 @@ class LegalOps(ArrayOps):
     def exp(self, x: Any) -> Any:
         return self._exp(x)
 
-    def sigmoid(self, x: Any) -> Any:
+    def _sigmoid(self, x: Any) -> Any:
         one = self.dtype.type(1)
         e = self._erring(np.exp(-x.astype(np.float64)), x, self.policy.accumulation.u).astype(self.dtype)
-        return one / (one + e)
+        if self.policy.sigmoid == "relative":
+            return one / (one + e)
+        budget = self.policy.exp.constant * self.policy.accumulation.u
+        return (one / (one + e) + self.rng.uniform(-budget, budget, x.shape)).astype(self.dtype)
+
+    def sigmoid(self, x: Any) -> Any:
+        return self._sigmoid(x)
 
     def softmax(self, x: Any, mask: Any) -> Any:
         x = np.asarray(x).astype(self.stat)
@@ -171,8 +177,7 @@ class LegalOps(ArrayOps):
         one = self.dtype.type(1)
         if self._maybe(0.3):
             return self.cut("expert.silu", x / (one + np.exp(-x)))
-        e = self._erring(np.exp(-x.astype(np.float64)), x, self.policy.accumulation.u).astype(self.dtype)
-        return self.cut("expert.silu", x * self.cut("expert.sigmoid", one / (one + e)))
+        return self.cut("expert.silu", x * self.cut("expert.sigmoid", self._sigmoid(x)))
 
     def weigh(self, logits: Any, experts: Any) -> Any:
         if self._maybe():

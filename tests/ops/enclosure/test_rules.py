@@ -41,8 +41,12 @@ def test_a_rule_contains_the_function_of_every_point(name: str, rule: str, seed:
 
 
 @pytest.mark.parametrize(
-    "name", ["float32", "float32+flushes=true", "bfloat16+expert.sigmoid=bfloat16+expert.silu=float32", "hf-float64"]
-)
+    "name",
+    [
+        "float32", "float32+flushes=true", "float32+sigmoid=absolute",
+        "bfloat16+expert.sigmoid=bfloat16+expert.silu=float32", "hf-float64",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_rule_contains_its_own_rounding_and_gives_it_a_spread(name: str, rule: str, kind: str) -> None:
