@@ -13,7 +13,7 @@ import pytest
 from refmoe.conditions import CONDITIONS
 from refmoe.conform.outcome import SKIPPED
 from refmoe.conform.results import read_results
-from refmoe.golden import find_cases
+from refmoe.golden import find_cases, find_full_size_cases
 from refmoe.mutants.catalogue import MUTANTS
 from refmoe.mutants.matrix import POLICIES
 from refmoe.mutants.matrix_file import read_matrix
@@ -33,7 +33,7 @@ def results(name: str) -> Any:
 @pytest.mark.engines
 def test_the_tour_runs_and_prints_what_it_shows(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "golden", tmp_path / "golden")
-    assert len(console(TEXT)) == 7
+    assert len(console(TEXT)) == 8
     run_tour(TEXT, tmp_path)
 
 
@@ -50,7 +50,8 @@ def test_the_main_command_is_made_of_commands_that_are_tested() -> None:
 def test_the_figures_of_the_goldens() -> None:
     folders = find_cases(ROOT / "golden")
     size = sum(path.stat().st_size for path in (ROOT / "golden").rglob("*") if path.is_file())
-    assert f"{len(folders)} small models, {size / 1e6:.1f} MB" in TEXT
+    assert f"{len(folders)} small models and two of full size, {size / 1e6:.1f} MB" in TEXT
+    assert len(find_full_size_cases(ROOT / "golden")) == 2
     assert f"the {len(CONDITIONS)} conditions" in TEXT
     certificates = [json.loads((folder / "manifest.json").read_bytes())["certificate"] for folder in folders]
     worst = max(certificate["worst"]["relative"] for certificate in certificates)
@@ -92,6 +93,31 @@ def test_the_table_of_what_the_verifier_sees() -> None:
         for dtype, cell in zip(("bfloat16", "float16", "float32"), cells, strict=True):
             seen = found["faults"][fault].get(f"{dtype} 14336")
             assert cell == ("-" if seen is None else f"{seen['outside']:.0%} / {seen['excess']:,.0f}")
+
+
+def test_the_figures_of_full_size() -> None:
+    found = results("full_size.json")
+    for tokens in (8, 256):
+        for run in found[f"two_layers_{tokens}_tokens"]:
+            assert run["peak_gib"] <= run["stated_gib"] <= run["goal_gib"]
+            share = f"{run['matmul_share']:.0%}" if run["matmul_share"] else "-"
+            assert (
+                f"| {run['dtype']}, {tokens} + 2 tokens | {run['peak_gib']:.2f} | {run['stated_gib']:.2f} | "
+                f"{run['read_over_needed']:.3f} | {share} | {run['seconds']:.0f} s |"
+            ) in TEXT
+    whole, text = found["whole"], " ".join(TEXT.split())
+    assert whole["ok"]
+    assert f"{whole['seconds'] / 60:.0f} minutes on two cores, {whole['peak_of_a_process_gib']:.1f} GiB" in text
+
+
+def test_the_table_of_speed() -> None:
+    found = results("peers.json")
+    for model, name in (("middle", "dim 512, 4 layers, hidden 1792, vocab 4096"), ("8x7B layer", "one layer of 8x7B")):
+        for phase in ("prefill", "decode"):
+            row = found[model][phase]
+            peers = ("transformers eager", "transformers grouped_mm", "llama.cpp")
+            cells = " | ".join(f"{row['speed_against'][peer]:.2f}" for peer in peers)
+            assert f"| {name} | {phase} | {cells} | {row['share_of_matmul']:.0%} |" in TEXT
 
 
 def test_the_table_of_known_bugs() -> None:
