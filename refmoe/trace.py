@@ -28,6 +28,8 @@ FORMAT_VERSION = "1"
 OPS = ("prefill", "chunk", "decode")
 SMALL_FILE = 4 << 20
 """Bytes up to which a trace is held in memory."""
+LONGEST_TABLE = 40 << 20
+"""Bytes of the safetensors header, some 400,000 tensors: read, it takes ten times that in memory."""
 LONGEST_NAME = 200
 """Characters in a name that a header gives: of a run, a case, a policy, a producer."""
 
@@ -161,6 +163,7 @@ def _dense(arrays: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any,
 
 def read_trace(path: Path) -> Trace:
     """Open a trace. Raises InputError when it is not one, or its header does not say what it must."""
+    _refuse_a_long_table(path)
     tensors, metadata = open_safetensors(path)
     if "refmoe" not in metadata:
         raise InputError(f"{path}: the metadata entry 'refmoe' is missing, so this is not a trace")
@@ -173,6 +176,22 @@ def read_trace(path: Path) -> Trace:
                 f"{path}: tensor {quoted(key)} belongs to no run of the header, which has {shown(sorted(runs))}"
             )
     return Trace(path, header, tensors)
+
+
+def _refuse_a_long_table(path: Path) -> None:
+    """Before anything is read, since to read it would take the memory that verifying promises not to."""
+    try:
+        if not path.is_file():
+            return
+        with path.open("rb") as file:
+            length, whole = int.from_bytes(file.read(8), "little"), path.stat().st_size
+    except OSError:
+        return  # who opens it next says why
+    if LONGEST_TABLE < length <= whole:
+        raise InputError(
+            f"{path}: the safetensors header has {length:,} bytes, but at most {LONGEST_TABLE:,} were expected of a "
+            "trace; one of so many tensors is given in several files, some of the runs in each"
+        )
 
 
 def parse_header(path: Path, text: str) -> Header:

@@ -234,6 +234,11 @@ def header_of_negative_length(draft: Draft) -> bytes:
     return file(draft.text(), draft.data(), -1)
 
 
+@hostile(REFUSED, "the safetensors header has 41,943,041 bytes, but at most 41,943,040 were expected")
+def header_too_long_for_the_memory_promised(draft: Draft) -> bytes:
+    return file(draft.text().ljust((40 << 20) + 1), draft.data())
+
+
 @hostile(REFUSED, "not a whole safetensors file")
 def header_is_an_array(draft: Draft) -> bytes:
     return file("[]", b"")
