@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from refmoe.ops.arrays import ArrayOps, StoredWeight, Tap
+from refmoe.ops.lanes import lanes
 from refmoe.ops.streaming import linear_by_blocks
 from refmoe.ops.weight_cache import STREAMED, WeightCache
 
 UPCAST_BYTES = 2 << 30
+SIDE_BY_SIDE = 16
+"""Rows from which a product, experts, or tokens of a head are worth lanes: below, waking one takes as long."""
 
 
 def upcast(stored: Any, dtype: np.dtype[Any]) -> Any:
@@ -28,6 +32,23 @@ def upcast(stored: Any, dtype: np.dtype[Any]) -> Any:
     return stored.astype(dtype, copy=False)
 
 
+def product(x: Any, matrix: Any) -> Any:
+    """x times the transpose of the matrix, some of its rows in each lane.
+
+    x: [T, n]   matrix: [m, n]   returns: [T, m]
+    """
+    here = lanes()
+    if here.count == 1 or here.busy > 1:
+        return x @ matrix.T
+    result = np.empty((len(x), len(matrix)), x.dtype)
+    size = -(-len(matrix) // here.count)
+    here.run([
+        partial(np.matmul, x, matrix[start : start + size].T, out=result[:, start : start + size])
+        for start in range(0, len(matrix), size)
+    ])  # fmt: skip
+    return result
+
+
 class NativeOps(ArrayOps):
     """NumPy at float32 or float64; weights in a narrower dtype are converted when they are used."""
 
@@ -38,12 +59,14 @@ class NativeOps(ArrayOps):
         """
         super().__init__(dtype, tap)
         self._upcast = WeightCache(upcast_bytes)
+        self.turns: list[Any] = []
+        """What the last rotary table was asked for, and the table: all layers of a call ask for the same."""
 
     def linear(self, x: Any, weight: StoredWeight) -> Any:
         if math.prod(weight.shape) * self.dtype.itemsize > self._upcast.limit // STREAMED:
             return linear_by_blocks(x, weight, lambda stored: upcast(stored, self.dtype), lambda x, w: x @ w.T)
         matrix = self._upcast.get(weight, lambda: upcast(weight.read(), self.dtype), lambda array: array.nbytes)
-        return x @ matrix.T
+        return product(x, matrix) if len(x) >= SIDE_BY_SIDE else x @ matrix.T
 
     def matmul(self, a: Any, b: Any) -> Any:
         return a @ b

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from threading import Lock
 from typing import Any
 
 STREAMED = 4
@@ -18,6 +19,7 @@ class WeightCache:
         self.limit = limit
         self.held = 0
         self._entries: OrderedDict[int, tuple[Any, Any, int]] = OrderedDict()
+        self._lock = Lock()  # experts ask for their weights side by side
 
     def get(self, weight: Any, prepare: Callable[[], Any], size: Callable[[Any], int]) -> Any:
         """What `prepare` makes of the weight, from the cache where it is there.
@@ -25,14 +27,17 @@ class WeightCache:
         The entry holds the weight itself, so that its identity is not reused while it is a key.
         """
         key = id(weight)
-        if key in self._entries:
-            self._entries.move_to_end(key)
-            return self._entries[key][1]
+        with self._lock:
+            if key in self._entries:
+                self._entries.move_to_end(key)
+                return self._entries[key][1]
         prepared = prepare()
         bytes_needed = size(prepared)
         if bytes_needed <= self.limit:
-            self._entries[key] = (weight, prepared, bytes_needed)
-            self.held += bytes_needed
-            while self.held > self.limit:
-                self.held -= self._entries.popitem(last=False)[1][2]
+            with self._lock:
+                before = self._entries.pop(key, None)  # another lane may have prepared it meanwhile
+                self._entries[key] = (weight, prepared, bytes_needed)
+                self.held += bytes_needed - (before[2] if before else 0)
+                while self.held > self.limit:
+                    self.held -= self._entries.popitem(last=False)[1][2]
         return prepared

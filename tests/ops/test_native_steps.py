@@ -40,7 +40,7 @@ def run(config: Config, steps: Steps, ops: NativeOps, calls: tuple[int, ...]) ->
     return np.concatenate(found)
 
 
-@given(configs(), st.sampled_from([(1,), (7,), (4, 3), (5, 1, 1)]))
+@given(configs(), st.sampled_from([(1,), (7,), (4, 3), (5, 1, 1), (150,), (40, 1, 1, 1, 70)]))
 def test_unwatched_steps_compute_the_spec(config: Config, calls: tuple[int, ...]) -> None:
     expected = run(config, Steps(), NativeOps(np.float64), calls)
     np.testing.assert_allclose(run(config, NATIVE_STEPS, NativeOps(np.float64), calls), expected, rtol=0, atol=1e-12)
@@ -69,6 +69,39 @@ def test_a_gate_far_below_zero_keeps_its_digits(dtype: Any, lowest: float) -> No
     normal = np.abs(exact) >= 1000 * np.finfo(dtype).tiny
     relative = np.abs(found - exact)[normal] / np.abs(exact)[normal]
     assert relative.max() < 8 * np.finfo(dtype).eps
+
+
+def test_a_cache_can_be_continued_twice() -> None:
+    """CACHE-1: what one continuation appends is not in the other, nor in what both began with."""
+    ops, rng = NativeOps(np.float64), np.random.default_rng(1)
+
+    def tokens(past: int, count: int) -> tuple[Array, Array, Array]:
+        return rng.standard_normal((count, 2, 3)), rng.standard_normal((count, 2, 3)), np.arange(past, past + count)
+
+    def extended(steps: Steps, pieces: list[tuple[Array, Array, Array]]) -> list[Any]:
+        caches: list[Any] = [None]
+        for piece in pieces:
+            caches.append(steps.extend_cache(ops, caches[-1], *piece))
+        return caches[1:]
+
+    trunk, one, other = [tokens(0, 3), tokens(3, 1)], [tokens(4, 1), tokens(5, 9)], [tokens(4, 2)]
+    ours = extended(NATIVE_STEPS, trunk)
+    branches = []
+    for branch in (one, other):
+        cache = ours[-1]
+        for piece in branch:
+            cache = NATIVE_STEPS.extend_cache(ops, cache, *piece)
+        branches.append(cache)
+    for found, pieces in zip((*ours, *branches), (trunk[:1], trunk, trunk + one, trunk + other), strict=True):
+        right = extended(Steps(), pieces)[-1]
+        for name in ("k", "v", "positions"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(right, name))
+
+
+def test_a_token_is_appended_without_copying_those_before() -> None:
+    ops, piece = NativeOps(np.float64), (np.ones((1, 2, 3)), np.ones((1, 2, 3)), np.array([7]))
+    cache = NATIVE_STEPS.extend_cache(ops, NATIVE_STEPS.extend_cache(ops, None, *piece), *piece)
+    assert np.shares_memory(NATIVE_STEPS.extend_cache(ops, cache, *piece).k, cache.k)
 
 
 def test_experts_nobody_chose_are_not_run() -> None:

@@ -1,0 +1,59 @@
+"""Independent pieces of a step side by side: a few threads, each with a BLAS of one thread.
+
+A product that a BLAS spreads over its threads makes them wait for each other, each time, and leaves all that is not a
+product to one of them. Pieces that need nothing of each other, such as experts, need not wait.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache
+
+from threadpoolctl import ThreadpoolController
+
+
+class Lanes:
+    """As many lanes as the BLAS of NumPy has threads."""
+
+    def __init__(self) -> None:
+        self._blas = ThreadpoolController().select(user_api="blas")
+        self.count = max((library["num_threads"] for library in self._blas.info()), default=1)
+        self.busy = 1
+        """How many lanes work now."""
+        self._pool = ThreadPoolExecutor(max(self.count - 1, 1), "lane")
+
+    def run(self, pieces: Sequence[Callable[[], None]]) -> None:
+        """Call all of them, each once, begun in this order; what one raises is raised here when all have ended."""
+        if self.count == 1 or len(pieces) < 2 or self.busy > 1:
+            for piece in pieces:
+                piece()
+            return
+        left = deque(pieces)
+
+        def work() -> None:
+            while left:
+                try:
+                    piece = left.popleft()
+                except IndexError:  # another lane took the last one
+                    return
+                piece()
+
+        with self._blas.limit(limits=1):
+            self.busy = min(self.count, len(pieces))
+            others = [self._pool.submit(work) for _ in range(self.busy - 1)]
+            try:
+                work()
+            finally:
+                left.clear()
+                wait(others)
+                self.busy = 1
+        for other in others:
+            other.result()
+
+
+@cache
+def lanes() -> Lanes:
+    """The lanes of this process."""
+    return Lanes()
