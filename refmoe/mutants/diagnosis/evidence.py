@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -103,6 +103,7 @@ def weighted(evidence: Evidence, arrays: dict[Key, Any]) -> Any:
 
 def middle(evidence: Evidence, subject: Subject, policy: Policy, wanted: set[Key]) -> dict[Key, Any]:
     """What exact arithmetic makes of the trace's own inputs, at the wanted taps."""
+    subject = replace(subject, runs=until(subject.runs, {run for run, _ in wanted}))
     with np.errstate(all="ignore"):
         return Exact(evidence.trace, subject, policy, {}, wanted, None).arrays()
 
@@ -172,6 +173,12 @@ def subject_of(evidence: Evidence, variation: Variation) -> Subject:
     return Subject(model.config, model.parameters, variation.runs(evidence.contents.runs), model.steps)
 
 
+def until(runs: tuple[Run, ...], names: Set[str]) -> tuple[Run, ...]:
+    """The runs up to the last one of these names."""
+    last = max((i for i, run in enumerate(runs) if run.run in names), default=len(runs) - 1)
+    return runs[: last + 1]
+
+
 def judge_again(
     evidence: Evidence, subject: Subject, policy: Policy, judge: Callable[..., Pass] = UnderBug
 ) -> dict[Key, str]:
@@ -179,35 +186,62 @@ def judge_again(
     return {(check.run, check.tap): check.verdict for check in checks_again(evidence, subject, policy, judge)}
 
 
-def checks_again(evidence: Evidence, subject: Subject, policy: Policy, judge: Callable[..., Pass]) -> list[Check]:
-    """The checks against another specification or policy, acquitted as `verify` acquits them."""
+def judge_first(evidence: Evidence, subject: Subject, policy: Policy, judge: Callable[..., Pass]) -> dict[Key, str]:
+    """The same of the calls up to the first in which something is wrong, and of a failure there no more than is needed
+    to know that it stays: a fraction of the work, and enough to reject most specifications."""
+    first = {evidence.failed[0].run}
+    contents = replace(evidence.contents, runs=until(evidence.contents.runs, first))
+    subject = replace(subject, runs=until(subject.runs, first))
+    found = checks_again(replace(evidence, contents=contents), subject, policy, judge, hurried=True)
+    return {(check.run, check.tap): check.verdict for check in found}
+
+
+def checks_again(
+    evidence: Evidence, subject: Subject, policy: Policy, judge: Callable[..., Pass], hurried: bool = False
+) -> list[Check]:
+    """The checks against another specification or policy, acquitted as `verify` acquits them.
+
+    hurried: once it is known that a check fails which did not, or still does, others may keep a FAIL that they would
+    be acquitted of.
+    """
     right, limits = evidence.right.config, evidence.limits
 
     def checked(recomputed: frozenset[Key] = frozenset(), unrounded: bool = False) -> list[Check]:
         seen = judge(evidence.trace, subject, policy, limits.excess, recomputed, unrounded).go()
         return assemble(seen, evidence.contents, right, policy, limits)
 
-    checks = checked()
+    checks = first = checked()
     failed = frozenset((check.run, check.tap) for check in checks if check.verdict == FAIL)
-    if failed:
-        checks = acquit(checks, checked(recomputed=failed), "")
-    if policy.consumers == "unrounded" and any(check.verdict == FAIL for check in checks):
+    if failed and policy.consumers == "unrounded":
         checks = acquit(checks, checked(unrounded=True), "")
+    if failed and not (hurried and _stays(evidence, first, checks)):
+        checks = acquit(checks, checked(recomputed=failed), "")
     return checks
+
+
+def _stays(evidence: Evidence, first: list[Check], checks: list[Check]) -> bool:
+    """Whether the first check that failed counts and still fails: all that it read is right, so that to compute
+    it again from what was right changes nothing.   first: the checks before any was acquitted"""
+    at = next(i for i, check in enumerate(first) if check.verdict == FAIL)
+    wrong = {check.run for check in evidence.failed}
+    before = {(check.run, check.tap): check.verdict for check in evidence.report.checks}
+    counted = first[at].run in wrong and before[first[at].run, first[at].tap] in (PASS, FAIL)
+    return counted and checks[at].verdict == FAIL
 
 
 def still_failing(
     evidence: Evidence, verdicts: dict[Key, str], wrong: dict[Key, Any], checks: Sequence[Check] | None = None
 ) -> int:
-    """How many of the failed checks fail still.   wrong: what the other specification computes at the expected taps.
+    """How many of the failed checks that were judged fail still.
 
+    wrong: what the other specification computes at the expected taps.
     A check whose values are not finite has no bound under a bug that makes them. It is explained where the bug makes
     them in the same places.
     """
     count = 0
     for check in evidence.failed if checks is None else checks:
         key = (check.run, check.tap)
-        if verdicts[key] == PASS:
+        if key not in verdicts or verdicts[key] == PASS:
             continue
         count += not (verdicts[key] == UNDECIDABLE and _same_gaps(evidence, key, wrong.get(key)))
     return count
@@ -222,11 +256,13 @@ def _same_gaps(evidence: Evidence, key: Key, wrong: Any) -> bool:
 
 
 def newly_failing(evidence: Evidence, verdicts: dict[Key, str]) -> int:
-    """How many of the checks that passed fail now, in calls in which something is wrong: a bug may be one of prompts
-    alone, or of single tokens."""
+    """How many of the checks that passed fail now, where they were judged.
+
+    Only calls in which something is wrong count: a bug may be one of prompts alone, or of single tokens.
+    """
     wrong = {check.run for check in evidence.failed}
     passed = (check for check in evidence.report.checks if check.verdict == PASS and check.run in wrong)
-    return sum(verdicts[check.run, check.tap] == FAIL for check in passed)
+    return sum(verdicts.get((check.run, check.tap)) == FAIL for check in passed)
 
 
 def changes_choice(mutant: Mutant | Variation) -> bool:

@@ -23,6 +23,7 @@ from refmoe.mutants.diagnosis.evidence import (
     Variation,
     changes_choice,
     judge_again,
+    judge_first,
     middle,
     newly_failing,
     still_failing,
@@ -36,6 +37,7 @@ from refmoe.spec.config import Config
 from refmoe.spec.model import Model, Parameters
 from refmoe.trace import Run
 from refmoe.verify.findings import KNOWN_BUG, TWO_BUGS, Explanation
+from refmoe.verify.passes import Pass
 
 WORSE = 1.5
 """A mutant that leaves more of the error than this has nothing to do with it: an independent one of the same size, as
@@ -115,9 +117,15 @@ def explain(evidence: Evidence, found: Suspect) -> Explanation | None:
 
 
 def _held_against(evidence: Evidence, variation: Variation, wrong: dict[Key, Any]) -> tuple[int, int]:
-    judge = Chooser if changes_choice(variation) else UnderBug
-    verdicts = judge_again(evidence, subject_of(evidence, variation), variation.policy(evidence.policy), judge)
-    return still_failing(evidence, verdicts, wrong), newly_failing(evidence, verdicts)
+    """How many checks fail still, and how many newly; of a variation that explains nothing, at least so many."""
+    judge: type[Pass] = Chooser if changes_choice(variation) else UnderBug
+    subject, policy = subject_of(evidence, variation), variation.policy(evidence.policy)
+    for judging in (judge_first, judge_again):
+        verdicts = judging(evidence, subject, policy, judge)
+        still, newly = still_failing(evidence, verdicts, wrong), newly_failing(evidence, verdicts)
+        if still or newly:
+            break
+    return still, newly
 
 
 def unrelated(found: Explanation) -> bool:
