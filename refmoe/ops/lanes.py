@@ -6,6 +6,7 @@ product to one of them. Pieces that need nothing of each other, such as experts,
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -57,3 +58,7 @@ class Lanes:
 def lanes() -> Lanes:
     """The lanes of this process."""
     return Lanes()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lanes.cache_clear)  # threads are not inherited: the child makes its own

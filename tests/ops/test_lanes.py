@@ -90,3 +90,26 @@ def test_there_are_as_many_as_the_blas_has_threads() -> None:
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "1"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_process_makes_its_own() -> None:
+    """It inherits no threads: pieces handed to those of its parent would wait for ever."""
+    code = """if True:
+        import os, signal
+        from refmoe.ops import lanes as here
+        made = here.lanes()
+        made.count = 2
+        made.run([lambda: None] * 4)
+        child = os.fork()
+        if not child:
+            signal.alarm(30)
+            again = here.lanes()
+            again.count = 2
+            done = []
+            again.run([lambda i=i: done.append(i) for i in range(4)])
+            os._exit(0 if again is not made and sorted(done) == [0, 1, 2, 3] else 1)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "0"
