@@ -199,8 +199,10 @@ def judge_first(evidence: Evidence, subject: Subject, policy: Policy, judge: Cal
 def checks_again(
     evidence: Evidence, subject: Subject, policy: Policy, judge: Callable[..., Pass], hurried: bool = False
 ) -> list[Check]:
-    """The checks against another specification or policy, acquitted as `verify` acquits them.
+    """The checks against another specification or policy, acquitted by the passes that `verify` acquits them by.
 
+    The other way round: first as if inputs had been read before they were stored, which is all that can acquit the
+    first check that failed.
     hurried: once it is known that a check fails which did not, or still does, others may keep a FAIL that they would
     be acquitted of.
     """
