@@ -15,11 +15,12 @@ import numpy as np
 
 from refmoe.checkpoint.names import build_parameters
 from refmoe.checkpoint.synthetic import synthetic_checkpoint
-from refmoe.checkpoint.weight import Weight
+from refmoe.checkpoint.weight import BFLOAT16, Weight
 from refmoe.checkpoint.write import hf_config, named_weights
 from refmoe.conform.gguf_file import write_gguf
 from refmoe.ops.lanes import lanes
-from refmoe.ops.native import NativeOps
+from refmoe.ops.mkl_ops import MklOps
+from refmoe.ops.native import SIDE_BY_SIDE, NativeOps
 from refmoe.ops.native_steps import NATIVE_STEPS
 from refmoe.spec.config import Config
 from refmoe.spec.model import Caches, Model, Parameters, forward
@@ -40,42 +41,65 @@ class Engine(Protocol):
 
 
 def in_memory(config: Config, seed: int = SEED) -> Parameters:
-    """The formula's weights, computed once and held in float32."""
+    """The formula's weights, computed once and held in bfloat16, as published checkpoints are: exactly."""
     formula = named_weights(synthetic_checkpoint(config, seed).parameters)
 
     def held(name: str) -> Weight:
-        values = formula[name].read()
+        exact = formula[name].read()
+        values = exact.astype(BFLOAT16)
+        assert np.array_equal(values.astype(np.float32), exact)
         return Weight(name, values.shape, values.dtype, lambda: values, name)
 
     return build_parameters(config, held)
 
 
-class TimedOps(NativeOps):
-    """Native ops that note the time spent in matrix products."""
+class Stopwatch:
+    """Of a class of ops, with this one before it: notes the time spent in matrix products."""
 
     spent = 0.0
     clock = staticmethod(time.perf_counter)
 
     def linear(self, x: Any, weight: Any) -> Any:
-        return self._timed(super().linear, x, weight)
+        # with many rows that is a few calls of `multiply`, which are timed
+        product = super().linear  # type: ignore[misc]
+        return self._timed(product, x, weight) if len(x) < SIDE_BY_SIDE else product(x, weight)
+
+    def multiply(self, *arguments: Any) -> None:
+        self._timed(super().multiply, *arguments)  # type: ignore[misc]
 
     def matmul(self, a: Any, b: Any) -> Any:
-        return self._timed(super().matmul, a, b)
+        return self._timed(super().matmul, a, b)  # type: ignore[misc]
 
     def _timed(self, product: Any, *factors: Any) -> Any:
-        began = TimedOps.clock()
+        inner, began = Stopwatch.spent, Stopwatch.clock()
         result = product(*factors)
-        # of the class: `within` makes copies. What several lanes do at once is counted once
-        TimedOps.spent += (TimedOps.clock() - began) / lanes().busy
+        took = Stopwatch.clock() - began
+        if lanes().busy == 1:
+            Stopwatch.spent = inner + took  # whatever was noted within is a part of it
+        else:
+            Stopwatch.spent += took / lanes().busy  # what several lanes do at once is counted once
         return result
 
 
-class Refmoe:
-    """`NativeOps`, as `refmoe generate` runs. `timed`: notes the time in matrix products, which costs a little."""
+class TimedNativeOps(Stopwatch, NativeOps):
+    pass
 
-    def __init__(self, config: Config, threads: int, timed: bool = False) -> None:
-        """threads: as the BLAS was told when the process began, by its environment."""
-        self.ops: Any = (TimedOps if timed else NativeOps)(np.float32, upcast_bytes=1 << 40)
+
+class TimedMklOps(Stopwatch, MklOps):
+    pass
+
+
+class Refmoe:
+    """`NativeOps` or `MklOps`, as `refmoe generate` runs. The number of threads is told by the environment."""
+
+    def __init__(self, config: Config, blas: str, timed: bool = False) -> None:
+        """blas: "numpy" or "mkl".   timed: notes the time in matrix products, which costs a little."""
+        room = 1 << 40
+        if blas == "mkl":
+            made: Any = (TimedMklOps if timed else MklOps)(np.float32, upcast_bytes=room, packed_bytes=room)
+        else:
+            made = (TimedNativeOps if timed else NativeOps)(np.float32, upcast_bytes=room)
+        self.ops: Any = made
         self.model = Model(config, in_memory(config), NATIVE_STEPS)
         self.prompt: Caches | None = None
         self.caches: Caches | None = None

@@ -29,7 +29,8 @@ def make(name: str, task: dict[str, Any]) -> engines.Engine:
     kind, _, option = name.partition(" ")
     if kind == "transformers":
         return engines.Transformers(config, threads, option)
-    return engines.Refmoe(config, threads, timed=option == "timed")
+    blas, _, timed = option.partition(" ")
+    return engines.Refmoe(config, blas, timed == "timed")
 
 
 class Worker:
@@ -63,12 +64,12 @@ class Worker:
         return {}
 
     def _timed(self, work: Any) -> dict[str, Any]:
-        matmul, began = engines.TimedOps.spent, self.clock()
+        matmul, began = engines.Stopwatch.spent, self.clock()
         logits = work()
         seconds = self.clock() - began
         if self.kept is not None:
             self.kept.append(logits)
-        return {"seconds": seconds, "matmul": engines.TimedOps.spent - matmul}
+        return {"seconds": seconds, "matmul": engines.Stopwatch.spent - matmul}
 
 
 def main() -> None:
@@ -80,7 +81,7 @@ def main() -> None:
         engines.LlamaCpp.write(Config(**task["config"]), Path(task["gguf"]))
         return
     clock = CLOCKS[task["clock"]]
-    engines.TimedOps.clock = staticmethod(clock)
+    engines.Stopwatch.clock = staticmethod(clock)
     worker = Worker(make(name, task), task["tokens"], task["prompt"], clock)
     print("{}", file=answers, flush=True)
     for line in sys.stdin:

@@ -40,9 +40,10 @@ MIDDLE = Config(
 )
 LAYER = replace(PRESETS["mixtral-8x7b"], layers=1, vocab=4096)
 MODELS = {"middle": MIDDLE, "8x7B layer": LAYER}
-OURS = "refmoe"
+OURS = ("refmoe numpy", "refmoe mkl")
+"""Both ways to multiply: NumPy's own BLAS, and oneMKL (extra `mkl`)."""
 PEERS = ("transformers eager", "transformers grouped_mm", "llama.cpp")
-TIMED = "refmoe timed"
+TIMED = {name: f"{name} timed" for name in OURS}
 """The same once more with a clock around every matrix product, for the share of time in them."""
 GOALS = {"prefill": 1.2, "decode": 1.0}
 AGREEMENT = 1e-3
@@ -102,7 +103,7 @@ def measure(config: Config, options: argparse.Namespace, folder: Path, together:
     task = {"config": asdict(config), "threads": options.threads, "tokens": tokens, "prompt": options.prefill}
     task["clock"] = "cpu" if options.threads == 1 else "wall"
     task["gguf"] = str(folder / "model.gguf")
-    pythons = {name: sys.executable for name in (OURS, TIMED, *PEERS)} | {"llama.cpp": options.llama_python}
+    pythons = {name: sys.executable for name in (*OURS, *TIMED.values(), *PEERS)} | {"llama.cpp": options.llama_python}
     names = [name for name, python in pythons.items() if python]
     if options.llama_python:
         written = [options.llama_python, "-m", "bench.peer_worker", "write", json.dumps(task)]
@@ -125,7 +126,7 @@ def measure(config: Config, options: argparse.Namespace, folder: Path, together:
                     found[i][name] = time_round(call, options.repeats)
             print(f"round {i + 1} of {options.rounds}", *shown(found[i]), sep="  ", file=sys.stderr, flush=True)
     logits = {name: np.load(folder / f"{name}.npy") for name in names}
-    return summary(names, found, {name: distance(logits[OURS], logits[name]) for name in names if name in PEERS})
+    return summary(names, found, {name: distance(logits[OURS[0]], logits[name]) for name in names[1:]})
 
 
 def shown(found: dict[str, Any]) -> Iterator[str]:
@@ -145,50 +146,58 @@ def distance(ours: Any, theirs: Any) -> float:
 
 
 def summary(names: Sequence[str], found: Sequence[dict[str, Any]], distances: dict[str, float]) -> dict[str, Any]:
-    """Medians, and the ratios of every peer's time to refmoe's: above 1, refmoe is the faster one.
+    """Medians, and of each way of ours the ratios of every peer's time to its: above 1, refmoe is the faster one.
 
-    found: per round, of each engine and phase the seconds.
+    found: per round, of each engine and phase the seconds.   distances: of logits to those of the first way of ours.
     """
     result: dict[str, Any] = {"rounds": len(found), "distance": distances}
+    peers = [name for name in names if name in PEERS]
     for phase, goal in GOALS.items():
         seconds = {name: [each[name][phase]["seconds"] for each in found] for name in names}
-        speed = {
-            name: statistics.median(b / a for a, b in zip(seconds[OURS], seconds[name], strict=True))
-            for name in names
-            if name in PEERS
-        }
-        # in each round the best of that round: no harder judge could be chosen
-        best = [min(seconds[name][i] for name in speed) for i in range(len(found))] if speed else []
         result[phase] = {
-            "milliseconds": {name: 1e3 * statistics.median(seconds[name]) for name in names if name != TIMED},
-            "speed_against": speed,
-            "speed_against_best": min(speed.values(), default=None),
-            "speed_against_best_of_round": statistics.median(
-                b / a for a, b in zip(seconds[OURS], best, strict=True)
-            ) if best else None,
+            "milliseconds": {name: 1e3 * statistics.median(seconds[name]) for name in (*OURS, *peers)},
             "goal": goal,
-            "share_of_matmul": statistics.median(
-                each[TIMED][phase]["matmul"] / each[TIMED][phase]["seconds"] for each in found
-            ),
-        }  # fmt: skip
+        }
+        for ours in OURS:
+            speed = {name: ratio(seconds[name], seconds[ours]) for name in peers}
+            # in each round the best of that round: no harder judge could be chosen
+            best = [min(seconds[name][i] for name in peers) for i in range(len(found))] if peers else []
+            timed = [each[TIMED[ours]][phase] for each in found]
+            result[phase][ours] = {
+                "speed_against": speed,
+                "speed_against_best": min(speed.values(), default=None),
+                "speed_against_best_of_round": ratio(best, seconds[ours]) if best else None,
+                "share_of_matmul": statistics.median(each["matmul"] / each["seconds"] for each in timed),
+            }
     return result
+
+
+def ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
+    """The median of the ratios of each round."""
+    return statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
 
 
 def table(results: dict[str, Any]) -> Iterator[str]:
     """The lines of the table."""
-    yield f"{'':12}{'':9}{'engine':26}{'ms':>10}{'refmoe is':>12}{'difference':>13}"
+    yield (
+        f"{'':12}{'':9}{'engine':26}{'ms':>10}"
+        + "".join(f"{ours + ' is':>20}" for ours in OURS)
+        + f"{'difference':>13}"
+    )
     for model, result in results.items():
-        for phase in GOALS:
+        for phase, goal in GOALS.items():
             found = result[phase]
             for name, ms in found["milliseconds"].items():
-                speed = f"{found['speed_against'][name]:10.2f} x" if name in found["speed_against"] else ""
+                speeds = (found[ours]["speed_against"].get(name) for ours in OURS)
+                cells = "".join(f"{'' if speed is None else f'{speed:.2f} x':>20}" for speed in speeds)
                 far = f"{result['distance'][name]:13.1e}" if name in result["distance"] else ""
-                yield f"{model:12}{phase:9}{name:26}{ms:10.2f}{speed:>12}{far}".rstrip()
-            best = found["speed_against_best"]
-            if best is not None:
-                reached = "reached" if best >= found["goal"] else "missed"
-                yield f"{model:12}{phase:9}against the best {best:.2f} x, goal {found['goal']:.1f} x: {reached}"
-            yield f"{model:12}{phase:9}share of refmoe's time in matrix products {found['share_of_matmul']:.0%}"
+                yield f"{model:12}{phase:9}{name:26}{ms:10.2f}{cells}{far}".rstrip()
+            for ours in OURS:
+                best = found[ours]["speed_against_best"]
+                if best is not None:
+                    reached = "reached" if best >= goal else "missed"
+                    yield f"{model:12}{phase:9}{ours} against the best {best:.2f} x, goal {goal:.1f} x: {reached}"
+                yield f"{model:12}{phase:9}share of its time in matrix products {found[ours]['share_of_matmul']:.0%}"
 
 
 def main() -> None:
@@ -219,7 +228,9 @@ def main() -> None:
     for model, result in results.items():
         for name, far in result["distance"].items():
             if not far < AGREEMENT:
-                raise SystemExit(f"{model}: the logits of {name} differ from refmoe's by {far:.1e} of the largest")
+                raise SystemExit(
+                    f"{model}: the logits of {name} differ from those of NumPy's BLAS by {far:.1e} of the largest"
+                )
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from refmoe.golden import read_case, trace_path
 from refmoe.spec.config import Config
 from refmoe.trace import read_trace
 from tests.command_line import Refmoe
+from tests.machine import needs_mkl
 from tests.models import SMALL
 
 ROOT = Path(__file__).parent.parent
@@ -128,6 +129,14 @@ def test_generate_continues_greedily_as_a_whole_prefill_would(refmoe: Refmoe, ch
     )  # fmt: skip
     logits = read_trace(tmp_path / "t").get("prefill", "logits")
     assert np.argmax(logits, -1)[2:-1].tolist() == generated["tokens"]
+
+
+@needs_mkl
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_generate_says_the_same_by_either_blas(refmoe: Refmoe, checkpoint: Path, dtype: str) -> None:
+    tokens = ("--tokens", ",".join(str(i % 30) for i in range(40)), "--max-new-tokens", 6)
+    arguments = ("generate", "--checkpoint", checkpoint, *tokens, "--dtype", dtype, "--json")
+    assert refmoe(*arguments, "--blas", "mkl") == refmoe(*arguments)
 
 
 def test_compare_reports_distances(refmoe: Refmoe, checkpoint: Path, tmp_path: Path) -> None:

@@ -23,6 +23,9 @@ from refmoe.text.sampling import SamplingSettings
 from refmoe.text.stream import stream_text
 from refmoe.text.tokenizer import Tokenizer
 
+BLAS_HELP = """Whose matrix products on the CPU. mkl: Intel's, weights packed once (pip install 'refmoe[mkl]').
+Faster from the second use of a weight on; with weights in bfloat16 on a processor with AMX, much faster."""
+
 
 class Session:
     """One sequence being generated: the model and the caches of the tokens so far."""
@@ -53,11 +56,11 @@ class OnDevice:
         return on_host(self.decoder.step(tokens[0]) if one else self.decoder.read(tokens))[0]
 
 
-def session(device: Place, model: Model, capacity: int, dtype: str) -> Session | OnDevice:
+def session(device: Place, model: Model, capacity: int, dtype: str, blas: str) -> Session | OnDevice:
     """A sequence of at most `capacity` tokens."""
-    if device.on_gpu and dtype == "float32":
+    if device.on_gpu and dtype == "float32" and blas == "numpy":
         return OnDevice(device.decoder(model, capacity))
-    return Session(device.native(np.dtype(dtype)), model)
+    return Session(device.native(np.dtype(dtype), blas=blas), model)
 
 
 @click.command("generate", short_help="Stream text from a checkpoint.")
@@ -72,11 +75,12 @@ def session(device: Place, model: Model, capacity: int, dtype: str) -> Session |
 @click.option("--top-p", type=float, default=1.0, help="Sample from the smallest set of tokens with this probability.")
 @click.option("--seed", default=0, show_default=True, help="The same seed gives the same tokens.")
 @click.option("--dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True)
+@click.option("--blas", type=click.Choice(["numpy", "mkl"]), default="numpy", show_default=True, help=BLAS_HELP)
 @device_option("Weights stay there in the dtype they are stored in; --dtype is that of all else.")
 @json_option
 def generate_command(
     checkpoint: Path, layout: str | None, prompt: str | None, chat: Path | None, tokens: Any, max_new_tokens: int,
-    temperature: float, top_k: int | None, top_p: float, seed: int, dtype: str, device: Place, as_json: bool,
+    temperature: float, top_k: int | None, top_p: float, seed: int, dtype: str, blas: str, device: Place, as_json: bool,
 ) -> None:  # fmt: skip
     """Continue a prompt, or answer a chat, and stream the text as it comes.
 
@@ -96,7 +100,7 @@ def generate_command(
     stop = {tokenizer.eos_id} if tokenizer else set()
     device.require_memory(resident(loaded.config, len(start), max_new_tokens, widest(loaded.dtypes), dtype))
     model = Model(loaded.config, loaded.parameters, device.steps(dtype))
-    step = session(device, model, len(start) + max_new_tokens, dtype).step
+    step = session(device, model, len(start) + max_new_tokens, dtype, blas).step
     new = generate(step, list(start), settings, max_new_tokens=max_new_tokens, stop_ids=stop, seed=seed)
     if as_json:
         ids = list(new)

@@ -47,8 +47,17 @@ class Place:
 
         return exact_cupy_ops(from_device(tap, require_gpu()))
 
-    def native(self, dtype: Any, tap: Tap | None = None) -> Any:
-        """Ops at float32 or float64. The tap receives arrays of the host."""
+    def native(self, dtype: Any, tap: Tap | None = None, blas: str = "numpy") -> Any:
+        """Ops at float32 or float64. The tap receives arrays of the host.
+
+        blas: whose matrix products on the CPU, "numpy" or "mkl". Raises InputError where that is not to be had.
+        """
+        if blas == "mkl":
+            if self.on_gpu:
+                raise InputError(f"--blas mkl multiplies on the CPU, but --device is {self.name}")
+            from refmoe.ops.mkl_ops import MklOps
+
+            return MklOps(dtype, tap)
         if not self.on_gpu:
             return NativeOps(dtype, tap)
         from refmoe.ops.cupy_ops import cupy_ops, from_device

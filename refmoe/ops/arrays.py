@@ -17,6 +17,9 @@ class StoredWeight(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
 
+    @property
+    def dtype(self) -> Any: ...
+
     def read(self) -> Any:
         """All stored values, in the stored dtype."""
 

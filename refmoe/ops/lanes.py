@@ -27,7 +27,7 @@ class Lanes:
 
     def run(self, pieces: Sequence[Callable[[], None]]) -> None:
         """Call all of them, each once, begun in this order; what one raises is raised here when all have ended."""
-        if self.count == 1 or len(pieces) < 2 or self.busy > 1:
+        if self.count == 1 or not pieces or self.busy > 1:
             for piece in pieces:
                 piece()
             return
@@ -43,6 +43,7 @@ class Lanes:
 
         with self._blas.limit(limits=1):
             self.busy = min(self.count, len(pieces))
+            # a single piece, too, has a BLAS of one thread: others would wait for more work at full speed, in the way
             others = [self._pool.submit(work) for _ in range(self.busy - 1)]
             try:
                 work()

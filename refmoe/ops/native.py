@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from refmoe.ops.arrays import ArrayOps, StoredWeight, Tap
 from refmoe.ops.lanes import lanes
+from refmoe.ops.slabs import Slabs
 from refmoe.ops.streaming import linear_by_blocks
 from refmoe.ops.weight_cache import STREAMED, WeightCache
 
 UPCAST_BYTES = 2 << 30
 SIDE_BY_SIDE = 16
 """Rows from which a product, experts, or tokens of a head are worth lanes: below, waking one takes as long."""
+ALONE = 1 << 21
+"""Multiplications up to which a product is not divided among lanes."""
 
 
 def upcast(stored: Any, dtype: np.dtype[Any]) -> Any:
@@ -32,21 +35,15 @@ def upcast(stored: Any, dtype: np.dtype[Any]) -> Any:
     return stored.astype(dtype, copy=False)
 
 
-def product(x: Any, matrix: Any) -> Any:
-    """x times the transpose of the matrix, some of its rows in each lane.
+ALL = slice(None)
 
-    x: [T, n]   matrix: [m, n]   returns: [T, m]
-    """
-    here = lanes()
-    if here.count == 1 or here.busy > 1:
-        return x @ matrix.T
-    result = np.empty((len(x), len(matrix)), x.dtype)
-    size = -(-len(matrix) // here.count)
-    here.run([
-        partial(np.matmul, x, matrix[start : start + size].T, out=result[:, start : start + size])
-        for start in range(0, len(matrix), size)
-    ])  # fmt: skip
-    return result
+
+class Part(NamedTuple):
+    """Some rows and columns of a weight."""
+
+    weight: StoredWeight
+    rows: slice = ALL
+    columns: slice = ALL
 
 
 class NativeOps(ArrayOps):
@@ -59,14 +56,70 @@ class NativeOps(ArrayOps):
         """
         super().__init__(dtype, tap)
         self._upcast = WeightCache(upcast_bytes)
-        self.turns: list[Any] = []
-        """What the last rotary table was asked for, and the table: all layers of a call ask for the same."""
+        self._slabs = Slabs()
+        self.memo: dict[Any, tuple[tuple[Any, ...], Any]] = {}
+        """What functions were last asked for, and their answers: of all layers of a call the same."""
+
+    def vector(self, weight: StoredWeight) -> Any:
+        return self.matrix(weight)
+
+    def ready(self, x: Any) -> Any:
+        """The same for use in several products: what each would have to do with it is done once. x: [T, n]"""
+        return x
 
     def linear(self, x: Any, weight: StoredWeight) -> Any:
-        if math.prod(weight.shape) * self.dtype.itemsize > self._upcast.limit // STREAMED:
-            return linear_by_blocks(x, weight, lambda stored: upcast(stored, self.dtype), lambda x, w: x @ w.T)
-        matrix = self._upcast.get(weight, lambda: upcast(weight.read(), self.dtype), lambda array: array.nbytes)
-        return product(x, matrix) if len(x) >= SIDE_BY_SIDE else x @ matrix.T
+        if len(x) < SIDE_BY_SIDE:
+            matrix = self._upcast.find(weight)
+            if matrix is not None:
+                return x @ matrix.T
+        m, n = weight.shape
+        if x.ndim != 2:
+            return self.linear(x.reshape(-1, n), weight).reshape(*x.shape[:-1], m)
+        out = np.empty((len(x), m), self.dtype)
+        here, rows = lanes(), m
+        if len(x) >= SIDE_BY_SIDE and here.busy == 1 and len(x) * m * n > ALONE and not self.streams(weight):
+            rows = -(-m // here.count)
+        parts = [slice(start, start + rows) for start in range(0, m, rows)]
+        pieces = [partial(self.multiply, x, (Part(weight, part),), out[:, part]) for part in parts]
+        if len(x) >= SIDE_BY_SIDE:
+            here.run(pieces)
+        else:
+            pieces[0]()
+        return out
+
+    def multiply(self, x: Any, parts: Sequence[Part], out: Any) -> None:
+        """x times the transposes of parts of weights, one beside the other. By one thread if x has many rows.
+
+        x: [T, n]   out: [T, as many as the parts have rows]
+        """
+        start = 0
+        for part in parts:
+            if self.streams(part.weight):
+                convert = partial(upcast, dtype=self.dtype)
+                product = linear_by_blocks(x, part.weight, convert, lambda x, w: x @ w.T)[:, part.rows]
+                out[:, start : start + product.shape[1]] = product
+                start += product.shape[1]
+            else:
+                matrix = self.matrix(part.weight)[part.rows, part.columns]
+                np.matmul(x, matrix.T, out=out[:, start : start + len(matrix)])
+                start += len(matrix)
+
+    def hold(self, weight: StoredWeight, rows: int) -> None:
+        """Do once what each lane would do for its part of the weight. rows: of the other factor"""
+        if not self.streams(weight):
+            self.matrix(weight)
+
+    def streams(self, weight: StoredWeight) -> bool:
+        """Whether a weight is too large to be held, so that parts of it are not to be had by themselves."""
+        return bool(math.prod(weight.shape) * self.dtype.itemsize > self._upcast.limit // STREAMED)
+
+    def matrix(self, weight: StoredWeight) -> Any:
+        """The weight at the dtype of these ops."""
+
+        def prepare() -> Any:
+            return self._slabs.settle(upcast(weight.read(), self.dtype))
+
+        return self._upcast.get(weight, prepare, lambda matrix: matrix.nbytes)
 
     def matmul(self, a: Any, b: Any) -> Any:
         return a @ b

@@ -34,7 +34,18 @@ def extend_cache(ops: Any, cache: Cache | None, k: Array, v: Array, positions: A
 
     k, v: [T, K, d]   positions: integers [T]   returns: a cache of S = past + T tokens
     """
+    extended = with_room(cache, positions, k.shape[1], k.shape[2], k.dtype)
+    extended.k[-len(k) :], extended.v[-len(k) :] = k, v
+    return extended
+
+
+def with_room(cache: Cache | None, positions: Array, kv_heads: int, head_dim: int, dtype: Any) -> Cache:
+    """A cache that goes on with tokens at these positions, integers [T].
+
+    Their keys and values, its last T rows, are yet to be written.
+    """
     if cache is None:
+        k, v = np.empty((2, len(positions), kv_heads, head_dim), dtype)
         return Cache(k, v, positions)
     past = len(cache.positions)
     total = past + len(positions)
@@ -42,8 +53,7 @@ def extend_cache(ops: Any, cache: Cache | None, k: Array, v: Array, positions: A
     # rows beyond `past` that are used belong to another continuation of this cache
     if room is None or room.used != past or total > len(room.arrays[0]):
         room = Room(_copied(cache, GROWTH * total), past)
-    for array, new in zip(room.arrays, (k, v, positions), strict=True):
-        array[past:total] = new
+    room.arrays[2][past:total] = positions
     room.used = total
     k, v, positions = (array[:total] for array in room.arrays)
     return RoomyCache(k, v, positions, room)

@@ -21,18 +21,21 @@ class WeightCache:
         self._entries: OrderedDict[int, tuple[Any, Any, int]] = OrderedDict()
         self._lock = Lock()  # experts ask for their weights side by side
 
+    def find(self, weight: Any) -> Any:
+        """What was made of the weight, or None if it is not there."""
+        entry = self._entry(weight)
+        return None if entry is None else entry[1]
+
     def get(self, weight: Any, prepare: Callable[[], Any], size: Callable[[Any], int]) -> Any:
         """What `prepare` makes of the weight, from the cache where it is there.
 
         The entry holds the weight itself, so that its identity is not reused while it is a key.
         """
-        key = id(weight)
-        with self._lock:
-            if key in self._entries:
-                self._entries.move_to_end(key)
-                return self._entries[key][1]
+        entry = self._entry(weight)
+        if entry is not None:
+            return entry[1]
         prepared = prepare()
-        bytes_needed = size(prepared)
+        key, bytes_needed = id(weight), size(prepared)
         if bytes_needed <= self.limit:
             with self._lock:
                 before = self._entries.pop(key, None)  # another lane may have prepared it meanwhile
@@ -41,3 +44,10 @@ class WeightCache:
                 while self.held > self.limit:
                     self.held -= self._entries.popitem(last=False)[1][2]
         return prepared
+
+    def _entry(self, weight: Any) -> tuple[Any, Any, int] | None:
+        with self._lock:
+            entry = self._entries.get(id(weight))
+            if entry is not None:
+                self._entries.move_to_end(id(weight))
+            return entry

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from threadpoolctl import ThreadpoolController
 
+from refmoe.checkpoint.weight import Weight
 from refmoe.ops.lanes import Lanes, lanes
-from refmoe.ops.native import SIDE_BY_SIDE, product
+from refmoe.ops.native import SIDE_BY_SIDE, NativeOps
 
 
 def blas_threads() -> list[int]:
@@ -50,6 +51,12 @@ def test_pieces_run_at_the_same_time_each_with_a_blas_of_one_thread(two: Lanes) 
     assert blas_threads() == before
 
 
+def test_a_single_piece_has_a_blas_of_one_thread(two: Lanes) -> None:
+    seen: list[int] = []
+    two.run([lambda: seen.extend(blas_threads())])
+    assert set(seen) == {1}
+
+
 def test_pieces_of_a_piece_run_in_its_lane(two: Lanes) -> None:
     done: list[int] = []
 
@@ -78,10 +85,13 @@ def test_what_a_piece_raises_is_raised(two: Lanes, at: int) -> None:
 def test_a_product_in_lanes_is_the_product(two: Lanes, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     """Exact in integers, whoever computes which rows of the weight."""
     monkeypatch.setattr("refmoe.ops.native.lanes", lambda: two)
+    monkeypatch.setattr("refmoe.ops.native.ALONE", 0)
     rng = np.random.default_rng(rows)
     x = rng.integers(-9, 10, (SIDE_BY_SIDE, 7)).astype(np.float32)
     matrix = rng.integers(-9, 10, (rows, 7)).astype(np.float32)
-    np.testing.assert_array_equal(product(x, matrix), x.astype(int) @ matrix.astype(int).T)
+    weight = Weight("w", matrix.shape, matrix.dtype, lambda: matrix, "w")
+    found = NativeOps(np.float32).linear(x, weight)
+    np.testing.assert_array_equal(found, x.astype(int) @ matrix.astype(int).T)
 
 
 def test_there_are_as_many_as_the_blas_has_threads() -> None:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refmoe.checkpoint.synthetic import synthetic_checkpoint
+from refmoe.ops.lanes import Lanes
 from refmoe.ops.native import NativeOps
 from refmoe.ops.native_steps import BLOCK, NATIVE_STEPS, swiglu
 from refmoe.spec import experts as spec_experts
@@ -60,10 +61,10 @@ def test_watched_steps_are_those_of_the_spec(config: Config) -> None:
 @pytest.mark.parametrize("lowest", [-5.0, -87.0, -95.0, -700.0, -745.0])
 def test_a_gate_far_below_zero_keeps_its_digits(dtype: Any, lowest: float) -> None:
     """exp(-gate) overflows there; the result may not become 0 before it is too small to be a normal number."""
-    gate = np.linspace(lowest, 5, BLOCK + 7, dtype=dtype).reshape(1, -1)
+    gate = np.linspace(lowest, 5, BLOCK + 7, dtype=dtype).reshape(-1, 1)
     up = np.full_like(gate, 2)
     with np.errstate(over="raise", invalid="raise"):
-        found = swiglu(NativeOps(dtype), gate, up.copy())
+        found = swiglu(NativeOps(dtype), gate, up)
     wide = gate.astype(np.longdouble)
     exact = 2 * wide * (np.exp(np.minimum(wide, 0)) / (1 + np.exp(-np.abs(wide))))
     normal = np.abs(exact) >= 1000 * np.finfo(dtype).tiny
@@ -117,3 +118,16 @@ def test_experts_nobody_chose_are_not_run() -> None:
     found = NATIVE_STEPS.run_experts(NativeOps(np.float64), experts, x, chosen)
     expected = spec_experts.run_experts(NativeOps(np.float64), experts, x, chosen)
     np.testing.assert_allclose(found, expected, rtol=1e-14)
+
+
+def test_what_heads_in_lanes_return_is_added_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever ends first: the same bits each time. (With two there is but one order; here are three.)"""
+    three = Lanes()
+    three.count = 3
+    monkeypatch.setattr("refmoe.ops.native_attention.lanes", lambda: three)
+    config = Config(
+        dim=48, layers=1, heads=6, kv_heads=3, head_dim=8, hidden_dim=16, vocab=11, experts=2, experts_per_token=1
+    )
+    runs = [run(config, NATIVE_STEPS, NativeOps(np.float32), (64,)) for _ in range(20)]
+    assert all(np.array_equal(one, runs[0]) for one in runs)
+    np.testing.assert_allclose(runs[0], run(config, Steps(), NativeOps(np.float64), (64,)), rtol=0, atol=1e-3)
