@@ -72,12 +72,14 @@ class NativeOps(ArrayOps):
             matrix = self._upcast.find(weight)
             if matrix is not None:
                 return x @ matrix.T
+        if self.streams(weight):
+            return self._streamed(x, weight)
         m, n = weight.shape
         if x.ndim != 2:
             return self.linear(x.reshape(-1, n), weight).reshape(*x.shape[:-1], m)
         out = np.empty((len(x), m), self.dtype)
         here, rows = lanes(), m
-        if len(x) >= SIDE_BY_SIDE and here.busy == 1 and len(x) * m * n > ALONE and not self.streams(weight):
+        if len(x) >= SIDE_BY_SIDE and here.busy == 1 and len(x) * m * n > ALONE:
             rows = -(-m // here.count)
         parts = [slice(start, start + rows) for start in range(0, m, rows)]
         pieces = [partial(self.multiply, x, (Part(weight, part),), out[:, part]) for part in parts]
@@ -95,14 +97,16 @@ class NativeOps(ArrayOps):
         start = 0
         for part in parts:
             if self.streams(part.weight):
-                convert = partial(upcast, dtype=self.dtype)
-                product = linear_by_blocks(x, part.weight, convert, lambda x, w: x @ w.T)[:, part.rows]
+                product = self._streamed(x, part.weight)[:, part.rows]
                 out[:, start : start + product.shape[1]] = product
                 start += product.shape[1]
             else:
                 matrix = self.matrix(part.weight)[part.rows, part.columns]
                 np.matmul(x, matrix.T, out=out[:, start : start + len(matrix)])
                 start += len(matrix)
+
+    def _streamed(self, x: Any, weight: StoredWeight) -> Any:
+        return linear_by_blocks(x, weight, partial(upcast, dtype=self.dtype), lambda x, w: x @ w.T)
 
     def hold(self, weight: StoredWeight, rows: int) -> None:
         """Do once what each lane would do for its part of the weight. rows: of the other factor"""

@@ -20,7 +20,9 @@ from refmoe.ops.native import SIDE_BY_SIDE, NativeOps
 
 
 def blas_threads() -> list[int]:
-    return [library["num_threads"] for library in ThreadpoolController().select(user_api="blas").info()]
+    """Of NumPy's: oneMKL, where another test has loaded it, is told by those who call it."""
+    libraries = ThreadpoolController().select(user_api="blas").info()
+    return [library["num_threads"] for library in libraries if library["internal_api"] != "mkl"]
 
 
 @pytest.fixture
@@ -92,6 +94,15 @@ def test_a_product_in_lanes_is_the_product(two: Lanes, monkeypatch: pytest.Monke
     weight = Weight("w", matrix.shape, matrix.dtype, lambda: matrix, "w")
     found = NativeOps(np.float32).linear(x, weight)
     np.testing.assert_array_equal(found, x.astype(int) @ matrix.astype(int).T)
+
+
+def test_a_streamed_weight_is_multiplied_by_all_threads(two: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes block by block and is not divided among lanes, each of which would have a BLAS of one thread."""
+    monkeypatch.setattr("refmoe.ops.native.lanes", lambda: two)
+    monkeypatch.setattr(two, "run", lambda pieces: pytest.fail("in lanes"))
+    x, matrix = np.ones((SIDE_BY_SIDE, 7), np.float32), np.arange(35, dtype=np.float32).reshape(5, 7)
+    weight = Weight("w", matrix.shape, matrix.dtype, lambda: matrix, "w")
+    np.testing.assert_array_equal(NativeOps(np.float32, upcast_bytes=100).linear(x, weight), x @ matrix.T)
 
 
 def test_there_are_as_many_as_the_blas_has_threads() -> None:
