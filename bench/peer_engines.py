@@ -1,4 +1,4 @@
-"""Three engines behind one interface, each on float32 weights from the formula, for `bench.peers`.
+"""Three engines behind one interface, each on the same weights from the formula, for `bench.peers`.
 
 An engine is imported when it is made: each runs in a process of its own, which may have only what that one needs.
 """
@@ -40,13 +40,13 @@ class Engine(Protocol):
         """One more token. Returns its logits [V]. At the position after the prompt, what came after it is forgotten."""
 
 
-def in_memory(config: Config, seed: int = SEED) -> Parameters:
-    """The formula's weights, computed once and held in bfloat16, as published checkpoints are: exactly."""
+def in_memory(config: Config, stored: str, seed: int = SEED) -> Parameters:
+    """The formula's weights, computed once and held. stored: a dtype's name; each is exact in bfloat16"""
     formula = named_weights(synthetic_checkpoint(config, seed).parameters)
 
     def held(name: str) -> Weight:
         exact = formula[name].read()
-        values = exact.astype(BFLOAT16)
+        values = exact.astype(BFLOAT16 if stored == "bfloat16" else stored)
         assert np.array_equal(values.astype(np.float32), exact)
         return Weight(name, values.shape, values.dtype, lambda: values, name)
 
@@ -92,15 +92,18 @@ class TimedMklOps(Stopwatch, MklOps):
 class Refmoe:
     """`NativeOps` or `MklOps`, as `refmoe generate` runs. The number of threads is told by the environment."""
 
-    def __init__(self, config: Config, blas: str, timed: bool = False) -> None:
-        """blas: "numpy" or "mkl".   timed: notes the time in matrix products, which costs a little."""
+    def __init__(self, config: Config, blas: str, stored: str, timed: bool = False) -> None:
+        """blas: "numpy" or "mkl".   stored: the weights' dtype.
+
+        timed: notes the time in matrix products, which costs a little.
+        """
         room = 1 << 40
         if blas == "mkl":
             made: Any = (TimedMklOps if timed else MklOps)(np.float32, upcast_bytes=room, packed_bytes=room)
         else:
             made = (TimedNativeOps if timed else NativeOps)(np.float32, upcast_bytes=room)
         self.ops: Any = made
-        self.model = Model(config, in_memory(config), NATIVE_STEPS)
+        self.model = Model(config, in_memory(config, stored), NATIVE_STEPS)
         self.prompt: Caches | None = None
         self.caches: Caches | None = None
 

@@ -30,7 +30,7 @@ def make(name: str, task: dict[str, Any]) -> engines.Engine:
     if kind == "transformers":
         return engines.Transformers(config, threads, option)
     blas, _, timed = option.partition(" ")
-    return engines.Refmoe(config, blas, timed == "timed")
+    return engines.Refmoe(config, blas, task["stored"], timed == "timed")
 
 
 class Worker:

@@ -1,5 +1,8 @@
 """Speed against other engines on the CPU: float32, same weights, same tokens, same number of threads, side by side.
 
+The weights are numbers of bfloat16. refmoe has them as a published checkpoint has, or in float32 (`--stored`); the
+others have them in float32.
+
 Prefill is one call that returns the logits of all tokens, decode one token at a time after it. Each engine is a
 process of its own, its weights loaded and converted before any clock starts, and each round times all engines one
 after another. A ratio is the median over rounds of the ratio in a round, so that a machine that slows down or is
@@ -12,7 +15,7 @@ compare on a machine that is busy. With more, a thread that waits for one that w
 machine should be idle.
 
     python -m bench.peers --llama-python /path/to/venv/bin/python --json bench/results/peers.json
-    python -m bench.peers --only middle --rounds 21
+    python -m bench.peers --only middle --stored float32
 """
 
 from __future__ import annotations
@@ -101,6 +104,7 @@ def measure(config: Config, options: argparse.Namespace, folder: Path, together:
     """All engines on one model. together: all are in memory at once, else one after another in every round."""
     tokens = np.random.default_rng(1).integers(0, config.vocab, options.prefill + options.decode).tolist()
     task = {"config": asdict(config), "threads": options.threads, "tokens": tokens, "prompt": options.prefill}
+    task["stored"] = options.stored
     task["clock"] = "cpu" if options.threads == 1 else "wall"
     task["gguf"] = str(folder / "model.gguf")
     pythons = {name: sys.executable for name in (*OURS, *TIMED.values(), *PEERS)} | {"llama.cpp": options.llama_python}
@@ -210,6 +214,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="prefills of an engine in a round")
     parser.add_argument("--prefill", type=int, default=256, help="tokens")
     parser.add_argument("--decode", type=int, default=16, help="tokens")
+    parser.add_argument(
+        "--stored", choices=("bfloat16", "float32"), default="bfloat16",
+        help="dtype of refmoe's weights; the others hold the same numbers in float32",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, help="write the table here as well")
     options = parser.parse_args()
     results = {}
@@ -221,7 +229,7 @@ def main() -> None:
                 results[model] = measure(config, chosen, Path(folder), together=model == "middle")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        what = {"threads": options.threads, "load": os.getloadavg()[0]}
+        what = {"threads": options.threads, "stored": options.stored, "load": os.getloadavg()[0]}
         what |= {"prefill": options.prefill, "decode": options.decode}
         options.json.write_text(json.dumps(what | results, indent=1) + "\n")
     print(*table(results), sep="\n")

@@ -123,6 +123,10 @@ def test_the_table_of_speed() -> None:
                 best[ours, phase, model] = row["speed_against_best"] >= found[model][phase]["goal"]
     assert "With oneMKL all four reach the goal" in TEXT
     assert all(reached for (ours, *_), reached in best.items() if ours == "refmoe mkl")
+    float32 = results("peers_float32.json")
+    assert float32["stored"] == "float32"
+    prefill, decode = (float32["middle"][phase]["refmoe mkl"]["speed_against_best"] for phase in ("prefill", "decode"))
+    assert f"oneMKL gives {prefill:.2f} of the best in prefill and {decode:.2f} in decode" in " ".join(TEXT.split())
 
 
 def test_the_table_of_known_bugs() -> None:
