@@ -35,7 +35,10 @@ Array = Any
 
 @dataclass(frozen=True)
 class Packed:
-    """A matrix [m, n] in the library's own order, in bytes that must stay where they are."""
+    """A matrix [m, n] in the library's own order, in bytes that must stay where they are.
+
+    address: of the buffer; to ask NumPy for it at each product takes as long as the rest of the call
+    """
 
     shape: tuple[int, int]
     dtype: Any
@@ -49,15 +52,13 @@ class Routines:
     def __init__(self, library: CDLL, name: str, real: Any) -> None:
         """name: of the product, as in CBLAS.   real: what its scalars are."""
         matrix = [c_void_p, c_int]  # an address, and the elements from one row to the next
-        widened = real if name.endswith("f32") else None  # such a product takes its factor later
+        late = name.endswith("f32")  # such a product takes its factor when it computes, the others when they pack
+        of_pack, of_compute = ([], [real]) if late else ([real], [])
         self.product = declared(library, name, 6, [real, *matrix, *matrix, real, *matrix])
         self.size = declared(library, f"{name}_pack_get_size", 4, [], c_size_t)
-        self.pack = declared(library, f"{name}_pack", 6, [*([] if widened else [real]), *matrix, c_void_p])
-        self.compute = declared(
-            library, f"{name}_compute", 6, [*([real] if widened else []), *matrix, *matrix, real, *matrix]
-        )
-        self.factor_of_pack: tuple[int, ...] = () if widened else (1,)
-        self.factor_of_compute: tuple[int, ...] = (1,) if widened else ()
+        self.pack = declared(library, f"{name}_pack", 6, [*of_pack, *matrix, c_void_p])
+        self.compute = declared(library, f"{name}_compute", 6, [*of_compute, *matrix, *matrix, real, *matrix])
+        self.factor_of_pack, self.factor_of_compute = (1,) * len(of_pack), (1,) * len(of_compute)
 
 
 def declared(library: CDLL, name: str, integers: int, rest: list[Any], result: Any = None) -> Any:
