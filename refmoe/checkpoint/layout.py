@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from refmoe.checkpoint.configuration import ConfigError, checked
 from refmoe.checkpoint.json_file import JsonFile, read_json, shown
 from refmoe.checkpoint.names import build_parameters, parameter_axes, parameter_shape
 from refmoe.checkpoint.safetensors_file import DTYPES, StoredTensor, open_safetensors, quoted
 from refmoe.checkpoint.weight import Weight
 from refmoe.errors import InputError
-from refmoe.spec.config import Config, ConfigError
+from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters
 
 WEIGHT_DTYPES = ("BF16", "F16", "F32", "F64")
@@ -65,7 +66,7 @@ def make_config(json_file: JsonFile, names: dict[str, str], values: dict[str, An
     names: the spec's field to the file's field.   values: the spec's field to its value.
     """
     try:
-        return Config(**values)
+        return checked(values)
     except ConfigError as error:
         sentence = re.sub(r"\b(\w+) = ", lambda match: f"{names.get(match[1], match[1])} = ", str(error))
         raise InputError(f"{json_file.path}: {sentence}") from None

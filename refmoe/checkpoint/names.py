@@ -71,7 +71,7 @@ def build_parameters(config: Config, weight: Callable[[str], Weight]) -> Paramet
             wv=weight(prefix + "attention.wv"),
             wo=weight(prefix + "attention.wo"),
             moe_norm=weight(prefix + "moe_norm"),
-            gate=weight(prefix + "router.gate"),
+            router=weight(prefix + "router.gate"),
             experts=tuple(expert(f"{prefix}experts.{e}.") for e in range(config.experts)),
         )
 

@@ -33,7 +33,7 @@ def named_weights(parameters: Parameters) -> dict[str, Weight]:
         for name in ("wq", "wk", "wv", "wo"):
             found[f"{prefix}attention.{name}"] = getattr(layer, name)
         found[prefix + "moe_norm"] = layer.moe_norm
-        found[prefix + "router.gate"] = layer.gate
+        found[prefix + "router.gate"] = layer.router
         for e, expert in enumerate(layer.experts):
             for name in ("w1", "w2", "w3"):
                 found[f"{prefix}experts.{e}.{name}"] = getattr(expert, name)

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from refmoe.checkpoint.configuration import ConfigError, checked
 from refmoe.checkpoint.layout import Checkpoint
 from refmoe.checkpoint.size import total_parameters
 from refmoe.checkpoint.synthetic import synthetic_checkpoint
 from refmoe.errors import InputError
 from refmoe.script import Call, Packed, plan
-from refmoe.spec.config import Config, ConfigError
+from refmoe.spec.config import Config
 from refmoe.trace import FORMAT_VERSION, Run
 
 CASE_FILE = "case.toml"
@@ -118,9 +119,9 @@ def _parse(folder: Path, values: dict[str, Any]) -> Case:
     for name in sorted(values.keys() - FIELDS.keys() - {"format_version"}):
         raise InputError(f"unknown field '{name}'")
     try:
-        config = Config(**values["config"])
-    except (TypeError, ConfigError) as error:
-        raise InputError(f"[config] {str(error).removeprefix('Config.__init__() ')}") from None
+        config = checked(values["config"])
+    except ConfigError as error:
+        raise InputError(f"[config] {error}") from None
     weights = {"exponents": {}, "edits": [], **values["weights"]}
     if not is_count(weights.get("seed")) or weights.keys() - {"seed", "exponents", "edits"}:
         raise InputError("[weights] must have an integer 'seed' from 0 and may have 'exponents' and 'edits'")

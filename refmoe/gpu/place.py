@@ -16,6 +16,7 @@ from refmoe.ops.native import NativeOps
 from refmoe.ops.native_steps import NATIVE_STEPS
 from refmoe.spec.config import Config
 from refmoe.spec.model import Model, Parameters, Steps
+from refmoe.steps.grouped import GROUPED_STEPS
 
 if TYPE_CHECKING:
     from refmoe.gpu.decode import Decoder
@@ -82,7 +83,7 @@ class Place:
     def steps(self, dtype: str) -> Steps:
         """The steps that go with these ops."""
         if dtype == "exact":
-            return Steps()
+            return GROUPED_STEPS
         if not self.on_gpu:
             return NATIVE_STEPS
         from refmoe.ops.kernels.steps import CUPY_STEPS

@@ -92,7 +92,7 @@ def smoothed(layer: Layer) -> Layer:
 
     experts = tuple(replace(expert, w1=times(expert.w1), w3=times(expert.w3)) for expert in layer.experts)
     gain = SmoothedGain(layer.moe_norm, factors_of(layer.moe_norm.shape[0]))
-    return replace(layer, moe_norm=gain, gate=times(layer.gate), experts=experts)
+    return replace(layer, moe_norm=gain, router=times(layer.router), experts=experts)
 
 
 def quantised(parameters: Parameters, to: Quantisation) -> Parameters:

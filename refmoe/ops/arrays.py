@@ -46,6 +46,9 @@ class ArrayOps:
     def integers(self, values: Any) -> Any:
         return self.xp.asarray(values, dtype=np.int64)
 
+    def empty(self, *shape: int) -> Any:
+        return self.xp.empty(shape, self.dtype)
+
     def vector(self, weight: StoredWeight) -> Any:
         return self.array(weight.read())
 
@@ -63,6 +66,12 @@ class ArrayOps:
 
     def top_k(self, x: Any, k: int) -> Any:
         return self.xp.argsort(-x, axis=-1, kind="stable")[:, :k]
+
+    def distinct(self, ids: Any) -> list[int]:
+        return sorted(set(ids.reshape(-1).tolist()))
+
+    def where_equal(self, ids: Any, value: int) -> Any:
+        return (ids == value).nonzero()
 
     def gather(self, x: Any, index: Any) -> Any:
         return self.xp.take_along_axis(x, index, axis=-1)

@@ -86,7 +86,7 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def attention(ops: Native, model: Any, layer: Any, x: Array, positions: Array, cache: Cache | None) -> Any:
-    """`refmoe.spec.model.attention`. x: [T, D]   returns: [T, D] and the extended cache
+    """`refmoe.spec.attention.attention`. x: [T, D]   returns: [T, D] and the extended cache
 
     Heads are divided among lanes, each of which projects, turns, attends and projects back for its own; what they
     return is added (Shoeybi et al. 2019, "Megatron-LM", section 3, does so with several devices).

@@ -16,12 +16,13 @@ from refmoe.ops import native_attention
 from refmoe.ops.lanes import lanes
 from refmoe.ops.native import SIDE_BY_SIDE, Part
 from refmoe.ops.native_cache import extend_cache
+from refmoe.spec import attention as spec_attention
 from refmoe.spec import experts as spec_experts
-from refmoe.spec import model as spec_model
 from refmoe.spec import norm as spec_norm
 from refmoe.spec import router as spec_router
 from refmoe.spec.experts import Expert
 from refmoe.spec.model import Steps
+from refmoe.steps import grouped
 
 Array = Any
 Native = Any
@@ -37,7 +38,7 @@ LOWEST_GATE = {np.dtype(t): -OVERFLOW * float(np.log(np.finfo(t).max)) for t in 
 
 
 def unwatched(spec_step: Step) -> Callable[[Step], Step]:
-    """Decorates a step that is run where nobody watches; where somebody does, the spec's own is, to the bit."""
+    """Decorates a step that is run where nobody watches; where somebody does, `spec_step` is."""
 
     def decorate(step: Step) -> Step:
         @wraps(step)
@@ -104,7 +105,7 @@ def run_for_one(ops: Native, experts: list[Any], x: Array) -> Array:
     return outputs
 
 
-@unwatched(spec_experts.run_experts)
+@unwatched(grouped.run_experts)
 def run_experts(ops: Native, experts: tuple[Expert, ...], x: Array, chosen: Array) -> Array:
     """`refmoe.spec.experts.run_experts`. x: [T, D]   chosen: integers [T, k]   returns: [T, k, D]"""
     tokens, k = chosen.shape
@@ -149,6 +150,6 @@ def combine(ops: Native, outputs: Array, weights: Array) -> Array:
 
 
 NATIVE_STEPS = Steps(
-    rms_norm=rms_norm, extend_cache=extend_cache, route=route, run_experts=run_experts, combine=combine,
-    attention=unwatched(spec_model.attention)(native_attention.attention),
+    rms_norm=rms_norm, extend_cache=extend_cache, attend=grouped.attend, route=route, run_experts=run_experts,
+    combine=combine, attention=unwatched(spec_attention.attention)(native_attention.attention),
 )  # fmt: skip

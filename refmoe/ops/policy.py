@@ -13,7 +13,7 @@ from refmoe.ops.arrays import StoredWeight, Tap
 from refmoe.ops.exact import PREPARED_BYTES, ExactOps
 from refmoe.policy.formats import FLOAT64, nearest
 from refmoe.policy.policy import Policy
-from refmoe.spec.attention import softmax
+from refmoe.spec.softmax import softmax
 
 
 class PolicyOps(ExactOps):

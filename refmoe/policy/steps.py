@@ -31,7 +31,7 @@ class CutOps(Ops, Protocol):
         """`x` as it is after the cut point."""
 
     def softmax(self, x: Array, mask: Array | None) -> Array:
-        """`refmoe.spec.attention.softmax` as one operation of the statistics dtype."""
+        """`refmoe.spec.softmax.softmax` as one operation of the statistics dtype."""
 
     def silu(self, x: Array) -> Array:
         """x * sigmoid(x), with the cut points `expert.sigmoid` and `expert.silu` inside."""

@@ -6,8 +6,8 @@ from refmoe.routing.capacity import admit
 from refmoe.routing.losses import LossOps
 from refmoe.routing.normal import softplus
 from refmoe.routing.record import Routing
-from refmoe.spec.attention import softmax
 from refmoe.spec.interface import Array, Ops
+from refmoe.spec.softmax import softmax
 
 
 def deepseek_v3(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from refmoe.routing.record import Routing
-from refmoe.spec.attention import softmax
 from refmoe.spec.interface import Array, Ops
+from refmoe.spec.softmax import softmax
 
 
 def expert_choice(ops: Ops, logits: Array, capacity: int) -> Routing:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from refmoe.spec.attention import softmax
 from refmoe.spec.interface import Array, Ops
+from refmoe.spec.softmax import softmax
 
 
 class LossOps(Ops, Protocol):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from refmoe.routing.capacity import admit
 from refmoe.routing.record import Routing
-from refmoe.spec.attention import softmax
 from refmoe.spec.interface import Array, Ops
+from refmoe.spec.softmax import softmax
 
 
 def mixtral(ops: Ops, logits: Array, k: int = 2) -> Routing:

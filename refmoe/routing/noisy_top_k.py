@@ -6,8 +6,8 @@ from refmoe.routing.capacity import admit
 from refmoe.routing.losses import LossOps
 from refmoe.routing.normal import normal_cdf, softplus
 from refmoe.routing.record import Routing, gates
-from refmoe.spec.attention import softmax
 from refmoe.spec.interface import Array, Ops
+from refmoe.spec.softmax import softmax
 
 
 def noisy_logits(ops: LossOps, logits: Array, noise_logits: Array, noise: Array) -> Array:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from refmoe.routing.capacity import admit
 from refmoe.routing.losses import LossOps, load_balancing_loss, router_z_loss
 from refmoe.routing.record import Routing
-from refmoe.spec.attention import softmax
 from refmoe.spec.interface import Array, Ops
+from refmoe.spec.softmax import softmax
 
 BALANCE_COEFFICIENT = 0.01
 Z_COEFFICIENT = 0.001

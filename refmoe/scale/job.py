@@ -22,7 +22,8 @@ from refmoe.scale.parts import Parts
 from refmoe.scale.source import Source, loaded
 from refmoe.scale.spread import open_executor, parse_executor, spread_experts
 from refmoe.spec.config import Config
-from refmoe.spec.model import Model, Steps
+from refmoe.spec.model import Model
+from refmoe.steps.grouped import GROUPED_STEPS
 from refmoe.trace import Header, Recorder, read_trace
 
 POLICY = "policy:"
@@ -104,7 +105,7 @@ def compute(
         recorder.arrays.clear()
 
     with nullcontext() if job.executor is None else open_executor(job.executor) as executor:
-        steps = CUT_STEPS if job.arithmetic.startswith(POLICY) else Steps()
+        steps = CUT_STEPS if job.arithmetic.startswith(POLICY) else GROUPED_STEPS
         if executor is not None:
             steps = replace(steps, run_experts=spread_experts(executor, job.source, job.arithmetic))
         tap = Tap(recorder)

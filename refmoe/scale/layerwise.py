@@ -12,12 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from refmoe.errors import InputError
 from refmoe.script import cut_layer
+from refmoe.spec import model as spec
 from refmoe.spec.attention import Cache
-from refmoe.spec.model import Layer, Model, decoder_layer
+from refmoe.spec.model import Model
 from refmoe.trace import Recorder, Run
 
 States = dict[str, Any]
@@ -42,7 +41,7 @@ class Script:
     """A script that is run layer by layer, on ops that tap into `tap`."""
 
     def __init__(self, ops: Any, model: Model, runs: Sequence[Run], tap: Tap) -> None:
-        if model.steps.decoder_layer is not decoder_layer:
+        if model.steps.decoder_layer is not spec.decoder_layer:
             raise ValueError("a layer with steps of its own cannot be taken apart")
         self.ops, self.model, self.runs, self.tap = ops, model, runs, tap
 
@@ -66,37 +65,25 @@ class Script:
         """MODEL-1, of all runs."""
         tokens = [token for run in self.runs for token in run.tokens]
         self._together()
-        return self._apart(self.ops.tap("embedding", self.ops.embed(self.model.parameters.embedding, np.array(tokens))))
+        return self._apart(spec.embed(self.ops, self.model, self.ops.integers(tokens)))
 
     def layer(self, i: int, states: States) -> States:
-        """LAYER-1, of all runs. Its two halves are those of `refmoe.spec.model.decoder_layer`."""
+        """LAYER-1, of all runs: its attention half run by run, its other half once for the rows of all runs."""
         ops, layer = self.ops.within(f"layers.{i}."), self.model.parameters.layers[i]
         caches: dict[int, Cache | None] = {}
         residuals = []
         for run in self.runs:
             self.tap.rows = [(run.run, slice(None))]
-            before = cut_layer(caches.get(run.sequence), run)
-            residual, caches[run.sequence] = self._attention_half(ops, layer, states[run.run], run, before)
-            residuals.append(residual)
+            before, positions = cut_layer(caches.get(run.sequence), run), ops.integers(run.positions)
+            h, caches[run.sequence] = spec.attention_half(ops, self.model, layer, states[run.run], positions, before)
+            residuals.append(h)
         self._together()
-        h = ops.concatenate(residuals)
-        normed = ops.tap("moe_norm", self._norm(ops, h, layer.moe_norm))
-        return self._apart(ops.tap("residual", h + self.model.steps.moe(ops, self.model, layer, normed)))
+        return self._apart(spec.moe_half(ops, self.model, layer, ops.concatenate(residuals)))
 
     def head(self, states: States) -> None:
         """MODEL-3, of all runs."""
         self._together()
-        x = self.ops.concatenate([states[run.run] for run in self.runs])
-        x = self.ops.tap("final_norm", self._norm(self.ops, x, self.model.parameters.final_norm))
-        self.ops.tap("logits", self.ops.linear(x, self.model.parameters.output))
-
-    def _attention_half(self, ops: Any, layer: Layer, x: Any, run: Run, cache: Cache | None) -> tuple[Any, Cache]:
-        normed = ops.tap("attention_norm", self._norm(ops, x, layer.attention_norm))
-        attended, cache = self.model.steps.attention(ops, self.model, layer, normed, ops.integers(run.positions), cache)
-        return ops.tap("attention_residual", x + attended), cache
-
-    def _norm(self, ops: Any, x: Any, gain: Any) -> Any:
-        return self.model.steps.rms_norm(ops, x, ops.vector(gain), self.model.config.norm_eps)
+        spec.head(self.ops, self.model, self.ops.concatenate([states[run.run] for run in self.runs]))
 
     def _together(self) -> None:
         """What is tapped from now on has the rows of all runs."""

@@ -26,7 +26,7 @@ class Layout:
     """How many devices, and what each is for.
 
     SHARD-1  There are EP groups of TP ranks. Rank r of every group holds part r of what is split over ranks, group g
-             holds block g of the experts. The gains of the norms and the router's gate are on every rank.
+             holds block g of the experts. The gains of the norms and the router's matrix are on every rank.
     """
 
     tensor: int

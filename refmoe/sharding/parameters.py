@@ -48,7 +48,7 @@ class ShardedLayer:
     attention_norm: Any  # [D], on every rank
     attention: tuple[AttentionRank, ...]  # TP of them, the same in every group
     moe_norm: Any  # [D], on every rank
-    gate: Any  # [E, D], on every rank
+    router: Any  # [E, D], on every rank
     experts: tuple[ExpertGroup, ...]  # EP of them
 
 
@@ -122,7 +122,7 @@ def shard_layer(config: Config, layer: Layer, layout: Layout) -> ShardedLayer:
             for rank in ranks
         ),
         layer.moe_norm,
-        layer.gate,
+        layer.router,
         tuple(
             ExpertGroup(
                 ids.start,

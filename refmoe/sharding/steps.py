@@ -23,7 +23,7 @@ def all_reduce(partial: Sequence[Array]) -> Array:
 
 
 def attention(ops: Any, model: Model, layer: Any, x: Array, positions: Array, cache: Any) -> Any:
-    """`refmoe.spec.model.attention` over the ranks of `layer.attention`. x: [T, D]   returns: [T, D], the cache"""
+    """`refmoe.spec.attention.attention` over the ranks of `layer.attention`. x: [T, D]   returns: [T, D], the cache"""
     partial, cache = attention_partials(ops, model, layer, x, positions, cache)
     return ops.tap("attention.output", all_reduce(partial)), cache
 

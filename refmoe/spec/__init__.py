@@ -1,10 +1,11 @@
 """The normative model: Mixtral as pure functions over `ops`.
 
-Read in this order: `config`, `norm`, `rope`, `attention`, `router`, `experts`, `model`; `taps` names what
-can be observed and `interface` lists what the functions ask of an array and of `ops`. Every normative
-statement carries a clause id (`ROUTE-3: ...`) in the docstring of the function that states it.
+Read in this order: `config`, `norm`, `rope`, `softmax`, `attention`, `router`, `experts`, `model`. `taps` names what
+can be observed, and `interface` lists what the functions ask of an array and of `ops`. Every normative statement has a
+clause id, such as ``NORM-1``, in the docstring of the function that states it.
 
-Nothing here imports an array library or another part of refmoe. Shapes use one letter per dimension:
+Nothing here imports an array library or another part of refmoe. Nothing here is there for speed. Shapes use one letter
+per dimension:
 
     T tokens in this call      S cached positions, this call included     D dim           L layers
     H query heads              K key/value heads                          d head_dim      V vocabulary

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from refmoe.spec.interface import Array, Ops
+from refmoe.spec.softmax import softmax
+from refmoe.spec.taps import offer
+
+if TYPE_CHECKING:
+    from refmoe.spec.model import Layer, Model
 
 
 @dataclass(frozen=True)
@@ -30,14 +36,40 @@ def extend_cache(ops: Ops, cache: Cache | None, k: Array, v: Array, positions: A
     """
     if cache is None:
         return Cache(k, v, positions)
-    return Cache(*(ops.concatenate(pair) for pair in ((cache.k, k), (cache.v, v), (cache.positions, positions))))
+    return Cache(
+        k=ops.concatenate([cache.k, k]),
+        v=ops.concatenate([cache.v, v]),
+        positions=ops.concatenate([cache.positions, positions]),
+    )
+
+
+def attend(ops: Ops, q: Array, cache: Cache, mask: Array) -> Array:
+    """Mix the cached values, each query head by its own weights.
+
+    ATTN-1  Query head h reads key/value head h // (H / K): consecutive query heads share one.
+    ATTN-2  scores = q . k / sqrt(head_dim).
+    ATTN-3  Causal: the query at position p sees keys at positions up to p, its own included.
+    ATTN-4  With a sliding window W it sees only positions above p - W: W tokens, itself counted.
+    ATTN-5  probs = softmax of the visible scores over the cached positions; context = probs times v.
+
+    q: [T, H, d]   cache: S tokens   mask: booleans [T, S], as `visible` gives them   returns: [T, H, d]
+    Ainslie et al. 2023, "GQA", section 2.2; Vaswani et al. 2017, eq. 1.
+    """
+    tokens, heads, head_dim = q.shape
+    cached, kv_heads, _ = cache.k.shape
+    scores, probs = ops.empty(heads, tokens, cached), ops.empty(heads, tokens, cached)
+    context = ops.empty(tokens, heads, head_dim)
+    for h in range(heads):
+        shared = h // (heads // kv_heads)
+        k, v = cache.k[:, shared], cache.v[:, shared]
+        scores[h] = ops.matmul(q[:, h], k.T) / ops.sqrt(ops.array(head_dim))
+        probs[h] = softmax(ops, scores[h], mask)
+        context[:, h] = ops.matmul(probs[h], v)
+    return offer(ops, "attention", scores=scores, probs=probs, context=context)
 
 
 def visible(positions: Array, cached: Array, window: int | None) -> Array:
-    """Which cached token each query may attend to.
-
-    ATTN-3  Causal: the query at position p sees keys at positions up to p, its own included.
-    ATTN-4  With a sliding window W it sees only positions above p - W: W tokens, itself counted.
+    """Which cached token each query may attend to: the mask of ATTN-3 and ATTN-4.
 
     positions: integers [T]   cached: integers [S]   returns: booleans [T, S]
     Jiang et al. 2023, section 2.
@@ -47,41 +79,24 @@ def visible(positions: Array, cached: Array, window: int | None) -> Array:
     return seen if window is None else seen & (distance < window)
 
 
-def softmax(ops: Ops, x: Array, mask: Array | None = None) -> Array:
-    """exp(x) divided by its sum over the last axis.
+def attention(
+    ops: Ops, model: Model, layer: Layer, x: Array, positions: Array, cache: Cache | None
+) -> tuple[Array, Cache]:
+    """The attention block: project, rotate, extend the cache, attend, project back.
 
-    SOFTMAX-1  The largest unmasked element of the row is subtracted first: exp never overflows, and the
-               result is unchanged in exact arithmetic.
-    SOFTMAX-2  A masked element is exactly zero and takes no part in the maximum or the sum.
+    ATTN-6  q, k, v = x times the transposes of wq, wk, wv, no biases; the rows of head h are h d .. h d + d - 1.
+    ATTN-7  output = the contexts of all heads, head 0 first, times the transpose of wo.
 
-    x: [..., n]   mask: booleans that broadcast to x, at least one true per row   returns: [..., n]
+    x: [T, D]   positions: integers [T]   returns: [T, D] and the extended cache
     """
-    if mask is None:
-        weight = ops.exp(x - ops.max(x, axis=-1)[..., None])
-    else:
-        shifted = x - ops.max(ops.where(mask, x, float("-inf")), axis=-1)[..., None]
-        weight = ops.where(mask, ops.exp(ops.where(mask, shifted, 0.0)), 0.0)
-    return weight / ops.sum(weight, axis=-1)[..., None]
-
-
-def attend(ops: Ops, q: Array, cache: Cache, mask: Array) -> Array:
-    """Mix the cached values, each query head by its own weights.
-
-    ATTN-1  Query head h reads key/value head h // (H / K): consecutive query heads share one.
-    ATTN-2  scores = q . k / sqrt(head_dim).
-    ATTN-5  probs = softmax of the visible scores over the cached positions; context = probs times v.
-
-    q: [T, H, d]   cache: S tokens   mask: [T, S]   returns: [T, H, d]
-    Ainslie et al. 2023, "GQA", section 2.2; Vaswani et al. 2017, eq. 1.
-    """
-    tokens, heads, head_dim = q.shape
-    cached, kv_heads, _ = cache.k.shape
-    share = heads // kv_heads
-    grouped = q.reshape(tokens, kv_heads, share, head_dim).transpose(1, 2, 0, 3)  # [K, H/K, T, d]
-    rows = grouped.reshape(kv_heads, share * tokens, head_dim)
-    dots = ops.matmul(rows, cache.k.transpose(1, 2, 0)).reshape(heads, tokens, cached)
-    scores = ops.tap("attention.scores", dots / ops.sqrt(ops.array(head_dim)))
-    probs = ops.tap("attention.probs", softmax(ops, scores, mask[None]))
-    mixed = ops.matmul(probs.reshape(kv_heads, share * tokens, cached), cache.v.transpose(1, 0, 2))
-    context = mixed.reshape(heads, tokens, head_dim).transpose(1, 0, 2)
-    return ops.tap("attention.context", context)
+    config, steps = model.config, model.steps
+    by_head = (x.shape[0], -1, config.head_dim)
+    q = ops.tap("attention.q", ops.linear(x, layer.wq).reshape(*by_head))
+    k = ops.tap("attention.k", ops.linear(x, layer.wk).reshape(*by_head))
+    v = ops.tap("attention.v", ops.linear(x, layer.wv).reshape(*by_head))
+    table = steps.rotary_table(ops, positions, config.head_dim, config.rope_theta)
+    q_rope = ops.tap("attention.q_rope", steps.rotate(ops, q, table))
+    k_rope = ops.tap("attention.k_rope", steps.rotate(ops, k, table))
+    cache = steps.extend_cache(ops, cache, k_rope, v, positions)
+    context = steps.attend(ops, q_rope, cache, steps.visible(positions, cache.positions, config.window))
+    return ops.tap("attention.output", ops.linear(context.reshape(x.shape[0], -1), layer.wo)), cache

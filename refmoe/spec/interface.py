@@ -1,21 +1,43 @@
 """What the spec asks of an array and of `ops`.
 
-Plain ``+ - * /``, comparison, indexing and reshaping act on the arrays themselves. Whatever has a
-numerical meaning beyond that goes through `Ops`, so that one forward pass serves as fast inference,
-golden, ideal low-precision run, set of legal results and proof, by what `ops` it is given.
+Plain ``+ - * /``, comparison, indexing and reshaping act on the arrays themselves. Every operation whose result depends
+on an arithmetic goes through `Ops`. So the same functions compute a golden, a certificate or a fast run: the `ops` that
+they are given decide which.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
-Array = Any
-"""A real-valued array of the kind that `ops` computes with (or integers, where a docstring says so)."""
+
+class Array(Protocol):
+    """An array of the kind that `ops` computes with: real numbers, or integers where a docstring says so."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def T(self) -> Array: ...
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: object, /) -> Array: ...
+    def __setitem__(self, index: object, value: Array, /) -> None: ...
+
+    def __add__(self, other: Array | float, /) -> Array: ...
+    def __sub__(self, other: Array | float, /) -> Array: ...
+    def __mul__(self, other: Array | float, /) -> Array: ...
+    def __truediv__(self, other: Array | float, /) -> Array: ...
+
+    # elementwise comparison, and "and" of booleans
+    def __lt__(self, other: Array | float, /) -> Array: ...
+    def __ge__(self, other: Array | float, /) -> Array: ...
+    def __and__(self, other: Array, /) -> Array: ...
+
+    def reshape(self, *shape: int) -> Array: ...
 
 
 class Weight(Protocol):
-    """A parameter as it is stored: read, converted and perhaps prepared by `ops` when it is used."""
+    """A parameter as it is stored. `ops` reads and converts it when it is used."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -24,9 +46,12 @@ class Weight(Protocol):
 class Ops(Protocol):
     """The operations that carry the meaning of the arithmetic, each with the shape of what it returns."""
 
-    # real numbers in, an array of this arithmetic out; integers (positions, token ids) that index and compare
-    def array(self, values: Any) -> Array: ...
-    def integers(self, values: Any) -> Array: ...
+    # real numbers to an array of this arithmetic; integers (positions, token ids) to an array that indexes and compares
+    def array(self, values: float | Array | Sequence[float]) -> Array: ...
+    def integers(self, values: Array | Sequence[int]) -> Array: ...
+
+    def empty(self, *shape: int) -> Array:
+        """An array of this shape, to be filled element by element."""
 
     # parameters: a vector [n]; rows of a table [V, D] for ids [T]: [T, D]; x [..., n] by a matrix [m, n]: [..., m]
     def vector(self, weight: Weight) -> Array: ...
@@ -43,29 +68,30 @@ class Ops(Protocol):
     def sqrt(self, x: Array) -> Array: ...
     def sigmoid(self, x: Array) -> Array: ...
 
-    def unit_circle(self, positions: Array, base: float, numerators: Sequence[int], denominator: int) -> Any:
+    def unit_circle(
+        self, positions: Array, base: float, numerators: Sequence[int], denominator: int
+    ) -> tuple[Array, Array]:
         """Cosine and sine of the angles ``position * base ** (-numerator / denominator)``, each [T, n].
 
-        One operation, because at position 32768 an angle rounded before its cosine is taken has
-        already lost what the cosine is about.
+        One operation: an angle that is rounded at position 32768 has lost the digits that its cosine needs.
         """
 
     def top_k(self, x: Array, k: int) -> Array:
         """Indices [T, k] of the k largest of each row of x [T, E], largest first, equal ones by lower index."""
+
+    def distinct(self, ids: Array) -> list[int]:
+        """The values that occur among integers, each once, ascending."""
+
+    def where_equal(self, ids: Array, value: int) -> tuple[Array, Array]:
+        """The rows and the columns at which integers `ids` [T, k] equal `value`, in order of rows."""
 
     # selection: elementwise; along an axis; x[t, index[t, j]] for integers [T, k]: [T, k]
     def where(self, condition: Array, x: Array, otherwise: Array | float) -> Array: ...
     def concatenate(self, arrays: Sequence[Array], axis: int = 0) -> Array: ...
     def gather(self, x: Array, index: Array) -> Array: ...
 
-    def group(self, ids: Array, groups: int) -> tuple[Array, list[int]]:
-        """The order that sorts integers `ids` [n] stably, [n], and how many there are of each of 0 .. groups - 1."""
-
-    def inverse(self, order: Array) -> Array:
-        """The inverse of a permutation [n]."""
-
     def tap(self, name: str, x: Array) -> Array:
-        """Offer a named intermediate to whoever observes; the caller goes on with what is returned."""
+        """Offer a named intermediate to an observer. The caller goes on with the array that is returned."""
 
     def within(self, prefix: str) -> Ops:
         """The same ops, with `prefix` before the name of every tap."""

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from refmoe.spec.attention import Cache, attend, extend_cache, visible
+from refmoe.spec.attention import Cache, attend, attention, extend_cache, visible
 from refmoe.spec.config import Config
-from refmoe.spec.experts import Expert, combine, run_experts
+from refmoe.spec.experts import Expert, combine, moe, run_experts
 from refmoe.spec.interface import Array, Ops, Weight
 from refmoe.spec.norm import rms_norm
 from refmoe.spec.rope import rotary_table, rotate
@@ -25,7 +24,7 @@ class Layer:
     wv: Weight  # [K d, D]
     wo: Weight  # [D, H d]
     moe_norm: Weight  # [D]
-    gate: Weight  # [E, D]
+    router: Weight  # [E, D]
     experts: tuple[Expert, ...]  # E of them
 
 
@@ -39,61 +38,43 @@ class Parameters:
     output: Weight  # [V, D]
 
 
-def attention(ops: Ops, model: Model, layer: Layer, x: Array, positions: Array, cache: Cache | None) -> Any:
-    """Project, rotate, extend the cache, attend, project back.
-
-    ATTN-6  q, k, v = x times the transposes of wq, wk, wv, no biases; the rows of head h are h d .. h d + d - 1.
-    ATTN-7  output = the contexts of all heads, head 0 first, times the transpose of wo.
-
-    x: [T, D]   positions: integers [T]   returns: [T, D] and the extended cache
-    """
-    config, steps = model.config, model.steps
-    heads = (x.shape[0], -1, config.head_dim)
-    q = ops.tap("attention.q", ops.linear(x, layer.wq).reshape(heads))
-    k = ops.tap("attention.k", ops.linear(x, layer.wk).reshape(heads))
-    v = ops.tap("attention.v", ops.linear(x, layer.wv).reshape(heads))
-    table = steps.rotary_table(ops, positions, config.head_dim, config.rope_theta)
-    q_rope = ops.tap("attention.q_rope", steps.rotate(ops, q, table))
-    k_rope = ops.tap("attention.k_rope", steps.rotate(ops, k, table))
-    cache = steps.extend_cache(ops, cache, k_rope, v, positions)
-    mask = steps.visible(positions, cache.positions, config.window)
-    context = steps.attend(ops, q_rope, cache, mask)
-    return ops.tap("attention.output", ops.linear(context.reshape(x.shape[0], -1), layer.wo)), cache
-
-
-def moe(ops: Ops, model: Model, layer: Layer, x: Array) -> Array:
-    """The sparse mixture of experts.
-
-    MOE-1  y = the combination of the outputs of the chosen experts; router and experts read the same x.
-
-    x: [T, D]   returns: [T, D]
-    Jiang et al. 2024, section 2.1.
-    """
-    steps = model.steps
-    chosen, weights = steps.route(ops, x, layer.gate, model.config.experts_per_token)
-    outputs = steps.run_experts(ops, layer.experts, x, chosen)
-    return ops.tap("moe.output", steps.combine(ops, outputs, weights))
-
-
-def decoder_layer(ops: Ops, model: Model, layer: Layer, x: Array, positions: Array, cache: Cache | None) -> Any:
-    """One decoder layer.
+def decoder_layer(
+    ops: Ops, model: Model, layer: Layer, x: Array, positions: Array, cache: Cache | None
+) -> tuple[Array, Cache]:
+    """One decoder layer: its attention half, then its mixture-of-experts half.
 
     LAYER-1  h = x + attention(norm(x)); x' = h + moe(norm(h)): norms before the blocks, residuals unnormed.
     LAYER-2  Each norm has its own gain.
 
     x: [T, D]   positions: integers [T]   returns: [T, D] and the extended cache
     """
-    steps, eps = model.steps, model.config.norm_eps
-    normed = ops.tap("attention_norm", steps.rms_norm(ops, x, ops.vector(layer.attention_norm), eps))
-    attended, cache = steps.attention(ops, model, layer, normed, positions, cache)
-    h = ops.tap("attention_residual", x + attended)
-    normed = ops.tap("moe_norm", steps.rms_norm(ops, h, ops.vector(layer.moe_norm), eps))
-    return ops.tap("residual", h + steps.moe(ops, model, layer, normed)), cache
+    h, cache = attention_half(ops, model, layer, x, positions, cache)
+    return moe_half(ops, model, layer, h), cache
+
+
+def attention_half(
+    ops: Ops, model: Model, layer: Layer, x: Array, positions: Array, cache: Cache | None
+) -> tuple[Array, Cache]:
+    """h = x + attention(norm(x)) of LAYER-1. x: [T, D]   returns: [T, D] and the extended cache"""
+    normed = norm(ops, model, "attention_norm", x, layer.attention_norm)
+    attended, cache = model.steps.attention(ops, model, layer, normed, positions, cache)
+    return ops.tap("attention_residual", x + attended), cache
+
+
+def moe_half(ops: Ops, model: Model, layer: Layer, h: Array) -> Array:
+    """x' = h + moe(norm(h)) of LAYER-1. h: [T, D]   returns: [T, D]"""
+    normed = norm(ops, model, "moe_norm", h, layer.moe_norm)
+    return ops.tap("residual", h + model.steps.moe(ops, model, layer, normed))
+
+
+def norm(ops: Ops, model: Model, tap: str, x: Array, gain: Weight) -> Array:
+    """The model's norm with this gain, under the name of its tap. x: [T, D]   gain: [D]   returns: [T, D]"""
+    return ops.tap(tap, model.steps.rms_norm(ops, x, ops.vector(gain), model.config.norm_eps))
 
 
 @dataclass(frozen=True)
 class Steps:
-    """The steps of the forward pass. A variation of the model is this record with one of them replaced."""
+    """The steps of the model. A record with one of them replaced states the model otherwise, or another model."""
 
     rms_norm: Callable[..., Array] = rms_norm
     rotary_table: Callable[..., tuple[Array, Array]] = rotary_table
@@ -122,6 +103,39 @@ Caches = tuple[Cache, ...]
 """One cache per layer, of one sequence."""
 
 
+def embed(ops: Ops, model: Model, tokens: Array) -> Array:
+    """The hidden state before the first layer (MODEL-1).
+
+    INPUT-1  Every token id is an integer with 0 <= id < V. An id outside is not defined: the caller refuses it.
+
+    tokens: integers [T], T >= 1   returns: [T, D]
+    """
+    return ops.tap("embedding", ops.embed(model.parameters.embedding, tokens))
+
+
+def run_layers(
+    ops: Ops, model: Model, layers: range, x: Array, positions: Array, caches: Caches | None = None
+) -> tuple[Array, Caches]:
+    """Some layers, in order (MODEL-2).
+
+    x: [T, D]   positions: integers [T]   caches: one for each of these layers, or None where nothing is cached
+    returns: [T, D] and the extended caches of these layers
+    """
+    extended = []
+    for i in layers:
+        before = None if caches is None else caches[i - layers.start]
+        inner = ops.within(f"layers.{i}.")
+        x, cache = model.steps.decoder_layer(inner, model, model.parameters.layers[i], x, positions, before)
+        extended.append(cache)
+    return x, tuple(extended)
+
+
+def head(ops: Ops, model: Model, x: Array) -> Array:
+    """The logits after the last layer (MODEL-3). x: [T, D]   returns: [T, V]"""
+    normed = norm(ops, model, "final_norm", x, model.parameters.final_norm)
+    return ops.tap("logits", ops.linear(normed, model.parameters.output))
+
+
 def forward(
     ops: Ops, model: Model, tokens: Array, positions: Array, caches: Caches | None = None
 ) -> tuple[Array, Caches]:
@@ -136,12 +150,5 @@ def forward(
 
     tokens: integers [T], T >= 1   positions: integers [T]   returns: [T, V] and the extended caches
     """
-    parameters = model.parameters
-    x = ops.tap("embedding", ops.embed(parameters.embedding, tokens))
-    extended = []
-    for i, layer in enumerate(parameters.layers):
-        cache = None if caches is None else caches[i]
-        x, cache = model.steps.decoder_layer(ops.within(f"layers.{i}."), model, layer, x, positions, cache)
-        extended.append(cache)
-    x = ops.tap("final_norm", model.steps.rms_norm(ops, x, ops.vector(parameters.final_norm), model.config.norm_eps))
-    return ops.tap("logits", ops.linear(x, parameters.output)), tuple(extended)
+    x, extended = run_layers(ops, model, range(model.config.layers), embed(ops, model, tokens), positions, caches)
+    return head(ops, model, x), extended

@@ -14,7 +14,7 @@ def rotary_table(ops: Ops, positions: Array, head_dim: int, theta: float) -> tup
     positions: integers [T]   returns: two of [T, d/2]
     Su et al. 2021, "RoFormer", eq. 15.
     """
-    return ops.unit_circle(positions, theta, range(0, head_dim, 2), head_dim)  # type: ignore[no-any-return]
+    return ops.unit_circle(positions, theta, range(0, head_dim, 2), head_dim)
 
 
 def rotate(ops: Ops, x: Array, table: tuple[Array, Array]) -> Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from refmoe.spec.config import Config
+from refmoe.spec.interface import Array, Ops
 
 LAYER_TAPS = {
     "attention_norm": "T D",
@@ -42,3 +43,22 @@ def tap_names(config: Config) -> Iterator[str]:
         yield from (f"layers.{i}.{name}" for name in LAYER_TAPS)
     yield "final_norm"
     yield "logits"
+
+
+def offer(ops: Ops, step: str, **values: Array) -> Array:
+    """Tap the intermediates of a loop once they are whole, each as ``step.name``. Returns what the last tap returns.
+
+    An observer may replace the last of them. The ones before it are already used, so theirs is not replaced.
+    """
+    offered = [ops.tap(f"{step}.{name}", value) for name, value in values.items()]
+    return offered[-1]
+
+
+def step_of(tap: str) -> str:
+    """A tap's name without its layer."""
+    return tap.split(".", 2)[2] if tap.startswith("layers.") else tap
+
+
+def layer_of(tap: str) -> int | None:
+    """The layer of a tap, or None outside of the layers."""
+    return int(tap.split(".")[1]) if tap.startswith("layers.") else None

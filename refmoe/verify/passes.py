@@ -11,7 +11,7 @@ from refmoe.ops.enclosure.array import Enclosure
 from refmoe.policy.formats import OF_DTYPE, ulp
 from refmoe.policy.policy import Policy
 from refmoe.script import cut
-from refmoe.spec.model import Caches, Model, forward
+from refmoe.spec.model import Caches, Model, embed, head, run_layers
 from refmoe.trace import Trace
 from refmoe.verify.blocks import block_size, places, without_bound
 from refmoe.verify.findings import CONTESTABLE, FORCED, layer_of, step_of
@@ -66,33 +66,23 @@ class Pass:
                     tokens = run.tokens[self._start : self._start + size]
                     positions = run.positions[self._start : self._start + size]
                     self._tokens = len(tokens)
-                    if layers.start or layers.stop < self.subject.config.layers:
-                        before = self._part(model, layers, tokens, ops.integers(positions), before)
-                    else:
-                        _, before = forward(ops, model, ops.integers(tokens), ops.integers(positions), before)
+                    before = self._block(model, layers, tokens, ops.integers(positions), before)
                 assert before is not None
                 caches[run.sequence] = before
         return self.findings
 
-    def _part(self, model: Model, layers: range, tokens: Any, positions: Any, before: Caches | None) -> Caches:
-        """`forward`, of some layers: from the trace's own output of the layer before them, to their caches."""
+    def _block(self, model: Model, layers: range, tokens: Any, positions: Any, before: Caches | None) -> Caches:
+        """These layers of a block, from the trace's own output of the layer before them. Returns their caches."""
         ops: Any = self.ops
         if layers.start:
             name = f"layers.{layers.start - 1}.residual"
-            x = self._taken("residual", name, self._read(name, "residual"))
+            x: Any = self._taken("residual", name, self._read(name, "residual"))
         else:
-            x = ops.tap("embedding", ops.embed(model.parameters.embedding, ops.integers(tokens)))
-        extended = []
-        for i in layers:
-            cache = None if before is None else before[i - layers.start]
-            inner, layer = ops.within(f"layers.{i}."), model.parameters.layers[i]
-            x, cache = model.steps.decoder_layer(inner, model, layer, x, positions, cache)
-            extended.append(cache)
+            x = embed(ops, model, ops.integers(tokens))
+        x, extended = run_layers(ops, model, layers, x, positions, before)
         if layers.stop == model.config.layers:
-            gain = ops.vector(model.parameters.final_norm)
-            x = ops.tap("final_norm", model.steps.rms_norm(ops, x, gain, model.config.norm_eps))
-            ops.tap("logits", ops.linear(x, model.parameters.output))
-        return tuple(extended)
+            head(ops, model, x)
+        return extended
 
     def _tap(self, name: str, x: Any) -> Any:
         step = step_of(name)

@@ -22,8 +22,8 @@ FREE, TOTAL = 1 << 30, 2 << 30
 CREATES = ("asarray", "array", "ascontiguousarray")
 """What takes NumPy's arrays: the way to the device."""
 METHODS = (
-    "all", "any", "argmax", "astype", "copy", "fill", "max", "min", "ravel", "reshape", "squeeze", "sum", "take",
-    "transpose", "view",
+    "all", "any", "argmax", "astype", "copy", "fill", "max", "min", "nonzero", "ravel", "reshape", "squeeze", "sum",
+    "take", "transpose", "view",
 )  # fmt: skip
 ATTRIBUTES = ("dtype", "flags", "itemsize", "nbytes", "ndim", "shape", "size")
 TO_HOST = ("item", "tolist")

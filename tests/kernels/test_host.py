@@ -23,6 +23,7 @@ from refmoe.ops.kernels.steps import CUPY_STEPS
 from refmoe.ops.native import NativeOps
 from refmoe.spec.config import Config
 from refmoe.spec.model import Model, Parameters, Steps, forward
+from refmoe.steps.grouped import GROUPED_STEPS
 from tests.kernels.on_cpu import PoisonedNumpy, module, needs_compiler
 from tests.kernels.runner.module import Conditions
 from tests.models import SMALL, relative_rms
@@ -118,11 +119,11 @@ def test_what_a_tap_returns_is_what_the_kernels_go_on_with() -> None:
 
 @needs_compiler
 @pytest.mark.parametrize(("dtype", "other"), [(np.float64, None), (np.float32, ml_dtypes.bfloat16)])
-def test_where_kernels_do_not_apply_the_steps_are_the_specs(dtype: Any, other: Any) -> None:
+def test_where_kernels_do_not_apply_the_steps_are_the_grouped_ones(dtype: Any, other: Any) -> None:
     """Float64, and experts that are not stored alike."""
     model = Model(SMALL, parameters(SMALL, np.float32, other), CUPY_STEPS)
     found = prefill_and_decode(on_cpu(dtype), model)
-    expected = prefill_and_decode(NativeOps(dtype), replace(model, steps=Steps()))
+    expected = prefill_and_decode(NativeOps(dtype), replace(model, steps=GROUPED_STEPS))
     for a, b in zip(found, expected, strict=True):
         assert np.array_equal(a, b) if dtype == np.float64 else relative_rms(a, b) < 1e-4
 

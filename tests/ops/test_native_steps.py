@@ -108,6 +108,7 @@ def test_a_token_is_appended_without_copying_those_before() -> None:
 def test_experts_nobody_chose_are_not_run() -> None:
     class Refused:
         w1 = w2 = w3 = None
+        widths = 3, 3, 3, 4
 
     config = Config(
         dim=4, layers=1, heads=1, kv_heads=1, head_dim=2, hidden_dim=3, vocab=5, experts=3, experts_per_token=1

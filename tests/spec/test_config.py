@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from refmoe.checkpoint.configuration import ConfigError, checked
 from refmoe.checkpoint.names import parameter_shapes
 from refmoe.checkpoint.size import active_parameters, total_parameters
-from refmoe.spec.config import PRESETS, Config, ConfigError
+from refmoe.spec.config import PRESETS, Config
 from tests.models import SMALL
 
 BAD: dict[str, Any] = {
@@ -33,7 +34,7 @@ BAD: dict[str, Any] = {
 def test_a_bad_value_is_refused_with_its_field_and_itself(field: str, value: Any) -> None:
     """CONFIG-1 to CONFIG-5."""
     with pytest.raises(ConfigError) as caught:
-        Config(**{**asdict(SMALL), field: value})
+        checked({**asdict(SMALL), field: value})
     assert str(value) in str(caught.value)
     assert field in str(caught.value) or field in ("heads", "experts")
 

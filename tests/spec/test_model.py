@@ -129,8 +129,8 @@ def test_experts_are_told_apart_by_their_weights_alone(permutation: list[int], s
     model = random_model(seed=seed)
     layers = []
     for layer in model.parameters.layers:
-        gate = layer.gate.read()[permutation]
-        layers.append(replace(layer, gate=_fixed(gate), experts=tuple(layer.experts[e] for e in permutation)))
+        gate = layer.router.read()[permutation]
+        layers.append(replace(layer, router=_fixed(gate), experts=tuple(layer.experts[e] for e in permutation)))
     renumbered = Model(model.config, replace(model.parameters, layers=tuple(layers)))
     calls = [("prefill", 0, TOKENS)]
     one, other = taps(ExactOps, model, calls), taps(ExactOps, renumbered, calls)
@@ -181,7 +181,7 @@ def test_a_single_expert_is_never_evaluated_for_nobody() -> None:
     gate = np.zeros((5, config.dim))
     broken = replace(layer.experts[3], w1=_fixed(np.full((28, 20), np.nan)))
     experts = tuple(broken if e == 3 else expert for e, expert in enumerate(layer.experts))
-    altered = replace(model.parameters, layers=(replace(layer, gate=_fixed(gate), experts=experts),))
+    altered = replace(model.parameters, layers=(replace(layer, router=_fixed(gate), experts=experts),))
     logits = taps(native, Model(config, altered), [("prefill", 0, TOKENS)])["prefill/logits"]
     assert np.isfinite(logits).all()
 

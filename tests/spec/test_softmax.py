@@ -10,7 +10,7 @@ import pytest
 
 from refmoe.ops.exact import ExactOps
 from refmoe.ops.native import NativeOps
-from refmoe.spec.attention import softmax
+from refmoe.spec.softmax import softmax
 
 
 def float32() -> Any:

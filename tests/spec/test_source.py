@@ -11,9 +11,9 @@ SPEC = Path(__file__).parent.parent.parent / "refmoe" / "spec"
 ALLOWED = {"__future__", "collections.abc", "dataclasses", "math", "typing"}
 
 
-def test_the_spec_is_under_600_lines() -> None:
+def test_the_spec_is_under_700_lines() -> None:
     """P1."""
-    assert sum(len(path.read_text().splitlines()) for path in SPEC.glob("*.py")) < 600
+    assert sum(len(path.read_text().splitlines()) for path in SPEC.glob("*.py")) < 700
 
 
 def test_the_spec_imports_nothing_but_itself() -> None:

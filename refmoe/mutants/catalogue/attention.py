@@ -14,10 +14,10 @@ from refmoe.mutants.parameters import mapped, with_layers
 from refmoe.mutants.rounding import low_precision, rounded
 from refmoe.policy.steps import attend as right_attend
 from refmoe.spec.attention import Cache
+from refmoe.spec.attention import attention as right_attention
 from refmoe.spec.attention import visible as right_visible
 from refmoe.spec.config import Config
 from refmoe.spec.model import Layer, Parameters
-from refmoe.spec.model import attention as right_attention
 from refmoe.trace import Run
 
 WIRED_WINDOW = 8

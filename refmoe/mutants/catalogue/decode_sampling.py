@@ -11,10 +11,10 @@ import numpy as np
 from refmoe.mutants.mutant import MUTANTS, PARAMETERS, SAMPLER, mutant
 from refmoe.mutants.vectors import Sampler
 from refmoe.policy.steps import CUT_STEPS
+from refmoe.spec.attention import attention as spec_attention
 from refmoe.spec.attention import visible as spec_visible
 from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters
-from refmoe.spec.model import attention as spec_attention
 from refmoe.text import sampling
 from refmoe.text.sampling import Logits
 

@@ -70,7 +70,7 @@ def slots_of(x: Any, chosen: Any) -> Any:
 
 def routed(ops: Any, model: Any, layer: Any, x: Any) -> tuple[Any, Any]:
     """Expert ids [T, k] and weights [T, k]."""
-    chosen, weights = model.steps.route(ops, x, layer.gate, model.config.experts_per_token)
+    chosen, weights = model.steps.route(ops, x, layer.router, model.config.experts_per_token)
     return chosen, weights
 
 

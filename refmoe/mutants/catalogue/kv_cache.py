@@ -13,8 +13,8 @@ from refmoe.policy.steps import attend as right_attend
 from refmoe.policy.steps import cut_again
 from refmoe.policy.steps import extend_cache as right_extend_cache
 from refmoe.spec.attention import Cache
+from refmoe.spec.attention import attention as right_attention
 from refmoe.spec.attention import visible as right_visible
-from refmoe.spec.model import attention as right_attention
 
 PAGE = 4
 """Tokens to a page of the cache, 16 and more in real ones: few, so that short sequences cross a page."""

@@ -51,7 +51,7 @@ def combine_with_dispatched_ids(config: Config, parameters: Parameters, layout: 
 
     def moe(ops: Any, model: Model, layer: Any, x: Any) -> Any:
         steps, groups = model.steps, layer.experts
-        chosen, weights = steps.route(ops, x, layer.gate, model.config.experts_per_token)
+        chosen, weights = steps.route(ops, x, layer.router, model.config.experts_per_token)
         outputs = steps.run_experts(ops, groups, x, chosen)
         home = group_of(chosen, groups)  # [T, k]
         asked = home.copy()

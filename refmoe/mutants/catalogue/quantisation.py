@@ -34,7 +34,8 @@ def quantised_gate(config: Config, parameters: Parameters) -> Parameters:
         expert: Any = layer.experts[0].w1
         if not isinstance(expert, QuantisedWeight):
             return layer
-        return replace(layer, gate=mapped(layer.gate, lambda gate: quantise(gate, expert.quantisation).values()))
+        quantised = mapped(layer.router, lambda router: quantise(router, expert.quantisation).values())
+        return replace(layer, router=quantised)
 
     return with_layers(parameters, change)
 
@@ -92,7 +93,7 @@ def gate_not_balanced(config: Config, parameters: Parameters) -> Parameters:
         gain: Any = layer.moe_norm
         if not isinstance(gain, SmoothedGain):
             return layer
-        return replace(layer, gate=mapped(layer.gate, lambda gate: gate / gain.factors))
+        return replace(layer, router=mapped(layer.router, lambda router: router / gain.factors))
 
     return with_layers(parameters, change)
 

@@ -14,8 +14,8 @@ from refmoe.policy.formats import nearest
 from refmoe.policy.steps import rotary_table as right_table
 from refmoe.policy.steps import rotate as right_rotate
 from refmoe.spec.attention import Cache
+from refmoe.spec.attention import attention as right_attention
 from refmoe.spec.config import Config
-from refmoe.spec.model import attention as right_attention
 from refmoe.trace import Run
 
 ROTATED = ("attention.q_rope", "attention.k_rope")

@@ -202,7 +202,7 @@ def higher_id_first(ops: Any, x: Any, gate: Any, k: int) -> tuple[Any, Any]:
 def one_expert_too_many(ops: Any, model: Any, layer: Any, x: Any) -> Any:
     """One expert more than configured is chosen, weighed and added; what the engine shows are the first k slots."""
     k, quiet = model.config.experts_per_token, untapped(ops)
-    logits = logits_of(ops, x, layer.gate)
+    logits = logits_of(ops, x, layer.router)
     ids = ops.top_k(logits, min(k + 1, model.config.experts))
     chosen, more = ops.tap("router.experts", ids[:, :k]), ids[:, k:]
     weights = ops.weigh(read(ops, logits), np.concatenate([chosen, more], axis=1))
@@ -249,7 +249,7 @@ def jittered(ops: Any, x: Any) -> Any:
 
 def moe_of_two(ops: Any, model: Any, layer: Any, routed: Any, x: Any) -> Any:
     """MOE-1 with an input of its own for the router. routed, x: [T, D]   returns: [T, D]"""
-    chosen, weights = model.steps.route(ops, routed, layer.gate, model.config.experts_per_token)
+    chosen, weights = model.steps.route(ops, routed, layer.router, model.config.experts_per_token)
     outputs = model.steps.run_experts(ops, layer.experts, x, chosen)
     return ops.tap("moe.output", model.steps.combine(ops, outputs, weights))
 

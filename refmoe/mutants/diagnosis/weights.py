@@ -18,7 +18,7 @@ from refmoe.verify.subject import Subject
 MOST_EXPERTS = 64
 """Experts beyond which no permutation is sought: each token would be computed by every one of them."""
 MATRICES = {
-    "attention.q": "wq", "attention.k": "wk", "attention.v": "wv", "attention.output": "wo", "router.logits": "gate",
+    "attention.q": "wq", "attention.k": "wk", "attention.v": "wv", "attention.output": "wo", "router.logits": "router",
     "expert.gate": "w1", "expert.up": "w3", "expert.output": "w2",
 }  # fmt: skip
 """The matrix of each step of a layer that has one."""

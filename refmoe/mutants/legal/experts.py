@@ -83,7 +83,7 @@ def weight_before_down(config: Config, parameters: Parameters, runs: tuple[Run, 
     """A token's weight multiplies the hidden row, in the dtype of accumulation, before the down projection."""
 
     def moe(ops: Any, model: Model, layer: Any, x: Any) -> Any:
-        chosen, weights = model.steps.route(ops, x, layer.gate, config.experts_per_token)
+        chosen, weights = model.steps.route(ops, x, layer.router, config.experts_per_token)
         hidden: list[Any] = []
 
         def tap(name: str, value: Any) -> Any:

@@ -15,10 +15,11 @@ from refmoe.spec import experts as spec_experts
 from refmoe.spec import norm as spec_norm
 from refmoe.spec import rope as spec_rope
 from refmoe.spec import router as spec_router
-from refmoe.spec.attention import softmax
 from refmoe.spec.experts import Expert
 from refmoe.spec.interface import Weight
 from refmoe.spec.model import Layer, Model, Steps
+from refmoe.spec.softmax import softmax
+from refmoe.steps import grouped
 
 Array = Any
 Gpu = Any
@@ -110,15 +111,15 @@ def _by_expert(ops: Gpu, rows: Array, matrices: Array, bounds: list[int]) -> Arr
 
 def moe(ops: Gpu, model: Model, layer: Layer, x: Array) -> Array:
     """`refmoe.spec.model.moe`, each token's outputs combined from where they are. x: [T, D]   returns: [T, D]"""
-    chosen, weights = model.steps.route(ops, x, layer.gate, model.config.experts_per_token)
+    chosen, weights = model.steps.route(ops, x, layer.router, model.config.experts_per_token)
     ids = ops.xp.ascontiguousarray(chosen).astype(np.int32, copy=False)
     found = expert_outputs(ops, layer.experts, x, ids)
     if found is None:
-        outputs = spec_experts.run_experts(ops, layer.experts, x, chosen)
+        outputs = grouped.run_experts(ops, layer.experts, x, chosen)
         return ops.tap("moe.output", spec_experts.combine(ops, outputs, weights))
     outputs, position = found
     return ops.tap("moe.output", ops.kernels.combine(outputs, position, ops.xp.ascontiguousarray(weights)))
 
 
-CUPY_STEPS: Any = Steps(rms_norm=rms_norm, rotate=rotate, route=route, moe=moe)
+CUPY_STEPS: Any = Steps(rms_norm=rms_norm, rotate=rotate, attend=grouped.attend, route=route, moe=moe)
 """The steps of the spec, those with a kernel replaced."""

@@ -11,8 +11,8 @@ import numpy as np
 from refmoe.ops.ball import BallOps
 from refmoe.ops.enclosure.array import Enclosure
 from refmoe.policy.formats import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
-from refmoe.spec.attention import softmax
 from refmoe.spec.norm import rms_norm
+from refmoe.spec.softmax import softmax
 from tests.ops.enclosure.legal import LegalOps
 
 BALL = BallOps()

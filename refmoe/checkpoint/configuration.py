@@ -1,0 +1,68 @@
+"""The check of a configuration where it enters: a file, a case, or an argument."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from refmoe.spec.config import Config
+
+REAL = ("norm_eps", "rope_theta")
+"""The fields that are real numbers. All others are integers."""
+
+
+class ConfigError(ValueError):
+    """A configuration that is not a Mixtral; the message names the field, its value and the reason."""
+
+
+def checked(values: Mapping[str, Any]) -> Config:
+    """The configuration with these fields.
+
+    values: field of `Config` to its value.   Raises ConfigError for a value that breaks a clause CONFIG-1 to CONFIG-5,
+    and for a field that is unknown or missing.
+    """
+    names = [field.name for field in fields(Config)]
+    for name in values:
+        if name not in names:
+            raise ConfigError(f"unknown field '{name}', but one of {', '.join(names)} was expected")
+    for name in names:
+        if name in values:
+            _check_field(name, values[name])
+    try:
+        config = Config(**values)
+    except TypeError as error:
+        raise ConfigError(str(error).removeprefix("Config.__init__() ")) from None
+    _check_together(config)
+    return config
+
+
+def _check_field(name: str, value: Any) -> None:
+    if name in REAL:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ConfigError(f"{name} = {value!r}, but a finite number was expected")
+    elif not (name == "window" and value is None):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(f"{name} = {value!r}, but an integer was expected")
+        if value < 1:
+            raise ConfigError(f"{name} = {value}, but at least 1 was expected")
+
+
+def _check_together(config: Config) -> None:
+    if config.heads % config.kv_heads:
+        raise ConfigError(
+            f"kv_heads = {config.kv_heads} does not divide heads = {config.heads}: "
+            "each key/value head must serve the same number of query heads"
+        )
+    if config.head_dim % 2:
+        raise ConfigError(f"head_dim = {config.head_dim} is odd, but rotary embedding turns pairs of elements")
+    if config.experts_per_token > config.experts:
+        raise ConfigError(
+            f"experts_per_token = {config.experts_per_token} exceeds experts = {config.experts}: "
+            "a token cannot choose more experts than there are"
+        )
+    if config.norm_eps < 0:
+        raise ConfigError(f"norm_eps = {config.norm_eps!r} is negative, but it is added under a square root")
+    if config.rope_theta <= 0:
+        raise ConfigError(f"rope_theta = {config.rope_theta!r}, but a positive base of powers was expected")
