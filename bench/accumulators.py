@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from refmoe.policy.formats import FORMATS, nearest, ulp
+from refmoe.arithmetic.formats import FORMATS, nearest, ulp
 
 OUTPUTS = 384
 KINDS = ("gaussian", "outliers", "lognormal", "one-signed", "blocks", "cancelling")

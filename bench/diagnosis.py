@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from refmoe.parallel import results
-from tests.mutants.patched import Patched
-from tests.mutants.patched_naming import (
+from tests.bugs.patched import Patched
+from tests.bugs.patched_naming import (
     ATTENTION,
     HEALTHY,
     LEFT_OUT,

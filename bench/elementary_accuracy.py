@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from refmoe.ops import elementary, elementary_tables
+from refmoe.arithmetic.exact import elementary, elementary_tables
 
 ctx.prec = 256  # bits of every ball: a reduction from 2^31 to 2^-60 still leaves 160
 TO_UNITS = {e: arb(2) ** (52 - e) for e in range(-1022, 1024)}

@@ -32,10 +32,10 @@ from bench.accumulators import (
     tf32,
     toward_zero,
 )
-from refmoe.ops.enclosure.array import Enclosure
-from refmoe.ops.enclosure.ops import EnclosureOps
-from refmoe.policy.formats import FLOAT32, FORMATS, nearest, ulp
+from refmoe.arithmetic.enclosure.array import Enclosure
+from refmoe.arithmetic.formats import FLOAT32, FORMATS, nearest, ulp
 from refmoe.policy.load import policy
+from refmoe.steps.enclosure_ops import EnclosureOps
 from refmoe.verify.tally import Limits, Tally
 
 VALUES = 10_000_000

@@ -21,14 +21,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from refmoe.checkpoint.synthetic import synthetic_checkpoint
-from refmoe.checkpoint.weight import Weight
-from refmoe.golden import read_case
-from refmoe.ops.exact import ExactOps
-from refmoe.ops.native import NativeOps
+from refmoe.arithmetic.exact.ops import ExactOps
+from refmoe.arithmetic.native.ops import NativeOps
+from refmoe.checkpoints.synthetic import synthetic_checkpoint
+from refmoe.checkpoints.weight import Weight
 from refmoe.spec.config import PRESETS, Config
 from refmoe.spec.experts import Expert, run_expert
 from refmoe.spec.model import Model, forward
+from refmoe.suite import read_case
 
 ROOT = Path(__file__).parent.parent
 MIDDLE = Config(

@@ -22,8 +22,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from refmoe.checkpoint.write import write_checkpoint
-from refmoe.scale.source import Formula
+from refmoe.checkpoints.write import write_checkpoint
+from refmoe.jobs.source import Formula
 from refmoe.spec.config import PRESETS
 
 TWO_LAYERS = replace(PRESETS["mixtral-8x7b"], layers=2)
@@ -33,7 +33,7 @@ GOAL = {"float32": 4 << 30, "exact": 6 << 30}
 CHILD = """
 import json, os, sys, time
 from pathlib import Path
-import refmoe.ops.native as native
+import refmoe.arithmetic.native.ops as native
 from refmoe.cli import main
 
 spent = [0.0]
@@ -80,9 +80,9 @@ def forget(folder: Path) -> None:
 
 def needed_bytes(folder: Path, trace: Path, tokens: int) -> int:
     """Bytes of the tensors that a run must read: all but the experts that no token chose, and few embedding rows."""
-    from refmoe.checkpoint.load import load_checkpoint
-    from refmoe.checkpoint.write import named_weights
-    from refmoe.trace import read_trace
+    from refmoe.checkpoints.load import load_checkpoint
+    from refmoe.checkpoints.write import named_weights
+    from refmoe.traces.trace import read_trace
 
     opened, loaded = read_trace(trace), load_checkpoint(folder)
     chosen = {

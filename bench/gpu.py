@@ -21,8 +21,8 @@ from typing import Any
 from bench import gpu_measure, gpu_torch
 from bench.gpu_measure import Bench
 from bench.gpu_report import Result, met, table, write
+from refmoe.cuda.device import require_gpu
 from refmoe.errors import InputError
-from refmoe.ops.device import require_gpu
 
 Section = Callable[[Bench], list[Result]]
 SECTIONS: dict[str, Section] = {

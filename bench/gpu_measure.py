@@ -26,19 +26,19 @@ from bench.gpu_report import (
     layers_that_fit,
     prefill_operations,
 )
-from refmoe import golden
-from refmoe.checkpoint.synthetic import synthetic_checkpoint
-from refmoe.golden.fingerprint import fingerprint_difference, read_fingerprints
-from refmoe.golden.manifest import content_file
-from refmoe.gpu.decode import DecodeOps, Decoder, captured
-from refmoe.gpu.gemm import cuda_gemm
-from refmoe.gpu.place import Place
-from refmoe.gpu.synthetic import on_device
-from refmoe.ops import cupy_ops
-from refmoe.ops.kernels.calls import Kernels
-from refmoe.ops.kernels.steps import CUPY_STEPS
+from refmoe import suite as golden
+from refmoe.checkpoints.synthetic import synthetic_checkpoint
+from refmoe.cuda import cupy_ops
+from refmoe.cuda.decode import DecodeOps, Decoder, captured
+from refmoe.cuda.gemm import cuda_gemm
+from refmoe.cuda.kernels.calls import Kernels
+from refmoe.cuda.place import Place
+from refmoe.cuda.synthetic import on_device
 from refmoe.spec.config import PRESETS, Config
 from refmoe.spec.model import Model
+from refmoe.steps.cuda import CUPY_STEPS
+from refmoe.suite.fingerprint import fingerprint_difference, read_fingerprints
+from refmoe.suite.manifest import content_file
 
 ROOT = Path(__file__).parent.parent
 CUDA = Place("cuda")
@@ -224,7 +224,7 @@ def sanitizing(bench: Bench) -> list[Result]:
         return [Result("compute-sanitizer", None, "", note="the tool is not installed")]
     results = []
     for check in ("memcheck", "racecheck"):
-        test = [sys.executable, "-m", "pytest", "tests/kernels/test_on_gpu.py", "-q", "-p", "no:cacheprovider"]
+        test = [sys.executable, "-m", "pytest", "tests/cuda/test_on_gpu.py", "-q", "-p", "no:cacheprovider"]
         command = [tool, "--tool", check, "--error-exitcode", "9", *test]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         lines = (done.stdout + done.stderr).strip().splitlines()

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from refmoe.checkpoint.size import active_parameters, total_parameters
+from refmoe.checkpoints.size import active_parameters, total_parameters
 from refmoe.spec.config import Config
 
 

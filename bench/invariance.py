@@ -32,12 +32,12 @@ def digests(golden: Path) -> dict[str, str]:
     """SHA-256 over the names and bytes of all taps of all golden cases, by arithmetic."""
     import numpy as np
 
-    from refmoe.golden import find_cases, read_case
-    from refmoe.ops.exact import ExactOps
-    from refmoe.ops.native import NativeOps
-    from refmoe.script import execute
+    from refmoe.arithmetic.exact.ops import ExactOps
+    from refmoe.arithmetic.native.ops import NativeOps
     from refmoe.spec.model import Model
-    from refmoe.trace import Recorder
+    from refmoe.suite import find_cases, read_case
+    from refmoe.traces.script import execute
+    from refmoe.traces.trace import Recorder
 
     found = {"exact": hashlib.sha256(), "float64": hashlib.sha256()}
     for folder in find_cases(golden):

@@ -13,18 +13,18 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from refmoe.checkpoint.names import build_parameters
-from refmoe.checkpoint.synthetic import synthetic_checkpoint
-from refmoe.checkpoint.weight import BFLOAT16, Weight
-from refmoe.checkpoint.write import hf_config, named_weights
-from refmoe.conform.gguf_file import write_gguf
-from refmoe.ops.lanes import lanes
-from refmoe.ops.mkl_ops import MklOps
-from refmoe.ops.native import SIDE_BY_SIDE, NativeOps
-from refmoe.ops.native_steps import NATIVE_STEPS
+from refmoe.arithmetic.native.lanes import lanes
+from refmoe.arithmetic.native.mkl_ops import MklOps
+from refmoe.arithmetic.native.ops import SIDE_BY_SIDE, NativeOps
+from refmoe.checkpoints.gguf_file import write_gguf
+from refmoe.checkpoints.names import build_parameters
+from refmoe.checkpoints.synthetic import synthetic_checkpoint
+from refmoe.checkpoints.weight import BFLOAT16, Weight
+from refmoe.checkpoints.write import hf_config, named_weights
 from refmoe.spec.config import Config
 from refmoe.spec.model import Caches, Model, Parameters, forward
-from refmoe.trace import Run
+from refmoe.steps.native import NATIVE_STEPS
+from refmoe.traces.trace import Run
 
 Array = np.ndarray[Any, Any]
 SEED = 1
@@ -188,7 +188,7 @@ class LlamaCpp:
 
     def __init__(self, config: Config, threads: int, gguf: Path, longest: int) -> None:
         """gguf: written by `write`.   longest: tokens that the cache has room for."""
-        from refmoe.conform.adapters import llama_cpp_library as native
+        from refmoe.engines.adapters import llama_cpp_library as native
 
         self.library, self.decode, self.vocab = native.load_library(print), native.decode, config.vocab
         self.library.llama_get_logits.restype = ctypes.POINTER(ctypes.c_float)

@@ -16,8 +16,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from refmoe.ops import dot
-from refmoe.ops.native import upcast
+from refmoe.arithmetic.exact import dot
+from refmoe.arithmetic.native.ops import upcast
 
 Array = np.ndarray[Any, Any]
 SHAPES = {"w1": (14336, 4096), "w2": (4096, 14336)}
@@ -40,7 +40,7 @@ class Cost:
 
 
 def synthetic(rng: np.random.Generator, shape: tuple[int, int]) -> Array:
-    """Odd integers in [-255, 255] times a power of two, as in refmoe/checkpoint/synthetic.py: bfloat16."""
+    """Odd integers in [-255, 255] times a power of two, as in refmoe/checkpoints/synthetic.py: bfloat16."""
     integers = rng.integers(0, 256, shape, np.int16) * 2 - 255
     return np.asarray(integers.astype(ml_dtypes.bfloat16) / ml_dtypes.bfloat16(8192))
 

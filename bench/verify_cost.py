@@ -19,16 +19,16 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.checkpoint.synthetic import synthetic_checkpoint
-from refmoe.golden import read_case
-from refmoe.ops.exact import ExactOps
-from refmoe.ops.policy import PolicyOps
+from refmoe.arithmetic.exact.ops import ExactOps
+from refmoe.checkpoints.synthetic import synthetic_checkpoint
 from refmoe.policy.load import policy
-from refmoe.policy.steps import CUT_STEPS
-from refmoe.script import Call, execute, plan
 from refmoe.spec.config import Config
 from refmoe.spec.model import Model, Parameters
-from refmoe.trace import Header, Recorder, Run, Trace, read_trace, write_trace
+from refmoe.steps.policy_ops import PolicyOps
+from refmoe.steps.rounding import CUT_STEPS
+from refmoe.suite import read_case
+from refmoe.traces.script import Call, execute, plan
+from refmoe.traces.trace import Header, Recorder, Run, Trace, read_trace, write_trace
 from refmoe.verify.findings import CONFORMANT
 from refmoe.verify.verify import verify
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.checkpoint.weight_formula import elements
+from refmoe.checkpoints.weight_formula import elements
 
 
 def seconds(work: Callable[[], Any]) -> float:

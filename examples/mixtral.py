@@ -146,7 +146,7 @@ class Mixtral:
 
 
 class Adapter:
-    """What refmoe asks for; refmoe/conform/PROTOCOL.md has the words."""
+    """What refmoe asks for; refmoe/engines/PROTOCOL.md has the words."""
 
     name, version = "mixtral.py", "1"
     dtypes = ("float32",)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import settings
 
 from refmoe.cli import main
-from refmoe.ops.device import gpu_problem
+from refmoe.cuda.device import gpu_problem
 from tests.command_line import Refmoe
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may ask a hub for anything

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.checkpoint.names import build_parameters, parameter_shapes
-from refmoe.checkpoint.weight import Weight
+from refmoe.checkpoints.names import build_parameters, parameter_shapes
+from refmoe.checkpoints.weight import Weight
 from refmoe.spec.config import Config
 from refmoe.spec.model import Model, Parameters
 

@@ -1,7 +1,7 @@
 """`golden/arithmetic.md` is enough to reproduce a golden's bits: followed here with Python's floats and fractions.
 
-Nothing of `refmoe/spec` or `refmoe/ops/dot` is used. The elementary functions are taken from `refmoe/ops/elementary`,
-which has an independent implementation, in C, in its own tests.
+Nothing of `refmoe/spec` or `refmoe/arithmetic/exact/dot` is used. The elementary functions are taken from
+`refmoe/arithmetic/exact/elementary`, which has an independent implementation, in C, in its own tests.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.checkpoint.write import named_weights
-from refmoe.golden import read_case, trace_path
-from refmoe.ops import elementary
-from refmoe.trace import read_trace
+from refmoe.arithmetic.exact import elementary
+from refmoe.checkpoints.write import named_weights
+from refmoe.suite import read_case, trace_path
+from refmoe.traces.trace import read_trace
 
 FOLDER = Path(__file__).parent.parent / "golden" / "walking-skeleton"
 TOKENS = 5

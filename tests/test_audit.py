@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 
-from refmoe.audit import Audit, audit, clauses_of, ids_in, named_in
-from refmoe.golden import find_cases
-from refmoe.mutants import sources
-from refmoe.mutants.catalogue import MUTANTS
-from refmoe.mutants.matrix import POLICIES
-from refmoe.mutants.matrix_file import MATRIX_FILE, read_matrix, write_matrix
-from refmoe.mutants.matrix_summary import summarise
-from refmoe.mutants.mutant import Mutant
+from refmoe.bugs.catalogue import MUTANTS
+from refmoe.bugs.mutant import Mutant
+from refmoe.suite import find_cases
+from refmoe.suite.audit import Audit, audit, clauses_of, ids_in, named_in
+from refmoe.suite.matrix import dependencies as sources
+from refmoe.suite.matrix.file import MATRIX_FILE, read_matrix, write_matrix
+from refmoe.suite.matrix.outcomes import POLICIES
+from refmoe.suite.matrix.summary import summarise
+from tests.bugs.sample_matrix import all_killed, golden_folder
 from tests.command_line import Refmoe
-from tests.mutants.sample_matrix import all_killed, golden_folder
 
 REPOSITORY = Path(__file__).parents[1]
 TESTS = REPOSITORY / "tests"

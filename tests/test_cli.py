@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from refmoe.checkpoint.synthetic import synthetic_checkpoint
-from refmoe.checkpoint.write import write_checkpoint
+from refmoe.checkpoints.synthetic import synthetic_checkpoint
+from refmoe.checkpoints.write import write_checkpoint
 from refmoe.cli import commands
-from refmoe.golden import read_case, trace_path
 from refmoe.spec.config import Config
-from refmoe.trace import read_trace
+from refmoe.suite import read_case, trace_path
+from refmoe.traces.trace import read_trace
 from tests.command_line import Refmoe
 from tests.machine import needs_mkl
 from tests.models import SMALL

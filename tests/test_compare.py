@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refmoe.compare import compare_traces, measure
 from refmoe.errors import InputError
-from refmoe.script import plan
-from refmoe.trace import Header, read_trace, write_trace
+from refmoe.traces.script import plan
+from refmoe.traces.trace import Header, read_trace, write_trace
+from refmoe.verify.distances import compare_traces, measure
 
 RUNS = plan([("prefill", 0, [1, 2])], 10)
 

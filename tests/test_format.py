@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refmoe.checkpoint.weight_formula import elements, gains
+from refmoe.checkpoints.weight_formula import elements, gains
 from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS
 
 TEXT = (Path(__file__).parent.parent / "golden" / "FORMAT.md").read_text()

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refmoe import golden
-from refmoe.certify import certify
+from refmoe import suite as golden
+from refmoe.arithmetic.exact.ops import ExactOps
+from refmoe.arithmetic.native.ops import NativeOps
 from refmoe.errors import InputError
-from refmoe.ops.exact import ExactOps
-from refmoe.ops.native import NativeOps
 from refmoe.spec.model import Model, Steps
-from refmoe.trace import Header, read_trace, write_trace
+from refmoe.suite.certify import certify
+from refmoe.traces.trace import Header, read_trace, write_trace
 
 REPOSITORY = Path(__file__).parent.parent / "golden"
 CASE = "walking-skeleton"
@@ -195,5 +195,5 @@ def test_arithmetic_that_is_only_nearly_right_changes_the_golden(name: str, monk
 
 def test_a_fused_multiply_add_changes_the_golden(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = Steps(rotate=rotate_fused)
-    monkeypatch.setattr("refmoe.golden.activations.Model", lambda config, parameters: Model(config, parameters, steps))
+    monkeypatch.setattr("refmoe.suite.activations.Model", lambda config, parameters: Model(config, parameters, steps))
     assert_seen(golden.check(REPOSITORY / CASE))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from refmoe import golden
+from refmoe import suite as golden
 from refmoe.cli import commands
 from refmoe.errors import InputError
 from refmoe.parallel import ONE_THREAD, results

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from refmoe import golden
-from refmoe.trace import read_trace
+from refmoe import suite as golden
+from refmoe.traces.trace import read_trace
 from tests.golden_cases import write_case
 
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["refmoe.golden", "tests.test_golden_emission"])
+FORKSERVER.set_forkserver_preload(["refmoe.suite", "tests.test_golden_emission"])
 """Its processes begin with everything imported: a kill falls into the work and not into the start of Python."""
 STEPS = {"open", "os.rename", "os.remove", "os.chmod", "tempfile.mkstemp"}
 """What changes files, as Python's audit events name it."""
@@ -175,6 +175,6 @@ def test_a_case_that_changes_while_it_is_emitted_is_not_taken_for_the_changed_on
         write_case(folder, seed=2)
         return compute(*arguments)
 
-    monkeypatch.setattr("refmoe.golden.emission.compute", and_meanwhile)
+    monkeypatch.setattr("refmoe.suite.emission.compute", and_meanwhile)
     golden.emit(case)
     assert "case.toml: SHA-256 differs" in golden.verify_case_files(folder)[0].what

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refmoe import __version__, golden
+from refmoe import __version__
+from refmoe import suite as golden
 from refmoe.errors import InputError
-from refmoe.golden.manifest import digest
-from refmoe.trace import read_trace
+from refmoe.suite.manifest import digest
+from refmoe.traces.trace import read_trace
 
 REPOSITORY = Path(__file__).parent.parent / "golden"
 FILES = sorted(path.relative_to(REPOSITORY) for path in REPOSITORY.rglob("*") if path.is_file())

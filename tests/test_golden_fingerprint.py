@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refmoe import golden
-from refmoe.certify import certify
-from refmoe.checkpoint.weight_formula import mix, stream_key
+from refmoe import suite as golden
+from refmoe.checkpoints.weight_formula import mix, stream_key
 from refmoe.errors import InputError
-from refmoe.golden.fingerprint import fingerprint, fingerprint_difference
-from refmoe.golden.manifest import content_file, digest
+from refmoe.suite.certify import certify
+from refmoe.suite.fingerprint import fingerprint, fingerprint_difference
+from refmoe.suite.manifest import content_file, digest
 from tests.golden_cases import write_case
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from refmoe import golden
+from refmoe import suite as golden
 from refmoe.errors import InputError
 from tests.golden_cases import TEXT, write_case
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from refmoe.conditions import CONDITIONS
-from refmoe.conform.outcome import SKIPPED
-from refmoe.conform.results import read_results
-from refmoe.golden import find_cases, find_full_size_cases
-from refmoe.mutants.catalogue import MUTANTS
-from refmoe.mutants.matrix import POLICIES
-from refmoe.mutants.matrix_file import read_matrix
-from refmoe.mutants.matrix_summary import summarise
+from refmoe.bugs.catalogue import MUTANTS
+from refmoe.engines.outcome import SKIPPED
+from refmoe.engines.results import read_results
+from refmoe.suite import find_cases, find_full_size_cases
+from refmoe.suite.conditions import CONDITIONS
+from refmoe.suite.matrix.file import read_matrix
+from refmoe.suite.matrix.outcomes import POLICIES
+from refmoe.suite.matrix.summary import summarise
 from refmoe.verify.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT
 from tests.tour import console, run_tour
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from refmoe.arithmetic.native.ops import NativeOps
 from refmoe.errors import InputError
-from refmoe.ops.native import NativeOps
-from refmoe.script import Call, Packed, execute, plan
-from refmoe.trace import Recorder, Run
+from refmoe.traces.script import Call, Packed, execute, plan
+from refmoe.traces.trace import Recorder, Run
 from tests.models import random_model
 
 

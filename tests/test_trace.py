@@ -12,8 +12,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from refmoe.errors import InputError
-from refmoe.script import plan
-from refmoe.trace import Header, Recorder, read_trace, write_trace
+from refmoe.traces.script import plan
+from refmoe.traces.trace import Header, Recorder, read_trace, write_trace
 
 RUNS = plan([("prefill", 0, [1, 2, 3]), ("decode", 0, [4])], 10)
 
@@ -46,7 +46,7 @@ def test_a_trace_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monke
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("refmoe.trace.save_file", fails)
+    monkeypatch.setattr("refmoe.traces.trace.save_file", fails)
     with pytest.raises(InputError, match="No space left on device"):
         write_trace(tmp_path / "t", Header(RUNS), {"prefill/logits": np.zeros(3)})
     assert (tmp_path / "t").read_bytes() == before

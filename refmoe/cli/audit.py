@@ -11,15 +11,15 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from refmoe.audit import Coverage, audit
+from refmoe.bugs.catalogue import MUTANTS
 from refmoe.cli.options import GOLDEN, PATH, json_option
 from refmoe.errors import InputError
-from refmoe.golden import find_cases
-from refmoe.mutants.catalogue import MUTANTS
-from refmoe.mutants.matrix_file import MATRIX_FILE, read_matrix
-from refmoe.mutants.matrix_summary import summarise
-from refmoe.mutants.sources import changed
 from refmoe.report.matrix_text import failures, stale_lines
+from refmoe.suite import find_cases
+from refmoe.suite.audit import Coverage, audit
+from refmoe.suite.matrix.dependencies import changed
+from refmoe.suite.matrix.file import MATRIX_FILE, read_matrix
+from refmoe.suite.matrix.summary import summarise
 
 
 @click.command("audit", short_help="What proves each clause: code, tests, mutants, cases.")

@@ -9,15 +9,15 @@ from typing import Any
 
 import click
 
-from refmoe.capture import transformers as engine
-from refmoe.checkpoint.load import checkpoint_digest, load_checkpoint
-from refmoe.checkpoint.size import total_parameters
-from refmoe.checkpoint.write import DTYPE_NAMES, write_checkpoint
+from refmoe.checkpoints.load import checkpoint_digest, load_checkpoint
+from refmoe.checkpoints.size import total_parameters
+from refmoe.checkpoints.write import DTYPE_NAMES, write_checkpoint
 from refmoe.cli.options import GOLDEN, PATH, checkpoint_options, input_calls, input_options, json_option, progress_bar
+from refmoe.engines.capture import transformers as engine
 from refmoe.errors import InputError
-from refmoe.golden import read_case
-from refmoe.script import plan
-from refmoe.trace import Recorder, write_trace
+from refmoe.suite import read_case
+from refmoe.traces.script import plan
+from refmoe.traces.trace import Recorder, write_trace
 
 
 @click.command("materialise", short_help="Write the model of a golden case as an ordinary checkpoint.")

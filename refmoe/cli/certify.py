@@ -7,10 +7,10 @@ from pathlib import Path
 
 import click
 
-from refmoe import golden
-from refmoe.certify import Certificate, certify
+from refmoe import suite as golden
 from refmoe.cli.options import GOLDEN, PATH, jobs_option, json_option, progress_bar
 from refmoe.parallel import results
+from refmoe.suite.certify import Certificate, certify
 
 
 @click.command("certify", short_help="Prove how close every golden is to the real numbers.")

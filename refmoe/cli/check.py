@@ -8,10 +8,10 @@ from pathlib import Path
 
 import click
 
-from refmoe import golden
+from refmoe import suite as golden
 from refmoe.cli.options import GOLDEN, PATH, device_option, jobs_option, json_option, progress_bar
+from refmoe.cuda.place import Place
 from refmoe.errors import InputError
-from refmoe.gpu.place import Place
 from refmoe.parallel import results
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import click
 
 from refmoe.cli.options import PATH, json_option
-from refmoe.compare import compare_traces
-from refmoe.golden import trace_path
 from refmoe.report.terminal import print_comparison
-from refmoe.trace import read_trace
+from refmoe.suite import trace_path
+from refmoe.traces.trace import read_trace
+from refmoe.verify.distances import compare_traces
 
 
 @click.command("compare", short_help="Print how far each tap of a trace is from a golden.")

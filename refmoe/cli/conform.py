@@ -13,22 +13,22 @@ import click
 
 from refmoe.cli.options import GOLDEN, PATH, json_option, progress_bar
 from refmoe.cli.verify import is_significance
-from refmoe.conform.adapter import DTYPES
-from refmoe.conform.adapter_command import adapter_command
-from refmoe.conform.conform import Suite, conform
-from refmoe.conform.harness import Harness, HarnessUnusable
-from refmoe.conform.judgement import Judge
-from refmoe.conform.keeping import keep_folder
-from refmoe.conform.known import Held, hold, known_failures, read_known, write_known
-from refmoe.conform.outcome import SKIPPED, Outcome, Results
-from refmoe.conform.results import to_json, write_results
-from refmoe.conform.scaffold import SCAFFOLDS, usage, write_scaffold
-from refmoe.conform.serve import options_of
-from refmoe.conform.workflow import check_source, known_file, write_workflow
+from refmoe.engines.adapter import DTYPES
+from refmoe.engines.adapter_command import adapter_command
+from refmoe.engines.conform import Suite, conform
+from refmoe.engines.harness import Harness, HarnessUnusable
+from refmoe.engines.judgement import Judge
+from refmoe.engines.keeping import keep_folder
+from refmoe.engines.known import Held, hold, known_failures, read_known, write_known
+from refmoe.engines.outcome import SKIPPED, Outcome, Results
+from refmoe.engines.results import to_json, write_results
+from refmoe.engines.scaffold import SCAFFOLDS, usage, write_scaffold
+from refmoe.engines.serve import options_of
+from refmoe.engines.workflow import check_source, known_file, write_workflow
 from refmoe.errors import InputError
-from refmoe.golden import Case, find_cases, read_case
 from refmoe.policy.load import policy as named_policy
 from refmoe.policy.policy import Policy
+from refmoe.suite import Case, find_cases, read_case
 from refmoe.verify.verify import SIGNIFICANCE
 
 Names = tuple[str, ...]
@@ -72,7 +72,7 @@ def conform_command(
     known: Path | None, out: Path | None, keep: Path | None, write_ci: Path | None, source: str | None,
     scaffold: tuple[str, Path] | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Hold an engine against the golden cases at its dtypes, over the protocol of refmoe/conform/PROTOCOL.md.
+    """Hold an engine against the golden cases at its dtypes, over the protocol of refmoe/engines/PROTOCOL.md.
 
     \b
     refmoe conform --adapter transformers --option attention=sdpa --out results/transformers.json

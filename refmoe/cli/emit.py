@@ -10,7 +10,7 @@ from typing import Any
 import click
 import numpy as np
 
-from refmoe import golden
+from refmoe import suite as golden
 from refmoe.cli.emit_job import emit_job, report, scale_options
 from refmoe.cli.emit_on_gpu import emit_on_gpu
 from refmoe.cli.options import (
@@ -24,17 +24,17 @@ from refmoe.cli.options import (
     json_option,
     progress_bar,
 )
+from refmoe.cuda.place import Place
 from refmoe.errors import InputError
-from refmoe.gpu.place import Place
-from refmoe.ops.policy import PolicyOps
+from refmoe.jobs.job import POLICY
 from refmoe.parallel import results
 from refmoe.policy.load import policy
 from refmoe.policy.policy import Policy
-from refmoe.policy.steps import CUT_STEPS
-from refmoe.scale.job import POLICY
-from refmoe.script import execute
 from refmoe.spec.model import Model
-from refmoe.trace import Header, Recorder, write_trace
+from refmoe.steps.policy_ops import PolicyOps
+from refmoe.steps.rounding import CUT_STEPS
+from refmoe.traces.script import execute
+from refmoe.traces.trace import Header, Recorder, write_trace
 
 
 @click.command("emit", short_help="Compute golden activations of a checkpoint or a case.")

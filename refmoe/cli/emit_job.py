@@ -11,14 +11,14 @@ import click
 from rich.console import Console
 from rich.filesize import decimal
 
-from refmoe.checkpoint.load import checkpoint_digest
+from refmoe.checkpoints.load import checkpoint_digest
 from refmoe.cli.options import PATH, progress_bar
 from refmoe.errors import InputError
-from refmoe.scale.estimate import Estimate, available_memory, estimate
-from refmoe.scale.job import POLICY, Job, compute, parse_layers
-from refmoe.scale.source import SIZES, Folder, Source, find_source, loaded
-from refmoe.script import Call, plan
-from refmoe.trace import Header, Recorder, join_trace
+from refmoe.jobs.estimate import Estimate, available_memory, estimate
+from refmoe.jobs.job import POLICY, Job, compute, parse_layers
+from refmoe.jobs.source import SIZES, Folder, Source, find_source, loaded
+from refmoe.traces.script import Call, plan
+from refmoe.traces.trace import Header, Recorder, join_trace
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

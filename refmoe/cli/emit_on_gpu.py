@@ -6,17 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from refmoe.checkpoint.load import checkpoint_digest
+from refmoe.checkpoints.load import checkpoint_digest
 from refmoe.cli.emit_job import report
 from refmoe.cli.options import progress_bar
+from refmoe.cuda.memory import by_layers, widest
+from refmoe.cuda.place import Place
 from refmoe.errors import InputError
-from refmoe.gpu.memory import by_layers, widest
-from refmoe.gpu.place import Place
-from refmoe.scale.layerwise import Script, Tap
-from refmoe.scale.source import find_source, loaded
-from refmoe.script import Call, plan
+from refmoe.jobs.layerwise import Script, Tap
+from refmoe.jobs.source import find_source, loaded
 from refmoe.spec.model import Model
-from refmoe.trace import Header, Recorder, write_trace
+from refmoe.traces.script import Call, plan
+from refmoe.traces.trace import Header, Recorder, write_trace
 
 ON_CPU = {"layers": "--layers", "states": "--states", "executor": "--executor", "only_estimate": "--estimate"}
 """Options of emit that go with the CPU alone."""

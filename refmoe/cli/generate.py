@@ -10,13 +10,13 @@ from typing import Any
 import click
 import numpy as np
 
-from refmoe.checkpoint.load import load_checkpoint
+from refmoe.arithmetic.exact.slices import on_host
+from refmoe.checkpoints.load import load_checkpoint
 from refmoe.cli.options import PATH, Tokens, device_option, input_calls, json_option
+from refmoe.cuda.decode import Decoder
+from refmoe.cuda.memory import resident, widest
+from refmoe.cuda.place import Place
 from refmoe.errors import InputError
-from refmoe.gpu.decode import Decoder
-from refmoe.gpu.memory import resident, widest
-from refmoe.gpu.place import Place
-from refmoe.ops.slices import on_host
 from refmoe.spec.model import Caches, Model, forward
 from refmoe.text.generate import generate
 from refmoe.text.sampling import SamplingSettings

@@ -12,11 +12,11 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from refmoe.checkpoint.load import load_checkpoint
-from refmoe.checkpoint.size import active_parameters, total_parameters
+from refmoe.checkpoints.load import load_checkpoint
+from refmoe.checkpoints.size import active_parameters, total_parameters
 from refmoe.cli.options import device_option, json_option
-from refmoe.gpu.memory import cache_bytes, gibibytes, missing, resident, widest
-from refmoe.gpu.place import Place
+from refmoe.cuda.memory import cache_bytes, gibibytes, missing, resident, widest
+from refmoe.cuda.place import Place
 from refmoe.spec.config import PRESETS, Config
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}

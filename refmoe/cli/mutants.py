@@ -11,19 +11,19 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from refmoe.atomic import replacing
+from refmoe.bugs.catalogue import MUTANTS
+from refmoe.bugs.mutant import Mutant
 from refmoe.cli.options import GOLDEN, PATH, jobs_option, json_option, progress_bar
 from refmoe.errors import InputError
-from refmoe.golden import MANIFEST_FILE, file_digest, find_cases, read_case, read_folder_manifest, write_manifest
-from refmoe.mutants.catalogue import MUTANTS
-from refmoe.mutants.matrix import POLICIES, SPECIFICATION, Outcome, compute_matrix, runnable, whole
-from refmoe.mutants.matrix_changes import gains, losses, outside_changed, plan, revised_matrix
-from refmoe.mutants.matrix_file import MATRIX_FILE, Matrix, read_matrix, to_matrix, write_matrix
-from refmoe.mutants.matrix_summary import summarise
-from refmoe.mutants.mutant import Mutant
-from refmoe.mutants.outside import judge_outside
-from refmoe.mutants.sources import changed, digests
+from refmoe.files.atomic import replacing
 from refmoe.report.matrix_text import changed_lines, stale_lines, summary_lines
+from refmoe.suite import MANIFEST_FILE, file_digest, find_cases, read_case, read_folder_manifest, write_manifest
+from refmoe.suite.matrix.changes import gains, losses, outside_changed, plan, revised_matrix
+from refmoe.suite.matrix.dependencies import changed, digests
+from refmoe.suite.matrix.file import MATRIX_FILE, Matrix, read_matrix, to_matrix, write_matrix
+from refmoe.suite.matrix.outcomes import POLICIES, SPECIFICATION, Outcome, compute_matrix, runnable, whole
+from refmoe.suite.matrix.summary import summarise
+from refmoe.suite.matrix.surroundings import judge_outside
 
 Names = tuple[str, ...]
 

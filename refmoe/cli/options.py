@@ -11,9 +11,9 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from refmoe.cuda.place import DEVICES, Place
 from refmoe.errors import InputError
-from refmoe.gpu.place import DEVICES, Place
-from refmoe.script import Call
+from refmoe.traces.script import Call
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

@@ -11,18 +11,18 @@ import click
 import numpy as np
 from rich.console import Console
 
-from refmoe.atomic import replacing
+from refmoe.arithmetic.exact.ops import ExactOps
 from refmoe.cli.options import PATH, json_option
 from refmoe.errors import InputError
-from refmoe.ops.exact import ExactOps
-from refmoe.routing.family import FAMILY, Settings, run_router
-from refmoe.routing.picture import draw
-from refmoe.routing.png import png_bytes
-from refmoe.routing.record import Routing
-from refmoe.routing.statistics import LoadStatistics, load_statistics
-from refmoe.routing.svg import svg_bytes
-from refmoe.routing.terminal import print_routing
-from refmoe.trace import read_trace
+from refmoe.files.atomic import replacing
+from refmoe.routers.literature.family import FAMILY, Settings, run_router
+from refmoe.routers.literature.record import Routing
+from refmoe.routers.literature.statistics import LoadStatistics, load_statistics
+from refmoe.routers.pictures.picture import draw
+from refmoe.routers.pictures.png import png_bytes
+from refmoe.routers.pictures.svg import svg_bytes
+from refmoe.routers.pictures.terminal import print_routing
+from refmoe.traces.trace import read_trace
 
 TOKENS, EXPERTS = 16, 8
 LARGEST = 1 << 20

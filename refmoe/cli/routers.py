@@ -18,7 +18,7 @@ from refmoe.cli.options import json_option, progress_bar
 from refmoe.errors import InputError, require
 
 if TYPE_CHECKING:
-    from refmoe.routing.contract import Verdict
+    from refmoe.routers.contract import Verdict
 
 BEHAVIOURS = click.Choice(["raise", "propagate", "unspecified"])
 DTYPES = click.Choice(["float64", "float32", "float16", "bfloat16"])
@@ -73,8 +73,8 @@ def check_command(
     What the options declare is what the router is judged by. Exit status: 0 no law is broken, 1 one is, 2 bad input.
     """
     require("hypothesis", "contract", "the contract of routers")
-    from refmoe.routing.contract import Declaration, Subject, judge
-    from refmoe.routing.contract.laws import LAWS
+    from refmoe.routers.contract import Declaration, Subject, judge
+    from refmoe.routers.contract.laws import LAWS
 
     if unknown := [name for name in laws if name not in LAWS]:
         raise InputError(f"--law {unknown[0]}: no such law, one of {', '.join(LAWS)} was expected")
@@ -134,7 +134,7 @@ def module_of(name: str) -> Any:
 
 def show(verdicts: list[Verdict], as_json: bool) -> None:
     """A table of the laws, then every broken one with its smallest example."""
-    from refmoe.routing.contract.report import as_data, explain, summary
+    from refmoe.routers.contract.report import as_data, explain, summary
 
     if as_json:
         click.echo(json.dumps({"laws": [as_data(verdict) for verdict in verdicts]}))

@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
-from refmoe.atomic import replacing
 from refmoe.cli.options import PATH, json_option
-from refmoe.conform.results import json_number
-from refmoe.conform.scoreboard import KINDS, Entrant, Scoreboard, result_files, scoreboard
+from refmoe.engines.results import json_number
+from refmoe.engines.scoreboard import KINDS, Entrant, Scoreboard, result_files, scoreboard
+from refmoe.files.atomic import replacing
 
 
 @click.command("scoreboard", short_help="Engines by cases by dtypes, from results of conform.")

@@ -11,19 +11,19 @@ from typing import NamedTuple
 
 import click
 
-from refmoe.atomic import replacing
-from refmoe.checkpoint.json_file import shown
-from refmoe.checkpoint.load import checkpoint_digest
+from refmoe.checkpoints.load import checkpoint_digest
 from refmoe.cli.emit_job import synthetic_option
 from refmoe.cli.options import GOLDEN, PATH, checkpoint_options, device_option, json_option, progress_bar
+from refmoe.cuda.place import Place
 from refmoe.errors import InputError
-from refmoe.golden import case_source, read_case
-from refmoe.gpu.place import Place
+from refmoe.files.atomic import replacing
+from refmoe.files.json_file import shown
+from refmoe.jobs.source import Source, find_source, loaded
+from refmoe.jobs.spread import open_executor, parse_executor
 from refmoe.policy.load import policy as named_policy
 from refmoe.policy.policy import Policy
-from refmoe.scale.source import Source, find_source, loaded
-from refmoe.scale.spread import open_executor, parse_executor
-from refmoe.trace import Run, Trace, read_trace
+from refmoe.suite import case_source, read_case
+from refmoe.traces.trace import Run, Trace, read_trace
 from refmoe.verify.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT, Report
 from refmoe.verify.segments import Spread
 from refmoe.verify.verify import SIGNIFICANCE, verify
@@ -195,8 +195,8 @@ def _verify(
         )
     if not diagnosing or report.verdict != NOT_CONFORMANT:
         return report
-    from refmoe.mutants.catalogue import MUTANTS
-    from refmoe.mutants.diagnosis import diagnose, explained
+    from refmoe.bugs.catalogue import MUTANTS
+    from refmoe.verify.diagnosis import diagnose, explained
 
     with progress_bar("diagnose", 2 * len(MUTANTS)) as advance:
         explanations = diagnose(

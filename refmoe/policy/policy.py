@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from refmoe.policy.formats import FORMATS, Format
+from refmoe.arithmetic.enclosure.budgets import Budget
+from refmoe.arithmetic.formats import FORMATS, Format
 from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS
 
 INNER_CUTS = {
@@ -41,18 +42,6 @@ TIES = ("any", "lower")
 COMPARED = ("stored", "unrounded")
 CONSUMERS = ("stored", "unrounded")
 SIGMOIDS = ("relative", "absolute")
-
-
-@dataclass(frozen=True)
-class Budget:
-    """The error of a library function: at most `constant + slope * |x|` unit roundoffs of the statistics dtype.
-
-    A tolerance, not a consequence of arithmetic: nothing but its author bounds an engine's exp.
-    """
-
-    constant: float
-    slope: float
-    source: str
 
 
 @dataclass(frozen=True)

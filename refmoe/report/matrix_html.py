@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from refmoe.golden import Case
-from refmoe.mutants.catalogue import MUTANTS
-from refmoe.mutants.matrix import IMPOSSIBLE, IMPROBABLE, INERT, POLICIES, ROUTING, runnable
-from refmoe.mutants.matrix_file import Matrix
-from refmoe.mutants.matrix_summary import Summary, summarise
-from refmoe.mutants.outside import outside
+from refmoe.bugs.catalogue import MUTANTS
 from refmoe.report.page import render
 from refmoe.report.wording import count
+from refmoe.suite import Case
+from refmoe.suite.matrix.file import Matrix
+from refmoe.suite.matrix.outcomes import IMPOSSIBLE, IMPROBABLE, INERT, POLICIES, ROUTING, runnable
+from refmoe.suite.matrix.summary import Summary, summarise
+from refmoe.suite.matrix.surroundings import outside
 from refmoe.verify.findings import CANNOT_JUDGE, CONFORMANT
 
 STATES = {

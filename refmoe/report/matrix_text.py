@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from refmoe.mutants.matrix import POLICIES, Work
-from refmoe.mutants.matrix_summary import Summary
 from refmoe.report.wording import count
+from refmoe.suite.matrix.outcomes import POLICIES, Work
+from refmoe.suite.matrix.summary import Summary
 
 
 def summary_lines(summary: Summary) -> Iterable[str]:

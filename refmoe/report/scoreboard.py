@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from refmoe.conform.adapter import TAPS
-from refmoe.conform.scoreboard import (
+from refmoe.engines.adapter import TAPS
+from refmoe.engines.scoreboard import (
     DEVIATES,
     FAILED,
     KINDS,

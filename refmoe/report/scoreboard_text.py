@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from refmoe.conform.known import Held
-from refmoe.conform.outcome import SKIPPED, Outcome, Results
-from refmoe.conform.process import BROKEN, CRASHED, TIMED_OUT
-from refmoe.conform.scoreboard import (
+from refmoe.engines.known import Held
+from refmoe.engines.outcome import SKIPPED, Outcome, Results
+from refmoe.engines.process import BROKEN, CRASHED, TIMED_OUT
+from refmoe.engines.scoreboard import (
     DEVIATES,
     FAILED,
     KINDS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from refmoe.compare import Comparison
+from refmoe.verify.distances import Comparison
 from refmoe.verify.findings import as_set
 
 WIDE = 118

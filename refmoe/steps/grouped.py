@@ -6,33 +6,35 @@ Exact arithmetic gives the bits of the spec; a native one may differ from it in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
+from refmoe.arithmetic.arrays import Array, ArrayOps
+from refmoe.spec.attention import Cache
 from refmoe.spec.experts import Expert, run_expert
-from refmoe.spec.interface import Array
 from refmoe.spec.model import Steps
 from refmoe.spec.softmax import softmax
+from refmoe.spec.taps import offer
 
-GroupingOps = Any
-"""An `ArrayOps`: the ops of the spec, with `group` and `inverse`."""
+EXPERT_TAPS = ("gate", "up", "hidden", "output")
 
 
-def attend(ops: GroupingOps, q: Any, cache: Any, mask: Any) -> Any:
+def attend(ops: ArrayOps, q: Array, cache: Cache, mask: Array) -> Array:
     """`refmoe.spec.attention.attend`, with one product for all query heads that share a key/value head.
 
     q: [T, H, d]   cache: S tokens   mask: [T, S]   returns: [T, H, d]
     """
     tokens, heads, head_dim = q.shape
-    rows = grouped_by_kv_head(q, cache.k.shape[1])
-    dots = ops.matmul(rows, cache.k.transpose(1, 2, 0)).reshape(heads, tokens, -1)
+    k: Array = cache.k
+    v: Array = cache.v
+    rows = grouped_by_kv_head(q, k.shape[1])
+    dots = ops.matmul(rows, k.transpose(1, 2, 0)).reshape(heads, tokens, -1)
     scores = ops.tap("attention.scores", dots / ops.sqrt(ops.array(head_dim)))
-    probs = ops.tap("attention.probs", softmax(ops, scores, mask[None]))
-    mixed = ops.matmul(probs.reshape(len(rows), -1, probs.shape[-1]), cache.v.transpose(1, 0, 2))
+    probs: Array = ops.tap("attention.probs", softmax(ops, scores, mask[None]))
+    mixed = ops.matmul(probs.reshape(len(rows), -1, probs.shape[-1]), v.transpose(1, 0, 2))
     return ops.tap("attention.context", mixed.reshape(heads, tokens, head_dim).transpose(1, 0, 2))
 
 
-def grouped_by_kv_head(q: Any, kv_heads: int) -> Any:
+def grouped_by_kv_head(q: Array, kv_heads: int) -> Array:
     """The rows that are multiplied with each key/value head: its query heads one after another.
 
     q: [T, H, d]   returns: [K, H / K * T, d]
@@ -42,25 +44,39 @@ def grouped_by_kv_head(q: Any, kv_heads: int) -> Any:
     return by_head.reshape(kv_heads, -1, head_dim)
 
 
-def run_experts(ops: GroupingOps, experts: Sequence[Expert], x: Any, chosen: Any) -> Array:
+def run_experts(ops: ArrayOps, experts: Sequence[Expert], x: Array, chosen: Array) -> Array:
     """`refmoe.spec.experts.run_experts`, with the rows sorted by expert once.
 
     x: [T, D]   chosen: integers [T, k]   returns: [T, k, D], in the order of `chosen`
     """
-    k = chosen.shape[1]
-    order, counts = ops.group(chosen.reshape(-1), len(experts))
-    rows = x[order // k]
-    results, start = [], 0
-    for expert, count in zip(experts, counts, strict=True):
+
+    def run(parts: Sequence[tuple[int, Array]]) -> list[tuple[Array, ...]]:
+        return [run_expert(ops, experts[e], rows) for e, rows in parts]
+
+    return by_expert(ops, len(experts), x, chosen, run)
+
+
+def by_expert(
+    ops: ArrayOps, experts: int, x: Array, chosen: Array,
+    run: Callable[[Sequence[tuple[int, Array]]], Sequence[tuple[Array, ...]]],
+) -> Array:  # fmt: skip
+    """The outputs of all experts, however `run` computes them.
+
+    run: from (expert id, its rows [n, D]) of each expert that somebody chose to its gate, up, hidden and output
+    x: [T, D]   chosen: integers [T, k]   returns: [T, k, D], in the order of `chosen`
+    """
+    order, counts = ops.group(chosen.reshape(-1), experts)
+    rows, parts, start = x[order // chosen.shape[1]], [], 0
+    for expert, count in enumerate(counts):
         if count:
-            results.append(run_expert(ops, expert, rows[start : start + count]))
+            parts.append((expert, rows[start : start + count]))
             start += count
-    slot = ops.inverse(order)
-    output: Any = None
-    for name, parts in zip(("gate", "up", "hidden", "output"), zip(*results, strict=True), strict=True):
-        output = ops.tap(f"expert.{name}", ops.concatenate(parts)[slot].reshape(*chosen.shape, -1))
-    found: Array = output
-    return found
+    slot, results = ops.inverse(order), run(parts)
+    values = {
+        name: ops.concatenate(pieces)[slot].reshape(*chosen.shape, -1)
+        for name, pieces in zip(EXPERT_TAPS, zip(*results, strict=True), strict=True)
+    }
+    return offer(ops, "expert", **values)
 
 
 GROUPED_STEPS = Steps(attend=attend, run_experts=run_experts)

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.ops.enclosure.array import Enclosure
+from refmoe.arithmetic.enclosure.array import Enclosure
 from refmoe.spec.config import Config
 from refmoe.spec.taps import LAYER_TAPS
-from refmoe.trace import Run
+from refmoe.traces.trace import Run
 from refmoe.verify.subject import shape_of
 from refmoe.verify.tally import Place
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from refmoe.spec.taps import layer_of, step_of
+
 PASS, FAIL, UNDECIDABLE = "pass", "fail", "undecidable"
 """The three verdicts of a check."""
 
@@ -163,13 +165,3 @@ class Report:
 def as_set(experts: tuple[int, ...]) -> str:
     """A choice of experts as a set, in the order given."""
     return "{" + ", ".join(map(str, experts)) + "}"
-
-
-def step_of(tap: str) -> str:
-    """A tap's name without its layer."""
-    return tap.split(".", 2)[2] if tap.startswith("layers.") else tap
-
-
-def layer_of(tap: str) -> int | None:
-    """The layer of a tap, or None outside of the layers."""
-    return int(tap.split(".")[1]) if tap.startswith("layers.") else None

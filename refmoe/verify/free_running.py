@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.ops.enclosure.array import Enclosure
-from refmoe.policy.formats import nearest, ulp
+from refmoe.arithmetic.enclosure.array import Enclosure
+from refmoe.arithmetic.formats import nearest, ulp
 from refmoe.policy.policy import Policy
-from refmoe.trace import Trace
-from refmoe.verify.findings import FAIL, FREE, PASS, UNDECIDABLE, Check, Element, step_of
+from refmoe.spec.taps import step_of
+from refmoe.traces.trace import Trace
+from refmoe.verify.findings import FAIL, FREE, PASS, UNDECIDABLE, Check, Element
 from refmoe.verify.passes import Pass
 from refmoe.verify.subject import Findings, Subject
 from refmoe.verify.tally import LEAN, SNR, Limits

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refmoe.checkpoint.json_file import shown
-from refmoe.checkpoint.safetensors_file import DTYPES, quoted
+from refmoe.arithmetic.formats import OF_DTYPE
 from refmoe.errors import InputError
-from refmoe.policy.formats import OF_DTYPE
+from refmoe.files.json_file import shown
+from refmoe.files.safetensors_file import DTYPES, quoted
 from refmoe.spec.config import Config
-from refmoe.spec.taps import tap_names
-from refmoe.trace import Run, Trace
-from refmoe.verify.findings import step_of
+from refmoe.spec.taps import step_of, tap_names
+from refmoe.traces.trace import Run, Trace
 from refmoe.verify.subject import shape_of
 
 LAST_POSITION = (1 << 31) - 1

@@ -7,14 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.ops.enclosure.array import Enclosure
-from refmoe.policy.formats import OF_DTYPE, ulp
+from refmoe.arithmetic.enclosure.array import Enclosure
+from refmoe.arithmetic.formats import OF_DTYPE, ulp
 from refmoe.policy.policy import Policy
-from refmoe.script import cut
 from refmoe.spec.model import Caches, Model, embed, head, run_layers
-from refmoe.trace import Trace
+from refmoe.spec.taps import layer_of, step_of
+from refmoe.traces.script import cut
+from refmoe.traces.trace import Trace
 from refmoe.verify.blocks import block_size, places, without_bound
-from refmoe.verify.findings import CONTESTABLE, FORCED, layer_of, step_of
+from refmoe.verify.findings import CONTESTABLE, FORCED
 from refmoe.verify.routing import Routing, judge, valid
 from refmoe.verify.subject import Findings, Subject
 from refmoe.verify.tally import Tally

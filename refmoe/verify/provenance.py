@@ -6,8 +6,8 @@ from collections.abc import Set
 from dataclasses import dataclass
 
 from refmoe.spec.config import Config
-from refmoe.spec.taps import LAYER_TAPS, tap_names
-from refmoe.verify.findings import FREE, LOCAL, REPLAYED, step_of
+from refmoe.spec.taps import LAYER_TAPS, step_of, tap_names
+from refmoe.verify.findings import FREE, LOCAL, REPLAYED
 
 INPUTS = {
     "attention_norm": ("x",),

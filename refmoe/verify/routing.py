@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.ops.enclosure.array import Enclosure
-from refmoe.ops.enclosure.functions import relative_error
+from refmoe.arithmetic.enclosure.array import Enclosure
+from refmoe.arithmetic.enclosure.functions import relative_error
 from refmoe.policy.policy import Policy
 from refmoe.verify.findings import CONTESTABLE, FORCED, TIE, Decision
 

@@ -14,11 +14,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from refmoe.jobs.spread import result_of
 from refmoe.policy.policy import Policy
-from refmoe.scale.spread import result_of
 from refmoe.spec.config import Config
-from refmoe.trace import Run, Trace, read_trace
-from refmoe.verify.findings import layer_of
+from refmoe.spec.taps import layer_of
+from refmoe.traces.trace import Run, Trace, read_trace
 from refmoe.verify.passes import Pass
 from refmoe.verify.subject import Findings, Subject
 

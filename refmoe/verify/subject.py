@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from refmoe.ops.enclosure.ops import EnclosureOps
-from refmoe.policy.steps import CUT_STEPS
 from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters, Steps
-from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS
-from refmoe.trace import Run
-from refmoe.verify.findings import Decision, step_of
+from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS, step_of
+from refmoe.steps.enclosure_ops import EnclosureOps
+from refmoe.steps.rounding import CUT_STEPS
+from refmoe.traces.trace import Run
+from refmoe.verify.findings import Decision
 from refmoe.verify.tally import Tally
 
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.ops.enclosure.array import OWN, Enclosure
-from refmoe.policy.formats import FLOAT64, Format, cell, nearest, representable, ulp
+from refmoe.arithmetic.enclosure.array import OWN, Enclosure
+from refmoe.arithmetic.formats import FLOAT64, Format, cell, nearest, representable, ulp
 from refmoe.verify.findings import FAIL, PASS, UNDECIDABLE, Check, Element
 
 SNR = 26.0

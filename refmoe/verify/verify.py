@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
-from refmoe.ops.enclosure.ops import EnclosureOps
 from refmoe.policy.policy import Policy
 from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters
-from refmoe.spec.taps import tap_names
-from refmoe.trace import Run, Trace
+from refmoe.spec.taps import layer_of, step_of, tap_names
+from refmoe.steps.enclosure_ops import EnclosureOps
+from refmoe.traces.trace import Run, Trace
 from refmoe.verify.findings import (
     CANNOT_JUDGE,
     CONFORMANT,
@@ -25,8 +25,6 @@ from refmoe.verify.findings import (
     Decision,
     Report,
     as_set,
-    layer_of,
-    step_of,
 )
 from refmoe.verify.free_running import against_noise
 from refmoe.verify.intake import Contents, take_in

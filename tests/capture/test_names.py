@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from refmoe.capture.names import HUGGING_FACE, MISTRAL, tap_of
+from refmoe.engines.capture.names import HUGGING_FACE, MISTRAL, tap_of
 from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS
 
 

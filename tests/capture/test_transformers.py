@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refmoe.capture.names import HUGGING_FACE
-from refmoe.checkpoint.load import load_checkpoint
-from refmoe.ops.exact import ExactOps
-from refmoe.ops.native import NativeOps
-from refmoe.script import Call, Packed, execute, plan
+from refmoe.arithmetic.exact.ops import ExactOps
+from refmoe.arithmetic.native.ops import NativeOps
+from refmoe.checkpoints.load import load_checkpoint
+from refmoe.engines.capture.names import HUGGING_FACE
 from refmoe.spec.model import Model
-from refmoe.trace import Recorder, Run
+from refmoe.traces.script import Call, Packed, execute, plan
+from refmoe.traces.trace import Recorder, Run
 from tests.models import SMALL, relative_rms
 
 pytestmark = pytest.mark.engines
@@ -97,7 +97,7 @@ def _lifted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def both(folder: Path, dtype: str, attention: str = "eager", calls: Any = CALLS, kind: Any = None) -> Any:
     """The engine's taps and the spec's."""
-    from refmoe.capture.transformers import capture, load_model
+    from refmoe.engines.capture.transformers import capture, load_model
 
     loaded = load_checkpoint(folder)
     runs = plan(calls, loaded.config.vocab)
@@ -204,7 +204,7 @@ def test_hooks_are_gone_after_a_capture(checkpoint: Path) -> None:
     """The model that was captured is left as it was."""
     from transformers.models.mixtral import modeling_mixtral as m
 
-    from refmoe.capture.transformers import capture, load_model
+    from refmoe.engines.capture.transformers import capture, load_model
 
     turned, model = m.apply_rotary_pos_emb, load_model(checkpoint, "float32")
     runs: tuple[Run, ...] = plan(CALLS, SMALL.vocab)
@@ -215,7 +215,7 @@ def test_hooks_are_gone_after_a_capture(checkpoint: Path) -> None:
 
 def test_the_table_names_modules_that_exist(checkpoint: Path) -> None:
     """A renamed module would otherwise be a tap silently lost."""
-    from refmoe.capture.transformers import load_model
+    from refmoe.engines.capture.transformers import load_model
 
     modules = dict(load_model(checkpoint, "float32").named_modules())
     for name in HUGGING_FACE:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.ops.native import NativeOps
+from refmoe.arithmetic.native.ops import NativeOps
 
 EXACT_IN_FLOAT32 = 2.0**24
 """Integers up to here are float32 numbers, and so are they times a power of two."""

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refmoe.conditions import CONDITIONS, NOT_OF_A_CASE, golden_arrays, holding, mistakes, render
-from refmoe.conditions.__main__ import main
-from refmoe.golden import Case, compute, find_cases, read_case
-from refmoe.ops.native import NativeOps
-from refmoe.script import Call, execute
+from refmoe.arithmetic.native.ops import NativeOps
 from refmoe.spec.model import Model
-from refmoe.trace import Recorder
+from refmoe.suite import Case, compute, find_cases, read_case
+from refmoe.suite.conditions import CONDITIONS, NOT_OF_A_CASE, golden_arrays, holding, mistakes, render
+from refmoe.suite.conditions.__main__ import main
+from refmoe.traces.script import Call, execute
+from refmoe.traces.trace import Recorder
 from tests.cases.order_free import OrderedOps, ProvingOps, lowest_bits
 
 REPOSITORY = Path(__file__).parents[2]

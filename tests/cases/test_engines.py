@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refmoe.capture.transformers import capture, load_model
-from refmoe.checkpoint.write import write_checkpoint
-from refmoe.conditions import golden_arrays
-from refmoe.golden import Case, find_cases, read_case
-from refmoe.trace import Recorder
+from refmoe.checkpoints.write import write_checkpoint
+from refmoe.engines.capture.transformers import capture, load_model
+from refmoe.suite import Case, find_cases, read_case
+from refmoe.suite.conditions import golden_arrays
+from refmoe.traces.trace import Recorder
 from tests.capture.test_transformers import _lifted  # noqa: F401  (a fixture)
 from tests.models import relative_rms
 

@@ -9,16 +9,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from refmoe.checkpoint.load import load_checkpoint
-from refmoe.checkpoint.synthetic import synthetic_checkpoint
-from refmoe.checkpoint.write import write_checkpoint
-from refmoe.golden import read_case, trace_path
-from refmoe.ops.policy import PolicyOps
+from refmoe.checkpoints.load import load_checkpoint
+from refmoe.checkpoints.synthetic import synthetic_checkpoint
+from refmoe.checkpoints.write import write_checkpoint
 from refmoe.policy.load import policies, policy
-from refmoe.policy.steps import CUT_STEPS
-from refmoe.script import execute
 from refmoe.spec.model import Model
-from refmoe.trace import Recorder, read_trace
+from refmoe.steps.policy_ops import PolicyOps
+from refmoe.steps.rounding import CUT_STEPS
+from refmoe.suite import read_case, trace_path
+from refmoe.traces.script import execute
+from refmoe.traces.trace import Recorder, read_trace
 from tests.command_line import Refmoe
 from tests.golden_cases import write_case
 from tests.models import SMALL

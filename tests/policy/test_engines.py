@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refmoe.checkpoint.load import load_checkpoint
-from refmoe.ops.policy import PolicyOps
+from refmoe.checkpoints.load import load_checkpoint
 from refmoe.policy.load import policy
-from refmoe.policy.steps import CUT_STEPS
-from refmoe.script import execute, plan
 from refmoe.spec.model import Model
-from refmoe.trace import Recorder, Run
+from refmoe.steps.policy_ops import PolicyOps
+from refmoe.steps.rounding import CUT_STEPS
+from refmoe.traces.script import execute, plan
+from refmoe.traces.trace import Recorder, Run
 from tests.capture.test_transformers import save_tiny_mixtral
 
 pytestmark = pytest.mark.engines
@@ -53,7 +53,7 @@ def agreement(tmp_path_factory: pytest.TempPathFactory) -> Agreement:
     captured: dict[str, dict[str, Any]] = {}
 
     def measure(name: str) -> dict[str, Any]:
-        from refmoe.capture.transformers import capture, header, load_model
+        from refmoe.engines.capture.transformers import capture, header, load_model
 
         dtype = name.partition("+")[0].removeprefix("hf-")
         if dtype not in captured:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refmoe.policy.formats import (
+from refmoe.arithmetic.formats import (
     BFLOAT16,
     FLOAT16,
     FLOAT32,

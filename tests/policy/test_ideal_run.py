@@ -9,16 +9,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from refmoe import golden
-from refmoe.checkpoint.weight import Weight
-from refmoe.ops.exact import ExactOps
-from refmoe.ops.policy import PolicyOps
+from refmoe import suite as golden
+from refmoe.arithmetic.exact.ops import ExactOps
+from refmoe.checkpoints.weight import Weight
 from refmoe.policy.load import policies, policy
 from refmoe.policy.policy import INNER_CUTS, Policy
-from refmoe.policy.steps import CUT_STEPS
-from refmoe.script import execute, plan
 from refmoe.spec.model import Model, forward
-from refmoe.trace import Recorder, read_trace
+from refmoe.steps.policy_ops import PolicyOps
+from refmoe.steps.rounding import CUT_STEPS
+from refmoe.traces.script import execute, plan
+from refmoe.traces.trace import Recorder, read_trace
 from tests.models import SMALL, random_model
 
 GOLDEN = Path(__file__).parent.parent.parent / "golden"

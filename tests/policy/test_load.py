@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from refmoe.arithmetic.formats import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 from refmoe.errors import InputError
-from refmoe.policy.formats import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 from refmoe.policy.load import Difference, differences, policies, policy
 from refmoe.policy.policy import CUT_POINTS, STATISTICS
 

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from refmoe.bugs.catalogue import MUTANTS
 from refmoe.errors import InputError
-from refmoe.golden import find_cases, read_case
-from refmoe.mutants.catalogue import MUTANTS
-from refmoe.mutants.matrix import POLICIES, SPECIFICATION, runnable
-from refmoe.mutants.matrix_file import Matrix
-from refmoe.mutants.sources import digests
 from refmoe.report.matrix_html import STATES, cell, to_html
+from refmoe.suite import find_cases, read_case
+from refmoe.suite.matrix.dependencies import digests
+from refmoe.suite.matrix.file import Matrix
+from refmoe.suite.matrix.outcomes import POLICIES, SPECIFICATION, runnable
 from refmoe.verify.findings import CANNOT_JUDGE, CONFORMANT
-from tests.mutants.judging import GOLDEN
-from tests.mutants.sample_matrix import all_killed, kills
+from tests.bugs.judging import GOLDEN
+from tests.bugs.sample_matrix import all_killed, kills
 from tests.report.chromium import BROWSER, Chromium, Page
 from tests.report.test_html import Outline
 from tests.report.test_html_browser import CONTRAST

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from refmoe.checkpoint.configuration import ConfigError, checked
-from refmoe.checkpoint.names import parameter_shapes
-from refmoe.checkpoint.size import active_parameters, total_parameters
+from refmoe.checkpoints.configuration import ConfigError, checked
+from refmoe.checkpoints.names import parameter_shapes
+from refmoe.checkpoints.size import active_parameters, total_parameters
 from refmoe.spec.config import PRESETS, Config
 from tests.models import SMALL
 

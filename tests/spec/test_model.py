@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refmoe.checkpoint.write import named_weights
-from refmoe.ops.exact import ExactOps
-from refmoe.ops.native import NativeOps
-from refmoe.script import execute, plan
+from refmoe.arithmetic.exact.ops import ExactOps
+from refmoe.arithmetic.native.ops import NativeOps
+from refmoe.checkpoints.write import named_weights
 from refmoe.spec.config import Config
 from refmoe.spec.model import Model, forward
 from refmoe.spec.taps import LAYER_TAPS, tap_names
-from refmoe.trace import Recorder
+from refmoe.traces.script import execute, plan
+from refmoe.traces.trace import Recorder
 from tests.models import SMALL, random_model, relative_rms
 from tests.spec import scalar_mixtral
 
@@ -187,6 +187,6 @@ def test_a_single_expert_is_never_evaluated_for_nobody() -> None:
 
 
 def _fixed(values: Any) -> Any:
-    from refmoe.checkpoint.weight import Weight
+    from refmoe.checkpoints.weight import Weight
 
     return Weight("fixed", values.shape, np.float64, lambda: values, "fixed")

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refmoe.ops.exact import ExactOps
-from refmoe.ops.native import NativeOps
+from refmoe.arithmetic.exact.ops import ExactOps
+from refmoe.arithmetic.native.ops import NativeOps
 from refmoe.spec.softmax import softmax
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from refmoe.golden import find_cases, read_case, trace_path
-from refmoe.ops.exact import ExactOps
-from refmoe.script import execute
+from refmoe.arithmetic.exact.ops import ExactOps
 from refmoe.spec.model import Model
 from refmoe.steps.grouped import GROUPED_STEPS
-from refmoe.trace import Recorder, read_trace
+from refmoe.suite import find_cases, read_case, trace_path
+from refmoe.traces.script import execute
+from refmoe.traces.trace import Recorder, read_trace
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 CASES = [folder for folder in find_cases(GOLDEN) if read_case(folder).store == "trace"]

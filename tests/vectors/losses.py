@@ -70,7 +70,7 @@ def vector(table: Table) -> dict[str, Any]:
 
 
 def clauses(table: Table) -> list[str]:
-    """The clauses of refmoe/routing/losses.py that the vector exercises."""
+    """The clauses of refmoe/routers/literature/losses.py that the vector exercises."""
     if not table.k:
         return ["AUX-6", "AUX-7"] + ["AUX-8"] * (table.mask is not None)
     several = ["AUX-4"] * (len(table.layers) > 1)

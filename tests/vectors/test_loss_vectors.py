@@ -1,6 +1,6 @@
 """`losses.json` against refmoe, in three arithmetics, and against mistakes that are near.
 
-The known bugs: `tests/mutants/test_outside.py`.
+The known bugs: `tests/bugs/test_outside.py`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from refmoe.ops.ball import BallOps
-from refmoe.ops.exact import ExactOps
-from refmoe.ops.native import NativeOps
-from refmoe.routing.losses import load_balancing_loss, router_z_loss
+from refmoe.arithmetic.ball import BallOps
+from refmoe.arithmetic.exact.ops import ExactOps
+from refmoe.arithmetic.native.ops import NativeOps
+from refmoe.routers.literature.losses import load_balancing_loss, router_z_loss
 from tests.vectors.files import load
 from tests.vectors.numbers import contains, read
 

@@ -1,4 +1,4 @@
-"""`sampler.json` against refmoe, stage by stage. The known bugs: `tests/mutants/test_outside.py`."""
+"""`sampler.json` against refmoe, stage by stage. The known bugs: `tests/bugs/test_outside.py`."""
 
 from __future__ import annotations
 

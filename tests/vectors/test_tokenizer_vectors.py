@@ -1,4 +1,4 @@
-"""`tokenizer-v1.json` and `tokenizer-v3.json` against refmoe. The known bugs: `tests/mutants/test_outside.py`."""
+"""`tokenizer-v1.json` and `tokenizer-v3.json` against refmoe. The known bugs: `tests/bugs/test_outside.py`."""
 
 from __future__ import annotations
 

@@ -12,16 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.capture import transformers as engine
-from refmoe.checkpoint.layout import Checkpoint
-from refmoe.checkpoint.synthetic import synthetic_checkpoint
-from refmoe.checkpoint.write import write_checkpoint
-from refmoe.golden import find_cases, read_case
+from refmoe.checkpoints.layout import Checkpoint
+from refmoe.checkpoints.synthetic import synthetic_checkpoint
+from refmoe.checkpoints.write import write_checkpoint
+from refmoe.engines.capture import transformers as engine
 from refmoe.policy.load import policy
-from refmoe.script import AnyCall, plan
 from refmoe.spec.config import Config
-from refmoe.trace import Header, Recorder, Run, read_trace, write_trace
-from refmoe.verify.findings import FAIL, NOT_CONFORMANT, Report, step_of
+from refmoe.spec.taps import step_of
+from refmoe.suite import find_cases, read_case
+from refmoe.traces.script import AnyCall, plan
+from refmoe.traces.trace import Header, Recorder, Run, read_trace, write_trace
+from refmoe.verify.findings import FAIL, NOT_CONFORMANT, Report
 from refmoe.verify.verify import verify
 
 Arrays = dict[str, np.ndarray[Any, Any]]

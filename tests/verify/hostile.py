@@ -19,14 +19,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from refmoe.checkpoint.safetensors_file import DTYPES
-from refmoe.golden import read_case, trace_path
-from refmoe.ops.policy import PolicyOps
+from refmoe.files.safetensors_file import DTYPES
 from refmoe.policy.load import policy
-from refmoe.policy.steps import CUT_STEPS
-from refmoe.script import execute
 from refmoe.spec.model import Model
-from refmoe.trace import Recorder, read_trace
+from refmoe.steps.policy_ops import PolicyOps
+from refmoe.steps.rounding import CUT_STEPS
+from refmoe.suite import read_case, trace_path
+from refmoe.traces.script import execute
+from refmoe.traces.trace import Recorder, read_trace
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 CASE = "walking-skeleton"

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refmoe.checkpoint.synthetic import synthetic_checkpoint
-from refmoe.conditions import golden_arrays
-from refmoe.golden import Case, read_case
-from refmoe.ops.exact import ExactOps
-from refmoe.script import execute
+from refmoe.arithmetic.exact.ops import ExactOps
+from refmoe.checkpoints.synthetic import synthetic_checkpoint
 from refmoe.spec.model import Model
 from refmoe.spec.taps import tap_names
-from refmoe.trace import Recorder, Run
+from refmoe.suite import Case, read_case
+from refmoe.suite.conditions import golden_arrays
+from refmoe.traces.script import execute
+from refmoe.traces.trace import Recorder, Run
 from refmoe.verify.findings import CONFORMANT, NOT_CONFORMANT
 from tests.verify.engines import GOLDEN, Arrays, explained, judged, only
 

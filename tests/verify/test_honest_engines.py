@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refmoe.ops.exact import ExactOps
-from refmoe.script import execute
+from refmoe.arithmetic.exact.ops import ExactOps
 from refmoe.spec import model as spec
-from refmoe.trace import Recorder
+from refmoe.traces.script import execute
+from refmoe.traces.trace import Recorder
 from refmoe.verify.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT, PASS
 from tests.verify.engines import (
     captured,

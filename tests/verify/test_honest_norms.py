@@ -8,12 +8,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from refmoe.checkpoint.synthetic import synthetic_checkpoint
-from refmoe.mutants.engine import held_trace
+from refmoe.bugs.engine import held_trace
+from refmoe.checkpoints.synthetic import synthetic_checkpoint
 from refmoe.policy.load import policy
-from refmoe.script import Call, plan
 from refmoe.spec.config import Config
-from refmoe.trace import Header
+from refmoe.traces.script import Call, plan
+from refmoe.traces.trace import Header
 from refmoe.verify.findings import PASS
 from refmoe.verify.tally import LEAN, SNR
 from refmoe.verify.verify import verify

@@ -10,11 +10,11 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from refmoe.checkpoint.write import write_checkpoint
+from refmoe.checkpoints.write import write_checkpoint
 from refmoe.errors import InputError
-from refmoe.golden import read_case
 from refmoe.policy.load import policy
-from refmoe.trace import read_trace
+from refmoe.suite import read_case
+from refmoe.traces.trace import read_trace
 from refmoe.verify.intake import take_in
 from refmoe.verify.verify import verify
 from tests.command_line import Refmoe

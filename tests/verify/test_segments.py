@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refmoe.golden import case_source, read_case, trace_path
-from refmoe.ops import streaming
-from refmoe.ops.enclosure.ops import EnclosureOps
+from refmoe.arithmetic import streaming
+from refmoe.jobs.spread import open_executor
 from refmoe.policy.load import policy
-from refmoe.scale.spread import open_executor
-from refmoe.trace import Header, read_trace, write_trace
+from refmoe.steps.enclosure_ops import EnclosureOps
+from refmoe.suite import case_source, read_case, trace_path
+from refmoe.traces.trace import Header, read_trace, write_trace
 from refmoe.verify.findings import NOT_CONFORMANT, PASS, Report
 from refmoe.verify.segments import Spread, needed, segments
 from refmoe.verify.verify import verify
@@ -134,7 +134,7 @@ def test_streamed_products_bound_the_same(monkeypatch: pytest.MonkeyPatch, rules
 def test_the_command_judges_a_synthetic_model_side_by_side(
     refmoe: Refmoe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from refmoe.scale.source import SIZES
+    from refmoe.jobs.source import SIZES
 
     case = read_case(GOLDEN / "four-layers")
     monkeypatch.setitem(SIZES, "mixtral:8x7b", case.config)

@@ -19,13 +19,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from refmoe.checkpoint.synthetic import synthetic_checkpoint
-from refmoe.ops.native import NativeOps
+from refmoe.arithmetic.native.ops import NativeOps
+from refmoe.checkpoints.synthetic import synthetic_checkpoint
 from refmoe.policy.load import policy
-from refmoe.script import execute, plan
 from refmoe.spec.config import Config
 from refmoe.spec.model import Model
-from refmoe.trace import Header, Recorder, Run, read_trace, write_trace
+from refmoe.traces.script import execute, plan
+from refmoe.traces.trace import Header, Recorder, Run, read_trace, write_trace
 from refmoe.verify import blocks, passes
 from refmoe.verify.findings import CONFORMANT, NOT_CONFORMANT, Report
 from refmoe.verify.subject import shape_of

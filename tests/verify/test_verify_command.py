@@ -11,9 +11,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from refmoe.checkpoint.write import write_checkpoint
-from refmoe.golden import read_case, trace_path
+from refmoe.checkpoints.write import write_checkpoint
 from refmoe.report.verification_json import schema
+from refmoe.suite import read_case, trace_path
 from tests.command_line import Refmoe
 from tests.verify.hostile import CASE, GOLDEN, TRACES, draft
 

@@ -1,0 +1,218 @@
+"""Sums and matrix products: every order, tree, blocking and fusion of the additions.
+
+For m = sum of n terms with A = sum of their sizes, each partial sum of any order is at most (A + |m|) / 2 in size:
+that is the larger of the sum of the positive terms and that of the negative ones. So n roundings of unit u move the
+result by at most about n u (A + |m|) / 2. The variance takes terms in an order that does not depend on their values,
+and follows the partial sums along the index, where structured rows can make them far larger than chance would.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from refmoe.arithmetic.enclosure.array import OWN, SLACK, UNDERFLOW, Enclosure, bounded, quiet, unbounded_beyond
+from refmoe.arithmetic.formats import Format, representable
+
+CHUNK = 16
+"""Terms between two checkpoints of the partial sums: within a chunk even a sorted order at most doubles the spread."""
+CHUNKS = 32
+"""Checkpoints at most: more would cost more than the products they watch."""
+BLOCK = 4
+"""Terms that a truncating accumulator aligns together, at least: Volta's tensor cores took 4, later ones more."""
+
+
+@dataclass(frozen=True)
+class Accumulator:
+    """How products are summed."""
+
+    format: Format
+    inputs: Format
+    """The dtype of factors that are stored."""
+    truncates: bool = False
+    flushes: bool = False
+
+    def growth(self, n: int) -> float:
+        """The bound on the error of a sum of n terms, relative to the largest partial sum.
+
+        n - 1 roundings, whatever the tree: its nodes' errors add up, each u times a partial sum that has erred itself.
+        A truncating accumulator cuts off up to 2 u of the largest exponent of a block from each term of it, from
+        what has been summed before, and from the result.
+        """
+        count = 2 * (n + 2 * math.ceil(n / BLOCK)) if self.truncates else n - 1
+        return math.expm1(min(count * self.format.u, 700.0))
+
+    def underflow(self, n: int) -> tuple[float, float]:
+        """Radius and variance of what n products and n sums lose below the smallest normal value."""
+        if self.flushes:  # always towards zero, so that losses add up
+            lost = 2 * n * self.format.tiny
+            return lost, lost**2 / 3 + UNDERFLOW
+        half = self.format.u * self.format.tiny + UNDERFLOW
+        return n * half, n * half**2 / 3 + UNDERFLOW
+
+    def holds_products(self, x: Enclosure, w: Matrix) -> bool:
+        """Whether a product of two factors needs no rounding: both are stored values, and short ones."""
+        if 2 * self.inputs.precision > self.format.precision or x.radius is not None or w.radius is not None:
+            return False
+        return w.fits(self.inputs) and bool(representable(x.mid, self.inputs).all())
+
+
+class Matrix:
+    """The right factor of a product with what its rules need. mid: [..., n, m], and so are the others."""
+
+    def __init__(self, x: Enclosure, held: Format | None = None) -> None:
+        """held: a dtype that is known to hold all elements."""
+        x = x.settle()
+        self.mid, self.radius, self.variance = x.mid, x.radius, x.variance
+        self.size, self.square = np.abs(x.mid), x.mid**2
+        self._below: dict[float, Any] = {}
+        self._fits: dict[Format, bool] = {} if held is None else {held: True}
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.mid.nbytes + self.size.nbytes + self.square.nbytes)
+
+    @cached_property
+    def signs(self) -> Any:
+        """float32, which holds any count of terms that is met."""
+        return np.sign(self.mid, dtype=np.float64).astype(np.float32)
+
+    def below(self, tiny: float) -> Any:
+        """The sizes that are smaller than `tiny`, zeros for the others; None where there are none but zeros."""
+        if tiny not in self._below:
+            small = np.where(self.size < tiny, self.size, 0.0)
+            self._below[tiny] = small if small.any() else None
+        return self._below[tiny]
+
+    def fits(self, format: Format) -> bool:
+        """Whether the format holds all elements."""
+        if format not in self._fits:
+            self._fits[format] = bool(representable(self.mid, format).all())
+        return self._fits[format]
+
+
+@quiet
+def product(x: Enclosure, w: Matrix, how: Accumulator, exact_mid: Any = None) -> Enclosure:
+    """x [..., l, n] times w [..., n, m].
+
+    exact_mid: the product rounded once; needed at float64, where our own sums err like the engine's.
+    """
+    x = x.settle()
+    n, u = x.shape[-1], how.format.u
+    size, square = np.abs(x.mid), x.mid**2
+    mid, path, longest = _product_and_path(x.mid, w.mid)
+    mid = mid if exact_mid is None else exact_mid
+    total, energy = size @ w.size, square @ w.square
+    inherited = inherited_radius(x, size, w)
+    partial = (total + np.abs(mid)) / 2
+
+    @quiet
+    def bias() -> Any:
+        return bounded(u * partial * np.abs(np.sign(x.mid).astype(np.float32) @ w.signs))
+
+    result = partial + inherited  # no partial sum of any legal factors is larger, as long as nothing rounds
+    rounds = not how.holds_products(x, w)
+    largest = result * (1 + 2 * u) if rounds else result
+    result = inherited + how.growth(n) * largest
+    spread = np.maximum(n / 3 * mid**2 + n / 2 * energy, path + longest / 2 * energy)
+    if rounds:
+        result += u * (total + inherited)
+        spread += energy
+    lost, lost_spread = how.underflow(n)
+    if how.flushes:
+        inputs = flushed(size, w, how.format)
+        lost, lost_spread = lost + inputs, lost_spread + inputs**2 / 3
+    own = OWN * np.abs(mid) if exact_mid is not None else (n + 2) * OWN * total
+    # n additions of positive terms, each to half of OWN, made every sum that is used here
+    result = (result + lost + own) * (SLACK + n * OWN)
+    result = unbounded_beyond(largest * (1 + how.growth(n)), result, how.format)
+    variance = inherited_variance(x, square, w) + (u * u / 3 * spread + lost_spread)
+    return Enclosure(mid, bounded(result), bounded(variance), x.accumulation, bias=bias if how.truncates else None)
+
+
+def _product_and_path(x: Any, w: Any) -> tuple[Any, Any, int]:
+    """The product, the energy of its partial sums in index order at some checkpoints, and terms between two of these.
+
+    From S to S' over L terms the squares of partial sums add up to L (S^2 + S S' + S'^2) / 3, which is at most
+    L (S^2 + S'^2) / 2.
+    """
+    n = x.shape[-1]
+    chunks = min(max(n // CHUNK, 1), CHUNKS)
+    longest = -(-n // chunks)
+    if chunks == 1:
+        return x @ w, 0.0, n
+    ends = [n * (i + 1) // chunks for i in range(chunks)]
+    total = x[..., : ends[0]] @ w[..., : ends[0], :]
+    path = np.zeros_like(total)
+    for start, end in pairwise(ends):
+        path += total * total
+        total += x[..., start:end] @ w[..., start:end, :]
+    path += total * total / 2
+    path *= longest
+    return total, path, longest
+
+
+def inherited_radius(x: Enclosure, size: Any, w: Matrix) -> Any:
+    """How far inexact factors move the product."""
+    radius: Any = 0.0
+    if x.radius is not None:
+        radius = radius + _from_zero_up(x.radius, w.size)
+    if w.radius is not None:
+        radius = radius + _from_zero_up(size + x.r, w.radius)
+    return radius
+
+
+def inherited_variance(x: Enclosure, square: Any, w: Matrix) -> Any:
+    """The spread that inexact factors give the product."""
+    variance: Any = 0.0
+    if x.variance is not None:
+        variance = variance + _from_zero_up(x.variance, w.square)
+    if w.variance is not None:
+        variance = variance + _from_zero_up(square + x.v, w.variance)
+    return variance
+
+
+def _from_zero_up(a: Any, b: Any) -> Any:
+    """The product of two arrays of numbers from zero up, where infinity times zero is zero.
+
+    Such a zero is a probability that is masked; what it multiplies may be unknown, such as a later token.
+    """
+    if np.isfinite(a.max(initial=0.0)) and np.isfinite(b.max(initial=0.0)):
+        return a @ b
+    endless_a, endless_b = ~np.isfinite(a), ~np.isfinite(b)
+    result = np.where(endless_a, 0.0, a) @ np.where(endless_b, 0.0, b)
+    reached = endless_a.astype(float) @ (b != 0) + (a != 0).astype(float) @ endless_b
+    return np.where(reached > 0, np.inf, result)
+
+
+def flushed(size: Any, w: Matrix, format: Format) -> Any:
+    """What is lost when factors below the smallest normal value of the format count as zero."""
+    lost: Any = 0.0
+    small = np.where(size < format.tiny, size, 0.0)
+    if small.any():
+        lost = lost + small @ w.size
+    below = w.below(format.tiny)
+    return lost if below is None else lost + size @ below
+
+
+@quiet
+def total(x: Enclosure, axis: int, how: Accumulator, exact_mid: Any = None) -> Enclosure:
+    """The sum over one axis, which is dropped.   exact_mid: as for `product`."""
+    x = x.settle()
+    n, u = x.shape[axis], how.format.u
+    mid = x.mid.sum(axis) if exact_mid is None else exact_mid
+    size = np.abs(x.mid).sum(axis)
+    inherited = 0.0 if x.radius is None else x.radius.sum(axis)
+    largest = (size + np.abs(mid)) / 2 + inherited
+    own = OWN * np.abs(mid) if exact_mid is not None else (n + 2) * OWN * size
+    result = (inherited + how.growth(n) * largest + own + UNDERFLOW) * (SLACK + n * OWN)
+    result = unbounded_beyond(largest * (1 + how.growth(n)), result, how.format)
+    variance = u * u / 3 * (n / 3 * mid**2 + n / 2 * (x.mid**2).sum(axis)) + UNDERFLOW
+    if x.variance is not None:
+        variance = variance + x.variance.sum(axis)
+    return Enclosure(mid, bounded(result), bounded(variance), x.accumulation)

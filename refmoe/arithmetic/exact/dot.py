@@ -1,0 +1,249 @@
+"""Matrix products and sums in float64, each element the correctly rounded value of the exact real sum.
+
+DOT-1  A sum of products is the exact real sum, rounded once to the nearest float64, ties to even. No order, blocking,
+       BLAS, thread count or device can change a bit of it. An exactly zero sum is +0.0, and so is an empty one.
+DOT-2  A NaN factor, infinity times zero, or infinite terms of both signs give NaN; other infinite terms give their
+       infinity. A rounded sum beyond the largest float64 is an infinity; a subnormal one is rounded once.
+
+How it is computed, and why that meets the definition: `slices`, `prepared_weight` and golden/dot.md. Every `@` and
+`.sum` below is on slices, hence exact, or on what slices left, whose error is bounded and counts in the rounding test.
+Arrays may be CuPy's: pass the module as `xp`; the few elements that the fast path does not prove are computed on the
+host.
+
+Sources: those of `slices.py`; Ziv 1991, "Fast evaluation of elementary mathematical functions with correctly rounded
+last bit" (the rounding test); Kulisch 2013, "Computer arithmetic and validity" (the exact accumulator).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from refmoe.arithmetic.exact.double_double import two_sum
+from refmoe.arithmetic.exact.prepared_weight import PreparedWeight, prepare
+from refmoe.arithmetic.exact.slices import (
+    MOST_BITS,
+    PLAIN,
+    ROUNDING,
+    Array,
+    bits,
+    coverage,
+    on_host,
+    remainder_bound,
+    sigma_above,
+    split,
+    tame,
+    times,
+)
+
+__all__ = ["PreparedWeight", "linear", "matmul", "prepare", "sum"]
+
+CHUNK = 1 << 23
+"""Slice products (elements) of a linear map that are in memory at a time."""
+IN_CACHE = 1 << 16
+"""Elements of operands that `matmul` and `sum` split at a time on a CPU: the temporaries then stay in cache."""
+
+
+def linear(x: Array, weight: PreparedWeight, xp: Any = np) -> Array:
+    """x @ weight.T, by DOT-1 and DOT-2. x: float64 [..., n]   weight: [m, n]   returns: [..., m]"""
+    m, n = weight.leading.shape
+    result = xp.zeros((*x.shape[:-1], m))
+    if not result.size or not n:
+        return result
+    rows, values = x.reshape(-1, n), result.reshape(-1, m)
+    step = max(1, CHUNK // (m * weight.count))
+    for start in range(0, len(rows), step):
+        values[start : start + step] = _linear_rows(rows[start : start + step], weight, xp)
+    return result
+
+
+def _linear_rows(x: Array, weight: PreparedWeight, xp: Any) -> Array:
+    """x: [t, n]   returns: [t, m]; one product of all slices of x and the remainder, stacked, reads the weight once."""
+    (t, n), m = x.shape, len(weight.leading)
+    safe, top, unsafe = tame(x, 1, xp)
+    stack = xp.empty((weight.count + 1, t, n))
+    count, rest = split(safe, sigma_above(top, weight.width, xp), weight.width, stack[:-1])
+    if rest is not None:
+        stack[count] = rest
+        count += 1
+    stacked = stack[:count].reshape(count * t, n)
+    parts = times(stacked, weight.leading, xp).reshape(count, t, m)
+    bound = n * (PLAIN * remainder_bound(rest, 1, xp) + ROUNDING * top)
+    exact = rest is None
+    value, unsure = settle(parts, None if exact and count <= 2 else bound * weight.top)
+    if unsafe is not None or weight.remainder is not None or weight.wild:
+        unsure = xp.zeros((t, m), dtype=bool) if unsure is None else unsure
+        if weight.remainder is not None:
+            rows = weight.remainder.rows
+            more = [part.reshape(count, t, len(rows)) for part in weight.remainder.products(stacked, xp)]
+            every = [*parts[:, :, rows], *(part for products in more for part in products)]
+            value[:, rows], doubted = settle(every, None if exact and len(every) <= 2 else bound * weight.top[rows])
+            unsure[:, rows] = False if doubted is None else doubted
+        if unsafe is not None:
+            unsure |= unsafe
+        for row in weight.wild:
+            unsure[:, row] = True
+    return decide(value, unsure, lambda at: exact_dot(on_host(x[at[0]]), weight.row(at[1], xp)), xp)
+
+
+def matmul(a: Array, b: Array, xp: Any = np) -> Array:
+    """a @ b, by DOT-1 and DOT-2. a: float64 [..., m, n]   b: float64 [..., n, p]   returns: [..., m, p]"""
+    (m, n), p = a.shape[-2:], b.shape[-1]
+    lead = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    if not n or 0 in (*lead, m, p):
+        return xp.zeros((*lead, m, p))
+    a, b = xp.broadcast_to(a, (*lead, m, n)), xp.broadcast_to(b, (*lead, n, p))
+    if xp is np and lead and lead[0] > 1 and a.size + b.size > IN_CACHE:
+        step = max(1, IN_CACHE * lead[0] // (a.size + b.size))
+        blocks = [slice(start, start + step) for start in range(0, lead[0], step)]
+        return np.concatenate([_matmul_block(a[block], b[block], np) for block in blocks])
+    return _matmul_block(a, b, xp)
+
+
+def _matmul_block(a: Array, b: Array, xp: Any) -> Array:
+    """As matmul, of operands with the same leading axes.
+
+    With slices a_0, a_1, ... and b_0, b_1, ... of one width, all a_i b_j with i + j = k share their unit, and the width
+    leaves room to add them: exactly.
+    """
+    n = a.shape[-1]
+    most = 2
+    while most * ((width := (53 - bits(most * n)) // 2) + 1) < coverage(n):
+        most += 1
+    a_safe, a_top, a_unsafe = tame(a, -1, xp)
+    b_safe, b_top, b_unsafe = tame(b, -2, xp)
+    a_slices, b_slices = xp.empty((most, *a.shape)), xp.empty((most, *b.shape))
+    a_count, a_rest = split(a_safe, sigma_above(a_top, width, xp), width, a_slices)
+    b_count, b_rest = split(b_safe, sigma_above(b_top, width, xp), width, b_slices)
+    parts = []
+    for k in range(a_count + b_count - 1):
+        first, last = max(0, k - b_count + 1), min(k, a_count - 1)
+        part = a_slices[first] @ b_slices[k - first]
+        for i in range(first + 1, last + 1):
+            part += a_slices[i] @ b_slices[k - i]
+        parts.append(part)
+    bound = None
+    if a_rest is not None or b_rest is not None or len(parts) > 2:
+        a_bound, b_bound = remainder_bound(a_rest, -1, xp), remainder_bound(b_rest, -2, xp)
+        bound = n * (PLAIN * a_bound + ROUNDING * a_top) * b_top + (n * PLAIN * b_bound) * a_top
+        if a_rest is not None:
+            parts.append(a_rest @ b_safe)
+        if b_rest is not None:
+            parts.append(a_safe @ b_rest)
+        if a_rest is not None and b_rest is not None:  # both have counted a_rest @ b_rest
+            bound = bound + a_bound * xp.abs(b_rest).max(axis=-2, keepdims=True)
+    value, unsure = settle(parts, bound)
+    if a_unsafe is not None or b_unsafe is not None:
+        unsure = xp.zeros(value.shape, dtype=bool) if unsure is None else unsure
+        for unsafe in (a_unsafe, b_unsafe):
+            unsure |= False if unsafe is None else unsafe
+
+    def exact(at: tuple[int, ...]) -> float:
+        return exact_dot(on_host(a[at[:-1]]), on_host(b[(*at[:-2], slice(None), at[-1])]))
+
+    return decide(value, unsure, exact, xp)
+
+
+def sum(x: Array, axis: int, xp: Any = np) -> Array:
+    """The sum along an axis, by DOT-1 and DOT-2. x: float64 [..., n, ...]   returns: without that axis"""
+    axis %= x.ndim
+    if not x.size:
+        return xp.zeros((*x.shape[:axis], *x.shape[axis + 1 :]))
+    if xp is np and axis and x.size > IN_CACHE and len(x) > 1:
+        step = max(1, IN_CACHE * len(x) // x.size)
+        return np.concatenate([_sum_block(x[start : start + step], axis, np) for start in range(0, len(x), step)])
+    return _sum_block(x, axis, xp)
+
+
+def _sum_block(x: Array, axis: int, xp: Any) -> Array:
+    n = x.shape[axis]
+    width = min(53 - bits(n), MOST_BITS)
+    safe, top, unsafe = tame(x, axis, xp)
+    stack = xp.empty((2, *x.shape))  # nearly always all there is, and then no test is needed
+    count, rest = split(safe, sigma_above(top, width, xp), width, stack)
+    parts = [piece.sum(axis=axis) for piece in stack[:count]]
+    bound = None
+    if count > 2 or rest is not None:
+        bound = n * (PLAIN * remainder_bound(rest, axis, xp) + ROUNDING * top).squeeze(axis)
+        parts += [] if rest is None else [rest.sum(axis=axis)]
+    value, unsure = settle(parts, bound)
+    if unsafe is not None:
+        unsafe = unsafe.squeeze(axis)
+        unsure = unsafe if unsure is None else unsure | unsafe
+    rows, ones = xp.moveaxis(x, axis, -1), np.ones(n)
+    return decide(value, unsure, lambda at: exact_dot(on_host(rows[at]), ones), xp)
+
+
+def settle(parts: Sequence[Array], bound: Array | None) -> tuple[Array, Array | None]:
+    """Round the sum of the parts, known up to `bound`; and say where that rounding is not proven (None: nowhere).
+
+    parts: exact float64 arrays of one shape, largest first   bound: at least |exact value - exact sum of the parts|
+    plus the rounding that happens here; None where there are at most two parts, which are the exact value.
+    """
+    if bound is None:
+        value = parts[0] + parts[1] if len(parts) == 2 else parts[0]
+        return value + 0.0, None  # an exactly zero sum is +0.0
+    high, low = parts[-1], None
+    for part in reversed(parts[:-1]):
+        high, error = two_sum(part, high)
+        low = error if low is None else low + error
+    low = 0.0 if low is None else low
+    value = high + (low - bound)
+    return value + 0.0, value != high + (low + bound)
+
+
+def decide(value: Array, unsure: Array | None, exact: Callable[[tuple[int, ...]], float], xp: Any) -> Array:
+    """Replace the elements of `value` that are not proven by `exact` of their index."""
+    if unsure is not None and unsure.any():
+        index = xp.nonzero(unsure)
+        value[index] = xp.asarray([exact(at) for at in zip(*(i.tolist() for i in index), strict=True)])
+    return value
+
+
+def exact_dot(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
+    """The correctly rounded value of the exact sum of a[i] * b[i], by integers of any size.
+
+    a, b: float64 [n], any values   returns: NaN, an infinity or the sum rounded once, half to even; +0.0 if exactly 0
+    """
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return _not_finite(a, b)
+    terms = (a != 0) & (b != 0)
+    if not terms.any():
+        return 0.0
+    (a, a_exponent), (b, b_exponent) = np.frexp(a[terms]), np.frexp(b[terms])
+    exponent = a_exponent.astype(np.int64) + b_exponent
+    least = int(exponent.min())
+    # 53-bit integers in halves of 26 and 27 bits; their products in four digits of base 2^27, below 2^29 each
+    half, mask = 27, (1 << 27) - 1
+    whole_a, whole_b = np.ldexp(a, 53).astype(np.int64), np.ldexp(b, 53).astype(np.int64)
+    (high_a, low_a), (high_b, low_b) = (whole_a >> half, whole_a & mask), (whole_b >> half, whole_b & mask)
+    high, middle, low = high_a * high_b, high_a * low_b + low_a * high_b, low_a * low_b
+    digits = (low & mask, (low >> half) + (middle & mask), (middle >> half) + (high & mask), high >> half)
+    total = 0
+    for place, digit in enumerate(digits):
+        # sums of fewer than 2^24 such digits are exact in float64
+        for start in range(0, len(digit), 1 << 23):
+            block = slice(start, start + (1 << 23))
+            by_exponent = np.bincount(exponent[block] - least, weights=digit[block])
+            for shift in np.flatnonzero(by_exponent).tolist():
+                total += int(by_exponent[shift]) << (shift + half * place)
+    return _rounded(total, least - 106)
+
+
+def _not_finite(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
+    """The IEEE value of a sum of products with a NaN or an infinity among the factors."""
+    infinite = np.isinf(a) | np.isinf(b)
+    signs = np.sign(a[infinite]) * np.sign(b[infinite])
+    if np.isnan(a).any() or np.isnan(b).any() or signs.min() != signs.max() or not signs[0]:
+        return float("nan")
+    return float(signs[0]) * float("inf")
+
+
+def _rounded(total: int, exponent: int) -> float:
+    """total * 2^exponent to the nearest float64, ties to even; beyond the largest, an infinity."""
+    try:
+        return float(total << exponent) if exponent >= 0 else total / (1 << -exponent)
+    except OverflowError:
+        return float("inf") if total > 0 else float("-inf")

@@ -1,0 +1,58 @@
+"""Ops whose bits are the same on every machine: correctly rounded sums and products, fixed elementary functions.
+
+`golden/dot.md` and `golden/elementary.md` say how to follow them to the same bits in another language.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from refmoe.arithmetic.arrays import ArrayOps, StoredWeight, Tap
+from refmoe.arithmetic.exact import dot, elementary
+from refmoe.arithmetic.streaming import linear_by_blocks
+from refmoe.arithmetic.weight_cache import STREAMED, WeightCache
+
+PREPARED_BYTES = 4 << 30
+
+
+class ExactOps(ArrayOps):
+    """IEEE-754 binary64. Elementwise ``+ - * /`` round once each, as NumPy does them; the rest is defined here."""
+
+    def __init__(self, tap: Tap | None = None, xp: Any = np, prepared_bytes: int = PREPARED_BYTES) -> None:
+        """prepared_bytes: memory for prepared weights that are kept for later calls.
+
+        A weight of more than a fourth of that is streamed: at no time is the whole of it in memory.
+        """
+        super().__init__(np.float64, tap, xp)
+        self._prepared = WeightCache(prepared_bytes)
+
+    def linear(self, x: Any, weight: StoredWeight) -> Any:
+        if math.prod(weight.shape) * self.dtype.itemsize > self._prepared.limit // STREAMED and self.xp is np:
+            return linear_by_blocks(x, weight, dot.prepare, dot.linear)
+        prepared = self._prepared.get(weight, lambda: dot.prepare(weight.read(), self.xp), lambda made: made.nbytes)
+        return dot.linear(x, prepared, self.xp)
+
+    def matmul(self, a: Any, b: Any) -> Any:
+        return dot.matmul(a, b, self.xp)
+
+    def sum(self, x: Any, axis: int) -> Any:
+        return dot.sum(x, axis, self.xp)
+
+    def exp(self, x: Any) -> Any:
+        return elementary.exp(x, self.xp)
+
+    def log(self, x: Any) -> Any:
+        return elementary.log(x, self.xp)
+
+    def sqrt(self, x: Any) -> Any:
+        return self.xp.sqrt(x)  # correctly rounded by IEEE-754
+
+    def sigmoid(self, x: Any) -> Any:
+        return elementary.sigmoid(x, self.xp)
+
+    def unit_circle(self, positions: Any, base: float, numerators: Sequence[int], denominator: int) -> Any:
+        return elementary.unit_circle(positions, base, numerators, denominator, self.xp)

@@ -1,0 +1,184 @@
+"""Weights split into slices once, for many products.
+
+`slices` says what a slice is and why products of slices sum exactly; golden/dot.md has the proofs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from refmoe.arithmetic.exact.slices import NEGLIGIBLE, Array, bits, on_host, sigma_above, split, tame, times, width_of
+from refmoe.arithmetic.native.ops import upcast
+
+BLOCK = 1 << 17
+"""Elements of a weight prepared at a time: few enough that the temporaries stay in cache."""
+SAMPLE = 16
+"""Rows of a weight that decide how many slices its inputs are given: a matter of cost only."""
+GATHER_COST = 40
+"""Cost of a gathered product in units of one inside a matrix product (measured; a matter of cost only)."""
+MOST_PARTS = 6
+"""Slices of a weight's remainder at most; a row with more left (in float64 alone) takes the exact path."""
+
+
+@dataclass(frozen=True)
+class Remainder:
+    """What the leading slice of a weight left, in the rows where it left anything.
+
+    rows: integers [r]   parts: slices that sum to the remainder exactly, each [r, n], or, where `columns` is integers
+    [k, r], each [k, r]: the k elements per row that are not zero
+    """
+
+    rows: Array
+    columns: Array | None
+    parts: tuple[Array, ...]
+
+    def products(self, x: Array, xp: Any) -> list[Array]:
+        """x: slices [t, n]   returns: one product [t, r] per part, exact as slices are"""
+        if self.columns is None:
+            return [times(x, part, xp) for part in self.parts]
+        by_column, totals = xp.ascontiguousarray(x.T), []
+        for part in self.parts:
+            total = xp.zeros((len(self.rows), len(x)))
+            for column, value in zip(self.columns, part, strict=True):
+                total += by_column[column] * value[:, None]
+            totals.append(total.T)
+        return totals
+
+    def row(self, index: int, n: int, xp: Any) -> Array:
+        """The remainder of one row of the weight: [n], exact, as it is part of a float64."""
+        values = xp.zeros(n)
+        for at in xp.nonzero(self.rows == index)[0].tolist():
+            for part in self.parts:
+                if self.columns is None:
+                    values += part[at]
+                else:
+                    for column, value in zip(self.columns[:, at], part[:, at], strict=True):
+                        values[column] += value  # one by one: a padded slot repeats column 0
+        return values
+
+
+@dataclass(frozen=True)
+class PreparedWeight:
+    """A matrix as `linear` wants it.
+
+    leading: float64 [m, n], its leading slice   top: [m], largest magnitude of each row   width, count: of the slices
+    of inputs, such that products with `leading` sum exactly   wild: rows that take the exact path, as they were
+    """
+
+    leading: Array
+    top: Array
+    width: int
+    count: int
+    remainder: Remainder | None = None
+    wild: dict[int, np.ndarray[Any, Any]] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        rest = () if self.remainder is None else (self.remainder.rows, self.remainder.columns, *self.remainder.parts)
+        arrays = (self.leading, self.top, *self.wild.values(), *rest)
+        return sum(array.nbytes for array in arrays if array is not None)
+
+    def row(self, index: int, xp: Any) -> np.ndarray[Any, Any]:
+        """One row of the weight, exactly: [n] on the host."""
+        if index in self.wild:
+            return self.wild[index]
+        row = self.leading[index]
+        return on_host(row if self.remainder is None else row + self.remainder.row(index, len(row), xp))
+
+
+def take_leading(weight: Array, width: int, xp: Any) -> tuple[Array, Array]:
+    """The leading slice of safe rows, for inputs with slices of `width` bits, and what it leaves.
+
+    The unit of a row is 2^(e + width - 53), where 2^e is above its sum of magnitudes, with room for the roundings to
+    that unit and in the sum (golden/dot.md). weight: [m, n]   returns: twice [m, n]
+    """
+    room = 1 + math.ldexp(weight.shape[1], width - 52)
+    sigma = sigma_above(xp.abs(weight).sum(axis=1, keepdims=True) * room, 53 - width, xp)
+    leading = (weight + sigma) - sigma
+    return leading, weight - leading
+
+
+def pack(rows: Array, columns: Array, values: Array, n: int, width: int, xp: Any) -> tuple[Remainder, Array]:
+    """A remainder from its elements in row-major order; and those of its rows that have still more (integers).
+
+    rows, columns, values: [z], not empty   n: columns of the weight   width: of the slices of inputs
+    """
+    present, place, counts = xp.unique(rows, return_inverse=True, return_counts=True)
+    most = int(counts.max())
+    sparse = 2 * GATHER_COST * most <= n
+    if sparse:
+        slot = xp.arange(len(rows)) - (xp.cumsum(counts) - counts)[place]
+        rest, where = xp.zeros((most, len(present))), xp.zeros((most, len(present)), dtype=np.int64)
+        rest[slot, place], where[slot, place] = values, columns
+    else:
+        rest, where = xp.zeros((len(present), n)), None
+        rest[place, columns] = values
+    axis, part_width = 0 if sparse else 1, 53 - width - bits(most)
+    parts: list[Array] = []
+    left = xp.zeros(len(present), dtype=bool)
+    while rest is not None and len(parts) < MOST_PARTS:
+        top = xp.abs(rest).max(axis=axis, keepdims=True)
+        left |= ((top > 0) & (top < NEGLIGIBLE)).squeeze(axis)  # products with it may underflow
+        part = xp.empty_like(rest)
+        rest = split(rest, sigma_above(top, part_width, xp), part_width, [part])[1]
+        parts.append(part)
+    if rest is not None:
+        left |= rest.any(axis=axis)
+    return Remainder(present, where, tuple(parts)), present[left]
+
+
+def choose_count(sample: Array, xp: Any) -> int:
+    """How many slices inputs are best given, from some safe rows of a weight [m, n]. Decides cost, not results."""
+    n = sample.shape[1]
+    costs = {}
+    for count in range(2, 5):
+        width = width_of(count, n)
+        if math.ldexp(n, width - 52) > 0.5:
+            continue
+        rest = take_leading(sample, width, xp)[1]
+        rows, columns = xp.nonzero(rest)
+        cost = 1.0
+        if len(rows):
+            remainder, _ = pack(rows, columns, rest[rows, columns], n, width, xp)
+            relative = 1.0 if remainder.columns is None else GATHER_COST * len(remainder.columns) / n
+            cost += len(remainder.parts) * relative * len(remainder.rows) / len(sample)
+        costs[2 + (count + 1) * cost] = count  # reading the weight costs about as much as two slices
+        if cost == 1.0:
+            break
+    return costs[min(costs)]
+
+
+def prepare(stored: np.ndarray[Any, Any], xp: Any = np) -> PreparedWeight:
+    """Split a weight, once for all its products.
+
+    stored: [m, n] on the host, in bfloat16, float16, float32 or float64   xp: where `dot.linear` is to run
+    """
+    m, n = stored.shape
+    leading, top = xp.empty((m, n)), xp.zeros((m, 1))
+    if not leading.size:
+        return PreparedWeight(leading, top[:, 0], 1, 1)
+    chosen = np.linspace(0, m - 1, min(m, SAMPLE)).astype(np.int64)
+    count = choose_count(tame(xp.asarray(upcast(stored[chosen], np.dtype(np.float64))), 1, xp)[0], xp)
+    width = width_of(count, n)
+    wild, found = {}, []
+    step = max(1, BLOCK // n)
+    for start in range(0, m, step):
+        block = xp.asarray(upcast(stored[start : start + step], np.dtype(np.float64)))
+        block, top[start : start + step], unsafe = tame(block, 1, xp)
+        for row in () if unsafe is None else xp.nonzero(unsafe[:, 0])[0].tolist():
+            wild[start + row] = upcast(stored[start + row], np.dtype(np.float64))
+        leading[start : start + step], rest = take_leading(block, width, xp)
+        if rest.any():
+            rows, columns = xp.nonzero(rest)
+            found.append((rows + start, columns, rest[rows, columns]))
+    if not found:
+        return PreparedWeight(leading, top[:, 0], width, count, None, wild)
+    rows, columns, values = (xp.concatenate(part) for part in zip(*found, strict=True))
+    remainder, left = pack(rows, columns, values, n, width, xp)
+    for row in left.tolist():
+        wild[row] = upcast(stored[row], np.dtype(np.float64))
+    return PreparedWeight(leading, top[:, 0], width, count, remainder, wild)

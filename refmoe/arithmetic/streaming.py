@@ -1,0 +1,56 @@
+"""Products with a weight that is too large to be held: block after block, the next one read while one computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from refmoe.arithmetic.arrays import StoredWeight
+
+Array = np.ndarray[Any, Any]
+
+BLOCK = 1 << 21
+"""Elements of a weight read at a time: large enough that a product with few rows is worth its overhead."""
+AHEAD = 2
+"""Blocks that are in memory beside the one that computes: one being read, one waiting."""
+
+
+def block_rows(shape: tuple[int, ...]) -> int:
+    """How many rows of a matrix of this shape make a block."""
+    return max(1, BLOCK // max(1, shape[1]))
+
+
+def blocks(weight: StoredWeight, read: Callable[[Array], Any]) -> Iterator[tuple[int, int, Any]]:
+    """Rows [start, stop) and what `read` makes of their stored values, in order, read ahead in another thread."""
+    step, height = block_rows(weight.shape), weight.shape[0]
+    bounds = [(start, min(start + step, height)) for start in range(0, height, step)]
+    reader = ThreadPoolExecutor(1, "read-ahead")
+    try:
+        waiting = [reader.submit(_read, weight, read, *each) for each in bounds[:AHEAD]]
+        for i, (start, stop) in enumerate(bounds):
+            ready = waiting.pop(0).result()
+            if i + AHEAD < len(bounds):
+                waiting.append(reader.submit(_read, weight, read, *bounds[i + AHEAD]))
+            yield start, stop, ready
+    finally:
+        reader.shutdown(wait=True, cancel_futures=True)
+
+
+def _read(weight: StoredWeight, read: Callable[[Array], Any], start: int, stop: int) -> Any:
+    return read(weight.block(start, stop))
+
+
+def linear_by_blocks(
+    x: Array, weight: StoredWeight, read: Callable[[Array], Any], product: Callable[[Array, Any], Array]
+) -> Array:
+    """x times the transpose of the weight. x: [..., n]   weight: [m, n]   returns: [..., m]
+
+    read: makes of stored rows what `product` takes, in the reading thread.   product: x by such a block.
+    """
+    result = np.empty((*x.shape[:-1], weight.shape[0]), x.dtype)
+    for start, stop, ready in blocks(weight, read):
+        result[..., start:stop] = product(x, ready)
+    return result

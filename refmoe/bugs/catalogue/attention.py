@@ -1,0 +1,293 @@
+"""Bugs of attention: its scale, its mask and window, its heads, its softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from refmoe.bugs.mutant import CALLS, MUTANTS, PARAMETERS, mutant
+from refmoe.bugs.rounding import low_precision, rounded
+from refmoe.bugs.weights import mapped, with_layers
+from refmoe.spec.attention import Cache
+from refmoe.spec.attention import attention as right_attention
+from refmoe.spec.attention import visible as right_visible
+from refmoe.spec.config import Config
+from refmoe.spec.model import Layer, Parameters
+from refmoe.steps.rounding import as_softmax_reads, context_of, scores_of
+from refmoe.steps.rounding import attend as right_attend
+from refmoe.traces.trace import Run
+
+WIRED_WINDOW = 8
+"""The window of another model of the family, 4096 there: as much shorter as the golden cases are than a context."""
+
+PADDED = 1 << 40
+"""Added to the positions of a row with padding on its left: beyond any other position."""
+
+
+# ---- scores
+
+
+@mutant(
+    "attn-scale-missing", breaks=["ATTN-2"], touches=["attention.scores"], step="attend",
+    fix="divide the scores by the root of head_dim, in every path to the kernel",
+    sources=["https://github.com/mlc-ai/mlc-llm/pull/3426"],
+)  # fmt: skip
+def unscaled(ops: Any, q: Any, cache: Any, mask: Any) -> Any:
+    """The scores are plain dot products: the fallback path leaves out the scale that the kernel has inside."""
+    scores = ops.tap("attention.scores", scores_of(ops, q, cache.k, scaled=False))
+    probs = ops.tap("attention.probs", ops.softmax(as_softmax_reads(ops, scores), mask[None]))
+    return ops.tap("attention.context", context_of(ops, probs, cache.v))
+
+
+# ---- mask
+
+
+@mutant(
+    "attn-causal-strict", breaks=["ATTN-3"], touches=["attention.probs"], needs=["T>1"], step="visible",
+    fix="let a query see keys up to its own position, its own included",
+)  # fmt: skip
+def not_itself(positions: Any, cached: Any, window: int | None) -> Any:
+    """A query does not see its own token, `<` for `<=`; where nothing else is left to see, it does. -> [T, S]"""
+    seen = right_visible(positions, cached, window)
+    earlier = seen & (positions[:, None] > cached[None, :])
+    return earlier | (seen & ~earlier.any(axis=-1, keepdims=True))
+
+
+@mutant(
+    "attn-causal-top-left", breaks=["ATTN-3", "MODEL-4"], touches=["attention.probs"], step="visible",
+    fix="align the causal mask with the last key: query i sees keys up to i + cached - new", severity="critical",
+    sources=[
+        "https://github.com/pytorch/pytorch/issues/108108",
+        "https://github.com/onnx/onnx/pull/8068",
+        "https://github.com/gittensor-ai-lab/sparkinfer/issues/3",
+        "https://github.com/Dao-AILab/flash-attention/issues/282",
+    ],
+)  # fmt: skip
+def top_left(positions: Any, cached: Any, window: int | None) -> Any:
+    """The mask of a piece counts its queries from the first key, as is_causal of some kernels does, though there are
+    cached ones. A single query is given no mask. returns: [T, S]"""
+    if len(positions) == 1:
+        return right_visible(positions, cached, window)
+    queries: Any = np.arange(len(positions))
+    keys: Any = np.arange(len(cached))
+    return right_visible(queries, keys, window)
+
+
+@mutant(
+    "attn-swa-wrongly-on", breaks=["ATTN-3", "CONFIG-5"], touches=["attention.probs"], needs=["T>1"], step="visible",
+    fix="take the window from the config, where null means none", severity="critical",
+    sources=[
+        "https://github.com/vllm-project/vllm/issues/2064",
+        "https://github.com/huggingface/transformers/pull/28115",
+        "https://github.com/huggingface/transformers/pull/29436",
+        "https://github.com/dphnAI/sonar/pull/163",
+    ],
+)  # fmt: skip
+def window_of_another_model(positions: Any, cached: Any, window: int | None) -> Any:
+    """A model without a window gets that of Mistral 7B, the default of the class that both share. returns: [T, S]"""
+    return right_visible(positions, cached, WIRED_WINDOW if window is None else window)
+
+
+@mutant(
+    "attn-swa-off-by-one", breaks=["ATTN-4"], touches=["attention.probs"], needs=["SWA"], step="visible",
+    fix="a window of W is W tokens, the query's own counted", severity="medium",
+    sources=[
+        "https://github.com/huggingface/transformers/pull/26792",
+        "https://github.com/huggingface/transformers/issues/39408",
+        "https://github.com/huggingface/transformers/issues/29623",
+        "https://github.com/ml-explore/mlx-lm/pull/390",
+    ],
+)  # fmt: skip
+def one_more(positions: Any, cached: Any, window: int | None) -> Any:
+    """The window is W tokens before the query and the query: the kernel counts distances up to W. returns: [T, S]"""
+    return right_visible(positions, cached, None if window is None else window + 1)
+
+
+@mutant(
+    "attn-swa-dropped-in-one-backend", breaks=["ATTN-4"], touches=["attention.probs"], needs=["SWA"], step="visible",
+    fix="hand the window to every backend: here the one for prompts has none", severity="medium",
+    sources=[
+        "https://github.com/unslothai/unsloth/pull/8253",
+        "https://github.com/EricLBuehler/mistral.rs/issues/246",
+    ],
+)  # fmt: skip
+def prompts_without_window(positions: Any, cached: Any, window: int | None) -> Any:
+    """The backend for calls with several tokens gets a causal mask and no window; decoding has it. returns: [T, S]"""
+    return right_visible(positions, cached, window if len(positions) == 1 else None)
+
+
+@mutant(
+    "attn-window-none-as-zero", breaks=["ATTN-3", "CONFIG-5"], touches=["attention.probs"], needs=["T>1"],
+    step="visible", fix="treat a window of null as none before it is compared with anything",
+    sources=[
+        "https://github.com/unslothai/unsloth/pull/8253",
+        "https://github.com/predibase/lorax/pull/128",
+    ],
+)  # fmt: skip
+def none_before(positions: Any, cached: Any, window: int | None) -> Any:
+    """No window becomes `window or 0`, and the kernel takes it for zero tokens beside the query's own: each token sees
+    itself alone. returns: [T, S]"""
+    return right_visible(positions, cached, window or 1)
+
+
+@mutant(
+    "attn-mask-polarity-inverted", breaks=["ATTN-3", "SOFTMAX-2"], touches=["attention.scores", "attention.probs"],
+    needs=["T>1"], step="visible", fix="make the mask in the kernel's convention: is true visible, or hidden",
+    severity="medium", sources=["https://github.com/huggingface/transformers/issues/48818"],
+)  # fmt: skip
+def inverted(positions: Any, cached: Any, window: int | None) -> Any:
+    """The mask says what is hidden and the kernel takes it for what is visible; a query from which that hides all
+    attends to all alike, as scores that are all the lowest number are equal. returns: [T, S]"""
+    visible: Any = right_visible(positions, cached, window)
+    seen = ~visible
+    return seen | ~seen.any(axis=-1, keepdims=True)
+
+
+def attend(ops: Any, q: Any, cache: Any, mask: Any) -> Any:
+    """Rows of the inverted mask that are all true are those from which all was hidden: their scores are made equal."""
+    scores = ops.tap("attention.scores", scores_of(ops, q, cache.k))
+    some = ~mask.all(axis=-1)[None, :, None] & np.ones(scores.shape, bool)
+    probs = ops.tap("attention.probs", ops.softmax(ops.where(some, as_softmax_reads(ops, scores), 0.0), mask[None]))
+    return ops.tap("attention.context", context_of(ops, probs, cache.v))
+
+
+MUTANTS["attn-mask-polarity-inverted"] = replace(
+    MUTANTS["attn-mask-polarity-inverted"], steps={"visible": inverted, "attend": attend}
+)
+
+
+# ---- heads
+
+
+def with_heads(cache: Any, heads: Any) -> Cache:
+    """The cache with a key/value head for each query head. heads: integers [H]"""
+    return Cache(cache.k[:, heads], cache.v[:, heads], cache.positions)
+
+
+@mutant(
+    "attn-gqa-tile", breaks=["ATTN-1"], touches=["attention.scores", "attention.context"],
+    step="attend", fix="repeat each key/value head for its group, instead of repeating all of them in turn",
+    severity="critical",
+    sources=[
+        "https://github.com/onnx/onnx/pull/7274",
+        "https://github.com/ekzhang/jax-js/pull/180",
+        "https://github.com/apple/axlearn/pull/842",
+    ],
+)  # fmt: skip
+def tiled(ops: Any, q: Any, cache: Any, mask: Any) -> Any:
+    """Query head h reads key/value head h % K: the heads are tiled instead of each repeated."""
+    return right_attend(ops, q, with_heads(cache, np.arange(q.shape[1]) % cache.k.shape[1]), mask)
+
+
+@mutant(
+    "attn-gqa-index-by-nkv", breaks=["ATTN-1"], touches=["attention.scores", "attention.context"],
+    step="attend", fix="divide the query head by H / K, not by K",
+    sources=[
+        "https://github.com/PSAL-POSTECH/ONNXim/pull/34",
+        "https://github.com/huggingface/transformers/issues/26109",
+    ],
+)  # fmt: skip
+def divided_by_heads(ops: Any, q: Any, cache: Any, mask: Any) -> Any:
+    """Query head h reads key/value head h // K, or the last where that is beyond it."""
+    kv_heads = cache.k.shape[1]
+    return right_attend(ops, q, with_heads(cache, np.minimum(np.arange(q.shape[1]) // kv_heads, kv_heads - 1)), mask)
+
+
+@mutant(
+    "attn-wo-head-order", breaks=["ATTN-7"], touches=["attention.output"], changes=PARAMETERS,
+    fix="keep the query heads of a key/value head together in the columns of wo",
+    sources=["https://github.com/nntile/nntile/pull/347"],
+)  # fmt: skip
+def columns_by_member(config: Config, parameters: Parameters) -> Parameters:
+    """The columns of wo are taken as (member of the group, key/value head) where they are (key/value head, member)."""
+    shape = (-1, config.kv_heads, config.heads // config.kv_heads, config.head_dim)
+
+    def reordered(wo: Any) -> Any:
+        return np.ascontiguousarray(wo.reshape(shape).transpose(0, 2, 1, 3).reshape(wo.shape))
+
+    def change(layer: Layer) -> Layer:
+        return replace(layer, wo=mapped(layer.wo, reordered))
+
+    return with_layers(parameters, change)
+
+
+# ---- softmax
+
+
+@mutant(
+    "attn-softmax-lowprec", breaks=["ATTN-5"], touches=["attention.probs"], needs=["LOWPREC"], step="attend",
+    fix="compute the softmax of attention in float32", severity="medium",
+    sources=["https://github.com/huggingface/transformers/pull/18057"],
+)  # fmt: skip
+def softmax_in_low_precision(ops: Any, q: Any, cache: Any, mask: Any) -> Any:
+    """The softmax is bfloat16, or the low dtype of the model, after every single operation."""
+    low = low_precision(ops.policy)
+    scores = ops.tap("attention.scores", scores_of(ops, q, cache.k))
+    seen = mask[None] & np.ones(scores.shape, bool)
+    x = rounded(scores, low)
+    shifted = rounded(x - ops.max(ops.where(seen, x, float("-inf")), axis=-1)[..., None], low)
+    weight = ops.where(seen, rounded(ops.exp(ops.where(seen, shifted, 0.0)), low), 0.0)
+    probs = rounded(weight / rounded(ops.sum(weight, axis=-1), low)[..., None], low)
+    probs = ops.tap("attention.probs", probs)
+    return ops.tap("attention.context", context_of(ops, probs, cache.v))
+
+
+@mutant(
+    "attn-softmax-wrong-axis", breaks=["ATTN-5", "SOFTMAX-2"], touches=["attention.probs"], needs=["T>1"],
+    step="attend", fix="take the softmax over the keys, the last axis", severity="low",
+    sources=["https://github.com/nerdai/llms-from-scratch-rs/pull/30"],
+)  # fmt: skip
+def softmax_over_queries(ops: Any, q: Any, cache: Any, mask: Any) -> Any:
+    """The softmax runs over the queries: the probabilities of a key sum to 1 over the call."""
+    scores = ops.tap("attention.scores", scores_of(ops, q, cache.k))
+    probs = ops.softmax(as_softmax_reads(ops, scores).transpose(0, 2, 1), mask.T[None]).transpose(0, 2, 1)
+    return ops.tap("attention.context", context_of(ops, ops.tap("attention.probs", probs), cache.v))
+
+
+# ---- padding
+
+
+@mutant(
+    "attn-fully-masked-row-nan", breaks=["MODEL-5", "SOFTMAX-2"], touches=["attention.context"], needs=["RAGGED"],
+    changes=CALLS, fix="give zeros to a row that sees nothing, or let padding see itself",
+    sources=[
+        "https://github.com/unslothai/unsloth/pull/9848",
+        "https://github.com/pytorch/pytorch/issues/103749",
+        "https://github.com/ml-explore/mlx/issues/2395",
+    ],
+)  # fmt: skip
+def padded_on_the_left(runs: tuple[Run, ...]) -> Iterable[Run]:
+    """Padding on the left of a batch's shorter rows sees nothing, its softmax is NaN, and from the next layer on the
+    row's own tokens multiply the padding's values by zero, which is NaN."""
+    lengths = {run.sequence: len(run.tokens) for run in reversed(runs) if not run.past}
+    for run in runs:
+        padded = lengths[run.sequence] < max(lengths.values())
+        yield replace(run, positions=tuple(PADDED + p for p in run.positions)) if padded else run
+
+
+def visible_to_padded(positions: Any, cached: Any, window: int | None) -> Any:
+    """The right mask: padding itself has no column in a trace. returns: [T, S]"""
+    return right_visible(positions % PADDED, cached % PADDED, window)
+
+
+def attention(ops: Any, model: Any, layer: Any, x: Any, positions: Any, cache: Any) -> Any:
+    """Tokens of a padded row get NaN, except in the first layer."""
+    if positions[0] < PADDED or layer is model.parameters.layers[0]:
+        return right_attention(ops, model, layer, x, positions % PADDED, cache)
+
+    def poisoned(ops: Any, q: Any, cache: Any, mask: Any) -> Any:
+        scores = ops.tap("attention.scores", scores_of(ops, q, cache.k))
+        probs = ops.tap("attention.probs", ops.softmax(as_softmax_reads(ops, scores), mask[None]))
+        context = context_of(ops, probs, cache.v)
+        return ops.tap("attention.context", context + np.full(context.shape, np.nan))
+
+    poisoned_model = replace(model, steps=replace(model.steps, attend=poisoned))
+    return right_attention(ops, poisoned_model, layer, x, positions % PADDED, cache)
+
+
+MUTANTS["attn-fully-masked-row-nan"] = replace(
+    MUTANTS["attn-fully-masked-row-nan"], steps={"attention": attention, "visible": visible_to_padded}
+)  # beside the calls, two steps

@@ -1,0 +1,341 @@
+"""Bugs of the experts: what each computes, which rows it gets, and how the outputs come back together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from refmoe.arithmetic.enclosure.array import Enclosure
+from refmoe.bugs.mutant import PARAMETERS, mutant
+from refmoe.bugs.rounding import rounded
+from refmoe.bugs.weights import mapped, with_experts, with_layers
+from refmoe.spec.config import Config
+from refmoe.spec.model import Parameters
+from refmoe.steps.rounding import run_experts as right_experts
+
+EXPERTS = ("expert.gate", "expert.up", "expert.output")
+"""The taps that an expert's weights make."""
+READ = ("expert.gate", "expert.up")
+"""The taps of what an expert reads."""
+
+TILE = 32
+"""Tokens of a tile: the only token count that the kernel of the field was right for."""
+ALIGN = 8
+"""Rows that a kernel gives an expert without tokens: rows of a tensor core's tile."""
+ROWS = 100
+"""Rows after which an offset wraps: in 8x7B 2^31 / 28672 = 74898 rows, 37449 tokens, and no case is so long."""
+
+SLOPE = 0.001
+"""More than the slope of the difference of both forms of GELU anywhere."""
+ROUNDINGS = 4
+"""Of 1 + tanh(z) or 1 + erf(z): that of the function, of the sum and of the products."""
+
+
+def swiglu(ops: Any, gate: Any, up: Any) -> Any:
+    """EXPERT-2, with its cut points. gate, up: [T, k, F]   returns: [T, k, F]"""
+    return ops.silu(gate) * up
+
+
+def project(ops: Any, experts: Any, rows: Any, ids: Any, name: str) -> Any:
+    """Each row by the matrix `name` of its expert. rows: [n, m]   ids: integers [n]   returns: [n, p]"""
+    order, counts = ops.group(ids, len(experts))
+    rows, results, start = rows[order], [], 0
+    for expert, count in zip(experts, counts, strict=True):
+        if count:
+            results.append(ops.linear(rows[start : start + count], getattr(expert, name)))
+            start += count
+    return ops.concatenate(results)[ops.inverse(order)]
+
+
+def run_rows(ops: Any, experts: Any, rows: Any, chosen: Any, hidden_of: Callable[[Any, Any, Any], Any] = swiglu) -> Any:
+    """`refmoe.spec.experts.run_experts` with a row of its own for each slot.
+
+    rows: [T k, D]   chosen: integers [T, k]   returns: [T, k, D]
+    """
+    ids, slots = chosen.reshape(-1), (*chosen.shape, -1)
+    gate = ops.tap("expert.gate", project(ops, experts, rows, ids, "w1").reshape(slots))
+    up = ops.tap("expert.up", project(ops, experts, rows, ids, "w3").reshape(slots))
+    hidden = ops.tap("expert.hidden", hidden_of(ops, gate, up))
+    return ops.tap("expert.output", project(ops, experts, hidden.reshape(len(ids), -1), ids, "w2").reshape(slots))
+
+
+def slots_of(x: Any, chosen: Any) -> Any:
+    """The row that each slot reads. x: [T, D]   chosen: integers [T, k]   returns: [T k, D]"""
+    return x[np.repeat(np.arange(len(chosen)), chosen.shape[1])]
+
+
+def routed(ops: Any, model: Any, layer: Any, x: Any) -> tuple[Any, Any]:
+    """Expert ids [T, k] and weights [T, k]."""
+    chosen, weights = model.steps.route(ops, x, layer.router, model.config.experts_per_token)
+    return chosen, weights
+
+
+def weighted_outputs(ops: Any, model: Any, layer: Any, x: Any) -> tuple[Any, Any]:
+    """Expert ids [T, k], and their outputs times their weights [T, k, D]."""
+    chosen, weights = routed(ops, model, layer, x)
+    outputs = model.steps.run_experts(ops, layer.experts, x, chosen)
+    return chosen, ops.cut("combine.weighted", outputs * weights[:, :, None])
+
+
+# ---- what an expert computes
+
+
+@mutant(
+    "expert-w1-w3-swapped", breaks=["EXPERT-2"], touches=["expert.hidden"], step="run_experts",
+    fix="apply silu to w1's half of the fused projection, and multiply by w3's", severity="critical",
+    sources=[
+        "https://github.com/ml-explore/mlx-lm/pull/767",
+        "https://github.com/TransformerLensOrg/TransformerLens/pull/1668",
+        "https://github.com/vllm-project/vllm/pull/31504",
+        "https://github.com/vllm-project/vllm/pull/40082",
+        "https://github.com/flashinfer-ai/flashinfer/pull/5291",
+    ],
+)  # fmt: skip
+def silu_of_up(ops: Any, experts: Any, x: Any, chosen: Any) -> Any:
+    """The halves of the fused projection are read in the wrong order: silu is applied to up and multiplies the gate."""
+    return run_rows(ops, experts, slots_of(x, chosen), chosen, lambda ops, gate, up: swiglu(ops, up, gate))
+
+
+@mutant(
+    "expert-gelu", breaks=["EXPERT-2"], touches=["expert.hidden"], step="run_experts",
+    fix="take the activation from hidden_act, which is silu", severity="high",
+    sources=[
+        "https://github.com/huggingface/candle/pull/991",
+        "https://github.com/FastCrest/tether/pull/241",
+    ],
+)  # fmt: skip
+def gelu_gate(ops: Any, experts: Any, x: Any, chosen: Any) -> Any:
+    """The gate's activation is GELU, copied from another model: here in its tanh form; a trace may have either."""
+
+    def geglu(ops: Any, gate: Any, up: Any) -> Any:
+        # (1 + tanh z) / 2 = sigmoid(2 z), z = sqrt(2 / pi) (x + 0.044715 x^3): Hendrycks and Gimpel 2016
+        twice = (gate + gate * gate * gate * 0.044715) * (2 * math.sqrt(2 / math.pi))
+        return ops.cut("expert.silu", of_either_form(gate, gate * ops.sigmoid(twice))) * up
+
+    return run_rows(ops, experts, slots_of(x, chosen), chosen, geglu)
+
+
+def of_either_form(gate: Any, gelu: Any) -> Any:
+    """An enclosure of GELU that holds the other form too, x (1 + erf(x / sqrt(2))) / 2, and what 1 + tanh, or 1 + erf,
+    loses below zero: a few roundings of 1, where the sigmoid loses none. gelu: the tanh form, of the same shape"""
+    if not isinstance(gelu, Enclosure):
+        return gelu
+    gelu, x = gelu.settle(), gate.mid
+    other = x * (1 + np.vectorize(math.erf, otypes=[float])(x / math.sqrt(2))) / 2
+    apart = np.abs(other - gelu.mid) + SLOPE * gate.r + ROUNDINGS * gelu.accumulation.u * np.abs(x)
+    return Enclosure(gelu.mid, gelu.r + apart, gelu.v + apart**2, gelu.accumulation)
+
+
+@mutant(
+    "expert-w2-transposed", breaks=["EXPERT-1"], touches=["expert.output"], needs=["LOAD"], changes=PARAMETERS,
+    fix="transpose w2 when it is cut from the stack [E F, D]; a reshape to [D, F] is not that", severity="high",
+    sources=[
+        "https://github.com/huggingface/transformers/pull/27942",
+        "https://github.com/intel/ipex-llm/pull/9930",
+        "https://github.com/ServiceNow/Fast-LLM/pull/365",
+    ],
+)  # fmt: skip
+def down_reshaped(config: Config, parameters: Parameters) -> Parameters:
+    """An expert's piece of the stack [E F, D] is reshaped to [D, F], the shape of w2, where it had to be transposed."""
+
+    def reshaped(expert: Any) -> Any:
+        return replace(expert, w2=mapped(expert.w2, lambda down: down.T.reshape(down.shape)))
+
+    return with_experts(parameters, reshaped)
+
+
+@mutant(
+    "expert-index-permuted", breaks=["EXPERT-3"], touches=EXPERTS, needs=["LOAD", "EXPERTS>10"], changes=PARAMETERS,
+    fix="sort the experts' keys by number", severity="high",
+)  # fmt: skip
+def experts_by_name(config: Config, parameters: Parameters) -> Parameters:
+    """Experts are loaded in the alphabetical order of their keys: 0, 1, 10, 11, 2, ..."""
+    order = sorted(range(config.experts), key=str)
+    return with_layers(parameters, lambda layer: replace(layer, experts=tuple(layer.experts[e] for e in order)))
+
+
+# ---- which rows an expert gets
+
+
+@mutant(
+    "expert-only-first-token", breaks=["EXPERT-3"], touches=READ, needs=["T>1"], step="run_experts",
+    fix="look at the list of tokens of each expert: it ends after the first", severity="critical",
+    sources=["https://github.com/vllm-project/vllm-xpu-kernels/issues/453"],
+)  # fmt: skip
+def first_of_each(ops: Any, experts: Any, x: Any, chosen: Any) -> Any:
+    """Of each expert's list of tokens all but the first are lost; the rows that nobody fills are zeros."""
+    ids = chosen.reshape(-1)
+    first = np.zeros(len(ids))
+    first[np.unique(ids, return_index=True)[1]] = 1.0
+    return run_rows(ops, experts, slots_of(x, chosen) * first[:, None], chosen)
+
+
+@mutant(
+    "expert-token-index-drift", breaks=["EXPERT-3"], touches=READ, needs=["T>1"], step="run_experts",
+    fix="check the list of token indices where the number of tokens is no multiple of the tile", severity="high",
+    sources=["https://github.com/tenstorrent/tt-metal/issues/50669"],
+)  # fmt: skip
+def next_token(ops: Any, experts: Any, x: Any, chosen: Any) -> Any:
+    """Unless the tokens fill tiles, the index lists of all experts but the first are one off, at the next token."""
+    tokens, k = chosen.shape
+    own = np.repeat(np.arange(tokens), k)
+    drifts = (chosen.reshape(-1) > 0) * (tokens % TILE > 0)
+    return run_rows(ops, experts, x[(own + drifts) % tokens], chosen)
+
+
+@mutant(
+    "expert-empty-offset-shift", breaks=["EXPERT-3"], touches=READ, needs=["T>1", "EMPTY"], step="run_experts",
+    fix="sum the group sizes with the rows that empty experts are given", severity="medium",
+    sources=[
+        "https://github.com/pytorch/torchtitan/issues/1237",
+        "https://github.com/pytorch/torchtitan/pull/1166",
+        "https://github.com/ModelTC/LightLLM/pull/1369",
+    ],
+)  # fmt: skip
+def offsets_without_padding(ops: Any, experts: Any, x: Any, chosen: Any) -> Any:
+    """The grouped product gives an expert without tokens a block of rows, as it can take none, and the offsets do not
+    count it: the experts that follow read rows too early. One token alone takes another path."""
+    if len(chosen) == 1:
+        return right_experts(ops, experts, x, chosen)
+    ids = chosen.reshape(-1)
+    order, counts = ops.group(ids, len(experts))
+    rows, buffer, start = slots_of(x, chosen), [], 0
+    padding = np.full(ALIGN, len(ids))  # the index of a row of zeros
+    for count in counts:
+        buffer.append(order[start : start + count] if count else padding)
+        start += count
+    found = np.concatenate(buffer)[: len(ids)][ops.inverse(order)]
+    zeros = rows[:1] * np.zeros(1)
+    return run_rows(ops, experts, ops.concatenate([rows, zeros])[found], chosen)
+
+
+@mutant(
+    "expert-int32-index-overflow", breaks=["EXPERT-2", "EXPERT-3"], touches=["expert.hidden"], needs=["LONG-ROW"],
+    step="run_experts", fix="compute row offsets in 64 bits", severity="medium",
+    sources=[
+        "https://github.com/sgl-project/sglang/pull/4727",
+        "https://github.com/vllm-project/vllm/pull/34279",
+    ],
+)  # fmt: skip
+def offset_wraps(ops: Any, experts: Any, x: Any, chosen: Any) -> Any:
+    """The offset of a row in the buffer [T k, 2 F] of gates and ups wraps: rows past 2^31 elements read the first."""
+
+    def wrapped(ops: Any, gate: Any, up: Any) -> Any:
+        order, _ = ops.group(chosen.reshape(-1), len(experts))
+        there = order[np.arange(len(order)) % ROWS][ops.inverse(order)]
+        gate, up = (part.reshape(len(order), -1)[there].reshape(gate.shape) for part in (gate, up))
+        return swiglu(ops, gate, up)
+
+    return run_rows(ops, experts, slots_of(x, chosen), chosen, wrapped)
+
+
+# ---- weights
+
+
+@mutant(
+    "expert-weight-on-input", breaks=["COMBINE-1"], touches=[*READ, "moe.output"], step="moe",
+    fix="multiply the expert's output by its weight, not its input", severity="high",
+    sources=[
+        "https://github.com/vllm-project/vllm/pull/16744",
+        "https://github.com/NVIDIA/TensorRT-LLM/pull/3492",
+    ],
+)  # fmt: skip
+def weight_before_expert(ops: Any, model: Any, layer: Any, x: Any) -> Any:
+    """The weight multiplies what the expert reads, as another model has it, and not what it returns."""
+    chosen, weights = routed(ops, model, layer, x)
+    rows = rounded(slots_of(x, chosen) * weights.reshape(-1)[:, None], ops.policy.storage)
+    return ops.tap("moe.output", ops.accumulate(run_rows(ops, layer.experts, rows, chosen), axis=1))
+
+
+@mutant(
+    "expert-weight-before-w2", breaks=["EXPERT-2", "COMBINE-1"], touches=["expert.hidden", "moe.output"], step="moe",
+    fix="multiply by the weight after w2, or in float32 before it; by exact arithmetic it is the same", severity="low",
+    sources=["https://github.com/radixark/Megatron-LM/pull/79"],
+)  # fmt: skip
+def weight_on_activation(ops: Any, model: Any, layer: Any, x: Any) -> Any:
+    """The stored activation is multiplied by the weight before w2, and stored again: the same result but for its
+    rounding, and other values at the two taps after it."""
+    chosen, weights = routed(ops, model, layer, x)
+
+    def weighted(ops: Any, gate: Any, up: Any) -> Any:
+        return ops.cut("expert.hidden", swiglu(ops, gate, up)) * weights[:, :, None]
+
+    outputs = run_rows(ops, layer.experts, slots_of(x, chosen), chosen, weighted)
+    return ops.tap("moe.output", ops.accumulate(outputs, axis=1))
+
+
+@mutant(
+    "expert-weight-missing", breaks=["COMBINE-1"], touches=["moe.output"], step="combine",
+    fix="multiply each output by its weight before the sum", severity="high",
+    sources=[
+        "https://github.com/vllm-project/vllm-xpu-kernels/pull/66",
+        "https://github.com/kyegomez/Mixture-of-Depths/issues/1",
+    ],
+)  # fmt: skip
+def sum_of_outputs(ops: Any, outputs: Any, weights: Any) -> Any:
+    """The outputs of the experts are added as they are: the kernel's multiplication by the weight is left out."""
+    return ops.accumulate(outputs, axis=1)
+
+
+@mutant(
+    "expert-weight-rank0-for-all", breaks=["COMBINE-1"], touches=["moe.output"], step="combine",
+    fix="check the stride of the weights: each slot has its own", severity="medium",
+    sources=["https://github.com/vllm-project/vllm-xpu-kernels/pull/66"],
+)  # fmt: skip
+def weight_of_first(ops: Any, outputs: Any, weights: Any) -> Any:
+    """All slots of a token use the weight of its first choice: the kernel's stride of the weights is that of tokens."""
+    return ops.accumulate(ops.cut("combine.weighted", outputs * weights[:, :1][:, :, None]), axis=1)
+
+
+# ---- how the outputs come back
+
+
+@mutant(
+    "expert-scatter-overwrite", breaks=["COMBINE-1"], touches=["moe.output"], step="moe",
+    fix="add to the token's row instead of assigning it", severity="critical",
+    sources=[
+        "https://github.com/AviSoori1x/makeMoE/issues/2",
+        "https://github.com/torch-spyre/torch-spyre/issues/3638",
+        "https://github.com/deepseek-ai/DeepSeek-V3/issues/942",
+    ],
+)  # fmt: skip
+def last_expert_wins(ops: Any, model: Any, layer: Any, x: Any) -> Any:
+    """A loop over the experts assigns a token's row where it had to add: the chosen expert of highest id remains."""
+    chosen, weighted = weighted_outputs(ops, model, layer, x)
+    return ops.tap("moe.output", weighted[np.arange(len(chosen)), chosen.argmax(axis=1)])
+
+
+@mutant(
+    "expert-unpermute-missing", breaks=["COMBINE-1", "EXPERT-3"], touches=["moe.output"], needs=["T>1"], step="moe",
+    fix="put the rows back in the order of tokens before they are summed", severity="high",
+)  # fmt: skip
+def left_in_expert_order(ops: Any, model: Any, layer: Any, x: Any) -> Any:
+    """The weighted rows, sorted by expert, are summed in groups of k without being put back in the order of tokens."""
+    chosen, weighted = weighted_outputs(ops, model, layer, x)
+    order, _ = ops.group(chosen.reshape(-1), len(layer.experts))
+    rows = weighted.reshape(len(order), -1)[order].reshape(weighted.shape)
+    return ops.tap("moe.output", ops.accumulate(rows, axis=1))
+
+
+@mutant(
+    "expert-empty-uninitialised", breaks=["EXPERT-3", "COMBINE-1"], touches=["moe.output"], needs=["POISON"],
+    fix="leave out the rows of experts without tokens, or clear them: a product with zero does not", severity="medium",
+    step="moe",
+    sources=[
+        "https://github.com/meta-pytorch/MSLK/pull/158",
+        "https://github.com/huggingface/transformers/pull/45621",
+    ],
+)  # fmt: skip
+def zero_times_garbage(ops: Any, model: Any, layer: Any, x: Any) -> Any:
+    """Every token adds every expert, with weight zero where it was not chosen; an expert without tokens leaves its
+    buffer as the allocator gave it, here full of NaN."""
+    chosen, weights = routed(ops, model, layer, x)
+    outputs = model.steps.run_experts(ops, layer.experts, x, chosen)
+    y = model.steps.combine(ops, outputs, weights)
+    if len(np.unique(chosen)) < model.config.experts:
+        y = y + np.full(y.shape, np.nan)
+    return ops.tap("moe.output", y)

@@ -1,0 +1,76 @@
+"""Bugs of the residual stream, the final norm and the output matrix."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from refmoe.bugs.mutant import PARAMETERS, mutant
+from refmoe.spec.config import Config
+from refmoe.spec.model import Parameters
+from refmoe.steps.rounding import rms_norm as right_norm
+
+
+@mutant(
+    "resid-from-normed", breaks=["LAYER-1"], touches=["attention_residual"], step="decoder_layer",
+    fix="add the block's output to the hidden state before its norm", severity="high",
+    sources=[
+        "https://github.com/allenai/OLMo/pull/680",
+        "https://github.com/Howuhh/faster-trajectory-transformer/issues/3",
+    ],
+)  # fmt: skip
+def normed_residual(ops: Any, model: Any, layer: Any, x: Any, positions: Any, cache: Any) -> Any:
+    """The output of attention is added to the normed hidden state: the residual was taken after the norm."""
+    steps, eps = model.steps, model.config.norm_eps
+    normed = ops.tap("attention_norm", steps.rms_norm(ops, x, ops.vector(layer.attention_norm), eps))
+    attended, cache = steps.attention(ops, model, layer, normed, positions, cache)
+    h = ops.tap("attention_residual", normed + attended)
+    normed = ops.tap("moe_norm", steps.rms_norm(ops, h, ops.vector(layer.moe_norm), eps))
+    return ops.tap("residual", h + steps.moe(ops, model, layer, normed)), cache
+
+
+@mutant(
+    "head-final-norm-missing", breaks=["MODEL-3"], touches=["final_norm"], step="rms_norm",
+    fix="norm the last hidden state before the output matrix", severity="high",
+    sources=[
+        "https://github.com/NVIDIA/Model-Optimizer/pull/1846",
+        "https://github.com/vllm-project/speculators/pull/313",
+        "https://github.com/PaddlePaddle/PaddleNLP/pull/7615",
+    ],
+)  # fmt: skip
+def no_final_norm(ops: Any, x: Any, gain: Any, eps: float) -> Any:
+    """The output matrix reads the last hidden state without its norm, as a stage of a pipeline may forget."""
+    in_a_layer = bool(ops._prefix)
+    return right_norm(ops, x, gain, eps) if in_a_layer else x
+
+
+@mutant(
+    "head-tied-wrongly", breaks=["MODEL-3"], touches=["logits"], needs=["LOAD"], changes=PARAMETERS,
+    fix="load lm_head.weight; tie it to the embedding only where tie_word_embeddings says so", severity="critical",
+    sources=[
+        "https://github.com/huggingface/transformers/issues/42313",
+        "https://github.com/NVIDIA/TensorRT-LLM/issues/3324",
+    ],
+)  # fmt: skip
+def tied(config: Config, parameters: Parameters) -> Parameters:
+    """The output matrix is the embedding: tying is the default of a base class, and the checkpoint's own is dropped."""
+    return replace(parameters, output=parameters.embedding)
+
+
+@mutant(
+    "hidden-tap-off-by-one", breaks=["LAYER-1"], touches=["residual"], step="decoder_layer",
+    fix="look at what is captured, not at the model: the hidden state of a layer is what leaves it", severity="low",
+    sources=[
+        "https://github.com/lightseekorg/TorchSpec/issues/87",
+        "https://github.com/vllm-project/speculators/pull/313",
+    ],
+)  # fmt: skip
+def tap_of_layer_before(ops: Any, model: Any, layer: Any, x: Any, positions: Any, cache: Any) -> Any:
+    """What is shown as the hidden state after a layer is the one before it; the computation itself is right."""
+    steps, eps = model.steps, model.config.norm_eps
+    normed = ops.tap("attention_norm", steps.rms_norm(ops, x, ops.vector(layer.attention_norm), eps))
+    attended, cache = steps.attention(ops, model, layer, normed, positions, cache)
+    h = ops.tap("attention_residual", x + attended)
+    normed = ops.tap("moe_norm", steps.rms_norm(ops, h, ops.vector(layer.moe_norm), eps))
+    ops.tap("residual", x)
+    return ops.cut("residual", h + steps.moe(ops, model, layer, normed)), cache

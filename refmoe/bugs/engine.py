@@ -1,0 +1,74 @@
+"""A mutant as a foreign engine: it runs a case at a dtype and leaves a trace."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refmoe.bugs.mutant import Mutant
+from refmoe.policy.policy import Policy
+from refmoe.spec.config import Config
+from refmoe.spec.model import Model, Parameters
+from refmoe.steps.policy_ops import PolicyOps
+from refmoe.steps.rounding import CUT_STEPS
+from refmoe.traces.script import execute
+from refmoe.traces.trace import Header, Recorder, Run, Trace
+
+SAFETENSORS_NAMES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class HeldTensor:
+    """An array in memory, with the interface of a tensor in a file."""
+
+    name: str
+    array: np.ndarray[Any, Any]
+
+    @property
+    def dtype(self) -> str:
+        return SAFETENSORS_NAMES[str(self.array.dtype)]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.array.shape)
+
+    def map(self) -> np.ndarray[Any, Any]:
+        return self.array
+
+    def get(self, _file: bytes | None = None) -> np.ndarray[Any, Any]:
+        return self.array
+
+
+def held_trace(header: Header, arrays: dict[str, np.ndarray[Any, Any]], name: str = "memory") -> Trace:
+    """A trace that was never a file."""
+    tensors: Any = {key: HeldTensor(key, array) for key, array in arrays.items()}
+    return Trace(Path(name), header, tensors)
+
+
+def run(mutant: Mutant | None, config: Config, parameters: Parameters, runs: tuple[Run, ...], policy: Policy) -> Trace:
+    """The trace of an engine with this bug, or of one without any, that claims to have made the calls `runs`."""
+    recorder = Recorder()
+    if mutant is None:
+        model, made, used = Model(config, parameters, CUT_STEPS), runs, policy
+    else:
+        model, made, used = mutant.model(config, parameters), mutant.runs(runs), mutant.policy(policy)
+    with np.errstate(all="ignore"):
+        execute(PolicyOps(used, recorder), model, made, recorder)
+    name = "specification" if mutant is None else mutant.id
+    return held_trace(Header(runs, None, None, policy.name, {"name": name}), recorder.arrays, name)
+
+
+def same(one: Trace, other: Trace) -> bool:
+    """Whether two traces in memory hold the same values, in whatever dtypes."""
+
+    def bits(tensor: Any) -> bytes:
+        return np.asarray(tensor.map(), np.float64).tobytes()
+
+    return one.tensors.keys() == other.tensors.keys() and all(
+        bits(tensor) == bits(other.tensors[key]) for key, tensor in one.tensors.items()
+    )

@@ -1,0 +1,196 @@
+"""The Hugging Face layout: config.json and model.safetensors, whole or in shards, experts apart or fused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from operator import itemgetter
+from pathlib import Path
+
+from refmoe.checkpoints.layout import (
+    Checkpoint,
+    Expected,
+    View,
+    account,
+    gather_tensors,
+    indexed_tensors,
+    make_config,
+    refuse_pickles,
+    to_checkpoint,
+    whole,
+    whole_parameter,
+)
+from refmoe.errors import InputError
+from refmoe.files.json_file import JsonFile, read_json
+from refmoe.files.safetensors_file import StoredTensor, quoted
+from refmoe.spec.config import Config
+
+FIELDS = {
+    "dim": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "hidden_dim": "intermediate_size",
+    "vocab": "vocab_size",
+    "experts": "num_local_experts",
+    "experts_per_token": "num_experts_per_tok",
+    "norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+    "window": "sliding_window",
+    "context": "max_position_embeddings",
+}
+"""The spec's fields and their names in config.json."""
+
+LAYER_TENSORS = {
+    "attention_norm": "input_layernorm.weight",
+    "attention.wq": "self_attn.q_proj.weight",
+    "attention.wk": "self_attn.k_proj.weight",
+    "attention.wv": "self_attn.v_proj.weight",
+    "attention.wo": "self_attn.o_proj.weight",
+    "moe_norm": "post_attention_layernorm.weight",
+}
+"""Canonical parameters of a layer and their tensors, apart from those of the mixture of experts."""
+
+MODEL_TENSORS = {
+    "embedding": "model.embed_tokens.weight",
+    "final_norm": "model.norm.weight",
+    "output": "lm_head.weight",
+}
+"""Canonical parameters outside the layers and their tensors."""
+
+BLOCKS = ("block_sparse_moe", "mlp")
+"""Names of the mixture's module: in checkpoints, and in the model class of transformers 5."""
+
+
+def read_config(path: Path) -> Config:
+    """The configuration in a config.json.
+
+    Both generations are read: `rope_theta` at the top level, and `rope_parameters.rope_theta`. What would change
+    the mathematics and is not Mixtral's (another rope type, activation, biases, tied output) is refused.
+    """
+    file = read_json(path)
+    for name, value in {"model_type": "mixtral", "hidden_act": "silu"}.items():
+        if file.need(name) != value:
+            raise file.refuse(name, file.values[name], f"'{value}' was expected: this is not a Mixtral")
+    for name, fact in FOREIGN.items():
+        if file.values.get(name):
+            raise file.refuse(name, file.values[name], fact)
+    if file.values.get("partial_rotary_factor") not in (None, 1):
+        raise file.refuse("partial_rotary_factor", file.values["partial_rotary_factor"], "Mixtral turns whole heads")
+    integers = {ours: theirs for ours, theirs in FIELDS.items() if ours not in NOT_PLAIN}
+    values = {ours: file.integer(theirs) for ours, theirs in integers.items()}
+    window = None if file.values.get("sliding_window") is None else file.integer("sliding_window")
+    return make_config(
+        file, FIELDS, {
+            **values, "head_dim": _head_dim(file, values["dim"], values["heads"]), "window": window,
+            "norm_eps": file.number("rms_norm_eps"), "rope_theta": _rope_theta(file),
+        },
+    )  # fmt: skip
+
+
+FOREIGN = {
+    "attention_bias": "Mixtral's projections have no biases",
+    "mlp_bias": "Mixtral's experts have no biases",
+    "tie_word_embeddings": "Mixtral's output matrix is its own",
+    "quantization_config": "weights that are not quantised were expected",
+    "rope_scaling": "Mixtral's rotary embedding is not scaled",
+}
+"""Fields of other models that would change the result, and what is so here."""
+
+NOT_PLAIN = ("head_dim", "window", "norm_eps", "rope_theta")
+"""Fields that are not integers, or need not be there."""
+
+
+def _head_dim(file: JsonFile, dim: int, heads: int) -> int:
+    if file.values.get("head_dim") is not None:
+        return file.integer("head_dim")
+    if heads < 1 or dim % heads:
+        raise InputError(
+            f"{file.path}: 'head_dim' is missing and cannot be derived: hidden_size = {dim} is not a multiple of "
+            f"num_attention_heads = {heads}"
+        )
+    return dim // heads
+
+
+def _rope_theta(file: JsonFile) -> float:
+    found = {}
+    if file.values.get("rope_theta") is not None:
+        found["rope_theta"] = file.number("rope_theta")
+    if file.values.get("rope_parameters") is not None:
+        parameters = file.within("rope_parameters")
+        if parameters.values.get("rope_type", "default") != "default":
+            raise parameters.refuse("rope_type", parameters.values["rope_type"], "'default' was expected")
+        for name, value in parameters.values.items():
+            if name not in ("rope_type", "rope_theta") and value is not None:
+                raise parameters.refuse(name, value, "Mixtral's rotary embedding has no such parameter")
+        if not found or parameters.values.get("rope_theta") is not None:
+            found["rope_parameters.rope_theta"] = parameters.number("rope_theta")
+    if not found:
+        raise InputError(f"{file.path}: neither 'rope_theta' nor 'rope_parameters.rope_theta' is there")
+    if len(set(found.values())) > 1:
+        pairs = " but ".join(f"{quoted(name)} is {value}" for name, value in found.items())
+        raise InputError(f"{file.path}: {pairs}, and the same was expected of both")
+    return next(iter(found.values()))
+
+
+def expected_tensors(config: Config, block: str, fused: bool) -> Iterator[tuple[str, Expected]]:
+    """Tensor name and what is expected of it, one by one.
+
+    block: the name of the mixture's module.   fused: experts as `gate_up_proj` [E, 2F, D] (the gate first) and
+    `down_proj` [E, D, F], or apart as `w1`, `w2`, `w3`.
+    """
+
+    def one(tensor: str, name: str) -> tuple[str, Expected]:
+        return tensor, whole_parameter(config, name, whole)
+
+    fields = ("experts", "hidden_dim", "dim")
+    dim, hidden, experts = config.dim, config.hidden_dim, config.experts
+    for name, tensor in MODEL_TENSORS.items():
+        yield one(tensor, name)
+    for i in range(config.layers):
+        ours, theirs = f"layers.{i}.", f"model.layers.{i}."
+        for name, tensor in LAYER_TENSORS.items():
+            yield one(theirs + tensor, ours + name)
+        theirs += block
+        yield one(f"{theirs}.gate.weight", ours + "router.gate")
+        if fused:
+            halves = ((f"{ours}experts.{e}.{w}", cut) for e in range(experts) for w, cut in _halves(e, hidden))
+            yield f"{theirs}.experts.gate_up_proj", Expected((experts, 2 * hidden, dim), fields, halves)
+            down = ((f"{ours}experts.{e}.w2", itemgetter(e)) for e in range(experts))
+            yield f"{theirs}.experts.down_proj", Expected((experts, dim, hidden), fields, down)
+        else:
+            for name in (f"experts.{e}.{w}" for e in range(experts) for w in ("w1", "w2", "w3")):
+                yield one(f"{theirs}.{name}.weight", ours + name)
+
+
+def _halves(expert: int, hidden: int) -> tuple[tuple[str, View], tuple[str, View]]:
+    return ("w1", lambda stored: stored[expert, :hidden]), ("w3", lambda stored: stored[expert, hidden:])
+
+
+def weight_files(folder: Path) -> tuple[list[Path], dict[str, StoredTensor]]:
+    """The safetensors files of a checkpoint, in name order, and their tensors.
+
+    Raises InputError when they cannot be told.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists() and index.exists():
+        raise InputError(f"{folder}: holds both {single.name} and {index.name}, but one of them was expected")
+    if single.exists():
+        return [single], gather_tensors([single])
+    if index.exists():
+        return indexed_tensors(index)
+    refuse_pickles(folder, ("*.bin", "*.pt", "*.pth"), "safetensors")
+    raise InputError(f"{folder}: neither {single.name} nor {index.name} is there, but one of them was expected")
+
+
+def load(folder: Path) -> Checkpoint:
+    """A checkpoint in this layout. Raises InputError, one sentence, for anything that does not fit."""
+    config = read_config(folder / "config.json")
+    files, tensors = weight_files(folder)
+    block = next((b for b in reversed(BLOCKS) if any(f".{b}." in name for name in tensors)), BLOCKS[0])
+    fused = any(name.endswith(".experts.gate_up_proj") for name in tensors)
+    weights = account(
+        tensors, lambda: expected_tensors(config, block, fused), config, files[0] if len(files) == 1 else folder,
+        FIELDS, "config.json",
+    )  # fmt: skip
+    return to_checkpoint(config, "hf", files, tensors, weights)

@@ -1,0 +1,42 @@
+"""Load whichever layout a folder holds."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from refmoe.checkpoints import hf, mistral
+from refmoe.checkpoints.layout import Checkpoint
+from refmoe.errors import InputError
+
+LAYOUTS = {"hf": hf.load, "mistral": mistral.load}
+
+
+def load_checkpoint(folder: Path, layout: str | None = None) -> Checkpoint:
+    """The checkpoint in a folder. Weights are mapped, not read; NaN and Inf are found when one is first used.
+
+    layout: ``"hf"``, ``"mistral"``, or None to tell by the files: config.json with safetensors in Hugging Face's
+        names goes before params.json, as the published repositories hold both.
+    Raises InputError, one sentence, for anything that does not fit.
+    """
+    if not folder.is_dir():
+        found = "is not a folder" if folder.exists() else "no such folder"
+        raise InputError(f"{folder}: {found}, but a checkpoint's folder was expected")
+    if layout is None:
+        has_hf = (folder / "config.json").exists()
+        has_mistral = (folder / "params.json").exists()
+        if not has_hf and not has_mistral:
+            raise InputError(f"{folder}: neither config.json nor params.json is there, so this is not a checkpoint")
+        only_consolidated = has_mistral and not any(folder.glob("model*.safetensors*"))
+        layout = "mistral" if not has_hf or only_consolidated else "hf"
+    return LAYOUTS[layout](folder)
+
+
+def checkpoint_digest(files: tuple[Path, ...]) -> str:
+    """``sha256:`` and the digest over the files' bytes in name order: what a trace says it was made from."""
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return f"sha256:{digest.hexdigest()}"

@@ -1,0 +1,154 @@
+"""Mistral's own layout: params.json and consolidated*.safetensors, rotary rows interleaved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refmoe.checkpoints.layout import (
+    Checkpoint,
+    Expected,
+    account,
+    gather_tensors,
+    indexed_tensors,
+    make_config,
+    refuse_pickles,
+    to_checkpoint,
+    whole,
+    whole_parameter,
+)
+from refmoe.errors import InputError
+from refmoe.files.json_file import JsonFile, read_json
+from refmoe.files.safetensors_file import StoredTensor
+from refmoe.spec.config import Config
+
+FIELDS = {
+    "dim": "dim",
+    "layers": "n_layers",
+    "heads": "n_heads",
+    "kv_heads": "n_kv_heads",
+    "head_dim": "head_dim",
+    "hidden_dim": "hidden_dim",
+    "vocab": "vocab_size",
+    "experts": "moe.num_experts",
+    "experts_per_token": "moe.num_experts_per_tok",
+    "norm_eps": "norm_eps",
+    "rope_theta": "rope_theta",
+    "window": "sliding_window",
+    "context": "max_position_embeddings",
+}
+"""The spec's fields and their names in params.json."""
+
+IGNORED = ("max_seq_len", "max_position_embeddings", "max_batch_size", "model_parallel")
+"""Fields that do not change the mathematics."""
+
+LAYER_TENSORS = {
+    "attention_norm": "attention_norm.weight",
+    "attention.wq": "attention.wq.weight",
+    "attention.wk": "attention.wk.weight",
+    "attention.wv": "attention.wv.weight",
+    "attention.wo": "attention.wo.weight",
+    "moe_norm": "ffn_norm.weight",
+    "router.gate": "feed_forward.gate.weight",
+}
+"""Canonical parameters of a layer and their tensors, apart from the experts'."""
+
+MODEL_TENSORS = {"embedding": "tok_embeddings.weight", "final_norm": "norm.weight", "output": "output.weight"}
+"""Canonical parameters outside the layers and their tensors."""
+
+
+def half_split(rows: np.ndarray[Any, Any], head_dim: int) -> np.ndarray[Any, Any]:
+    """Reorder the rows of a query or key projection from pairs (2i, 2i + 1) to pairs (i, i + d/2): ROPE-3.
+
+    rows: [heads d, D]   returns: [heads d, D], a copy
+    """
+    return rows.reshape(-1, head_dim // 2, 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def interleaved(rows: np.ndarray[Any, Any], head_dim: int) -> np.ndarray[Any, Any]:
+    """The inverse of `half_split`: rows as Mistral's own checkpoints hold them."""
+    return rows.reshape(-1, 2, head_dim // 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def read_config(path: Path) -> Config:
+    """The configuration in a params.json. Raises InputError, one sentence, for anything that does not fit."""
+    file = read_json(path)
+    moe = file.within("moe")
+    known = {*FIELDS.values(), *IGNORED, "moe", "model_type", "tied_embeddings"}
+    for part in (file, moe):
+        for name, value in part.values.items():
+            if part.prefix + name not in known and value is not None:
+                raise part.refuse(name, value, "no Mixtral has this field, and ignoring it could change the result")
+    if file.values.get("model_type") not in (None, "transformer"):
+        raise file.refuse("model_type", file.values["model_type"], "'transformer' was expected")
+    if file.values.get("tied_embeddings"):
+        raise file.refuse("tied_embeddings", file.values["tied_embeddings"], "Mixtral's output matrix is its own")
+    integers = ("dim", "layers", "heads", "kv_heads", "head_dim", "hidden_dim", "vocab")
+    values: dict[str, Any] = {ours: file.integer(FIELDS[ours]) for ours in integers}
+    values["experts"] = moe.integer("num_experts")
+    values["experts_per_token"] = moe.integer("num_experts_per_tok")
+    values["norm_eps"] = file.number("norm_eps")
+    for ours in ("window", "context"):
+        if file.values.get(FIELDS[ours]) is not None:
+            values[ours] = file.integer(FIELDS[ours])
+    values["rope_theta"] = _rope_theta(file, values.get("window"))
+    return make_config(file, FIELDS, values)
+
+
+def _rope_theta(file: JsonFile, window: Any) -> float:
+    if file.values.get("rope_theta") is not None:
+        return file.number("rope_theta")
+    if window is not None:
+        # Mistral's code has used 1e4 with a window and 1e6 without, and later 1e6 always
+        raise InputError(f"{file.path}: 'rope_theta' is missing, and with 'sliding_window' its default is not settled")
+    return 1e6
+
+
+def expected_tensors(config: Config) -> Iterator[tuple[str, Expected]]:
+    """Tensor name and what is expected of it, one by one."""
+
+    def turned(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return half_split(rows, config.head_dim)
+
+    def one(tensor: str, name: str) -> tuple[str, Expected]:
+        view = turned if name.endswith((".wq", ".wk")) else whole
+        return tensor, whole_parameter(config, name, view)
+
+    for name, tensor in MODEL_TENSORS.items():
+        yield one(tensor, name)
+    for i in range(config.layers):
+        ours = f"layers.{i}."
+        for name, tensor in LAYER_TENSORS.items():
+            yield one(ours + tensor, ours + name)
+        for name in (f"experts.{e}.{w}" for e in range(config.experts) for w in ("w1", "w2", "w3")):
+            yield one(f"{ours}feed_forward.{name}.weight", ours + name)
+
+
+def weight_files(folder: Path) -> tuple[list[Path], dict[str, StoredTensor]]:
+    """The safetensors files of a checkpoint, in name order, and their tensors.
+
+    Mistral's own code reads the one file and knows no index; where there is an index, it must be right.
+    Raises InputError when there are none.
+    """
+    index = folder / "consolidated.safetensors.index.json"
+    if index.exists():
+        return indexed_tensors(index)
+    files = sorted(folder.glob("consolidated*.safetensors"))
+    if not files:
+        refuse_pickles(folder, ("*.pth", "*.pt"), "consolidated*.safetensors")
+        raise InputError(f"{folder}: no consolidated*.safetensors is there, but one or more were expected")
+    return files, gather_tensors(files)
+
+
+def load(folder: Path) -> Checkpoint:
+    """A checkpoint in this layout. Raises InputError, one sentence, for anything that does not fit."""
+    config = read_config(folder / "params.json")
+    files, tensors = weight_files(folder)
+    weights = account(
+        tensors, lambda: expected_tensors(config), config, files[0] if len(files) == 1 else folder,
+        FIELDS, "params.json",
+    )  # fmt: skip
+    return to_checkpoint(config, "mistral", files, tensors, weights)

@@ -1,0 +1,86 @@
+"""The canonical names of parameters, which the layouts are mapped to and the synthetic formula is keyed by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+from refmoe.checkpoints.weight import Weight
+from refmoe.spec.config import Config
+from refmoe.spec.experts import Expert
+from refmoe.spec.model import Layer, Parameters
+
+AXES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "embedding": (("vocab",), ("dim",)),
+    "attention_norm": (("dim",),),
+    "wq": (("heads", "head_dim"), ("dim",)),
+    "wk": (("kv_heads", "head_dim"), ("dim",)),
+    "wv": (("kv_heads", "head_dim"), ("dim",)),
+    "wo": (("dim",), ("heads", "head_dim")),
+    "moe_norm": (("dim",),),
+    "gate": (("experts",), ("dim",)),
+    "w1": (("hidden_dim",), ("dim",)),
+    "w2": (("dim",), ("hidden_dim",)),
+    "w3": (("hidden_dim",), ("dim",)),
+    "final_norm": (("dim",),),
+    "output": (("vocab",), ("dim",)),
+}
+"""The last part of a parameter's name and, for each axis, the fields of the configuration whose product it is."""
+
+
+def parameter_shape(config: Config, name: str) -> tuple[int, ...]:
+    """The shape of the parameter with this canonical name."""
+    return tuple(math.prod(getattr(config, field) for field in axis) for axis in parameter_axes(name))
+
+
+def parameter_axes(name: str) -> tuple[tuple[str, ...], ...]:
+    """For each axis of the parameter with this canonical name, the fields whose product it is."""
+    return AXES[name.rpartition(".")[2]]
+
+
+def parameter_names(config: Config) -> Iterator[str]:
+    """Every canonical name, in the order of computation."""
+    yield "embedding"
+    for i in range(config.layers):
+        layer = f"layers.{i}."
+        for name in ("attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo"):
+            yield layer + name
+        yield layer + "moe_norm"
+        yield layer + "router.gate"
+        for e in range(config.experts):
+            for name in ("w1", "w2", "w3"):
+                yield f"{layer}experts.{e}.{name}"
+    yield "final_norm"
+    yield "output"
+
+
+def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Canonical name to shape of every parameter, in the order of computation."""
+    return {name: parameter_shape(config, name) for name in parameter_names(config)}
+
+
+def build_parameters(config: Config, weight: Callable[[str], Weight]) -> Parameters:
+    """The spec's record of parameters, each fetched by its canonical name."""
+
+    def layer(i: int) -> Layer:
+        prefix = f"layers.{i}."
+        return Layer(
+            attention_norm=weight(prefix + "attention_norm"),
+            wq=weight(prefix + "attention.wq"),
+            wk=weight(prefix + "attention.wk"),
+            wv=weight(prefix + "attention.wv"),
+            wo=weight(prefix + "attention.wo"),
+            moe_norm=weight(prefix + "moe_norm"),
+            router=weight(prefix + "router.gate"),
+            experts=tuple(expert(f"{prefix}experts.{e}.") for e in range(config.experts)),
+        )
+
+    def expert(prefix: str) -> Expert:
+        return Expert(w1=weight(prefix + "w1"), w2=weight(prefix + "w2"), w3=weight(prefix + "w3"))
+
+    return Parameters(
+        embedding=weight("embedding"),
+        layers=tuple(layer(i) for i in range(config.layers)),
+        final_norm=weight("final_norm"),
+        output=weight("output"),
+    )

@@ -1,0 +1,89 @@
+"""A model whose weights are a formula, not a download: `weight_formula`, changed on purpose by `weight_edits`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from refmoe.checkpoints.layout import Checkpoint
+from refmoe.checkpoints.names import build_parameters, parameter_shapes
+from refmoe.checkpoints.weight import Weight
+from refmoe.checkpoints.weight_edits import Edit, parse_edits
+from refmoe.checkpoints.weight_formula import EXPONENTS, GAINS, MASK, default_exponent, elements, gains
+from refmoe.errors import InputError
+from refmoe.spec.config import Config
+
+
+class SyntheticWeight(Weight):
+    """A parameter that is computed when it is read, whole or by rows."""
+
+    def __init__(
+        self, seed: int, name: str, shape: tuple[int, ...], exponent: int, edits: tuple[Edit, ...] = ()
+    ) -> None:
+        super().__init__(name, shape, np.float32, self._values, f"synthetic parameter '{name}'")
+        self.seed = seed
+        self.exponent = exponent
+        self.edits = edits
+
+    def _values(self) -> np.ndarray[Any, Any]:
+        height = self.shape[0] if len(self.shape) == 2 else 1
+        return self._edited(np.arange(height), self.edits).reshape(self.shape)
+
+    def rows(self, ids: Any) -> np.ndarray[Any, Any]:
+        # what indexing an array would choose, or its IndexError
+        return self._edited(np.arange(self.shape[0])[ids], self.edits)
+
+    def _edited(self, rows: np.ndarray[Any, Any], edits: tuple[Edit, ...]) -> np.ndarray[Any, Any]:
+        """Rows of the matrix, or the gain as its only row, after some of the edits."""
+        block = self._formula(rows, self.exponent)
+        for i, edit in enumerate(edits):
+            formula = self._formula(rows, edit.given) if edit.action == "exponent" else None
+            copied = self._edited(np.array([edit.given]), edits[:i])[0] if edit.action == "copy" else None
+            edit.apply(block, rows, formula, copied)
+        return block
+
+    def _formula(self, rows: np.ndarray[Any, Any], exponent: int) -> np.ndarray[Any, Any]:
+        if len(self.shape) == 1:
+            return gains(self.seed, self.name, self.shape[0])[None]
+        width = self.shape[1]
+        if len(rows) and np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):
+            first = int(rows[0]) * width
+            return elements(self.seed, self.name, exponent, first, first + len(rows) * width).reshape(-1, width)
+        result = np.empty((len(rows), width), np.float32)
+        for i, row in enumerate(rows.tolist()):
+            result[i] = elements(self.seed, self.name, exponent, row * width, (row + 1) * width)
+        return result
+
+
+def synthetic_checkpoint(
+    config: Config,
+    seed: int,
+    exponents: Mapping[str, int] | None = None,
+    edits: Sequence[Mapping[str, Any]] = (),
+) -> Checkpoint:
+    """A model of the given dimensions with weights from the formula.
+
+    exponents: kind of parameter (the last part of its name) to the power of two, where it is not the default.
+    edits: changes to what the formula gives, as tables; `weight_edits` says what they may be.
+    Raises InputError for an unknown kind, an exponent outside float32's, a seed outside 64 bits or a malformed edit.
+    """
+    given = exponents or {}
+    for kind in sorted(given.keys() - GAINS.keys()):
+        raise InputError(f"exponents: unknown kind of parameter '{kind}', expected one of {', '.join(GAINS)}")
+    for kind, exponent in given.items():
+        if isinstance(exponent, bool) or not isinstance(exponent, int) or exponent not in EXPONENTS:
+            raise InputError(f"exponents: {kind} = {exponent!r}, but an integer from -126 to 120 was expected")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MASK:
+        raise InputError(f"seed = {seed!r}, but an integer from 0 to 2^64 - 1 was expected")
+    shapes = parameter_shapes(config)
+    changes = parse_edits(edits, shapes)
+
+    def weight(name: str) -> Weight:
+        shape = shapes[name]
+        kind = name.rpartition(".")[2]
+        exponent = 0 if len(shape) == 1 else given.get(kind, default_exponent(name, shape))
+        return SyntheticWeight(seed, name, shape, exponent, tuple(changes.get(name, ())))
+
+    return Checkpoint(config, build_parameters(config, weight), "synthetic", (), ("F32",))

@@ -1,0 +1,183 @@
+"""Write a checkpoint that other engines load unchanged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from refmoe.checkpoints import hf, mistral
+from refmoe.checkpoints.names import parameter_shapes
+from refmoe.checkpoints.weight import BFLOAT16, Weight
+from refmoe.errors import InputError
+from refmoe.files.atomic import replacing
+from refmoe.files.safetensors_file import one_line
+from refmoe.spec.config import Config
+from refmoe.spec.model import Parameters
+
+DTYPE_NAMES = {"bfloat16": BFLOAT16, "float16": np.dtype("float16"), "float32": np.dtype("float32")}
+Tensors = dict[str, np.ndarray[Any, Any]]
+
+
+def named_weights(parameters: Parameters) -> dict[str, Weight]:
+    """Every parameter by its canonical name."""
+    found: dict[str, Any] = {"embedding": parameters.embedding}
+    for i, layer in enumerate(parameters.layers):
+        prefix = f"layers.{i}."
+        found[prefix + "attention_norm"] = layer.attention_norm
+        for name in ("wq", "wk", "wv", "wo"):
+            found[f"{prefix}attention.{name}"] = getattr(layer, name)
+        found[prefix + "moe_norm"] = layer.moe_norm
+        found[prefix + "router.gate"] = layer.router
+        for e, expert in enumerate(layer.experts):
+            for name in ("w1", "w2", "w3"):
+                found[f"{prefix}experts.{e}.{name}"] = getattr(expert, name)
+    return found | {"final_norm": parameters.final_norm, "output": parameters.output}
+
+
+def converted(weight: Weight, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    """The values at a dtype. Raises InputError when one of them is not representable there."""
+    stored = np.asarray(weight.read())
+    with np.errstate(over="ignore"):
+        result = stored.astype(dtype)
+    if not np.array_equal(result.astype(np.float64), stored.astype(np.float64)):
+        raise InputError(f"{weight.origin} has values that {dtype} cannot hold, so it cannot be written at {dtype}")
+    return result
+
+
+def hf_config(config: Config, dtype: str, rope_parameters: bool = False) -> dict[str, Any]:
+    """A config.json. rope_parameters: the second generation, with theta inside `rope_parameters`."""
+    values: dict[str, Any] = {theirs: getattr(config, ours) for ours, theirs in hf.FIELDS.items()}
+    if rope_parameters:
+        values["rope_parameters"] = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
+    return values | {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "torch_dtype": dtype,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+
+def mistral_params(config: Config) -> dict[str, Any]:
+    """A params.json."""
+    values = {theirs: getattr(config, ours) for ours, theirs in mistral.FIELDS.items() if "." not in theirs}
+    if config.window is None:
+        del values["sliding_window"]
+    return values | {"moe": {"num_experts": config.experts, "num_experts_per_tok": config.experts_per_token}}
+
+
+def hf_tensors(config: Config, weights: dict[str, Weight], dtype: np.dtype[Any], fused: bool) -> Iterator[Tensors]:
+    """The tensors of a Hugging Face checkpoint, as one dictionary per layer and one for the rest."""
+
+    def get(name: str) -> np.ndarray[Any, Any]:
+        return converted(weights[name], dtype)
+
+    yield {tensor: get(name) for name, tensor in hf.MODEL_TENSORS.items()}
+    experts = range(config.experts)
+    for i in range(config.layers):
+        ours, theirs = f"layers.{i}.", f"model.layers.{i}."
+        tensors = {theirs + tensor: get(ours + name) for name, tensor in hf.LAYER_TENSORS.items()}
+        block = theirs + hf.BLOCKS[0]
+        tensors[f"{block}.gate.weight"] = get(ours + "router.gate")
+        if fused:
+            halves = [np.concatenate([get(f"{ours}experts.{e}.{w}") for w in ("w1", "w3")]) for e in experts]
+            tensors[f"{block}.experts.gate_up_proj"] = np.stack(halves)
+            tensors[f"{block}.experts.down_proj"] = np.stack([get(f"{ours}experts.{e}.w2") for e in experts])
+        else:
+            for name in (f"experts.{e}.{w}" for e in experts for w in ("w1", "w2", "w3")):
+                tensors[f"{block}.{name}.weight"] = get(ours + name)
+        yield tensors
+
+
+def mistral_tensors(config: Config, weights: dict[str, Weight], dtype: np.dtype[Any]) -> Iterator[Tensors]:
+    """The tensors of a checkpoint in Mistral's layout, as one dictionary per layer and one for the rest."""
+
+    def get(name: str) -> np.ndarray[Any, Any]:
+        array = converted(weights[name], dtype)
+        return mistral.interleaved(array, config.head_dim) if name.endswith((".wq", ".wk")) else array
+
+    yield {tensor: get(name) for name, tensor in mistral.MODEL_TENSORS.items()}
+    for i in range(config.layers):
+        ours = f"layers.{i}."
+        tensors = {ours + tensor: get(ours + name) for name, tensor in mistral.LAYER_TENSORS.items()}
+        for name in (f"experts.{e}.{w}" for e in range(config.experts) for w in ("w1", "w2", "w3")):
+            tensors[f"{ours}feed_forward.{name}.weight"] = get(ours + name)
+        yield tensors
+
+
+def write_checkpoint(
+    folder: Path, config: Config, parameters: Parameters, dtype: str = "bfloat16", layout: str = "hf",
+    *, fused: bool = False, rope_parameters: bool = False, shards: bool = False,
+) -> None:  # fmt: skip
+    """Write a checkpoint, the configuration last, so that a folder with a configuration is whole.
+
+    dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"``.   layout: ``"hf"`` or ``"mistral"``.
+    fused, rope_parameters: variants of the Hugging Face layout.   shards: one file per layer, with an index.
+    Raises InputError when a value is not representable at `dtype`, the folder cannot be written, or it holds
+    weights that this checkpoint would not replace.
+    """
+    weights = named_weights(parameters)
+    if weights.keys() != parameter_shapes(config).keys():
+        raise ValueError("parameters and config disagree")
+    wanted = DTYPE_NAMES[dtype]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made: {error.strerror}") from None
+    if layout == "hf":
+        configuration, stem = folder / "config.json", "model"
+        parts, values = hf_tensors(config, weights, wanted, fused), hf_config(config, dtype, rope_parameters)
+    else:
+        configuration, stem = folder / "params.json", "consolidated"
+        parts, values = mistral_tensors(config, weights, wanted), mistral_params(config)
+    pieces = config.layers + 1 if shards else 1
+    files = shard_names(stem, pieces)
+    strangers = {path.name for path in folder.glob(f"{stem}*.safetensors*")} - set(files)
+    if strangers - ({f"{stem}.safetensors.index.json"} if shards else set()):
+        raise InputError(f"{folder}: holds {min(strangers)} of another checkpoint, but a folder without was expected")
+    configuration.unlink(missing_ok=True)
+    if shards:
+        _write_shards(folder, stem, files, parts)
+    else:
+        _write_shard(folder / files[0], {name: tensor for part in parts for name, tensor in part.items()})
+    _write_json(configuration, values)
+
+
+def shard_names(stem: str, pieces: int) -> list[str]:
+    """The names of a checkpoint's safetensors files."""
+    if pieces == 1:
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{number:05d}-of-{pieces:05d}.safetensors" for number in range(1, pieces + 1)]
+
+
+def _write_shards(folder: Path, stem: str, files: list[str], parts: Iterable[Tensors]) -> None:
+    weight_map: dict[str, str] = {}
+    size = 0
+    for file, tensors in zip(files, parts, strict=True):
+        _write_shard(folder / file, tensors)
+        weight_map |= dict.fromkeys(tensors, file)
+        size += sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    _write_json(folder / f"{stem}.safetensors.index.json", index)
+
+
+def _write_shard(path: Path, tensors: Tensors) -> None:
+    arrays = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        try:
+            save_file(arrays, temporary, {"format": "pt"})
+        except SafetensorError as error:
+            raise InputError(f"{path}: cannot be written: {one_line(error)}") from None
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n")

@@ -1,0 +1,35 @@
+"""The text of the kernels, and how it is compiled."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.resources import files
+
+from refmoe.cuda.kernels.kernel import Kernel
+from refmoe.cuda.kernels.table import KERNELS
+
+OPTIONS = ("--std=c++17", "--fmad=false")
+"""What we pass. Without contraction the arithmetic is the written one, on every device and in the CPU runner."""
+CUPY_OPTIONS = ("--device-as-default-execution-space", "-ftz=true")
+"""What CuPy 14 adds to them, read in its `compile_using_nvrtc`."""
+PRELUDE = "numbers.cu"
+
+
+@cache
+def text(file: str) -> str:
+    """One file as it is compiled: after the prelude, with line numbers of its own in messages."""
+    folder = files(__package__)
+    return "".join(f'#line 1 "{name}"\n{(folder / name).read_text()}\n' for name in (PRELUDE, file))
+
+
+def kernels_in(file: str) -> tuple[Kernel, ...]:
+    """The kernels of one file."""
+    return tuple(kernel for kernel in KERNELS if kernel.file == file)
+
+
+def expressions(file: str) -> tuple[str, ...]:
+    """The name expressions of every instance in one file."""
+    return tuple(expression for kernel in kernels_in(file) for expression in kernel.expressions)
+
+
+FILES = tuple(dict.fromkeys(kernel.file for kernel in KERNELS))

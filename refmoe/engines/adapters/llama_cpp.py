@@ -1,0 +1,145 @@
+"""llama.cpp on a CPU, every tensor of its graph seen by its evaluation callback."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Collection, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refmoe.checkpoints.gguf_file import write_gguf
+from refmoe.checkpoints.load import load_checkpoint
+from refmoe.engines.adapter import TAPS, Arrays, Skipped
+from refmoe.engines.adapters import llama_cpp_library as native
+from refmoe.errors import InputError
+from refmoe.spec.config import Config
+from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS, step_of
+from refmoe.traces.trace import Run
+
+NAMES = {
+    ("embd", "GET_ROWS"): "embedding",
+    ("attn_norm", "MUL"): "attention_norm",
+    ("Qcur", "MUL_MAT"): "attention.q",
+    ("Kcur", "MUL_MAT"): "attention.k",
+    ("Vcur", "MUL_MAT"): "attention.v",
+    ("Qcur", "ROPE"): "attention.q_rope",
+    ("Kcur", "ROPE"): "attention.k_rope",
+    ("kq_soft_max", "SOFT_MAX"): "attention.probs",
+    ("kqv_out", "CONT"): "attention.context",
+    ("kqv_out", "RESHAPE"): "attention.context",  # of flash attention
+    ("attn_out", "MUL_MAT"): "attention.output",
+    ("ffn_inp", "ADD"): "attention_residual",
+    ("ffn_norm", "MUL"): "moe_norm",
+    ("ffn_moe_logits", "MUL_MAT"): "router.logits",
+    ("ffn_moe_topk", "VIEW"): "router.experts",
+    ("ffn_moe_weights_norm", "DIV"): "router.weights",
+    ("ffn_moe_gate", "MUL_MAT_ID"): "expert.gate",
+    ("ffn_moe_up", "MUL_MAT_ID"): "expert.up",
+    ("ffn_moe_swiglu", "SWIGLU"): "expert.hidden",
+    ("ffn_moe_down", "MUL_MAT_ID"): "expert.output",
+    ("ffn_moe_out", "ADD"): "moe.output",
+    ("ffn_moe_out", "CONT"): "moe.output",  # one expert per token: nothing to add
+    ("l_out", "ADD"): "residual",
+    ("result_norm", "MUL"): "final_norm",
+    ("result_output", "MUL_MAT"): "logits",
+}
+"""A tensor's name without its layer, and the operation that made it, to the tap. One name has several tensors.
+
+Not among them: attention.scores. Softmax scales the products of queries and keys, and only they are a tensor.
+"""
+
+TURNED = ("attention.q", "attention.k", "attention.q_rope", "attention.k_rope")
+
+ISSUE = "https://github.com/ggml-org/llama.cpp/issues/3377"
+"""llama : support sliding window attention"""
+
+PAD = 256
+"""llama.cpp gives each sequence a multiple of so many cells of cache."""
+
+
+class Adapter:
+    """Options: cache=float32|float16 (keys and values), flash=off|on (flash attention), threads=N."""
+
+    name = "llama.cpp"
+    dtypes = ("float32",)
+    abilities = ("chunk", "decode", "sequences")
+
+    def __init__(self, cache: str = "float32", flash: str = "off", threads: str = "1") -> None:
+        if cache not in native.TYPES or flash not in native.FLASH or not threads.isdecimal():
+            raise InputError(f"options cache={cache}, flash={flash}, threads={threads}: {Adapter.__doc__}")
+        self.library = native.load_library(lambda text: print(text, end="", file=sys.stderr))
+        self.version = f"{native.PACKAGE} {version(native.PACKAGE)}"
+        self.options = {"type_k": native.TYPES[cache], "type_v": native.TYPES[cache], "n_threads": int(threads)}
+        self.options |= {"n_threads_batch": int(threads), "flash_attn_type": native.FLASH[flash]}
+        unseen = ("attention.scores", "attention.probs") if flash == "on" else ("attention.scores",)
+        self.taps = tuple(tap for tap in TAPS if tap not in unseen)
+        # flash attention converts keys and values of a float32 cache to float16 before it reads them
+        rounded = cache == "float16" or flash == "on"
+        self.policies = {"float32": "llama.cpp-float32" + ("-cache-float16" if rounded else "")}
+        self.model: Any = None
+
+    def load(self, checkpoint: Path, dtype: str) -> None:
+        """dtype: "float32"."""
+        loaded = load_checkpoint(checkpoint)
+        self.config = loaded.config
+        self.library.llama_model_free(self.model)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.gguf"
+            write_gguf(path, loaded.config, loaded.parameters)
+            # the file is mapped into memory: its name may go
+            defaults = self.library.llama_model_default_params()
+            self.model = self.library.llama_model_load_from_file(bytes(path), defaults)
+        if not self.model:
+            raise RuntimeError("llama.cpp does not load the model; what it says is on standard error")
+
+    def run(self, runs: Sequence[Run], taps: Collection[str]) -> Arrays:
+        """Each run as one batch in which every token has logits."""
+        window, longest = self.config.window, max(run.past + len(run.tokens) for run in runs)
+        if window is not None and longest > window:
+            raise Skipped(f"llama.cpp runs Mixtral as a llama, which has no window; this model's is {window}", ISSUE)
+        seen: Arrays = {}
+
+        def watch(tensor: Any, ask: bool, _: Any) -> bool:
+            name, _, layer = tensor[0].name.decode().partition("-")
+            tap = NAMES.get((name, self.library.ggml_op_desc(tensor).decode()))
+            wanted = tap in taps and tensor[0].type in native.DTYPES
+            if wanted and not ask:
+                seen[f"layers.{layer}.{tap}" if layer else f"{tap}"] = native.to_numpy(tensor[0])
+            return wanted or not ask  # asked, whether to come back with the value; else, whether to go on
+
+        callback, sequences = native.EvalCallback(watch), sorted({run.sequence for run in runs})
+        cells = -(-longest // PAD) * PAD
+        options = {"n_ctx": cells * len(sequences), "n_seq_max": len(sequences), "n_batch": cells, "n_ubatch": cells}
+        options |= {"n_outputs_max_per_seq": cells, **self.options}
+        context = native.new_context(self.library, self.model, callback, options)
+        found: Arrays = {}
+        try:
+            for run in runs:
+                seen.clear()
+                native.decode(self.library, context, run, sequences.index(run.sequence))
+                found |= {f"{run.run}/{tap}": shaped(tap, array, self.config, run) for tap, array in seen.items()}
+        finally:
+            self.library.llama_free(context)
+        return found
+
+
+def shaped(tap: str, array: np.ndarray[Any, Any], config: Config, run: Run) -> np.ndarray[Any, Any]:
+    """A tensor as a tap, queries and keys in half-split order: ROPE-3.
+
+    array: the tap's axes with axes of 1 around them, heads joined or not; of probabilities [1, H, T, cells].
+    """
+    step, cached = step_of(tap), run.past + len(run.tokens)
+    if step == "attention.probs":
+        if array[..., cached:].any():
+            raise RuntimeError(f"{run.run}: attention reaches cells of the cache that hold no token of this sequence")
+        return array[0, :, :, :cached]
+    sizes = {"T": len(run.tokens), "D": config.dim, "H": config.heads, "K": config.kv_heads, "d": config.head_dim}
+    sizes |= {"E": config.experts, "k": config.experts_per_token, "F": config.hidden_dim, "V": config.vocab}
+    array = array.reshape([sizes[axis] for axis in {**LAYER_TAPS, **MODEL_TAPS}[step].split()])
+    if step in TURNED:
+        array = array.reshape(*array.shape[:2], -1, 2).swapaxes(2, 3).reshape(array.shape)
+    return array

@@ -1,0 +1,66 @@
+"""mlx-lm's Mixtral on a CPU: its modules tell what goes in and what comes out.
+
+Not seen: scores and probabilities, which stay inside `mx.fast.scaled_dot_product_attention`. mlx-lm rotates by the
+number of tokens in the cache; for a case that starts elsewhere, the start is added to that number. A window
+(`sliding_window`) in the configuration is not read: mlx-lm attends to everything, without a word.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from refmoe.engines.adapter import TAPS, Arrays, Skipped
+from refmoe.engines.adapters.mlx_lm_watch import Watch
+from refmoe.errors import require
+from refmoe.traces.trace import Run
+
+UNSEEN = ("attention.scores", "attention.probs")
+EXTRA = ("mlx", "running mlx-lm")
+
+
+class Adapter:
+    """No options."""
+
+    name = "mlx-lm"
+    dtypes = ("float32",)
+    taps = tuple(tap for tap in TAPS if tap not in UNSEEN)
+    abilities = ("chunk", "decode", "sequences")
+    policies = MappingProxyType({"float32": "mlx-float32"})
+
+    def __init__(self) -> None:
+        self.mx: Any = require("mlx.core", *EXTRA)
+        self.mx.set_default_device(self.mx.cpu)
+        require("mlx_lm", *EXTRA)
+        self.version = f"{version('mlx-lm')} (mlx {version('mlx')})"
+
+    def load(self, checkpoint: Path, dtype: str) -> None:
+        config = json.loads((checkpoint / "config.json").read_text())
+        derived = config["hidden_size"] // config["num_attention_heads"]
+        if config["head_dim"] != derived:
+            raise Skipped(f"mlx-lm knows no head_dim but hidden_size / heads = {derived}; it is {config['head_dim']}")
+        self.model, _ = require("mlx_lm.utils", *EXTRA).load_model(checkpoint)
+        self.model.set_dtype(getattr(self.mx, dtype))
+        self.watch = Watch(derived)
+        for name, module in self.model.named_modules():
+            self.watch.add(name, module)
+
+    def run(self, runs: Sequence[Run], taps: Collection[str]) -> Arrays:
+        caching: Any = require("mlx_lm.models.cache", *EXTRA)
+        caches: dict[int, Any] = {}
+        self.watch.begin(taps)
+        with self.watch.functions():
+            for run in runs:
+                self.watch.recorder.run, self.watch.start = run.run, run.positions[0] - run.past
+                if run.positions != tuple(range(run.positions[0], run.positions[0] + len(run.tokens))):
+                    raise Skipped(f"mlx-lm takes consecutive positions; those of {run.run} are {run.positions}")
+                if run.sequence not in caches:
+                    caches[run.sequence] = caching.make_prompt_cache(self.model)
+                cache = caches[run.sequence]
+                caching.trim_prompt_cache(cache, cache[0].offset - run.past)
+                self.mx.eval(self.model(self.mx.array([run.tokens]), cache))
+        return self.watch.recorder.arrays

@@ -1,0 +1,70 @@
+"""transformers' Mixtral, exported to ONNX and run by onnxruntime on a CPU.
+
+Taps are outputs of the graph: onnxruntime fuses no operations across one. With the option taps=logits it may fuse all
+that it can. Not seen: scores, which transformers gives to nobody.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from refmoe.engines.adapter import TAPS, Arrays
+from refmoe.engines.adapters.onnx_export import export
+from refmoe.engines.capture.transformers import shaped
+from refmoe.errors import InputError, require
+from refmoe.traces.trace import Recorder, Run
+
+LEVELS = {
+    "off": "ORT_DISABLE_ALL", "basic": "ORT_ENABLE_BASIC", "extended": "ORT_ENABLE_EXTENDED", "all": "ORT_ENABLE_ALL",
+}  # fmt: skip
+GIVEN = {"all": tuple(tap for tap in TAPS if tap != "attention.scores"), "logits": ("logits",)}
+
+
+class Adapter:
+    """Options: optimise=all|extended|basic|off (onnxruntime's own changes to the graph), taps=all|logits."""
+
+    name = "onnxruntime"
+    dtypes = ("float32", "float64", "float16")
+    abilities = ("chunk", "decode", "sequences")
+    policies = MappingProxyType({"float32": "hf-float32", "float64": "hf-float64", "float16": "onnx-float16"})
+
+    def __init__(self, optimise: str = "all", taps: str = "all") -> None:
+        if optimise not in LEVELS or taps not in GIVEN:
+            raise InputError(f"options optimise={optimise}, taps={taps}: {Adapter.__doc__}")
+        self.ort: Any = require("onnxruntime", "onnx", "running an ONNX graph")
+        self.optimise = getattr(self.ort.GraphOptimizationLevel, LEVELS[optimise])
+        self.taps = GIVEN[taps]
+        self.version = f"{version('onnxruntime')} (torch {version('torch')}, transformers {version('transformers')})"
+
+    def load(self, checkpoint: Path, dtype: str) -> None:
+        options = self.ort.SessionOptions()
+        options.graph_optimization_level = self.optimise
+        options.intra_op_num_threads = 1
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            self.graph = export(checkpoint, dtype, self.taps, path)
+            self.session = self.ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.dtype = np.dtype(dtype)
+
+    def run(self, runs: Sequence[Run], taps: Collection[str]) -> Arrays:
+        count, kv_heads, head_dim = self.graph.cache
+        empty = [np.zeros((1, kv_heads, 0, head_dim), self.dtype)] * count
+        inputs = [value.name for value in self.session.get_inputs()]
+        caches: dict[int, list[np.ndarray[Any, Any]]] = {}
+        recorder = Recorder()
+        for run in runs:
+            recorder.run = run.run
+            past = [part[:, :, : run.past] for part in caches.get(run.sequence, empty)]
+            given = [np.array([run.tokens]), np.array([run.positions]), *past]
+            made = self.session.run(None, dict(zip(inputs, given, strict=True)))
+            caches[run.sequence] = made[-count:]
+            for tap, array in zip(self.graph.taps, made[:-count], strict=True):
+                recorder(tap, shaped(tap, array, head_dim))
+        return recorder.arrays

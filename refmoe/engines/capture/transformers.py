@@ -1,0 +1,213 @@
+"""Record a trace from a loaded `transformers.MixtralForCausalLM` by forward hooks.
+
+Not seen by a hook: the scores (never a module's value), and with an attention implementation other than eager the
+probabilities. Expert internals are seen where experts run one by one (experts implementation "eager").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import ml_dtypes
+import numpy as np
+
+from refmoe.engines.capture.names import HUGGING_FACE, tap_of
+from refmoe.errors import InputError, require
+from refmoe.traces.trace import Header, Recorder, Run
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+def load_model(folder: Path, dtype: str, attention: str = "eager") -> Any:
+    """A model from a Hugging Face checkpoint, in evaluation mode, with experts run one by one.
+
+    dtype: one of `DTYPES`.   attention: ``"eager"`` or ``"sdpa"``.
+    Raises InputError when transformers or torch is missing or the folder does not load.
+    """
+    torch = require("torch", "engines", "capturing from transformers")
+    transformers = require("transformers", "engines", "capturing from transformers")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model = transformers.MixtralForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), attn_implementation=attention, experts_implementation="eager",
+            local_files_only=True,
+        )  # fmt: skip
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"{folder}: transformers cannot load this checkpoint: {str(error).splitlines()[0]}") from None
+    return model.eval()
+
+
+def capture(model: Any, runs: Sequence[Run], recorder: Recorder) -> None:
+    """Run a script on the model, a cache per sequence; what the hooks see goes to `recorder`.
+
+    A run whose `past` is less than what its sequence has seen begins with the cache cut to that many tokens.
+
+    model: a `MixtralForCausalLM`.   runs: as `refmoe.traces.script.plan` makes them.
+    """
+    torch = require("torch", "engines", "capturing from transformers")
+    transformers = require("transformers", "engines", "capturing from transformers")
+    caches: dict[int, Any] = {}
+    with torch.no_grad(), hooks(model, recorder):
+        for run in runs:
+            recorder.run = run.run
+            # not made from the configuration: a cache that forgets what a window hides would hide S as well
+            cache = caches.setdefault(run.sequence, transformers.DynamicCache())
+            if run.past < cache.get_seq_length():
+                cache.crop(run.past - cache.get_seq_length())  # a negative number: how many to remove
+            model(
+                input_ids=torch.tensor([run.tokens]), position_ids=torch.tensor([run.positions]),
+                past_key_values=cache, use_cache=True,
+            )  # fmt: skip
+
+
+def header(model: Any, runs: Sequence[Run], case: str | None = None, checkpoint: str | None = None) -> Header:
+    """What the trace of a capture says about itself."""
+    version = require("transformers", "engines", "capturing from transformers").__version__
+    policy = "hf-" + str(model.dtype).removeprefix("torch.")
+    return Header(tuple(runs), case, checkpoint, policy, {"name": "transformers", "version": version})
+
+
+@contextmanager
+def hooks(model: Any, recorder: Recorder) -> Iterator[None]:
+    """While the context lasts, everything in the table of names that passes through the model is recorded."""
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    def record(tap: str, value: Any) -> None:
+        if value is not None:
+            recorder(tap, shaped(tap, to_numpy(value), head_dim))
+
+    def leaving(tap: str, at: int | None, _module: Any, _args: Any, out: Any) -> None:
+        record(tap, out if at is None else out[at])
+
+    with ExitStack() as stack:
+
+        def add(handle: Any) -> None:
+            stack.callback(handle.remove)
+
+        for name, module in model.named_modules():
+            entering = tap_of(HUGGING_FACE, f"{name}:in")
+            if entering:
+                add(module.register_forward_pre_hook(lambda _, args, tap=entering: record(tap, args[0])))
+            for at in (None, 0, 1, 2):
+                tap = tap_of(HUGGING_FACE, f"{name}:out{'' if at is None else at}")
+                if tap:
+                    add(module.register_forward_hook(partial(leaving, tap, at)))
+        layers = {id(layer.self_attn): f"layers.{i}." for i, layer in enumerate(model.model.layers)}
+        stack.enter_context(_rotated(layers, model, record))
+        for i, layer in enumerate(model.model.layers):
+            stack.enter_context(_expert_internals(layer.mlp.experts, f"layers.{i}.", recorder))
+        yield
+
+
+def shaped(tap: str, array: np.ndarray[Any, Any], head_dim: int) -> np.ndarray[Any, Any]:
+    """A tap in its own shape: the batch of one is dropped, heads are told apart.
+
+    array: [1, T, n], [1, H, T, S] or [T, n], as the module gave it.
+    """
+    name = tap.rpartition("layers.")[2].partition(".")[2]
+    if name == "router.experts":
+        return array.astype(np.int64)
+    if name.startswith("router."):
+        return array
+    array = array[0]
+    if name in ("attention.q", "attention.k", "attention.v", "attention.context"):
+        return array.reshape(len(array), -1, head_dim)
+    return array
+
+
+def to_numpy(value: Any) -> np.ndarray[Any, Any]:
+    """A torch tensor as a NumPy array of the same dtype, copied."""
+    value = value.detach().cpu().contiguous()
+    if str(value.dtype) == "torch.bfloat16":
+        bits: np.ndarray[Any, Any] = value.view(require("torch", "engines", "a capture").int16).numpy()
+        return bits.copy().view(ml_dtypes.bfloat16)
+    return np.array(value.numpy())
+
+
+@contextmanager
+def _rotated(layers: dict[int, str], model: Any, record: Callable[[str, Any], None]) -> Iterator[None]:
+    """Record queries and keys as rotation leaves them: a function's result, so the function is wrapped."""
+    from transformers.models.mixtral import modeling_mixtral
+
+    rotate = modeling_mixtral.apply_rotary_pos_emb
+    current = [""]
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        q, k = rotate(*args, **kwargs)
+        record(current[0] + "attention.q_rope", q.transpose(1, 2))
+        record(current[0] + "attention.k_rope", k.transpose(1, 2))
+        return q, k
+
+    def entering(module: Any, _args: Any, _kwargs: Any) -> None:
+        current[0] = layers[id(module)]
+
+    handles = [layer.self_attn.register_forward_pre_hook(entering, with_kwargs=True) for layer in model.model.layers]
+    try:
+        with mock.patch.object(modeling_mixtral, "apply_rotary_pos_emb", wrapped):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _expert_internals(experts: Any, prefix: str, recorder: Recorder) -> Iterator[None]:
+    """Record gate, up, hidden and unweighted output of each expert call, sorted into the slots of router.experts.
+
+    The engine calls `linear` twice per chosen expert, in ascending order of experts; the rows of a call are those
+    of slot 0 in token order, then those of slot 1, and so on.
+    """
+    torch: Any = require("torch", "engines", "capturing from transformers")
+    mode: Any = torch.overrides.TorchFunctionMode
+
+    class Watch(mode):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls: list[tuple[Any, Any]] = []
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if func is torch.nn.functional.linear:
+                self.calls.append((args[0], result))
+            return result
+
+    watch = Watch()
+
+    def entering(_module: Any, _args: Any) -> None:
+        watch.calls.clear()
+        watch.__enter__()
+
+    def leaving(_module: Any, args: Any, _out: Any) -> None:
+        watch.__exit__(None, None, None)
+        chosen = args[1].cpu().numpy()  # [T, k]
+        used = np.unique(chosen)
+        if len(watch.calls) != 2 * len(used):
+            return  # another implementation of the experts
+        slots: dict[str, np.ndarray[Any, Any]] = {}
+        for e, (_, gate_up), (hidden, output) in zip(used, watch.calls[::2], watch.calls[1::2], strict=True):
+            slot, token = np.nonzero((chosen == e).T)
+            gate, up = gate_up.chunk(2, dim=-1)
+            for name, value in {"gate": gate, "up": up, "hidden": hidden, "output": output}.items():
+                rows = to_numpy(value)
+                if name not in slots:
+                    slots[name] = np.empty((*chosen.shape, rows.shape[-1]), rows.dtype)
+                slots[name][token, slot] = rows
+        for name, array in slots.items():
+            recorder(f"{prefix}expert.{name}", array)
+
+    handles = [
+        experts.register_forward_pre_hook(entering),
+        experts.register_forward_hook(leaving),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,137 @@
+"""Known failures: a TOML file that says which cases an engine fails today, and why.
+
+    format_version = "1"
+
+    [[known]]
+    engine = "my-engine"
+    case = "window-decode"
+    dtype = "bfloat16"
+    reason = "no sliding window yet"
+    issue = "https://example.org/issues/12"     # may be left out
+
+What is listed and fails is no failure of the run. What is listed and conforms is: the file is out of date then.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from refmoe.engines.adapter import DTYPES
+from refmoe.engines.outcome import Outcome, Results
+from refmoe.errors import InputError
+from refmoe.files.atomic import replacing
+from refmoe.files.json_file import shown
+from refmoe.files.safetensors_file import one_line, quoted
+from refmoe.verify.findings import CONFORMANT
+
+FORMAT_VERSION = "1"
+FIELDS = ("engine", "case", "dtype", "reason")
+
+
+@dataclass(frozen=True)
+class Known:
+    """A failure that is expected."""
+
+    engine: str
+    """Name of the engine, in whatever version."""
+    case: str
+    dtype: str
+    reason: str
+    issue: str | None = None
+
+
+@dataclass(frozen=True)
+class Held:
+    """Results held against what is known."""
+
+    failing: tuple[Outcome, ...]
+    """Failures that nobody has listed."""
+    known: tuple[tuple[Outcome, Known], ...]
+    """Failures that are listed."""
+    passing: tuple[tuple[Outcome, Known], ...]
+    """Listed, but conformant: unexpected passes."""
+
+
+def hold(results: Results, listed: Iterable[Known]) -> Held:
+    """Tell failures that are known from those that are not. An entry about a case that did not run says nothing."""
+    entries = {(each.case, each.dtype): each for each in listed if each.engine == results.engine.name}
+    failing, known, passing = [], [], []
+    for outcome in results.outcomes:
+        entry = entries.get((outcome.case, outcome.dtype))
+        if outcome.failed and entry is None:
+            failing.append(outcome)
+        elif outcome.failed and entry is not None:
+            known.append((outcome, entry))
+        elif outcome.verdict == CONFORMANT and entry is not None:
+            passing.append((outcome, entry))
+    return Held(tuple(failing), tuple(known), tuple(passing))
+
+
+def known_failures(results: Results) -> list[Known]:
+    """An entry for each failure of today."""
+    engine = results.engine.name
+    return [
+        Known(engine, each.case, each.dtype, f"{each.verdict}: {each.reason}", each.issue)
+        for each in results.outcomes
+        if each.failed
+    ]
+
+
+def read_known(path: Path) -> list[Known]:
+    """Raises InputError that names the entry and the field which is not as expected."""
+    try:
+        values = tomllib.loads(path.read_bytes().decode())
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file, but a file of known failures was expected") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: not a readable TOML file: {one_line(error)}") from None
+    if values.get("format_version") != FORMAT_VERSION:
+        found = shown(values.get("format_version"))
+        raise InputError(f"{path}: 'format_version' is {found}, but \"{FORMAT_VERSION}\" was expected")
+    for name in values.keys() - {"format_version", "known"}:
+        raise InputError(f"{path}: {quoted(name)} is unknown, but only tables [[known]] were expected")
+    listed = values.get("known", [])
+    if not isinstance(listed, list):
+        raise InputError(f"{path}: 'known' is {shown(listed)}, but tables [[known]] were expected")
+    entries = [_entry(path, f"known[{i}]", entry) for i, entry in enumerate(listed)]
+    places = [(each.engine, each.case, each.dtype) for each in entries]
+    for i, place in enumerate(places):
+        if place in places[:i]:
+            raise InputError(f"{path}: known[{i}] is about {', '.join(place)}, which an entry before it has already")
+    return entries
+
+
+def _entry(path: Path, at: str, entry: Any) -> Known:
+    if not isinstance(entry, dict):
+        raise InputError(f"{path}: '{at}' is {shown(entry)}, but a table was expected")
+    for name in entry.keys() - {*FIELDS, "issue"}:
+        raise InputError(f"{path}: {at} has a field {quoted(name)}, but only {', '.join(FIELDS)}, issue were expected")
+    for name in FIELDS + ("issue",) * ("issue" in entry):
+        if not isinstance(entry.get(name), str) or not entry[name].strip():
+            found = shown(entry[name]) if name in entry else "missing"
+            raise InputError(f"{path}: '{at}.{name}' is {found}, but a text was expected")
+    if entry["dtype"] not in DTYPES:
+        raise InputError(
+            f"{path}: '{at}.dtype' is {shown(entry['dtype'])}, but one of {', '.join(DTYPES)} was expected"
+        )
+    return Known(entry["engine"], entry["case"], entry["dtype"], entry["reason"], entry.get("issue"))
+
+
+def write_known(path: Path, entries: Iterable[Known]) -> None:
+    """Raises InputError when the file cannot be written."""
+    lines = [f'format_version = "{FORMAT_VERSION}"', ""]
+    for each in entries:
+        lines.append("[[known]]")
+        for name in (*FIELDS, "issue"):
+            value = getattr(each, name)
+            if value is not None:
+                # TOML's strings are JSON's, but for characters that JSON writes as two
+                lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}")
+        lines.append("")
+    with replacing(path) as temporary:
+        temporary.write_text("\n".join(lines), encoding="utf-8")

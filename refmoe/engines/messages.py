@@ -1,0 +1,75 @@
+"""Messages of the protocol: one JSON object on one line, in which every field is expected."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from refmoe.files.json_file import shown
+from refmoe.files.safetensors_file import one_line, quoted, strict_json
+
+LONGEST_NAME = 200
+"""Characters in a name: of an engine, a version, a policy."""
+LONGEST_SENTENCE = 2000
+"""Characters in a reason or an error."""
+
+Message = dict[str, Any]
+
+
+class MessageError(ValueError):
+    """A message is not as the protocol says; one sentence."""
+
+
+def parse(line: str | bytes) -> Message:
+    """The object on a line. Raises MessageError."""
+    try:
+        text = line.decode() if isinstance(line, bytes) else line
+        message = strict_json(text)
+    except ValueError as error:
+        start = line[:60].decode(errors="replace") if isinstance(line, bytes) else line[:60]
+        raise MessageError(f"{quoted(start.strip())} is not a line of JSON: {one_line(error)}") from None
+    if not isinstance(message, dict):
+        raise MessageError(f"{shown(message)} was found, but a JSON object was expected")
+    return message
+
+
+def encode(message: Mapping[str, Any]) -> bytes:
+    """The line of a message."""
+    return json.dumps(message, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+
+
+def expect_fields(message: Message, needed: Collection[str], possible: Collection[str] = ()) -> None:
+    """Raises MessageError where a field is missing or unknown."""
+    for name in needed:
+        if name not in message:
+            raise MessageError(f"the field {quoted(name)} is missing")
+    for name in message:
+        if name not in needed and name not in possible:
+            raise MessageError(f"the field {quoted(name)} is unknown; {', '.join([*needed, *possible])} were expected")
+
+
+def wrong(name: str, found: Any, expected: str) -> MessageError:
+    """The error for a field's value."""
+    return MessageError(f"the field {quoted(name)} is {shown(found)}, but {expected} was expected")
+
+
+def text(message: Message, name: str, longest: int = LONGEST_SENTENCE) -> str:
+    """A field that is a line of text, not empty."""
+    found = message[name]
+    if not isinstance(found, str) or not found.strip() or not found.isprintable() or len(found) > longest:
+        raise wrong(name, found, f"1 to {longest} printable characters")
+    return found
+
+
+def names(message: Message, name: str, known: Collection[str]) -> tuple[str, ...]:
+    """A field that is a list of different known names."""
+    found = message[name]
+    if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
+        raise wrong(name, found, "a list of names")
+    for item in found:
+        if item not in known:
+            raise wrong(name, found, f"a list of some of {', '.join(known)}")
+    if len(set(found)) < len(found):
+        raise wrong(name, found, "each name once")
+    return tuple(found)

@@ -1,0 +1,171 @@
+"""Engines by cases by dtypes: what several results say together."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from refmoe.engines.adapter import DTYPES, TAPS
+from refmoe.engines.outcome import SKIPPED, Cause, Outcome, Results
+from refmoe.engines.process import BROKEN, CRASHED, TIMED_OUT
+from refmoe.engines.results import read_results
+from refmoe.errors import InputError
+from refmoe.spec.taps import step_of
+from refmoe.verify.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT
+
+DEVIATES, UNDECIDABLE, UNSUPPORTED, FAILED = "deviates", "undecidable", "not supported", "crashed"
+KINDS = {
+    CONFORMANT: CONFORMANT, NOT_CONFORMANT: DEVIATES, CANNOT_JUDGE: UNDECIDABLE, SKIPPED: UNSUPPORTED,
+    CRASHED: FAILED, TIMED_OUT: FAILED, BROKEN: FAILED,
+}  # fmt: skip
+"""Per verdict what the scoreboard calls it."""
+NOT_RUN = "not run"
+"""Where an engine has no outcome."""
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """An engine on the scoreboard."""
+
+    label: str
+    """Name, version and what else tells it from the others."""
+    results: Results
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Those that were run, the widest first."""
+        run = {each.dtype for each in self.results.outcomes}
+        return tuple(dtype for dtype in DTYPES if dtype in run)
+
+    def outcome(self, case: str, dtype: str) -> Outcome | None:
+        return next((x for x in self.results.outcomes if (x.case, x.dtype) == (case, dtype)), None)
+
+    def kind(self, case: str, dtype: str) -> str:
+        """One of the values of `KINDS`, or `NOT_RUN`."""
+        outcome = self.outcome(case, dtype)
+        return NOT_RUN if outcome is None else KINDS[outcome.verdict]
+
+    def tally(self, dtype: str) -> Counter[str]:
+        """Cases per kind."""
+        return Counter(KINDS[each.verdict] for each in self.results.outcomes if each.dtype == dtype)
+
+    def worst_errors(self, dtype: str | None = None) -> dict[str, float]:
+        """Per step the largest error over all cases, in units of the allowed one; of one dtype or of all."""
+        worst: dict[str, float] = {}
+        for each in self.results.outcomes:
+            if dtype in (None, each.dtype):
+                for step, error in each.worst_errors.items():
+                    before = worst.get(step, 0.0)
+                    worst[step] = math.nan if math.isnan(before) or math.isnan(error) else max(before, error)
+        return {step: worst[step] for step in TAPS if step in worst}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Outcomes of an engine that are the same but for case and dtype."""
+
+    label: str
+    kind: str
+    step: str
+    """The first wrong step without its layer, empty where there is none."""
+    cause: Cause | None
+    """What explains it best."""
+    reason: str
+    """Of the first of them."""
+    issue: str | None
+    places: dict[str, tuple[str, ...]]
+    """Per case the dtypes."""
+
+
+@dataclass(frozen=True)
+class Scoreboard:
+    """Several engines."""
+
+    entrants: tuple[Entrant, ...]
+    cases: tuple[str, ...]
+    notes: tuple[str, ...]
+    """What makes the results less comparable; one sentence each."""
+
+    def groups(self, kind: str) -> list[Group]:
+        """The outcomes of a kind, those together that have one engine, first wrong step, explanation or reason."""
+        return [
+            _group(entrant.label, kind, outcomes)
+            for entrant in self.entrants
+            for outcomes in alike(each for each in entrant.results.outcomes if KINDS[each.verdict] == kind)
+        ]
+
+
+def alike(outcomes: Iterable[Outcome]) -> list[list[Outcome]]:
+    """Outcomes of one engine, those together that have one verdict, first wrong step, explanation or reason."""
+    found: dict[tuple[str, ...], list[Outcome]] = {}
+    for each in outcomes:
+        found.setdefault((KINDS[each.verdict], *_sort(each)), []).append(each)
+    return [*found.values()]
+
+
+def places(outcomes: Iterable[Outcome]) -> dict[str, tuple[str, ...]]:
+    """Per case the dtypes."""
+    found: dict[str, tuple[str, ...]] = {}
+    for each in outcomes:
+        found[each.case] = (*found.get(each.case, ()), each.dtype)
+    return found
+
+
+def _sort(outcome: Outcome) -> tuple[str, str]:
+    """What makes two outcomes of a kind one: numbers in a reason do not, nor does the layer."""
+    if outcome.first_wrong is not None:
+        return step_of(outcome.first_wrong[1]), outcome.explanations[0].name if outcome.explanations else ""
+    if KINDS[outcome.verdict] == UNDECIDABLE:
+        return "", ""
+    return outcome.verdict, outcome.reason
+
+
+def _group(label: str, kind: str, outcomes: Sequence[Outcome]) -> Group:
+    first = outcomes[0]
+    step = step_of(first.first_wrong[1]) if first.first_wrong is not None else ""
+    cause = first.explanations[0] if first.explanations else None
+    return Group(label, kind, step, cause, first.reason, first.issue, places(outcomes))
+
+
+def result_files(paths: Iterable[Path]) -> list[Path]:
+    """The files, and those of the folders, in name order. Raises InputError when a folder has none."""
+    found = []
+    for path in paths:
+        inside = sorted(path.glob("*.json")) if path.is_dir() else [path]
+        if not inside:
+            raise InputError(f"{path}: has no file *.json, but results of `refmoe conform --out` were expected")
+        found += inside
+    return found
+
+
+def scoreboard(paths: Sequence[Path]) -> Scoreboard:
+    """The scoreboard of these files. Raises InputError when one is not results, or two are of the same engine."""
+    every = [read_results(path) for path in paths]
+    for describe in (_short, _with_platform):
+        labels = [describe(results) for results in every]
+        if len(set(labels)) == len(labels):
+            break
+    else:
+        again = next(i for i, label in enumerate(labels) if label in labels[:i])
+        raise InputError(
+            f"{paths[again]}: is about {labels[again]}, as is {paths[labels.index(labels[again])]}, but one file for "
+            "each engine was expected"
+        )
+    entrants = tuple(Entrant(label, results) for label, results in zip(labels, every, strict=True))
+    cases = sorted({case for results in every for case in results.cases})
+    changed = [case for case in cases if len({r.cases[case] for r in every if case in r.cases}) > 1]
+    notes = [f"case {case} has changed between these results" for case in changed]
+    return Scoreboard(entrants, tuple(cases), tuple(notes))
+
+
+def _short(results: Results) -> str:
+    engine = results.engine
+    options = [f"{key}={value}" for key, value in engine.options.items() if key != "command"]
+    return " ".join([engine.name, engine.version, *options])
+
+
+def _with_platform(results: Results) -> str:
+    return f"{_short(results)} on {' '.join(results.platform.values())}"

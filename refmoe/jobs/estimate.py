@@ -1,0 +1,104 @@
+"""What a run takes, stated before it begins: memory, bytes of weights to read, bytes of the trace to write."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from refmoe.arithmetic.streaming import AHEAD, block_rows
+from refmoe.arithmetic.weight_cache import STREAMED
+from refmoe.checkpoints.names import parameter_shape
+from refmoe.spec.config import Config
+from refmoe.spec.taps import LAYER_TAPS
+from refmoe.traces.trace import Run
+
+BASE = 160 << 20
+"""Bytes of a Python process with NumPy and its BLAS buffers, measured."""
+SLICES = 5
+"""Products of an exact linear map that are in memory at once: of at most four slices and what they leave."""
+ATTENTION = ("wq", "wk", "wv", "wo")
+COPIES = 4
+"""How often a layer's activations are in memory: recorded, being written, and the temporaries of the next step."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes, rounded up: each is a bound and none a guess of the average."""
+
+    memory: int
+    weights: int
+    """Stored parameters to read, where every expert of the layers is chosen by some token."""
+    trace: int
+
+
+def itemsize(arithmetic: str) -> int:
+    """Bytes of a number of this arithmetic."""
+    return 4 if arithmetic == "float32" else 8
+
+
+def kept_bytes(config: Config, arithmetic: str) -> int:
+    """Memory for converted weights: all matrices of a layer's attention fit, and no expert of a large model does."""
+    largest = max(math.prod(parameter_shape(config, f"layers.0.attention.{w}")) for w in ATTENTION)
+    return STREAMED * max(largest, 1 << 22) * itemsize(arithmetic)
+
+
+def estimate(
+    config: Config, runs: Sequence[Run], layers: range, arithmetic: str, taps: str = "*", stored: int = 2
+) -> Estimate:
+    """Of a run layer by layer in one process.   stored: bytes of a stored parameter."""
+    size = itemsize(arithmetic)
+    tokens = sum(len(run.tokens) for run in runs)
+    layer = {tap: sum(_elements(tap, config, run) for run in runs) * size for tap in LAYER_TAPS}
+    head = {"final_norm": tokens * config.dim * size, "logits": tokens * config.vocab * size}
+    whole = layers.stop == config.layers
+    largest_part = max(sum(layer.values()), sum(head.values()) if whole else 0)
+    written = sum(n for i in layers for tap, n in layer.items() if _wanted(f"layers.{i}.{tap}", taps)) + sum(
+        n for tap, n in head.items() if whole and _wanted(tap, taps)
+    )
+    if not layers.start and _wanted("embedding", taps):
+        written += tokens * config.dim * size
+    height = block_rows((config.hidden_dim, config.dim))
+    block = height * config.dim
+    slices = 1 if arithmetic in ("float32", "float64") else SLICES
+    # a block as it is read, as it is converted, and as much again while it is; its product with every slice
+    streaming = (AHEAD + 1) * block * (4 + 2 * size) + 3 * slices * tokens * 2 * height * size
+    attention = sum(math.prod(parameter_shape(config, f"layers.0.attention.{w}")) for w in ATTENTION)
+    kept = min(kept_bytes(config, arithmetic), 2 * attention * size)  # of a layer, while those of the next come
+    memory = BASE + kept + streaming + COPIES * largest_part
+    return Estimate(memory, _weights(config, layers, whole, tokens) * stored, written)
+
+
+def _elements(tap: str, config: Config, run: Run) -> int:
+    sizes = {
+        "T": len(run.tokens), "S": run.past + len(run.tokens), "D": config.dim, "H": config.heads,
+        "K": config.kv_heads, "d": config.head_dim, "E": config.experts, "k": config.experts_per_token,
+        "F": config.hidden_dim,
+    }  # fmt: skip
+    return math.prod(sizes[axis] for axis in LAYER_TAPS[tap].split())
+
+
+def _wanted(name: str, taps: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in taps.split(","))
+
+
+def _weights(config: Config, layers: range, whole: bool, tokens: int) -> int:
+    """Parameters that are read: rows of the embedding, each matrix of the layers once, and the head."""
+    attention = sum(math.prod(parameter_shape(config, f"layers.0.attention.{w}")) for w in ATTENTION)
+    experts = min(config.experts, tokens * config.experts_per_token) * 3 * config.dim * config.hidden_dim
+    layer = attention + experts + (config.experts + 2) * config.dim
+    head = (config.vocab + 1) * config.dim if whole else 0
+    embedding = tokens * config.dim if not layers.start else 0
+    return len(layers) * layer + head + embedding
+
+
+def available_memory() -> int | None:
+    """Bytes that this machine can still give, where it says so."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+    return found[0] if found else None

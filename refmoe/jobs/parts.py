@@ -1,0 +1,103 @@
+"""Finished parts of a long run on disk: what a run that was stopped need not compute again.
+
+A folder with `job.json`, which says what is being computed, and one safetensors file per part: the recorded taps, the
+fingerprints in its metadata, and under `state:<run>` the hidden states that the next part begins with.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save
+
+from refmoe.errors import InputError
+from refmoe.files.atomic import replacing, sync
+from refmoe.files.safetensors_file import StoredTensor, open_safetensors, strict_json
+
+JOB_FILE = "job.json"
+STATE = "state:"
+
+
+class Parts:
+    """The finished parts of one job, in the order in which they are computed."""
+
+    def __init__(self, folder: Path, job: Mapping[str, Any], names: Sequence[str]) -> None:
+        """Begin the job, or go on with it where the folder holds parts of it.
+
+        names: of all parts, in order.   Raises InputError when the folder holds parts of another job.
+        """
+        self.folder, self.names = folder, list(names)
+        # as it is after a journey through JSON: tuples are lists
+        self.job = json.loads(json.dumps(job))
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be made: {error.strerror}") from None
+        path = folder / JOB_FILE
+        if path.exists():
+            self._refuse_another(path)
+        else:
+            with replacing(path) as temporary:
+                temporary.write_text(json.dumps(self.job, indent=1), encoding="utf-8")
+
+    def _refuse_another(self, path: Path) -> None:
+        try:
+            found = strict_json(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: cannot be read: {error}; delete {self.folder} to begin anew") from None
+        found = found if isinstance(found, dict) else {}
+        other = [name for name in self.job if found.get(name) != self.job[name]]
+        if other:
+            raise InputError(
+                f"{self.folder}: holds the finished layers of another run, whose {', '.join(other)} differ"
+                f"{'s' * (len(other) == 1)}; delete it, or give another --out"
+            )
+
+    @property
+    def finished(self) -> int:
+        """How many parts are on disk, without a gap from the first."""
+        return next((i for i, name in enumerate(self.names) if not self._path(name).exists()), len(self.names))
+
+    def save(
+        self, name: str, arrays: Mapping[str, Any], states: Mapping[str, Any], facts: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write a part, whole or not at all. Raises InputError when that fails."""
+        tensors = {**arrays, **{STATE + run: value for run, value in states.items()}}
+        data = save(
+            {key: np.ascontiguousarray(value) for key, value in tensors.items()}, {"facts": json.dumps(facts or {})}
+        )
+        with replacing(self._path(name)) as temporary:
+            temporary.write_bytes(data)
+
+    def states(self, name: str) -> dict[str, Any]:
+        """The hidden states that a finished part left, by run."""
+        tensors, _ = open_safetensors(self._path(name))
+        return {key.removeprefix(STATE): np.array(x.map()) for key, x in tensors.items() if key.startswith(STATE)}
+
+    def tensors(self) -> dict[str, StoredTensor]:
+        """The taps of all finished parts."""
+        found: dict[str, StoredTensor] = {}
+        for name in self.names[: self.finished]:
+            tensors, _ = open_safetensors(self._path(name))
+            found |= {key: tensor for key, tensor in tensors.items() if not key.startswith(STATE)}
+        return found
+
+    def facts(self) -> dict[str, Any]:
+        """What was said beside the arrays of all finished parts."""
+        found: dict[str, Any] = {}
+        for name in self.names[: self.finished]:
+            found |= json.loads(open_safetensors(self._path(name))[1]["facts"])
+        return found
+
+    def remove(self) -> None:
+        """When what they were for is written."""
+        shutil.rmtree(self.folder)
+        sync(self.folder.parent)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"

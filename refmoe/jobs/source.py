@@ -1,0 +1,82 @@
+"""Where a model comes from, in a few words that can be sent to another process: its weights cannot."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from refmoe.checkpoints.layout import Checkpoint
+from refmoe.checkpoints.load import load_checkpoint
+from refmoe.checkpoints.synthetic import synthetic_checkpoint
+from refmoe.errors import InputError
+from refmoe.spec.config import PRESETS, Config
+
+SIZES = {name.replace("mixtral-", "mixtral:"): config for name, config in PRESETS.items()}
+"""Names of published sizes where a checkpoint's folder could be: ``mixtral:8x7b``."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A checkpoint on disk, which every worker must be able to read."""
+
+    path: Path
+    layout: str | None = None
+
+    def load(self) -> Checkpoint:
+        return load_checkpoint(self.path, self.layout)
+
+    def identity(self) -> dict[str, Any]:
+        """What tells it from another one without reading it: names, sizes and times of its files."""
+        stats = {path.name: path.stat() for path in self.load().files}
+        return {
+            "folder": str(self.path.resolve()),
+            "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Formula:
+    """A model with weights from the formula."""
+
+    config: Config
+    seed: int
+    exponents: tuple[tuple[str, int], ...] = ()
+    edits: str = "[]"
+    """Tables of `weight_edits`, as JSON: a source must be hashable."""
+
+    def load(self) -> Checkpoint:
+        return synthetic_checkpoint(self.config, self.seed, dict(self.exponents), json.loads(self.edits))
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "config": asdict(self.config), "seed": self.seed, "exponents": dict(self.exponents),
+            "edits": json.loads(self.edits),
+        }  # fmt: skip
+
+
+Source = Folder | Formula
+
+
+@lru_cache(maxsize=2)
+def loaded(source: Source) -> Checkpoint:
+    """The model, opened once per process."""
+    return source.load()
+
+
+def find_source(checkpoint: Path, layout: str | None, seed: int | None) -> Source:
+    """What ``--checkpoint`` and ``--synthetic`` name. Raises InputError when they do not go together."""
+    size = SIZES.get(str(checkpoint))
+    if size is not None and layout is None:
+        if seed is None:
+            raise InputError(
+                f"--checkpoint {checkpoint}: is a size and no folder, so --synthetic SEED was expected for its weights"
+            )
+        return Formula(size, seed)
+    if str(checkpoint).startswith("mixtral:") and not checkpoint.exists():
+        raise InputError(f"--checkpoint {checkpoint}: unknown size, expected one of {', '.join(SIZES)} or a folder")
+    if seed is not None:
+        raise InputError(f"--synthetic {seed} goes with --checkpoint {' or '.join(SIZES)}, but {checkpoint} was given")
+    return Folder(checkpoint, layout)

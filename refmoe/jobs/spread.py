@@ -1,0 +1,105 @@
+"""The experts of a layer spread over an executor: of all work the largest part, and independent of each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, Executor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from refmoe.arithmetic.arrays import Array, ArrayOps
+from refmoe.arithmetic.exact.ops import ExactOps
+from refmoe.arithmetic.native.ops import NativeOps
+from refmoe.errors import InputError
+from refmoe.jobs.source import Source, loaded
+from refmoe.parallel import process_pool
+from refmoe.spec.experts import Expert, run_expert
+from refmoe.steps.grouped import by_expert
+
+WORKER_BYTES = 64 << 20
+"""Memory for kept weights in a worker: an expert is read once, so that none is worth keeping."""
+
+
+@lru_cache(maxsize=2)
+def worker_ops(dtype: str) -> Any:
+    """Ops of a worker, by the name of the arithmetic. Results of ``exact`` do not depend on who computes them."""
+    return ExactOps(prepared_bytes=WORKER_BYTES) if dtype == "exact" else NativeOps(dtype, upcast_bytes=WORKER_BYTES)
+
+
+def expert_task(source: Source, dtype: str, layer: int, expert: int, rows: Any) -> tuple[Any, ...]:
+    """One expert on its rows, in any process. rows: [n, D]   returns: gate, up, hidden [n, F] and output [n, D]"""
+    own: Array = np.array(rows)
+    parameters = loaded(source).parameters
+    return run_expert(worker_ops(dtype), parameters.layers[layer].experts[expert], own)
+
+
+def spread_experts(executor: Executor, source: Source, dtype: str) -> Callable[..., Array]:
+    """The step `refmoe.steps.grouped.run_experts`, with each expert run by the executor."""
+
+    def run_experts(ops: ArrayOps, experts: Sequence[Expert], x: Array, chosen: Array) -> Array:
+        layer = int(experts[0].w1.name.split(".")[1])  # type: ignore[attr-defined]
+
+        def run(parts: Sequence[tuple[int, Array]]) -> list[tuple[Array, ...]]:
+            futures = [executor.submit(expert_task, source, dtype, layer, expert, rows) for expert, rows in parts]
+            return [result_of(future) for future in futures]
+
+        return by_expert(ops, len(experts), x, chosen, run)
+
+    return run_experts
+
+
+def result_of(future: Any) -> Any:
+    """What a task returned. Raises InputError where its worker died."""
+    try:
+        return future.result()
+    except (BrokenProcessPool, CancelledError) as error:
+        raise InputError(_died(error)) from None
+    except Exception as error:
+        if type(error).__name__ in ("KilledWorker", "CommClosedError", "FutureCancelledError"):  # of distributed
+            raise InputError(_died(error)) from None
+        raise
+
+
+def _died(error: BaseException) -> str:
+    return (
+        f"--executor: a worker process died while it computed ({type(error).__name__}); start the same command again: "
+        "finished layers of an emission are kept"
+    )
+
+
+@contextmanager
+def open_executor(spec: str) -> Iterator[Executor]:
+    """The executor that ``--executor`` names: ``processes``, ``processes:N`` or ``dask:ADDRESS``. Raises InputError."""
+    kind, rest = parse_executor(spec)
+    if kind == "processes":
+        with process_pool(int(rest) if rest else None) as pool:
+            yield pool
+    else:
+        with _dask_client(rest) as client:
+            yield client.get_executor()
+
+
+def parse_executor(spec: str) -> tuple[str, str]:
+    """Its kind and what comes after the colon. Raises InputError for what names none."""
+    kind, _, rest = spec.partition(":")
+    if (kind == "processes" and (not rest or (rest.isdigit() and int(rest) > 0))) or (kind == "dask" and rest):
+        return kind, rest
+    raise InputError(f"--executor is '{spec}', but processes, processes:N or dask:ADDRESS was expected")
+
+
+@contextmanager
+def _dask_client(address: str) -> Iterator[Any]:
+    try:
+        from distributed import Client
+    except ImportError:
+        raise InputError(f"--executor dask:{address} needs: pip install 'refmoe[cluster]'") from None
+    try:
+        client = Client(address, timeout="10s")  # type: ignore[no-untyped-call]
+    except (OSError, ValueError) as error:
+        raise InputError(f"--executor dask:{address}: no scheduler answers there: {error}") from None
+    with client:
+        yield client

@@ -1,6 +1,0 @@
-"""What explains a failed verification: a known bug, two at once, or a structure such as permuted heads."""
-
-from refmoe.mutants.diagnosis.diagnose import diagnose, explained
-from refmoe.verify.findings import Explanation
-
-__all__ = ["Explanation", "diagnose", "explained"]

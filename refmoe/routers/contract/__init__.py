@@ -1,0 +1,41 @@
+"""The contract of routers: laws that anybody's router can be held against, as tests.
+
+    from refmoe.routers.contract import Declaration, contract
+
+    TestMyRouter = contract(my_router, Declaration(experts=8, top_k=2))
+
+`docs/router-contract.md` is the manual. The names below are imported when they are used, because the pytest plugin of
+this package is loaded in runs that have nothing to do with routers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from refmoe.routers.contract.arithmetic import ExpBudget
+    from refmoe.routers.contract.checking import Verdict, judge, judge_all
+    from refmoe.routers.contract.declaration import Declaration
+    from refmoe.routers.contract.laws import LAWS
+    from refmoe.routers.contract.pytest_items import contract
+    from refmoe.routers.contract.subject import Subject
+
+__all__ = ["LAWS", "Declaration", "ExpBudget", "Subject", "Verdict", "contract", "judge", "judge_all"]
+
+_HOMES = {
+    "Declaration": "declaration",
+    "ExpBudget": "arithmetic",
+    "LAWS": "laws",
+    "Subject": "subject",
+    "Verdict": "checking",
+    "contract": "pytest_items",
+    "judge": "checking",
+    "judge_all": "checking",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,167 @@
+"""Hypothesis strategies: batches of logits that are numbers of the declared format, each kind with its own malice.
+
+A batch is drawn as a block of bytes, because that is fast and shrinks to zeros; what a byte means is the kind's affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from refmoe.routers.contract.arithmetic import Array, Format, neighbour, rounded
+from refmoe.routers.contract.declaration import Declaration
+
+Example = dict[str, Any]
+"""The arguments of one check, by name; `logits` [T, E] is always among them, unless the law is about something else."""
+Strategy = st.SearchStrategy[Any]
+
+BLOCK_COUNTS = (31, 32, 33, 127, 128, 129, 255, 256, 257, 1023, 1024, 1025)
+"""Token counts around the sizes in which kernels work."""
+
+
+def zigzag(drawn: Array) -> Array:
+    """0, 1, 2, 3, 4 ... to 0, 1, -1, 2, -2 ...: bytes shrink to small numbers of either sign."""
+    return np.where(drawn % 2 == 1, drawn // 2 + 1, -(drawn // 2)).astype(np.float64)
+
+
+def plain(drawn: Array, form: Format) -> Array:
+    """Multiples of 1/16 within +-8."""
+    return zigzag(drawn) / 16
+
+
+def coarse(drawn: Array, form: Format) -> Array:
+    """Integers within +-8: gaps that every format decides."""
+    return zigzag(drawn % 17)
+
+
+def ties(drawn: Array, form: Format) -> Array:
+    """Three values only, so equal logits at every rank; 2 apart, which no format confuses."""
+    return 2 * zigzag(drawn % 3)
+
+
+def near_ties(drawn: Array, form: Format) -> Array:
+    """A common value and a few places above it."""
+    return neighbour(1.0 + zigzag(drawn[:, :1] % 7) / 4, drawn % 5, form)
+
+
+def one_ulp(drawn: Array, form: Format) -> Array:
+    """Neighbours in the format, at magnitudes between 2^-8 and 2^8."""
+    return neighbour(np.exp2(zigzag(drawn[:, :1] % 17)), drawn % 2, form)
+
+
+def half_precision_neighbours(drawn: Array, form: Format) -> Array:
+    """1 and a little more: apart in float32, equal in bfloat16 and for the smallest steps in float16."""
+    steps = np.array([0, 2.0**-4, 2.0**-9, 2.0**-12, 2.0**-16, 2.0**-20])
+    return rounded(1.0 + steps[drawn % len(steps)], form)
+
+
+def extreme(drawn: Array, form: Format) -> Array:
+    """The largest numbers of the format, and what lies where exp overflows and underflows."""
+    top, sizes = form.largest, (1.0, 11.5, 89.0, 104.0, 710.0, 746.0, 1e4)
+    table = [0.0, 1.0, -1.0, *sizes, *(-size for size in sizes), top, -top, top / 2, -top / 2]
+    return rounded(np.array(table)[drawn % len(table)], form)
+
+
+def subnormal(drawn: Array, form: Format) -> Array:
+    """Zero, the smallest normal numbers and subnormal ones: nearly equal, and yet not."""
+    return np.where(drawn % 16 == 15, form.smallest_normal, zigzag(drawn % 9) * form.smallest_subnormal)
+
+
+def skewed(drawn: Array, form: Format) -> Array:
+    """Most tokens want the experts that the first byte names; the last ones stay empty."""
+    values, hot = zigzag(drawn % 17), int(drawn.flat[0]) % drawn.shape[1]
+    values[:, hot] += 24.0
+    values[:, (hot + 1) % drawn.shape[1]] += 24.0
+    return values
+
+
+def ranks(drawn: Array, form: Format) -> Array:
+    """Distinct integers, so that every decision is forced, with one expert that most tokens want."""
+    order = np.argsort(np.argsort(drawn, axis=1, kind="stable"), axis=1, kind="stable").astype(np.float64)
+    order -= drawn.shape[1] // 2
+    hot = int(drawn.flat[0]) % drawn.shape[1]
+    order[:, hot] += np.where(drawn[:, hot] % 4 != 3, drawn.shape[1], 0)
+    return np.clip(order, -240.0, 240.0)
+
+
+Kind = Callable[[Array, Format], Array]
+MODERATE: tuple[Kind, ...] = (plain, coarse, ties, skewed)
+CLOSE: tuple[Kind, ...] = (near_ties, one_ulp, half_precision_neighbours, subnormal)
+EVERYTHING: tuple[Kind, ...] = (*MODERATE, *CLOSE, extreme)
+
+
+def inputs(d: Declaration, kinds: tuple[Kind, ...]) -> tuple[Kind, ...]:
+    """Those of the kinds that the declaration has a say about: a function nobody knows may saturate where it likes."""
+    usable = tuple(kind for kind in kinds if kind is not extreme) if d.scoring == "other" else kinds
+    return usable if d.gate is None else tuple(kind for kind in usable if kind in MODERATE) or (plain,)
+
+
+def batches(d: Declaration, kinds: tuple[Kind, ...], most: int = 4, least: int = 1) -> Strategy:
+    """Logits [T, E], `least` to `most` tokens. The kind is drawn last: shrinking keeps it longest."""
+    return batches_of(d, kinds, st.integers(least, most), most)
+
+
+def batches_of(d: Declaration, kinds: tuple[Kind, ...], counts: Strategy, most: int) -> Strategy:
+    """Logits [T, E] for T of `counts`. Above `most` tokens the bytes are used again, mixed with their place."""
+
+    def build(drawn: tuple[int, bytes, Kind]) -> Array:
+        tokens, block, kind = drawn
+        numbers = np.frombuffer(block, np.uint8).astype(np.int64).reshape(most, d.experts)
+        if tokens > most:
+            turn = np.arange(tokens)[:, None] // most
+            numbers = (np.resize(numbers, (tokens, d.experts)) + 37 * turn) % 256
+        return frozen(np.clip(kind(numbers[:tokens], d.given), -most_size, most_size))
+
+    most_size = min(d.given.largest, d.working.largest)
+    size = most * d.experts
+    return st.tuples(counts, st.binary(min_size=size, max_size=size), st.sampled_from(inputs(d, kinds))).map(build)
+
+
+def frozen(values: Array) -> Array:
+    """Examples are shared between routers: nobody may write to one. (And no -0: a sum of products cannot make one.)"""
+    values = values + 0.0
+    values.flags.writeable = False
+    return values
+
+
+def permutations(size: int) -> Strategy:
+    """Permutations of 0 .. size - 1, the identity when shrunk."""
+    return st.binary(min_size=size, max_size=size).map(lambda b: np.argsort(np.frombuffer(b, np.uint8), kind="stable"))
+
+
+def marks(size: int, one_in: int) -> Strategy:
+    """Booleans [size], one in so many true; none when shrunk."""
+    return st.binary(min_size=size, max_size=size).map(lambda b: np.frombuffer(b, np.uint8) % one_in == 1)
+
+
+def block_counts() -> Strategy:
+    """Token counts at and around block boundaries."""
+    return st.sampled_from(BLOCK_COUNTS)
+
+
+def any_batch(d: Declaration) -> Strategy:
+    """Logits of every kind."""
+    return st.fixed_dictionaries({"logits": batches(d, EVERYTHING)})
+
+
+def wide_batch(d: Declaration) -> Strategy:
+    """Logits of every kind that is not about neighbours."""
+    return st.fixed_dictionaries({"logits": batches(d, (*MODERATE, extreme))})
+
+
+def moderate_batch(d: Declaration) -> Strategy:
+    """Logits as a model may have them."""
+    return st.fixed_dictionaries({"logits": batches(d, MODERATE)})
+
+
+def close_batch(d: Declaration) -> Strategy:
+    """Logits a few places apart."""
+    return st.fixed_dictionaries({"logits": batches(d, CLOSE)})
+
+
+def tied_batch(d: Declaration) -> Strategy:
+    """Logits of three values."""
+    return st.fixed_dictionaries({"logits": batches(d, (ties,))})

@@ -1,0 +1,66 @@
+"""A law: a sentence about routers, where it comes from, what it needs, examples, and a check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from refmoe.routers.contract.declaration import Declaration
+from refmoe.routers.contract.subject import Subject
+
+Check = Callable[..., None]
+"""Called as check(subject, **example). Raises LawBroken."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a law asks of a router or its declaration before it has anything to say."""
+
+    words: str
+    met: Callable[[Subject], bool]
+
+
+@dataclass(frozen=True)
+class Law:
+    """One law. `words` states it, `source` says where it is stated; `needs` unmet make it not applicable."""
+
+    name: str
+    words: str
+    source: str
+    needs: tuple[Need, ...]
+    examples: Callable[[Declaration], Any]
+    check: Check
+    note: Callable[[Subject, int], str] | None = None
+    """What is worth saying about a router whatever the verdict, from so many examples."""
+
+    def missing(self, subject: Subject) -> str | None:
+        """The first need that is not met, in words."""
+        return next((need.words for need in self.needs if not need.met(subject)), None)
+
+
+LAWS: dict[str, Law] = {}
+"""All laws by name, in the order of `laws.py`."""
+
+
+def law(
+    name: str, words: str, source: str, examples: Callable[[Declaration], Any], *needs: Need,
+    note: Callable[[Subject, int], str] | None = None,
+) -> Callable[[Check], Law]:  # fmt: skip
+    """Make a check a law, and register it."""
+
+    def register(check: Check) -> Law:
+        LAWS[name] = Law(name, words, source, needs, examples, check, note)
+        return LAWS[name]
+
+    return register
+
+
+NORMALISED = Need("weights declared normalised", lambda s: s.declaration.normalised)
+KNOWN_SCORING = Need("a known scoring: softmax or sigmoid", lambda s: s.declaration.scoring != "other")
+LOGITS = Need("a router that is given logits, not hidden states", lambda s: s.declaration.gate is None)
+NO_BIAS = Need("a selection without bias", lambda s: s.declaration.bias is None)
+NO_CAPACITY = Need("no capacity: with one, tokens compete", lambda s: s.declaration.capacity is None)
+CAPACITY = Need("a declared capacity", lambda s: s.declaration.capacity is not None)
+ANY_K = Need("the same router for k = E (with_top_k; --factory)", lambda s: s.with_top_k is not None)
+SEVERAL = Need("k < E: else there is nothing to choose", lambda s: s.declaration.top_k < s.declaration.experts)

@@ -1,0 +1,52 @@
+"""Laws of repetition: a router is a function, and leaves its argument alone."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import strategies as st
+
+from refmoe.routers.contract.arithmetic import Array
+from refmoe.routers.contract.broken import LawBroken
+from refmoe.routers.contract.declaration import Declaration
+from refmoe.routers.contract.examples import EVERYTHING, Strategy, any_batch, batches
+from refmoe.routers.contract.frameworks import to_numpy
+from refmoe.routers.contract.law import law
+from refmoe.routers.contract.subject import Subject
+
+
+def two_batches(d: Declaration) -> Strategy:
+    return st.fixed_dictionaries({"logits": batches(d, EVERYTHING), "between": batches(d, EVERYTHING)})
+
+
+@law(
+    "repetition",
+    "The same logits give the same bits, whatever was routed in between.",
+    "A router is a function of its logits (ROUTE-1: no noise); determinism",
+    two_batches,
+)
+def repetition(subject: Subject, logits: Array, between: Array) -> None:
+    before = subject.route(logits)
+    subject.route(between)
+    after = subject.route(logits)
+    same = (before.ids == after.ids) & ((before.weights == after.weights) | np.isnan(before.weights))
+    for token in np.flatnonzero(~same.all(axis=1))[:1]:
+        raise LawBroken(
+            f"first ids {before.ids[token].tolist()}, weights {before.weights[token].tolist()}; then ids "
+            f"{after.ids[token].tolist()}, weights {after.weights[token].tolist()}",
+            int(token),
+        )
+
+
+@law(
+    "input-untouched",
+    "The router does not write to its input.",
+    "The experts read the same array; transformers#33969 (jitter in place)",
+    any_batch,
+)
+def input_untouched(subject: Subject, logits: Array) -> None:
+    values = subject.input(logits)[0]
+    given = subject.array(values)
+    was = to_numpy(given).copy()
+    subject.call(given, len(logits))
+    for token in np.flatnonzero(~((to_numpy(given) == was) | np.isnan(was)).all(axis=1))[:1]:
+        raise LawBroken(f"the input was {was[token].tolist()} and is {to_numpy(given)[token].tolist()}", int(token))

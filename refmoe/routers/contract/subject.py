@@ -1,0 +1,152 @@
+"""A router under examination: called with NumPy arrays, whatever its framework and whatever it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from refmoe.arithmetic.exact import dot
+from refmoe.routers.contract.arithmetic import REFERENCE_UNIT, Array, rounded
+from refmoe.routers.contract.broken import Malformed, RouterRaised
+from refmoe.routers.contract.declaration import Declaration
+from refmoe.routers.contract.frameworks import to_framework, to_numpy
+
+Router = Callable[[Any], tuple[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """One call: the router saw logits within `radius` of `logits` (0, if it was given them) and answered the rest."""
+
+    logits: Array
+    radius: Array
+    ids: Array
+    weights: Array
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A router, its declaration, and what else of it there is to examine.
+
+    router        logits [T, E] (or hidden states, if a gate is declared) -> ids [T, k], weights [T, k]
+    with_top_k    the same router for another k: k -> router
+    dispatch      x [T, D], ids [T, k] -> (rows in the experts' order, plan)
+    combine       rows, plan, weights [T, k] -> y [T, D]
+    balance_loss  logits [T, E] -> a number that is `balanced` for balanced loads (AUX-1: k)
+    z_loss        logits [T, E] -> a number
+    """
+
+    router: Router
+    declaration: Declaration
+    with_top_k: Callable[[int], Router] | None = None
+    dispatch: Callable[[Any, Any], tuple[Any, Any]] | None = None
+    combine: Callable[[Any, Any, Any], Any] | None = None
+    balance_loss: Callable[[Any], Any] | None = None
+    z_loss: Callable[[Any], Any] | None = None
+    balanced: float | None = None
+
+    def array(self, values: Array) -> Any:
+        """An array as the router is given one."""
+        return to_framework(values, self.declaration.given, self.declaration.framework)
+
+    def at_top_k(self, k: int) -> Subject:
+        """The same router, choosing k."""
+        if k == self.declaration.top_k or self.with_top_k is None:
+            return self
+        return replace(self, router=self.with_top_k(k), declaration=replace(self.declaration, top_k=k))
+
+    def call(self, given: Any, tokens: int) -> tuple[Any, Any]:
+        """The router's own answer. Raises RouterRaised, or Malformed for what is no pair."""
+        try:
+            with np.errstate(all="ignore"):
+                answer = self.router(given)
+        except Exception as error:
+            raise RouterRaised(error, tokens) from error
+        if not isinstance(answer, tuple | list) or len(answer) != 2:
+            raise Malformed(f"found {type(answer).__name__}, a pair (ids, weights) was expected")
+        return answer[0], answer[1]
+
+    def route(self, logits: Array, together: bool = False) -> Routing:
+        """Route a batch; with a capacity token by token, as tokens then compete, unless `together`."""
+        if self.declaration.capacity is not None and not together and len(logits) > 1:
+            each = [self.route(row[None]) for row in logits]
+            columns = zip(*((r.logits, r.radius, r.ids, r.weights) for r in each), strict=True)
+            return Routing(*(np.concatenate(column) for column in columns))
+        values, seen, radius = self.input(logits)
+        ids, weights = self.call(self.array(values), len(logits))
+        return Routing(seen, radius, *self.well_formed(ids, weights, len(logits), together))
+
+    def input(self, logits: Array) -> tuple[Array, Array, Array]:
+        """What to give the router for these logits, what logits this makes, and how far its own may be from them."""
+        if self.declaration.gate is None:
+            return logits, logits, self.conversion(logits)
+        inverse, exact = right_inverse(self.declaration)
+        with np.errstate(all="ignore"):
+            if exact:
+                hidden = np.zeros((len(logits), inverse.shape[1]))
+                hidden[:, inverse.any(axis=0)] = (logits[:, :, None] * inverse[None]).sum(axis=1)[
+                    :, inverse.any(axis=0)
+                ]
+                seen = logits if np.isfinite(logits).all() else hidden @ self.declaration.gate_matrix.T
+                return hidden, seen, self.conversion(seen)
+            gate = self.declaration.gate_matrix
+            hidden = rounded(logits @ inverse, self.declaration.given)
+            seen = dot.matmul(hidden, np.ascontiguousarray(gate.T))
+            terms = gate.shape[1] + 1
+            unit = self.declaration.working.unit + REFERENCE_UNIT
+            radius = np.expm1(terms * np.log1p(unit)) * (np.abs(hidden) @ np.abs(gate).T)
+            radius += self.declaration.given.unit * (np.abs(seen) + radius)
+            return hidden, seen, radius + self.conversion(np.abs(seen) + radius)
+
+    def conversion(self, logits: Array) -> Array:
+        """What a router rounds off its logits that computes in a coarser format than it is given, [T, E]."""
+        d = self.declaration
+        if d.working.precision >= d.given.precision:
+            return np.zeros_like(logits)
+        with np.errstate(all="ignore"):
+            return np.where(np.isfinite(logits), d.working.unit * np.abs(logits) + d.working.underflow, 0.0)
+
+    def well_formed(self, ids: Any, weights: Any, tokens: int, drops: bool) -> tuple[Array, Array]:
+        """Ids and weights as NumPy arrays. Raises Malformed where no law but that of the ids can speak."""
+        shape = (tokens, self.declaration.top_k)
+        try:
+            found, shares = to_numpy(ids), to_numpy(weights)
+        except (TypeError, ValueError, BufferError) as error:
+            raise Malformed(f"the result is no pair of arrays: {error}") from error
+        for name, array, kinds in (("ids", found, "i"), ("weights", shares, "f")):
+            if array.dtype.kind not in kinds:
+                wanted = "integers" if kinds == "i" else "floating-point numbers"
+                raise Malformed(f"found {name} of {array.dtype}, {wanted} were expected")
+            if array.shape != shape:
+                raise Malformed(f"found {name} of shape {list(array.shape)}, {list(shape)} was expected")
+        if not drops:
+            ordered = np.sort(found, axis=1)
+            inside = f"ids in 0 .. {self.declaration.experts - 1}"
+            outside = (ordered[:, 0] < 0) | (ordered[:, -1] >= self.declaration.experts)
+            for wrong, wanted in ((outside, inside), (ordered[:, 1:] == ordered[:, :-1], "distinct ids")):
+                if wrong.any():
+                    token = int(np.argwhere(wrong)[0, 0])
+                    raise Malformed(f"found ids {found[token].tolist()}, {wanted} were expected", token)
+        return found, shares
+
+
+@lru_cache(maxsize=64)
+def right_inverse(declaration: Declaration) -> tuple[Array, bool]:
+    """What turns logits [T, E] into hidden states [T, D], and whether exactly.
+
+    Exactly, where every expert has a column of the gate to itself that holds a power of two.
+    """
+    gate = declaration.gate_matrix
+    inverse = np.zeros_like(gate)
+    for expert, row in enumerate(gate):
+        mantissa, _ = np.frexp(np.abs(row))
+        alone = (mantissa == 0.5) & (np.count_nonzero(gate, axis=0) == 1)
+        if not alone.any():
+            return np.ascontiguousarray(np.linalg.pinv(gate).T), False
+        column = int(np.argmax(alone))
+        inverse[expert, column] = 1.0 / row[column]
+    return inverse, True

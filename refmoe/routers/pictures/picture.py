@@ -1,0 +1,129 @@
+"""A routing as a drawing: tokens x experts, and the load of every expert below. `svg` and `png` write it to a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from refmoe.routers.literature.record import Routing
+from refmoe.routers.literature.statistics import LoadStatistics
+
+CELL = 18
+LEFT = 52
+TOP = 64
+BARS = 96
+INK = "#1b1f24"
+KEPT = "#1f5fa8"
+DROPPED = "#c0392b"
+EMPTY = "#eef1f4"
+
+
+@dataclass(frozen=True)
+class Box:
+    """A filled rectangle; `says` is shown by a viewer when it is pointed at."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    fill: str
+    opacity: float = 1.0
+    says: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A straight stroke."""
+
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+    color: str
+
+
+@dataclass(frozen=True)
+class Label:
+    """A line of text; (x, y) is the end, start or middle of its baseline."""
+
+    x: float
+    y: float
+    text: str
+    anchor: str = "start"
+    size: int = 11
+
+
+Shape = Box | Line | Label
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Shapes in the order of painting, y downwards, in units of a pixel."""
+
+    width: float
+    height: float
+    title: str
+    shapes: tuple[Shape, ...]
+
+
+def matrices(routing: Routing) -> tuple[Any, Any, Any]:
+    """Weight, asked and kept per token and expert: float [T, E] and twice booleans [T, E]."""
+    ids = np.asarray(routing.ids)
+    rows = np.arange(len(ids))[:, None]
+    weight = np.zeros((len(ids), routing.experts))
+    asked = np.zeros_like(weight, dtype=bool)
+    kept = np.zeros_like(asked)
+    weight[rows, ids] = np.asarray(routing.weights, np.float64)
+    asked[rows, ids] = routing.asked
+    kept[rows, ids] = routing.kept
+    return weight, asked, kept
+
+
+def draw(title: str, routing: Routing, statistics: LoadStatistics, facts: str) -> Drawing:
+    """A heat map, a row per token and a column per expert, darker for more weight, a cross where a token was dropped;
+    below it a bar per expert, blue for what it computes, red for what it drops, a line at its capacity."""
+    tokens = len(routing.ids)
+    width = max(LEFT + CELL * routing.experts + 16, 16 + max(7.5 * len(title), 6 * len(facts)))
+    height = TOP + CELL * tokens + 28 + BARS + 30
+    head = (Box(0, 0, width, height, "#ffffff"), Label(8, 20, title, size=13), Label(8, 38, facts))
+    return Drawing(width, height, title, (*head, *_map(routing), *_bars(routing, statistics)))
+
+
+def _map(routing: Routing) -> Iterator[Shape]:
+    weight, asked, kept = matrices(routing)
+    top = max(1.0, weight.max(initial=0.0))
+    for e in range(routing.experts):
+        yield Label(LEFT + CELL * (e + 0.5), TOP - 6, str(e), "middle", 10)
+    for t, row in enumerate(weight):
+        y = TOP + CELL * t
+        yield Label(LEFT - 8, y + CELL - 5, str(t), "end", 10)
+        yield Box(LEFT, y, CELL * routing.experts - 1, CELL - 1, EMPTY)
+        for e in np.flatnonzero(asked[t]).tolist():
+            x, says = LEFT + CELL * e, f"token {t}, expert {e}"
+            if kept[t, e]:
+                shade = 0.15 + 0.85 * row[e] / top
+                yield Box(x, y, CELL - 1, CELL - 1, KEPT, round(shade, 3), f"{says}, weight {row[e]:.4g}")
+            else:
+                yield Box(x, y, CELL - 1, CELL - 1, DROPPED, 0.15, f"{says}, dropped")
+                yield Line(x + 4, y + 4, x + CELL - 5, y + CELL - 5, DROPPED)
+                yield Line(x + 4, y + CELL - 5, x + CELL - 5, y + 4, DROPPED)
+
+
+def _bars(routing: Routing, statistics: LoadStatistics) -> Iterator[Shape]:
+    base = TOP + CELL * len(routing.ids) + 28 + BARS
+    most = max(1, *statistics.asked, routing.capacity or 0)
+    for e, (asked, kept) in enumerate(zip(statistics.asked, statistics.kept, strict=True)):
+        x, high, solid = LEFT + CELL * e, BARS * asked / most, BARS * kept / most
+        says = f"expert {e}: asked {asked}, computed {kept}"
+        yield Box(x + 2, base - high, CELL - 5, high - solid, DROPPED, 0.6, says)
+        yield Box(x + 2, base - solid, CELL - 5, solid, KEPT, 1.0, says)
+        yield Label(x + CELL / 2, base + 14, str(asked), "middle", 9)
+    yield Line(LEFT, base, LEFT + CELL * routing.experts, base, INK)
+    yield Label(LEFT - 8, base + 14, "load", "end", 10)
+    if routing.capacity is not None:
+        y = base - BARS * routing.capacity / most
+        yield Line(LEFT, y, LEFT + CELL * routing.experts, y, INK)
+        yield Label(LEFT - 8, y + 4, f"C={routing.capacity}", "end", 10)

@@ -1,0 +1,57 @@
+"""A routing in the terminal: the heat map and the load bars in characters, legible without colour."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.text import Text
+
+from refmoe.routers.literature.record import Routing
+from refmoe.routers.literature.statistics import LoadStatistics
+from refmoe.routers.pictures.picture import matrices
+
+SHADES = "░▒▓█"
+NARROW = 24
+"""With more experts than this, a column is one character wide."""
+ROWS = 64
+"""Tokens that are shown."""
+BAR = 40
+"""The longest load bar."""
+
+
+def print_routing(console: Console, routing: Routing, statistics: LoadStatistics) -> None:
+    """The picture: darker for more weight, x for a token that was dropped, a dot where it does not go."""
+    wide = routing.experts <= NARROW
+    weight, asked, kept = matrices(routing)
+    top = max(1.0, weight.max(initial=0.0))
+    heading = "".join(f"{e:>3}" if wide else str(e % 10) for e in range(routing.experts))
+    console.print(Text(f"token  {heading}"))
+    for t in range(min(len(weight), ROWS)):
+        line = Text(f"{t:>5}  ")
+        for e in range(routing.experts):
+            if kept[t, e]:
+                # the quarter that the weight is in: 1 and what rounds above it are the last
+                shade = SHADES[min(3, int(4 * weight[t, e] / top))]
+                line.append(f" {shade * 2}" if wide else shade, "blue")
+            elif asked[t, e]:
+                line.append("  x" if wide else "x", "bold red")
+            else:
+                line.append("  ·" if wide else "·", "dim")
+        console.print(line)
+    if len(weight) > ROWS:
+        console.print(Text(f"  and {len(weight) - ROWS} more"))
+    console.print()
+    _print_bars(console, routing, statistics)
+
+
+def _print_bars(console: Console, routing: Routing, statistics: LoadStatistics) -> None:
+    most = max(1, *statistics.asked, routing.capacity or 0)
+    unit = 1 if most <= BAR else BAR / most
+    console.print(Text("expert  load"))
+    for e, (asked, kept) in enumerate(zip(statistics.asked, statistics.kept, strict=True)):
+        line = Text(f"{e:>6}  ")
+        line.append("█" * round(kept * unit), "blue")
+        line.append("x" * (round(asked * unit) - round(kept * unit)), "bold red")
+        free = 0 if routing.capacity is None else round(routing.capacity * unit) - round(asked * unit)
+        line.append("·" * free, "dim")
+        line.append(f"  {asked}" if asked == kept else f"  {asked}, {asked - kept} dropped")
+        console.print(line)

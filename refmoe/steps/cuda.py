@@ -1,0 +1,124 @@
+"""The steps of the model over the kernels, with the spec's own taps. Where the kernels do not apply, the spec's steps.
+
+They apply at float32, to experts whose weights are all stored in one dtype.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from refmoe.arithmetic.arrays import Array
+from refmoe.spec import experts as spec_experts
+from refmoe.spec import norm as spec_norm
+from refmoe.spec import rope as spec_rope
+from refmoe.spec import router as spec_router
+from refmoe.spec.experts import Expert
+from refmoe.spec.interface import Weight
+from refmoe.spec.model import Layer, Model, Steps
+from refmoe.spec.softmax import softmax
+from refmoe.steps import grouped
+
+Gpu = Any
+"""A `CupyOps`. (Its weights can be read; those of the spec's own `Ops` have a shape and nothing else.)"""
+Stacks: TypeAlias = tuple[Array, Array, Array]
+"""w1 and w3 [E, F, D], w2 [E, D, F]."""
+
+
+def rms_norm(ops: Gpu, x: Array, gain: Array, eps: float) -> Array:
+    """`refmoe.spec.norm.rms_norm`. x: [T, D]   gain: [D]   returns: [T, D]"""
+    if ops.kernels is None:
+        return spec_norm.rms_norm(ops, x, gain, eps)
+    return ops.kernels.rms_norm(ops.xp.ascontiguousarray(x), gain, eps)
+
+
+def rotate(ops: Gpu, x: Array, table: tuple[Array, Array]) -> Array:
+    """`refmoe.spec.rope.rotate`. x: [T, heads, d]   table: two of [T, d/2]   returns: [T, heads, d]"""
+    if ops.kernels is None:
+        return spec_rope.rotate(ops, x, table)
+    return ops.kernels.rotate(ops.xp.ascontiguousarray(x), *table)
+
+
+def route(ops: Gpu, x: Array, gate: Weight, k: int) -> tuple[Array, Array]:
+    """`refmoe.spec.router.route`. x: [T, D]   gate: [E, D]   returns: expert ids [T, k], weights [T, k]"""
+    if ops.kernels is None:
+        return spec_router.route(ops, x, gate, k)
+    logits = ops.tap("router.logits", ops.linear(x, gate))
+    chosen, weights = ops.kernels.route(ops.xp.ascontiguousarray(logits), k)
+    experts = ops.tap("router.experts", chosen)
+    if experts is not chosen:  # somebody else's choice
+        weights = softmax(ops, ops.gather(logits, experts))
+    return experts, ops.tap("router.weights", weights)
+
+
+def expert_outputs(ops: Gpu, experts: tuple[Expert, ...], x: Array, chosen: Array) -> tuple[Array, Array] | None:
+    """Every slot's expert output, in the order that was quickest, and where each slot's is.
+
+    x: [T, D]   chosen: int32 [T, k]   returns: outputs [T k, D] and position, int32 [T, k], the row of slot j of token
+    t; None where the kernels do not read these weights
+    """
+    stacks = None if ops.kernels is None else ops.stacked(experts)
+    if stacks is None:
+        return None
+    x = ops.xp.ascontiguousarray(x)
+    run = _in_place if ops.few(x) else _sorted
+    parts, position = run(ops, stacks, x, chosen)
+    if ops.watched:
+        rows = position.reshape(-1)
+        parts = [
+            ops.tap(f"expert.{name}", part[rows].reshape(*chosen.shape, -1)).reshape(chosen.size, -1)
+            for name, part in zip(("gate", "up", "hidden", "output"), parts, strict=True)
+        ]
+        position = _as_they_are(ops, chosen)
+    return ops.xp.ascontiguousarray(parts[-1]), position
+
+
+def _as_they_are(ops: Gpu, chosen: Array) -> Array:
+    """The position of slots that are in their own order. chosen: [T, k]   returns: int32 [T, k]"""
+    return ops.xp.arange(chosen.size, dtype=np.int32).reshape(chosen.shape)
+
+
+def _in_place(ops: Gpu, stacks: Stacks, x: Array, chosen: Array) -> tuple[list[Array], Array]:
+    """The weights where they are, and nothing comes to the host. Returns gate, up, hidden, output, and position."""
+    w1, w3, w2 = stacks
+    gate, up, hidden = ops.kernels.expert_hidden(w1, w3, x, chosen)
+    output = ops.kernels.expert_output(w2, hidden, chosen)
+    return [part.reshape(chosen.size, -1) for part in (gate, up, hidden, output)], _as_they_are(ops, chosen)
+
+
+def _sorted(ops: Gpu, stacks: Stacks, x: Array, chosen: Array) -> tuple[list[Array], Array]:
+    """Rows in the order of experts, three matrix products each. Returns gate, up, hidden, output, and position."""
+    w1, w3, w2 = stacks
+    order, position, offsets = ops.kernels.sort_pairs(chosen, len(w1))
+    bounds = offsets.tolist()  # the one copy to the host: matrix products are launched from there
+    rows = ops.kernels.gather_rows(x, order, chosen.shape[1])
+    gate, up = _by_expert(ops, rows, w1, bounds), _by_expert(ops, rows, w3, bounds)
+    hidden = ops.kernels.swiglu(gate, up)
+    return [gate, up, hidden, _by_expert(ops, hidden, w2, bounds)], position
+
+
+def _by_expert(ops: Gpu, rows: Array, matrices: Array, bounds: list[int]) -> Array:
+    """rows: [n, m], those of each expert together   matrices: [E, p, m]   bounds: E + 1 of them   returns: [n, p]"""
+    result = ops.xp.empty((len(rows), matrices.shape[1]), rows.dtype)
+    for expert, (start, stop) in enumerate(pairwise(bounds)):
+        if start < stop:
+            ops.multiply(rows[start:stop], matrices[expert], result[start:stop])
+    return result
+
+
+def moe(ops: Gpu, model: Model, layer: Layer, x: Array) -> Array:
+    """`refmoe.spec.model.moe`, each token's outputs combined from where they are. x: [T, D]   returns: [T, D]"""
+    chosen, weights = model.steps.route(ops, x, layer.router, model.config.experts_per_token)
+    ids = ops.xp.ascontiguousarray(chosen).astype(np.int32, copy=False)
+    found = expert_outputs(ops, layer.experts, x, ids)
+    if found is None:
+        outputs = grouped.run_experts(ops, layer.experts, x, chosen)
+        return ops.tap("moe.output", spec_experts.combine(ops, outputs, weights))
+    outputs, position = found
+    return ops.tap("moe.output", ops.kernels.combine(outputs, position, ops.xp.ascontiguousarray(weights)))
+
+
+CUPY_STEPS: Any = Steps(rms_norm=rms_norm, rotate=rotate, attend=grouped.attend, route=route, moe=moe)
+"""The steps of the spec, those with a kernel replaced."""

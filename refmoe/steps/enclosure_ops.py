@@ -1,0 +1,235 @@
+"""The spec's interface over enclosures: one forward pass gives what every legal implementation can give."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from refmoe.arithmetic.arrays import ArrayOps, StoredWeight, Tap
+from refmoe.arithmetic.enclosure import functions
+from refmoe.arithmetic.enclosure.array import (
+    OWN,
+    SLACK,
+    Enclosure,
+    bounded,
+    concatenate,
+    quiet,
+    stored,
+    unbounded_beyond,
+)
+from refmoe.arithmetic.enclosure.products import Accumulator, Matrix, product, total
+from refmoe.arithmetic.exact import dot, elementary
+from refmoe.arithmetic.formats import Format, nearest, ulp
+from refmoe.arithmetic.streaming import blocks
+from refmoe.arithmetic.weight_cache import WeightCache
+from refmoe.policy.policy import STATISTICS, Policy
+
+MATRIX_BYTES = 256 << 20
+
+SPREADS = 32.0
+"""A value this many standard deviations from overflow does not overflow, whatever its hard radius."""
+
+FLASH_BLOCK = 16
+"""Keys, at least, that flash attention takes at a time: between blocks it rescales what it has summed."""
+
+
+class EnclosureOps(ArrayOps):
+    """Ops on `Enclosure` arrays, under a policy. A tap receives the enclosure before the tap's own rounding."""
+
+    def __init__(self, policy: Policy, tap: Tap | None = None, matrix_bytes: int = MATRIX_BYTES) -> None:
+        """matrix_bytes: memory for prepared weights that are kept for later calls."""
+        super().__init__(np.float64, tap)
+        self.policy = policy
+        self._exact = policy.accumulation.precision == 53 or policy.storage.precision == 53
+        self._matrices = WeightCache(matrix_bytes)
+        self._products = Accumulator(policy.accumulation, policy.storage, policy.truncates, policy.flushes)
+        self._sums = Accumulator(policy.statistics, policy.statistics)
+        self.events: list[str] = []
+        """Cut points and sums at which a legal implementation may have overflowed."""
+
+    # ---- parameters
+
+    def vector(self, weight: StoredWeight) -> Any:
+        return nearest(weight.read(), self.policy.at("weights"))
+
+    def embed(self, table: StoredWeight, ids: Any) -> Enclosure:
+        return stored(table.rows(ids), self.policy.at("weights"), self.policy.accumulation)
+
+    def linear(self, x: Enclosure, weight: StoredWeight) -> Enclosure:
+        def nbytes(made: tuple[Matrix, Any]) -> int:
+            return made[0].nbytes + (made[1].nbytes if self._exact else 0)
+
+        if math.prod(weight.shape) * self.dtype.itemsize > self._matrices.limit:
+            parts = []
+            for _, _, ready in blocks(weight, self._prepare):
+                parts.append(self._times(x, *ready))
+                _ = parts[-1].biased and parts[-1].bias  # computed now: later it would need the block
+            return self._watch("linear", concatenate(parts, axis=-1), self._products.format)
+        made = self._matrices.get(weight, lambda: self._prepare(weight.read()), nbytes)
+        return self._watch("linear", self._times(x, *made), self._products.format)
+
+    def _prepare(self, rows: Any) -> tuple[Matrix, Any]:
+        """Rows of a stored weight, as products want them."""
+        held = self.policy.at("weights")
+        values = nearest(rows, held)
+        return Matrix(Enclosure(values.T), held), dot.prepare(values) if self._exact else None
+
+    def _times(self, x: Enclosure, matrix: Matrix, prepared: Any) -> Enclosure:
+        exact = dot.linear(x.mid, prepared) if self._exact else None
+        return product(x, matrix, self._products, exact)
+
+    # ---- products and sums
+
+    def matmul(self, a: Enclosure, b: Enclosure) -> Enclosure:
+        exact = dot.matmul(a.mid, b.mid) if self._exact else None
+        return self._watch("matmul", product(a, Matrix(b), self._products, exact), self._products.format)
+
+    def sum(self, x: Enclosure, axis: int) -> Enclosure:
+        exact = dot.sum(x.mid, axis) if self._exact else None
+        return self._watch("sum", total(x, axis, self._sums, exact), self._sums.format)
+
+    @quiet
+    def accumulate(self, x: Enclosure, axis: int) -> Enclosure:
+        """The sum of a few values in any order, each partial sum but the last cut as `combine.partial`."""
+        x = x.settle()
+        n, partial = x.shape[axis], self.policy.at("combine.partial")
+        terms = [x[(slice(None),) * axis + (i,)] for i in range(n)]
+        if n == 1:
+            return terms[0]
+        if n == 2:
+            return terms[0] + terms[1]
+        # n - 2 partial sums are rounded, and cut where their dtype is another; in whatever order, none is larger than
+        # the positive or the negative terms alone, and what roundings have added to these
+        mid = x.mid.sum(axis)
+        inherited = 0.0 if x.radius is None else x.radius.sum(axis)
+        coarse = partial != x.accumulation
+        unit = x.accumulation.u + coarse * partial.u
+        reach = ((np.abs(x.mid).sum(axis) + np.abs(mid)) / 2 + inherited) * math.exp(min(n * unit, 700.0))
+        step = ulp(reach, x.accumulation) / 2 + coarse * ulp(reach, partial) / 2
+        radius = bounded((inherited + (n - 2) * step + (n + 2) * OWN * reach) * SLACK)
+        radius = unbounded_beyond(reach, radius, partial if coarse else x.accumulation)
+        variance = (n - 2) * step**2 / 3 + (0.0 if x.variance is None else x.variance.sum(axis))
+        return Enclosure(mid, radius, bounded(variance), x.accumulation, owed=True)
+
+    def max(self, x: Enclosure, axis: int) -> Any:
+        # only ever subtracted before exp, where any number serves: a constant keeps the enclosures small
+        return x.mid.max(axis=axis)
+
+    # ---- functions
+
+    def exp(self, x: Enclosure) -> Enclosure:
+        return functions.exp(x, self._exp(x.mid), self.policy)
+
+    def sqrt(self, x: Any) -> Any:
+        return functions.sqrt(x) if isinstance(x, Enclosure) else np.sqrt(x)
+
+    def sigmoid(self, x: Enclosure) -> Enclosure:
+        return functions.sigmoid(x, self._sigmoid(x.mid), self.policy)
+
+    def silu(self, x: Enclosure) -> Enclosure:
+        result = functions.silu(x, self._sigmoid(x.mid), self.policy, self.policy.at("expert.sigmoid"))
+        return self.cut("expert.silu", result)
+
+    def softmax(self, x: Enclosure, mask: Any) -> Enclosure:
+        return self._softmax(x, mask, 0.0)
+
+    @quiet
+    def _softmax(self, x: Enclosure, mask: Any, above: Any) -> Enclosure:
+        shown = x.mid if mask is None else np.where(mask, x.mid, -np.inf)
+        exponentials = self._exp(shown - shown.max(-1, keepdims=True))
+        return functions.softmax(x, mask, exponentials, self.policy, above)
+
+    @quiet
+    def weigh(self, logits: Enclosure, experts: Any) -> Enclosure:
+        """Softmax over the chosen logits, or over all and renormalised.
+
+        The second order rounds each probability, their sum and its inverse: six times at most.
+        """
+        chosen = self.gather(logits, experts)
+        above = np.maximum(logits.mid.max(-1) - chosen.mid.max(-1), 0.0)[:, None]
+        weights = self._softmax(chosen, None, above)
+        low, statistics, mid = self.policy.at("router.probs"), self.policy.statistics, weights.mid
+        relative, lost = 6 * statistics.u, statistics.tiny
+        if low.precision < statistics.precision:
+            # a stored probability errs by a unit above the quotient's line and one below; a sum of k rounds k - 1 times
+            relative += (experts.shape[-1] + 1) * low.u
+            lost = low.tiny if self.policy.flushes else low.u * low.tiny
+        # what a probability loses absolutely is divided by the sum of the chosen, which is at least 1 / E
+        lost *= logits.shape[-1]
+        radius = weights.r + relative * (1 + relative) * (mid + weights.r) + lost
+        variance = weights.v + ((relative * mid) ** 2 + lost**2) / 3
+        return Enclosure(mid, radius * SLACK, variance, weights.accumulation)
+
+    def unit_circle(self, positions: Any, base: float, numerators: Sequence[int], denominator: int) -> Any:
+        cos, sin = elementary.unit_circle(positions, base, numerators, denominator)
+        logarithms = np.asarray(numerators, np.float64) / denominator * math.log(base)
+        return functions.unit_circle(positions, logarithms, cos, sin, self.policy)
+
+    @quiet
+    def _exp(self, x: Any) -> Any:
+        return elementary.exp(x) if self._exact else np.exp(x)
+
+    @quiet
+    def _sigmoid(self, x: Any) -> Any:
+        if self._exact:
+            return elementary.sigmoid(x)
+        small = np.exp(-np.abs(x))
+        return np.where(x >= 0, 1, small) / (1 + small)
+
+    # ---- selection
+
+    def where(self, condition: Any, x: Any, otherwise: Any) -> Any:
+        x, otherwise = (
+            part if isinstance(part, Enclosure) else Enclosure(part, accumulation=self.policy.accumulation)
+            for part in (x, otherwise)
+        )
+        x, otherwise = x.settle(), otherwise.settle()
+        radius, variance = np.where(condition, x.r, otherwise.r), np.where(condition, x.v, otherwise.v)
+        return Enclosure(np.where(condition, x.mid, otherwise.mid), radius, variance, x.accumulation)
+
+    def concatenate(self, arrays: Sequence[Any], axis: int = 0) -> Any:
+        if isinstance(arrays[0], Enclosure):
+            return concatenate(arrays, axis)
+        return np.concatenate(arrays, axis=axis)
+
+    def top_k(self, x: Enclosure, k: int) -> Any:
+        return np.argsort(-x.mid, axis=-1, kind="stable")[:, :k]
+
+    def gather(self, x: Enclosure, index: Any) -> Enclosure:
+        return x.map(lambda part: np.take_along_axis(np.broadcast_to(part, x.shape), index, axis=-1))
+
+    # ---- cut points
+
+    @quiet
+    def cut(self, name: str, x: Enclosure) -> Enclosure:
+        policy = self.policy
+        format = policy.at(name)
+        result = x.cut(format, any_scale=name == "attention.probs")
+        if name == "attention.probs":
+            # flash attention divides at the end; for each block it rescales what it has summed by another exponential
+            rescaled = x.shape[-1] / FLASH_BLOCK
+            relative = (4 + rescaled * (policy.exp.constant + 2)) * policy.accumulation.u
+            result.radius = result.r + relative * (np.abs(result.mid) + result.r)
+            result.variance = result.v + (relative * result.mid) ** 2 / 3
+        self._watch(name, x, format)
+        result.accumulation = policy.statistics if name in STATISTICS else policy.accumulation
+        return result
+
+    def _watch(self, name: str, x: Enclosure, format: Format) -> Enclosure:
+        """Note whether a legal implementation may overflow here."""
+        largest = np.abs(x.mid).max(initial=0.0)
+        if not largest + SPREADS * math.sqrt(np.max(x.v, initial=0.0)) <= format.largest:
+            with np.errstate(all="ignore"):
+                if not (np.abs(x.mid) + SPREADS * np.sqrt(x.v) <= format.largest).all():
+                    self.events.append(name)
+        return x
+
+    def tap(self, name: str, x: Any) -> Any:
+        if self._tap is not None:
+            replacement = self._tap(self._prefix + name, x)
+            if replacement is not None:
+                return replacement
+        return self.cut(name, x) if isinstance(x, Enclosure) else x

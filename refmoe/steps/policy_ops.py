@@ -1,0 +1,92 @@
+"""Ops of an ideal run under a policy: every operation exact to binary64, and rounded to nearest at each cut point.
+
+It is one legal run of the policy, the one with no error but that of storing. A real engine under the same policy
+also rounds inside its operations, and so differs in the few elements that lie close to the middle between two values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from refmoe.arithmetic.arrays import StoredWeight, Tap
+from refmoe.arithmetic.exact import dot
+from refmoe.arithmetic.exact.ops import PREPARED_BYTES, ExactOps
+from refmoe.arithmetic.formats import FLOAT64, nearest
+from refmoe.policy.policy import Policy
+from refmoe.spec.softmax import softmax
+
+
+class PolicyOps(ExactOps):
+    """`ExactOps` with the cut points of a policy. Arrays are float64 that hold values of the cuts' dtypes.
+
+    A tap receives the value in the dtype of its cut point. What it returns instead, such as an engine's own array, is
+    what the run goes on with.
+    """
+
+    def __init__(self, policy: Policy, tap: Tap | None = None, prepared_bytes: int = PREPARED_BYTES) -> None:
+        """prepared_bytes: memory for prepared weights that are kept for later calls."""
+        super().__init__(tap, prepared_bytes=prepared_bytes)
+        self.policy = policy
+
+    def cut(self, name: str, x: Any) -> Any:
+        return nearest(x, self.policy.at(name))
+
+    def tap(self, name: str, x: Any) -> Any:
+        if x.dtype.kind != "f":
+            return super().tap(name, x)
+        return self.array(super().tap(name, self.cut(name, x).astype(self.policy.at(name).dtype)))
+
+    # ---- parameters, as the engine holds them
+
+    def vector(self, weight: StoredWeight) -> Any:
+        return self._held(weight.read())
+
+    def embed(self, table: StoredWeight, ids: Any) -> Any:
+        return self._held(table.rows(ids))
+
+    def linear(self, x: Any, weight: StoredWeight) -> Any:
+        def prepare() -> dot.PreparedWeight:
+            stored = weight.read()
+            held = stored if stored.dtype == self.policy.at("weights").dtype else self._held(stored)
+            return dot.prepare(held)
+
+        return dot.linear(x, self._prepared.get(weight, prepare, lambda made: made.nbytes))
+
+    def _held(self, stored: Any) -> Any:
+        return self.cut("weights", self.array(stored))
+
+    # ---- what the steps with cut points ask for
+
+    def softmax(self, x: Any, mask: Any | None) -> Any:
+        ops: Any = self
+        return softmax(ops, x, mask)
+
+    def silu(self, x: Any) -> Any:
+        return self.cut("expert.silu", x * self.cut("expert.sigmoid", self.sigmoid(x)))
+
+    def top_k(self, x: Any, k: int) -> Any:
+        """By the logits as stored, or by the probabilities as stored; equal ones by lower index."""
+        return super().top_k(self._probs(x) if self._softmax_first else x, k)
+
+    def weigh(self, logits: Any, experts: Any) -> Any:
+        if not self._softmax_first:
+            return self.softmax(self.gather(logits, experts), None)
+        chosen = self.gather(self._probs(logits), experts)
+        return chosen / self.cut("router.probs", self.sum(chosen, axis=-1))[:, None]
+
+    def accumulate(self, x: Any, axis: int) -> Any:
+        if self.policy.at("combine.partial") == FLOAT64:
+            return self.sum(x, axis)  # no partial sum is rounded: exact, whatever the order
+        first, *others = (x.take(i, axis) for i in range(x.shape[axis]))
+        total = first
+        for i, term in enumerate(others):
+            total = (total if i == 0 else self.cut("combine.partial", total)) + term
+        return total
+
+    @property
+    def _softmax_first(self) -> bool:
+        return self.policy.router_order == "softmax-then-top-k"
+
+    def _probs(self, logits: Any) -> Any:
+        """Softmax over all experts. logits: [T, E]   returns: [T, E]"""
+        return self.cut("router.probs", self.softmax(self.cut("router.softmax_input", logits), None))

@@ -1,0 +1,165 @@
+"""The steps of the model with their cut points: where an engine may round inside a step.
+
+The same mathematics as `refmoe.spec`, clause by clause, written with `ops.cut(name, x)` wherever a real engine stores
+a value or passes it from one kernel to the next. Under ops whose cuts do nothing these steps are the specification
+itself (a test holds them to its bits). Every tap is a cut point as well.
+
+The `ops` here are those of the spec and three more: `cut`, and `softmax` and `silu` as single operations, because an
+enclosure of the whole is much tighter than the enclosure of their parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from refmoe.arithmetic.arrays import Array, ArrayOps
+from refmoe.policy.policy import Policy
+from refmoe.spec.attention import Cache
+from refmoe.spec.attention import extend_cache as spec_extend_cache
+from refmoe.spec.experts import Expert
+from refmoe.spec.interface import Weight
+from refmoe.spec.model import Steps
+from refmoe.spec.rope import rotary_table as spec_rotary_table
+from refmoe.steps.grouped import grouped_by_kv_head
+
+
+class CutOps(ArrayOps):
+    """Ops that also know cut points and two compound functions."""
+
+    policy: Policy
+
+    def cut(self, name: str, x: Array) -> Array:
+        """`x` as it is after the cut point."""
+        raise NotImplementedError
+
+    def softmax(self, x: Array, mask: Array | None) -> Array:
+        """`refmoe.spec.softmax.softmax` as one operation of the statistics dtype."""
+        raise NotImplementedError
+
+    def silu(self, x: Array) -> Array:
+        """x * sigmoid(x), with the cut points `expert.sigmoid` and `expert.silu` inside."""
+        raise NotImplementedError
+
+    def weigh(self, logits: Array, experts: Array) -> Array:
+        """The weights of the chosen experts, by the policy's own order of softmax and choice."""
+        raise NotImplementedError
+
+    def accumulate(self, x: Array, axis: int) -> Array:
+        """The sum over an axis, element by element, each partial sum cut as `combine.partial`."""
+        raise NotImplementedError
+
+
+def cut_again(ops: CutOps, name: str, before: str, x: Array) -> Array:
+    """`x`, last stored at the cut point `before`, as it is after `name`: a dtype that holds it changes nothing."""
+    return x if ops.policy.at(name).holds(ops.policy.at(before)) else ops.cut(name, x)
+
+
+def rms_norm(ops: CutOps, x: Array, gain: Array, eps: float) -> Array:
+    """`refmoe.spec.norm.rms_norm`. x: [T, D]   gain: [D]   returns: [T, D]"""
+    x = ops.cut("norm.input", x)
+    mean_square = ops.sum(x * x, axis=-1) / x.shape[-1]
+    normed = x / ops.sqrt(mean_square + eps)[:, None]
+    return ops.cut("norm.normed", normed) * gain
+
+
+def rotary_table(ops: CutOps, positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
+    """`refmoe.spec.rope.rotary_table`. positions: integers [T]   returns: two of [T, d/2]"""
+    cos, sin = spec_rotary_table(ops, positions, head_dim, theta)
+    return ops.cut("rope.table", cos), ops.cut("rope.table", sin)
+
+
+def rotate(ops: CutOps, x: Array, table: tuple[Array, Array]) -> Array:
+    """`refmoe.spec.rope.rotate`. x: [T, heads, d]   table: two of [T, d/2]   returns: [T, heads, d]"""
+    cos, sin = (part[:, None, :] for part in table)
+    half = x.shape[-1] // 2
+    a, b = x[..., :half], x[..., half:]
+    ac, bs, bc, as_ = (ops.cut("rope.products", part) for part in (a * cos, b * sin, b * cos, a * sin))
+    return ops.concatenate([ac - bs, bc + as_], axis=-1)
+
+
+def extend_cache(ops: CutOps, cache: Cache | None, k: Array, v: Array, positions: Array) -> Cache:
+    """`refmoe.spec.attention.extend_cache`. k, v: [T, K, d]   returns: a cache of S tokens"""
+    k, v = cut_again(ops, "cache.k", "attention.k_rope", k), cut_again(ops, "cache.v", "attention.v", v)
+    return spec_extend_cache(ops, cache, k, v, positions)
+
+
+def attend(ops: CutOps, q: Array, cache: Cache, mask: Array) -> Array:
+    """`refmoe.spec.attention.attend`. q: [T, H, d]   mask: [T, S]   returns: [T, H, d]"""
+    scores = ops.tap("attention.scores", scores_of(ops, q, cache.k))
+    probs = ops.tap("attention.probs", ops.softmax(as_softmax_reads(ops, scores), mask[None]))
+    return ops.tap("attention.context", context_of(ops, probs, cache.v))
+
+
+def scores_of(ops: CutOps, q: Array, k: Array, scaled: bool = True) -> Array:
+    """ATTN-1 and ATTN-2. scaled: whether they are divided by sqrt(d).
+
+    q: [T, H, d]   k: [S, K, d]   returns: [H, T, S]
+    """
+    root, in_query = ops.sqrt(ops.array(q.shape[-1])), ops.policy.scale == "query"
+    if scaled and in_query:
+        q = ops.cut("attention.query", q / root)
+    else:
+        q = cut_again(ops, "attention.query", "attention.q_rope", q)
+    rows = grouped_by_kv_head(q, k.shape[1])
+    dots = ops.matmul(rows, k.transpose(1, 2, 0)).reshape(q.shape[1], q.shape[0], k.shape[0])
+    return dots if in_query or not scaled else ops.cut("attention.dots", dots) / root
+
+
+def as_softmax_reads(ops: CutOps, scores: Array) -> Array:
+    """The scores after the cut point between their tap and the softmax. scores: [H, T, S]"""
+    return cut_again(ops, "attention.softmax_input", "attention.scores", scores)
+
+
+def context_of(ops: CutOps, probs: Array, v: Array) -> Array:
+    """The contexts of ATTN-5. probs: [H, T, S]   v: [S, K, d]   returns: [T, H, d]"""
+    heads, tokens, cached = probs.shape
+    kv_heads, head_dim = v.shape[1:]
+    probs = cut_again(ops, "attention.mixing", "attention.probs", probs)
+    mixed = ops.matmul(probs.reshape(kv_heads, heads // kv_heads * tokens, cached), v.transpose(1, 0, 2))
+    return mixed.reshape(heads, tokens, head_dim).transpose(1, 0, 2)
+
+
+def route(ops: CutOps, x: Array, router: Weight, k: int) -> tuple[Array, Array]:
+    """`refmoe.spec.router.route`. x: [T, D]   router: [E, D]   returns: expert ids [T, k], weights [T, k]"""
+    logits = ops.tap("router.logits", ops.linear(x, router))
+    experts = ops.tap("router.experts", ops.top_k(logits, k))
+    weights = ops.weigh(cut_again(ops, "router.softmax_input", "router.logits", logits), experts)
+    return experts, ops.tap("router.weights", weights)
+
+
+def run_experts(ops: CutOps, experts: Sequence[Expert], x: Array, chosen: Array) -> Array:
+    """`refmoe.spec.experts.run_experts`, each tap offered once for all experts before the next step reads it.
+
+    x: [T, D]   chosen: integers [T, k]   returns: [T, k, D], in the order of `chosen`
+    """
+    tokens, k = chosen.shape
+    order, counts = ops.group(chosen.reshape(-1), len(experts))
+    slot = ops.inverse(order)
+
+    def project(rows: Array, name: str) -> Array:
+        """Each expert's matrix `name` on its own rows [T k, n], in the order of experts; in slot order: [T, k, m]"""
+        results, start = [], 0
+        for expert, count in zip(experts, counts, strict=True):
+            if count:
+                results.append(ops.linear(rows[start : start + count], getattr(expert, name)))
+                start += count
+        return ops.concatenate(results)[slot].reshape(tokens, k, -1)
+
+    rows = x[order // k]
+    gate = ops.tap("expert.gate", project(rows, "w1"))
+    up = ops.tap("expert.up", project(rows, "w3"))
+    hidden = ops.tap("expert.hidden", ops.silu(gate) * up)
+    return ops.tap("expert.output", project(hidden.reshape(tokens * k, -1)[order], "w2"))
+
+
+def combine(ops: CutOps, outputs: Array, weights: Array) -> Array:
+    """`refmoe.spec.experts.combine`. outputs: [T, k, D]   weights: [T, k]   returns: [T, D]"""
+    return ops.accumulate(ops.cut("combine.weighted", outputs * weights[:, :, None]), axis=1)
+
+
+CUT_STEPS: Any = Steps(
+    rms_norm=rms_norm, rotary_table=rotary_table, rotate=rotate, extend_cache=extend_cache, attend=attend, route=route,
+    run_experts=run_experts, combine=combine,
+)  # fmt: skip
+"""The steps of the spec, those with cut points inside them replaced."""

@@ -1,0 +1,54 @@
+"""Golden cases: what is computed, how it is written down, and how it is checked."""
+
+from refmoe.suite.activations import case_source, compute, compute_fingerprints
+from refmoe.suite.case import CASE_FILE, STORES, Case, find_cases, find_full_size_cases, read_case
+from refmoe.suite.checking import (
+    Difference,
+    check,
+    first_difference,
+    verify_case_files,
+    verify_documents,
+    verify_files,
+)
+from refmoe.suite.emission import emit, is_emitted, remove_leftovers
+from refmoe.suite.manifest import (
+    MANIFEST_FILE,
+    file_digest,
+    leftovers,
+    read_folder_manifest,
+    read_manifest,
+    tensor_digest,
+    trace_path,
+    write_folder_manifest,
+    write_manifest,
+)
+
+__all__ = [
+    "CASE_FILE",
+    "MANIFEST_FILE",
+    "STORES",
+    "Case",
+    "Difference",
+    "case_source",
+    "check",
+    "compute",
+    "compute_fingerprints",
+    "emit",
+    "file_digest",
+    "find_cases",
+    "find_full_size_cases",
+    "first_difference",
+    "is_emitted",
+    "leftovers",
+    "read_case",
+    "read_folder_manifest",
+    "read_manifest",
+    "remove_leftovers",
+    "tensor_digest",
+    "trace_path",
+    "verify_case_files",
+    "verify_documents",
+    "verify_files",
+    "write_folder_manifest",
+    "write_manifest",
+]  # fmt: skip

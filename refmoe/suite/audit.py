@@ -1,0 +1,184 @@
+"""What proves each clause: the code that states it, the tests that name it, the mutants that break it, the cases that
+exercise it."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from refmoe.bugs.mutant import Mutant
+from refmoe.errors import InputError
+from refmoe.files.json_file import read_json
+from refmoe.suite import find_cases, read_case
+
+PACKAGE = Path(__file__).parents[1]
+STATED_IN = ("spec", "arithmetic", "text", "routers", "steps/sharded")
+"""The packages whose docstrings state clauses."""
+FORWARD_PASS = "spec/"
+"""Where the clauses of the model itself are stated."""
+CLAUSE = re.compile(r"(?<![\w-])([A-Z][A-Z0-9]*(?:-[A-Z]+)*)-(\d+)(?![\w-])")
+STATEMENT = re.compile(rf"({CLAUSE.pattern})(?:  +|: )(.*)")
+RANGE = re.compile(rf"({CLAUSE.pattern})(?: to |-)({CLAUSE.pattern})")
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """One clause and all that speaks of it."""
+
+    clause: str
+    text: str
+    code: str
+    """``spec/norm.py:10 rms_norm``"""
+    tests: tuple[str, ...]
+    """Tests that name it, ``tests/spec/test_model.py::test_name``; without a name the file's docstring does."""
+    mutants: tuple[str, ...]
+    """Mutants that break it."""
+    killed: tuple[str, ...]
+    """Those of them that are killed wherever anything can show them."""
+    cases: tuple[str, ...]
+    """Cases and files of vectors that name it."""
+
+    @property
+    def forward_pass(self) -> bool:
+        """Whether it is a clause of the model itself."""
+        return self.code.startswith(FORWARD_PASS)
+
+    @property
+    def gaps(self) -> tuple[str, ...]:
+        """What is lacking, in words. Naming it in a case proves nothing; a mutant that lives proves the opposite."""
+        if self.tests or self.killed:
+            return ()
+        return ("no test names it, and " + ("no mutant of it is killed" if self.mutants else "no mutant breaks it"),)
+
+
+def stated(package: Path = PACKAGE) -> Iterator[tuple[str, str, str]]:
+    """Every clause with its text and the place that states it: (clause, text, place)."""
+    for folder in STATED_IN:
+        for path in sorted((package / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
+                    name = getattr(node, "name", "(module)")
+                    line = getattr(node, "lineno", 1)
+                    place = f"{path.relative_to(package)}:{line} {name}"
+                    yield from ((clause, text, place) for clause, text in clauses_of(ast.get_docstring(node) or ""))
+
+
+def clauses_of(docstring: str) -> Iterator[tuple[str, str]]:
+    """The clauses that a docstring states: an id at the start of a line, a colon or two blanks, the text, indented
+    lines of it."""
+    found: list[str] = []
+    clause = ""
+    for line in [*docstring.splitlines(), ""]:
+        match = STATEMENT.match(line)
+        if match or not line.startswith("  "):
+            if clause:
+                yield clause, " ".join(found)
+            clause, found = (match.group(1), [match.group(4)]) if match else ("", [])
+        elif clause:
+            found.append(line.strip())
+
+
+def ids_in(text: str) -> set[str]:
+    """The clause ids in a text; ``CAP-1 to CAP-4`` is four of them."""
+    found = {match.group() for match in CLAUSE.finditer(text)}
+    for _, kind, first, _, other, last in RANGE.findall(text):
+        if kind == other:
+            found |= {f"{kind}-{number}" for number in range(int(first), int(last))}
+    return found
+
+
+def named_in(tests: Path) -> dict[str, list[str]]:
+    """Per clause the tests that name it.
+
+    A test names a clause in its source: decorators, docstring, comments. What stands elsewhere in a file of tests, or
+    in a file without any, names nothing; but the docstring of a file or class of tests speaks for all that is in it.
+    Raises InputError for a file that is no Python.
+    """
+    found: dict[str, list[str]] = {}
+    for path in sorted(tests.rglob("test_*.py")):
+        name = path.relative_to(tests.parent).as_posix()
+        source = path.read_text(encoding="utf-8")
+        try:
+            tree = ast.parse(source)
+        except SyntaxError as error:
+            raise InputError(f"{path}: is no Python file that can be read: {error}") from None
+        for test, text in tests_of(tree, source.splitlines()):
+            for clause in ids_in(text):
+                found.setdefault(clause, []).append(f"{name}::{test}" if test else name)
+    return found
+
+
+def tests_of(tree: ast.Module, lines: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The tests of a file and their source; under the name "" the file's docstring, under a class's name its own."""
+    if not any(isinstance(node, ast.FunctionDef) and node.name.startswith("test_") for node in ast.walk(tree)):
+        return
+    yield "", ast.get_docstring(tree) or ""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef) and node.name.startswith("Test"):
+            yield node.name, ast.get_docstring(node) or ""
+        elif isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            yield node.name, "\n".join(lines[first - 1 : node.end_lineno])
+
+
+def in_cases(golden: Path) -> dict[str, list[str]]:
+    """Per clause the cases and the files of vectors that name it."""
+    found: dict[str, list[str]] = {}
+    for case in map(read_case, find_cases(golden)):
+        for clause in case.clauses:
+            found.setdefault(clause, []).append(case.name)
+    for path in sorted((golden / "vectors").glob("*.json")):
+        named = (vector.get("clauses", []) for vector in read_json(path).values.get("vectors", []))
+        for clause in sorted({clause for clauses in named for clause in clauses}):
+            found.setdefault(clause, []).append(f"vectors/{path.name}")
+    return found
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The table, and what names clauses that are not in it."""
+
+    rows: tuple[Coverage, ...]
+    """In the order in which the clauses are stated."""
+    strays: tuple[str, ...]
+    """``ROUTE-9: mutant router-x``: what is named, and by whom, and stated nowhere."""
+
+    @property
+    def gaps(self) -> tuple[Coverage, ...]:
+        return tuple(row for row in self.rows if row.gaps)
+
+
+def audit(
+    golden: Path, mutants: Mapping[str, Mutant], killed: Collection[str], tests: Path | None, package: Path = PACKAGE
+) -> Audit:
+    """What proves each clause.
+
+    killed: the mutants that are, wherever anything can show them.   tests: their folder, or None where there is none.
+    """
+    by_tests = named_in(tests) if tests is not None else {}
+    by_cases = in_cases(golden)
+    by_mutants: dict[str, list[str]] = {}
+    for each in mutants.values():
+        for clause in each.breaks:
+            by_mutants.setdefault(clause, []).append(each.id)
+    rows: dict[str, Coverage] = {}
+    for clause, text, place in stated(package):
+        if clause in rows:  # said again elsewhere
+            rows[clause] = replace(rows[clause], code=f"{rows[clause].code}, {place}")
+            continue
+        breaking, named = tuple(by_mutants.get(clause, ())), tuple(by_tests.get(clause, ()))
+        seen = tuple(name for name in breaking if name in killed)
+        rows[clause] = Coverage(clause, text, place, named, breaking, seen, tuple(by_cases.get(clause, ())))
+    families = {clause.rpartition("-")[0] for clause in rows}
+    strays = [
+        f"{clause}: mutant {name}" for clause, names in by_mutants.items() for name in names if clause not in rows
+    ]
+    for named_by in (by_tests, by_cases):
+        for clause, places in named_by.items():
+            # SHA-256 is no clause
+            if clause not in rows and clause.rpartition("-")[0] in families:
+                strays.append(f"{clause}: {places[0]}")
+    return Audit(tuple(rows.values()), tuple(strays))

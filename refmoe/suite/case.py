@@ -1,0 +1,191 @@
+"""Cases as their case.toml says: why each exists, the model, and the calls."""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from refmoe.checkpoints.configuration import ConfigError, checked
+from refmoe.checkpoints.layout import Checkpoint
+from refmoe.checkpoints.size import total_parameters
+from refmoe.checkpoints.synthetic import synthetic_checkpoint
+from refmoe.errors import InputError
+from refmoe.spec.config import Config
+from refmoe.traces.script import Call, Packed, plan
+from refmoe.traces.trace import FORMAT_VERSION, Run
+
+CASE_FILE = "case.toml"
+STORES = ("trace", "fingerprint")
+FULL_SIZE = 1 << 32
+"""Parameters from which a model is no small one."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A case as its case.toml says: why it exists, the model, and the calls."""
+
+    folder: Path
+    why: str
+    clauses: tuple[str, ...]
+    bugs: tuple[str, ...]
+    conditions: tuple[str, ...]
+    config: Config
+    seed: int
+    calls: tuple[Call | Packed, ...]
+    start: int = 0
+    exponents: dict[str, int] = field(default_factory=dict)
+    edits: tuple[dict[str, Any], ...] = ()
+    layers: tuple[int, int] | None = None
+    """From which layer to below which it is computed; None: all of them."""
+    store: str = "trace"
+    """What the golden folder keeps: ``trace``, or for a large case ``fingerprint``."""
+    digest: str = ""
+    """SHA-256 of the case.toml that was read."""
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def full_size(self) -> bool:
+        """Whether it takes minutes and more, so that it is computed only when it is named."""
+        return total_parameters(self.config) >= FULL_SIZE
+
+    @property
+    def computed(self) -> range:
+        """The layers that are computed."""
+        return range(*(self.layers or (0, self.config.layers)))
+
+    def checkpoint(self) -> Checkpoint:
+        """The model, its weights from the formula."""
+        return synthetic_checkpoint(self.config, self.seed, self.exponents, self.edits)
+
+    def runs(self) -> tuple[Run, ...]:
+        """The calls, planned."""
+        return plan(self.calls, self.config.vocab, self.start)
+
+
+def find_cases(golden: Path) -> list[Path]:
+    """The folders of all cases that are not of full size, or the one that is named, in name order.
+
+    Raises InputError when there is none.
+    """
+    if (golden / CASE_FILE).exists():
+        return [golden]
+    folders = sorted(path.parent for path in golden.glob(f"*/{CASE_FILE}"))
+    if not folders:
+        raise InputError(f"{golden}: no case is there; folders with a {CASE_FILE} were expected")
+    return [folder for folder in folders if not _is_full_size(folder)]
+
+
+def find_full_size_cases(golden: Path) -> list[Path]:
+    """The folders of the others, in name order."""
+    return [path.parent for path in sorted(golden.glob(f"*/{CASE_FILE}")) if _is_full_size(path.parent)]
+
+
+def _is_full_size(folder: Path) -> bool:
+    try:
+        return read_case(folder).full_size
+    except InputError:
+        return False  # whoever reads it next says what is wrong
+
+
+def read_case(folder: Path) -> Case:
+    """Raises InputError that names the field of case.toml which is missing, unknown or not as expected."""
+    path = folder / CASE_FILE
+    try:
+        data = path.read_bytes()
+        values = tomllib.loads(data.decode())
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{path}: not a readable TOML file: {error}") from None
+    try:
+        return replace(_parse(folder, values), digest=hashlib.sha256(data).hexdigest())
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _parse(folder: Path, values: dict[str, Any]) -> Case:
+    if values.get("format_version") != FORMAT_VERSION:
+        raise InputError(f"'format_version' is missing or unknown, but \"{FORMAT_VERSION}\" was expected")
+    for name, (fits, expected, default) in FIELDS.items():
+        if not fits(values.setdefault(name, default)):
+            raise InputError(f"'{name}' is missing or not {expected}")
+    for name in sorted(values.keys() - FIELDS.keys() - {"format_version"}):
+        raise InputError(f"unknown field '{name}'")
+    try:
+        config = checked(values["config"])
+    except ConfigError as error:
+        raise InputError(f"[config] {error}") from None
+    weights = {"exponents": {}, "edits": [], **values["weights"]}
+    if not is_count(weights.get("seed")) or weights.keys() - {"seed", "exponents", "edits"}:
+        raise InputError("[weights] must have an integer 'seed' from 0 and may have 'exponents' and 'edits'")
+    if not isinstance(weights["exponents"], dict):
+        raise InputError("[weights] 'exponents' is not a table")
+    if not is_list(dict)(weights["edits"]):
+        raise InputError("[weights] 'edits' is not a list of tables")
+    case = Case(
+        folder, values["why"].strip(), tuple(values["clauses"]), tuple(values["bugs"]), tuple(values["conditions"]),
+        config, weights["seed"], tuple(_call(i, call) for i, call in enumerate(values["script"])), values["start"],
+        weights["exponents"], tuple(weights["edits"]), _layers(values["layers"], config), values["store"],
+    )  # fmt: skip
+    case.runs()
+    return case
+
+
+def _layers(given: list[int] | None, config: Config) -> tuple[int, int] | None:
+    if given is None:
+        return None
+    if len(given) != 2 or given[0] != 0 or not 0 < given[1] <= config.layers:
+        raise InputError(f"'layers' is {given}, but [0, n] with n from 1 to {config.layers} was expected")
+    return given[0], given[1]
+
+
+def _call(i: int, call: dict[str, Any]) -> Call | Packed:
+    if call.get("op") == "packed":
+        segments = call.get("segments")
+        if call.keys() != {"op", "segments"} or not isinstance(segments, list) or not all(map(is_tokens, segments)):
+            raise InputError(f"script[{i}]: packed must have 'segments', lists of token ids, and nothing else")
+        return Packed(tuple(tuple(segment) for segment in segments))
+    if call.keys() - {"keep"} != {"op", "sequence", "tokens"}:
+        raise InputError(f"script[{i}] must have 'op', 'sequence' and 'tokens', may have 'keep', and nothing else")
+    if not isinstance(call["op"], str) or not is_count(call["sequence"]) or not is_count(call.get("keep", 0)):
+        raise InputError(f"script[{i}]: 'op' is not a string, or 'sequence' or 'keep' not an integer from 0")
+    if not is_tokens(call["tokens"]):
+        raise InputError(f"script[{i}]: 'tokens' is not a list of token ids")
+    return Call(call["op"], call["sequence"], tuple(call["tokens"]), call.get("keep"))
+
+
+def is_count(value: Any) -> bool:
+    """Whether it is an integer from 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def is_tokens(value: Any) -> bool:
+    """Whether it is a list of integers; which of them are token ids, the vocabulary says."""
+    return isinstance(value, list) and all(isinstance(item, int) and not isinstance(item, bool) for item in value)
+
+
+def is_list(kind: type) -> Callable[[Any], bool]:
+    """A test: whether it is a list of values of that kind."""
+    return lambda value: isinstance(value, list) and all(isinstance(item, kind) for item in value)
+
+
+FIELDS: dict[str, tuple[Callable[[Any], bool], str, Any]] = {
+    "why": (lambda value: isinstance(value, str), "a string", None),
+    "clauses": (is_list(str), "a list of strings", None),
+    "bugs": (is_list(str), "a list of strings", None),
+    "conditions": (is_list(str), "a list of strings", None),
+    "config": (lambda value: isinstance(value, dict), "a table", None),
+    "weights": (lambda value: isinstance(value, dict), "a table", None),
+    "script": (is_list(dict), "a list of tables", None),
+    "start": (is_count, "an integer from 0", 0),
+    "layers": (lambda value: value is None or is_tokens(value), "a list of two integers", None),
+    "store": (lambda value: value in STORES, f"one of {', '.join(STORES)}", "trace"),
+}
+"""Per field of case.toml: what it must be, in code and in words, and the value where it is not given."""

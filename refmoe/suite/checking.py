@@ -1,0 +1,177 @@
+"""Checking: every digest of a golden folder compared, and every case recomputed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refmoe.cuda.place import CPU, Place
+from refmoe.errors import InputError
+from refmoe.suite.activations import compute, compute_fingerprints
+from refmoe.suite.case import CASE_FILE, Case, find_cases, read_case
+from refmoe.suite.fingerprint import fingerprint_difference, read_fingerprints
+from refmoe.suite.manifest import (
+    MANIFEST_FILE,
+    content_file,
+    file_digest,
+    leftovers,
+    members,
+    read_folder_manifest,
+    read_manifest,
+    tensor_digest,
+)
+from refmoe.traces.trace import read_trace
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One way in which a case on disk is not what it should be."""
+
+    case: str
+    """Empty where it is no case: a document beside the cases."""
+    what: str
+    """One sentence: the file, and for a tensor its name, the index of the first differing element and both values."""
+
+
+def verify_files(golden: Path) -> list[Difference]:
+    """Compare every file of a golden folder with the manifests, recomputing nothing. An empty list: all is well."""
+    found = verify_documents(golden)
+    for folder in find_cases(golden):
+        found += verify_case_files(folder)
+    return found
+
+
+def verify_documents(golden: Path) -> list[Difference]:
+    """Compare what a golden folder holds beside its cases, and which cases, with its manifest."""
+    try:
+        manifest = read_folder_manifest(golden)
+    except InputError as error:
+        return [Difference("", str(error))]
+    cases, files = members(golden)
+    found = []
+    for name in sorted({*cases} ^ {*manifest["cases"]}):
+        missing = name in manifest["cases"]
+        found.append(f"{golden / name}: the case is {'missing' if missing else f'not in {MANIFEST_FILE}'}")
+    for name in sorted({*files} - manifest["files"].keys()):
+        found.append(f"{golden / name}: an unexpected file")
+    found += _verify_digests(golden, manifest["files"])
+    return [Difference("", what) for what in found]
+
+
+def verify_case_files(folder: Path) -> list[Difference]:
+    """Compare the files of a case, and the tensors of its trace, with its manifest."""
+    name = folder.resolve().name
+    try:
+        manifest = read_manifest(folder)
+    except InputError as error:
+        return [Difference(name, str(error))]
+    found = [] if manifest["case"] == name else [f"{folder / MANIFEST_FILE}: is that of case '{manifest['case']}'"]
+    expected = {MANIFEST_FILE, *manifest["files"], *(path.name for path in leftovers(folder))}
+    for path in sorted(folder.iterdir()):
+        if path.name not in expected:
+            found.append(f"{path}: an unexpected file")
+    wrong = _verify_digests(folder, manifest["files"])
+    return [Difference(name, what) for what in found + wrong]
+
+
+def _verify_digests(folder: Path, files: dict[str, str]) -> list[str]:
+    found = []
+    for name, expected in sorted(files.items()):
+        if not (folder / name).exists():
+            found.append(f"{folder / name}: is missing")
+        elif file_digest(folder / name) != expected:
+            found.append(f"{folder / name}: SHA-256 differs from the manifest's")
+    return found
+
+
+def check(folder: Path, progress: Callable[[], None] | None = None, place: Place = CPU) -> list[Difference]:
+    """Recompute a case and compare every bit and every digest. An empty list: all is as it should be."""
+    found = verify_case_files(folder)
+
+    def differs(what: str) -> None:
+        found.append(Difference(folder.resolve().name, what))
+
+    try:
+        case = read_case(folder)
+        name = content_file(read_manifest(folder))
+        if not name.startswith(case.store):
+            differs(f'{folder / name}: is no {case.store}, but {CASE_FILE} has store = "{case.store}"')
+        else:
+            compare = _check_trace if case.store == "trace" else _check_fingerprints
+            for what in compare(case, folder / name, progress, place):
+                differs(what)
+    except InputError as error:
+        if not any(difference.what == str(error) for difference in found):
+            differs(str(error))
+    return found
+
+
+def _check_trace(case: Case, path: Path, progress: Callable[[], None] | None, place: Place) -> list[str]:
+    computed = compute(case, progress, place)
+    digests = {key: tensor_digest(array) for key, array in computed.items()}
+    if not path.exists():
+        return _check_digests(case, digests)  # that the trace is missing has been said
+    trace = read_trace(path)
+    runs = [] if trace.header.runs == case.runs() else [f"{path}: its runs are not those of {CASE_FILE}"]
+    wrong = _check_values(
+        path,
+        trace.tensors.keys(),
+        computed.keys(),
+        lambda key: first_difference(trace.tensors[key].map(), computed[key]),
+    )
+    return [*runs, *wrong.values(), *_check_digests(case, digests, wrong.keys())]
+
+
+def _check_fingerprints(case: Case, path: Path, progress: Callable[[], None] | None, place: Place) -> list[str]:
+    computed = compute_fingerprints(case, progress, place=place)
+    digests = {key: value.sha256 for key, value in computed.items()}
+    if not path.exists():
+        return _check_digests(case, digests)
+    header, stored = read_fingerprints(path)
+    runs = [] if header.runs == case.runs() else [f"{path}: its runs are not those of {CASE_FILE}"]
+    wrong = _check_values(
+        path, stored.keys(), computed.keys(), lambda key: fingerprint_difference(stored[key], computed[key])
+    )
+    return [*runs, *wrong.values(), *_check_digests(case, digests, wrong.keys())]
+
+
+def _check_values(
+    path: Path, stored: Set[str], computed: Set[str], compare: Callable[[str], str | None]
+) -> dict[str, str]:
+    """Per tensor that is not as computed, a sentence that says how."""
+    found = {}
+    for key in sorted(stored | computed):
+        if key not in stored or key not in computed:
+            found[key] = f"{path}: tensor '{key}' is {'missing' if key in computed else 'unexpected'}"
+        elif sentence := compare(key):
+            found[key] = f"{path}: tensor '{key}' {sentence}"
+    return found
+
+
+def _check_digests(case: Case, digests: dict[str, str], said: Set[str] = frozenset()) -> list[str]:
+    """Compare the digests of what was computed with those of the manifest, but for the tensors already spoken of."""
+    path, listed = case.folder / MANIFEST_FILE, read_manifest(case.folder)["tensors"]
+    found = []
+    for key in sorted((digests.keys() | listed.keys()) - said):
+        if key not in listed or key not in digests:
+            found.append(f"{path}: tensor '{key}' is {'missing' if key in digests else 'unexpected'}")
+        elif listed[key] != digests[key]:
+            found.append(f"{path}: the digest of tensor '{key}' is not that of its computed values")
+    return found
+
+
+def first_difference(stored: np.ndarray[Any, Any], computed: np.ndarray[Any, Any]) -> str | None:
+    """Where two arrays first differ in a bit, in words, or None."""
+    if stored.dtype != computed.dtype or stored.shape != computed.shape:
+        return f"is {stored.dtype} {list(stored.shape)}, but {computed.dtype} {list(computed.shape)} was computed"
+    bits = (np.ascontiguousarray(array).view(np.int64) for array in (stored, computed))
+    different = np.argwhere(np.not_equal(*bits))
+    if not len(different):
+        return None
+    at = tuple(different[0].tolist())
+    count = f" and {len(different) - 1} more" if len(different) > 1 else ""
+    return f"differs at {list(at)}{count}: stored {stored[at]!r}, computed {computed[at]!r}"

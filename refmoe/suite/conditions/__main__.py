@@ -1,0 +1,36 @@
+"""``python -m refmoe.suite.conditions``: check the declared conditions, and print the table or write it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from refmoe.errors import InputError
+from refmoe.files.atomic import replacing
+from refmoe.suite.case import find_cases, read_case
+from refmoe.suite.conditions.table import mistakes, render
+
+
+def main() -> None:
+    """Check the declared conditions, and print the table or write it."""
+    parser = argparse.ArgumentParser(prog="python -m refmoe.suite.conditions", description=main.__doc__)
+    parser.add_argument("--golden", type=Path, default=Path("golden"), help="the folder of cases")
+    parser.add_argument("--write", action="store_true", help="write CASES.md there instead of printing it")
+    options = parser.parse_args()
+    try:
+        cases = [read_case(folder) for folder in find_cases(options.golden)]
+        found = [f"{case.folder}: {what}" for case in cases for what in mistakes(case)]
+    except InputError as error:
+        sys.exit(f"refmoe: {error}")
+    if found:
+        sys.exit("\n".join(found))
+    if options.write:
+        with replacing(options.golden / "CASES.md") as temporary:
+            temporary.write_text(render(cases), encoding="utf-8")
+    else:
+        print(render(cases), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""The table of cases and conditions, and whether each case's declaration is true."""
+# ruff: noqa: I001  (the order of imports is the order of the table: each registers its conditions)
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from refmoe.suite.conditions import decisions  # noqa: F401
+from refmoe.suite.conditions.observed import CONDITIONS, Observed
+from refmoe.suite import compute, is_emitted, trace_path
+from refmoe.suite.case import Case
+from refmoe.traces.trace import read_trace
+
+NOT_OF_A_CASE = {
+    "POISON": "memory filled with NaN before a call: what a harness does, on any case with EMPTY or DECODE",
+    "REPEAT": "the same call twice: what a harness does, on any case",
+    "TRAINFLAG": "a model in training mode: what a harness does, on any case",
+    "PAR": "several devices: what a harness does, on any case with COVER",
+    "QUANT": "a quantised checkpoint: goldens are of unquantised ones",
+    "TOK": "text to tokens: vectors of their own",
+    "GEN": "choosing tokens from logits: vectors of their own",
+    "LOSS": "auxiliary losses: vectors of their own",
+}
+"""Words of the catalogue that no forward pass can answer, and who does."""
+
+
+def holding(case: Case, arrays: Mapping[str, np.ndarray[Any, Any]]) -> list[str]:
+    """The names of the conditions that hold, in the order of the table."""
+    seen = Observed(case, arrays)
+    return [each.name for each in CONDITIONS.values() if each.holds(seen)]
+
+
+def golden_arrays(case: Case) -> Mapping[str, np.ndarray[Any, Any]]:
+    """Every tap of a case: read where the golden holds them, else computed."""
+    if case.store != "trace" or not is_emitted(case):
+        return compute(case)
+    return {key: tensor.map() for key, tensor in read_trace(trace_path(case.folder)).tensors.items()}
+
+
+def render(cases: list[Case]) -> str:
+    """The text of golden/CASES.md."""
+    names = [*CONDITIONS]
+    width = max(map(len, names))
+    numbers = range(1, len(cases) + 1)
+    lines = [
+        "# Cases and conditions",
+        "",
+        "Written by `python -m refmoe.suite.conditions --write` from the case.toml files. A test checks that it is",
+        "current, that exactly the conditions which a case declares hold in its golden, and that each has a case.",
+        "",
+        "```",
+        f"{'':{width}} {''.join(str(n // 10) if n > 9 else ' ' for n in numbers)}",
+        f"{'':{width}} {''.join(str(n % 10) for n in numbers)}",
+        *(f"{name:{width}} {''.join('x' if name in case.conditions else '.' for case in cases)}" for name in names),
+        "```",
+        "",
+        "| | case | shows | conditions |",
+        "|---|---|---|---|",
+        *(f"| {n} | `{case.name}` | {summary(case)} | {len(case.conditions)} |" for n, case in enumerate(cases, 1)),
+        "",
+        "| condition | holds when there is | needed by the known bugs that say | cases |",
+        "|---|---|---|---|",
+    ]
+    for each in CONDITIONS.values():
+        count = sum(each.name in case.conditions for case in cases)
+        lines.append(f"| `{each.name}` | {each.what} | {', '.join(each.needs)} | {count} |")
+    lines += ["", "What known bugs need that no case can give:", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {why} |" for name, why in NOT_OF_A_CASE.items()]
+    return "\n".join(lines) + "\n"
+
+
+def summary(case: Case) -> str:
+    """The first sentence of a case's `why`."""
+    return " ".join(case.why.split()).partition(". ")[0].rstrip(".")
+
+
+def mistakes(case: Case) -> list[str]:
+    """How a case's declared conditions differ from those that hold, in words."""
+    holds = holding(case, golden_arrays(case))
+    found = [f"{name} is declared but does not hold" for name in case.conditions if name not in holds]
+    return found + [f"{name} holds but is not declared" for name in holds if name not in case.conditions]

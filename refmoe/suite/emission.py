@@ -1,0 +1,83 @@
+"""Emission: compute a case and write it down, so that a reader finds the old case or the new one, whole."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from refmoe import __version__
+from refmoe.cuda.place import CPU, Place
+from refmoe.errors import InputError
+from refmoe.files.atomic import replacing
+from refmoe.suite.activations import compute, compute_fingerprints
+from refmoe.suite.case import CASE_FILE, Case
+from refmoe.suite.fingerprint import fingerprint_text
+from refmoe.suite.manifest import (
+    content_file,
+    content_name,
+    digest,
+    file_digest,
+    leftovers,
+    new_manifest,
+    read_manifest,
+    tensor_digest,
+    write_manifest,
+)
+from refmoe.traces.trace import Header, trace_bytes
+
+
+def emit(case: Case, progress: Callable[[], None] | None = None, place: Place = CPU) -> Path:
+    """Compute the case and write its values, then its manifest; returns the file of values.
+
+    Values go to a file named by its own digest, which no manifest names yet; the new manifest, renamed over the old
+    one, is the one step that changes the case; what only the old one named is removed last. Killed anywhere, the case
+    is the old one or the new one. A certificate is kept where the certified values have not changed. Finished layers of
+    a case of full size are kept in NAME.parts, here, until it is written.
+    """
+    header = Header(case.runs(), case.name, policy="exact")
+    if case.store == "trace":
+        arrays = compute(case, progress, place)
+        data = trace_bytes(header, arrays)
+        tensors = {key: tensor_digest(arrays[key]) for key in sorted(arrays)}
+    else:
+        parts = Path(f"{case.name}.parts") if case.full_size else None
+        fingerprints = compute_fingerprints(case, progress, parts, place)
+        data = fingerprint_text(header, fingerprints).encode()
+        tensors = {key: fingerprints[key].sha256 for key in sorted(fingerprints)}
+    path = case.folder / content_name(case.store, data)
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+    files = {CASE_FILE: case.digest, path.name: digest(data)}
+    try:
+        old = read_manifest(case.folder)
+        certificate = old["certificate"] if (old["files"], old["tensors"]) == (files, tensors) else None
+    except InputError:
+        certificate = None
+    write_manifest(case.folder, new_manifest(case=case.name, files=files, tensors=tensors, certificate=certificate))
+    remove_leftovers(case.folder)
+    if case.full_size and not place.on_gpu:
+        shutil.rmtree(f"{case.name}.parts")
+    return path
+
+
+def is_emitted(case: Case) -> bool:
+    """Whether what is on disk was made from this case.toml by this version of refmoe, and is whole."""
+    try:
+        manifest = read_manifest(case.folder)
+        name = content_file(manifest)
+        return (
+            manifest["generator"]["version"] == __version__
+            and manifest["case"] == case.name
+            and manifest["files"][CASE_FILE] == case.digest
+            and manifest["files"][name] == file_digest(case.folder / name)
+            and name.startswith(case.store)
+        )
+    except InputError:
+        return False
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed or replaced emissions left in a folder."""
+    for path in leftovers(folder):
+        path.unlink(missing_ok=True)

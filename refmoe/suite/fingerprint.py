@@ -1,0 +1,106 @@
+"""Fingerprints: what is kept of a tensor that is too large to keep."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refmoe.arithmetic.exact import dot
+from refmoe.checkpoints.weight_formula import elements
+from refmoe.errors import InputError
+from refmoe.suite.manifest import tensor_digest
+from refmoe.traces.trace import FORMAT_VERSION, Header, Recorder, parse_header
+
+PROJECTIONS = 4
+LEADING = 8
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """One tensor: its digest tells whether every bit is right, the rest how far off it is if not."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+    projections: tuple[str, ...]
+    """Sums of all elements with signs, each rounded once, as hexadecimal floats."""
+    leading: tuple[str | int, ...]
+    """The first elements: hexadecimal floats or integers."""
+
+
+class Fingerprinter(Recorder):
+    """A tap that keeps the fingerprint of what passes."""
+
+    def __init__(self, progress: Callable[[], None] | None = None) -> None:
+        super().__init__(progress=progress)
+        self.fingerprints: dict[str, Fingerprint] = {}
+
+    def keep(self, key: str, array: np.ndarray[Any, Any]) -> None:
+        self.fingerprints[key] = fingerprint(key, array)
+
+
+def fingerprint(key: str, array: np.ndarray[Any, Any]) -> Fingerprint:
+    """The fingerprint of the tensor of that key: a tap of binary64 values or of integers below 2^53."""
+    flat = array.reshape(-1)
+    leading = flat[:LEADING].tolist()
+    return Fingerprint(
+        str(array.dtype),
+        array.shape,
+        tensor_digest(array),
+        tuple(projection(key, j, flat.astype(np.float64)).hex() for j in range(PROJECTIONS)),
+        tuple(value.hex() if isinstance(value, float) else value for value in leading),
+    )
+
+
+def projection(key: str, j: int, flat: np.ndarray[Any, Any]) -> float:
+    """The sum of the elements with the signs of the synthetic weights named ``fingerprint.{j}/{key}``, seed 0."""
+    signs = np.sign(elements(0, f"fingerprint.{j}/{key}", 0, 0, len(flat)))
+    return float(dot.sum(flat * signs, 0))
+
+
+def from_json(entry: Any) -> Fingerprint:
+    """A fingerprint as `asdict` gave it. Raises KeyError or TypeError for what is none."""
+    return Fingerprint(
+        entry["dtype"], tuple(entry["shape"]), entry["sha256"], tuple(entry["projections"]), tuple(entry["leading"])
+    )
+
+
+def fingerprint_text(header: Header, fingerprints: dict[str, Fingerprint]) -> str:
+    """The file that holds the fingerprints of a case."""
+    tensors = {key: asdict(fingerprints[key]) for key in sorted(fingerprints)}
+    return json.dumps({**asdict(header), "tensors": tensors}, indent=1) + "\n"
+
+
+def read_fingerprints(path: Path) -> tuple[Header, dict[str, Fingerprint]]:
+    """Raises InputError when the file is not one of fingerprints."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    header = parse_header(path, text)
+    tensors: Any = json.loads(text).get("tensors")
+    try:
+        return header, {key: from_json(entry) for key, entry in tensors.items()}
+    except (AttributeError, KeyError, TypeError):
+        raise InputError(f"{path}: 'tensors' is not an object of fingerprints of version {FORMAT_VERSION}") from None
+
+
+def fingerprint_difference(stored: Fingerprint, computed: Fingerprint) -> str | None:
+    """How two fingerprints of one tensor differ, in words, or None."""
+    if stored == computed:
+        return None
+    if (stored.dtype, stored.shape) != (computed.dtype, computed.shape):
+        return f"is {stored.dtype} {list(stored.shape)}, but {computed.dtype} {list(computed.shape)} was computed"
+    for i, (old, new) in enumerate(zip(stored.leading, computed.leading, strict=False)):
+        if old != new:
+            at = [int(k) for k in np.unravel_index(i, computed.shape)]
+            return f"differs at {at}: stored {old}, computed {new}"
+    for i, (old, new) in enumerate(zip(stored.projections, computed.projections, strict=False)):
+        if old != new:
+            return f"differs beyond its first {len(computed.leading)} elements: projection {i} is {old}, computed {new}"
+    return f"has another SHA-256 than the {computed.sha256} of what was computed"

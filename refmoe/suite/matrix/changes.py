@@ -1,0 +1,133 @@
+"""What has to be run again after a change, and what that says of the recorded matrix.
+
+A changed file of the catalogue can change its own mutants, everywhere; a changed case can change every mutant, there.
+A change of the core can change everything, which is too much to run each time: instead each mutant is run, under each
+policy, on one case that killed it, its witness, and the specification itself on all witnesses.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from refmoe.bugs.catalogue import MUTANTS
+from refmoe.suite import Case
+from refmoe.suite.matrix.dependencies import CASES, CATALOGUE, VECTORS
+from refmoe.suite.matrix.file import Matrix, to_matrix
+from refmoe.suite.matrix.outcomes import POLICIES, SPECIFICATION, Outcome, Work, runnable
+from refmoe.suite.matrix.surroundings import Outside, outside
+
+
+def cost(case: Case) -> int:
+    """How long a run of a case takes, in no unit: these models are so small that what counts is how many layers run."""
+    return case.config.layers * len(case.runs())
+
+
+def witnesses(killers: Mapping[str, Collection[str]], costs: Mapping[str, int]) -> dict[str, str]:
+    """Per mutant one case that kills it, so chosen that few cases, and cheap ones, do for all mutants.
+
+    Greedy: always the case that is cheapest per mutant that it adds, where the specification itself has to run too.
+    killers: per mutant the cases that kill it.   costs: of each case.
+    """
+    found: dict[str, str] = {}
+    while left := {mutant: by for mutant, by in killers.items() if by and mutant not in found}:
+        gains = {case: sum(case in by for by in left.values()) for by in left.values() for case in by}
+        best = min(gains, key=lambda case: (costs[case] * (1 + gains[case]) / gains[case], -gains[case], case))
+        found |= {mutant: best for mutant, by in left.items() if best in by}
+    return found
+
+
+def plan(matrix: Matrix, parts: Collection[str], cases: Mapping[str, Case], brief: bool = False) -> list[Work]:
+    """The work that changes call for.
+
+    parts: the names of what has changed, as `refmoe.suite.matrix.dependencies` gives them.   cases: all that there are
+    now.
+    brief: less is run where a file of the catalogue has changed, a witness for each of its mutants, and where a case
+    has: there the mutants that it alone kills. A mutant that nothing has killed yet is run on the cases that list it.
+    """
+    wanted = {policy: wanted_under(policy, matrix, parts, cases, brief) for policy in POLICIES}
+    return [
+        Work(cases[case].folder, policy, tuple(name for name in runnable() if name in wanted[policy][case]))
+        for case in cases
+        for policy in POLICIES
+        if case in wanted[policy]
+    ]
+
+
+def wanted_under(
+    policy: str, matrix: Matrix, parts: Collection[str], cases: Mapping[str, Case], brief: bool
+) -> dict[str, set[str]]:
+    """Per case the mutants to run on it; without any, the specification alone."""
+    wanted: dict[str, set[str]] = defaultdict(set)
+    killers = {name: cases.keys() & matrix.killers(name, policy).keys() for name in runnable()}
+    revised = [name for name in runnable() if CATALOGUE + MUTANTS[name].kind in parts]
+    again = runnable() if "core" in parts else revised if brief else ()
+    found = witnesses({name: killers[name] for name in again}, {name: cost(case) for name, case in cases.items()})
+    for mutant, case in found.items():
+        wanted[case].add(mutant)
+    for case in cases:
+        if CASES + case in parts:
+            wanted[case] |= {name for name in runnable() if not brief or killers[name] == {case}}
+    for mutant in revised:
+        if brief and killers[mutant]:
+            continue  # its witness is enough
+        listed = [name for name in cases if mutant in cases[name].bugs] if brief else []
+        for case in listed or cases:
+            wanted[case].add(mutant)
+    return wanted
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Something that was seen, and is not any more."""
+
+    mutant: str
+    where: str
+    """A case and a policy, or a file of vectors."""
+    was: str
+    now: str
+
+    def __str__(self) -> str:
+        return f"mutant {self.mutant} on {self.where}: was seen ({self.was}), but now {self.now}"
+
+
+def revised_matrix(matrix: Matrix, outcomes: Sequence[Outcome], seen: Outside, sources: dict[str, str]) -> Matrix:
+    """The matrix with these outcomes in the place of the recorded ones.   seen: by vectors, of every mutant."""
+    again = {(each.mutant, each.policy, each.case) for each in outcomes}
+    new = to_matrix(outcomes, seen, sources)
+    for recorded, recomputed in ((matrix.kills, new.kills), (matrix.lives, new.lives)):
+        for mutant, policies in recorded.items():
+            for policy, found in policies.items():
+                kept = {case: text for case, text in found.items() if (mutant, policy, case) not in again}
+                if kept:
+                    recomputed.setdefault(mutant, {}).setdefault(policy, {}).update(kept)
+    return new
+
+
+def losses(matrix: Matrix, outcomes: Sequence[Outcome], seen: Outside) -> list[Loss]:
+    """The recorded kills that did not happen again."""
+    found = [
+        Loss(each.mutant, f"case {each.case} in {each.policy}", was, each.verdict)
+        for each in outcomes
+        if each.mutant != SPECIFICATION
+        and not each.killed
+        and (was := matrix.killers(each.mutant, each.policy).get(each.case))
+    ]
+    for mutant in outside():
+        for place, names in matrix.outside.get(mutant, {}).items():
+            missed = [name for name in names if name not in seen.get(mutant, {}).get(place, [])]
+            if missed:
+                found.append(Loss(mutant, place, ", ".join(missed), "right"))
+    return found
+
+
+def gains(matrix: Matrix, outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """The kills that are not recorded."""
+    return [each for each in outcomes if each.killed and each.case not in matrix.killers(each.mutant, each.policy)]
+
+
+def outside_changed(parts: Collection[str]) -> bool:
+    """Whether the mutants of tokenizer, sampler and loss have to be judged again."""
+    kinds = {CATALOGUE + MUTANTS[name].kind for name in outside()}
+    return any(part == "surroundings" or part in kinds or part.startswith(VECTORS) for part in parts)

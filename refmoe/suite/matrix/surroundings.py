@@ -1,0 +1,108 @@
+"""Mutants of what surrounds the model: each held against the vectors of its kind, or against a law of generation.
+
+They cost next to nothing beside a forward pass, so all of them are judged each time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from refmoe.bugs.catalogue import MUTANTS
+from refmoe.bugs.mutant import LOSS, SAMPLER, TOKENIZER
+from refmoe.bugs.session import Session, unchanged_by_router_logits
+from refmoe.bugs.vectors import Sampler, Text, read_vectors, wrong
+from refmoe.checkpoints.synthetic import synthetic_checkpoint
+from refmoe.errors import InputError
+from refmoe.routers.literature.losses import load_balancing_loss
+from refmoe.spec.config import Config
+from refmoe.spec.model import Model
+from refmoe.text.tokenizer import Tokenizer
+
+Outside = dict[str, dict[str, list[str]]]
+"""Per mutant, and file of vectors or law, the names of what it gets wrong."""
+
+FILES = {
+    TOKENIZER: ("tokenizer-v1.json", "tokenizer-v3.json"), SAMPLER: ("sampler.json",), LOSS: ("losses.json",),
+}  # fmt: skip
+"""What a mutant is held against, by what it changes."""
+RIGHT: Mapping[str, Callable[..., Any]] = {TOKENIZER: Text, SAMPLER: Sampler, LOSS: load_balancing_loss}
+"""What it should have been."""
+LAW = "generation"
+"""The law of `refmoe.bugs.session`, for bugs that are no wrong value but one in a wrong place."""
+UNCHANGED = "router-logits-change-no-token"
+
+SMALL = Config(
+    dim=16, layers=2, heads=4, kv_heads=2, head_dim=8, hidden_dim=24, vocab=32, experts=5, experts_per_token=2
+)
+PROMPT = (3, 1, 4)
+NEW_TOKENS = 4
+
+
+def outside() -> tuple[str, ...]:
+    """The mutants that are judged here."""
+    return tuple(each.id for each in MUTANTS.values() if each.changes in FILES and not each.equivalent)
+
+
+def judge_outside(golden: Path) -> Outside:
+    """What each mutant gets wrong; under the name ``-`` what the specification itself does, which should be nothing.
+
+    Raises InputError for a file of vectors, or a vocabulary that they are over, that is missing or another one.
+    """
+    found: Outside = {}
+    for changes, names in FILES.items():
+        tried: list[tuple[str, Callable[..., Any]]] = [("-", RIGHT[changes])]
+        tried += [(name, MUTANTS[name].function) for name in outside() if MUTANTS[name].changes == changes]
+        for name in names:
+            content = read_vectors(golden / "vectors" / name)
+            vocabulary = read_vocabulary(content, golden / "vectors" / name) if changes == TOKENIZER else None
+            for mutant, function in tried:
+                if not is_session(function):
+                    _note(found, mutant, f"vectors/{name}", wrong(built(function, changes, vocabulary), content))
+        for mutant, function in tried:
+            if is_session(function):
+                _note(found, mutant, LAW, broken_laws(function))
+    _note(found, "-", LAW, broken_laws(Session))
+    return found
+
+
+def _note(found: Outside, mutant: str, where: str, names: list[str]) -> None:
+    if names:
+        found.setdefault(mutant, {})[where] = names
+
+
+def is_session(function: Callable[..., Any]) -> bool:
+    """Whether it is a generation, to be held against a law, and not an implementation of what vectors ask for."""
+    return isinstance(function, type) and issubclass(function, Session)
+
+
+def built(function: Any, changes: str, vocabulary: Tokenizer | None) -> Any:
+    """An implementation as `wrong` wants it: a tokenizer is built over a vocabulary."""
+    if changes == TOKENIZER:
+        return function.over(vocabulary)
+    return function() if changes == SAMPLER else function
+
+
+def broken_laws(session: Any) -> list[str]:
+    """The laws of generation that it breaks, on a small model."""
+    model = Model(SMALL, synthetic_checkpoint(SMALL, seed=1).parameters)
+    return [] if unchanged_by_router_logits(session, model, PROMPT, NEW_TOKENS) else [UNCHANGED]
+
+
+def read_vocabulary(content: Mapping[str, Any], path: Path) -> Tokenizer:
+    """The tokenizer that a file of vectors is over, which mistral-common ships.   path: of that file, for messages."""
+    package = find_spec("mistral_common")
+    if package is None or package.origin is None:
+        raise InputError(
+            "judging tokenizers needs the vocabularies in the package 'mistral-common', which is not installed: "
+            "pip install 'refmoe[test]'"
+        )
+    about = content["tokenizer"]
+    file = Path(package.origin).parent / "data" / about["file"]
+    found = hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else "missing"
+    if found != about["sha256"]:
+        raise InputError(f"{file}: is {found}, but {about['sha256']} was expected, the vocabulary that {path} is over")
+    return Tokenizer.load(file)

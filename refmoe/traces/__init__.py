@@ -1,0 +1,1 @@
+"""Traces: the file that holds an engine's intermediates, and scripts, the calls that a trace consists of."""

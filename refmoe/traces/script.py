@@ -1,0 +1,121 @@
+"""Run scripts: the calls that a trace is made of, planned first and then executed on the spec."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from refmoe.errors import InputError
+from refmoe.spec.attention import Cache
+from refmoe.spec.model import Caches, Model, forward
+from refmoe.traces.trace import OPS, Recorder, Run
+
+
+class Call(NamedTuple):
+    """An operation on new tokens of one sequence. A decode feeds its tokens one by one."""
+
+    op: str
+    sequence: int
+    tokens: Sequence[int]
+    keep: int | None = None
+    """Before the call the sequence's cache is cut to its first `keep` tokens: a request that shares a prefix."""
+
+
+class Packed(NamedTuple):
+    """Several independent sequences, each a prefill of its own, that an engine may run as one packed call."""
+
+    segments: Sequence[Sequence[int]]
+
+
+AnyCall = Call | Packed | tuple[str, int, Sequence[int]]
+
+
+def plan(calls: Sequence[AnyCall], vocab: int, start: int = 0) -> tuple[Run, ...]:
+    """Name the runs of a script and give each its positions.
+
+    calls: in order of execution.   start: the position of every sequence's first token.
+    Runs are ``prefill``, ``chunk1``, ``chunk2``, ``decode1``, ...; when there are several sequences the
+    suffix ``.row{sequence}`` is added. Segments of a packed call are the runs ``packed.seg0``, ``packed.seg1``, ...,
+    prefills of sequences that the rest of the script does not name.
+    Raises InputError for a token outside the vocabulary, an empty call, an operation out of order, or a cut that
+    keeps more than there is.
+    """
+    parsed = [call if isinstance(call, Packed) else Call(*call) for call in calls]
+    sequences = {call.sequence for call in parsed if isinstance(call, Call)}
+    suffix = ".row{}" if len(sequences) > 1 else ""
+    past: dict[int, int] = {}
+    counts: dict[tuple[str, int], int] = {}
+    runs: list[Run] = []
+
+    def add(name: str, op: str, sequence: int, tokens: tuple[int, ...]) -> None:
+        seen = past.get(sequence, 0)
+        positions = tuple(range(start + seen, start + seen + len(tokens)))
+        runs.append(Run(name, op, sequence, tokens, positions, seen))
+        past[sequence] = seen + len(tokens)
+
+    if not parsed:
+        raise InputError("script: there is no call, but at least one was expected")
+    for call in parsed:
+        if isinstance(call, Packed):
+            if any(run.run.startswith("packed.") for run in runs):
+                raise InputError("script: there are two packed calls, but at most one was expected")
+            if not call.segments:
+                raise InputError("script: packed has no segments, but at least one was expected")
+            for i, segment in enumerate(call.segments):
+                _refuse_tokens(f"segment {i} of packed", segment, vocab)
+                add(f"packed.seg{i}", "prefill", max(sequences, default=-1) + 1 + i, tuple(segment))
+            continue
+        op, sequence, tokens, keep = call
+        if op not in OPS:
+            raise InputError(f"script: operation '{op}' is unknown, expected one of {', '.join((*OPS, 'packed'))}")
+        if (op == "prefill") != (sequence not in past):
+            raise InputError(f"script: sequence {sequence} must begin with one prefill, and {op} comes out of order")
+        if keep is not None:
+            if not 1 <= keep <= past.get(sequence, 0):
+                raise InputError(
+                    f"script: {op} of sequence {sequence} keeps {keep} tokens, "
+                    f"but from 1 to the {past.get(sequence, 0)} that it has were expected"
+                )
+            past[sequence] = keep
+        _refuse_tokens(f"{op} of sequence {sequence}", tokens, vocab)
+        for piece in [(token,) for token in tokens] if op == "decode" else [tuple(tokens)]:
+            number = counts[op, sequence] = counts.get((op, sequence), 0) + 1
+            add((op if op == "prefill" else f"{op}{number}") + suffix.format(sequence), op, sequence, piece)
+    return tuple(runs)
+
+
+def _refuse_tokens(what: str, tokens: Sequence[int], vocab: int) -> None:
+    if not tokens:
+        raise InputError(f"script: {what} has no tokens, but at least one was expected")
+    for token in tokens:
+        if not 0 <= token < vocab:
+            raise InputError(f"script: token {token} is outside the vocabulary of {vocab}")
+
+
+def execute(ops: Any, model: Model, runs: Sequence[Run], recorder: Recorder) -> None:
+    """Run the spec on every run in order, a set of caches per sequence; `ops` must tap into `recorder`.
+
+    A run whose `past` is less than what its sequence has seen begins with the caches cut to that many tokens.
+    Raises InputError when `past` is more than that.
+    """
+    caches: dict[int, Caches] = {}
+    for run in runs:
+        recorder.run = run.run
+        before = cut(caches.get(run.sequence), run)
+        _, caches[run.sequence] = forward(ops, model, ops.integers(run.tokens), ops.integers(run.positions), before)
+
+
+def cut(caches: Caches | None, run: Run) -> Caches | None:
+    """The caches of a run's sequence with the first `run.past` tokens only."""
+    layers = [cut_layer(cache, run) for cache in caches or (None,)]
+    return tuple(cache for cache in layers if cache is not None) or None
+
+
+def cut_layer(cache: Cache | None, run: Run) -> Cache | None:
+    """The cache that a run's sequence has in one layer, with the first `run.past` tokens only; None for no token."""
+    seen = 0 if cache is None else len(cache.positions)
+    if run.past > seen:
+        raise InputError(f"run '{run.run}': past is {run.past}, but sequence {run.sequence} has seen {seen} tokens")
+    if cache is None or not run.past:
+        return None
+    return Cache(cache.k[: run.past], cache.v[: run.past], cache.positions[: run.past])

@@ -1,0 +1,261 @@
+"""Traces: record activations, write them, read them back.
+
+A trace is one safetensors file with keys ``<run>/<tap>``, each array in its producer's dtype, and one metadata entry
+``refmoe``: a JSON object with the fields of `Header`. `golden/FORMAT.md` is its specification.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save, save_file
+
+from refmoe import __version__
+from refmoe.errors import InputError
+from refmoe.files.atomic import replacing
+from refmoe.files.json_file import shown
+from refmoe.files.safetensors_file import StoredTensor, one_line, open_safetensors, quoted, strict_json
+
+FORMAT_VERSION = "1"
+OPS = ("prefill", "chunk", "decode")
+SMALL_FILE = 4 << 20
+"""Bytes up to which a trace is held in memory."""
+LONGEST_TABLE = 40 << 20
+"""Bytes of the safetensors header, some 400,000 tensors: read, it takes ten times that in memory."""
+LONGEST_NAME = 200
+"""Characters in a name that a header gives: of a run, a case, a policy, a producer."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of the model on new tokens of one sequence."""
+
+    run: str
+    """Its name: ``prefill``, ``chunk1``, ``decode1``, ...; with several sequences a suffix, ``prefill.row0``."""
+    op: str
+    """``prefill``, ``chunk`` or ``decode``."""
+    sequence: int
+    tokens: tuple[int, ...]
+    positions: tuple[int, ...]
+    past: int
+    """How many tokens of this sequence came before."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a trace says about itself."""
+
+    runs: tuple[Run, ...]
+    case: str | None = None
+    checkpoint: str | None = None
+    policy: str = "float64"
+    producer: dict[str, str] = field(default_factory=lambda: {"name": "refmoe", "version": __version__})
+    format_version: str = FORMAT_VERSION
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A trace file that has been opened: its header, and its arrays mapped on demand."""
+
+    path: Path
+    header: Header
+    tensors: dict[str, StoredTensor]
+
+    def names(self, run: str) -> list[str]:
+        """The taps that a run has."""
+        return self._by_run.get(run, [])
+
+    @cached_property
+    def _small(self) -> bytes | None:
+        """The whole file where it is small: to read it once is cheaper than to open it for every tap."""
+        try:
+            return self.path.read_bytes() if self.path.stat().st_size <= SMALL_FILE else None
+        except OSError:
+            return None
+
+    @cached_property
+    def _by_run(self) -> dict[str, list[str]]:
+        names: dict[str, list[str]] = {}
+        for key in self.tensors:
+            run, _, tap = key.rpartition("/")
+            names.setdefault(run, []).append(tap)
+        return names
+
+    def get(self, run: str, tap: str) -> np.ndarray[Any, Any]:
+        """One array of the file, read-only."""
+        return self.tensors[f"{run}/{tap}"].get(self._small)
+
+
+class Recorder:
+    """A tap that keeps what passes, under the current run's name."""
+
+    def __init__(self, patterns: str = "*", progress: Callable[[], None] | None = None) -> None:
+        """patterns: shell patterns of tap names, separated by commas, such as ``logits,layers.0.*``.
+
+        progress: called after each layer of each run.
+        """
+        self.patterns = patterns.split(",")
+        self.progress = progress
+        self.run = ""
+        self.arrays: dict[str, np.ndarray[Any, Any]] = {}
+
+    def __call__(self, name: str, x: Any) -> None:
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.patterns):
+            self.keep(f"{self.run}/{name}", np.ascontiguousarray(x))
+        if self.progress is not None and name.endswith(".residual"):
+            self.progress()
+
+    def keep(self, key: str, array: np.ndarray[Any, Any]) -> None:
+        """What becomes of an array that passed."""
+        self.arrays[key] = array
+
+
+def write_trace(path: Path, header: Header, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
+    """Write a trace, whole or not at all. Raises InputError when the file cannot be written."""
+    with replacing(path) as temporary:
+        try:
+            save_file(_dense(arrays), temporary, _metadata(header))
+        except SafetensorError as error:  # a full disk, say
+            raise InputError(f"{path}: cannot be written: {one_line(error)}") from None
+
+
+def join_trace(path: Path, header: Header, tensors: Mapping[str, StoredTensor]) -> None:
+    """Write a trace of arrays that are in other files, one after the other: none but one is in memory at a time.
+
+    The bytes are those of `write_trace`. Raises InputError when the file cannot be written.
+    """
+    order = sorted(tensors, key=lambda key: (-tensors[key].itemsize, key))
+    entries: dict[str, Any] = {"__metadata__": _metadata(header)}
+    offset = 0
+    for key in order:
+        end = offset + tensors[key].nbytes
+        entries[key] = {"dtype": tensors[key].dtype, "shape": tensors[key].shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key in order:
+            file.write(tensors[key].map().reshape(-1).view(np.uint8).data)
+
+
+def trace_bytes(header: Header, arrays: dict[str, np.ndarray[Any, Any]]) -> bytes:
+    """The bytes that `write_trace` would write."""
+    return bytes(save(_dense(arrays), _metadata(header)))
+
+
+def _metadata(header: Header) -> dict[str, str]:
+    return {"refmoe": json.dumps(asdict(header), separators=(",", ":"))}
+
+
+def _dense(arrays: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+    # safetensors writes the memory of a strided array as if it were dense
+    return {key: np.ascontiguousarray(array) for key, array in arrays.items()}
+
+
+def read_trace(path: Path) -> Trace:
+    """Open a trace. Raises InputError when it is not one, or its header does not say what it must."""
+    _refuse_a_long_table(path)
+    tensors, metadata = open_safetensors(path)
+    if "refmoe" not in metadata:
+        raise InputError(f"{path}: the metadata entry 'refmoe' is missing, so this is not a trace")
+    header = parse_header(path, metadata["refmoe"])
+    runs = {run.run for run in header.runs}
+    for key in tensors:
+        run, slash, _ = key.rpartition("/")
+        if not slash or run not in runs:
+            raise InputError(
+                f"{path}: tensor {quoted(key)} belongs to no run of the header, which has {shown(sorted(runs))}"
+            )
+    return Trace(path, header, tensors)
+
+
+def _refuse_a_long_table(path: Path) -> None:
+    """Before anything is read, since to read it would take the memory that verifying promises not to."""
+    try:
+        if not path.is_file():
+            return
+        with path.open("rb") as file:
+            length, whole = int.from_bytes(file.read(8), "little"), path.stat().st_size
+    except OSError:
+        return  # who opens it next says why
+    if LONGEST_TABLE < length <= whole:
+        raise InputError(
+            f"{path}: the safetensors header has {length:,} bytes, but at most {LONGEST_TABLE:,} were expected of a "
+            "trace; one of so many tensors is given in several files, some of the runs in each"
+        )
+
+
+def parse_header(path: Path, text: str) -> Header:
+    """The metadata entry of a trace. Raises InputError that names the field which is not as the format says."""
+
+    def refuse(name: str, found: Any, expected: str) -> InputError:
+        return InputError(f"{path}: metadata field {quoted(name)} is {shown(found)}, but {expected} was expected")
+
+    def name_of(name: str, found: Any) -> None:
+        """Names go to terminals, pages and paths, so what is in one must be visible and short."""
+        if not found.isprintable() or len(found) > LONGEST_NAME:
+            raise refuse(name, found, f"at most {LONGEST_NAME} printable characters")
+
+    try:
+        values = strict_json(text)
+    except ValueError as error:
+        raise InputError(f"{path}: the metadata entry 'refmoe' is not JSON: {one_line(error)}") from None
+    if not isinstance(values, dict):
+        raise refuse("refmoe", values, "an object")
+    if values.get("format_version") != FORMAT_VERSION:
+        raise refuse("format_version", values.get("format_version"), f'"{FORMAT_VERSION}"')
+    for name in ("case", "checkpoint"):
+        if not isinstance(values.get(name), str | None):
+            raise refuse(name, values[name], "a string or null")
+        name_of(name, values.get(name) or "")
+    if not isinstance(values.get("policy"), str):
+        raise refuse("policy", values.get("policy"), "a string")
+    name_of("policy", values["policy"])
+    producer = values.get("producer")
+    if not isinstance(producer, dict) or not all(isinstance(item, str) for item in producer.values()):
+        raise refuse("producer", producer, "an object of strings")
+    for name in ("name", "version"):
+        name_of(f"producer.{name}", producer.get(name, ""))
+    listed = values.get("runs")
+    if not isinstance(listed, list) or not listed:
+        raise refuse("runs", listed, "a list of at least one run")
+    runs = tuple(_parse_run(i, entry, refuse, name_of) for i, entry in enumerate(listed))
+    if len({run.run for run in runs}) < len(runs):
+        raise refuse("runs", [run.run for run in runs], "a different name for every run")
+    return Header(runs, values.get("case"), values.get("checkpoint"), values["policy"], producer)
+
+
+def _parse_run(i: int, entry: Any, refuse: Any, name_of: Any) -> Run:
+    at = f"runs[{i}]"
+    if not isinstance(entry, dict):
+        raise refuse(at, entry, "an object")
+    if not isinstance(entry.get("run"), str) or not entry["run"] or "/" in entry["run"]:
+        raise refuse(f"{at}.run", entry.get("run"), "a name without '/'")
+    name_of(f"{at}.run", entry["run"])
+    if not isinstance(entry.get("op"), str) or entry["op"] not in OPS:
+        raise refuse(f"{at}.op", entry.get("op"), f"one of {', '.join(OPS)}")
+    for name in ("sequence", "past"):
+        if not _is_count(entry.get(name)):
+            raise refuse(f"{at}.{name}", entry.get(name), "an integer from 0")
+    for name in ("tokens", "positions"):
+        found = entry.get(name)
+        if not isinstance(found, list) or not found or not all(_is_count(item) for item in found):
+            raise refuse(f"{at}.{name}", found, "a list of at least one integer from 0")
+    if len(entry["tokens"]) != len(entry["positions"]):
+        raise refuse(f"{at}.positions", entry["positions"], "as many positions as tokens")
+    return Run(
+        entry["run"], entry["op"], entry["sequence"], tuple(entry["tokens"]), tuple(entry["positions"]), entry["past"]
+    )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63

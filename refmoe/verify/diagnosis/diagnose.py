@@ -1,0 +1,62 @@
+"""The whole diagnosis of a failed verification: known bugs, two at once, structures, another arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from refmoe.bugs.mutant import PARALLEL, Mutant
+from refmoe.bugs.sharded import ONE_DEVICE, on_ranks
+from refmoe.policy.policy import Policy
+from refmoe.spec.config import Config
+from refmoe.spec.model import Parameters
+from refmoe.steps.sharded.layout import layouts
+from refmoe.traces.trace import Run, Trace
+from refmoe.verify.diagnosis.arithmetic import other_arithmetic
+from refmoe.verify.diagnosis.evidence import gather
+from refmoe.verify.diagnosis.known import explanations, pairs, rank, suspects, unrelated
+from refmoe.verify.diagnosis.settings import of_settings
+from refmoe.verify.diagnosis.structure import structural
+from refmoe.verify.diagnosis.weights import of_weights
+from refmoe.verify.findings import FAIL, Explanation, Report
+from refmoe.verify.verify import SIGNIFICANCE
+
+
+def diagnose(
+    trace: Trace, config: Config, parameters: Parameters, runs: tuple[Run, ...] | None, policy: Policy, report: Report,
+    mutants: Iterable[Mutant], significance: float = SIGNIFICANCE, progress: Callable[[], None] | None = None,
+) -> tuple[Explanation, ...]:  # fmt: skip
+    """What can explain a failed trace, what does explain it first, the best of it at the top.
+
+    A mutant that explains nothing but might explain a part stays in the list, with `explains` false. Pairs,
+    structures and other arithmetic are sought only where nothing before explains the trace.
+    progress: called for each mutant, and once more for each that touches a failed step.
+    """
+    if not any(check.verdict == FAIL for check in report.checks):
+        return ()
+    evidence = gather(trace, config, parameters, runs, policy, report, significance)
+    step = progress if progress is not None else lambda: None
+    known = tuple(mutants)
+    suspected = suspects(evidence, known, step)
+    found = explanations(evidence, suspected, step)
+    if not any(each.explains for each in found):
+        split = suspects(evidence, placed(known, config), lambda: None)
+        found += explanations(evidence, split, lambda: None)
+    if not any(each.explains for each in found):
+        found += pairs(evidence, suspected)
+    if not any(each.explains and not unrelated(each) for each in found):
+        found += [*of_settings(evidence), *of_weights(evidence), *structural(evidence)]
+    if not any(each.explains for each in found):
+        found += other_arithmetic(evidence)
+    return tuple(sorted(found, key=rank))
+
+
+def placed(mutants: Iterable[Mutant], config: Config) -> list[Mutant]:
+    """The mutants of a sharded run on every layout that the model fits, each a variation of one forward pass."""
+    parallel = [each for each in mutants if each.changes == PARALLEL]
+    return [on_ranks(each, layout) for each in parallel for layout in layouts(config) if layout != ONE_DEVICE]
+
+
+def explained(report: Report, found: tuple[Explanation, ...]) -> Report:
+    """The report with what explains it, and nothing that does not."""
+    return replace(report, explanations=tuple(each for each in found if each.explains))

@@ -1,0 +1,273 @@
+"""A failed trace and the arithmetic of holding it against another specification than the right one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from refmoe.arithmetic.formats import ulp
+from refmoe.bugs.mutant import Mutant
+from refmoe.policy.policy import Policy
+from refmoe.spec.config import Config
+from refmoe.spec.model import Model, Parameters
+from refmoe.spec.taps import step_of
+from refmoe.traces.trace import Run, Trace
+from refmoe.verify.findings import FAIL, FORCED, PASS, UNDECIDABLE, Check, Report
+from refmoe.verify.free_running import Replica
+from refmoe.verify.intake import Contents, take_in
+from refmoe.verify.passes import Pass
+from refmoe.verify.routing import Routing, consistent, valid
+from refmoe.verify.subject import Subject
+from refmoe.verify.tally import Limits
+from refmoe.verify.verify import SIGNIFICANCE, acquit, assemble
+
+Key = tuple[str, str]
+"""Run and tap."""
+
+SAMPLED = 1 << 18
+"""Values of an error that the matched filter looks at; beyond, every so many."""
+
+
+class Variation(Protocol):
+    """What a trace can be held against: a mutant, or two of them."""
+
+    @property
+    def touches(self) -> tuple[str, ...]: ...
+    def model(self, config: Config, parameters: Parameters) -> Model: ...
+    def policy(self, policy: Policy) -> Policy: ...
+    def runs(self, runs: tuple[Run, ...]) -> tuple[Run, ...]: ...
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A failed trace with what the right specification says of it."""
+
+    trace: Trace
+    right: Subject
+    policy: Policy
+    contents: Contents
+    limits: Limits
+    report: Report
+    failed: tuple[Check, ...]
+    expected: dict[Key, Any] = field(default_factory=dict)
+    """Exact results from the trace's own inputs: for each failed step its first tap, and every one with NaN."""
+    error: Any = None
+    """The errors of all of these in units of their spacing, at most `SAMPLED` of them. [n]"""
+
+
+def gather(
+    trace: Trace, config: Config, parameters: Parameters, runs: tuple[Run, ...] | None, policy: Policy, report: Report,
+    significance: float = SIGNIFICANCE,
+) -> Evidence:  # fmt: skip
+    """The evidence of a trace that has failed."""
+    contents = take_in(trace, config, runs)
+    limits = Limits(significance, contents.values, contents.tensors)
+    right = Subject(config, parameters, contents.runs)
+    failed = tuple(check for check in report.checks if check.verdict == FAIL)
+    firsts = {check.step: (check.run, check.tap) for check in reversed(failed) if check.step != "router.experts"}
+    wanted = {*firsts.values(), *((c.run, c.tap) for c in failed if not _finite(trace, c))}
+    evidence = Evidence(trace, right, policy, contents, limits, report, failed)
+    found = {key: np.asarray(trace.get(*key), np.float64) for key in wanted}
+    expected = middle(evidence, right, policy, wanted)
+    expected = {key: array for key, array in expected.items() if found[key].shape == array.shape}
+    evidence = replace(evidence, expected=expected)
+    return replace(evidence, error=weighted(evidence, found))
+
+
+def _finite(trace: Trace, check: Check) -> bool:
+    if check.step == "router.experts":
+        return True
+    return bool(np.isfinite(np.asarray(trace.get(check.run, check.tap), np.float64)).all())
+
+
+def weighted(evidence: Evidence, arrays: dict[Key, Any]) -> Any:
+    """How far arrays are from the expected ones, in units of their spacing; what is not finite counts as no distance.
+
+    returns: [n], or None where a shape is another
+    """
+    parts = []
+    for key, right in evidence.expected.items():
+        array = arrays.get(key)
+        if array is None or array.shape != right.shape:
+            return None
+        with np.errstate(all="ignore"):
+            distance = ((array - right) / ulp(right, evidence.policy.at(step_of(key[1])))).reshape(-1)
+        parts.append(np.where(np.isfinite(distance), distance, 0.0))
+    if not parts:
+        return np.zeros(0)
+    together = np.concatenate(parts)
+    return together[:: -(-max(together.size, 1) // SAMPLED)]
+
+
+def middle(evidence: Evidence, subject: Subject, policy: Policy, wanted: set[Key]) -> dict[Key, Any]:
+    """What exact arithmetic makes of the trace's own inputs, at the wanted taps."""
+    subject = replace(subject, runs=until(subject.runs, {run for run, _ in wanted}))
+    with np.errstate(all="ignore"):
+        return Exact(evidence.trace, subject, policy, {}, wanted, None).arrays()
+
+
+class Exact(Replica):
+    """A replica without any rounding. Where the trace's choice of experts is none, it goes on with the right one."""
+
+    def _tap(self, name: str, x: Any) -> Any:
+        chosen = super()._tap(name, x)
+        if step_of(name) != "router.experts":
+            return chosen
+        return np.where(valid(chosen, self.subject.config.experts)[:, None], chosen, x)
+
+
+class UnderBug(Pass):
+    """A pass under a bug, which may make infinities and NaN of its own."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.ops.events.append("bug")
+
+
+class Chooser(UnderBug):
+    """A pass under a bug that chooses by another rule: the right choice is its own, not the largest logits."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._chosen_by: tuple[Any, Any] | None = None
+        ops: Any = self.ops
+        choose = ops.top_k
+
+        def top_k(scores: Any, k: int) -> Any:
+            ids = choose(scores, k)
+            self._chosen_by = scores, ids
+            return ids
+
+        ops.top_k = top_k
+
+    def _choose(self, name: str, expected: Any) -> Any:
+        found = self._found(name)
+        if found is None:
+            return super()._choose(name, expected)
+        nothing = np.zeros(len(found))
+        legal = (np.sort(found, axis=-1) == np.sort(expected, axis=-1)).all(axis=-1)
+        if self._chosen_by is not None and np.array_equal(self._chosen_by[1], expected):
+            # ids are those of the scores: where these are equal, or rounding can move one past another, either is right
+            scores = self._chosen_by[0].settle()
+            legal |= consistent(scores.mid - scores.r, scores.mid + scores.r, found)
+        self._record(
+            self._run.run, name, Routing(expected, np.full(len(found), FORCED), legal, nothing, nothing, found)
+        )
+        self._unknown = None
+        return found
+
+    def _found(self, name: str) -> Any:
+        """The trace's choice [T, k], or None where there is none, or one that is no choice at all."""
+        if name not in self._present:
+            return None
+        found = np.asarray(self._read(name, "router.experts")).astype(np.int64)
+        return found if valid(found, self.subject.config.experts).all() else None
+
+
+def subject_of(evidence: Evidence, variation: Variation) -> Subject:
+    """The specification as the variation has it."""
+    right = evidence.right
+    model = variation.model(right.config, right.parameters)
+    return Subject(model.config, model.parameters, variation.runs(evidence.contents.runs), model.steps)
+
+
+def until(runs: tuple[Run, ...], names: Set[str]) -> tuple[Run, ...]:
+    """The runs up to the last one of these names."""
+    last = max((i for i, run in enumerate(runs) if run.run in names), default=len(runs) - 1)
+    return runs[: last + 1]
+
+
+def judge_again(
+    evidence: Evidence, subject: Subject, policy: Policy, judge: Callable[..., Pass] = UnderBug
+) -> dict[Key, str]:
+    """The verdict of each check against another specification."""
+    return {(check.run, check.tap): check.verdict for check in checks_again(evidence, subject, policy, judge)}
+
+
+def judge_first(evidence: Evidence, subject: Subject, policy: Policy, judge: Callable[..., Pass]) -> dict[Key, str]:
+    """The same of the calls up to the first in which something is wrong, and of a failure there no more than is needed
+    to know that it stays: a fraction of the work, and enough to reject most specifications."""
+    first = {evidence.failed[0].run}
+    contents = replace(evidence.contents, runs=until(evidence.contents.runs, first))
+    subject = replace(subject, runs=until(subject.runs, first))
+    found = checks_again(replace(evidence, contents=contents), subject, policy, judge, hurried=True)
+    return {(check.run, check.tap): check.verdict for check in found}
+
+
+def checks_again(
+    evidence: Evidence, subject: Subject, policy: Policy, judge: Callable[..., Pass], hurried: bool = False
+) -> list[Check]:
+    """The checks against another specification or policy, acquitted by the passes that `verify` acquits them by.
+
+    The other way round: first as if inputs had been read before they were stored, which is all that can acquit the
+    first check that failed.
+    hurried: once it is known that a check fails which did not, or still does, others may keep a FAIL that they would
+    be acquitted of.
+    """
+    right, limits = evidence.right.config, evidence.limits
+
+    def checked(recomputed: frozenset[Key] = frozenset(), unrounded: bool = False) -> list[Check]:
+        seen = judge(evidence.trace, subject, policy, limits.excess, recomputed, unrounded).go()
+        return assemble(seen, evidence.contents, right, policy, limits)
+
+    checks = first = checked()
+    failed = frozenset((check.run, check.tap) for check in checks if check.verdict == FAIL)
+    if failed and policy.consumers == "unrounded":
+        checks = acquit(checks, checked(unrounded=True), "")
+    if failed and not (hurried and _stays(evidence, first, checks)):
+        checks = acquit(checks, checked(recomputed=failed), "")
+    return checks
+
+
+def _stays(evidence: Evidence, first: list[Check], checks: list[Check]) -> bool:
+    """Whether the first check that failed counts and still fails: all that it read is right, so that to compute
+    it again from what was right changes nothing.   first: the checks before any was acquitted"""
+    at = next(i for i, check in enumerate(first) if check.verdict == FAIL)
+    wrong = {check.run for check in evidence.failed}
+    before = {(check.run, check.tap): check.verdict for check in evidence.report.checks}
+    counted = first[at].run in wrong and before[first[at].run, first[at].tap] in (PASS, FAIL)
+    return counted and checks[at].verdict == FAIL
+
+
+def still_failing(
+    evidence: Evidence, verdicts: dict[Key, str], wrong: dict[Key, Any], checks: Sequence[Check] | None = None
+) -> int:
+    """How many of the failed checks that were judged fail still.
+
+    wrong: what the other specification computes at the expected taps.
+    A check whose values are not finite has no bound under a bug that makes them. It is explained where the bug makes
+    them in the same places.
+    """
+    count = 0
+    for check in evidence.failed if checks is None else checks:
+        key = (check.run, check.tap)
+        if key not in verdicts or verdicts[key] == PASS:
+            continue
+        count += not (verdicts[key] == UNDECIDABLE and _same_gaps(evidence, key, wrong.get(key)))
+    return count
+
+
+def _same_gaps(evidence: Evidence, key: Key, wrong: Any) -> bool:
+    """Whether the trace and another specification are not finite in the same places, and somewhere."""
+    if wrong is None:
+        return False
+    gaps = ~np.isfinite(np.asarray(evidence.trace.get(*key), np.float64))
+    return bool(gaps.shape == wrong.shape and gaps.any() and (gaps == ~np.isfinite(wrong)).all())
+
+
+def newly_failing(evidence: Evidence, verdicts: dict[Key, str]) -> int:
+    """How many of the checks that passed fail now, where they were judged.
+
+    Only calls in which something is wrong count: a bug may be one of prompts alone, or of single tokens.
+    """
+    wrong = {check.run for check in evidence.failed}
+    passed = (check for check in evidence.report.checks if check.verdict == PASS and check.run in wrong)
+    return sum(verdicts.get((check.run, check.tap)) == FAIL for check in passed)
+
+
+def changes_choice(mutant: Mutant | Variation) -> bool:
+    """Whether it chooses experts by another rule."""
+    return "router.experts" in mutant.touches

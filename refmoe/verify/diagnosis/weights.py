@@ -1,0 +1,136 @@
+"""Structural hypotheses about weights: experts that are another's, square matrices used as their transposes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from refmoe.bugs.weights import mapped, with_experts, with_layers
+from refmoe.spec.model import Parameters
+from refmoe.verify.diagnosis.evidence import Evidence, Key, judge_again, middle
+from refmoe.verify.findings import FAIL, PASS, STRUCTURE, Explanation
+from refmoe.verify.subject import Subject
+
+MOST_EXPERTS = 64
+"""Experts beyond which no permutation is sought: each token would be computed by every one of them."""
+MATRICES = {
+    "attention.q": "wq", "attention.k": "wk", "attention.v": "wv", "attention.output": "wo", "router.logits": "router",
+    "expert.gate": "w1", "expert.up": "w3", "expert.output": "w2",
+}  # fmt: skip
+"""The matrix of each step of a layer that has one."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The parameters as a wrong loader leaves them."""
+
+    name: str
+    about: str
+    fix: str
+    parameters: Parameters
+
+
+def of_weights(evidence: Evidence) -> list[Explanation]:
+    """The hypotheses that explain all failed taps of the steps that read the weights."""
+    found = []
+    for step in dict.fromkeys(check.step for check in evidence.failed if check.step in MATRICES):
+        at = sorted({(check.run, check.tap) for check in evidence.failed if check.step == step})
+        for hypothesis in _hypotheses(evidence, step):
+            right = evidence.right
+            wrong = Subject(right.config, hypothesis.parameters, right.runs, right.steps)
+            verdicts = judge_again(evidence, wrong, evidence.policy)
+            here = [verdicts[key] for key in at]
+            if PASS in here and FAIL not in here:
+                name = f"{step}: {hypothesis.name}"
+                found.append(
+                    Explanation(name, STRUCTURE, hypothesis.about, hypothesis.fix, (), True, 0, 0, math.nan, math.nan)
+                )
+                break
+    return found
+
+
+def _hypotheses(evidence: Evidence, step: str) -> Iterator[Loaded]:
+    yield from transposed(evidence, step)
+    if step.startswith("expert."):
+        yield from permuted_experts(evidence, step)
+
+
+def transposed(evidence: Evidence, step: str) -> Iterator[Loaded]:
+    """The matrix of the step used as its transpose, which only a square one can be unnoticed."""
+    parameters, matrix = evidence.right.parameters, MATRICES[step]
+    layer = parameters.layers[0]
+    held = getattr(layer.experts[0] if step.startswith("expert.") else layer, matrix)
+    if held.shape[0] != held.shape[1]:
+        return
+    each = with_experts if step.startswith("expert.") else with_layers
+    change: Callable[[Any], Any] = lambda owner: replace(  # noqa: E731
+        owner, **{matrix: mapped(getattr(owner, matrix), lambda values: values.T)}
+    )
+    yield Loaded(
+        f"{matrix} transposed", f"{matrix} is used as its transpose",
+        "a file holds [out, in]: y = x w^T", each(parameters, change),
+    )  # fmt: skip
+
+
+def permuted_experts(evidence: Evidence, step: str) -> Iterator[Loaded]:
+    """Expert e computes with the matrix of expert p(e), found by trying every one on every token."""
+    right, matrix = evidence.right, MATRICES[step]
+    count = right.config.experts
+    key = next(
+        ((c.run, c.tap) for c in evidence.failed if c.step == step and (c.run, c.tap) in evidence.expected), None
+    )
+    if key is None or count > MOST_EXPERTS:
+        return
+    experts = _experts_of(evidence, key)
+    if experts is None:
+        return
+    found = np.asarray(evidence.trace.get(*key), np.float64)
+    distances = []
+    for by in range(count):
+        rolled = _with_matrix_of(right.parameters, matrix, [(e + by) % count for e in range(count)])
+        subject = Subject(right.config, rolled, right.runs, right.steps)
+        values = middle(evidence, subject, evidence.policy, {key}).get(key)
+        if values is None or values.shape != found.shape:
+            return
+        with np.errstate(all="ignore"):
+            distances.append(((values - found) ** 2).sum(-1))
+    nearest = (experts + np.argmin(np.nan_to_num(np.stack(distances), nan=np.inf), axis=0)) % count
+    sources = list(range(count))
+    for e in range(count):
+        chosen = nearest[experts == e]
+        if chosen.size:
+            sources[e] = int(np.bincount(chosen).argmax())
+    moved = [f"{e} has that of {p}" for e, p in enumerate(sources) if e != p]
+    if moved:
+        listed = ", ".join(moved[:6]) + (", ..." if len(moved) > 6 else "")
+        yield Loaded(
+            "experts permuted", f"experts compute with another's {matrix}: {listed}",
+            "look at the order in which the experts' weights are loaded or indexed",
+            _with_matrix_of(right.parameters, matrix, sources),
+        )  # fmt: skip
+
+
+def _experts_of(evidence: Evidence, key: Key) -> Any:
+    """The trace's choice of experts beside a tap [T, k], or None."""
+    run, tap = key
+    name = tap.rpartition("expert.")[0] + "router.experts"
+    if name not in evidence.trace.names(run):
+        return None
+    return np.asarray(evidence.trace.get(run, name)).astype(np.int64)
+
+
+def _with_matrix_of(parameters: Parameters, matrix: str, sources: list[int]) -> Parameters:
+    """Expert e of each layer with the matrix of expert sources[e]."""
+
+    def change(layer: Any) -> Any:
+        experts = tuple(
+            replace(expert, **{matrix: getattr(layer.experts[source], matrix)})
+            for expert, source in zip(layer.experts, sources, strict=True)
+        )
+        return replace(layer, experts=experts)
+
+    return with_layers(parameters, change)

@@ -1,0 +1,122 @@
+"""What the faults of `tests.verify.faults` are called in the catalogue, and why some have no name there."""
+
+from __future__ import annotations
+
+from tests.bugs.patched import Patched
+from tests.verify import faults_of_attention, faults_of_cache, faults_of_experts, faults_of_norms, faults_of_rope
+from tests.verify.faults import FAULTS, Fault
+
+PARTS = (faults_of_attention, faults_of_cache, faults_of_experts, faults_of_norms, faults_of_rope)
+"""Loaded for what they register."""
+
+NAMES: dict[str, str] = {
+    # attention
+    "heads-tiled": "attn-gqa-tile",
+    "scale-missing": "attn-scale-missing",
+    "window-on": "attn-swa-wrongly-on",
+    "window-one-too-long": "attn-swa-off-by-one",
+    "softmax-over-queries": "attn-softmax-wrong-axis",
+    "softmax-in-bfloat16": "attn-softmax-lowprec",
+    # router and experts
+    "router-weights-not-renormalised": "router-no-renorm",
+    "router-softmax-twice": "router-double-softmax",
+    "router-softmax-in-bfloat16": "router-lowprec-logits",
+    "router-reads-the-residual": "router-input-unnormalised",
+    "gate-and-up-swapped": "expert-w1-w3-swapped",
+    "gelu": "expert-gelu",
+    "weight-missing": "expert-weight-missing",
+    "last-expert-overwrites": "expert-scatter-overwrite",
+    # norms, residual stream, embedding, output
+    "norm-subtracts-the-mean": "norm-layernorm-mean",
+    "norm-gains-of-the-other-norm": "norm-pair-swapped",
+    "norm-eps-1e-6": "norm-eps-1e-6",
+    "norm-eps-outside-the-root": "norm-eps-outside-sqrt",
+    "norm-statistic-in-the-storage-type": "norm-lowprec-variance",
+    "final-norm-missing": "head-final-norm-missing",
+    "residual-from-the-norm": "resid-from-normed",
+    "embedding-scaled": "emb-scale-sqrt-d",
+    "output-tied-to-the-embedding": "head-tied-wrongly",
+    "logits-in-bfloat16": "prec-logits-lowprec",
+    # rotary positions
+    "rope-interleaved": "rope-interleaved-vs-half",
+    "rope-sign": "rope-sign-flipped",
+    "rope-theta-1e4": "rope-theta-default",
+    "rope-positions-restart": "rope-decode-position-zero",
+    "rope-angles-in-the-storage-type": "rope-tables-lowprec",
+}  # fmt: skip
+"""Fault to mutant: the same bug."""
+
+UNKNOWN: dict[str, str] = {
+    "key-heads-swapped": "no bug of the catalogue reverses heads",
+    "scale-of-the-hidden-size": "no bug of the catalogue scales by another root",
+    "mask-shows-the-next-token": "no bug of the catalogue shows the future",
+    "softmax-off-by-one": "not in the catalogue",
+    "probs-truncated": "no bug of the catalogue truncates",
+    "context-heads-not-transposed": "not in the catalogue",
+    "output-projection-of-another-layer": "load-layer-shift moves all parameters of a layer, this one",
+    "query-bias": "not in the catalogue",
+    "cache-writes-one-slot-early": "no bug of the catalogue overwrites the last token",
+    "cache-drops-the-oldest": "the catalogue's loses it at the boundary of a window only",
+    "cache-turned-again": "each call turns the keys as they were cached; the catalogue's keeps what it has turned",
+    "cache-shared-by-layers": "not in the catalogue",
+    "cache-in-float8": "not in the catalogue",
+    "router-sigmoid": "not in the catalogue",
+    "router-takes-second-and-third": "not in the catalogue",
+    "router-takes-the-lowest": "not in the catalogue",
+    "router-bias": "the catalogue's bias is on probabilities, and its logits are right",
+    "relu": "not in the catalogue",
+    "silu-in-bfloat16": "not in the catalogue",
+    "down-projections-off-by-one": "the catalogue's moves all three matrices of an expert",
+    "down-drops-its-last-term": "not in the catalogue",
+    "down-drops-its-last-32-terms": "not in the catalogue",
+    "down-sums-in-float16": "not in the catalogue",
+    "down-sums-in-bfloat16": "not in the catalogue",
+    "down-truncated": "not in the catalogue",
+    "weight-twice": "not in the catalogue",
+    "weights-swapped": "the catalogue's writes the weights that it uses; these are used in another order than written",
+    "weight-in-bfloat16": "the catalogue's rounds products and sums, which transformers does anyway",
+    "expert-over-capacity": "not in the catalogue",
+    "norm-divides-by-n-1": "not in the catalogue",
+    "norm-gain-plus-one": "not in the catalogue",
+    "residual-added-twice": "the catalogue's, of a sharded run, adds what attention has added to as well",
+    "residual-in-bfloat16": "not in the catalogue",
+    "embedding-of-the-next-token": "not in the catalogue",
+    "tensor-float-32": "not in the catalogue",
+    "rope-key-not-turned": "not in the catalogue",
+    "rope-frequencies-to-the-end": "not in the catalogue",
+    "rope-positions-from-one": "the catalogue's is one ahead for decoded tokens only",
+    "rope-table-in-bfloat16": "the catalogue's rounds positions and frequencies too",
+    "rope-turns-values": "not in the catalogue",
+}
+"""Fault to why nothing is to be named: no bug of the catalogue computes the same function."""
+
+KIN: dict[str, tuple[str, str]] = {
+    "mask-hides-the-token-itself": ("attn-causal-strict", "calls with several tokens only: a single one sees itself"),
+    "mask-aligned-top-left": ("attn-causal-top-left", "single queries too: these see the first key alone"),
+    "window-off": ("attn-swa-dropped-in-one-backend", "decoding too, and prompts here are shorter than the window"),
+    "gate-and-up-swapped-on-load": ("expert-w1-w3-swapped", "in the weights: gate and up are shown exchanged"),
+    "experts-off-by-one": ("router-index-off-by-one", "the other way: the expert before the one that was chosen"),
+    "norm-in-float16": ("norm-lowprec-variance", "in float16, where the storage type is bfloat16"),
+    "rope-positions-in-bfloat16": ("rope-tables-lowprec", "positions alone: frequencies and angles are float32"),
+}
+"""Fault to the mutant that is the same mistake with another effect, and what is other about it: as no bug of the
+catalogue computes this function, nothing has to be named, but that name is not wrong."""
+
+
+BOUND = ("window-on",)
+"""Faults that are another bug on another model, here on one with a window."""
+
+
+def known_faults() -> list[Patched]:
+    """The faults, with what they are called."""
+    names = (*NAMES, *UNKNOWN, *KIN)
+    assert sorted(names) == sorted(FAULTS), "a fault has no name, or two"
+    return [known(each) for each in FAULTS.values()]
+
+
+def known(fault: Fault) -> Patched:
+    """A fault with what it is called."""
+    kin, other = KIN.get(fault.name, ("", ""))
+    why = UNKNOWN.get(fault.name, other)
+    called = (NAMES[fault.name],) if fault.name in NAMES else ()
+    return Patched(fault.name, fault.model, called, why, fault.apply, kin=kin, elsewhere=fault.name not in BOUND)

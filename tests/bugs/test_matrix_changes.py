@@ -1,0 +1,242 @@
+"""What of the matrix has to be computed again after a change, what that says of the record; the recorded matrix."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from refmoe.bugs.catalogue import MUTANTS
+from refmoe.suite import Case, find_cases, read_case
+from refmoe.suite.matrix import dependencies as sources
+from refmoe.suite.matrix.changes import gains, losses, outside_changed, plan, revised_matrix, witnesses
+from refmoe.suite.matrix.file import MATRIX_FILE, Matrix, read_matrix
+from refmoe.suite.matrix.outcomes import POLICIES, Work, compute_matrix, runnable
+from refmoe.suite.matrix.summary import summarise
+from refmoe.suite.matrix.surroundings import judge_outside
+from tests.bugs.judging import GOLDEN
+from tests.bugs.sample_matrix import PLACE, all_killed, golden_folder, killed
+
+Killers = dict[str, frozenset[str]]
+CASES = "abcdef"
+
+
+@pytest.fixture
+def golden(tmp_path: Path) -> Path:
+    return golden_folder(tmp_path, "tiny", "other")
+
+
+@pytest.fixture
+def cases(golden: Path) -> dict[str, Case]:
+    return {folder.name: read_case(folder) for folder in find_cases(golden)}
+
+
+def pairs(work: Collection[Work]) -> set[tuple[str, str, str]]:
+    """What is run: mutant, case, policy."""
+    return {(name, each.case.name, each.policy) for each in work for name in each.mutants}
+
+
+# ---- witnesses
+
+
+def price(chosen: dict[str, str], costs: dict[str, int]) -> int:
+    """A run for each mutant, and one of the specification on each case."""
+    return sum(costs[case] for case in chosen.values()) + sum(costs[case] for case in {*chosen.values()})
+
+
+@given(
+    st.dictionaries(st.sampled_from("uvwxyz"), st.frozensets(st.sampled_from(CASES))),
+    st.tuples(*[st.integers(1, 9)] * len(CASES)),
+)
+def test_each_mutant_has_a_witness_that_kills_it(killers: Killers, costs: tuple[int, ...]) -> None:
+    found = witnesses(killers, dict(zip(CASES, costs, strict=True)))
+    assert {*found} == {mutant for mutant, by in killers.items() if by}
+    assert all(found[mutant] in killers[mutant] for mutant in found)
+
+
+def test_one_cheap_case_for_all_rather_than_one_for_each() -> None:
+    killers = {"u": "ab", "v": "ac", "w": "ad", "x": "e"}
+    assert witnesses(killers, dict.fromkeys("abcde", 1)) == {"u": "a", "v": "a", "w": "a", "x": "e"}
+    cheap = {"a": 100, "b": 1, "c": 1, "d": 1, "e": 1}
+    assert witnesses(killers, cheap) == {"u": "b", "v": "c", "w": "d", "x": "e"}
+    assert price(witnesses(killers, cheap), cheap) < price(dict.fromkeys("uvw", "a") | {"x": "e"}, cheap)
+
+
+# ---- what a change calls for
+
+
+def test_nothing_changed_nothing_to_run(golden: Path, cases: dict[str, Case]) -> None:
+    matrix = all_killed(golden)
+    assert sources.changed(matrix.sources, golden) == set()
+    assert plan(matrix, set(), cases) == plan(matrix, set(), cases, brief=True) == []
+
+
+def test_after_a_change_of_the_core_each_mutant_runs_once_per_policy(golden: Path, cases: dict[str, Case]) -> None:
+    found = pairs(plan(all_killed(golden), {"core"}, cases))
+    assert found == {
+        (name, "tiny", policy) for name in runnable() for policy in POLICIES if policy not in MUTANTS[name].unseen
+    }
+
+
+def test_after_a_change_of_the_catalogue_its_mutants_run_everywhere(golden: Path, cases: dict[str, Case]) -> None:
+    rope = {name for name in runnable() if MUTANTS[name].kind == "rope"}
+    found = pairs(plan(all_killed(golden), {"bugs/rope"}, cases))
+    assert found == {(name, case, policy) for name in rope for case in cases for policy in POLICIES}
+    brief = pairs(plan(all_killed(golden), {"bugs/rope"}, cases, brief=True))
+    assert brief == {(name, "tiny", policy) for name in rope for policy in POLICIES}
+
+
+def test_after_a_change_of_a_case_all_mutants_run_there(golden: Path, cases: dict[str, Case]) -> None:
+    found = pairs(plan(all_killed(golden), {"cases/other"}, cases))
+    assert found == {(name, "other", policy) for name in runnable() for policy in POLICIES}
+    brief = plan(all_killed(golden), {"cases/other"}, cases, brief=True)
+    assert [(each.case.name, each.policy, each.mutants) for each in brief] == [("other", p, ()) for p in POLICIES]
+    assert len(pairs(plan(all_killed(golden), {"cases/tiny"}, cases, brief=True))) > 3 * len(runnable()) - 9
+    assert plan(all_killed(golden), {"cases/gone"}, cases) == []
+
+
+def test_a_new_mutant_runs_where_it_is_listed_or_else_everywhere(golden: Path, cases: dict[str, Case]) -> None:
+    matrix, name = all_killed(golden), "rope-sign-flipped"
+    del matrix.kills[name]
+    everywhere = pairs(plan(matrix, {"bugs/rope"}, cases, brief=True))
+    assert {(name, case, policy) for case in cases for policy in POLICIES} <= everywhere
+    listing = cases | {"other": replace(cases["other"], bugs=(name,))}
+    found = pairs(plan(matrix, {"bugs/rope"}, listing, brief=True))
+    assert {each for each in found if each[0] == name} == {(name, "other", policy) for policy in POLICIES}
+
+
+def test_a_changed_file_is_found(golden: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    recorded = sources.digests(golden)
+    (golden / "tiny" / "case.toml").write_text((golden / "other" / "case.toml").read_text() + "\n")
+    assert sources.changed(recorded, golden) == {"cases/tiny"}
+    assert sources.changed({**recorded, "bugs/gone": "00"}, golden) == {"cases/tiny", "bugs/gone"}
+    package = tmp_path / "package" / "bugs" / "catalogue"
+    package.mkdir(parents=True)
+    (package / "one.py").write_text("a = 1\n")
+    (package / "two.py").write_text("from refmoe.bugs.catalogue.one import a\n")
+    monkeypatch.setattr(sources, "PACKAGE", tmp_path / "package")
+    before = sources.digests(golden)
+    (package / "one.py").write_text("a = 2\n")
+    assert sources.changed(before, golden) == {"bugs/one", "bugs/two"}
+
+
+def test_the_tokenizers_are_judged_again_only_where_they_can_have_changed() -> None:
+    for part in ("surroundings", "bugs/tokenizer", "bugs/aux_loss", "vectors/sampler"):
+        assert outside_changed({part})
+    assert not outside_changed({"core", "bugs/rope", "cases/tiny"})
+
+
+IRRELEVANT = (
+    "refmoe", "refmoe.files.atomic", "refmoe.checkpoints", "refmoe.checkpoints.hf", "refmoe.files.json_file",
+    "refmoe.checkpoints.load", "refmoe.checkpoints.mistral", "refmoe.checkpoints.names",
+    "refmoe.files.safetensors_file", "refmoe.checkpoints.size", "refmoe.errors", "refmoe.suite",
+    "refmoe.suite.activations", "refmoe.suite.checking", "refmoe.suite.emission", "refmoe.suite.fingerprint",
+    "refmoe.suite.manifest", "refmoe.cuda", "refmoe.cuda.place", "refmoe.bugs", "refmoe.cuda.device",
+    "refmoe.parallel", "refmoe.routers.literature", "refmoe.jobs", "refmoe.jobs.estimate", "refmoe.jobs.job",
+    "refmoe.jobs.layerwise", "refmoe.jobs.parts", "refmoe.jobs.source", "refmoe.jobs.spread",
+)  # fmt: skip
+"""Imported where mutants are judged, and without any influence on what a mutant comes to."""
+
+
+def test_whatever_judges_is_among_the_sources() -> None:
+    """Every module that is loaded there is in the core, the surroundings or the catalogue, or stated to be harmless."""
+    code = (
+        "import sys, refmoe.suite.matrix.outcomes, refmoe.suite.matrix.surroundings as _\n"
+        "print(*(name for name in sys.modules if name.partition('.')[0] == 'refmoe'))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert len(loaded) > 50
+    known = {*sources.files_of([*sources.CORE, *sources.SURROUNDINGS, "bugs/catalogue"])}
+    for name in {*loaded} - {*IRRELEVANT}:
+        path = sources.PACKAGE.parent / name.replace(".", "/")
+        assert {path.with_suffix(".py"), path / "__init__.py"} & known, name
+    assert {*IRRELEVANT} <= {*loaded}
+
+
+# ---- what it says of the record
+
+
+def test_a_kill_that_does_not_happen_again_is_reported(golden: Path) -> None:
+    """Sabotage: the record claims that a bug without a window to be wrong about is killed."""
+    matrix, name = all_killed(golden), "attn-swa-off-by-one"
+    outcomes = compute_matrix([Work(golden / "tiny", "float32", (name, "emb-scale-sqrt-d"))], jobs=1)
+    found = losses(matrix, outcomes, matrix.outside)
+    assert [str(loss) for loss in found] == [
+        f"mutant {name} on case tiny in float32: was seen ({PLACE}), but now inert"
+    ]  # fmt: skip
+    revised = revised_matrix(matrix, outcomes, matrix.outside, matrix.sources)
+    assert summarise(revised, ["tiny"]).alive == {"float32": (name,), "bfloat16": (), "float16": ()}
+    assert revised.kills["emb-scale-sqrt-d"]["float32"] == {"tiny": "embedding impossible local"}
+    assert revised.kills["emb-scale-sqrt-d"]["float16"] == {"tiny": PLACE}
+
+
+def test_a_vector_that_catches_a_bug_no_more_is_reported(golden: Path) -> None:
+    matrix, bug = all_killed(golden), "tok-double-bos"
+    seen = matrix.outside | {bug: {"vectors/some.json": ["another"]}}
+    assert [str(loss) for loss in losses(matrix, [], seen)] == [
+        f"mutant {bug} on vectors/some.json: was seen (a-vector), but now right"
+    ]
+    lost = {name: places for name, places in matrix.outside.items() if name != bug}
+    problems = summarise(replace(matrix, outside=lost), ["tiny"]).problems
+    assert problems == [f"mutant {bug} lives: it gets every vector right"]
+
+
+def test_a_new_kill_is_no_loss(golden: Path) -> None:
+    matrix, outcomes = all_killed(golden), [killed("attn-gqa-tile", "other"), killed("attn-gqa-tile", "tiny")]
+    assert losses(matrix, outcomes, matrix.outside) == []
+    assert gains(matrix, outcomes) == outcomes[:1]
+
+
+# ---- the matrix of this repository
+
+
+@pytest.fixture(scope="module")
+def real() -> Matrix:
+    return read_matrix(GOLDEN / MATRIX_FILE)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_what_has_changed_is_killed_as_recorded(real: Matrix, policy: str) -> None:
+    """`refmoe mutants matrix --changed`, in brief: each mutant that a change can affect on a case that killed it.
+
+    Nothing is run where nothing has changed. After a change of the core it is some 90 runs of a tenth of a second; of
+    a changed file of the catalogue and a changed case it covers a part, which the docstring of `plan` states.
+    """
+    named = {folder.name: read_case(folder) for folder in find_cases(GOLDEN)}
+    work = plan(real, sources.changed(real.sources, GOLDEN), named, brief=True)
+    outcomes = compute_matrix([each for each in work if each.policy == policy], jobs=1)
+    assert [str(loss) for loss in losses(real, outcomes, real.outside)] == []
+    revised = summarise(revised_matrix(real, outcomes, real.outside, real.sources), [*named])
+    assert revised.alive[policy] == ()
+    assert revised.refuted[policy] == ()
+    assert revised.false_alarms == ()
+
+
+def test_the_vectors_catch_what_they_are_recorded_to_catch(real: Matrix) -> None:
+    pytest.importorskip("mistral_common")
+    seen = judge_outside(GOLDEN)
+    assert losses(real, [], seen) == []
+    assert summarise(replace(real, outside=seen), real.cases).outside_alive == ()
+
+
+def test_every_mutant_is_killed_by_the_recorded_matrix_unless_nothing_can_show_it(real: Matrix) -> None:
+    summary = summarise(real, real.cases)
+    if not sources.changed(real.sources, GOLDEN):
+        assert summary.problems == []
+    for policy in POLICIES:  # the reasons say that they change no bit of any case
+        assert not any(real.lives.get(name, {}).get(policy) for name in summary.unseen[policy])
+
+
+def test_a_case_shows_the_bugs_that_it_lists(real: Matrix) -> None:
+    """In one dtype at least: some effects are too small for the others."""
+    cases = [read_case(folder) for folder in find_cases(GOLDEN)]
+    listed = [(case.name, bug) for case in cases for bug in case.bugs if bug in runnable()]
+    assert len(listed) > 100
+    unseen = [(name, bug) for name, bug in listed if not any(name in real.killers(bug, p) for p in POLICIES)]
+    assert unseen == []

@@ -1,0 +1,55 @@
+"""What tests of conformance share: harnesses of `tests/engines/harnesses` as commands, and runs of them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from refmoe.engines.conform import Suite, conform
+from refmoe.engines.harness import Harness
+from refmoe.engines.judgement import Judge
+from refmoe.engines.outcome import Outcome, Results
+from refmoe.suite import Case, read_case
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+HARNESSES = Path(__file__).parent / "harnesses"
+HONEST = [sys.executable, str(HARNESSES / "honest.py")]
+LIMIT = 60.0
+"""Seconds for a request that must succeed, on a machine that has other things to do."""
+
+
+def hostile(name: str, case: str) -> list[str]:
+    """The command of a harness that goes wrong in one case."""
+    return [sys.executable, str(HARNESSES / "hostile.py"), name, case]
+
+
+def says(*lines: str, rest: str = "") -> list[str]:
+    """The command of a harness that gives these answers, whatever it is asked, and then runs `rest`."""
+    script = (
+        f"import sys, os, time\nfor line in {list(lines)!r}:\n    sys.stdin.readline()\n    print(line, flush=True)\n"
+    )
+    return [sys.executable, "-S", "-c", f"{script}{rest}"]
+
+
+def case_named(name: str) -> Case:
+    return read_case(GOLDEN / name)
+
+
+def ran(
+    command: list[str], *cases: str, dtypes: tuple[str, ...] = ("float32",), smoke: str | None = None,
+    limit: float = LIMIT, diagnosing: bool = False,
+) -> tuple[Results, dict[str, str]]:  # fmt: skip
+    """The results of a harness in these cases, and per case the end of its standard error.
+
+    smoke: the case of the smoke test; none is run where it is None.
+    """
+    logs: dict[str, str] = {}
+
+    def log(outcome: Outcome, said: str) -> None:
+        logs[outcome.case] = said
+
+    suite = Suite(
+        [case_named(name) for name in cases], [case_named(smoke)] if smoke else [], dtypes, {},
+        Judge(diagnosing=diagnosing),
+    )  # fmt: skip
+    return conform(Harness(command, limit), {"command": "test"}, suite, log), logs

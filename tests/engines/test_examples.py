@@ -1,0 +1,160 @@
+"""The two example engines conform, their planted bugs are named, and the guide that is about them is true."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from refmoe.engines.adapter import TAPS
+from refmoe.engines.results import read_results
+from refmoe.suite import find_cases
+from tests.command_line import Refmoe
+from tests.tour import console, files, run_tour
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+GUIDE = (ROOT / "docs" / "is-my-mixtral-right.md").read_text()
+FIRST, OWN = GUIDE.split("## In Python\n")
+"""The section that runs transformers, and those that run the examples."""
+COMPILER = shutil.which("cc")
+needs_cc = pytest.mark.skipif(COMPILER is None, reason="there is no C compiler, cc")
+
+
+def example(language: str, folder: Path, edit: tuple[str, str] | None = None) -> list[str]:
+    """What follows ``refmoe conform`` for an example built in this folder.   edit: a text of it, and another for it"""
+    source = (EXAMPLES / f"mixtral.{language}").read_text()
+    if edit is not None:
+        assert source.count(edit[0]) == 1
+        source = source.replace(*edit)
+    path = folder / "mine" / f"mixtral.{language}"
+    path.parent.mkdir()
+    path.write_text(source)
+    if language == "py":
+        return ["--adapter", "mine.mixtral"]
+    command = ["cc", "-std=c11", "-Wall", "-Wextra", "-Werror", "-O2", "-o", path.with_suffix(""), path, "-lm"]
+    subprocess.run(command, check=True)
+    return ["--", str(path.with_suffix(""))]
+
+
+LANGUAGES = [pytest.param("py"), pytest.param("c", marks=needs_cc)]
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_it_is_conformant_in_every_case(
+    language: str, refmoe: Refmoe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    out, golden = tmp_path / "results.json", ROOT / "golden"
+    status, said, err = refmoe("conform", "--golden", golden, "--out", out, *example(language, tmp_path))
+    assert status == 0, said + err
+    results = read_results(out)
+    assert results.counts == {"conformant": len(find_cases(golden))}
+    assert results.notes == ()
+    assert {*results.outcomes[0].worst_errors, "router.experts"} == set(TAPS), "no tap is left out"
+
+
+BUGS = [
+    pytest.param(language, was, now, bug, marks=marks)
+    for language, marks, edits in (
+        ("py", (), {
+            ("np.repeat(each, share, axis=1)", "np.tile(each, (1, share, 1))"): "attn-gqa-tile",
+            ("theta ** (-np.arange(half) / half)", "1e4 ** (-np.arange(half) / half)"): "rope-theta-default",
+            ("distance < (window or np.inf)", "distance <= (window or np.inf)"): "attn-swa-off-by-one",
+        }),
+        ("c", needs_cc, {
+            ("sqrtf(mean_square + model.eps)", "(sqrtf(mean_square) + model.eps)"): "norm-eps-outside-sqrt",
+            ("/ (model.heads / model.kv_heads) * d", "% model.kv_heads * d"): "attn-gqa-tile",
+            ("gate[f] / (1 + expf(-gate[f])) * up[f]", "up[f] / (1 + expf(-up[f])) * gate[f]"):
+                "expert-w1-w3-swapped",
+        }),
+    )
+    for (was, now), bug in edits.items()
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("language", "was", "now", "bug"), BUGS)
+def test_a_planted_bug_is_named(
+    language: str, was: str, now: str, bug: str, refmoe: Refmoe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    out, command = tmp_path / "results.json", example(language, tmp_path, (was, now))
+    status, said, err = refmoe(
+        "conform", "--golden", ROOT / "golden", "--case", "window-chunks", "--out", out, *command
+    )
+    assert status == 1, said + err
+    (outcome,) = read_results(out).outcomes
+    assert outcome.verdict == "not conformant"
+    assert outcome.explanations[0].name == bug
+    assert f"known bug: {bug}" in said
+
+
+@needs_cc
+def test_the_c_example_answers_what_it_cannot_do(refmoe: Refmoe, tmp_path: Path) -> None:
+    """Requests that make no sense are answered with an error, and the next is answered as well."""
+    assert refmoe("materialise", "one-pair", tmp_path / "model", "--golden", ROOT / "golden")[0] == 0
+    good = {"run": "r", "op": "prefill", "sequence": 0, "tokens": [1], "positions": [0], "past": 0}
+    run = {"command": "run", "runs": [good], "taps": ["logits"], "out": str(tmp_path / "out")}
+    load = {"command": "load", "checkpoint": str(tmp_path / "model"), "dtype": "float32"}
+    refused = "tokens, positions and past do not fit"
+    exchange = {
+        json.dumps(run): {"error": "the request is unknown, or came too early"},
+        json.dumps({**load, "checkpoint": "/no/such"}): {"error": "config.json is missing, or not a Mixtral's"},
+        "no JSON": {"error": "the request is unknown, or came too early"},
+        json.dumps(load): {"ok": True},
+        json.dumps({**run, "runs": [{**good, "tokens": [53]}]}): {"error": "a token is beyond the vocabulary"},
+        json.dumps({**run, "runs": [{**good, "past": 1}]}): {"error": refused},
+        json.dumps({**run, "runs": [{**good, "positions": []}]}): {"error": refused},
+        json.dumps({**run, "out": "/no/such/folder/out"}): {"error": "the file cannot be written"},
+        json.dumps({**run, "taps": ["embedding", "logits"]}): {"ok": True},
+        json.dumps({"command": "stop"}): {"ok": True},
+    }
+    _, program = example("c", tmp_path)
+    requests = "".join(f"{request}\n" for request in exchange)
+    done = subprocess.run([program], input=requests, capture_output=True, text=True, check=True)
+    assert [json.loads(line) for line in done.stdout.splitlines()] == list(exchange.values())
+    assert load_file(tmp_path / "out").keys() == {"r/embedding", "r/logits"}
+
+
+# ---- the guide
+
+
+@pytest.mark.engines
+def test_the_guide_begins_with_a_verdict(tmp_path: Path) -> None:
+    assert len(console(FIRST)) == 1
+    assert re.findall(r"<!-- install -->\n```bash\n(.*)\n```", FIRST) == ["python -m pip install -e '.[engines]'"]
+    shutil.copytree(ROOT / "golden", tmp_path / "golden")
+    run_tour(FIRST, tmp_path)
+
+
+@needs_cc
+def test_the_guide_runs_and_prints_what_it_shows(tmp_path: Path) -> None:
+    assert len(console(OWN)) > 20
+    for name in ("golden", "examples"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    run_tour(OWN, tmp_path)
+
+
+def test_what_the_guide_shows_of_the_example_is_in_it() -> None:
+    (method,) = re.findall(r"```python\n(    def run.*?)```", GUIDE, re.DOTALL)
+    assert method in (EXAMPLES / "mixtral.py").read_text()
+    assert files(GUIDE).keys() == {"dump.py", "mine/adapter.py"}
+
+
+def test_functions_that_the_guide_names_are_in_the_c_example() -> None:
+    source = (EXAMPLES / "mixtral.c").read_text()
+    for cell in re.findall(r"^\|[^|]*\|[^|]*\|([^|]*)\|$", GUIDE, re.MULTILINE):
+        for name in re.findall(r"`(\w+)`", cell):
+            assert re.search(rf"\b{name}\(", source), name
+
+
+def test_the_python_example_runs_where_refmoe_is_not_installed() -> None:
+    """With no more than PROTOCOL.md says that an adapter's environment has."""
+    script = "import sys; sys.modules['refmoe'] = None; sys.path.insert(0, '.'); import examples.mixtral"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)

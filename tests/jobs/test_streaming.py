@@ -1,0 +1,126 @@
+"""Weights in blocks: the same product, each block read once and ahead, and what goes wrong told in one sentence."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from refmoe.arithmetic import streaming
+from refmoe.arithmetic.exact.ops import ExactOps
+from refmoe.arithmetic.native.ops import NativeOps
+from refmoe.checkpoints.load import load_checkpoint
+from refmoe.checkpoints.synthetic import SyntheticWeight
+from refmoe.checkpoints.weight import Weight
+from refmoe.checkpoints.write import write_checkpoint
+from refmoe.errors import InputError
+from tests.checkpoints.models import UNEVEN
+from tests.models import random_parameters
+
+
+def rows_of(values: Any) -> Any:
+    return Weight("w", values.shape, values.dtype, lambda: values, "test")
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "BLOCK", 64)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("height", [1, 3, 4, 5, 63, 64])
+def test_a_streamed_product_is_the_product(height: int) -> None:
+    rng = np.random.default_rng(height)
+    w, x = rng.standard_normal((height, 16)), rng.standard_normal((7, 16))
+    expected = ExactOps().linear(x, rows_of(w))
+    assert ExactOps(prepared_bytes=0).linear(x, rows_of(w)).tobytes() == expected.tobytes()
+    np.testing.assert_allclose(NativeOps(upcast_bytes=0).linear(x, rows_of(w)), x @ w.T, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_each_block_is_read_once_in_order_and_the_next_before_one_is_used() -> None:
+    w, seen, read_when_used = np.zeros((20, 16)), [], []
+    weight = Weight("w", w.shape, w.dtype, lambda: w, "test", lambda a, b: (seen.append((a, b)), w[a:b])[1])
+    for start, stop, block in streaming.blocks(weight, lambda stored: stored + 1):
+        assert block.shape == (stop - start, 16)
+        assert (block == 1).all()
+        read_when_used.append(start)
+    assert seen == [(i, i + 4) for i in range(0, 20, 4)]
+    assert read_when_used == [0, 4, 8, 12, 16]
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_what_a_reader_raises_is_raised_and_no_thread_is_left() -> None:
+    w = np.ones((20, 16))
+    w[9, 3] = np.nan
+    with pytest.raises(InputError, match="test holds 1 value that is not finite"):
+        ExactOps(prepared_bytes=0).linear(np.ones((2, 16)), rows_of(w))
+    assert not [each for each in threading.enumerate() if each.name.startswith("read-ahead")]
+
+
+def test_rows_of_the_formula_are_those_of_the_whole() -> None:
+    weight = SyntheticWeight(3, "layers.0.attention.wq", (40, 24), -5)
+    for start, stop in ((0, 40), (0, 1), (7, 19), (39, 40), (5, 5)):
+        assert weight.block(start, stop).tobytes() == weight.read()[start:stop].tobytes()
+
+
+@pytest.mark.parametrize("layout", [{}, {"fused": True}, {"layout": "mistral"}, {"shards": True}])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_blocks_of_a_file_are_rows_of_the_parameter(tmp_path: Path, layout: dict[str, Any], dtype: str) -> None:
+    """Also where a parameter is a cut of a fused tensor, or is reordered when it is read."""
+    write_checkpoint(tmp_path, UNEVEN, rounded(dtype), dtype, **layout)
+    layer = load_checkpoint(tmp_path).parameters.layers[1]
+    for weight in (layer.wq, layer.wk, layer.wo, *(getattr(layer.experts[3], w) for w in ("w1", "w2", "w3"))):
+        height = weight.shape[0]
+        for start, stop in ((0, height), (0, 1), (3, height - 1), (height - 1, height)):
+            block = weight.block(start, stop)
+            assert block.tobytes() == np.ascontiguousarray(weight.read()[start:stop]).tobytes()
+            assert block.dtype == weight.dtype
+
+
+def rounded(dtype: str) -> Any:
+    """Random parameters that the dtype holds."""
+    import ml_dtypes
+
+    from refmoe.checkpoints.names import build_parameters
+    from refmoe.checkpoints.write import named_weights
+
+    given, kind = named_weights(random_parameters(UNEVEN, 5)), np.dtype(getattr(ml_dtypes, dtype, dtype))
+
+    def weight(name: str) -> Weight:
+        values = given[name].read().astype(kind).astype(np.float32)
+        return Weight(name, values.shape, np.float32, lambda: values, name)
+
+    return build_parameters(UNEVEN, weight)
+
+
+def test_a_file_that_is_cut_or_vanishes_while_it_is_read_is_told(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, UNEVEN, rounded("float32"), "float32")
+    weight = load_checkpoint(tmp_path).parameters.layers[1].experts[4].w3
+    path = tmp_path / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:9000])
+    with pytest.raises(InputError, match=r"model\.safetensors: tensor '.*' can no longer be read: .*"):
+        weight.block(0, 10)
+    path.unlink()
+    with pytest.raises(InputError, match=r"can no longer be read: .*No such file"):
+        weight.block(0, 10)
+
+
+def test_a_file_cut_between_map_and_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes are read and not taken from the mapping, where their absence would kill the process."""
+    path = tmp_path / "a.safetensors"
+    save_file({"a": np.arange(1 << 16, dtype=np.float32).reshape(256, 256)}, path)
+    from refmoe.files import safetensors_file
+    from refmoe.files.safetensors_file import open_safetensors
+
+    tensor = open_safetensors(path)[0]["a"]
+    mapped = tensor.map()
+    monkeypatch.setattr(safetensors_file.StoredTensor, "map", lambda self: mapped)
+    path.write_bytes(path.read_bytes()[:100_000])
+    with pytest.raises(InputError, match="the file has become too short"):
+        tensor.read_rows(lambda stored: stored, 10, 256)
