@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from refmoe.arithmetic.arrays import Array
 from refmoe.arithmetic.native.lanes import lanes
 from refmoe.arithmetic.native.mkl_ops import MklOps
 from refmoe.arithmetic.native.ops import SIDE_BY_SIDE, NativeOps
@@ -26,7 +27,6 @@ from refmoe.spec.model import Caches, Model, Parameters, forward
 from refmoe.steps.native import NATIVE_STEPS
 from refmoe.traces.trace import Run
 
-Array = np.ndarray[Any, Any]
 SEED = 1
 
 

@@ -10,16 +10,15 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
+from refmoe.arithmetic.arrays import Array
 from refmoe.arithmetic.exact import dot
-from refmoe.arithmetic.native.ops import upcast
+from refmoe.arithmetic.formats import upcast
 
-Array = np.ndarray[Any, Any]
 SHAPES = {"w1": (14336, 4096), "w2": (4096, 14336)}
 FLOAT64 = np.dtype(np.float64)
 

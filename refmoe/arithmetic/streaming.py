@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.arithmetic.arrays import StoredWeight
-
-Array = np.ndarray[Any, Any]
+from refmoe.arithmetic.arrays import Array, StoredWeight
 
 BLOCK = 1 << 21
 """Elements of a weight read at a time: large enough that a product with few rows is worth its overhead."""

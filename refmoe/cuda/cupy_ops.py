@@ -15,7 +15,7 @@ from refmoe.arithmetic.arrays import Array, ArrayOps, StoredWeight, Tap
 from refmoe.arithmetic.exact import dot
 from refmoe.arithmetic.exact.ops import ExactOps
 from refmoe.arithmetic.exact.slices import on_host
-from refmoe.arithmetic.native.ops import upcast
+from refmoe.arithmetic.formats import upcast
 from refmoe.arithmetic.weight_cache import WeightCache
 from refmoe.cuda.device import free_memory, require_exact, require_gpu
 from refmoe.cuda.kernels import source

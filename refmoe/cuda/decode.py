@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from refmoe.arithmetic.arrays import Array, StoredWeight
-from refmoe.arithmetic.native.ops import upcast
+from refmoe.arithmetic.formats import upcast
 from refmoe.cuda.cupy_ops import CupyOps
 from refmoe.errors import InputError
 from refmoe.spec.attention import Cache

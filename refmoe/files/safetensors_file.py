@@ -19,11 +19,10 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from refmoe.errors import InputError
-
-Array = np.ndarray[Any, Any]
 
 SMALL = 1 << 16
 """Bytes up to which a tensor is read and not mapped."""
@@ -106,7 +105,7 @@ class StoredTensor:
         except OSError as error:
             raise self._gone(error) from None
 
-    def read_rows(self, view: Callable[[Array], Array], start: int, stop: int) -> Array:
+    def read_rows(self, view: Callable[[NDArray[Any]], NDArray[Any]], start: int, stop: int) -> NDArray[Any]:
         """Rows [start, stop) of what `view` cuts out of the tensor, read and not mapped where they lie together.
 
         A file that vanishes or is cut short is then an error that can be told, and memory is what was asked for.

@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from refmoe.arithmetic.arrays import Array
 from refmoe.arithmetic.exact import dot, prepared_weight, slices
 
-Array = np.ndarray[Any, Any]
 DTYPES = [ml_dtypes.bfloat16, np.float16, np.float32, np.float64]
 SPECIAL = [0.0, -0.0, 5e-324, -5e-324, 2.0**-1022, 1.0, -1.0, 1 + 2.0**-52, 2.0**53, 1.7976931348623157e308, 2.0**-400]
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from refmoe.arithmetic.arrays import Array
 from refmoe.arithmetic.native import mkl, mkl_ops
 from refmoe.arithmetic.native.mkl import Mkl, load_mkl
 from refmoe.arithmetic.native.mkl_ops import MklOps, PackedWeights, sliced
@@ -26,7 +27,6 @@ from refmoe.spec.model import Model, Steps, forward
 from refmoe.steps.native import NATIVE_STEPS
 from tests.machine import needs_mkl
 
-Array = np.ndarray[Any, Any]
 DTYPES = [np.dtype(np.float32), np.dtype(np.float64), BFLOAT16]
 
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from refmoe.arithmetic.arrays import Array
 from refmoe.arithmetic.native.lanes import Lanes
 from refmoe.arithmetic.native.ops import NativeOps
 from refmoe.checkpoints.synthetic import synthetic_checkpoint
@@ -16,8 +17,6 @@ from refmoe.spec import experts as spec_experts
 from refmoe.spec.config import Config
 from refmoe.spec.model import Model, Steps, forward
 from refmoe.steps.native import BLOCK, NATIVE_STEPS, swiglu
-
-Array = np.ndarray[Any, Any]
 
 
 @st.composite

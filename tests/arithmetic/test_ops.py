@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from refmoe.arithmetic.ball import BallOps, chooses, midpoints
 from refmoe.arithmetic.exact import dot
 from refmoe.arithmetic.exact.ops import ExactOps
-from refmoe.arithmetic.native.ops import NativeOps, upcast
+from refmoe.arithmetic.formats import upcast
+from refmoe.arithmetic.native.ops import NativeOps
 from refmoe.arithmetic.weight_cache import WeightCache
 from refmoe.checkpoints.weight import Weight
 

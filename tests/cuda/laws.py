@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from refmoe.arithmetic.arrays import Array
 from refmoe.arithmetic.native.ops import NativeOps
 from refmoe.cuda.kernels.calls import Kernels
 from tests.cuda.on_cpu import DTYPES, HALF_STEP, SMALLEST_NORMAL, UNIT, chain, growth
 
-Array = Any
 Run = Callable[[Callable[[Kernels], Any]], Any]
 OPS = NativeOps(np.float64)
 EXP = 4 * UNIT

@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
+from refmoe.arithmetic.arrays import Array
 from refmoe.arithmetic.ball import BallOps
 from refmoe.arithmetic.exact.ops import ExactOps
 from refmoe.arithmetic.native.ops import NativeOps
 from refmoe.routers.literature.losses import load_balancing_loss, router_z_loss
 
-Array = NDArray[Any]
 native: Any = NativeOps  # each kind of ops, as a duck: its own annotations name its own weights
 balls: Any = BallOps
 OPS: list[Any] = [NativeOps, ExactOps]

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
+from refmoe.arithmetic.arrays import Array
 from refmoe.arithmetic.ball import BallOps
 from refmoe.arithmetic.exact.ops import ExactOps
 from refmoe.arithmetic.native.ops import NativeOps
@@ -20,7 +20,6 @@ from refmoe.routers.literature.losses import load_balancing_loss, router_z_loss
 from tests.vectors.files import load
 from tests.vectors.numbers import contains, read
 
-Array = NDArray[Any]
 VECTORS = load("losses.json")["vectors"]
 BALANCING = [vector for vector in VECTORS if vector["kind"] == "load-balancing"]
 Z_LOSS = [vector for vector in VECTORS if vector["kind"] == "router-z"]

@@ -7,15 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
+from refmoe.arithmetic.arrays import Array
 from refmoe.text import sampling
 from refmoe.text.sampling import SamplingSettings
 from tests.vectors.files import load
 from tests.vectors.numbers import contains, read
 
 Vector = dict[str, Any]
-Array = NDArray[Any]
 VECTORS = load("sampler.json")["vectors"]
 DRAWN = [vector for vector in VECTORS if vector["temperature"] != "0"]
 

@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 
+from refmoe.arithmetic.arrays import Array
 from refmoe.arithmetic.exact.double_double import two_sum
 from refmoe.arithmetic.exact.prepared_weight import PreparedWeight, prepare
 from refmoe.arithmetic.exact.slices import (
     MOST_BITS,
     PLAIN,
     ROUNDING,
-    Array,
     bits,
     coverage,
     on_host,

@@ -10,12 +10,12 @@ Sources: Dekker 1971 (split, two_product, fast_two_sum); Knuth, TAOCP 2, 4.2.2 (
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
-Array: TypeAlias = Any
-"""A float64 array of NumPy or CuPy, or a Python float."""
+from refmoe.arithmetic.arrays import Array
+
 Pair: TypeAlias = tuple[Array, Array]
 """A double-double: the rounded value and what the rounding left."""
 

@@ -25,9 +25,10 @@ from typing import Any
 
 import numpy as np
 
+from refmoe.arithmetic.arrays import Array
 from refmoe.arithmetic.exact import double_double
 from refmoe.arithmetic.exact import elementary_tables as tables
-from refmoe.arithmetic.exact.double_double import Array, fast_two_sum, power_of_two, split, two_product, two_sum
+from refmoe.arithmetic.exact.double_double import fast_two_sum, power_of_two, split, two_product, two_sum
 
 _EXP_LARGEST = float.fromhex("0x1.62e42fefa39efp+9")  # the largest x whose e^x does not round to infinity
 _EXP_SMALLEST = -800.0  # well below where e^x rounds to zero

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.arithmetic.exact.slices import NEGLIGIBLE, Array, bits, on_host, sigma_above, split, tame, times, width_of
-from refmoe.arithmetic.native.ops import upcast
+from refmoe.arithmetic.arrays import Array
+from refmoe.arithmetic.exact.slices import NEGLIGIBLE, bits, on_host, sigma_above, split, tame, times, width_of
+from refmoe.arithmetic.formats import upcast
 
 BLOCK = 1 << 17
 """Elements of a weight prepared at a time: few enough that the temporaries stay in cache."""

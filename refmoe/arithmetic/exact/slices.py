@@ -13,12 +13,11 @@ multiplication".
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
-Array: TypeAlias = Any
-"""An array of NumPy or CuPy."""
+from refmoe.arithmetic.arrays import Array
 
 MOST_BITS = 50
 """Widest slice: x + sigma must stay in the binade of sigma."""

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from refmoe.arithmetic.arrays import ArrayOps, StoredWeight, Tap
+from refmoe.arithmetic.formats import upcast
 from refmoe.arithmetic.native.lanes import lanes
 from refmoe.arithmetic.native.slabs import Slabs
 from refmoe.arithmetic.streaming import linear_by_blocks
@@ -21,18 +21,6 @@ SIDE_BY_SIDE = 16
 """Rows from which a product, experts, or tokens of a head are worth lanes: below, waking one takes as long."""
 ALONE = 1 << 21
 """Multiplications up to which a product is not divided among lanes."""
-
-
-def upcast(stored: Any, dtype: np.dtype[Any]) -> Any:
-    """Stored values at the computing dtype: exact, as each stored dtype is a subset of float32."""
-    if stored.dtype == dtype:
-        return stored
-    if stored.dtype == ml_dtypes.bfloat16:
-        # a bfloat16 is the upper half of a float32: a shift is several times faster than a cast
-        wide = stored.view(np.uint16).astype(np.uint32)
-        wide <<= np.uint32(16)
-        stored = wide.view(np.float32)
-    return stored.astype(dtype, copy=False)
 
 
 ALL = slice(None)

@@ -13,7 +13,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[Any]
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Booleans = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -79,13 +81,13 @@ MEASURED_EXP = ExpBudget(
 """Covers these three with room; see the source. An engine with another exp declares its own budget."""
 
 
-def rounded(values: Any, form: Format) -> Array:
+def rounded(values: Any, form: Format) -> Floats:
     """The nearest numbers of a format, as float64."""
     with np.errstate(all="ignore"):
         return np.asarray(values, dtype=np.float64).astype(form.dtype).astype(np.float64)
 
 
-def neighbour(values: Any, steps: Any, form: Format) -> Array:
+def neighbour(values: Any, steps: Any, form: Format) -> Floats:
     """The numbers of a format that are so many places above (below, for negative steps), as float64; finite ones."""
     integer = np.dtype(f"i{form.dtype.itemsize}")
     sign = np.int64(np.iinfo(integer).min)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from refmoe.arithmetic.exact import elementary
-from refmoe.routers.contract.arithmetic import REFERENCE_UNIT, Array
+from refmoe.routers.contract.arithmetic import REFERENCE_UNIT, Booleans, Floats
 from refmoe.routers.contract.declaration import Declaration
 from refmoe.routers.contract.subject import Routing
 
@@ -32,12 +32,12 @@ from refmoe.routers.contract.subject import Routing
 class Enclosure:
     """low <= what is legal <= high; `middle` is the value without any rounding but the reference's own."""
 
-    low: Array
-    middle: Array
-    high: Array
+    low: Floats
+    middle: Floats
+    high: Floats
 
     @property
-    def width(self) -> Array:
+    def width(self) -> Floats:
         return self.high - self.low
 
 
@@ -50,13 +50,13 @@ def roundings(d: Declaration) -> float:
     return float(np.expm1((d.experts + d.top_k + 4) * np.log1p(unit(d))))
 
 
-def exp_error(d: Declaration, size: Array, radius: Array) -> Array:
+def exp_error(d: Declaration, size: Floats, radius: Floats) -> Floats:
     """BOUND-1. size: |s| for softmax, |logit| otherwise."""
     linear = d.exp_budget.linear + (0.0 if d.scoring == "sigmoid" else 1.0)
     return radius + unit(d) * d.exp_budget.constant + unit(d) * linear * size  # the largest size must not overflow
 
 
-def exponentials(d: Declaration, logits: Array, radius: Array) -> Enclosure:
+def exponentials(d: Declaration, logits: Floats, radius: Floats) -> Enclosure:
     """exp(logit - largest) of each row, by BOUND-1. A logit of -Inf gives exactly zero."""
     with np.errstate(all="ignore"):
         s = logits - logits.max(axis=-1, keepdims=True)
@@ -84,7 +84,7 @@ def widened(e: Enclosure, relative: float, absolute: float) -> Enclosure:
     return Enclosure(np.maximum(e.low / (1 + relative) - absolute, 0.0), e.middle, e.high * (1 + relative) + absolute)
 
 
-def sigmoids(d: Declaration, logits: Array, radius: Array) -> Enclosure:
+def sigmoids(d: Declaration, logits: Floats, radius: Floats) -> Enclosure:
     """1 / (1 + exp(-logit)), with the addition's and the division's roundings."""
     error = exp_error(d, np.abs(logits), radius)
     error = np.where(np.isinf(logits), 0.0, error)
@@ -112,7 +112,7 @@ def weight_enclosure(d: Declaration, routing: Routing) -> Enclosure | None:
     return widened(scaled, d.stored.unit, d.stored.underflow)
 
 
-def weight_slack(d: Declaration, routing: Routing) -> Array:
+def weight_slack(d: Declaration, routing: Routing) -> Floats:
     """How far the weight may be from the true one, [T, k]: what two legal calls may differ by is the sum of theirs."""
     known = weight_enclosure(d, routing)
     if known is not None:
@@ -123,7 +123,7 @@ def weight_slack(d: Declaration, routing: Routing) -> Array:
     return np.asarray(slack)
 
 
-def keys(d: Declaration, logits: Array, radius: Array) -> Enclosure:
+def keys(d: Declaration, logits: Floats, radius: Floats) -> Enclosure:
     """What the selection compares, [T, E]: the logits, or scores that order the experts alike."""
     if d.selection == "logits" or d.scoring == "other":
         slack = radius
@@ -147,7 +147,7 @@ def keys(d: Declaration, logits: Array, radius: Array) -> Enclosure:
     return Enclosure(biased[0] - slack, biased[1], biased[2] + slack)
 
 
-def forced(d: Declaration, compared: Enclosure) -> Array:
+def forced(d: Declaration, compared: Enclosure) -> Booleans:
     """Which tokens have one legal set of experts only: booleans [T]."""
     if d.top_k == d.experts:
         return np.ones(len(compared.low), dtype=bool)

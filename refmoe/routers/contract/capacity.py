@@ -7,7 +7,7 @@ from collections import defaultdict
 import numpy as np
 from hypothesis import strategies as st
 
-from refmoe.routers.contract.arithmetic import Array
+from refmoe.routers.contract.arithmetic import Floats
 from refmoe.routers.contract.bounds import weight_enclosure
 from refmoe.routers.contract.broken import LawBroken
 from refmoe.routers.contract.declaration import Declaration
@@ -23,7 +23,7 @@ def crowds(d: Declaration) -> Strategy:
     return st.fixed_dictionaries({"logits": batches_of(d, (ranks,), counts, 12)})
 
 
-def kept_pairs(subject: Subject, logits: Array) -> tuple[Routing, set[tuple[int, int]]]:
+def kept_pairs(subject: Subject, logits: Floats) -> tuple[Routing, set[tuple[int, int]]]:
     """One call with all tokens, and the (token, expert) that it keeps."""
     routing = subject.route(logits, together=True)
     inside = (routing.ids >= 0) & (routing.ids < subject.declaration.experts) & (routing.weights > 0)
@@ -40,7 +40,7 @@ def kept_pairs(subject: Subject, logits: Array) -> tuple[Routing, set[tuple[int,
     crowds,
     CAPACITY,
 )
-def capacity_limit(subject: Subject, logits: Array) -> None:
+def capacity_limit(subject: Subject, logits: Floats) -> None:
     capacity = subject.declaration.capacity_of(len(logits))
     counts: dict[int, int] = defaultdict(int)
     for _, expert in kept_pairs(subject, logits)[1]:
@@ -60,7 +60,7 @@ def capacity_limit(subject: Subject, logits: Array) -> None:
     KNOWN_SCORING,
     NO_BIAS,
 )
-def capacity_prefix(subject: Subject, logits: Array) -> None:
+def capacity_prefix(subject: Subject, logits: Floats) -> None:
     d = subject.declaration
     routing, kept = kept_pairs(subject, logits)
     wanted = np.argsort(-logits, axis=1, kind="stable")[:, : d.top_k]
@@ -87,7 +87,7 @@ def capacity_prefix(subject: Subject, logits: Array) -> None:
                     raise LawBroken(f"{words} by {d.priority}", early[0])
 
 
-def comes_first(d: Declaration, a: tuple[int, int], b: tuple[int, int], low: Array, high: Array) -> bool:
+def comes_first(d: Declaration, a: tuple[int, int], b: tuple[int, int], low: Floats, high: Floats) -> bool:
     """Whether the choice a = (token, slot) has priority over b, for certain."""
     if d.priority == "weight":
         return bool(low[a] > high[b])

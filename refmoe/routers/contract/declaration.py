@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_type_hints
 import numpy as np
 
 from refmoe.errors import InputError
-from refmoe.routers.contract.arithmetic import FORMATS, MEASURED_EXP, Array, ExpBudget, Format
+from refmoe.routers.contract.arithmetic import FORMATS, MEASURED_EXP, ExpBudget, Floats, Format
 
 Scoring = Literal["softmax", "sigmoid", "other"]
 Selection = Literal["logits", "scores"]
@@ -110,7 +110,7 @@ class Declaration:
         return FORMATS[self.weights_dtype or self.arithmetic or self.dtype]
 
     @property
-    def gate_matrix(self) -> Array:
+    def gate_matrix(self) -> Floats:
         return np.array(self.gate, dtype=np.float64)
 
     @property

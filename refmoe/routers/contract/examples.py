@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from refmoe.routers.contract.arithmetic import Array, Format, neighbour, rounded
+from refmoe.routers.contract.arithmetic import Floats, Format, Ints, neighbour, rounded
 from refmoe.routers.contract.declaration import Declaration
 
 Example = dict[str, Any]
@@ -22,55 +22,55 @@ BLOCK_COUNTS = (31, 32, 33, 127, 128, 129, 255, 256, 257, 1023, 1024, 1025)
 """Token counts around the sizes in which kernels work."""
 
 
-def zigzag(drawn: Array) -> Array:
+def zigzag(drawn: Ints) -> Floats:
     """0, 1, 2, 3, 4 ... to 0, 1, -1, 2, -2 ...: bytes shrink to small numbers of either sign."""
     return np.where(drawn % 2 == 1, drawn // 2 + 1, -(drawn // 2)).astype(np.float64)
 
 
-def plain(drawn: Array, form: Format) -> Array:
+def plain(drawn: Ints, form: Format) -> Floats:
     """Multiples of 1/16 within +-8."""
     return zigzag(drawn) / 16
 
 
-def coarse(drawn: Array, form: Format) -> Array:
+def coarse(drawn: Ints, form: Format) -> Floats:
     """Integers within +-8: gaps that every format decides."""
     return zigzag(drawn % 17)
 
 
-def ties(drawn: Array, form: Format) -> Array:
+def ties(drawn: Ints, form: Format) -> Floats:
     """Three values only, so equal logits at every rank; 2 apart, which no format confuses."""
     return 2 * zigzag(drawn % 3)
 
 
-def near_ties(drawn: Array, form: Format) -> Array:
+def near_ties(drawn: Ints, form: Format) -> Floats:
     """A common value and a few places above it."""
     return neighbour(1.0 + zigzag(drawn[:, :1] % 7) / 4, drawn % 5, form)
 
 
-def one_ulp(drawn: Array, form: Format) -> Array:
+def one_ulp(drawn: Ints, form: Format) -> Floats:
     """Neighbours in the format, at magnitudes between 2^-8 and 2^8."""
     return neighbour(np.exp2(zigzag(drawn[:, :1] % 17)), drawn % 2, form)
 
 
-def half_precision_neighbours(drawn: Array, form: Format) -> Array:
+def half_precision_neighbours(drawn: Ints, form: Format) -> Floats:
     """1 and a little more: apart in float32, equal in bfloat16 and for the smallest steps in float16."""
     steps = np.array([0, 2.0**-4, 2.0**-9, 2.0**-12, 2.0**-16, 2.0**-20])
     return rounded(1.0 + steps[drawn % len(steps)], form)
 
 
-def extreme(drawn: Array, form: Format) -> Array:
+def extreme(drawn: Ints, form: Format) -> Floats:
     """The largest numbers of the format, and what lies where exp overflows and underflows."""
     top, sizes = form.largest, (1.0, 11.5, 89.0, 104.0, 710.0, 746.0, 1e4)
     table = [0.0, 1.0, -1.0, *sizes, *(-size for size in sizes), top, -top, top / 2, -top / 2]
     return rounded(np.array(table)[drawn % len(table)], form)
 
 
-def subnormal(drawn: Array, form: Format) -> Array:
+def subnormal(drawn: Ints, form: Format) -> Floats:
     """Zero, the smallest normal numbers and subnormal ones: nearly equal, and yet not."""
     return np.where(drawn % 16 == 15, form.smallest_normal, zigzag(drawn % 9) * form.smallest_subnormal)
 
 
-def skewed(drawn: Array, form: Format) -> Array:
+def skewed(drawn: Ints, form: Format) -> Floats:
     """Most tokens want the experts that the first byte names; the last ones stay empty."""
     values, hot = zigzag(drawn % 17), int(drawn.flat[0]) % drawn.shape[1]
     values[:, hot] += 24.0
@@ -78,7 +78,7 @@ def skewed(drawn: Array, form: Format) -> Array:
     return values
 
 
-def ranks(drawn: Array, form: Format) -> Array:
+def ranks(drawn: Ints, form: Format) -> Floats:
     """Distinct integers, so that every decision is forced, with one expert that most tokens want."""
     order = np.argsort(np.argsort(drawn, axis=1, kind="stable"), axis=1, kind="stable").astype(np.float64)
     order -= drawn.shape[1] // 2
@@ -87,7 +87,7 @@ def ranks(drawn: Array, form: Format) -> Array:
     return np.clip(order, -240.0, 240.0)
 
 
-Kind = Callable[[Array, Format], Array]
+Kind = Callable[[Ints, Format], Floats]
 MODERATE: tuple[Kind, ...] = (plain, coarse, ties, skewed)
 CLOSE: tuple[Kind, ...] = (near_ties, one_ulp, half_precision_neighbours, subnormal)
 EVERYTHING: tuple[Kind, ...] = (*MODERATE, *CLOSE, extreme)
@@ -107,7 +107,7 @@ def batches(d: Declaration, kinds: tuple[Kind, ...], most: int = 4, least: int =
 def batches_of(d: Declaration, kinds: tuple[Kind, ...], counts: Strategy, most: int) -> Strategy:
     """Logits [T, E] for T of `counts`. Above `most` tokens the bytes are used again, mixed with their place."""
 
-    def build(drawn: tuple[int, bytes, Kind]) -> Array:
+    def build(drawn: tuple[int, bytes, Kind]) -> Floats:
         tokens, block, kind = drawn
         numbers = np.frombuffer(block, np.uint8).astype(np.int64).reshape(most, d.experts)
         if tokens > most:
@@ -120,7 +120,7 @@ def batches_of(d: Declaration, kinds: tuple[Kind, ...], counts: Strategy, most: 
     return st.tuples(counts, st.binary(min_size=size, max_size=size), st.sampled_from(inputs(d, kinds))).map(build)
 
 
-def frozen(values: Array) -> Array:
+def frozen(values: Floats) -> Floats:
     """Examples are shared between routers: nobody may write to one. (And no -0: a sum of products cannot make one.)"""
     values = values + 0.0
     values.flags.writeable = False

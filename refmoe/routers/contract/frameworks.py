@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from refmoe.errors import InputError, require
-from refmoe.routers.contract.arithmetic import Array, Format
+from refmoe.routers.contract.arithmetic import Floats, Format, Ints
 
 
-def to_framework(values: Array, form: Format, framework: str) -> Any:
+def to_framework(values: Floats | Ints, form: Format, framework: str) -> Any:
     """An array of the framework with these values, which are numbers of the format, or integers; always a copy."""
     array = np.array(values) if values.dtype.kind in "iu" else values.astype(form.dtype)
     if framework == "numpy":
@@ -43,7 +44,7 @@ def installed(module: str) -> Any:
         raise InputError(f"a router of {module.split('.')[0]} needs that package, which is not installed") from error
 
 
-def to_numpy(array: Any) -> Array:
+def to_numpy(array: Any) -> NDArray[Any]:
     """The values as int64, float64 or booleans. Raises TypeError for what is no array of numbers."""
     if type(array).__module__.startswith("torch"):
         array = array.detach().cpu()

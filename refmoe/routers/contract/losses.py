@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from refmoe.arithmetic.exact import elementary
-from refmoe.routers.contract.arithmetic import Array, Format
+from refmoe.routers.contract.arithmetic import Floats, Format, Ints
 from refmoe.routers.contract.bounds import exp_error, unit
 from refmoe.routers.contract.broken import LawBroken, RouterRaised
 from refmoe.routers.contract.declaration import Declaration
@@ -22,7 +22,7 @@ BALANCE = Need("a load-balancing loss", lambda s: s.balance_loss is not None)
 Z_LOSS = Need("a router z-loss", lambda s: s.z_loss is not None)
 
 
-def loss_of(subject: Subject, loss: Callable[[Any], Any] | None, logits: Array) -> float:
+def loss_of(subject: Subject, loss: Callable[[Any], Any] | None, logits: Floats) -> float:
     assert loss is not None
     try:
         found = to_numpy(loss(subject.array(logits)))
@@ -33,7 +33,7 @@ def loss_of(subject: Subject, loss: Callable[[Any], Any] | None, logits: Array) 
     return float(found.reshape(-1)[0])
 
 
-def probabilities(logits: Array) -> Array:
+def probabilities(logits: Floats) -> Floats:
     parts = elementary.exp(logits - logits.max(axis=1, keepdims=True))
     return np.asarray(parts / parts.sum(axis=1, keepdims=True))
 
@@ -43,7 +43,7 @@ def balanced(subject: Subject) -> float:
     return float(subject.declaration.top_k) if subject.balanced is None else subject.balanced
 
 
-def balance_bound(d: Declaration, logits: Array) -> float:
+def balance_bound(d: Declaration, logits: Floats) -> float:
     """Relative: every term is positive, so the worst exp and T + 2 E + 16 roundings bound it in any order of sums."""
     size = np.abs(logits - logits.max(axis=1, keepdims=True)).max()
     error = 2 * float(exp_error(d, size, np.zeros(())))
@@ -53,7 +53,7 @@ def balance_bound(d: Declaration, logits: Array) -> float:
 def even_tables(d: Declaration) -> Strategy:
     """Equal logits, which are ties; or every expert first choice of equally many tokens, in turn."""
 
-    def turns(height: int) -> Array:
+    def turns(height: int) -> Floats:
         return np.array([np.roll(height * (d.experts - 1.0 - np.arange(d.experts)), t) for t in range(d.experts)])
 
     level = st.builds(lambda tokens, c: np.full((tokens, d.experts), float(c)), st.integers(1, 8), st.integers(0, 3))
@@ -68,16 +68,16 @@ def even_tables(d: Declaration) -> Strategy:
     even_tables,
     BALANCE,
 )
-def balance_loss_even(subject: Subject, logits: Array) -> None:
+def balance_loss_even(subject: Subject, logits: Floats) -> None:
     found, expected = loss_of(subject, subject.balance_loss, logits), balanced(subject)
     if not abs(found - expected) <= expected * balance_bound(subject.declaration, logits):
         raise LawBroken(f"found {found!r}, expected {expected!r}")
 
 
-def distinct(drawn: Array, form: Format) -> Array:
+def distinct(drawn: Ints, form: Format) -> Floats:
     """Rows without equal numbers, 2 apart, so that the choices are known."""
     order = np.argsort(np.argsort(drawn, axis=1, kind="stable"), axis=1, kind="stable")
-    return (2.0 * order) % 240
+    return np.asarray((2.0 * order) % 240, np.float64)
 
 
 def loss_tables(d: Declaration) -> Strategy:
@@ -91,7 +91,7 @@ def loss_tables(d: Declaration) -> Strategy:
     loss_tables,
     BALANCE,
 )
-def balance_loss_values(subject: Subject, logits: Array) -> None:
+def balance_loss_values(subject: Subject, logits: Floats) -> None:
     d = subject.declaration
     chosen = np.argsort(-logits, axis=1, kind="stable")[:, : d.top_k]
     frequency = np.bincount(chosen.reshape(-1), minlength=d.experts) / len(logits)
@@ -115,7 +115,7 @@ def z_tables(d: Declaration) -> Strategy:
     z_tables,
     Z_LOSS,
 )
-def z_loss_values(subject: Subject, logits: Array, shift: float) -> None:
+def z_loss_values(subject: Subject, logits: Floats, shift: float) -> None:
     d = subject.declaration
     given = np.round(logits) + shift
     largest = given.max(axis=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from refmoe.routers.contract.arithmetic import Array
+from refmoe.routers.contract.arithmetic import Floats, Ints
 from refmoe.routers.contract.broken import LawBroken, RouterRaised
 from refmoe.routers.contract.declaration import Declaration
 from refmoe.routers.contract.examples import BLOCK_COUNTS, Example, Strategy, zigzag
@@ -49,7 +49,7 @@ def dyadic(k: int) -> list[float]:
     loads,
     Need("dispatch and combine", lambda s: s.dispatch is not None and s.combine is not None),
 )
-def dispatch_combine(subject: Subject, x: Array, order: Array) -> None:
+def dispatch_combine(subject: Subject, x: Floats, order: Ints) -> None:
     k = subject.declaration.top_k
     ids, weights = np.ascontiguousarray(order[:, :k]), np.tile(dyadic(k), (len(x), 1))
     assert subject.dispatch is not None

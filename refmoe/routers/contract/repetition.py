@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from refmoe.routers.contract.arithmetic import Array
+from refmoe.routers.contract.arithmetic import Floats
 from refmoe.routers.contract.broken import LawBroken
 from refmoe.routers.contract.declaration import Declaration
 from refmoe.routers.contract.examples import EVERYTHING, Strategy, any_batch, batches
@@ -24,7 +24,7 @@ def two_batches(d: Declaration) -> Strategy:
     "A router is a function of its logits (ROUTE-1: no noise); determinism",
     two_batches,
 )
-def repetition(subject: Subject, logits: Array, between: Array) -> None:
+def repetition(subject: Subject, logits: Floats, between: Floats) -> None:
     before = subject.route(logits)
     subject.route(between)
     after = subject.route(logits)
@@ -43,7 +43,7 @@ def repetition(subject: Subject, logits: Array, between: Array) -> None:
     "The experts read the same array; transformers#33969 (jitter in place)",
     any_batch,
 )
-def input_untouched(subject: Subject, logits: Array) -> None:
+def input_untouched(subject: Subject, logits: Floats) -> None:
     values = subject.input(logits)[0]
     given = subject.array(values)
     was = to_numpy(given).copy()

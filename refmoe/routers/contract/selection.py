@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from refmoe.routers.contract.arithmetic import Array
+from refmoe.routers.contract.arithmetic import Floats
 from refmoe.routers.contract.bounds import Enclosure, keys
 from refmoe.routers.contract.broken import LawBroken
 from refmoe.routers.contract.declaration import Declaration
@@ -20,7 +20,7 @@ from refmoe.routers.contract.ties import describe, expected_ids, seeming_rule
     "ROUTE-2; Shazeer et al. 2017, eq. 5",
     any_batch,
 )
-def distinct_ids(subject: Subject, logits: Array) -> None:
+def distinct_ids(subject: Subject, logits: Floats) -> None:
     subject.route(logits)
 
 
@@ -57,7 +57,7 @@ def value(d: Declaration, routing: Routing, compared: Enclosure, token: int, exp
     wide_batch,
     SEVERAL,
 )
-def optimal_selection(subject: Subject, logits: Array) -> None:
+def optimal_selection(subject: Subject, logits: Floats) -> None:
     check_optimal(subject.declaration, subject.route(logits))
 
 
@@ -68,7 +68,7 @@ def optimal_selection(subject: Subject, logits: Array) -> None:
     close_batch,
     SEVERAL,
 )
-def near_ties(subject: Subject, logits: Array) -> None:
+def near_ties(subject: Subject, logits: Floats) -> None:
     check_optimal(subject.declaration, subject.route(logits))
 
 
@@ -80,7 +80,7 @@ def near_ties(subject: Subject, logits: Array) -> None:
     Need("k > 1", lambda s: s.declaration.top_k > 1),
     Need("ids declared in falling order", lambda s: s.declaration.descending),
 )
-def falling_order(subject: Subject, logits: Array) -> None:
+def falling_order(subject: Subject, logits: Floats) -> None:
     routing = subject.route(logits)
     compared = keys(subject.declaration, routing.logits, routing.radius)
     high = np.take_along_axis(compared.high, routing.ids, 1)
@@ -104,7 +104,7 @@ def seeming(subject: Subject, count: int) -> str:
     Need("exact logits: a gate with a column for each expert, or none", lambda s: exact(s.declaration)),
     note=seeming,
 )
-def tie_rule(subject: Subject, logits: Array) -> None:
+def tie_rule(subject: Subject, logits: Floats) -> None:
     d = subject.declaration
     routing = subject.route(logits)
     if d.ties == "unspecified":

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from hypothesis import strategies as st
 
-from refmoe.routers.contract.arithmetic import Array
+from refmoe.routers.contract.arithmetic import Booleans, Floats
 from refmoe.routers.contract.broken import LawBroken, RouterRaised
 from refmoe.routers.contract.declaration import Behaviour, Declaration
 from refmoe.routers.contract.examples import MODERATE, Strategy, batches, marks
@@ -19,7 +19,7 @@ from refmoe.routers.contract.weights import same_routing, weight_values
 
 
 def with_mask(d: Declaration) -> Strategy:
-    def unless_all(mask: Array) -> Array:
+    def unless_all(mask: Booleans) -> Booleans:
         return mask & ~mask.all()
 
     masks = marks(d.experts, 3).map(unless_all)
@@ -35,7 +35,7 @@ def with_mask(d: Declaration) -> Strategy:
     LOGITS,
     NO_BIAS,
 )
-def masked_experts(subject: Subject, logits: Array, masked: Array) -> None:
+def masked_experts(subject: Subject, logits: Floats, masked: Booleans) -> None:
     d = subject.declaration
     given = np.where(masked, -np.inf, logits)
     routing = subject.route(given)
@@ -57,7 +57,7 @@ def with_special(d: Declaration) -> Strategy:
     return st.fixed_dictionaries({"logits": batches(d, MODERATE, 3), "spots": marks(d.experts, 4)})
 
 
-def as_declared(subject: Subject, logits: Array, row: Array, name: str, behaviour: Behaviour) -> None:
+def as_declared(subject: Subject, logits: Floats, row: Floats, name: str, behaviour: Behaviour) -> None:
     """The last token is replaced by `row`: the router raises, or that token alone has a weight that is NaN."""
     given, last = logits.copy(), len(logits) - 1
     given[last] = row
@@ -92,7 +92,7 @@ def declared(field: str) -> Need:
     declared("nan"),
     NO_CAPACITY,
 )
-def nan(subject: Subject, logits: Array, spots: Array) -> None:
+def nan(subject: Subject, logits: Floats, spots: Booleans) -> None:
     row = np.where(spots if spots.any() else np.arange(len(spots)) == 0, np.nan, logits[-1])
     as_declared(subject, logits, row, "NaN", subject.declaration.nan)
 
@@ -106,7 +106,7 @@ def nan(subject: Subject, logits: Array, spots: Array) -> None:
     LOGITS,
     NO_CAPACITY,
 )
-def infinity(subject: Subject, logits: Array, spots: Array) -> None:
+def infinity(subject: Subject, logits: Floats, spots: Booleans) -> None:
     row = np.where(spots if spots.any() else np.arange(len(spots)) == 0, np.inf, logits[-1])
     as_declared(subject, logits, row, "+Inf", subject.declaration.infinity)
 
@@ -120,6 +120,6 @@ def infinity(subject: Subject, logits: Array, spots: Array) -> None:
     LOGITS,
     NO_CAPACITY,
 )
-def all_masked(subject: Subject, logits: Array, spots: Array) -> None:
+def all_masked(subject: Subject, logits: Floats, spots: Booleans) -> None:
     row = np.full(len(spots), -np.inf)
     as_declared(subject, logits, row, "a token of nothing but -Inf", subject.declaration.all_masked)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from refmoe.arithmetic.exact import dot
-from refmoe.routers.contract.arithmetic import REFERENCE_UNIT, Array, rounded
+from refmoe.routers.contract.arithmetic import REFERENCE_UNIT, Floats, Ints, rounded
 from refmoe.routers.contract.broken import Malformed, RouterRaised
 from refmoe.routers.contract.declaration import Declaration
 from refmoe.routers.contract.frameworks import to_framework, to_numpy
@@ -22,10 +22,10 @@ Router = Callable[[Any], tuple[Any, Any]]
 class Routing:
     """One call: the router saw logits within `radius` of `logits` (0, if it was given them) and answered the rest."""
 
-    logits: Array
-    radius: Array
-    ids: Array
-    weights: Array
+    logits: Floats
+    radius: Floats
+    ids: Ints
+    weights: Floats
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Subject:
     z_loss: Callable[[Any], Any] | None = None
     balanced: float | None = None
 
-    def array(self, values: Array) -> Any:
+    def array(self, values: Floats | Ints) -> Any:
         """An array as the router is given one."""
         return to_framework(values, self.declaration.given, self.declaration.framework)
 
@@ -70,7 +70,7 @@ class Subject:
             raise Malformed(f"found {type(answer).__name__}, a pair (ids, weights) was expected")
         return answer[0], answer[1]
 
-    def route(self, logits: Array, together: bool = False) -> Routing:
+    def route(self, logits: Floats, together: bool = False) -> Routing:
         """Route a batch; with a capacity token by token, as tokens then compete, unless `together`."""
         if self.declaration.capacity is not None and not together and len(logits) > 1:
             each = [self.route(row[None]) for row in logits]
@@ -80,7 +80,7 @@ class Subject:
         ids, weights = self.call(self.array(values), len(logits))
         return Routing(seen, radius, *self.well_formed(ids, weights, len(logits), together))
 
-    def input(self, logits: Array) -> tuple[Array, Array, Array]:
+    def input(self, logits: Floats) -> tuple[Floats, Floats, Floats]:
         """What to give the router for these logits, what logits this makes, and how far its own may be from them."""
         if self.declaration.gate is None:
             return logits, logits, self.conversion(logits)
@@ -102,7 +102,7 @@ class Subject:
             radius += self.declaration.given.unit * (np.abs(seen) + radius)
             return hidden, seen, radius + self.conversion(np.abs(seen) + radius)
 
-    def conversion(self, logits: Array) -> Array:
+    def conversion(self, logits: Floats) -> Floats:
         """What a router rounds off its logits that computes in a coarser format than it is given, [T, E]."""
         d = self.declaration
         if d.working.precision >= d.given.precision:
@@ -110,7 +110,7 @@ class Subject:
         with np.errstate(all="ignore"):
             return np.where(np.isfinite(logits), d.working.unit * np.abs(logits) + d.working.underflow, 0.0)
 
-    def well_formed(self, ids: Any, weights: Any, tokens: int, drops: bool) -> tuple[Array, Array]:
+    def well_formed(self, ids: Any, weights: Any, tokens: int, drops: bool) -> tuple[Ints, Floats]:
         """Ids and weights as NumPy arrays. Raises Malformed where no law but that of the ids can speak."""
         shape = (tokens, self.declaration.top_k)
         try:
@@ -135,7 +135,7 @@ class Subject:
 
 
 @lru_cache(maxsize=64)
-def right_inverse(declaration: Declaration) -> tuple[Array, bool]:
+def right_inverse(declaration: Declaration) -> tuple[Floats, bool]:
     """What turns logits [T, E] into hidden states [T, D], and whether exactly.
 
     Exactly, where every expert has a column of the gate to itself that holds a power of two.

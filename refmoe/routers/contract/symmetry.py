@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from refmoe.routers.contract import examples as kinds
-from refmoe.routers.contract.arithmetic import Array, rounded
+from refmoe.routers.contract.arithmetic import Floats, Ints, rounded
 from refmoe.routers.contract.bounds import keys, weight_slack
 from refmoe.routers.contract.broken import LawBroken, RouterRaised
 from refmoe.routers.contract.declaration import Declaration
@@ -37,20 +37,20 @@ def with_expert_order(d: Declaration) -> Strategy:
     with_expert_order,
     NO_BIAS,
 )
-def expert_permutation(subject: Subject, logits: Array, order: Array) -> None:
+def expert_permutation(subject: Subject, logits: Floats, order: Ints) -> None:
     before, after = subject.route(logits), subject.route(logits[:, order])
     back = Routing(logits, before.radius, order[after.ids], after.weights)
     same_routing(subject.declaration, before, back, f"when the experts stand in the order {order.tolist()}")
 
 
 def with_token_order(d: Declaration) -> Strategy:
-    def cut(logits: Array, order: Array) -> Example:
+    def cut(logits: Floats, order: Ints) -> Example:
         return {"logits": logits, "order": order[order < len(logits)]}
 
     return st.builds(cut, batches(d, MODERATE, 6), permutations(6))
 
 
-def rows(routing: Routing, pick: Array) -> Routing:
+def rows(routing: Routing, pick: Ints) -> Routing:
     """Some tokens of a call."""
     return Routing(routing.logits[pick], routing.radius[pick], routing.ids[pick], routing.weights[pick])
 
@@ -62,7 +62,7 @@ def rows(routing: Routing, pick: Array) -> Routing:
     with_token_order,
     NO_CAPACITY,
 )
-def token_permutation(subject: Subject, logits: Array, order: Array) -> None:
+def token_permutation(subject: Subject, logits: Floats, order: Ints) -> None:
     before, after = subject.route(logits), subject.route(logits[order])
     same_routing(
         subject.declaration, rows(before, order), after, f"when the tokens stand in the order {order.tolist()}"
@@ -70,7 +70,7 @@ def token_permutation(subject: Subject, logits: Array, order: Array) -> None:
 
 
 def with_other_tokens(d: Declaration) -> Strategy:
-    def cut(logits: Array, others: Array, kept: int, poison: bool) -> Example:
+    def cut(logits: Floats, others: Floats, kept: int, poison: bool) -> Example:
         return {"logits": logits, "others": others[: len(logits)], "kept": kept % len(logits), "poison": poison}
 
     poison = st.booleans() if d.nan != "raise" else st.just(False)
@@ -84,7 +84,7 @@ def with_other_tokens(d: Declaration) -> Strategy:
     with_other_tokens,
     NO_CAPACITY,
 )
-def other_tokens(subject: Subject, logits: Array, others: Array, kept: int, poison: bool) -> None:
+def other_tokens(subject: Subject, logits: Floats, others: Floats, kept: int, poison: bool) -> None:
     before = subject.route(logits)
     changed = others.copy()
     if poison:
@@ -111,7 +111,7 @@ def with_count(d: Declaration) -> Strategy:
     with_count,
     NO_CAPACITY,
 )
-def batch_size(subject: Subject, logits: Array, tokens: int) -> None:
+def batch_size(subject: Subject, logits: Floats, tokens: int) -> None:
     pick = np.arange(tokens) % len(logits)
     before, after = subject.route(logits), subject.route(logits[pick])
     same_routing(subject.declaration, rows(before, pick), after, f"in a batch of {tokens}, these tokens over and over")
@@ -121,7 +121,7 @@ SHIFTS = (1.0, -1.0, 16.0, -16.0, 128.0, -128.0, 1024.0, -1024.0)
 
 
 def with_shift(d: Declaration) -> Strategy:
-    def exact(logits: Array, shift: float) -> Example:
+    def exact(logits: Floats, shift: float) -> Example:
         """The nearest shift to the one drawn that rounds nothing."""
         while (rounded(logits + shift, d.given) != logits + shift).any():
             shift /= 8
@@ -137,7 +137,7 @@ def with_shift(d: Declaration) -> Strategy:
     with_shift,
     Need("softmax, or a declared invariance to shifts", lambda s: s.declaration.any_shift),
 )
-def shift_invariance(subject: Subject, logits: Array, shift: float) -> None:
+def shift_invariance(subject: Subject, logits: Floats, shift: float) -> None:
     before, after = subject.route(logits), subject.route(logits + shift)
     same_routing(subject.declaration, before, after, f"when {shift:g} is added to every logit")
 
@@ -159,7 +159,7 @@ def with_raise(d: Declaration) -> Strategy:
     "ROUTE-2, ROUTE-4: scores increase with the logit",
     with_raise,
 )
-def monotone(subject: Subject, logits: Array, slot: int, by: float) -> None:
+def monotone(subject: Subject, logits: Floats, slot: int, by: float) -> None:
     d = subject.declaration
     slot %= d.top_k
     before = subject.route(logits)

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from refmoe.routers.contract.arithmetic import Array
+from refmoe.routers.contract.arithmetic import Floats, Ints
 from refmoe.routers.contract.broken import LawBroken
 from refmoe.routers.contract.declaration import Declaration
 from refmoe.routers.contract.drawing import examples_of
@@ -28,7 +28,7 @@ class SeemingRule:
     """Logits and ids of a token that went otherwise, or else against the majority."""
 
 
-def expected_ids(logits: Array, k: int, rule: str) -> Array:
+def expected_ids(logits: Floats, k: int, rule: str) -> Ints:
     """The k largest of each row, of equal ones the lower (higher) id first, [T, k]."""
     if rule == "lower":
         return np.asarray(np.argsort(-logits, axis=1, kind="stable")[:, :k])

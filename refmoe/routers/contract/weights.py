@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from refmoe.routers.contract.arithmetic import Array
+from refmoe.routers.contract.arithmetic import Floats
 from refmoe.routers.contract.bounds import exp_error, forced, keys, roundings, weight_enclosure, weight_slack
 from refmoe.routers.contract.broken import LawBroken
 from refmoe.routers.contract.declaration import Declaration
@@ -20,7 +20,7 @@ from refmoe.routers.contract.subject import Routing, Subject
     "ROUTE-4; Shazeer et al. 2017, eq. 3",
     any_batch,
 )
-def weights_are_shares(subject: Subject, logits: Array) -> None:
+def weights_are_shares(subject: Subject, logits: Floats) -> None:
     d = subject.declaration
     routing = subject.route(logits)
     known = weight_enclosure(d, routing) if d.scoring == "sigmoid" or d.epsilon else None
@@ -68,7 +68,7 @@ def sum_slack(d: Declaration, routing: Routing, token: int) -> float:
     any_batch,
     KNOWN_SCORING,
 )
-def weight_values(subject: Subject, logits: Array) -> None:
+def weight_values(subject: Subject, logits: Floats) -> None:
     routing = subject.route(logits)
     known = weight_enclosure(subject.declaration, routing)
     assert known is not None
@@ -97,7 +97,7 @@ def lowered(d: Declaration) -> Strategy:
     SEVERAL,
     NO_BIAS,
 )
-def unchosen_logits(subject: Subject, logits: Array, by: float) -> None:
+def unchosen_logits(subject: Subject, logits: Floats, by: float) -> None:
     d = subject.declaration
     before = subject.route(logits)
     chosen = np.zeros(logits.shape, dtype=bool)
@@ -125,7 +125,7 @@ def same_weights(d: Declaration, before: Routing, after: Routing, when: str) -> 
 def in_id_order(routing: Routing) -> Routing:
     """The same call with each token's slots in order of id."""
     order = np.argsort(routing.ids, axis=1, kind="stable")
-    ids, weights = (np.take_along_axis(array, order, 1) for array in (routing.ids, routing.weights))
+    ids, weights = np.take_along_axis(routing.ids, order, 1), np.take_along_axis(routing.weights, order, 1)
     return Routing(routing.logits, routing.radius, ids, weights)
 
 
@@ -154,5 +154,5 @@ def same_routing(d: Declaration, before: Routing, after: Routing, when: str) -> 
     NO_CAPACITY,
     Need("no scale: a dense mixture has none", lambda s: s.declaration.scale == 1.0),
 )
-def dense(subject: Subject, logits: Array) -> None:
+def dense(subject: Subject, logits: Floats) -> None:
     weight_values.check(subject.at_top_k(subject.declaration.experts), logits)
