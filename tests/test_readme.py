@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from refmoe.bugs.catalogue import MUTANTS
-from refmoe.engines.outcome import SKIPPED
-from refmoe.engines.results import read_results
+from refmoe.engines.results import SKIPPED, read_results
 from refmoe.suite import find_cases, find_full_size_cases
 from refmoe.suite.conditions import CONDITIONS
 from refmoe.suite.matrix.file import read_matrix

@@ -6,6 +6,8 @@ import json
 import shlex
 import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +15,15 @@ import click
 
 from refmoe.cli.options import GOLDEN, PATH, json_option, progress_bar
 from refmoe.cli.verify import is_significance
-from refmoe.engines.adapter import DTYPES
-from refmoe.engines.adapter_command import adapter_command
-from refmoe.engines.conform import Suite, conform
+from refmoe.engines.adapter import adapter_command, options_of
+from refmoe.engines.conform import Judge, Suite, conform
 from refmoe.engines.harness import Harness, HarnessUnusable
-from refmoe.engines.judgement import Judge
-from refmoe.engines.keeping import keep_folder
-from refmoe.engines.known import Held, hold, known_failures, read_known, write_known
-from refmoe.engines.outcome import SKIPPED, Outcome, Results
-from refmoe.engines.results import to_json, write_results
+from refmoe.engines.known import Failures, known_failures, read_known, sort_failures, write_known
+from refmoe.engines.protocol import DTYPES
+from refmoe.engines.results import SKIPPED, Outcome, Results, to_json, write_results
+from refmoe.engines.run_case import keep_folder
 from refmoe.engines.scaffold import SCAFFOLDS, usage, write_scaffold
-from refmoe.engines.serve import options_of
-from refmoe.engines.workflow import check_source, known_file, write_workflow
+from refmoe.engines.scaffold.workflow import check_source, known_file, write_workflow
 from refmoe.errors import InputError
 from refmoe.policy.load import policy as named_policy
 from refmoe.policy.policy import Policy
@@ -32,6 +31,62 @@ from refmoe.suite import Case, find_cases, read_case
 from refmoe.verify.verify import SIGNIFICANCE
 
 Names = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of ``refmoe conform``; their help says what each means."""
+
+    harness: Names
+    """The command of a harness and its arguments; empty with an adapter."""
+    adapter: str | None
+    options: Names
+    """The adapter's, each ``key=value``."""
+    python: Path | None
+    names: Names
+    """The cases to run; empty: all."""
+    dtypes: Names
+    policies: Names
+    """Each ``DTYPE=POLICY``."""
+    timeout: float
+    """Seconds for each request."""
+    significance: float
+    diagnosing: bool
+    golden: Path
+    known: Path | None
+    out: Path | None
+    keep: Path | None
+    write_ci: Path | None
+    source: str | None
+    """``OWNER/REPOSITORY[@REF]`` of refmoe, for the workflow."""
+    scaffold: tuple[str, Path] | None
+    """A language and the file to write."""
+    as_json: bool
+
+    def check(self) -> None:
+        """Raises InputError for options that contradict each other, and for files that cannot be written."""
+        if (self.adapter is None) != bool(self.harness):
+            raise InputError("exactly one of --adapter NAME and -- COMMAND was expected")
+        if self.adapter is None and (self.options or self.python is not None):
+            raise InputError("--option and --python are about an adapter, but no --adapter was given")
+        _check_ci(self.write_ci, self.source)
+        for path in (self.out, self.write_ci, None if self.write_ci is None else known_file(self.write_ci)):
+            if path is not None:
+                _refuse_output(path)
+        if self.keep is not None:
+            keep_folder(self.keep)
+
+    def suite(self) -> Suite:
+        """The suite that these options choose. Raises InputError."""
+        cases = golden_cases(self.golden)
+        return Suite(
+            cases=chosen_cases(cases, self.names),
+            smoke=cases,
+            dtypes=[*dict.fromkeys(self.dtypes)],
+            policies=policies_of(self.policies),
+            judge=Judge(self.significance, self.diagnosing),
+            keep=self.keep,
+        )
 
 
 @click.command("conform", short_help="Run an engine on the golden cases, and judge each.")
@@ -66,12 +121,7 @@ Names = tuple[str, ...]
 )  # fmt: skip
 @json_option
 @click.pass_context
-def conform_command(
-    context: click.Context, harness: Names, adapter: str | None, options: Names, python: Path | None, names: Names,
-    dtypes: Names, policies: Names, timeout: float, significance: float, diagnosing: bool, golden: Path,
-    known: Path | None, out: Path | None, keep: Path | None, write_ci: Path | None, source: str | None,
-    scaffold: tuple[str, Path] | None, as_json: bool,
-) -> None:  # fmt: skip
+def conform_command(context: click.Context, /, **options: Any) -> None:
     """Hold an engine against the golden cases at its dtypes, over the protocol of refmoe/engines/PROTOCOL.md.
 
     \b
@@ -83,64 +133,40 @@ def conform_command(
     Exit status 0: every case is conformant, skipped or known to fail. 1: one is not, or one that is known to fail
     conforms. 2: the engine cannot be run, or skips every case.
     """
-    if scaffold is not None:
-        write_scaffold(*scaffold)
-        click.echo(f"{scaffold[1]}: a harness that skips every case as yet; run it with\n    {usage(*scaffold)}")
+    chosen = Options(**options)
+    if chosen.scaffold is not None:
+        write_scaffold(*chosen.scaffold)
+        path = chosen.scaffold[1]
+        click.echo(f"{path}: a harness that skips every case as yet; run it with\n    {usage(*chosen.scaffold)}")
         return
-    if (adapter is None) != bool(harness):
-        raise InputError("exactly one of --adapter NAME and -- COMMAND was expected")
-    if adapter is None and (options or python is not None):
-        raise InputError("--option and --python are about an adapter, but no --adapter was given")
-    _check_ci(write_ci, source)
-    for path in (out, write_ci, None if write_ci is None else known_file(write_ci)):
-        if path is not None:
-            _refuse_output(path)
-    if keep is not None:
-        keep_folder(keep)
-    listed = read_known(known) if known is not None else []
-    cases = golden_cases(golden)
-    suite = Suite(
-        chosen_cases(cases, names),
-        cases,
-        [*dict.fromkeys(dtypes)],
-        policies_of(policies),
-        Judge(significance, diagnosing),
-        keep,
-    )
-    if adapter is None:
-        results, logs = _run(
-            list(harness), {}, f"harness '{harness[0]}'", timeout, {"command": shlex.join(harness)}, suite
-        )
-    else:
-        with adapter_command(adapter, options, python) as (command, variables):
-            results, logs = _run(command, variables, f"adapter '{adapter}'", timeout, options_of([*options]), suite)
-    held = hold(results, listed)
-    status = exit_status(results, held)
-    if out is not None:
-        write_results(out, results)
-    if write_ci is not None and source is not None:
-        write_known(known_file(write_ci), known_failures(results))
-        write_workflow(
-            write_ci, source, _arguments(adapter, options, names, dtypes, policies, timeout), harness, adapter
-        )
-    if as_json:
-        click.echo(json.dumps(_record(results, held, status)))
+    chosen.check()
+    listed = read_known(chosen.known) if chosen.known is not None else []
+    results, logs = _run(chosen, chosen.suite())
+    failures = sort_failures(results, listed)
+    status = exit_status(results, failures)
+    if chosen.out is not None:
+        write_results(chosen.out, results)
+    if chosen.write_ci is not None and chosen.source is not None:
+        write_known(known_file(chosen.write_ci), known_failures(results))
+        write_workflow(chosen.write_ci, chosen.source, _arguments(chosen), chosen.harness, chosen.adapter)
+    if chosen.as_json:
+        click.echo(json.dumps(_record(results, failures, status)))
     else:
         from refmoe.report.scoreboard_text import print_results
 
-        print_results(results, held, logs)
+        print_results(results, failures, logs)
     context.exit(status)
 
 
-def exit_status(results: Results, held: Held) -> int:
-    """0, 1 or 2, as the command's help says."""
-    if held.failing or held.passing:
+def exit_status(results: Results, failures: Failures) -> int:
+    """The exit status 0, 1 or 2, as the command's help defines it."""
+    if failures.failing or failures.passing:
         return 1
     return 2 if all(each.verdict == SKIPPED for each in results.outcomes) else 0
 
 
 def golden_cases(golden: Path) -> list[Case]:
-    """All cases of a folder. Raises InputError when there is none, or one is not readable."""
+    """All cases of a folder. Raises InputError when there is none, or one cannot be read."""
     try:
         folders = find_cases(golden)
     except InputError as error:
@@ -149,7 +175,7 @@ def golden_cases(golden: Path) -> list[Case]:
 
 
 def chosen_cases(cases: list[Case], names: Names) -> list[Case]:
-    """The cases of these names, in the order of all; all where there are none. Raises InputError."""
+    """The cases of these names, in the order of `cases`; without names, all. Raises InputError."""
     known = {case.name for case in cases}
     for name in names:
         if name not in known:
@@ -158,7 +184,7 @@ def chosen_cases(cases: list[Case], names: Names) -> list[Case]:
 
 
 def policies_of(arguments: Names) -> dict[str, Policy]:
-    """Per dtype the policy, from arguments ``DTYPE=POLICY``. Raises InputError."""
+    """The policy of each dtype, from arguments ``DTYPE=POLICY``. Raises InputError."""
     found = {}
     for argument in arguments:
         dtype, equals, name = argument.partition("=")
@@ -168,53 +194,68 @@ def policies_of(arguments: Names) -> dict[str, Policy]:
     return found
 
 
-def _run(
-    command: list[str], variables: Mapping[str, str], label: str, timeout: float, options: Mapping[str, str],
-    suite: Suite,
-) -> tuple[Results, dict[tuple[str, str], str]]:  # fmt: skip
-    """The results, and per case and dtype the end of standard error where the harness failed."""
-    logs: dict[tuple[str, str], str] = {}
-    try:
-        harness = Harness(command, timeout, variables, label)
-        dtypes = suite.dtypes or harness.description.dtypes
-        with progress_bar("conform", len(suite.cases) * len(dtypes)) as advance:
+Logs = dict[tuple[str, str], str]
+"""Per case and dtype the end of standard error where the harness failed."""
+
+
+def _run(chosen: Options, suite: Suite) -> tuple[Results, Logs]:
+    """Run the suite on the adapter or the harness. Raises InputError."""
+    logs: Logs = {}
+    with ExitStack() as stack:
+        variables: Mapping[str, str] = {}
+        if chosen.adapter is None:
+            command, label = [*chosen.harness], f"harness '{chosen.harness[0]}'"
+            identity: Mapping[str, str] = {"command": shlex.join(command)}
+        else:
+            served = adapter_command(chosen.adapter, chosen.options, chosen.python)
+            command, variables = stack.enter_context(served)
+            label, identity = f"adapter '{chosen.adapter}'", options_of(chosen.options)
+        try:
+            harness = Harness(command, chosen.timeout, variables, label)
+            dtypes = suite.dtypes or harness.description.dtypes
+            advance = stack.enter_context(progress_bar("conform", len(suite.cases) * len(dtypes)))
 
             def log(outcome: Outcome, said: str) -> None:
                 logs[outcome.case, outcome.dtype] = said
                 advance()
 
-            return conform(harness, options, suite, log), logs
-    except HarnessUnusable as unusable:
-        from refmoe.report.wording import visible
+            return conform(harness, identity, suite, log), logs
+        except HarnessUnusable as unusable:
+            from refmoe.report.wording import visible
 
-        for line in unusable.log.splitlines():
-            click.echo(f"  {visible(line)}", err=True)
-        raise
+            for line in unusable.log.splitlines():
+                click.echo(f"  {visible(line)}", err=True)
+            raise
 
 
-def _record(results: Results, held: Held, status: int) -> dict[str, Any]:
+def _record(results: Results, failures: Failures, status: int) -> dict[str, Any]:
+    """The run as a JSON object."""
+
     def places(outcomes: Iterable[Outcome]) -> list[dict[str, str]]:
         return [{"case": each.case, "dtype": each.dtype} for each in outcomes]
 
     return {
-        "status": status, "failing": places(held.failing), "known": places(each for each, _ in held.known),
-        "unexpected_passes": places(each for each, _ in held.passing), "results": json.loads(to_json(results)),
+        "status": status,
+        "failing": places(failures.failing),
+        "known": places(each for each, _ in failures.known),
+        "unexpected_passes": places(each for each, _ in failures.passing),
+        "results": json.loads(to_json(results)),
+    }
+
+
+def _arguments(chosen: Options) -> list[str]:
+    """The arguments of this run that a run on another machine needs too."""
+    repeated = {
+        "--option": chosen.options, "--case": chosen.names, "--dtype": chosen.dtypes, "--policy": chosen.policies,
     }  # fmt: skip
-
-
-def _arguments(
-    adapter: str | None, options: Names, names: Names, dtypes: Names, policies: Names, timeout: float
-) -> list[str]:
-    """The arguments of this run that another machine's run needs too."""
-    repeated = {"--option": options, "--case": names, "--dtype": dtypes, "--policy": policies}
-    words = ["--adapter", adapter] if adapter is not None else []
+    words = ["--adapter", chosen.adapter] if chosen.adapter is not None else []
     for option, values in repeated.items():
         words += [word for value in values for word in (option, value)]
-    return [*words, "--timeout", f"{timeout:g}"]
+    return [*words, "--timeout", f"{chosen.timeout:g}"]
 
 
 def _check_ci(write_ci: Path | None, source: str | None) -> None:
-    """Only the user knows where refmoe is, to a workflow that runs elsewhere. Raises InputError."""
+    """Raises InputError unless both options or none are given: only the user knows where a workflow finds refmoe."""
     if write_ci is None and source is not None:
         raise InputError("--refmoe-from is about --write-ci, which was not given")
     if write_ci is not None and source is None:
@@ -226,7 +267,7 @@ def _check_ci(write_ci: Path | None, source: str | None) -> None:
 
 
 def _refuse_output(path: Path) -> None:
-    """Before minutes of work rather than after them."""
+    """Raises InputError for a file that cannot be written, before minutes of work rather than after them."""
     try:
         if path.is_dir():
             raise InputError(f"{path}: is a folder, but the name of a file to write was expected")

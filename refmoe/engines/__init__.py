@@ -1,5 +1,13 @@
-"""Conformance of real engines: a line protocol, adapters, the suite over cases and dtypes, the scoreboard.
+"""Conformance of real engines: a line protocol, adapters, golden cases at every dtype, the scoreboard.
 
-`PROTOCOL.md` specifies the protocol. `adapter` and `serve` are the engine's side of it and need no more than NumPy,
-ml_dtypes and safetensors; everything else here is the runner's side.
+PROTOCOL.md specifies the protocol. Two sides speak it:
+
+    protocol            the vocabulary and the messages, for both sides
+    adapter, serve      the engine's side: needs no packages but NumPy, ml_dtypes and safetensors
+    process, harness    the runner's side: a child process, and the requests to it
+    run_case, conform   one case on a harness, and the whole run with its smoke test and verdicts
+    results, known      the file of results, and the list of failures that are expected
+    scoreboard          the results of several engines side by side
+    adapters, capture   adapters of five engines, and hooks that record a trace
+    scaffold            harnesses and a workflow to begin with
 """

@@ -1,43 +1,34 @@
-"""What an engine's adapter is, and the vocabulary of the protocol.
+"""Adapters: the interface of one, its name as a class, and the command that serves it.
 
-An adapter is a class named ``Adapter`` in a module of `refmoe.engines.adapters`, in a file, or in any other module that
-can be imported (`refmoe.engines.find_adapter`). `refmoe.engines.serve` speaks the protocol for it.
+An adapter is a class named ``Adapter``. It lives in a module of `refmoe.engines.adapters`, in a file, or in any other
+module that can be imported. `refmoe.engines.serve` speaks the protocol for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
-import numpy as np
+from numpy.typing import NDArray
 
-from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS
+from refmoe.engines.adapters import SHIPPED
+from refmoe.errors import InputError
 from refmoe.traces.trace import Run
 
-PROTOCOL = "1"
-"""The version of the protocol."""
-
-DTYPES = ("float64", "float32", "bfloat16", "float16")
-"""What an engine can be asked to compute in."""
-
-TAPS = ("embedding", *LAYER_TAPS, "final_norm", "logits")
-"""Every tap without its layer, in order of computation."""
-assert set(TAPS) == {*LAYER_TAPS, *MODEL_TAPS}
-
-ABILITIES = ("chunk", "decode", "sequences")
-"""chunk: several tokens on top of a cache. decode: one token on top of a cache. sequences: more than one sequence, each
-with a cache of its own."""
-
-LAYOUTS = ("hf", "mistral")
-"""How a checkpoint may be laid out on disk."""
-
-Arrays = dict[str, np.ndarray[Any, Any]]
+Arrays = dict[str, NDArray[Any]]
 """Keys ``<run>/<tap>``, arrays in the dtype in which the engine holds them."""
 
 
 class Skipped(Exception):
-    """Raised by an adapter for what its engine does not support, or not yet."""
+    """Raised by an adapter for a model or a run that its engine does not support."""
 
     def __init__(self, reason: str, issue: str | None = None) -> None:
         """reason: one sentence.   issue: the URL of an issue about it."""
@@ -49,30 +40,113 @@ class Skipped(Exception):
 class Adapter(Protocol):
     """An engine behind the protocol. Its constructor takes the options of the command line as keyword strings.
 
-    It may also have `layouts`, some of `LAYOUTS`, the preferred one first; without it, it reads ``"hf"``.
+    It may also have `layouts`, some of `protocol.LAYOUTS`, the preferred one first; without it, it reads ``"hf"``.
     """
 
     name: str
-    """Of the engine: ``"transformers"``."""
+    """The engine's name: ``"transformers"``."""
     version: str
-    """Of the engine as it is installed."""
+    """The version of the engine that is installed."""
     dtypes: tuple[str, ...]
-    """Some of `DTYPES`."""
+    """Some of `protocol.DTYPES`."""
     taps: tuple[str, ...]
-    """Some of `TAPS`, those that a run can give; ``"logits"`` is one of them."""
+    """The taps that a run can give: some of `protocol.TAPS`, ``"logits"`` among them."""
     abilities: tuple[str, ...]
-    """Some of `ABILITIES`."""
+    """Some of `protocol.ABILITIES`."""
     policies: Mapping[str, str]
-    """Per dtype the policy of refmoe that says how the engine rounds; else the generic one of the dtype's name."""
+    """Per dtype the policy that describes how the engine rounds. Without an entry, the policy of the dtype's name."""
 
     def load(self, checkpoint: Path, dtype: str) -> None:
         """Load a model, in place of the one before. Raises Skipped."""
 
     def run(self, runs: Sequence[Run], taps: Collection[str]) -> Arrays:
-        """All runs of a case, in order, from empty caches.
+        """Execute all runs of a case, in order, from empty caches.
 
-        A run with `past` less than its sequence has seen begins with the cache cut to that many tokens.
-        taps: names without layer; what is returned beyond them is not looked at.
-        returns: keys ``<run>/<tap>`` with the taps' full names and shapes as golden/FORMAT.md has them, such as
-        ``prefill/layers.0.moe_norm``.   Raises Skipped.
+        A run whose `past` is less than its sequence has seen begins with the cache cut to that many tokens.
+        taps: names without layer; arrays of other taps are ignored.
+        returns: keys ``<run>/<tap>``, such as ``prefill/layers.0.moe_norm``, with the taps' full names and the shapes
+        of golden/FORMAT.md.   Raises Skipped.
         """
+
+
+# ---- from a name to a class
+
+
+def adapter_class(name: str) -> Callable[..., Adapter]:
+    """The class of an adapter.
+
+    name: one of `SHIPPED`, any module with a dot in its name, or a file that ends in ``.py``.
+    Raises InputError when there is no such adapter.
+    """
+    if name.endswith(".py"):
+        module = _from_file(name)
+    elif "." in name:
+        module = _from_module(name)
+    elif name in SHIPPED:
+        module = import_module(f"refmoe.engines.adapters.{name}")
+    else:
+        raise InputError(
+            f"adapter '{name}': refmoe has none of this name, but one of {', '.join(SHIPPED)} was expected, or one of "
+            f"your own: a file, ./{name}.py, or a module whose name has a dot, package.{name}, and whose package is on "
+            "PYTHONPATH (PYTHONPATH=. for the current folder)"
+        )
+    if not hasattr(module, "Adapter"):
+        raise InputError(f"adapter '{name}': has no class Adapter, but refmoe/engines/adapter.py says what one is")
+    found: Callable[..., Adapter] = module.Adapter
+    return found
+
+
+def _from_module(name: str) -> ModuleType:
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise
+        raise InputError(
+            f"adapter '{name}': there is no module {name} on PYTHONPATH (PYTHONPATH=. for the current folder)"
+        ) from None
+
+
+def _from_file(name: str) -> ModuleType:
+    path = Path(name).absolute()
+    if not path.is_file():
+        raise InputError(f"adapter '{name}': no such file, but one with a class Adapter was expected")
+    spec = spec_from_file_location("refmoe_adapter", path)
+    assert spec is not None
+    assert spec.loader is not None
+    # like a script, the file may import modules that lie beside it
+    sys.path.insert(0, str(path.parent))
+    module = sys.modules[spec.name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---- the command that serves one
+
+
+def options_of(arguments: Sequence[str]) -> Mapping[str, str]:
+    """The options of an adapter from arguments ``key=value``. Raises InputError."""
+    options = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals or not key.isidentifier():
+            raise InputError(f"option '{argument}': key=value was expected")
+        options[key] = value
+    return options
+
+
+@contextmanager
+def adapter_command(
+    name: str, options: Sequence[str], python: Path | None
+) -> Iterator[tuple[list[str], Mapping[str, str]]]:
+    """The command that serves an adapter, and the variables by which its Python finds this refmoe.
+
+    python: the interpreter, or None for this one.   Raises InputError for an option that is not ``key=value``.
+    """
+    options_of(options)
+    with tempfile.TemporaryDirectory(prefix="refmoe-path-") as folder:
+        # a folder with refmoe alone: packages beside it may be built for another Python
+        Path(folder, "refmoe").symlink_to(Path(__file__).resolve().parents[1], target_is_directory=True)
+        interpreter = sys.executable if python is None else str(python)
+        path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
+        yield [interpreter, "-P", "-m", "refmoe.engines.serve", name, *options], {"PYTHONPATH": path}

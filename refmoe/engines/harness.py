@@ -1,4 +1,4 @@
-"""A harness as the runner sees it: what it says of itself, models it loads, runs it makes."""
+"""A harness as the runner sees it: its description, the models that it loads, the runs that it executes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,21 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from refmoe.engines.adapter import ABILITIES, DTYPES, LAYOUTS, PROTOCOL, TAPS
-from refmoe.engines.messages import LONGEST_NAME, Message, MessageError, expect_fields, names, text, wrong
 from refmoe.engines.process import BROKEN, CRASHED, HarnessError, Process
+from refmoe.engines.protocol import (
+    ABILITIES,
+    DTYPES,
+    LAYOUTS,
+    LONGEST_NAME,
+    PROTOCOL,
+    TAPS,
+    Message,
+    MessageError,
+    expect_fields,
+    names_field,
+    text_field,
+    wrong_field,
+)
 from refmoe.errors import InputError
 from refmoe.policy.load import policy as named_policy
 from refmoe.traces.trace import Run
@@ -17,21 +29,26 @@ START_FIELDS = ("protocol", "name", "version", "dtypes", "taps", "abilities", "p
 
 
 class Refused(Exception):
-    """The harness has skipped a request, for a reason."""
+    """The harness has skipped a request, and says why."""
 
     def __init__(self, reason: str, issue: str | None) -> None:
+        """reason: one sentence.   issue: a URL."""
         super().__init__(reason)
         self.reason = reason
         self.issue = issue
 
 
 class HarnessUnusable(InputError):
-    """A harness that does not start, or in which the smoke test finds a fault of its own."""
+    """A harness does not start, or fails the smoke test by a fault of its own."""
 
     def __init__(self, reason: str, log: str) -> None:
         """log: the end of its standard error."""
         super().__init__(reason)
         self.log = log
+
+
+class EngineError(HarnessError):
+    """The engine reports an error of its own; the process goes on."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +71,11 @@ class Harness:
     def __init__(
         self, command: Sequence[str], limit: float, environment: Mapping[str, str] | None = None, label: str = "harness"
     ) -> None:
-        """limit: seconds for each request.   environment: variables besides those of this process.
+        """Start it. Raises HarnessUnusable, or InputError when there is no such program.
 
-        label: what it is called in messages.   Raises HarnessUnusable, or InputError when there is no such program."""
+        limit: seconds for each request.   environment: variables besides those of this process.
+        label: its name in messages.
+        """
         self._command, self._limit, self._environment = command, limit, environment
         self.log = ""
         """The end of its standard error at the last failure."""
@@ -71,12 +90,12 @@ class Harness:
         self._ask({"command": "load", "checkpoint": str(checkpoint), "dtype": dtype})
 
     def run(self, runs: Sequence[Run], taps: Collection[str], out: Path) -> None:
-        """Run a script; the taps are in a file afterwards. Raises HarnessError or Refused."""
+        """Run a script; the harness writes the taps to `out`. Raises HarnessError or Refused."""
         listed = [{**asdict(run), "tokens": list(run.tokens), "positions": list(run.positions)} for run in runs]
         self._ask({"command": "run", "runs": listed, "taps": list(taps), "out": str(out)})
 
     def stop(self) -> str | None:
-        """End it.   returns: what was wrong with its end, in a sentence, or None"""
+        """Ask it to end.   returns: a sentence about an irregular end, or None"""
         if self._process is None:
             return None
         process, self._process = self._process, None
@@ -103,7 +122,7 @@ class Harness:
             raise
 
     def _ask(self, request: Message) -> None:
-        """A request after ``start``. What fails is killed, so that the next request finds a fresh process."""
+        """Send a request after ``start``. A process that fails is killed, so that the next request starts a new one."""
         command = request["command"]
         if self._process is None and self._started() != self.description:
             self.kill()
@@ -123,55 +142,64 @@ class Harness:
             raise
 
 
-class EngineError(HarnessError):
-    """The engine reports an error of its own; the process goes on."""
-
-
 def _refuse_error(answer: Message, command: str) -> None:
     if "error" in answer:
         expect_fields(answer, ("error",))
-        raise EngineError(CRASHED, f"its own error at {command}: {text(answer, 'error')}")
+        raise EngineError(CRASHED, f"its own error at {command}: {text_field(answer, 'error')}")
 
 
 def expect_done(answer: Message, command: str) -> None:
-    """Raises MessageError for a broken answer to ``load`` or ``run``, EngineError and Refused for one that says so."""
+    """Check an answer to ``load`` or ``run``.
+
+    Raises MessageError for one that breaks the protocol, EngineError for an error, Refused for a skip.
+    """
     _refuse_error(answer, command)
     if "skipped" in answer:
         expect_fields(answer, ("skipped",), ("issue",))
         issue = answer.get("issue")
-        if issue is not None and not text(answer, "issue").startswith(("https://", "http://")):
-            raise wrong("issue", issue, "a URL or null")
-        raise Refused(text(answer, "skipped"), issue)
+        if issue is not None and not text_field(answer, "issue").startswith(("https://", "http://")):
+            raise wrong_field("issue", issue, "a URL or null")
+        raise Refused(text_field(answer, "skipped"), issue)
     expect_fields(answer, ("ok",))
     if answer["ok"] is not True:
-        raise wrong("ok", answer["ok"], "true")
+        raise wrong_field("ok", answer["ok"], "true")
 
 
 def describe(answer: Message) -> Description:
-    """What a harness says of itself. Raises MessageError."""
+    """The description in an answer to ``start``. Raises MessageError."""
     expect_fields(answer, START_FIELDS)
     if answer["protocol"] != PROTOCOL:
-        raise wrong("protocol", answer["protocol"], f'"{PROTOCOL}"')
-    dtypes, taps, layouts = names(answer, "dtypes", DTYPES), names(answer, "taps", TAPS), answer["layouts"]
+        raise wrong_field("protocol", answer["protocol"], f'"{PROTOCOL}"')
+    dtypes, taps = names_field(answer, "dtypes", DTYPES), names_field(answer, "taps", TAPS)
     if not dtypes:
-        raise wrong("dtypes", answer["dtypes"], "at least one dtype")
+        raise wrong_field("dtypes", answer["dtypes"], "at least one dtype")
     if "logits" not in taps:
-        raise wrong("taps", answer["taps"], 'at least "logits"')
-    if not names(answer, "layouts", LAYOUTS):
-        raise wrong("layouts", layouts, f"at least one of {', '.join(LAYOUTS)}")
-    policies = answer["policies"]
+        raise wrong_field("taps", answer["taps"], 'at least "logits"')
+    layouts = names_field(answer, "layouts", LAYOUTS)
+    if not layouts:
+        raise wrong_field("layouts", answer["layouts"], f"at least one of {', '.join(LAYOUTS)}")
+    _check_policies(answer["policies"], dtypes)
+    return Description(
+        name=text_field(answer, "name", LONGEST_NAME),
+        version=text_field(answer, "version", LONGEST_NAME),
+        dtypes=dtypes,
+        taps=taps,
+        abilities=names_field(answer, "abilities", ABILITIES),
+        policies=answer["policies"],
+        layout=layouts[0],
+    )
+
+
+def _check_policies(policies: object, dtypes: Collection[str]) -> None:
+    """Raises MessageError unless each policy is one of refmoe's own, for a dtype of the harness."""
     if not isinstance(policies, dict) or not all(isinstance(each, str) for each in policies.values()):
-        raise wrong("policies", policies, "an object of the names of policies")
+        raise wrong_field("policies", policies, "an object of the names of policies")
     for dtype, name in policies.items():
         if dtype not in dtypes:
-            raise wrong("policies", policies, f"dtypes of its own, {', '.join(dtypes)},")
+            raise wrong_field("policies", policies, f"dtypes of its own, {', '.join(dtypes)},")
         if ".toml" in name:
-            raise wrong("policies", policies, "the names of refmoe's own policies")
+            raise wrong_field("policies", policies, "the names of refmoe's own policies")
         try:
             named_policy(name)
         except InputError as error:
             raise MessageError(f"the field 'policies': {error}") from None
-    return Description(
-        text(answer, "name", LONGEST_NAME), text(answer, "version", LONGEST_NAME), dtypes, taps,
-        names(answer, "abilities", ABILITIES), policies, layouts[0],
-    )  # fmt: skip

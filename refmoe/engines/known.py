@@ -1,4 +1,4 @@
-"""Known failures: a TOML file that says which cases an engine fails today, and why.
+"""KnownFailure failures: a TOML file that says which cases an engine fails today, and why.
 
     format_version = "1"
 
@@ -9,7 +9,7 @@
     reason = "no sliding window yet"
     issue = "https://example.org/issues/12"     # may be left out
 
-What is listed and fails is no failure of the run. What is listed and conforms is: the file is out of date then.
+A listed case that fails does not fail the run. A listed case that conforms does, because the file is out of date.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refmoe.engines.adapter import DTYPES
-from refmoe.engines.outcome import Outcome, Results
+from refmoe.engines.protocol import DTYPES
+from refmoe.engines.results import Outcome, Results
 from refmoe.errors import InputError
 from refmoe.files.atomic import replacing
 from refmoe.files.json_file import shown
@@ -34,11 +34,11 @@ FIELDS = ("engine", "case", "dtype", "reason")
 
 
 @dataclass(frozen=True)
-class Known:
-    """A failure that is expected."""
+class KnownFailure:
+    """An expected failure."""
 
     engine: str
-    """Name of the engine, in whatever version."""
+    """The name of the engine, without a version."""
     case: str
     dtype: str
     reason: str
@@ -46,19 +46,19 @@ class Known:
 
 
 @dataclass(frozen=True)
-class Held:
-    """Results held against what is known."""
+class Failures:
+    """The failures of an engine, sorted by a list of known ones."""
 
     failing: tuple[Outcome, ...]
-    """Failures that nobody has listed."""
-    known: tuple[tuple[Outcome, Known], ...]
-    """Failures that are listed."""
-    passing: tuple[tuple[Outcome, Known], ...]
-    """Listed, but conformant: unexpected passes."""
+    """Failures that are not listed."""
+    known: tuple[tuple[Outcome, KnownFailure], ...]
+    """Failures that are listed, each with its entry."""
+    passing: tuple[tuple[Outcome, KnownFailure], ...]
+    """Unexpected passes: listed, but conformant."""
 
 
-def hold(results: Results, listed: Iterable[Known]) -> Held:
-    """Tell failures that are known from those that are not. An entry about a case that did not run says nothing."""
+def sort_failures(results: Results, listed: Iterable[KnownFailure]) -> Failures:
+    """Separate known failures from new ones. Entries about cases that did not run are ignored."""
     entries = {(each.case, each.dtype): each for each in listed if each.engine == results.engine.name}
     failing, known, passing = [], [], []
     for outcome in results.outcomes:
@@ -69,21 +69,27 @@ def hold(results: Results, listed: Iterable[Known]) -> Held:
             known.append((outcome, entry))
         elif outcome.verdict == CONFORMANT and entry is not None:
             passing.append((outcome, entry))
-    return Held(tuple(failing), tuple(known), tuple(passing))
+    return Failures(tuple(failing), tuple(known), tuple(passing))
 
 
-def known_failures(results: Results) -> list[Known]:
-    """An entry for each failure of today."""
+def known_failures(results: Results) -> list[KnownFailure]:
+    """An entry for each failure in these results."""
     engine = results.engine.name
     return [
-        Known(engine, each.case, each.dtype, f"{each.verdict}: {each.reason}", each.issue)
+        KnownFailure(
+            engine=engine,
+            case=each.case,
+            dtype=each.dtype,
+            reason=f"{each.verdict}: {each.reason}",
+            issue=each.issue,
+        )
         for each in results.outcomes
         if each.failed
     ]
 
 
-def read_known(path: Path) -> list[Known]:
-    """Raises InputError that names the entry and the field which is not as expected."""
+def read_known(path: Path) -> list[KnownFailure]:
+    """Read the file. Raises InputError that names the entry and the field which breaks the format."""
     try:
         values = tomllib.loads(path.read_bytes().decode())
     except FileNotFoundError:
@@ -106,7 +112,7 @@ def read_known(path: Path) -> list[Known]:
     return entries
 
 
-def _entry(path: Path, at: str, entry: Any) -> Known:
+def _entry(path: Path, at: str, entry: Any) -> KnownFailure:
     if not isinstance(entry, dict):
         raise InputError(f"{path}: '{at}' is {shown(entry)}, but a table was expected")
     for name in entry.keys() - {*FIELDS, "issue"}:
@@ -119,18 +125,18 @@ def _entry(path: Path, at: str, entry: Any) -> Known:
         raise InputError(
             f"{path}: '{at}.dtype' is {shown(entry['dtype'])}, but one of {', '.join(DTYPES)} was expected"
         )
-    return Known(entry["engine"], entry["case"], entry["dtype"], entry["reason"], entry.get("issue"))
+    return KnownFailure(**entry)
 
 
-def write_known(path: Path, entries: Iterable[Known]) -> None:
-    """Raises InputError when the file cannot be written."""
+def write_known(path: Path, entries: Iterable[KnownFailure]) -> None:
+    """Write the file. Raises InputError when it cannot be written."""
     lines = [f'format_version = "{FORMAT_VERSION}"', ""]
     for each in entries:
         lines.append("[[known]]")
         for name in (*FIELDS, "issue"):
             value = getattr(each, name)
             if value is not None:
-                # TOML's strings are JSON's, but for characters that JSON writes as two
+                # a TOML string is a JSON string, except for characters that JSON escapes as two
                 lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}")
         lines.append("")
     with replacing(path) as temporary:

@@ -1,7 +1,7 @@
 """A harness as a process: started, asked one request at a time within a time limit, and killed with all it started.
 
-Nothing that the process does (hang, flood, die half way through a line, leave a child behind that holds its pipes) can
-make a call here wait longer than its limit.
+No call here waits longer than its limit, whatever the process does. It may hang, flood its pipes, die in the middle of
+a line, or leave a child behind that holds the pipes.
 """
 
 from __future__ import annotations
@@ -15,29 +15,30 @@ from contextlib import suppress
 from time import monotonic
 from typing import Any
 
-from refmoe.engines.messages import Message, MessageError, encode, parse
+from refmoe.engines.protocol import Message, MessageError, encode, parse
 from refmoe.errors import InputError
 from refmoe.files.safetensors_file import one_line
 
 CRASHED, TIMED_OUT, BROKEN = "crashed", "timed out", "broken answer"
-"""How a harness can fail."""
+"""The kinds of failure of a harness."""
 
 LONGEST_LINE = 1 << 20
-"""Bytes of an answer."""
+"""Bytes of an answer, at most."""
 KEPT = 4096
-"""Bytes of standard error that are kept, the last ones."""
+"""The last bytes of standard error are kept: this many."""
 GRACE = 5.0
-"""Seconds that a process may take to end when it has been asked to stop."""
+"""Seconds that a process may take to end after it was asked to stop."""
 PIECE = 1 << 16
+"""Bytes that are read from a pipe at once."""
 LOOK = 0.05
-"""Seconds between two looks at whether the process still lives: a child of its may keep the pipes open."""
+"""Seconds between two checks that the process still lives. Open pipes prove nothing: a child may hold them."""
 
 
 class HarnessError(Exception):
     """A harness has failed at a request."""
 
     def __init__(self, kind: str, reason: str) -> None:
-        """kind: CRASHED, TIMED_OUT or BROKEN.   reason: one sentence, the same each time for the same failure."""
+        """kind: CRASHED, TIMED_OUT or BROKEN.   reason: one sentence, which a repetition of the failure gives again."""
         super().__init__(reason)
         self.kind = kind
         self.reason = reason
@@ -47,7 +48,10 @@ class Process:
     """One process that speaks the protocol."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
-        """environment: variables besides those of this process.   Raises InputError when there is no such program."""
+        """Start it. Raises InputError when there is no such program.
+
+        environment: variables besides those of this process.
+        """
         try:
             self._process: subprocess.Popen[bytes] = subprocess.Popen(
                 command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -82,7 +86,7 @@ class Process:
 
     @property
     def errors(self) -> str:
-        """The last of what it wrote to standard error, at most 4 kB."""
+        """The end of its standard error, at most 4 kB."""
         self._read()
         return self._errors.decode(errors="replace")
 
@@ -91,7 +95,7 @@ class Process:
         return self._process.poll() is None
 
     def stop(self) -> str | None:
-        """Ask it to stop, and kill it if it does not.   returns: what was wrong with its end, in a sentence"""
+        """Ask it to stop, and kill it if it does not.   returns: a sentence about an irregular end, or None"""
         try:
             answer = self.ask({"command": "stop"}, GRACE)
             self._in.close()
@@ -107,11 +111,11 @@ class Process:
         return None if answer == {"ok": True} else 'its answer to stop is not {"ok": true}'
 
     def kill(self) -> None:
-        """End the process and its group, at once."""
+        """End the process and its process group at once."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        self._read()  # the last words
+        self._read()  # its last words
         for pipe in (self._in, self._out, self._err):
             with suppress(OSError):
                 pipe.close()
@@ -144,7 +148,7 @@ class Process:
                     raise self._ended(command)
 
     def _ended(self, command: str) -> HarnessError:
-        """What to say when no more can come."""
+        """The error for a process whose output has ended."""
         status = self._wait(1.0)
         self._read()
         if status is None:
@@ -153,23 +157,23 @@ class Process:
         return HarnessError(CRASHED, f"it {ending(status)} {where} to {command}")
 
     def _write(self, data: bytes) -> bytes:
-        """Write what fits.   returns: the rest"""
+        """Write as much as the pipe takes.   returns: the rest"""
         try:
             return data[os.write(self._in.fileno(), data) :]
         except BlockingIOError:
             return data
         except OSError:
-            return b""  # it reads no more; that it has ended, or answers all the same, is seen elsewhere
+            return b""  # it reads no more; `_exchange` sees whether it has ended or answers all the same
 
     def _read(self) -> None:
-        """Take what is there without waiting, a few pieces of it where it does not end."""
+        """Read both pipes without waiting; of a pipe that never runs dry, only a few pieces."""
         for pipe in (self._out, self._err):
             for _ in range(2 * LONGEST_LINE // PIECE):
                 if pipe.closed or not self._take(pipe):
                     break
 
     def _take(self, pipe: Any) -> bytes | None:
-        """A piece of one pipe, which is kept: None where nothing is there now, empty where nothing can come."""
+        """Read and keep a piece of one pipe.   returns: None where nothing is there yet, empty at its end"""
         try:
             data = os.read(pipe.fileno(), PIECE)
         except BlockingIOError:
@@ -190,7 +194,7 @@ class Process:
 
 
 def ending(status: int) -> str:
-    """How a process ended, in words."""
+    """The end of a process in words.   status: as of `subprocess.Popen.returncode`"""
     if status >= 0:
         return f"ended with status {status}"
     try:

@@ -1,20 +1,106 @@
-"""Results of an engine as a file: one JSON object, an outcome a line."""
+"""Results of an engine: an outcome for each case and dtype, and their file, one JSON object with an outcome a line."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from refmoe.engines.adapter import DTYPES, TAPS
-from refmoe.engines.outcome import VERDICTS, Cause, Engine, Outcome, Results
+from refmoe.engines.process import BROKEN, CRASHED, TIMED_OUT
+from refmoe.engines.protocol import DTYPES, TAPS
 from refmoe.errors import InputError
 from refmoe.files.atomic import replacing
 from refmoe.files.json_file import JsonFile, read_json
 from refmoe.files.safetensors_file import quoted
 from refmoe.suite.case import is_list
+from refmoe.verify.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT
+
+SKIPPED = "skipped"
+VERDICTS = (CONFORMANT, NOT_CONFORMANT, CANNOT_JUDGE, SKIPPED, CRASHED, TIMED_OUT, BROKEN)
+"""The verdicts on a case at a dtype, as PROTOCOL.md defines them."""
+GOOD = (CONFORMANT, SKIPPED)
+"""The verdicts that are no failure."""
+
+
+@dataclass(frozen=True)
+class Cause:
+    """An explanation of a failure: the part of a `refmoe.verify.findings.Explanation` that results keep."""
+
+    name: str
+    kind: str
+    about: str
+    fix: str
+    sources: tuple[str, ...]
+    """URLs."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The outcome of one case at one dtype."""
+
+    case: str
+    dtype: str
+    policy: str
+    """The name of the policy by which rounding was judged."""
+    verdict: str
+    reason: str
+    """One sentence, which another run of the engine gives again."""
+    issue: str | None = None
+    """The URL of the issue because of which a case was skipped."""
+    first_wrong: tuple[str, str] | None = None
+    """The run and the tap of the first wrong step."""
+    worst_errors: Mapping[str, float] = field(default_factory=dict)
+    """Per step (a tap without its layer) the largest error in units of the allowed one: above 1 is impossible."""
+    explanations: tuple[Cause, ...] = ()
+    """The explanations of a failure, the best first."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether the verdict is a failure."""
+        return self.verdict not in GOOD
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The engine that was run."""
+
+    name: str
+    version: str
+    options: Mapping[str, str]
+    """The options of an adapter, or the `command` of a harness."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """All outcomes of an engine. There is no date, so that two runs of an engine give the same file."""
+
+    engine: Engine
+    platform: Mapping[str, str]
+    """`system`, `machine`."""
+    refmoe: str
+    """The version of refmoe."""
+    significance: float
+    """The probability that a healthy engine fails at a case and dtype."""
+    cases: Mapping[str, str]
+    """Per case the SHA-256 of its case.toml."""
+    smoke: str
+    """A sentence about the smoke test."""
+    outcomes: tuple[Outcome, ...]
+    """In order of cases, then dtypes."""
+    notes: tuple[str, ...] = ()
+    """Observations that are no outcome, such as a harness that does not stop."""
+
+    @property
+    def counts(self) -> Counter[str]:
+        """The number of outcomes per verdict."""
+        return Counter(each.verdict for each in self.outcomes)
+
+
+# ---- the file
 
 FORMAT_VERSION = "1"
 FIELDS = ("format_version", "engine", "platform", "refmoe", "significance", "cases", "smoke", "notes", "outcomes")
@@ -27,13 +113,13 @@ UNBOUNDED = {"NaN": math.nan, "Infinity": math.inf}
 
 
 def write_results(path: Path, results: Results) -> None:
-    """Raises InputError when the file cannot be written."""
+    """Write the file. Raises InputError when it cannot be written."""
     with replacing(path) as temporary:
         temporary.write_text(to_json(results), encoding="utf-8")
 
 
 def to_json(results: Results) -> str:
-    """The file's text: equal for equal results."""
+    """The text of the file. Equal results give equal text."""
     engine = results.engine
     values: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -64,12 +150,12 @@ def _plain(outcome: Outcome) -> dict[str, Any]:
 
 
 def json_number(value: float) -> float | str:
-    """A number that JSON can hold, or the word for it."""
+    """A number that JSON can hold, or a word of `UNBOUNDED` for it."""
     return value if math.isfinite(value) else "NaN" if math.isnan(value) else "Infinity"
 
 
 def read_results(path: Path) -> Results:
-    """Raises InputError that names the field which is not as the format says."""
+    """Read the file. Raises InputError that names the field which breaks the format."""
     file = read_json(path)
     if file.values.get("format_version") != FORMAT_VERSION:
         raise file.refuse("format_version", file.values.get("format_version"), f'"{FORMAT_VERSION}" was expected')
@@ -83,10 +169,15 @@ def read_results(path: Path) -> Results:
     if len({(each.case, each.dtype) for each in outcomes}) < len(outcomes):
         raise InputError(f"{path}: 'outcomes' has a case and dtype more than once, but each once was expected")
     return Results(
-        Engine(_text(engine, "name"), _text(engine, "version"), _texts(engine, "options")), _texts(file, "platform"),
-        _text(file, "refmoe"), significance, _texts(file, "cases"), _text(file, "smoke"), outcomes,
-        _list(file, "notes"),
-    )  # fmt: skip
+        engine=Engine(_text(engine, "name"), _text(engine, "version"), _texts(engine, "options")),
+        platform=_texts(file, "platform"),
+        refmoe=_text(file, "refmoe"),
+        significance=significance,
+        cases=_texts(file, "cases"),
+        smoke=_text(file, "smoke"),
+        outcomes=outcomes,
+        notes=_list(file, "notes"),
+    )
 
 
 def _outcome(file: JsonFile) -> Outcome:
@@ -101,9 +192,16 @@ def _outcome(file: JsonFile) -> Outcome:
         _only(place, ("run", "tap"))
         first = _text(place, "run"), _text(place, "tap")
     return Outcome(
-        _text(file, "case"), file.values["dtype"], _text(file, "policy"), file.values["verdict"], _text(file, "reason"),
-        issue, first, _errors(file), tuple(_cause(each) for each in _objects(file, "explanations")),
-    )  # fmt: skip
+        case=_text(file, "case"),
+        dtype=file.values["dtype"],
+        policy=_text(file, "policy"),
+        verdict=file.values["verdict"],
+        reason=_text(file, "reason"),
+        issue=issue,
+        first_wrong=first,
+        worst_errors=_errors(file),
+        explanations=tuple(_cause(each) for each in _objects(file, "explanations")),
+    )
 
 
 def _errors(file: JsonFile) -> Mapping[str, float]:
@@ -126,10 +224,11 @@ def _cause(file: JsonFile) -> Cause:
     fix = file.need("fix")
     if not isinstance(fix, str):
         raise file.refuse("fix", fix, "a text was expected")
-    return Cause(name, kind, about, fix, _list(file, "sources"))
+    return Cause(name=name, kind=kind, about=about, fix=fix, sources=_list(file, "sources"))
 
 
 def _only(file: JsonFile, known: tuple[str, ...]) -> None:
+    """Raises InputError unless the object has exactly these fields."""
     for name in file.values:
         if name not in known:
             raise file.refuse(name, file.values[name], f"no field but {', '.join(known)} was expected")
@@ -139,6 +238,8 @@ def _only(file: JsonFile, known: tuple[str, ...]) -> None:
 
 
 def _checked(fits: Callable[[Any], bool], expected: str) -> Callable[[JsonFile, str], Any]:
+    """A reader of a field.   fits: whether a value is valid.   expected: a noun phrase for the error"""
+
     def get(file: JsonFile, name: str) -> Any:
         value = file.need(name)
         if not fits(value):

@@ -1,4 +1,4 @@
-"""Engines by cases by dtypes: what several results say together."""
+"""The scoreboard: the results of several engines side by side, by case and dtype."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from refmoe.engines.adapter import DTYPES, TAPS
-from refmoe.engines.outcome import SKIPPED, Cause, Outcome, Results
 from refmoe.engines.process import BROKEN, CRASHED, TIMED_OUT
-from refmoe.engines.results import read_results
+from refmoe.engines.protocol import DTYPES, TAPS
+from refmoe.engines.results import SKIPPED, Cause, Outcome, Results, read_results
 from refmoe.errors import InputError
 from refmoe.spec.taps import step_of
 from refmoe.verify.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT
@@ -21,9 +20,9 @@ KINDS = {
     CONFORMANT: CONFORMANT, NOT_CONFORMANT: DEVIATES, CANNOT_JUDGE: UNDECIDABLE, SKIPPED: UNSUPPORTED,
     CRASHED: FAILED, TIMED_OUT: FAILED, BROKEN: FAILED,
 }  # fmt: skip
-"""Per verdict what the scoreboard calls it."""
+"""Per verdict the kind of outcome under which the scoreboard counts it."""
 NOT_RUN = "not run"
-"""Where an engine has no outcome."""
+"""The kind of a case that an engine has no outcome for."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +30,17 @@ class Entrant:
     """An engine on the scoreboard."""
 
     label: str
-    """Name, version and what else tells it from the others."""
+    """Name, version, options; with the platform where two engines would otherwise have one label."""
     results: Results
 
     @property
     def dtypes(self) -> tuple[str, ...]:
-        """Those that were run, the widest first."""
+        """The dtypes that were run, the widest first."""
         run = {each.dtype for each in self.results.outcomes}
         return tuple(dtype for dtype in DTYPES if dtype in run)
 
     def outcome(self, case: str, dtype: str) -> Outcome | None:
+        """The outcome of a case at a dtype, or None."""
         return next((x for x in self.results.outcomes if (x.case, x.dtype) == (case, dtype)), None)
 
     def kind(self, case: str, dtype: str) -> str:
@@ -49,11 +49,11 @@ class Entrant:
         return NOT_RUN if outcome is None else KINDS[outcome.verdict]
 
     def tally(self, dtype: str) -> Counter[str]:
-        """Cases per kind."""
+        """The number of cases per kind."""
         return Counter(KINDS[each.verdict] for each in self.results.outcomes if each.dtype == dtype)
 
     def worst_errors(self, dtype: str | None = None) -> dict[str, float]:
-        """Per step the largest error over all cases, in units of the allowed one; of one dtype or of all."""
+        """Per step the largest error over all cases, in units of the allowed one.   dtype: None for all"""
         worst: dict[str, float] = {}
         for each in self.results.outcomes:
             if dtype in (None, each.dtype):
@@ -65,16 +65,16 @@ class Entrant:
 
 @dataclass(frozen=True)
 class Group:
-    """Outcomes of an engine that are the same but for case and dtype."""
+    """Outcomes of an engine that differ only by case and dtype."""
 
     label: str
     kind: str
     step: str
     """The first wrong step without its layer, empty where there is none."""
     cause: Cause | None
-    """What explains it best."""
+    """The best explanation."""
     reason: str
-    """Of the first of them."""
+    """The reason of the first outcome."""
     issue: str | None
     places: dict[str, tuple[str, ...]]
     """Per case the dtypes."""
@@ -87,10 +87,10 @@ class Scoreboard:
     entrants: tuple[Entrant, ...]
     cases: tuple[str, ...]
     notes: tuple[str, ...]
-    """What makes the results less comparable; one sentence each."""
+    """Sentences about differences that make the results less comparable."""
 
     def groups(self, kind: str) -> list[Group]:
-        """The outcomes of a kind, those together that have one engine, first wrong step, explanation or reason."""
+        """The outcomes of a kind, grouped by engine, first wrong step, and explanation or reason."""
         return [
             _group(entrant.label, kind, outcomes)
             for entrant in self.entrants
@@ -99,10 +99,10 @@ class Scoreboard:
 
 
 def alike(outcomes: Iterable[Outcome]) -> list[list[Outcome]]:
-    """Outcomes of one engine, those together that have one verdict, first wrong step, explanation or reason."""
+    """The outcomes of one engine, grouped by kind, first wrong step, and explanation or reason."""
     found: dict[tuple[str, ...], list[Outcome]] = {}
     for each in outcomes:
-        found.setdefault((KINDS[each.verdict], *_sort(each)), []).append(each)
+        found.setdefault((KINDS[each.verdict], *_likeness(each)), []).append(each)
     return [*found.values()]
 
 
@@ -114,8 +114,8 @@ def places(outcomes: Iterable[Outcome]) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def _sort(outcome: Outcome) -> tuple[str, str]:
-    """What makes two outcomes of a kind one: numbers in a reason do not, nor does the layer."""
+def _likeness(outcome: Outcome) -> tuple[str, str]:
+    """A key that outcomes of one group share. The layer and the numbers in a reason are not part of it."""
     if outcome.first_wrong is not None:
         return step_of(outcome.first_wrong[1]), outcome.explanations[0].name if outcome.explanations else ""
     if KINDS[outcome.verdict] == UNDECIDABLE:
@@ -127,11 +127,19 @@ def _group(label: str, kind: str, outcomes: Sequence[Outcome]) -> Group:
     first = outcomes[0]
     step = step_of(first.first_wrong[1]) if first.first_wrong is not None else ""
     cause = first.explanations[0] if first.explanations else None
-    return Group(label, kind, step, cause, first.reason, first.issue, places(outcomes))
+    return Group(
+        label=label,
+        kind=kind,
+        step=step,
+        cause=cause,
+        reason=first.reason,
+        issue=first.issue,
+        places=places(outcomes),
+    )
 
 
 def result_files(paths: Iterable[Path]) -> list[Path]:
-    """The files, and those of the folders, in name order. Raises InputError when a folder has none."""
+    """The files given, and the ``*.json`` of the folders given, by name. Raises InputError when a folder has none."""
     found = []
     for path in paths:
         inside = sorted(path.glob("*.json")) if path.is_dir() else [path]
@@ -142,7 +150,10 @@ def result_files(paths: Iterable[Path]) -> list[Path]:
 
 
 def scoreboard(paths: Sequence[Path]) -> Scoreboard:
-    """The scoreboard of these files. Raises InputError when one is not results, or two are of the same engine."""
+    """The scoreboard of these files.
+
+    Raises InputError when a file does not hold results, or two files are about one engine.
+    """
     every = [read_results(path) for path in paths]
     for describe in (_short, _with_platform):
         labels = [describe(results) for results in every]

@@ -2,7 +2,8 @@
 
     python -m refmoe.engines.serve transformers attention=sdpa
 
-What the engine prints goes to standard error, from the first import on: answers have a descriptor of their own.
+Everything that the engine prints goes to standard error, from the first import on: answers have their own descriptor.
+This module needs no packages but NumPy, ml_dtypes and safetensors.
 """
 
 from __future__ import annotations
@@ -10,25 +11,27 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from safetensors.numpy import save_file
 
-from refmoe.engines.adapter import DTYPES, PROTOCOL, TAPS, Adapter, Skipped
-from refmoe.engines.find_adapter import adapter_class
-from refmoe.engines.messages import (
+from refmoe.engines.adapter import Adapter, Skipped, adapter_class, options_of
+from refmoe.engines.protocol import (
+    DTYPES,
     LONGEST_SENTENCE,
+    PROTOCOL,
+    TAPS,
     Message,
     MessageError,
     encode,
     expect_fields,
-    names,
+    names_field,
     parse,
-    text,
-    wrong,
+    text_field,
+    wrong_field,
 )
 from refmoe.errors import InputError
 from refmoe.files.safetensors_file import one_line
@@ -45,15 +48,13 @@ REQUESTS = {
 RUN_FIELDS = ("run", "op", "sequence", "tokens", "positions", "past")
 
 
-def serve(make: Callable[[], Adapter], requests: BinaryIO | None = None, answers: BinaryIO | None = None) -> None:
-    """Answer requests until ``stop`` or the end of the input.
+def serve(make: Callable[[], Adapter]) -> None:
+    """Answer requests on standard input until ``stop`` or the end of the input.
 
-    make: what makes the adapter, such as its class; called at ``start``, so that a failure is an answer.
-    requests, answers: standard input and output where not given, which the engine then cannot reach any more.
+    make: the adapter's class or a factory. It is called at ``start``, so that its failure becomes an answer.
     """
-    if requests is None or answers is None:
-        requests, answers = private_channel()
-    server = _Server(make)
+    requests, answers = private_channel()
+    server = Server(make)
     for line in requests:
         answer = server.answer(line)
         answers.write(encode(answer))
@@ -63,7 +64,10 @@ def serve(make: Callable[[], Adapter], requests: BinaryIO | None = None, answers
 
 
 def private_channel() -> tuple[BinaryIO, BinaryIO]:
-    """Standard input and output under descriptors of their own; descriptor 0 is empty, and 1 is standard error."""
+    """Standard input and output under new descriptors, which the engine cannot reach.
+
+    Afterwards descriptor 0 is empty, and descriptor 1 is standard error.
+    """
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
@@ -72,21 +76,22 @@ def private_channel() -> tuple[BinaryIO, BinaryIO]:
     return requests, answers
 
 
-class _Server:
-    """One conversation."""
+class Server:
+    """One conversation with the runner."""
 
     def __init__(self, make: Callable[[], Adapter]) -> None:
+        """make: as for `serve`."""
         self.make = make
         self.adapter: Adapter | None = None
         self.stopped = False
 
     def answer(self, line: bytes) -> Message:
-        """The answer to one request; whatever goes wrong is an answer too."""
+        """The answer to one request. An exception of any kind becomes an answer too."""
         try:
             request = parse(line)
             command = request.get("command")
             if not isinstance(command, str) or command not in REQUESTS:
-                raise wrong("command", command, f"one of {', '.join(REQUESTS)}")
+                raise wrong_field("command", command, f"one of {', '.join(REQUESTS)}")
             expect_fields(request, ("command", *REQUESTS[command]))
             answered: Message = getattr(self, f"_{command}")(request)
             return answered
@@ -100,7 +105,7 @@ class _Server:
 
     def _start(self, request: Message) -> Message:
         if request["protocol"] != PROTOCOL:
-            raise wrong("protocol", request["protocol"], f'"{PROTOCOL}"')
+            raise wrong_field("protocol", request["protocol"], f'"{PROTOCOL}"')
         try:
             self.adapter = self.make()
         except Skipped as skipped:
@@ -108,16 +113,16 @@ class _Server:
         return description(self.adapter)
 
     def _load(self, request: Message) -> Message:
-        checkpoint = Path(text(request, "checkpoint", os.pathconf("/", "PC_PATH_MAX")))
+        checkpoint = Path(text_field(request, "checkpoint", os.pathconf("/", "PC_PATH_MAX")))
         if request["dtype"] not in DTYPES:
-            raise wrong("dtype", request["dtype"], f"one of {', '.join(DTYPES)}")
+            raise wrong_field("dtype", request["dtype"], f"one of {', '.join(DTYPES)}")
         self._started().load(checkpoint, request["dtype"])
         return {"ok": True}
 
     def _run(self, request: Message) -> Message:
         runs = parse_runs(request["runs"])
-        taps = names(request, "taps", TAPS)
-        out = Path(text(request, "out", os.pathconf("/", "PC_PATH_MAX")))
+        taps = names_field(request, "taps", TAPS)
+        out = Path(text_field(request, "out", os.pathconf("/", "PC_PATH_MAX")))
         arrays = self._started().run(runs, frozenset(taps))
         wanted = {key: array for key, array in arrays.items() if step_of(key.partition("/")[2]) in taps}
         save_file({key: np.ascontiguousarray(array) for key, array in wanted.items()}, out)
@@ -145,38 +150,32 @@ def description(adapter: Adapter) -> Message:
 def parse_runs(found: Any) -> tuple[Run, ...]:
     """The field `runs` of a request. Raises MessageError."""
     if not isinstance(found, list) or not found or not all(isinstance(item, dict) for item in found):
-        raise wrong("runs", found, "a list of at least one object")
+        raise wrong_field("runs", found, "a list of at least one object")
     return tuple(_parse_run(item) for item in found)
 
 
 def _parse_run(item: Message) -> Run:
     expect_fields(item, RUN_FIELDS)
     if item["op"] not in OPS:
-        raise wrong("op", item["op"], f"one of {', '.join(OPS)}")
+        raise wrong_field("op", item["op"], f"one of {', '.join(OPS)}")
     for name in ("sequence", "past"):
         if not isinstance(item[name], int) or item[name] < 0:
-            raise wrong(name, item[name], "an integer from 0")
+            raise wrong_field(name, item[name], "an integer from 0")
     for name in ("tokens", "positions"):
         if not isinstance(item[name], list) or not all(isinstance(each, int) and each >= 0 for each in item[name]):
-            raise wrong(name, item[name], "a list of integers from 0")
+            raise wrong_field(name, item[name], "a list of integers from 0")
     return Run(
-        text(item, "run"), item["op"], item["sequence"], tuple(item["tokens"]), tuple(item["positions"]), item["past"]
+        run=text_field(item, "run"),
+        op=item["op"],
+        sequence=item["sequence"],
+        tokens=tuple(item["tokens"]),
+        positions=tuple(item["positions"]),
+        past=item["past"],
     )
 
 
 def _sentence(error: object) -> str:
     return one_line(error)[:LONGEST_SENTENCE] or type(error).__name__
-
-
-def options_of(arguments: list[str]) -> Mapping[str, str]:
-    """The options of an adapter from arguments ``key=value``. Raises InputError."""
-    options = {}
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals or not key.isidentifier():
-            raise InputError(f"option '{argument}': key=value was expected")
-        options[key] = value
-    return options
 
 
 def main(arguments: list[str]) -> None:
@@ -185,7 +184,7 @@ def main(arguments: list[str]) -> None:
         sys.exit("usage: python -m refmoe.engines.serve NAME [key=value ...]")
     name, *rest = arguments
     serve(lambda: adapter_class(name)(**options_of(rest)))
-    # all is answered: an engine that takes its time to clear up would only be killed
+    # leave at once: an engine that takes long to clean up would be killed anyway
     sys.stderr.flush()
     os._exit(0)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from refmoe.engines.adapter import TAPS
+from refmoe.engines.protocol import TAPS
 from refmoe.engines.scoreboard import (
     DEVIATES,
     FAILED,

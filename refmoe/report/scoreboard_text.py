@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from refmoe.engines.known import Held
-from refmoe.engines.outcome import SKIPPED, Outcome, Results
+from refmoe.engines.known import Failures
 from refmoe.engines.process import BROKEN, CRASHED, TIMED_OUT
+from refmoe.engines.results import SKIPPED, Outcome, Results
 from refmoe.engines.scoreboard import (
     DEVIATES,
     FAILED,
@@ -46,7 +46,7 @@ def console_for_reports() -> Console:
     return console
 
 
-def print_results(results: Results, held: Held, logs: Mapping[tuple[str, str], str]) -> None:
+def print_results(results: Results, failures: Failures, logs: Mapping[tuple[str, str], str]) -> None:
     """Case by dtype, then what failed.   logs: per case and dtype the end of the harness's standard error"""
     console = console_for_reports()
     engine = results.engine
@@ -56,11 +56,11 @@ def print_results(results: Results, held: Held, logs: Mapping[tuple[str, str], s
     console.print()
     console.print(_case_table(results))
     console.print()
-    for outcomes in alike(held.failing):
+    for outcomes in alike(failures.failing):
         _print_failures(console, outcomes, logs.get((outcomes[0].case, outcomes[0].dtype), ""))
-    for outcome, entry in held.known:
+    for outcome, entry in failures.known:
         _print(console, f"{_place(outcome)}: known to fail: {visible(entry.reason)}{_issue(entry.issue)}", "dim")
-    for outcome, entry in held.passing:
+    for outcome, entry in failures.passing:
         _print(
             console, f"{_place(outcome)}: conformant, but listed as known to fail: {visible(entry.reason)}", "bold red"
         )
@@ -70,7 +70,7 @@ def print_results(results: Results, held: Held, logs: Mapping[tuple[str, str], s
         _print(console, f"note: {visible(note)}")
     counts = results.counts
     said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in STYLES if counts[verdict])
-    known = f"; {count(len(held.known), 'failure')} known" if held.known else ""
+    known = f"; {count(len(failures.known), 'failure')} known" if failures.known else ""
     _print(console, f"{count(len(results.outcomes), 'outcome')}: {said}{known}", "bold")
 
 

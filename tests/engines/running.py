@@ -5,10 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from refmoe.engines.conform import Suite, conform
+from refmoe.engines.conform import Judge, Suite, conform
 from refmoe.engines.harness import Harness
-from refmoe.engines.judgement import Judge
-from refmoe.engines.outcome import Outcome, Results
+from refmoe.engines.results import Outcome, Results
 from refmoe.suite import Case, read_case
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -49,7 +48,9 @@ def ran(
         logs[outcome.case] = said
 
     suite = Suite(
-        [case_named(name) for name in cases], [case_named(smoke)] if smoke else [], dtypes, {},
-        Judge(diagnosing=diagnosing),
-    )  # fmt: skip
+        cases=[case_named(name) for name in cases],
+        smoke=[case_named(smoke)] if smoke else [],
+        dtypes=dtypes,
+        judge=Judge(diagnosing=diagnosing),
+    )
     return conform(Harness(command, limit), {"command": "test"}, suite, log), logs

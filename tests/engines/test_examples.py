@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from refmoe.engines.adapter import TAPS
+from refmoe.engines.protocol import TAPS
 from refmoe.engines.results import read_results
 from refmoe.suite import find_cases
 from tests.command_line import Refmoe

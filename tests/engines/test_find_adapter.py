@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from refmoe.engines import adapters
+from refmoe.engines.adapter import adapter_class
 from refmoe.engines.adapters import SHIPPED
-from refmoe.engines.find_adapter import adapter_class
 from refmoe.errors import InputError
 from tests.command_line import Refmoe
 

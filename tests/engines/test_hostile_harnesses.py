@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from refmoe.engines.harness import HarnessUnusable
-from refmoe.engines.outcome import Results
 from refmoe.engines.process import GRACE, KEPT, HarnessError, Process
+from refmoe.engines.results import Results
 from refmoe.errors import InputError
 from refmoe.verify.findings import CONFORMANT
 from tests.engines.harnesses.hostile import BROKEN, CRASHED, ENDS, HOSTILE, TIMED_OUT

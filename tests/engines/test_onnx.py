@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from refmoe.checkpoints.write import write_checkpoint
-from refmoe.engines.adapter import TAPS, Arrays
+from refmoe.engines.adapter import Arrays
 from refmoe.engines.adapters import onnx
+from refmoe.engines.protocol import TAPS
 from refmoe.errors import InputError
 from refmoe.policy.load import policy
 from refmoe.spec.taps import step_of, tap_names

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from refmoe.engines.adapter import Skipped
+from refmoe.engines.adapter import Skipped, options_of
 from refmoe.engines.harness import EngineError, Refused, describe, expect_done
-from refmoe.engines.messages import MessageError, parse
 from refmoe.engines.process import Process
-from refmoe.engines.serve import _Server, options_of
+from refmoe.engines.protocol import MessageError, parse
+from refmoe.engines.serve import Server
 from refmoe.errors import InputError
 from tests.engines.harnesses import honest
 from tests.engines.running import HONEST, LIMIT
@@ -156,7 +156,7 @@ class Idle:
 @pytest.mark.parametrize(("request_", "wrong"), REQUESTS, ids=lambda value: str(value)[:60])
 def test_requests(request_: dict[str, Any], wrong: str | None) -> None:
     """What `serve` says to a request, and the schema of it."""
-    server = _Server(Idle)
+    server = Server(Idle)
     server.answer(b'{"command": "start", "protocol": "1"}')
     answer = server.answer(json.dumps(request_).encode())
     assert valid(request_, "request") is (wrong is None)
@@ -166,7 +166,7 @@ def test_requests(request_: dict[str, Any], wrong: str | None) -> None:
 
 
 def test_requests_before_start_are_refused() -> None:
-    answer = _Server(Idle).answer(b'{"command": "load", "checkpoint": "/m", "dtype": "float32"}')
+    answer = Server(Idle).answer(b'{"command": "load", "checkpoint": "/m", "dtype": "float32"}')
     assert answer == {"error": "a request came before start"}
 
 
@@ -184,7 +184,7 @@ def test_whatever_an_engine_raises_is_an_answer(error: Exception) -> None:
         def load(self, checkpoint: Any, dtype: str) -> None:
             raise error
 
-    server = _Server(Broken)
+    server = Server(Broken)
     server.answer(b'{"command": "start", "protocol": "1"}')
     answer = server.answer(b'{"command": "load", "checkpoint": "/m", "dtype": "float32"}')
     assert valid(answer, "error")

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from refmoe.engines.known import Known, hold, known_failures, read_known, write_known
-from refmoe.engines.outcome import Cause, Engine, Outcome, Results
+from refmoe.engines.known import KnownFailure, known_failures, read_known, sort_failures, write_known
 from refmoe.engines.process import CRASHED, TIMED_OUT
-from refmoe.engines.results import read_results, to_json, write_results
+from refmoe.engines.results import Cause, Engine, Outcome, Results, read_results, to_json, write_results
 from refmoe.engines.scoreboard import DEVIATES, FAILED, UNDECIDABLE, UNSUPPORTED, scoreboard
 from refmoe.errors import InputError
 from tests.command_line import Refmoe
@@ -112,8 +111,8 @@ def test_a_file_that_says_something_else_is_one_sentence(folder: Path, field: st
 # ---- known failures
 
 
-def known(*cases: str, engine: str = "engine") -> list[Known]:
-    return [Known(engine, *case.split(), "a reason") for case in cases]
+def known(*cases: str, engine: str = "engine") -> list[KnownFailure]:
+    return [KnownFailure(engine, *case.split(), "a reason") for case in cases]
 
 
 def places(outcomes: Any) -> list[str]:
@@ -121,18 +120,18 @@ def places(outcomes: Any) -> list[str]:
 
 
 def test_failures_are_told_from_known_ones() -> None:
-    held = hold(RESULTS, known("one bfloat16", "one float32", "two float32", "nowhere float32"))
+    held = sort_failures(RESULTS, known("one bfloat16", "one float32", "two float32", "nowhere float32"))
     assert places(held.failing) == ["two bfloat16", "three float32", "three bfloat16"]
     assert places(each for each, _ in held.known) == ["one bfloat16"]
     assert places(each for each, _ in held.passing) == ["one float32"], "a skipped case is no unexpected pass"
-    assert places(hold(RESULTS, known("one bfloat16", engine="another")).failing)[0] == "one bfloat16"
+    assert places(sort_failures(RESULTS, known("one bfloat16", engine="another")).failing)[0] == "one bfloat16"
 
 
 def test_todays_failures_are_written_and_read(tmp_path: Path) -> None:
     path, entries = tmp_path / "known.toml", known_failures(RESULTS)
     write_known(path, entries)
     assert read_known(path) == entries
-    held = hold(RESULTS, read_known(path))
+    held = sort_failures(RESULTS, read_known(path))
     assert not held.failing
     assert not held.passing
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from refmoe.engines.known import hold
-from refmoe.engines.outcome import Cause, Engine, Outcome, Results
+from refmoe.engines.known import sort_failures
 from refmoe.engines.process import CRASHED
+from refmoe.engines.results import Cause, Engine, Outcome, Results
 from refmoe.report.scoreboard_text import print_results
 
 CAUSE = Cause("rope-sign-flipped", "known bug", "Rotates the other way.", "flip the sign", ())
@@ -24,7 +24,7 @@ def wrong(case: str, dtype: str, layer: int, step: str = "q_rope") -> Outcome:
 def printed(capsys: pytest.CaptureFixture[str], *outcomes: Outcome, logs: dict[str, str] | None = None) -> list[str]:
     results = Results(Engine("engine", "1", {}), {}, "0", 1e-6, {}, "case one, twice", outcomes)
     said = {(each.case, each.dtype): (logs or {}).get(each.case, "") for each in outcomes}
-    print_results(results, hold(results, []), said)
+    print_results(results, sort_failures(results, []), said)
     # what comes after the table and its empty line
     return capsys.readouterr().out.splitlines()[4 + len({each.case for each in outcomes}) :]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from refmoe.engines.adapter import TAPS
+from refmoe.engines.protocol import TAPS
 from refmoe.engines.results import read_results
 from tests.command_line import Refmoe
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from refmoe.engines.known import read_known
-from refmoe.engines.workflow import write_workflow
+from refmoe.engines.scaffold.workflow import write_workflow
 from tests.command_line import Refmoe
 from tests.engines.running import HONEST, hostile
 from tests.engines.test_conform_command import CASES, FLOAT32

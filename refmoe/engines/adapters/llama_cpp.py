@@ -13,8 +13,9 @@ import numpy as np
 
 from refmoe.checkpoints.gguf_file import write_gguf
 from refmoe.checkpoints.load import load_checkpoint
-from refmoe.engines.adapter import TAPS, Arrays, Skipped
+from refmoe.engines.adapter import Arrays, Skipped
 from refmoe.engines.adapters import llama_cpp_library as native
+from refmoe.engines.protocol import TAPS
 from refmoe.errors import InputError
 from refmoe.spec.config import Config
 from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS, step_of

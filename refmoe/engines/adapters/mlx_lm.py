@@ -14,8 +14,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from refmoe.engines.adapter import TAPS, Arrays, Skipped
+from refmoe.engines.adapter import Arrays, Skipped
 from refmoe.engines.adapters.mlx_lm_watch import Watch
+from refmoe.engines.protocol import TAPS
 from refmoe.errors import require
 from refmoe.traces.trace import Run
 

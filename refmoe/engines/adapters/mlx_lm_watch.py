@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import cycle
 from typing import Any
-from unittest import mock
 
 import numpy as np
 
 from refmoe.engines.capture.names import tap_of
+from refmoe.engines.capture.patching import replaced
 from refmoe.errors import require
 from refmoe.spec.taps import step_of
 from refmoe.traces.trace import Recorder
@@ -88,7 +88,7 @@ class Watch:
             self.sorted = np.array(made[2])
             return made
 
-        with mock.patch.object(mx, "softmax", weigh), mock.patch.object(switch, "_gather_sort", sort):
+        with replaced(mx, "softmax", weigh), replaced(switch, "_gather_sort", sort):
             yield
 
     def _around(self, name: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.engines.adapter import TAPS, Arrays
+from refmoe.engines.adapter import Arrays
 from refmoe.engines.adapters.onnx_export import export
 from refmoe.engines.capture.transformers import shaped
+from refmoe.engines.protocol import TAPS
 from refmoe.errors import InputError, require
 from refmoe.traces.trace import Recorder, Run
 

@@ -12,9 +12,9 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 from refmoe.engines.capture.names import HUGGING_FACE, tap_of
+from refmoe.engines.capture.patching import replaced
 from refmoe.engines.capture.transformers import load_model
 from refmoe.errors import require
 from refmoe.spec.taps import step_of
@@ -115,6 +115,6 @@ def watched(model: Any, record: Record) -> Iterator[None]:
             for at in (None, 0, 1, 2):
                 if tap := tap_of(HUGGING_FACE, f"{name}:out{'' if at is None else at}"):
                     stack.callback(module.register_forward_hook(partial(leaving, tap, at)).remove)
-        stack.enter_context(mock.patch.object(modeling, "apply_rotary_pos_emb", rotated))
-        stack.enter_context(mock.patch.object(moe, "_batched_linear", batched))
+        stack.enter_context(replaced(modeling, "apply_rotary_pos_emb", rotated))
+        stack.enter_context(replaced(moe, "_batched_linear", batched))
         yield

@@ -11,8 +11,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from refmoe.engines.adapter import ABILITIES, DTYPES, TAPS, Arrays
+from refmoe.engines.adapter import Arrays
 from refmoe.engines.capture import transformers as engine
+from refmoe.engines.protocol import ABILITIES, DTYPES, TAPS
 from refmoe.errors import InputError, require
 from refmoe.traces.trace import Recorder, Run
 

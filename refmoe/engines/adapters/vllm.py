@@ -16,9 +16,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from refmoe.engines.adapter import TAPS, Arrays, Skipped
+from refmoe.engines.adapter import Arrays, Skipped
 from refmoe.engines.capture.names import tap_of
 from refmoe.engines.capture.transformers import to_numpy
+from refmoe.engines.protocol import TAPS
 from refmoe.errors import require
 from refmoe.traces.trace import Run
 

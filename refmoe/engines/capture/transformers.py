@@ -11,12 +11,12 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import ml_dtypes
 import numpy as np
 
 from refmoe.engines.capture.names import HUGGING_FACE, tap_of
+from refmoe.engines.capture.patching import replaced
 from refmoe.errors import InputError, require
 from refmoe.traces.trace import Header, Recorder, Run
 
@@ -150,7 +150,7 @@ def _rotated(layers: dict[int, str], model: Any, record: Callable[[str, Any], No
 
     handles = [layer.self_attn.register_forward_pre_hook(entering, with_kwargs=True) for layer in model.model.layers]
     try:
-        with mock.patch.object(modeling_mixtral, "apply_rotary_pos_emb", wrapped):
+        with replaced(modeling_mixtral, "apply_rotary_pos_emb", wrapped):
             yield
     finally:
         for handle in handles:

@@ -1,4 +1,4 @@
-"""A GitHub workflow that runs ``refmoe conform`` on every push, with today's failures known."""
+"""A GitHub workflow that runs ``refmoe conform`` on every push and tolerates today's failures."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ jobs:
 
 
 def known_file(workflow: Path) -> Path:
-    """Where the known failures of a workflow are listed."""
+    """The file that lists the known failures of a workflow."""
     return workflow.with_suffix(".known.toml")
 
 
 EXTRAS = {"transformers": "[engines]", "llama_cpp": "[llama-cpp]", "onnx": "[onnx]", "mlx_lm": "[mlx]"}
-"""Per adapter the extra of refmoe's own that brings its engine, as pip reads it."""
+"""Per adapter the extra of refmoe that installs its engine, as pip reads it."""
 
 
 def check_source(source: str) -> None:
-    """Raises InputError for what is no repository with refmoe: ``OWNER/REPOSITORY`` or ``OWNER/REPOSITORY@REF``."""
+    """Raises InputError unless `source` is ``OWNER/REPOSITORY`` or ``OWNER/REPOSITORY@REF``."""
     if not re.fullmatch(r"[A-Za-z0-9-]+/[\w.-]+(@[\w./-]+)?", source, re.ASCII):
         raise InputError(
             f"--refmoe-from is {quoted(source)}, but a repository on GitHub, OWNER/REPOSITORY or "
@@ -66,14 +66,14 @@ def write_workflow(
 ) -> None:
     """Write the workflow. Raises InputError when the file cannot be written.
 
-    source: the repository with refmoe and its golden cases, as `check_source` takes it.
-    arguments: options of ``refmoe conform`` besides those about files.   harness: the command of the harness, if any.
-    adapter: the name of the adapter otherwise.
+    source: the repository with refmoe and its golden cases, as for `check_source`.
+    arguments: the options of ``refmoe conform`` that name no files.
+    harness: the command of the harness; empty with an adapter.   adapter: the name of the adapter, or None.
     """
     known = _relative(known_file(path))
     words = ["refmoe", "conform", *arguments, "--golden", ".refmoe/golden", "--known", str(known)]
     words += ["--out", "conformance.json", *(["--", *harness] if harness else [])]
-    # JSON's strings are YAML's; GitHub replaces what is between these braces before YAML is looked at
+    # a JSON string is a YAML string; GitHub evaluates the text between these braces before it reads YAML
     command = json.dumps(shlex.join(words), ensure_ascii=False).replace("${{", "${{ '${{' }}")
     repository, at, ref = source.partition("@")
     source = repository + (f"\n          ref: {json.dumps(ref)}" if at else "")  # 1.10 is a text, not a number
@@ -83,6 +83,6 @@ def write_workflow(
 
 
 def _relative(path: Path) -> Path:
-    """As seen from the current folder, the root of the repository, where it is inside of it."""
+    """The path relative to the current folder, the root of the repository, if it lies inside."""
     here = Path.cwd()
     return path.absolute().relative_to(here) if path.absolute().is_relative_to(here) else path

@@ -1,4 +1,4 @@
-"""Messages of the protocol: one JSON object on one line, in which every field is expected."""
+"""The conformance protocol: its vocabulary, and its messages, one JSON object on one line. PROTOCOL.md specifies it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,24 @@ from typing import Any
 
 from refmoe.files.json_file import shown
 from refmoe.files.safetensors_file import one_line, quoted, strict_json
+from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS
+
+PROTOCOL = "1"
+"""The version of the protocol."""
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+"""The dtypes in which an engine can be asked to compute, the widest first."""
+
+TAPS = ("embedding", *LAYER_TAPS, "final_norm", "logits")
+"""Every tap without its layer, in order of computation."""
+assert set(TAPS) == {*LAYER_TAPS, *MODEL_TAPS}
+
+ABILITIES = ("chunk", "decode", "sequences")
+"""chunk: several tokens on top of a cache. decode: one token on top of a cache. sequences: more than one sequence, each
+with a cache of its own."""
+
+LAYOUTS = ("hf", "mistral")
+"""The layouts of a checkpoint on disk."""
 
 LONGEST_NAME = 200
 """Characters in a name: of an engine, a version, a policy."""
@@ -18,14 +36,14 @@ Message = dict[str, Any]
 
 
 class MessageError(ValueError):
-    """A message is not as the protocol says; one sentence."""
+    """A message breaks the protocol; its text is one sentence."""
 
 
 def parse(line: str | bytes) -> Message:
-    """The object on a line. Raises MessageError."""
+    """The JSON object on a line. Raises MessageError."""
     try:
-        text = line.decode() if isinstance(line, bytes) else line
-        message = strict_json(text)
+        decoded = line.decode() if isinstance(line, bytes) else line
+        message = strict_json(decoded)
     except ValueError as error:
         start = line[:60].decode(errors="replace") if isinstance(line, bytes) else line[:60]
         raise MessageError(f"{quoted(start.strip())} is not a line of JSON: {one_line(error)}") from None
@@ -49,27 +67,27 @@ def expect_fields(message: Message, needed: Collection[str], possible: Collectio
             raise MessageError(f"the field {quoted(name)} is unknown; {', '.join([*needed, *possible])} were expected")
 
 
-def wrong(name: str, found: Any, expected: str) -> MessageError:
+def wrong_field(name: str, found: Any, expected: str) -> MessageError:
     """The error for a field's value."""
     return MessageError(f"the field {quoted(name)} is {shown(found)}, but {expected} was expected")
 
 
-def text(message: Message, name: str, longest: int = LONGEST_SENTENCE) -> str:
-    """A field that is a line of text, not empty."""
+def text_field(message: Message, name: str, longest: int = LONGEST_SENTENCE) -> str:
+    """A field that is one line of text, not empty. Raises MessageError."""
     found = message[name]
     if not isinstance(found, str) or not found.strip() or not found.isprintable() or len(found) > longest:
-        raise wrong(name, found, f"1 to {longest} printable characters")
+        raise wrong_field(name, found, f"1 to {longest} printable characters")
     return found
 
 
-def names(message: Message, name: str, known: Collection[str]) -> tuple[str, ...]:
-    """A field that is a list of different known names."""
+def names_field(message: Message, name: str, known: Collection[str]) -> tuple[str, ...]:
+    """A field that is a list of different known names. Raises MessageError."""
     found = message[name]
     if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
-        raise wrong(name, found, "a list of names")
+        raise wrong_field(name, found, "a list of names")
     for item in found:
         if item not in known:
-            raise wrong(name, found, f"a list of some of {', '.join(known)}")
+            raise wrong_field(name, found, f"a list of some of {', '.join(known)}")
     if len(set(found)) < len(found):
-        raise wrong(name, found, "each name once")
+        raise wrong_field(name, found, "each name once")
     return tuple(found)
