@@ -21,12 +21,15 @@ static const char DESCRIPTION[] =
     "\"residual\", \"final_norm\", \"logits\"], "
     "\"abilities\": [\"chunk\", \"decode\", \"sequences\"], \"policies\": {}, \"layouts\": [\"hf\"]}";
 
+/* ==== shared part: the same bytes stand in refmoe/engines/scaffold/harness.c and in examples/mixtral.c.
+   Each is one file that a person copies, so neither includes the other. A test compares them.                        */
+
 static void *need(void *memory) {
     if (!memory) { fputs("out of memory\n", stderr); exit(1); }
     return memory;
 }
 
-/* ---- JSON: a value with its name in an object, and the values inside it as a list */
+/* ---- JSON: a value has its name, if it is in an object, and the list of its elements */
 
 typedef struct Json {
     char type; /* { [ " n (number) t f 0 (null) */
@@ -46,7 +49,7 @@ static void json_free(Json *j) {
 
 static void blank(const char **s) { *s += strspn(*s, " \t\r\n"); }
 
-static char *json_string(const char **s) { /* from its quote; NULL where it is none */
+static char *json_string(const char **s) { /* starts at a quote; NULL when it is not a string */
     if (*(*s)++ != '"') return NULL;
     char *text = need(malloc(strlen(*s) + 1)), *end = text;
     while (**s != '"') {
@@ -75,7 +78,7 @@ static char *json_string(const char **s) { /* from its quote; NULL where it is n
     return text;
 }
 
-static Json *json_value(const char **s, int depth) { /* NULL where it is no JSON */
+static Json *json_value(const char **s, int depth) { /* NULL when it is not JSON */
     Json *j = need(calloc(1, sizeof *j)), **last = &j->first;
     blank(s);
     j->type = **s;
@@ -134,6 +137,8 @@ static const char *answer(const char *what, const char *text) { /* {"error": ...
     printf("{\"%s\": ", what), put_string(stdout, text), puts("}");
     return text;
 }
+
+/* ==== end of the shared part */
 
 static size_t integer(const Json *j) { /* from 0; 0 where it is none */
     return j && j->type == 'n' && j->number > 0 && j->number < 1e15 ? (size_t)j->number : 0;

@@ -34,7 +34,7 @@ def built(language: str, path: Path) -> list[str]:
 
 
 def compile_line(path: Path) -> str:
-    """The one that the harness's own first comment gives."""
+    """The compiler line in the harness's own first comment."""
     (line,) = re.findall(r"^ +(cc .*) && refmoe conform -- ./harness ", path.read_text(), re.MULTILINE)
     return str(line)
 
@@ -104,6 +104,19 @@ def test_the_line_by_which_it_is_compiled_is_the_same_everywhere(refmoe: Refmoe,
     line = compile_line(path)
     assert line == "cc -std=c11 -Wall -Wextra -Werror -O2 -o harness harness.c -lm"
     assert f"    {line.replace('harness', str(tmp_path / 'harness'))} && refmoe conform -- " in out
+
+
+def test_the_part_that_both_c_programs_share_is_the_same() -> None:
+    """A fix in one of them would otherwise miss the other."""
+    root = Path(__file__).parents[2]
+    parts = []
+    for name in ("refmoe/engines/scaffold/harness.c", "examples/mixtral.c"):
+        lines = (root / name).read_bytes().splitlines(keepends=True)
+        (start,) = [i for i, line in enumerate(lines) if line.startswith(b"/* ==== shared part: ")]
+        (end,) = [i for i, line in enumerate(lines) if line == b"/* ==== end of the shared part */\n"]
+        parts.append(lines[start:end])
+    assert parts[0] == parts[1]
+    assert len(parts[0]) > 100
 
 
 DRIVER = """

@@ -1,4 +1,4 @@
-"""Harnesses to begin with: they run, and skip every case until somebody writes what they are to do."""
+"""Harnesses to begin with, in Python and in C: they run, and skip every case until somebody adds an engine."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from refmoe.errors import InputError
 from refmoe.files.atomic import replacing
 
 SCAFFOLDS = {"python": "harness.py", "c": "harness.c"}
-"""Per language the file here."""
+"""Per language a file of this folder."""
 
 
 def write_scaffold(language: str, path: Path) -> None:
-    """Write the harness of a language, one of `SCAFFOLDS`. Raises InputError when something is at `path` already."""
+    """Write the harness of a language, one of `SCAFFOLDS`. Raises InputError when `path` exists already."""
     if path.exists():
         raise InputError(f"{path}: is there already, but the name of a new file was expected")
     text = files("refmoe.engines.scaffold").joinpath(SCAFFOLDS[language]).read_text(encoding="utf-8")
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     if language == "python":
-        path.chmod(path.stat().st_mode | 0o111)  # it begins with the name of its interpreter
+        path.chmod(path.stat().st_mode | 0o111)  # its first line names the interpreter
 
 
 def usage(language: str, path: Path) -> str:
-    """How the harness is run."""
+    """The command line that runs the harness, after it has built one in C."""
     if language == "python":
         return f"refmoe conform -- python {path}"
     program = path.with_suffix("") if path.suffix else path.with_name(f"{path.name}.out")

@@ -1,7 +1,7 @@
 /* A harness for refmoe: it answers requests about your engine, a line of JSON each (refmoe/engines/PROTOCOL.md).
 
-   As it is, it skips every case; what it does do is give the tap `embedding`, as an example. Write your engine where
-   it says HERE. It needs a little-endian machine and no library but libm; nothing but answers may go to stdout.
+   Unchanged, it writes one tap, `embedding`, as an example, and skips every case. Write your engine where it says
+   HERE. It needs a little-endian machine and no library but libm. Only answers may be printed to standard output.
 
        cc -std=c11 -Wall -Wextra -Werror -O2 -o harness harness.c -lm && refmoe conform -- ./harness                  */
 #include <math.h>
@@ -10,19 +10,22 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* HERE: what the engine can do.
+/* HERE: describe the engine.
    dtypes: of float64, float32, bfloat16, float16.   taps: of golden/FORMAT.md, without layer; the more, the sharper the
    verdicts.   abilities: of chunk, decode, sequences.   policies: per dtype one of `refmoe policies`.                */
 static const char DESCRIPTION[] =
     "{\"protocol\": \"1\", \"name\": \"my-engine\", \"version\": \"0\", \"dtypes\": [\"float32\"], "
     "\"taps\": [\"embedding\", \"logits\"], \"abilities\": [], \"policies\": {}, \"layouts\": [\"hf\"]}";
 
+/* ==== shared part: the same bytes stand in refmoe/engines/scaffold/harness.c and in examples/mixtral.c.
+   Each is one file that a person copies, so neither includes the other. A test compares them.                        */
+
 static void *need(void *memory) {
     if (!memory) { fputs("out of memory\n", stderr); exit(1); }
     return memory;
 }
 
-/* ---- JSON: a value with its name in an object, and the values inside it as a list */
+/* ---- JSON: a value has its name, if it is in an object, and the list of its elements */
 
 typedef struct Json {
     char type; /* { [ " n (number) t f 0 (null) */
@@ -42,7 +45,7 @@ static void json_free(Json *j) {
 
 static void blank(const char **s) { *s += strspn(*s, " \t\r\n"); }
 
-static char *json_string(const char **s) { /* from its quote; NULL where it is none */
+static char *json_string(const char **s) { /* starts at a quote; NULL when it is not a string */
     if (*(*s)++ != '"') return NULL;
     char *text = need(malloc(strlen(*s) + 1)), *end = text;
     while (**s != '"') {
@@ -71,7 +74,7 @@ static char *json_string(const char **s) { /* from its quote; NULL where it is n
     return text;
 }
 
-static Json *json_value(const char **s, int depth) { /* NULL where it is no JSON */
+static Json *json_value(const char **s, int depth) { /* NULL when it is not JSON */
     Json *j = need(calloc(1, sizeof *j)), **last = &j->first;
     blank(s);
     j->type = **s;
@@ -131,6 +134,8 @@ static const char *answer(const char *what, const char *text) { /* {"error": ...
     return text;
 }
 
+/* ==== end of the shared part */
+
 /* ---- safetensors */
 
 typedef struct { char key[256]; size_t rank, shape[8]; float *values; } Tensor; /* written as F32 */
@@ -141,7 +146,7 @@ static size_t elements(const Tensor *t) {
     return n;
 }
 
-static size_t width_of(const char *dtype) { /* bytes of an element, 0 where it is none that is read here */
+static size_t width_of(const char *dtype) { /* bytes of an element, 0 for a dtype that is not read here */
     if (!strcmp(dtype, "F64")) return 8;
     if (!strcmp(dtype, "F32")) return 4;
     return !strcmp(dtype, "BF16") || !strcmp(dtype, "F16") ? 2 : 0;
@@ -165,7 +170,7 @@ static float element(const unsigned char *at, const char *dtype) {
     return memcpy(&value, &word, 4), value;
 }
 
-/* a tensor of any of these dtypes and of any rank up to 8, as floats; whether it succeeded */
+/* Reads a tensor of these dtypes and of any rank up to 8 as floats. Returns whether it succeeded. */
 static int read_tensor(const char *folder, const char *name, Tensor *t) {
     char path[4096];
     uint64_t length = 0;
@@ -198,7 +203,7 @@ static int read_tensor(const char *folder, const char *name, Tensor *t) {
     return t->values != NULL;
 }
 
-static int write_tensors(const char *path, const Tensor *tensors, size_t n) { /* whether it succeeded */
+static int write_tensors(const char *path, const Tensor *tensors, size_t n) { /* returns whether it succeeded */
     FILE *file = fopen(path, "wb");
     uint64_t length = 0, offset = 0;
     if (!file) return 0;
@@ -220,8 +225,8 @@ static int write_tensors(const char *path, const Tensor *tensors, size_t n) { /*
 
 static Tensor embedding; /* [vocabulary, width] */
 
-static const char *load(const char *checkpoint, const char *dtype) { /* what is wrong, or NULL */
-    (void)dtype; /* HERE: load the model; the checkpoint is a Hugging Face directory, config.json and safetensors */
+static const char *load(const char *checkpoint, const char *dtype) { /* returns an error, or NULL */
+    (void)dtype; /* HERE: load the model. The checkpoint is a Hugging Face directory, config.json and safetensors. */
     free(embedding.values);
     if (!read_tensor(checkpoint, "model.embed_tokens.weight", &embedding) || embedding.rank != 2)
         return "model.embed_tokens.weight cannot be read";
@@ -234,12 +239,12 @@ static int wanted(const Json *taps, const char *tap) {
     return 0;
 }
 
-static const char *run(const Json *runs, const Json *taps, const char *out) { /* what is wrong, or NULL */
+static const char *run(const Json *runs, const Json *taps, const char *out) { /* returns an error, or NULL */
     size_t n = 0, width = embedding.shape[1];
     int written = 1;
     Tensor *tensors = need(calloc(count(runs) + 1, sizeof *tensors));
-    /* HERE: each run has `run` (its name), `op`, `sequence`, `tokens`, `positions`, and `past`: how many tokens of its
-       sequence the cache must hold, which is cut first where it holds more. Taps are `<run>/<tap>`, those of `taps`. */
+    /* HERE: run the model. Each run has `run` (its name), `op`, `sequence`, `tokens`, `positions` and `past`. Cut the
+       cache of its sequence to `past` tokens first. Write the taps in `taps` under the names `<run>/<tap>`. */
     for (const Json *each = runs->first; each; each = each->next) {
         if (!wanted(taps, "embedding")) break;
         const Json *tokens = get(each, "tokens");

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """A harness for refmoe: it answers requests about your engine, a line of JSON each (refmoe/engines/PROTOCOL.md).
 
-It needs NumPy, ml_dtypes and safetensors. As it is, it skips every case; what it does do is give the tap `embedding`,
-as an example. Write your engine where it says HERE.
+It needs NumPy, ml_dtypes and safetensors. Unchanged, it writes one tap, `embedding`, as an example, and skips every
+case. Write your engine where it says HERE.
 
     refmoe conform -- python harness.py
 """
@@ -21,10 +21,10 @@ from safetensors.numpy import load_file, save_file
 
 
 class Skipped(Exception):
-    """What the engine does not support: a reason, and the URL of an issue or None."""
+    """The engine does not support a request. Arguments: a reason, and the URL of an issue or None."""
 
 
-DESCRIPTION = {  # HERE: what the engine can do
+DESCRIPTION = {  # HERE: describe the engine
     "protocol": "1",
     "name": "my-engine",
     "version": "0",
@@ -48,8 +48,8 @@ def load(checkpoint: Path, dtype: str) -> None:
 def run(runs: list[dict[str, Any]], taps: list[str]) -> dict[str, Any]:
     """HERE: the activations of all runs, in order. Keys are `<run>/<tap>`, such as `prefill/layers.0.moe_norm`.
 
-    Each run has `run` (its name), `op`, `sequence`, `tokens`, `positions`, and `past`: how many tokens of its sequence
-    the cache must hold, which is cut first where it holds more.
+    Each run has `run` (its name), `op`, `sequence`, `tokens`, `positions` and `past`. Cut the cache of its sequence to
+    `past` tokens first.
     """
     arrays = {}
     for each in runs if "embedding" in taps else []:
@@ -71,7 +71,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         load(Path(request["checkpoint"]), request["dtype"])
     if command == "run":
         arrays = run(request["runs"], request["taps"])
-        # safetensors writes the memory of an array as it lies, so a transposed view would be garbage
+        # safetensors writes the memory of an array in its order, so a transposed view would be garbage
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, request["out"])
         if not all(f"{each['run']}/logits" in arrays for each in request["runs"]):
             raise Skipped("not written yet", None)
@@ -79,7 +79,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    # what the engine prints must not come between the answers: from here on it goes to standard error
+    # the engine may print, but not between the answers: from here on its output goes to standard error
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     for line in sys.stdin:
