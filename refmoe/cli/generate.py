@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from refmoe.arithmetic.exact.slices import on_host
 from refmoe.checkpoints.load import load_checkpoint
-from refmoe.cli.options import PATH, Tokens, device_option, input_calls, json_option
+from refmoe.cli.options import PATH, Input, Tokens, device_option, json_option
 from refmoe.cuda.decode import Decoder
 from refmoe.cuda.memory import resident, widest
 from refmoe.cuda.place import Place
@@ -23,12 +24,12 @@ from refmoe.text.sampling import SamplingSettings
 from refmoe.text.stream import stream_text
 from refmoe.text.tokenizer import Tokenizer
 
-BLAS_HELP = """Whose matrix products on the CPU. mkl: Intel's, weights packed once (pip install 'refmoe[mkl]').
-Faster from the second use of a weight on; with weights in bfloat16 on a processor with AMX, much faster."""
+BLAS_HELP = """Who multiplies matrices on the CPU. mkl: Intel's library, weights packed once (pip install 'refmoe[mkl]').
+Faster from the second use of a weight on; much faster with bfloat16 weights on a processor with AMX."""
 
 
 class Session:
-    """One sequence being generated: the model and the caches of the tokens so far."""
+    """The state of one sequence that is being generated: its model, and the caches of its tokens."""
 
     def __init__(self, ops: Any, model: Model) -> None:
         self.ops = ops
@@ -37,7 +38,7 @@ class Session:
         self.past = 0
 
     def step(self, tokens: Sequence[int]) -> Any:
-        """Logits [V] after the last of these new tokens."""
+        """Append tokens and return the logits [V] after the last one."""
         positions = self.ops.integers(range(self.past, self.past + len(tokens)))
         logits, self.caches = forward(self.ops, self.model, self.ops.integers(tokens), positions, self.caches)
         self.past += len(tokens)
@@ -45,19 +46,36 @@ class Session:
 
 
 class OnDevice:
-    """The same in memory of a GPU that was taken before."""
+    """The state of one sequence on a GPU, in memory that was allocated before."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
 
     def step(self, tokens: Sequence[int]) -> Any:
-        """Logits [V] after the last of these new tokens."""
+        """Append tokens and return the logits [V] after the last one."""
         one = len(tokens) == 1 and self.decoder.past
         return on_host(self.decoder.step(tokens[0]) if one else self.decoder.read(tokens))[0]
 
 
+@dataclass(frozen=True)
+class Request:
+    """The values of the options of ``refmoe generate`` beside its input."""
+
+    checkpoint: Path
+    layout: str | None
+    max_new_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float
+    seed: int
+    dtype: str
+    blas: str
+    device: Place
+    as_json: bool
+
+
 def session(device: Place, model: Model, capacity: int, dtype: str, blas: str) -> Session | OnDevice:
-    """A sequence of at most `capacity` tokens."""
+    """An empty sequence with room for `capacity` tokens."""
     if device.on_gpu and dtype == "float32" and blas == "numpy":
         return OnDevice(device.decoder(model, capacity))
     return Session(device.native(np.dtype(dtype), blas=blas), model)
@@ -76,33 +94,32 @@ def session(device: Place, model: Model, capacity: int, dtype: str, blas: str) -
 @click.option("--seed", default=0, show_default=True, help="The same seed gives the same tokens.")
 @click.option("--dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True)
 @click.option("--blas", type=click.Choice(["numpy", "mkl"]), default="numpy", show_default=True, help=BLAS_HELP)
-@device_option("Weights stay there in the dtype they are stored in; --dtype is that of all else.")
+@device_option("Weights stay there in their stored dtype; everything else has the --dtype.")
 @json_option
-def generate_command(
-    checkpoint: Path, layout: str | None, prompt: str | None, chat: Path | None, tokens: Any, max_new_tokens: int,
-    temperature: float, top_k: int | None, top_p: float, seed: int, dtype: str, blas: str, device: Place, as_json: bool,
-) -> None:  # fmt: skip
+def generate_command(prompt: str | None, chat: Path | None, tokens: Any, **options: Any) -> None:
     """Continue a prompt, or answer a chat, and stream the text as it comes.
 
     \b
     refmoe generate --checkpoint DIR --prompt 'Once upon a time' --max-new-tokens 20
     refmoe generate --checkpoint DIR --chat messages.json --temperature 0.7 --top-p 0.9 --seed 1
     """
-    loaded = load_checkpoint(checkpoint, layout)
-    (prefill,) = input_calls(checkpoint, tokens, prompt, chat)
+    asked = Request(**options)
+    loaded = load_checkpoint(asked.checkpoint, asked.layout)
+    (prefill,) = Input(tokens, prompt, chat).calls(asked.checkpoint)
     start = prefill.tokens
     for token in start:
         if not 0 <= token < loaded.config.vocab:
             raise InputError(f"token {token} of the prompt is outside the model's vocabulary of {loaded.config.vocab}")
-    settings = SamplingSettings(temperature=temperature, top_k=top_k, top_p=top_p)
-    vocabulary = checkpoint / "tokenizer.model"
+    settings = SamplingSettings(temperature=asked.temperature, top_k=asked.top_k, top_p=asked.top_p)
+    vocabulary = asked.checkpoint / "tokenizer.model"
     tokenizer = Tokenizer.load(vocabulary) if vocabulary.exists() else None
     stop = {tokenizer.eos_id} if tokenizer else set()
-    device.require_memory(resident(loaded.config, len(start), max_new_tokens, widest(loaded.dtypes), dtype))
+    device, dtype, count = asked.device, asked.dtype, asked.max_new_tokens
+    device.require_memory(resident(loaded.config, len(start), count, widest(loaded.dtypes), dtype))
     model = Model(loaded.config, loaded.parameters, device.steps(dtype))
-    step = session(device, model, len(start) + max_new_tokens, dtype, blas).step
-    new = generate(step, list(start), settings, max_new_tokens=max_new_tokens, stop_ids=stop, seed=seed)
-    if as_json:
+    step = session(device, model, len(start) + count, dtype, asked.blas).step
+    new = generate(step, list(start), settings, max_new_tokens=count, stop_ids=stop, seed=asked.seed)
+    if asked.as_json:
         ids = list(new)
         text = "".join(stream_text(tokenizer, ids)) if tokenizer else None
         click.echo(json.dumps({"prompt": list(start), "tokens": ids, "text": text}))

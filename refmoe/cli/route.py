@@ -1,18 +1,20 @@
-"""``refmoe route``: a routing as a picture."""
+"""``refmoe route``: a picture of the choices that a router makes."""
 
 from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 
 from refmoe.arithmetic.exact.ops import ExactOps
-from refmoe.cli.options import PATH, json_option
+from refmoe.cli.options import PATH, json_option, record_of
 from refmoe.errors import InputError
 from refmoe.files.atomic import replacing
 from refmoe.routers.literature.family import FAMILY, Settings, run_router
@@ -26,7 +28,7 @@ from refmoe.traces.trace import read_trace
 
 TOKENS, EXPERTS = 16, 8
 LARGEST = 1 << 20
-"""Logits that a picture may have."""
+"""The most logits that a picture may have."""
 MAGIC = b"\x93NUMPY"
 WRITERS = {".svg": svg_bytes, ".png": png_bytes}
 COUNT = click.IntRange(min=1)
@@ -34,22 +36,19 @@ COUNT = click.IntRange(min=1)
 
 @click.command("route", short_help="Show what a router does with tokens: a picture, loads and drops.")
 @click.option("--router", "name", type=click.Choice([*FAMILY]), default="mixtral", show_default=True)
-@click.option("--tokens", type=COUNT, metavar="T", help=f"Of made-up logits, normally distributed; {TOKENS}.")
-@click.option("--experts", type=COUNT, metavar="E", help=f"Of made-up logits; {EXPERTS}.")
-@click.option("--top-k", type=COUNT, metavar="K", help="Experts per token; the router's own number if not given.")
+@click.option("--tokens", type=COUNT, metavar="T", help=f"Rows of made-up, normally distributed logits; {TOKENS}.")
+@click.option("--experts", type=COUNT, metavar="E", help=f"Columns of made-up logits; {EXPERTS}.")
+@click.option("--top-k", "k", type=COUNT, metavar="K", help="Experts per token; the router's own number if not given.")
 @click.option("--capacity-factor", type=float, metavar="C", help="1 is T / E tokens; the router's own if not given.")
 @click.option("--groups", type=COUNT, default=1, show_default=True, help="Groups of experts (deepseek-v3).")
 @click.option("--top-groups", type=COUNT, default=1, show_default=True, help="Groups a token may use (deepseek-v3).")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of logits, noise and chance.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of logits and noise.")
 @click.option("--logits", "file", type=PATH, metavar="FILE", help="Real logits: [T, E] in a .npy file, or a trace.")
 @click.option("--run", metavar="NAME", help="Which run of the trace; its first if not given.")
 @click.option("--layer", type=click.IntRange(min=0), help="Which layer of the trace; 0 if not given.")
 @click.option("--out", type=PATH, metavar="FILE", help="Also write the picture: .svg, or .png (extra 'plots').")
 @json_option
-def route_command(
-    name: str, tokens: int | None, experts: int | None, top_k: int | None, capacity_factor: float | None, groups: int,
-    top_groups: int, seed: int, file: Path | None, run: str | None, layer: int | None, out: Path | None, as_json: bool,
-) -> None:  # fmt: skip
+def route_command(name: str, seed: int, out: Path | None, as_json: bool, **options: Any) -> None:
     """Route tokens with a router of the literature and show which experts they go to, and with what load.
 
     \b
@@ -59,16 +58,9 @@ def route_command(
     """
     if out is not None and out.suffix not in WRITERS:
         raise InputError(f"{out}: a name that ends in .svg or .png was expected")
-    if file is None:
-        if run is not None or layer is not None:
-            raise InputError("--run and --layer choose from a trace, so --logits TRACE was expected")
-        logits = made_up_logits(tokens or TOKENS, experts or EXPERTS, seed)
-    elif tokens is not None or experts is not None:
-        raise InputError("--tokens and --experts are those of --logits FILE and cannot be given with it")
-    else:
-        logits = read_logits(file, run, layer)
+    logits = record_of(Logits, options).load(seed)
     ops: Any = ExactOps()
-    settings = Settings(top_k, capacity_factor, groups, top_groups, seed)
+    settings = Settings(seed=seed, **options)
     routing, losses = run_router(name, ops, logits, settings)
     statistics = load_statistics(ops, routing)
     title = f"{name} ({FAMILY[name].source}): {describe_size(routing)}"
@@ -92,15 +84,36 @@ def route_command(
         console.print(f"written: {out}", markup=False)
 
 
-def made_up_logits(tokens: int, experts: int, seed: int) -> Any:
-    """Standard normal logits [T, E] of a seed. Raises InputError when they are too many for a picture."""
+@dataclass(frozen=True)
+class Logits:
+    """The options that say which logits to route."""
+
+    tokens: int | None
+    experts: int | None
+    file: Path | None
+    run: str | None
+    layer: int | None
+
+    def load(self, seed: int) -> NDArray[Any]:
+        """Logits [T, E] in float64, from the file or the seed. Raises InputError for options that contradict."""
+        if self.file is None:
+            if self.run is not None or self.layer is not None:
+                raise InputError("--run and --layer choose from a trace, so --logits TRACE was expected")
+            return made_up_logits(self.tokens or TOKENS, self.experts or EXPERTS, seed)
+        if self.tokens is not None or self.experts is not None:
+            raise InputError("--tokens and --experts are those of --logits FILE and cannot be given with it")
+        return read_logits(self.file, self.run, self.layer)
+
+
+def made_up_logits(tokens: int, experts: int, seed: int) -> NDArray[Any]:
+    """Standard normal logits [T, E] from a seed. Raises InputError when there are too many for a picture."""
     if tokens * experts > LARGEST:
         raise InputError(f"{tokens} tokens times {experts} experts exceed the {LARGEST} logits of a picture")
     return np.random.default_rng(seed).standard_normal((tokens, experts))
 
 
-def read_logits(path: Path, run: str | None, layer: int | None) -> Any:
-    """Logits [T, E] in float64. Raises InputError when the file does not hold finite ones."""
+def read_logits(path: Path, run: str | None, layer: int | None) -> NDArray[Any]:
+    """Logits [T, E] in float64, from a .npy file or a trace. Raises InputError when they are not finite numbers."""
     try:
         with path.open("rb") as stream:
             is_npy = stream.read(len(MAGIC)) == MAGIC
@@ -130,7 +143,7 @@ def read_logits(path: Path, run: str | None, layer: int | None) -> Any:
     return logits
 
 
-def traced_logits(path: Path, run: str | None, layer: int) -> Any:
+def traced_logits(path: Path, run: str | None, layer: int) -> NDArray[Any]:
     """The tap router.logits of one run and layer. Raises InputError when the trace has none."""
     trace = read_trace(path)
     names = [entry.run for entry in trace.header.runs]
@@ -144,7 +157,7 @@ def traced_logits(path: Path, run: str | None, layer: int) -> Any:
 
 
 def describe_size(routing: Routing) -> str:
-    """How many tokens, experts and choices."""
+    """The numbers of tokens, experts and choices in words."""
     tokens, k = routing.ids.shape
     each = f"capacity {routing.capacity}" if routing.capacity is not None else "no capacity"
     choices = "" if k == routing.experts and routing.capacity is not None else f"top-{k}, "
@@ -164,7 +177,7 @@ def describe_load(statistics: LoadStatistics) -> str:
 
 
 def to_json(name: str, routing: Routing, statistics: LoadStatistics, losses: dict[str, Any]) -> dict[str, Any]:
-    """The whole routing, for a program to read."""
+    """The whole routing as JSON."""
     return {
         "router": name,
         "experts": routing.experts,

@@ -1,5 +1,5 @@
 """From text to token ids and back: the tokenizer, the chat template, sampling and generation.
 
-Nothing here knows the model. `generate` takes a `step` function that turns new tokens into logits, so any
-engine behind such a function can be driven, and a prompt is a list of token ids.
+Nothing here knows the model. `generate` takes a `step` function that turns new tokens into logits, so it can drive any
+engine. A prompt is a list of token ids.
 """

@@ -1,8 +1,8 @@
 """Mixtral's chat template: a dialogue becomes the token ids that the Instruct models were trained on.
 
 Source: `InstructTokenizerV1` and `InstructTokenizerV3` of mistralai/mistral-common, `tokens/tokenizers/instruct.py`.
-It also merges neighbouring messages of one role and collects system messages from the middle. CHAT-1 refuses both: a
-specification should not guess what was meant.
+It also merges neighbouring messages of one role and collects system messages from the middle. CHAT-1 refuses both,
+because a specification should not guess.
 """
 
 import json
@@ -24,31 +24,51 @@ class Message(NamedTuple):
     content: str
 
 
-def encode_chat(tokenizer: Tokenizer, messages: object) -> list[int]:
-    """The prompt of a dialogue: `messages` is a list of {"role": …, "content": …}.
+def check_messages(messages: object, source: str = "the dialogue") -> list[Message]:
+    """The messages of a dialogue, checked.
 
-    CHAT-2: the ids begin with one BOS, and EOS follows each assistant message.
-    CHAT-6: the template is CHAT-4's where '[INST]' is a control token of the vocabulary, and CHAT-3's where it is not.
+    CHAT-1  A dialogue is at most one system message, then user and assistant messages in turn, from a first user
+            message to a last user message. Nothing else is accepted, and nothing is repaired.
+
+    source: a name for the input, such as the file's, with which the error's sentence begins.
+    Raises InputError with the number of the first message that is wrong, counted from 1.
+    """
+    if not isinstance(messages, list | tuple) or not messages:
+        found = "an empty list" if isinstance(messages, list | tuple) else f"a value of type {type(messages).__name__}"
+        raise InputError(f"{source}: found {found}, but a list of messages was expected")
+    checked = [check_message(message, f"{source}: message {n}") for n, message in enumerate(messages, start=1)]
+    _, turns = split_system(checked)
+    first = len(checked) - len(turns) + 1
+    for n, turn in enumerate(turns, start=first):
+        expected = "user" if (n - first) % 2 == 0 else "assistant"
+        if turn.role != expected:
+            raise InputError(f"{source}: message {n} has the role '{turn.role}', but '{expected}' was expected")
+    if checked[-1].role != "user":
+        raise InputError(
+            f"{source}: the last message has the role '{checked[-1].role}', but the dialogue must end with 'user'"
+        )
+    return checked
+
+
+def encode_chat(tokenizer: Tokenizer, messages: object) -> list[int]:
+    """The prompt of a dialogue. messages: a list of {"role": …, "content": …}
+
+    CHAT-2  The ids begin with one BOS, and EOS follows each assistant message.
 
     Raises InputError for a dialogue that CHAT-1 or CHAT-5 refuses, and for a vocabulary of a later template.
     """
     system, turns = split_system(check_messages(messages))
-    begin, end = tokenizer.control_id(BEGIN), tokenizer.control_id(END)
-    if begin is None:
+    brackets = control_brackets(tokenizer)
+    if brackets is None:
         return encode_spelled_out(tokenizer, system, turns)
-    if end is None or tokenizer.control_id("[SYSTEM_PROMPT]") is not None:
-        raise InputError(
-            f"{tokenizer.path}: the control tokens are not those of a Mixtral model, "
-            f"but '{BEGIN}' and '{END}' without '[SYSTEM_PROMPT]' were expected"
-        )
-    return encode_with_control_tokens(tokenizer, system, turns, begin, end)
+    return encode_with_control_tokens(tokenizer, system, turns, *brackets)
 
 
 def encode_spelled_out(tokenizer: Tokenizer, system: str, turns: Sequence[Message]) -> list[int]:
     """The template of 8x7B Instruct, whose brackets are ordinary text.
 
-    CHAT-3: a user message is the text "[INST] " + content + " [/INST]", encoded as one text, with its own leading
-            space; an assistant message is encoded as it is. The system prompt stands before the first user message's
+    CHAT-3  A user message is the text "[INST] " + content + " [/INST]", encoded as one text, with its own leading
+            space. An assistant message is encoded as it is. The system prompt stands before the first user message's
             content, with a blank line between.
     """
     ids = [tokenizer.bos_id]
@@ -66,7 +86,7 @@ def encode_with_control_tokens(
 ) -> list[int]:
     """The template of 8x22B Instruct, whose brackets are the control tokens `begin` and `end`.
 
-    CHAT-4: a user message is `begin`, the encoded content and `end`; an assistant message is encoded without the spaces
+    CHAT-4  A user message is `begin`, the encoded content and `end`. An assistant message is encoded without the spaces
             at its end. The system prompt stands before the *last* user message's content, with a blank line between.
     """
     ids = [tokenizer.bos_id]
@@ -91,35 +111,13 @@ def split_system(messages: list[Message]) -> tuple[str, list[Message]]:
     return "", messages
 
 
-def check_messages(messages: object, source: str = "the dialogue") -> list[Message]:
-    """The messages of a dialogue, checked.
-
-    CHAT-1: a dialogue is at most one system message, then user and assistant messages in turn, from a first user
-            message to a last user message. Nothing else is accepted, and nothing is repaired.
-    CHAT-5: an empty system prompt counts as none; an empty user message is allowed; an empty assistant message is not.
-
-    source: what a person would call the input, e.g. the file's name; it begins the error's sentence.
-    Raises InputError with the number of the first message that is wrong, counted from 1.
-    """
-    if not isinstance(messages, list | tuple) or not messages:
-        found = "an empty list" if isinstance(messages, list | tuple) else f"a value of type {type(messages).__name__}"
-        raise InputError(f"{source}: found {found}, but a list of messages was expected")
-    checked = [check_message(message, f"{source}: message {n}") for n, message in enumerate(messages, start=1)]
-    _, turns = split_system(checked)
-    first = len(checked) - len(turns) + 1
-    for n, turn in enumerate(turns, start=first):
-        expected = "user" if (n - first) % 2 == 0 else "assistant"
-        if turn.role != expected:
-            raise InputError(f"{source}: message {n} has the role '{turn.role}', but '{expected}' was expected")
-    if checked[-1].role != "user":
-        raise InputError(
-            f"{source}: the last message has the role '{checked[-1].role}', but the dialogue must end with 'user'"
-        )
-    return checked
-
-
 def check_message(message: object, source: str) -> Message:
-    """One message. Raises InputError when it is not exactly a role and a text, or is an empty assistant message."""
+    """One message, checked.
+
+    CHAT-5  An empty system prompt counts as none. An empty user message is allowed, an empty assistant message is not.
+
+    Raises InputError when the message is not exactly a role and a text, or is an empty assistant message.
+    """
     if not isinstance(message, dict):
         raise InputError(
             f"{source} is of type {type(message).__name__}, but an object with 'role' and 'content' was expected"
@@ -139,10 +137,28 @@ def check_message(message: object, source: str) -> Message:
     return Message(role, content)
 
 
-def load_chat(path: str | PathLike[str]) -> list[dict[str, str]]:
-    """The messages of a JSON file, fit for `encode_chat`: a list of {"role": …, "content": …}.
+def control_brackets(tokenizer: Tokenizer) -> tuple[int, int] | None:
+    """The ids of the control tokens '[INST]' and '[/INST]', or None where '[INST]' is ordinary text.
 
-    Raises InputError when the file cannot be read, is not JSON in UTF-8, or holds anything but such a dialogue.
+    CHAT-6  The template is CHAT-4's where '[INST]' is a control token of the vocabulary, and CHAT-3's where it is not.
+
+    Raises InputError for the control tokens of a later template.
+    """
+    begin, end = tokenizer.control_id(BEGIN), tokenizer.control_id(END)
+    if begin is None:
+        return None
+    if end is None or tokenizer.control_id("[SYSTEM_PROMPT]") is not None:
+        raise InputError(
+            f"{tokenizer.path}: the control tokens are not those of a Mixtral model, "
+            f"but '{BEGIN}' and '{END}' without '[SYSTEM_PROMPT]' were expected"
+        )
+    return begin, end
+
+
+def load_chat(path: str | PathLike[str]) -> list[dict[str, str]]:
+    """The messages of a JSON file, as `encode_chat` takes them: a list of {"role": …, "content": …}.
+
+    Raises InputError when the file cannot be read, is not JSON in UTF-8, or holds no such dialogue.
     """
     path = Path(path)
     try:
@@ -167,7 +183,7 @@ def load_chat(path: str | PathLike[str]) -> list[dict[str, str]]:
 
 
 class RepeatedKey(Exception):
-    """A JSON object names a key twice: readers differ in which one they take."""
+    """A JSON object names a key twice. Some readers take the first value, others the last."""
 
 
 def object_without_repetition(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -1,7 +1,7 @@
 """Generate tokens one after another from any engine that turns new tokens into logits.
 
-The stop token is yielded, so that a caller sees why the reply ended and can go on from all that the model said.
-A control token such as EOS has no text (TOK-7).
+The stop token is yielded, so that a caller sees why the reply ended and can continue from the complete reply. A control
+token such as EOS has no text (TOK-7).
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -16,7 +16,7 @@ from refmoe.text.stream import stream_text
 from refmoe.text.tokenizer import Tokenizer
 
 Step = Callable[[Sequence[int]], NDArray[Any]]
-"""New tokens to the logits [V] after the last of them. The function owns the cache of what came before."""
+"""From new tokens to the logits [V] after the last of them. The function owns the cache of the earlier tokens."""
 
 
 def generate(
@@ -30,15 +30,15 @@ def generate(
 ) -> Iterator[int]:
     """The ids of a reply, one by one, each computed when it is asked for.
 
-    GEN-1: the step function is given the prompt once, whole, and then each generated token alone, in order. EOS
+    GEN-1  The step function is given the prompt once, whole, and then each generated token alone, in order. EOS
            tokens in the prompt (a dialogue has one after each reply) are tokens like any other.
-    GEN-2: the reply ends after `max_new_tokens` tokens, or after the first generated token in `stop_ids`, which is the
-           last one yielded. No step is taken that the next token does not need.
-    GEN-3: the repetition penalty counts the prompt's tokens and the generated ones.
-    GEN-4: the same logits, settings and seed give the same tokens. One PCG64 generator serves the whole reply.
+    GEN-2  The reply ends after `max_new_tokens` tokens, or after the first generated token in `stop_ids`. That token is
+           the last one yielded. No step is taken that the next token does not need.
+    GEN-3  The repetition penalty counts the prompt's tokens and the generated ones.
+    GEN-4  The same logits, settings and seed give the same tokens. One PCG64 generator serves the whole reply.
 
-    Raises InputError, at the call, for an empty prompt, or for a count or seed that is no whole number of 0 or more;
-    and during the iteration for logits that `sample` refuses.
+    Raises InputError, at the call, for an empty prompt, or for a count or seed that is no whole number of 0 or more.
+    Raises it during the iteration for logits that `sample` refuses.
     """
     if not len(prompt):
         raise InputError("the prompt is empty, but at least one token was expected")
@@ -51,7 +51,7 @@ def generate(
 def generate_checked(
     step: Step, prompt: list[int], settings: SamplingSettings, max_new_tokens: int, stop_ids: frozenset[int], seed: int
 ) -> Iterator[int]:
-    """`generate` after its checks: a generator function would put them off until the first token is asked for."""
+    """`generate` after its checks, which a generator function would delay until the first token is asked for."""
     rng = np.random.Generator(np.random.PCG64(seed))
     seen = set(prompt)
     new_tokens = prompt

@@ -1,7 +1,7 @@
 """Mixtral's tokenizer: byte-pair encoding over a SentencePiece `tokenizer.model`.
 
-The `sentencepiece` package does the merging; this module states what is promised about its result and refuses
-a file for which the promise would not hold. A small vocabulary is enough: it is the conventions that count.
+The `sentencepiece` package does the merging. This module states promises about its result, and refuses a file that
+would break them. A small vocabulary is accepted, as only the conventions matter.
 
 The clauses TOK-1 to TOK-5 are stated at `Tokenizer.encode`, TOK-6 to TOK-8 at `Tokenizer.decode`.
 
@@ -32,8 +32,8 @@ class Tokenizer:
     def load(path: str | PathLike[str]) -> "Tokenizer":
         """Read a SentencePiece model.
 
-        Raises InputError when sentencepiece is not installed, and when the file cannot be read, is no SentencePiece
-        model, or is one whose conventions are not Mixtral's (see `check_conventions`).
+        Raises InputError when sentencepiece is not installed, or the file cannot be read or is no SentencePiece model.
+        Raises it also when the model's conventions are not Mixtral's (see `check_conventions`).
         """
         sentencepiece = require("sentencepiece", "text", "the tokenizer")
         path = Path(path)
@@ -42,11 +42,11 @@ class Tokenizer:
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             reason = getattr(error, "strerror", None) or error
             raise InputError(f"{path}: {reason}, but a SentencePiece file (tokenizer.model) was expected") from None
-        if not content:  # sentencepiece 0.2.0 takes empty bytes for "no model given" and loads nothing, without a word
+        if not content:  # sentencepiece 0.2.0 takes empty bytes for "no model given" and silently loads nothing
             raise InputError(f"{path}: the file is empty, but a SentencePiece model was expected")
         try:
             processor = sentencepiece.SentencePieceProcessor(model_proto=content)
-        except (RuntimeError, OSError, ValueError):  # its text names a C++ line, which helps nobody
+        except (RuntimeError, OSError, ValueError):  # the error's text names a C++ line, which helps no user
             raise InputError(
                 f"{path}: {len(content)} bytes that sentencepiece cannot load, but a complete SentencePiece model "
                 "(tokenizer.model) was expected"
@@ -73,18 +73,18 @@ class Tokenizer:
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """The token ids of a text, after BOS unless `bos` is false.
 
-        TOK-1: one space is put before a text that is not empty, and every space is written as the character '▁'
+        TOK-1  One space is put before a text that is not empty, and every space is written as the character '▁'
                (U+2581). The empty text has no tokens.
-        TOK-2: the adjacent pair of symbols whose merged piece has the highest score is merged first, the leftmost
-               on ties, until no adjacent pair forms a piece. (Not: the longest piece that fits, from the left.)
-        TOK-3: a character that is no piece becomes its UTF-8 bytes, one token `<0xHH>` each; text never yields `<unk>`.
-        TOK-4: control tokens are never produced from text: '<s>', '</s>' or '[INST]' in it is spelled out in ordinary
-               pieces, and the text around it is not cut there.
-        TOK-5: BOS stands before the text exactly once when it is asked for, whatever the text says.
+        TOK-2  The adjacent pair of symbols whose merged piece has the highest score is merged first, the leftmost
+               on ties. Merging ends when no adjacent pair forms a piece. (The rule is not: the longest piece first.)
+        TOK-3  A character that is no piece becomes its UTF-8 bytes, one token `<0xHH>` each; text never yields `<unk>`.
+        TOK-4  Control tokens are never produced from text. In a text, '<s>', '</s>' and '[INST]' are spelled out in
+               ordinary pieces. They do not split the text around them.
+        TOK-5  BOS stands before the text exactly once when it is asked for, whatever the text says.
 
-        Two texts encoded apart are therefore not their concatenation encoded: pieces form across the seam, and the
+        Two texts encoded apart do not give the tokens of their concatenation: pieces form across the seam, and the
         second part gets a leading space of its own.
-        Raises InputError when `text` holds a lone surrogate, which no UTF-8 can express.
+        Raises InputError when `text` holds a lone surrogate, which UTF-8 cannot express.
         """
         try:
             text.encode()
@@ -99,11 +99,11 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids.
 
-        TOK-6: the pieces are joined, with '▁' as a space, less the space that TOK-1 put in front: one leading '▁' of
-               the first token that is no control token. A byte token or `<unk>` in that place has none to drop.
-        TOK-7: control tokens (BOS and EOS among them) have no text, and `<unk>` reads ' ⁇ ' (space, U+2047, space).
-        TOK-8: a run of byte tokens is read as UTF-8, and each byte that is part of no valid sequence as one U+FFFD. Any
-               other token ends the run, a control token too.
+        TOK-6  The pieces are joined, with '▁' as a space. The space that TOK-1 added is dropped: one leading '▁' of the
+               first token that is no control token. A byte token or `<unk>` in that place has none to drop.
+        TOK-7  Control tokens (BOS and EOS among them) have no text, and `<unk>` reads ' ⁇ ' (space, U+2047, space).
+        TOK-8  A run of byte tokens is read as UTF-8, and each byte that is part of no valid sequence as one U+FFFD. Any
+               other token ends the run, also a control token.
 
         Raises InputError for an id outside the vocabulary.
         `SentencePieceProcessor::Decode` of google/sentencepiece 0.2.
@@ -115,15 +115,15 @@ class Tokenizer:
         return str(self.processor.id_to_piece(self.checked(token)))
 
     def is_control(self, token: int) -> bool:
-        """Is it a control token, which has no text (TOK-4, TOK-7)? Raises InputError outside the vocabulary."""
+        """Whether the token is a control token (TOK-4, TOK-7). Raises InputError outside the vocabulary."""
         return bool(self.processor.is_control(self.checked(token)))
 
     def is_byte(self, token: int) -> bool:
-        """Is it one of the 256 byte tokens (TOK-3)? Raises InputError outside the vocabulary."""
+        """Whether the token is one of the 256 byte tokens (TOK-3). Raises InputError outside the vocabulary."""
         return bool(self.processor.is_byte(self.checked(token)))
 
     def is_unknown(self, token: int) -> bool:
-        """Is it `<unk>` (TOK-7)? Raises InputError outside the vocabulary."""
+        """Whether the token is `<unk>` (TOK-7). Raises InputError outside the vocabulary."""
         return bool(self.processor.is_unknown(self.checked(token)))
 
     def control_id(self, piece: str) -> int | None:
@@ -145,7 +145,7 @@ def check_conventions(tokenizer: Tokenizer) -> None:
     """Refuse a SentencePiece model that would break TOK-1 to TOK-8.
 
     The trainer's settings come last in the file, so a file cut short between two pieces loads without complaint and
-    tokenizes otherwise. Hence the questions are put to what the processor does, not to the settings it reports.
+    tokenizes differently. The checks therefore test the processor's behaviour, not the settings that it reports.
     Raises InputError.
     """
     path, processor = tokenizer.path, tokenizer.processor
