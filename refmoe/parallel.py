@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from typing import TypeVar
-from unittest import mock
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
-"""What tells the BLAS libraries in use to start one thread: read once, when a process loads them."""
+"""Variables that make a BLAS library start one thread. A process reads them once, when it loads the library."""
 
 
 @contextmanager
 def results(
     function: Callable[[Item], Result], items: Sequence[Item], jobs: int | None = None
 ) -> Iterator[Iterator[tuple[Item, Result]]]:
-    """Yield an iterator over (item, its result), each as it is done; what a call raises is raised there.
+    """Yield an iterator over pairs (item, its result), in the order in which they finish.
 
-    function: importable by name, as are the items.   jobs: processes with one BLAS thread each, or None for one per
-    core. With one job or one item all happens in this process.
+    function, items: must be importable or picklable, as other processes receive them.
+    jobs: the number of processes, with one BLAS thread each; None: one per core. With one job or one item, all work
+    happens in this process.
+    The iterator raises the exception of a call when it reaches that item.
     """
     jobs = min(jobs or os.cpu_count() or 1, len(items))
     if jobs <= 1:
@@ -37,11 +38,29 @@ def results(
 
 @contextmanager
 def process_pool(jobs: int | None = None) -> Iterator[ProcessPoolExecutor]:
-    """Processes with one BLAS thread each, as many as given or as there are cores; what waits at the end is dropped."""
+    """A pool of processes with one BLAS thread each. At the end, waiting tasks are cancelled.
+
+    jobs: the number of processes; None: one per core.
+    """
     # spawned, not forked: a forked process would keep the threads of a BLAS that is already loaded
-    with mock.patch.dict(os.environ, ONE_THREAD):
+    with environment(ONE_THREAD):
         executor = ProcessPoolExecutor(jobs or os.cpu_count(), multiprocessing.get_context("spawn"))
         try:
             yield executor
         finally:
             executor.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables, and restore their old values at the end."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

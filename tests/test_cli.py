@@ -139,16 +139,21 @@ def test_generate_says_the_same_by_either_blas(refmoe: Refmoe, checkpoint: Path,
     assert refmoe(*arguments, "--blas", "mkl") == refmoe(*arguments)
 
 
-def test_compare_reports_distances(refmoe: Refmoe, checkpoint: Path, tmp_path: Path) -> None:
+def test_distances_are_printed_without_a_verdict(refmoe: Refmoe, checkpoint: Path, tmp_path: Path) -> None:
     for dtype in ("float32", "float64"):
         refmoe("emit", "--checkpoint", checkpoint, "--tokens", "1,2,3", "--dtype", dtype, "--out", tmp_path / dtype)
-    status, out, _ = refmoe("compare", tmp_path / "float32", tmp_path / "float64")
+    arguments = ("verify", tmp_path / "float32", "--distances", tmp_path / "float64")
+    status, out, _ = refmoe(*arguments)
     assert status == 0
     assert "layers.1.expert.hidden" in out
     assert "routing: 0 of 6 decisions differ" in out
-    assert "for a verdict: refmoe verify" in out
-    found = json.loads(refmoe("compare", tmp_path / "float32", tmp_path / "float64", "--json")[1])
+    assert "prefill" not in refmoe(*arguments, "--run", "decode1")[1]
+    found = json.loads(refmoe(*arguments, "--json")[1])
     assert max(distance["relative_rms"] for distance in found["distances"]) < 1e-5
+    for option in (("--case", "walking-skeleton"), ("--policy", "bfloat16"), ("--html", tmp_path / "page")):
+        status, out, said = refmoe(*arguments, *option)
+        assert (status, out) == (2, "")
+        assert option[0] in said
 
 
 def test_check_passes_and_fails(refmoe: Refmoe, tmp_path: Path) -> None:
@@ -190,7 +195,8 @@ MISTAKES = {
     "no such case": ("emit --case nothing", "nothing/case.toml: no such file"),
     "case and output": ("emit --case walking-skeleton --out t", "do not apply"),
     "nothing to check": ("check {checkpoint}", "no case is there"),
-    "nothing to compare": ("compare a b", "a: no such file"),
+    "nothing to measure": ("verify a --distances b", "a: no such file"),
+    "a run without a reference": ("verify a --run prefill", "--distances"),
     "not a model": ("info mixtral-9x9b", "mixtral-9x9b: no such folder"),
     "not a temperature": (GENERATE + "--tokens 1 --temperature -1", "temperature"),
     "prompt too large": (GENERATE + "--tokens 99", "token 99"),
@@ -242,7 +248,8 @@ def test_the_main_job_on_real_input(refmoe: Refmoe, tmp_path: Path) -> None:
     assert refmoe("emit", *what, "--out", tmp_path / "golden.safetensors")[0] == 0
     for dtype, bound in (("float32", 1e-5), ("bfloat16", 0.3)):
         assert refmoe("capture", *what, "--dtype", dtype, "--out", tmp_path / "engine.safetensors")[0] == 0
-        status, out, _ = refmoe("compare", tmp_path / "engine.safetensors", tmp_path / "golden.safetensors", "--json")
+        traces = (tmp_path / "engine.safetensors", "--distances", tmp_path / "golden.safetensors")
+        status, out, _ = refmoe("verify", *traces, "--json")
         found = json.loads(out)
         assert status == 0
         assert {distance["run"] for distance in found["distances"]} == {"prefill", "chunk1", "decode1", "decode2"}
@@ -257,6 +264,6 @@ def test_capture_of_a_case_compares_with_its_golden(refmoe: Refmoe, tmp_path: Pa
     out = tmp_path / "engine.safetensors"
     arguments = ("capture", "--case", "walking-skeleton", "--golden", GOLDEN, "--dtype", "float32", "--out", out)
     assert refmoe(*arguments)[0] == 0
-    status, text, _ = refmoe("compare", out, GOLDEN / "walking-skeleton")
+    status, text, _ = refmoe("verify", out, "--distances", GOLDEN / "walking-skeleton")
     assert status == 0
-    assert "for a verdict: refmoe verify" in text
+    assert "layers.1.expert.hidden" in text

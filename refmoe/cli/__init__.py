@@ -1,4 +1,4 @@
-"""The command line. It knows everything, and nothing knows it."""
+"""The command line. It may import every other room, and no other room imports it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from refmoe.cli.audit import audit_command
 from refmoe.cli.capture import capture_command, materialise_command
 from refmoe.cli.certify import certify_command
 from refmoe.cli.check import check_command
-from refmoe.cli.compare import compare_command
 from refmoe.cli.conform import conform_command
 from refmoe.cli.emit import emit_command
 from refmoe.cli.generate import generate_command
@@ -39,7 +38,6 @@ for command in (
     check_command,
     certify_command,
     verify_command,
-    compare_command,
     capture_command,
     materialise_command,
     conform_command,
@@ -56,7 +54,7 @@ for command in (
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one sentence and status 2."""
+    """Run the command line. After a user's mistake, print one sentence and exit with status 2."""
     try:
         commands(standalone_mode=True)
     except InputError as error:

@@ -12,7 +12,7 @@ import click
 from refmoe.checkpoints.load import checkpoint_digest, load_checkpoint
 from refmoe.checkpoints.size import total_parameters
 from refmoe.checkpoints.write import DTYPE_NAMES, write_checkpoint
-from refmoe.cli.options import GOLDEN, PATH, checkpoint_options, input_calls, input_options, json_option, progress_bar
+from refmoe.cli.options import GOLDEN, PATH, Input, checkpoint_options, input_options, json_option, progress_bar
 from refmoe.engines.capture import transformers as engine
 from refmoe.errors import InputError
 from refmoe.suite import read_case
@@ -70,7 +70,7 @@ def capture_command(
             loaded = load_checkpoint(checkpoint, layout)
             if loaded.layout != "hf":
                 raise InputError(f"{checkpoint}: transformers reads the Hugging Face layout only")
-            runs = plan(input_calls(checkpoint, tokens, prompt, chat, chunk, decode), loaded.config.vocab)
+            runs = plan(Input(tokens, prompt, chat, chunk, decode).calls(checkpoint), loaded.config.vocab)
             folder, digest = checkpoint, checkpoint_digest(loaded.files)
         model = engine.load_model(folder, dtype, attention)
         with progress_bar("capture", len(runs) * model.config.num_hidden_layers) as advance:

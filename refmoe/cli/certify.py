@@ -18,14 +18,14 @@ from refmoe.suite.certify import Certificate, certify
 @jobs_option
 @json_option
 def certify_command(folder: Path, jobs: int | None, as_json: bool) -> None:
-    """Run every golden case below FOLDER (default: golden) under Arb balls, which enclose the real-number values.
+    """Run every golden case below FOLDER (default: golden) in ball arithmetic (Arb), which encloses the real numbers.
 
     \b
     refmoe certify
     refmoe certify golden/walking-skeleton --json
 
-    Writes into each manifest, per tap, a proven bound on |golden - real value|, and per routing decision whether it
-    is proven. Needs the extra 'certify' (python-flint).
+    Each manifest gets a certificate: per tap a proven bound on |golden - real value|, and the routing decisions that
+    are not proven. Needs the extra 'certify' (python-flint).
     """
     folders = golden.find_cases(folder)
     found: dict[Path, Certificate] = {}

@@ -22,21 +22,22 @@ from refmoe.parallel import results
 @json_option
 @click.pass_context
 def check_command(context: click.Context, folder: Path, device: Place, jobs: int | None, as_json: bool) -> None:
-    """Recompute every golden case below FOLDER (default: golden), compare every bit, and digest every other file.
+    """Recompute every golden case below FOLDER (default: golden) and compare every bit, and the digest of every file.
 
     \b
     refmoe check
     refmoe check golden/walking-skeleton --json
     refmoe check golden/mixtral-8x7b
 
-    A case of full size takes minutes, and is recomputed only when it is named; otherwise its files are compared with
-    their digests.
+    A case of full size takes minutes. It is recomputed only if FOLDER is its own folder; else its files are compared
+    with their digests.
+
     Exit status 1 when anything differs; each line names the case, the tensor and the element. A file that a killed
-    `refmoe emit` left over is noted and harms nothing.
+    `refmoe emit` left behind is reported, and is harmless.
     """
     folders = golden.find_cases(folder)
     whole = folders != [folder]
-    # of these the files are compared with their digests, and no more: each takes minutes
+    # to recompute one of these takes minutes: only the digests of its files are compared
     large = golden.find_full_size_cases(folder) if whole else []
     found = _recompute(folders, device, jobs) | {case: golden.verify_case_files(case) for case in large}
     named = {case.resolve().name: [difference.what for difference in found[case]] for case in [*folders, *large]}
@@ -65,7 +66,7 @@ def check_command(context: click.Context, folder: Path, device: Place, jobs: int
 
 
 def _recompute(folders: list[Path], device: Place, jobs: int | None) -> dict[Path, list[golden.Difference]]:
-    """What differs in each case. One case alone shows its layers as they are done, several show themselves."""
+    """Recompute cases and return the differences of each. The bar counts layers of a single case, else cases."""
     try:
         alone = golden.read_case(folders[0]) if len(folders) == 1 else None
     except InputError:

@@ -3,38 +3,91 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
+from rich.console import Console
+from rich.filesize import decimal
 
 from refmoe import suite as golden
-from refmoe.cli.emit_job import emit_job, report, scale_options
-from refmoe.cli.emit_on_gpu import emit_on_gpu
 from refmoe.cli.options import (
     GOLDEN,
     PATH,
+    Command,
+    Input,
     checkpoint_options,
     device_option,
-    input_calls,
     input_options,
     jobs_option,
     json_option,
     progress_bar,
+    record_of,
+    synthetic_option,
 )
 from refmoe.cuda.place import Place
 from refmoe.errors import InputError
+from refmoe.jobs.emission import Emission, check_emission, cpu_only, emit, require_memory
+from refmoe.jobs.estimate import Estimate
 from refmoe.jobs.job import POLICY
+from refmoe.jobs.source import find_source, loaded
 from refmoe.parallel import results
 from refmoe.policy.load import policy
 from refmoe.policy.policy import Policy
-from refmoe.spec.model import Model
-from refmoe.steps.policy_ops import PolicyOps
-from refmoe.steps.rounding import CUT_STEPS
-from refmoe.traces.script import execute
+from refmoe.traces.script import plan
 from refmoe.traces.trace import Header, Recorder, write_trace
+
+
+def scale_options(command: Command) -> Command:
+    """Add the options for a checkpoint that does not fit into memory, or that takes long."""
+    for option in (
+        click.option(
+            "--digest/--no-digest", default=True, show_default=True,
+            help="Whether the trace names the checkpoint by its SHA-256, which reads every byte once more.",
+        ),
+        click.option("--estimate", "only_estimate", is_flag=True, help="Print the cost, and compute nothing."),
+        click.option(
+            "--executor", metavar="processes[:N]|dask:ADDRESS",
+            help="Spread the experts of each layer over processes of this machine, or a Dask cluster.",
+        ),
+        click.option("--states", type=PATH, metavar="TRACE", help="With --layers A:B, A > 0: the input of layer A."),
+        click.option("--layers", metavar="A:B", help="Only layers A to below B; the rest of the model is not read."),
+        synthetic_option,
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The values of `scale_options`."""
+
+    synthetic: int | None
+    layers: str | None
+    states: Path | None
+    executor: str | None
+    only_estimate: bool
+    digest: bool
+
+
+@dataclass(frozen=True)
+class Request:
+    """The values of the other options of ``refmoe emit``."""
+
+    checkpoint: Path | None
+    layout: str | None
+    case_name: str | None
+    every: bool
+    golden_folder: Path
+    out: Path | None
+    taps: str
+    dtype: str
+    policy_name: str | None
+    device: Place
+    jobs: int | None
+    as_json: bool
 
 
 @click.command("emit", short_help="Compute golden activations of a checkpoint or a case.")
@@ -62,11 +115,7 @@ from refmoe.traces.trace import Header, Recorder, write_trace
 )
 @jobs_option
 @json_option
-def emit_command(
-    checkpoint: Path | None, layout: str | None, tokens: Any, prompt: str | None, chat: Path | None, chunk: Any,
-    decode: Any, case_name: str | None, every: bool, golden_folder: Path, out: Path | None, taps: str, dtype: str,
-    policy_name: str | None, device: Place, jobs: int | None, as_json: bool, **scale: Any,
-) -> None:  # fmt: skip
+def emit_command(**options: Any) -> None:
     """Run the specification and write every named intermediate.
 
     \b
@@ -78,59 +127,100 @@ def emit_command(
     refmoe emit --case walking-skeleton --policy hf-bfloat16 --out ideal.safetensors
     refmoe emit --all
 
-    --all passes over cases that this version has written from their case.toml as it is, and over those of full size;
-    --case never does. Killed at any moment, either leaves the old case or the new one; start it again to go on. A
-    checkpoint is run layer by layer, its weights read block by block; finished layers are kept in TRACE.parts until the
-    trace is whole.
+    --all skips cases of full size, and cases that this version has already written from their present case.toml.
+    --case skips nothing. If either is killed, each case is the old one or the new one; the same command goes on.
+
+    A checkpoint is run layer by layer, and its weights are read block by block. Finished layers are kept in TRACE.parts
+    until the trace is written.
     """
-    rules = None if policy_name is None else policy(policy_name)
-    if rules is not None and device.on_gpu:
-        raise InputError("--policy is computed on the CPU, but --device cuda was given")
-    if rules is not None and (every or dtype != "exact" or None not in (case_name, checkpoint)):
-        raise InputError("--policy goes with either --checkpoint or --case; --all and --dtype do not apply")
-    if rules is not None and case_name is not None:
-        if out is None:
-            raise InputError("--policy with --case writes a trace of its own, not the golden: --out TRACE was expected")
-        _emit_ideal(out, golden.read_case(golden_folder / case_name), rules, taps, as_json)
-        return
-    if case_name is not None or every:
-        if checkpoint is not None or out is not None or taps != "*" or dtype != "exact":
-            raise InputError(
-                f"{'--all' if every else '--case'} writes a golden as it is defined: --checkpoint, --out, --taps and "
-                "--dtype do not apply"
-            )
-        if case_name is not None and every:
-            raise InputError("one of --case NAME and --all was expected, but both were given")
-        if every:
-            _emit_all(golden_folder, jobs, as_json, device)
+    script, scale = record_of(Input, options), record_of(Scale, options)
+    asked = Request(**options)
+    if asked.policy_name is not None:
+        _check_policy(asked)
+        rules = policy(asked.policy_name)
+        if asked.case_name is not None:
+            _emit_ideal_case(asked, rules)
             return
-        case = golden.read_case(golden_folder / str(case_name))
-        with progress_bar(case.name, len(case.runs()) * len(case.computed)) as advance:
-            path = golden.emit(case, advance, device)
-        report(as_json, path, len(case.runs()))
+    if asked.case_name is not None or asked.every:
+        _emit_goldens(asked)
         return
-    if checkpoint is None or out is None:
+    if asked.checkpoint is None or asked.out is None:
         raise InputError("--checkpoint DIR and --out TRACE were expected, or --case NAME")
-    calls = partial(input_calls, checkpoint, tokens, prompt, chat, chunk, decode)
-    if device.on_gpu:
-        emit_on_gpu(device, checkpoint, layout, calls, out, taps, dtype, as_json, **scale)
+    _emit_checkpoint(asked, asked.checkpoint, asked.out, script, scale)
+
+
+def _check_policy(asked: Request) -> None:
+    """Raises InputError for options that contradict --policy."""
+    if asked.device.on_gpu:
+        raise InputError("--policy is computed on the CPU, but --device cuda was given")
+    if asked.every or asked.dtype != "exact" or None not in (asked.case_name, asked.checkpoint):
+        raise InputError("--policy goes with either --checkpoint or --case; --all and --dtype do not apply")
+    if asked.case_name is not None and asked.out is None:
+        raise InputError("--policy with --case writes a trace of its own, not the golden: --out TRACE was expected")
+
+
+def _emit_checkpoint(asked: Request, checkpoint: Path, out: Path, script: Input, scale: Scale) -> None:
+    """Run a script on a checkpoint and write the trace, or print its cost."""
+    if scale.only_estimate and asked.device.on_gpu:
+        raise cpu_only("--estimate", asked.device)
+    source = find_source(checkpoint, asked.layout, scale.synthetic)
+    config = loaded(source).config
+    emission = Emission(
+        source=source,
+        runs=plan(script.calls(checkpoint), config.vocab),
+        out=out,
+        arithmetic=asked.dtype if asked.policy_name is None else POLICY + asked.policy_name,
+        taps=asked.taps,
+        place=asked.device,
+        layers=scale.layers,
+        states=scale.states,
+        executor=scale.executor,
+        digest=scale.digest,
+    )
+    needed = check_emission(emission)
+    if scale.only_estimate:
+        facts = {"memory_bytes": needed.memory, "weight_bytes": needed.weights, "trace_bytes": needed.trace}
+        click.echo(json.dumps(facts) if asked.as_json else in_words(needed))
         return
-    named = dtype if policy_name is None else f"{POLICY}{policy_name}"
-    emit_job(checkpoint, layout, calls, out, taps, named, as_json, **scale)
+    require_memory(emission, needed)
+    console, on_cpu = Console(stderr=True), not asked.device.on_gpu
+    if on_cpu and console.is_terminal:
+        console.print(f"emit: {in_words(needed)}", highlight=False)
+    with progress_bar("emit", len(emission.runs) * len(emission.computed)) as advance:
+        emit(emission, advance)
+    _report(asked.as_json, out, len(emission.runs), {"memory_bytes": needed.memory} if on_cpu else {})
 
 
-def _emit_ideal(out: Path, case: golden.Case, rules: Policy, taps: str, as_json: bool) -> None:
-    """Run a case by a policy and write what the taps ask for."""
-    model, runs = Model(case.config, case.checkpoint().parameters, CUT_STEPS), case.runs()
-    # a value beyond a dtype is an infinity, and what follows from it is in the trace for all to see
-    quiet = np.errstate(over="ignore", invalid="ignore")
-    with quiet, progress_bar("emit", len(runs) * model.config.layers) as advance:
-        recorder = Recorder(taps, advance)
-        execute(PolicyOps(rules, recorder), model, runs, recorder)
+def _emit_goldens(asked: Request) -> None:
+    """Write the golden of one case, or of all cases."""
+    if asked.checkpoint is not None or asked.out is not None or asked.taps != "*" or asked.dtype != "exact":
+        raise InputError(
+            f"{'--all' if asked.every else '--case'} writes a golden as it is defined: --checkpoint, --out, --taps and "
+            "--dtype do not apply"
+        )
+    if asked.case_name is not None and asked.every:
+        raise InputError("one of --case NAME and --all was expected, but both were given")
+    if asked.every:
+        _emit_all(asked.golden_folder, asked.jobs, asked.as_json, asked.device)
+        return
+    case = golden.read_case(asked.golden_folder / str(asked.case_name))
+    with progress_bar(case.name, len(case.runs()) * len(case.computed)) as advance:
+        path = golden.emit(case, advance, asked.device)
+    _report(asked.as_json, path, len(case.runs()))
+
+
+def _emit_ideal_case(asked: Request, rules: Policy) -> None:
+    """Write a trace of the ideal run of a case by a policy."""
+    case = golden.read_case(asked.golden_folder / str(asked.case_name))
+    runs = case.runs()
+    with progress_bar("emit", len(runs) * case.config.layers) as advance:
+        recorder = Recorder(asked.taps, advance)
+        golden.compute_ideal(case, rules, recorder)
     if not recorder.arrays:
-        raise InputError(f"--taps {taps!r} matches no tap")
+        raise InputError(f"--taps {asked.taps!r} matches no tap")
+    out = Path(str(asked.out))
     write_trace(out, Header(runs, case.name, policy=rules.name), recorder.arrays)
-    report(as_json, out, len(runs))
+    _report(asked.as_json, out, len(runs))
 
 
 def _emit_all(folder: Path, jobs: int | None, as_json: bool, device: Place) -> None:
@@ -140,8 +230,8 @@ def _emit_all(folder: Path, jobs: int | None, as_json: bool, device: Place) -> N
     for place in [folder, *(case.folder for case in cases)]:
         golden.remove_leftovers(place)
     wanted = [case for case in cases if not golden.is_emitted(case)]
-    emit, jobs = partial(golden.emit, place=device), device.jobs(jobs)
-    with progress_bar("emit", len(cases)) as advance, results(emit, wanted, jobs) as emitted:
+    work, jobs = partial(golden.emit, place=device), device.jobs(jobs)
+    with progress_bar("emit", len(cases)) as advance, results(work, wanted, jobs) as emitted:
         for _ in range(len(cases) - len(wanted)):
             advance()
         for _ in emitted:
@@ -151,3 +241,20 @@ def _emit_all(folder: Path, jobs: int | None, as_json: bool, device: Place) -> N
         click.echo(json.dumps({"emitted": [case.name for case in wanted], "cases": len(cases)}))
     else:
         click.echo(f"{folder}: {len(wanted)} of {len(cases)} cases written, the others were up to date")
+
+
+def in_words(needed: Estimate) -> str:
+    """The cost of a run in one line."""
+    return (
+        f"up to {decimal(needed.memory)} of memory, {decimal(needed.weights)} of weights to read, "
+        f"{decimal(needed.trace)} to write"
+    )
+
+
+def _report(as_json: bool, path: Path, runs: int, more: dict[str, int] | None = None) -> None:
+    """Print the path and the size of the file written.   more: further facts for JSON."""
+    size = path.stat().st_size
+    if as_json:
+        click.echo(json.dumps({"trace": str(path), "bytes": size, "runs": runs, **(more or {})}))
+    else:
+        click.echo(f"{path}: {runs} run{'s' * (runs != 1)}, {size:,} bytes")

@@ -1,4 +1,4 @@
-"""``refmoe info``: what a checkpoint or a published size is."""
+"""``refmoe info``: the configuration, parameters and memory of a checkpoint or a published size."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 @click.command("info", short_help="Print the configuration, parameters and memory of a model.")
 @click.argument("model", metavar="DIR|" + "|".join(PRESETS))
 @click.option("--layout", type=click.Choice(["hf", "mistral"]), help="How DIR is laid out.")
-@device_option("What the model would take there, against what is free.")
+@device_option("Print the memory that the model needs there, and the memory that is free.")
 @click.option(
     "--tokens",
     type=click.IntRange(1),
@@ -51,7 +51,7 @@ def info_command(
     refmoe info path/to/Mixtral-8x7B-v0.1 --json
     refmoe info mixtral-8x7b --device cuda --tokens 4096
 
-    Total and active parameters are derived from the configuration. Of a checkpoint, every tensor is accounted for.
+    Total and active parameters are derived from the configuration. A checkpoint's tensors are all checked against it.
     """
     stored: dict[str, object] = {}
     if model in PRESETS:
@@ -85,7 +85,7 @@ def info_command(
 
 
 def describe(config: Config) -> dict[str, Any]:
-    """The facts that are derived from a configuration, for a program to read."""
+    """The facts that follow from a configuration, as JSON."""
     total = total_parameters(config)
     return {
         "config": asdict(config),
@@ -97,7 +97,7 @@ def describe(config: Config) -> dict[str, Any]:
 
 
 def on_device(config: Config, tokens: int, max_new_tokens: int, dtypes: Sequence[str], free: int) -> dict[str, Any]:
-    """What generating takes on a device, for weights stored in each of the dtypes; computing is in float32."""
+    """The memory that float32 generation takes on a device, as JSON, for weights stored in each of the dtypes."""
     needs = {dtype: resident(config, tokens, max_new_tokens, dtype, "float32") for dtype in dtypes}
     return {
         "free_bytes": free,

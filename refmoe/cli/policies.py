@@ -1,4 +1,4 @@
-"""``refmoe policies``: the numeric policies, and where they differ."""
+"""``refmoe policies``: the numeric policies, and the fields in which they differ."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from rich.table import Table
 from refmoe.cli.options import json_option
 from refmoe.policy.load import BUDGETS, Difference, differences, policies, policy
 from refmoe.policy.policy import Policy
-
-WIDE = 118
-"""Columns of a table in a pipe, where no line is broken."""
+from refmoe.report.terminal import WIDE
 
 
 @click.command("policies", short_help="List the numeric policies, or print where some of them differ.")
@@ -50,7 +48,7 @@ def policies_command(names: tuple[str, ...], as_json: bool) -> None:
 
 
 def print_one(console: Console, chosen: Policy) -> None:
-    """What a table of fields does not show: whose arithmetic it is and where that was read."""
+    """Print the parts of a policy that its table of fields lacks: the engine, and the sources."""
     console.print(f"{chosen.name}: {chosen.about}", style="bold", markup=False)
     console.print(f"source: {chosen.source}", markup=False)
     for name in BUDGETS:
@@ -59,7 +57,7 @@ def print_one(console: Console, chosen: Policy) -> None:
 
 
 def print_rows(console: Console, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table; a terminal breaks its cells, a pipe gets one line per row."""
+    """Print a table. A terminal breaks long cells; a pipe gets one line per row."""
     if not console.is_terminal:
         console.width = max(WIDE, 2 + sum(max(map(len, column)) + 2 for column in zip(headings, *rows, strict=True)))
     table = Table(box=None, pad_edge=False)
@@ -71,7 +69,7 @@ def print_rows(console: Console, headings: Sequence[str], rows: Sequence[Sequenc
 
 
 def as_data(chosen: Sequence[Policy]) -> dict[str, object]:
-    """The same as JSON."""
+    """The output of the command as JSON."""
     if not chosen:
         return {"policies": [{"name": each.name, "about": each.about} for each in policies()]}
     rows: tuple[Difference, ...] = differences(chosen)

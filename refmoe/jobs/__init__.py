@@ -1,1 +1,1 @@
-"""Models larger than memory: layer by layer, block by block, over processes, and resumed where a run was stopped."""
+"""Runs of models larger than memory: layer by layer, block by block, over several processes, resumed after a stop."""

@@ -1,4 +1,4 @@
-"""What a run takes, stated before it begins: memory, bytes of weights to read, bytes of the trace to write."""
+"""The cost of a run, estimated before it begins: memory, bytes of weights to read, bytes of the trace to write."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from refmoe.traces.trace import Run
 BASE = 160 << 20
 """Bytes of a Python process with NumPy and its BLAS buffers, measured."""
 SLICES = 5
-"""Products of an exact linear map that are in memory at once: of at most four slices and what they leave."""
+"""Products of an exact linear map that are in memory at once: one for each of at most four slices, one for the rest."""
 ATTENTION = ("wq", "wk", "wv", "wo")
 COPIES = 4
-"""How often a layer's activations are in memory: recorded, being written, and the temporaries of the next step."""
+"""Copies of a layer's activations in memory: the record, the part being written, the temporaries of the next step."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes, rounded up: each is a bound and none a guess of the average."""
+    """Upper bounds, in bytes."""
 
     memory: int
     weights: int
-    """Stored parameters to read, where every expert of the layers is chosen by some token."""
+    """Stored parameters to read, if the tokens choose as many different experts as they can."""
     trace: int
 
 
 def itemsize(arithmetic: str) -> int:
-    """Bytes of a number of this arithmetic."""
+    """The bytes of a number in this arithmetic."""
     return 4 if arithmetic == "float32" else 8
 
 
 def kept_bytes(config: Config, arithmetic: str) -> int:
-    """Memory for converted weights: all matrices of a layer's attention fit, and no expert of a large model does."""
+    """Bytes to keep converted weights in: enough for a layer's attention, too little for an expert of a large model."""
     largest = max(math.prod(parameter_shape(config, f"layers.0.attention.{w}")) for w in ATTENTION)
     return STREAMED * max(largest, 1 << 22) * itemsize(arithmetic)
 
@@ -48,7 +48,7 @@ def kept_bytes(config: Config, arithmetic: str) -> int:
 def estimate(
     config: Config, runs: Sequence[Run], layers: range, arithmetic: str, taps: str = "*", stored: int = 2
 ) -> Estimate:
-    """Of a run layer by layer in one process.   stored: bytes of a stored parameter."""
+    """The cost of a run layer by layer in one process.   stored: bytes of a stored parameter."""
     size = itemsize(arithmetic)
     tokens = sum(len(run.tokens) for run in runs)
     layer = {tap: sum(_elements(tap, config, run) for run in runs) * size for tap in LAYER_TAPS}
@@ -63,10 +63,10 @@ def estimate(
     height = block_rows((config.hidden_dim, config.dim))
     block = height * config.dim
     slices = 1 if arithmetic in ("float32", "float64") else SLICES
-    # a block as it is read, as it is converted, and as much again while it is; its product with every slice
+    # per block: the stored values, the converted values, as much again while converting; then a product per slice
     streaming = (AHEAD + 1) * block * (4 + 2 * size) + 3 * slices * tokens * 2 * height * size
     attention = sum(math.prod(parameter_shape(config, f"layers.0.attention.{w}")) for w in ATTENTION)
-    kept = min(kept_bytes(config, arithmetic), 2 * attention * size)  # of a layer, while those of the next come
+    kept = min(kept_bytes(config, arithmetic), 2 * attention * size)  # this layer's weights and the next layer's
     memory = BASE + kept + streaming + COPIES * largest_part
     return Estimate(memory, _weights(config, layers, whole, tokens) * stored, written)
 
@@ -85,7 +85,7 @@ def _wanted(name: str, taps: str) -> bool:
 
 
 def _weights(config: Config, layers: range, whole: bool, tokens: int) -> int:
-    """Parameters that are read: rows of the embedding, each matrix of the layers once, and the head."""
+    """The number of parameters to read: rows of the embedding, each matrix of the layers once, and the head."""
     attention = sum(math.prod(parameter_shape(config, f"layers.0.attention.{w}")) for w in ATTENTION)
     experts = min(config.experts, tokens * config.experts_per_token) * 3 * config.dim * config.hidden_dim
     layer = attention + experts + (config.experts + 2) * config.dim
@@ -95,7 +95,7 @@ def _weights(config: Config, layers: range, whole: bool, tokens: int) -> int:
 
 
 def available_memory() -> int | None:
-    """Bytes that this machine can still give, where it says so."""
+    """The bytes of free memory of this machine; None where /proc/meminfo does not exist or does not say."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""A script computed part by part: the embedding, each layer, the head; finished parts are kept on disk."""
+"""Compute a script part by part: the embedding, each layer, the head. Finished parts are kept on disk."""
 
 from __future__ import annotations
 
@@ -27,36 +27,36 @@ from refmoe.steps.rounding import CUT_STEPS
 from refmoe.traces.trace import Header, Recorder, read_trace
 
 POLICY = "policy:"
-"""What the name of an arithmetic begins with that is the ideal run of a policy."""
+"""Prefix of the name of an arithmetic: the ideal run of the policy that follows."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is computed, and by which arithmetic."""
+    """A computation: model, script, arithmetic, layers and taps."""
 
     source: Source
     header: Header
-    """Its runs are the script."""
+    """The header of the trace; its runs are the script."""
     arithmetic: str
     """``exact``, ``float64``, ``float32`` or ``policy:NAME``."""
     layers: range
     taps: str = "*"
     executor: str | None = None
-    """As of `open_executor`; None: in this process."""
+    """The executor of the experts, as `open_executor` reads it; None: this process."""
     begin: Path | None = None
-    """A trace that holds the residual of the layer before the first, where that is not 0."""
+    """A trace with the residual of the layer before `layers.start`; None where that is 0."""
 
     @property
     def config(self) -> Config:
         return loaded(self.source).config
 
     def part_names(self) -> list[str]:
-        """In order of computation."""
+        """The names of the parts, in order of computation: ``embedding``, ``layers.0``, ..., ``head``."""
         head = ["head"] * (self.layers.stop == self.config.layers)
         return [*["embedding"] * (not self.layers.start), *(f"layers.{i}" for i in self.layers), *head]
 
     def identity(self) -> dict[str, Any]:
-        """What finished parts depend on."""
+        """The inputs that the finished parts depend on, as JSON: equal for a run that can use them."""
         begin = None if self.begin is None else [str(self.begin.resolve()), self.begin.stat().st_mtime_ns]
         return {
             "weights": self.source.identity(), "header": asdict(self.header), "arithmetic": self.arithmetic,
@@ -65,7 +65,7 @@ class Job:
 
 
 def parse_layers(text: str | None, config: Config) -> range:
-    """The layers that ``--layers A:B`` names: from A to below B. Raises InputError for what is none."""
+    """The layers that ``--layers A:B`` names: from A to below B. Raises InputError for any other text."""
     if text is None:
         return range(config.layers)
     first, colon, last = text.partition(":")
@@ -76,13 +76,13 @@ def parse_layers(text: str | None, config: Config) -> range:
     raise InputError(f"--layers is '{text}', but A:B with 0 <= A < B <= {config.layers} was expected")
 
 
-def compute(
-    job: Job, folder: Path, recorder: Recorder, facts: Callable[[], Mapping[str, Any]] = dict
-) -> Parts:  # fmt: skip
-    """Compute what is not yet there, and return all of it.
+def compute(job: Job, folder: Path, recorder: Recorder, facts: Callable[[], Mapping[str, Any]] = dict) -> Parts:
+    """Compute the parts of a job that are not finished yet, and return all parts.
 
-    folder: where parts are kept.   recorder: what it keeps of a part is written and forgotten; its progress is called
-    for finished layers as well.   facts: what is to be kept of a part beside arrays.   Raises InputError.
+    folder: keeps the finished parts.
+    recorder: keeps the taps of one part, which are then written and dropped. Its progress counts finished layers too.
+    facts: called after each part; returns a JSON object to keep beside the arrays.
+    Raises InputError when an input cannot be used or a part cannot be written.
     """
     if job.executor is not None:
         parse_executor(job.executor)
@@ -110,14 +110,17 @@ def compute(
             steps = replace(steps, run_experts=spread_experts(executor, job.source, job.arithmetic))
         tap = Tap(recorder)
         model = Model(job.config, loaded(job.source).parameters, steps)
-        # a value beyond a dtype is an infinity, and what follows from it is in the trace for all to see
+        # a value too large for a dtype becomes an infinity, and the trace shows its consequences
         with np.errstate(over="ignore", invalid="ignore"):
             Script(make_ops(job, tap), model, job.header.runs, tap).go(range(first, job.layers.stop), states, save)
     return parts
 
 
 def initial_states(job: Job) -> States | None:
-    """What the first layer begins with; None for the embedding. Raises InputError when it is not to be had."""
+    """The input of the first layer, per run [T, D]; None for layer 0, whose input is the embedding.
+
+    Raises InputError when the trace `begin` is missing or lacks it.
+    """
     first = job.layers.start
     if not first:
         return None
@@ -136,7 +139,7 @@ def initial_states(job: Job) -> States | None:
 
 
 def make_ops(job: Job, tap: Any) -> Any:
-    """The arithmetic of the job, with as much memory for weights as a layer's attention needs."""
+    """The ops of the job, with as much memory for weights as a layer's attention needs."""
     limit = kept_bytes(job.config, job.arithmetic)
     if job.arithmetic.startswith(POLICY):
         return PolicyOps(policy(job.arithmetic.removeprefix(POLICY)), tap, prepared_bytes=limit)

@@ -1,10 +1,9 @@
 """Run a script layer by layer: every call through one layer, then every call through the next.
 
-The order of `refmoe.traces.script.execute` is call by call, which reads all weights once per call. Here each weight is
-read
-once per script, whatever the calls, and what a layer leaves behind is one hidden state per token: a run can stop after
-any layer and go on later. The values are the same: MODEL-4 for the attention, and no row of the rest of a layer depends
-on another one, so that the experts see the rows of all calls at once.
+`refmoe.traces.script.execute` runs call by call, and reads all weights once per call. Here each weight is read once per
+script. A layer leaves one hidden state per token, so a run can stop after any layer and go on later.
+The values are the same. The attention of each call is computed on its own, as MODEL-4 allows. In the rest of a layer no
+row depends on another row, so the rows of all calls pass through it together.
 """
 
 from __future__ import annotations
@@ -21,16 +20,16 @@ from refmoe.traces.script import cut_layer
 from refmoe.traces.trace import Recorder, Run
 
 States = dict[str, Any]
-"""Per run the hidden state of its tokens, [T, D]."""
+"""Per run the hidden states of its tokens, [T, D]."""
 
 
 @dataclass
 class Tap:
-    """Gives a recorder what passes, under the names of the runs whose rows it has."""
+    """A tap that splits each array by rows among the runs, and gives each run's rows to a recorder."""
 
     recorder: Recorder
     rows: list[tuple[str, slice]] = field(default_factory=list)
-    """Runs and their rows; one run has whatever passes, as not all taps have tokens as their first axis."""
+    """Runs and their rows. A single run gets the whole array: not every tap has tokens as its first axis."""
 
     def __call__(self, name: str, x: Any) -> None:
         for run, rows in self.rows:
@@ -39,7 +38,7 @@ class Tap:
 
 
 class Script:
-    """A script that is run layer by layer, on ops that tap into `tap`."""
+    """A script to run layer by layer, on ops that tap into `tap`."""
 
     def __init__(self, ops: Any, model: Model, runs: Sequence[Run], tap: Tap) -> None:
         if model.steps.decoder_layer is not spec.decoder_layer:
@@ -47,10 +46,11 @@ class Script:
         self.ops, self.model, self.runs, self.tap = ops, model, runs, tap
 
     def go(self, layers: range, states: States | None, save: Callable[[str, States], None]) -> None:
-        """Run these layers; from 0, the embedding before them; to the last, the logits after them.
+        """Run these layers. The head follows the model's last layer.
 
-        states: what layer `layers.start` begins with; None to begin with the embedding.   save: called after each
-        part, ``embedding``, ``layers.0``, ..., ``head``, with what the next one begins with.
+        states: the input of layer `layers.start`; None: compute the embedding first.
+        save: called after each part (``embedding``, ``layers.0``, ..., ``head``) with its name and the input of the
+        next part.
         """
         if states is None:
             states = self.embed()
@@ -63,13 +63,13 @@ class Script:
             save("head", {})
 
     def embed(self) -> States:
-        """MODEL-1, of all runs."""
+        """The embedding of all runs, MODEL-1."""
         tokens = [token for run in self.runs for token in run.tokens]
         self._together()
         return self._apart(spec.embed(self.ops, self.model, self.ops.integers(tokens)))
 
     def layer(self, i: int, states: States) -> States:
-        """LAYER-1, of all runs: its attention half run by run, its other half once for the rows of all runs."""
+        """One layer of all runs, LAYER-1: the attention half run by run, then the other half for all rows at once."""
         ops, layer = self.ops.within(f"layers.{i}."), self.model.parameters.layers[i]
         caches: dict[int, Cache | None] = {}
         residuals = []
@@ -82,12 +82,12 @@ class Script:
         return self._apart(spec.moe_half(ops, self.model, layer, ops.concatenate(residuals)))
 
     def head(self, states: States) -> None:
-        """MODEL-3, of all runs."""
+        """The logits of all runs, MODEL-3."""
         self._together()
         spec.head(self.ops, self.model, self.ops.concatenate([states[run.run] for run in self.runs]))
 
     def _together(self) -> None:
-        """What is tapped from now on has the rows of all runs."""
+        """Tell the tap that the next arrays hold the rows of all runs, one run after another."""
         self.tap.rows, start = [], 0
         for run in self.runs:
             self.tap.rows.append((run.run, slice(start, start + len(run.tokens))))

@@ -1,7 +1,7 @@
-"""Finished parts of a long run on disk: what a run that was stopped need not compute again.
+"""Finished parts of a long run on disk, so that a run which was stopped does not compute them again.
 
-A folder with `job.json`, which says what is being computed, and one safetensors file per part: the recorded taps, the
-fingerprints in its metadata, and under `state:<run>` the hidden states that the next part begins with.
+The folder holds `job.json`, the identity of the computation, and one safetensors file per part. Such a file has the
+recorded taps, the fingerprints in its metadata, and under `state:<run>` the hidden states that the next part reads.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ class Parts:
     """The finished parts of one job, in the order in which they are computed."""
 
     def __init__(self, folder: Path, job: Mapping[str, Any], names: Sequence[str]) -> None:
-        """Begin the job, or go on with it where the folder holds parts of it.
+        """Start a job in an empty folder, or continue the job whose parts the folder holds.
 
-        names: of all parts, in order.   Raises InputError when the folder holds parts of another job.
+        job: its identity, a JSON object.   names: the names of all parts, in order.
+        Raises InputError when the folder holds parts of another job.
         """
         self.folder, self.names = folder, list(names)
-        # as it is after a journey through JSON: tuples are lists
+        # JSON turns tuples into lists, so the identity is compared in the form that JSON gives back
         self.job = json.loads(json.dumps(job))
         try:
             folder.mkdir(exist_ok=True)
@@ -60,13 +61,13 @@ class Parts:
 
     @property
     def finished(self) -> int:
-        """How many parts are on disk, without a gap from the first."""
+        """The number of parts on disk before the first missing one."""
         return next((i for i, name in enumerate(self.names) if not self._path(name).exists()), len(self.names))
 
     def save(
         self, name: str, arrays: Mapping[str, Any], states: Mapping[str, Any], facts: Mapping[str, Any] | None = None
     ) -> None:
-        """Write a part, whole or not at all. Raises InputError when that fails."""
+        """Write a part, whole or not at all. Raises InputError when it cannot be written."""
         tensors = {**arrays, **{STATE + run: value for run, value in states.items()}}
         data = save(
             {key: np.ascontiguousarray(value) for key, value in tensors.items()}, {"facts": json.dumps(facts or {})}
@@ -75,7 +76,7 @@ class Parts:
             temporary.write_bytes(data)
 
     def states(self, name: str) -> dict[str, Any]:
-        """The hidden states that a finished part left, by run."""
+        """The hidden states in a finished part, by run: [T, D]."""
         tensors, _ = open_safetensors(self._path(name))
         return {key.removeprefix(STATE): np.array(x.map()) for key, x in tensors.items() if key.startswith(STATE)}
 
@@ -88,14 +89,14 @@ class Parts:
         return found
 
     def facts(self) -> dict[str, Any]:
-        """What was said beside the arrays of all finished parts."""
+        """The facts of all finished parts, merged."""
         found: dict[str, Any] = {}
         for name in self.names[: self.finished]:
             found |= json.loads(open_safetensors(self._path(name))[1]["facts"])
         return found
 
     def remove(self) -> None:
-        """When what they were for is written."""
+        """Delete the folder of parts. Call it after the trace has been written."""
         shutil.rmtree(self.folder)
         sync(self.folder.parent)
 

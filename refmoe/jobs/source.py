@@ -1,4 +1,4 @@
-"""Where a model comes from, in a few words that can be sent to another process: its weights cannot."""
+"""The origin of a model, a record small enough to send to another process, which then loads the weights itself."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from refmoe.errors import InputError
 from refmoe.spec.config import PRESETS, Config
 
 SIZES = {name.replace("mixtral-", "mixtral:"): config for name, config in PRESETS.items()}
-"""Names of published sizes where a checkpoint's folder could be: ``mixtral:8x7b``."""
+"""Published sizes by the name that `--checkpoint` takes instead of a folder: ``mixtral:8x7b``."""
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A checkpoint on disk, which every worker must be able to read."""
+    """A checkpoint on disk. Every worker must be able to read it."""
 
     path: Path
     layout: str | None = None
@@ -29,7 +29,7 @@ class Folder:
         return load_checkpoint(self.path, self.layout)
 
     def identity(self) -> dict[str, Any]:
-        """What tells it from another one without reading it: names, sizes and times of its files."""
+        """The folder, and the names, sizes and times of its files. No weight is read."""
         stats = {path.name: path.stat() for path in self.load().files}
         return {
             "folder": str(self.path.resolve()),
@@ -39,13 +39,13 @@ class Folder:
 
 @dataclass(frozen=True)
 class Formula:
-    """A model with weights from the formula."""
+    """A model whose weights come from the weight formula."""
 
     config: Config
     seed: int
     exponents: tuple[tuple[str, int], ...] = ()
     edits: str = "[]"
-    """Tables of `weight_edits`, as JSON: a source must be hashable."""
+    """The tables of `weight_edits`, as JSON text, since a source must be hashable."""
 
     def load(self) -> Checkpoint:
         return synthetic_checkpoint(self.config, self.seed, dict(self.exponents), json.loads(self.edits))
@@ -62,12 +62,12 @@ Source = Folder | Formula
 
 @lru_cache(maxsize=2)
 def loaded(source: Source) -> Checkpoint:
-    """The model, opened once per process."""
+    """The model of a source, opened once per process."""
     return source.load()
 
 
 def find_source(checkpoint: Path, layout: str | None, seed: int | None) -> Source:
-    """What ``--checkpoint`` and ``--synthetic`` name. Raises InputError when they do not go together."""
+    """The source that ``--checkpoint`` and ``--synthetic`` name. Raises InputError when they contradict each other."""
     size = SIZES.get(str(checkpoint))
     if size is not None and layout is None:
         if seed is None:

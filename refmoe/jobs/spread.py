@@ -1,4 +1,4 @@
-"""The experts of a layer spread over an executor: of all work the largest part, and independent of each other."""
+"""Spread the experts of a layer over an executor. They are most of the work, and independent of each other."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ import numpy as np
 from refmoe.arithmetic.arrays import Array, ArrayOps
 from refmoe.arithmetic.exact.ops import ExactOps
 from refmoe.arithmetic.native.ops import NativeOps
-from refmoe.errors import InputError
+from refmoe.errors import InputError, require
 from refmoe.jobs.source import Source, loaded
 from refmoe.parallel import process_pool
 from refmoe.spec.experts import Expert, run_expert
 from refmoe.steps.grouped import by_expert
 
 WORKER_BYTES = 64 << 20
-"""Memory for kept weights in a worker: an expert is read once, so that none is worth keeping."""
+"""Bytes to keep weights in, per worker. Little, since each expert is read only once."""
 
 
 @lru_cache(maxsize=2)
 def worker_ops(dtype: str) -> Any:
-    """Ops of a worker, by the name of the arithmetic. Results of ``exact`` do not depend on who computes them."""
+    """The ops of a worker, by the name of the arithmetic. Every process computes the same ``exact`` results."""
     return ExactOps(prepared_bytes=WORKER_BYTES) if dtype == "exact" else NativeOps(dtype, upcast_bytes=WORKER_BYTES)
 
 
 def expert_task(source: Source, dtype: str, layer: int, expert: int, rows: Any) -> tuple[Any, ...]:
-    """One expert on its rows, in any process. rows: [n, D]   returns: gate, up, hidden [n, F] and output [n, D]"""
+    """Run one expert on its rows, in any process. rows: [n, D]   returns: gate, up, hidden [n, F] and output [n, D]"""
     own: Array = np.array(rows)
     parameters = loaded(source).parameters
     return run_expert(worker_ops(dtype), parameters.layers[layer].experts[expert], own)
 
 
 def spread_experts(executor: Executor, source: Source, dtype: str) -> Callable[..., Array]:
-    """The step `refmoe.steps.grouped.run_experts`, with each expert run by the executor."""
+    """The step `refmoe.steps.grouped.run_experts`, in which the executor runs each expert."""
 
     def run_experts(ops: ArrayOps, experts: Sequence[Expert], x: Array, chosen: Array) -> Array:
         layer = int(experts[0].w1.name.split(".")[1])  # type: ignore[attr-defined]
@@ -53,7 +53,7 @@ def spread_experts(executor: Executor, source: Source, dtype: str) -> Callable[.
 
 
 def result_of(future: Any) -> Any:
-    """What a task returned. Raises InputError where its worker died."""
+    """The result of a task. Raises InputError when its worker died."""
     try:
         return future.result()
     except (BrokenProcessPool, CancelledError) as error:
@@ -84,7 +84,7 @@ def open_executor(spec: str) -> Iterator[Executor]:
 
 
 def parse_executor(spec: str) -> tuple[str, str]:
-    """Its kind and what comes after the colon. Raises InputError for what names none."""
+    """The kind of an executor and the text after the colon. Raises InputError when `spec` names no executor."""
     kind, _, rest = spec.partition(":")
     if (kind == "processes" and (not rest or (rest.isdigit() and int(rest) > 0))) or (kind == "dask" and rest):
         return kind, rest
@@ -93,12 +93,9 @@ def parse_executor(spec: str) -> tuple[str, str]:
 
 @contextmanager
 def _dask_client(address: str) -> Iterator[Any]:
+    distributed = require("distributed", "cluster", f"--executor dask:{address}")
     try:
-        from distributed import Client
-    except ImportError:
-        raise InputError(f"--executor dask:{address} needs: pip install 'refmoe[cluster]'") from None
-    try:
-        client = Client(address, timeout="10s")  # type: ignore[no-untyped-call]
+        client = distributed.Client(address, timeout="10s")
     except (OSError, ValueError) as error:
         raise InputError(f"--executor dask:{address}: no scheduler answers there: {error}") from None
     with client:

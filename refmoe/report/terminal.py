@@ -1,55 +1,16 @@
-"""Reports for a terminal."""
+"""The console of a report: a terminal has its own width, a pipe gets room for the whole table."""
 
 from __future__ import annotations
 
 from rich.console import Console
-from rich.table import Table
-
-from refmoe.verify.distances import Comparison
-from refmoe.verify.findings import as_set
 
 WIDE = 118
-"""Columns that the whole table needs; a narrower terminal gets fewer columns, a pipe all of them."""
+"""Columns that a whole table needs. A narrower terminal gets fewer columns of the table."""
 
 
-def print_comparison(comparison: Comparison, only: str | None = None) -> None:
-    """Distances tap by tap, run by run, then routing."""
-    console = Console(highlight=False, soft_wrap=True)
+def open_console(width: int = WIDE, *, soft_wrap: bool = True) -> Console:
+    """A console on standard output; in a pipe it is `width` columns wide."""
+    console = Console(highlight=False, soft_wrap=soft_wrap)
     if not console.is_terminal:
-        console.width = WIDE
-    headings = ["run", "tap", "relative RMS", "worst", "at"]
-    if console.width >= WIDE:
-        headings += ["found", "expected", "dtype"]
-    table = Table(box=None, pad_edge=False)
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading in ("run", "tap", "dtype") else "right", no_wrap=True)
-    for d in comparison.distances:
-        if only in (None, d.run):
-            at = ",".join(map(str, d.where))
-            cells = [d.run, d.tap, f"{d.relative_rms:.2e}", f"{d.worst:.2e}", at]
-            cells += [f"{d.found:.6g}", f"{d.expected:.6g}", d.dtype]
-            table.add_row(*cells[: len(headings)])
-    console.print(table)
-    console.print()
-    _print_missing(console, comparison)
-    _print_routing(console, comparison)
-    console.print("these are distances; for a verdict: refmoe verify")
-
-
-def _print_missing(console: Console, comparison: Comparison) -> None:
-    for title, keys in (("not in the trace", comparison.missing), ("not in the golden", comparison.unknown)):
-        names = sorted({key.rpartition("/")[2].rpartition("layers.")[2].lstrip("0123456789.") for key in keys})
-        if names:
-            console.print(f"{title}: {', '.join(names)}")
-
-
-def _print_routing(console: Console, comparison: Comparison) -> None:
-    if not comparison.decisions:
-        console.print("routing: not compared, router.experts is not in both")
-        return
-    console.print(f"routing: {len(comparison.routing)} of {comparison.decisions} decisions differ")
-    for r in comparison.routing[:10]:
-        where = f"{r.run}, layer {r.layer}, token {r.token}"
-        console.print(f"  {where}: found {as_set(r.found)}, expected {as_set(r.expected)}")
-    if len(comparison.routing) > 10:
-        console.print(f"  and {len(comparison.routing) - 10} more")
+        console.width = width
+    return console

@@ -1,6 +1,6 @@
-"""Golden cases: what is computed, how it is written down, and how it is checked."""
+"""Golden cases: compute them, write them, check them."""
 
-from refmoe.suite.activations import case_source, compute, compute_fingerprints
+from refmoe.suite.activations import case_source, compute, compute_fingerprints, compute_ideal
 from refmoe.suite.case import CASE_FILE, STORES, Case, find_cases, find_full_size_cases, read_case
 from refmoe.suite.checking import (
     Difference,
@@ -33,6 +33,7 @@ __all__ = [
     "check",
     "compute",
     "compute_fingerprints",
+    "compute_ideal",
     "emit",
     "file_digest",
     "find_cases",

@@ -1,4 +1,4 @@
-"""What a case computes: every tap of every run, exactly."""
+"""Compute a case: every tap of every run, exactly, or rounded by a policy."""
 
 from __future__ import annotations
 
@@ -10,26 +10,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from refmoe.cuda.place import CPU, Place
 from refmoe.errors import InputError
-from refmoe.jobs import job as scale
-from refmoe.jobs.layerwise import Script, Tap
+from refmoe.jobs import job
+from refmoe.jobs.emission import compute_in_place
 from refmoe.jobs.source import Formula
+from refmoe.policy.policy import Policy
 from refmoe.spec.model import Model
+from refmoe.steps.policy_ops import PolicyOps
+from refmoe.steps.rounding import CUT_STEPS
 from refmoe.suite.case import Case
 from refmoe.suite.fingerprint import Fingerprint, Fingerprinter, from_json
 from refmoe.traces.script import execute
 from refmoe.traces.trace import Header, Recorder
 
 EVERYWHERE = "processes"
-"""Full-size cases are computed on all cores: their bits do not depend on it."""
+"""The executor of full-size cases: all cores. The bits do not depend on it."""
 
 
-def compute(
-    case: Case, progress: Callable[[], None] | None = None, place: Place = CPU
-) -> dict[str, np.ndarray[Any, Any]]:
-    """Every tap of every run of the case.   progress: called after each layer of each run."""
+def compute(case: Case, progress: Callable[[], None] | None = None, place: Place = CPU) -> dict[str, NDArray[Any]]:
+    """Compute every tap of every run of the case: ``<run>/<tap>`` to its array.
+
+    progress: called after each layer of each run.   Raises InputError for a case with only some of its layers.
+    """
     if case.layers is not None:
         raise InputError(f"case {case.name}: 'layers' goes with store = \"fingerprint\"")
     recorder = Recorder(progress=progress)
@@ -40,51 +45,55 @@ def compute(
 def compute_fingerprints(
     case: Case, progress: Callable[[], None] | None = None, parts: Path | None = None, place: Place = CPU
 ) -> dict[str, Fingerprint]:
-    """The fingerprint of every tap, taken as it passes: no more than one step's arrays are in memory.
+    """Compute the fingerprint of every tap of the case. Only one step's arrays are in memory at a time.
 
-    parts: a folder where finished layers of a case of full size are kept, and found when it is computed again.
+    progress: called after each layer of each run.
+    parts: a folder that keeps the finished layers of a full-size case, so that a later call goes on from there.
     """
     recorder = Fingerprinter(progress)
     if not case.full_size and case.layers is None:
         _run(case, recorder, place)
         return recorder.fingerprints
     if place.on_gpu:
-        _run_layers(case, recorder, place)
+        compute_in_place(place, "exact", case.checkpoint(), case.runs(), recorder, case.computed)
         return recorder.fingerprints
     with tempfile.TemporaryDirectory() as folder:
-        found = scale.compute(full_size_job(case), parts or Path(folder) / "parts", recorder, lambda: _taken(recorder))
+        kept = parts or Path(folder) / "parts"
+        found = job.compute(full_size_job(case), kept, recorder, lambda: _take_fingerprints(recorder))
         return {key: from_json(entry) for key, entry in found.facts().items()}
 
 
-def full_size_job(case: Case) -> scale.Job:
-    """The computation of a case layer by layer."""
-    executor = EVERYWHERE if case.full_size else None
-    return scale.Job(
-        case_source(case), Header(case.runs(), case.name, policy="exact"), "exact", case.computed, executor=executor
+def compute_ideal(case: Case, rules: Policy, recorder: Recorder) -> None:
+    """Compute the ideal run of the case by a policy: exact, and rounded at the policy's cut points."""
+    model = Model(case.config, case.checkpoint().parameters, CUT_STEPS)
+    # a value too large for a dtype becomes an infinity, and the trace shows its consequences
+    with np.errstate(over="ignore", invalid="ignore"):
+        execute(PolicyOps(rules, recorder), model, case.runs(), recorder)
+
+
+def full_size_job(case: Case) -> job.Job:
+    """The job that computes a case layer by layer."""
+    return job.Job(
+        source=case_source(case),
+        header=Header(case.runs(), case.name, policy="exact"),
+        arithmetic="exact",
+        layers=case.computed,
+        executor=EVERYWHERE if case.full_size else None,
     )
 
 
 def case_source(case: Case) -> Formula:
-    """The model of a case, in words that can be sent to another process."""
+    """The source of a case's model. It can be sent to another process."""
     return Formula(case.config, case.seed, tuple(case.exponents.items()), json.dumps(case.edits))
 
 
-def _taken(recorder: Fingerprinter) -> dict[str, Any]:
-    """The fingerprints since the last time."""
+def _take_fingerprints(recorder: Fingerprinter) -> dict[str, Any]:
+    """Empty the recorder and return its fingerprints, as JSON."""
     taken = {key: asdict(value) for key, value in recorder.fingerprints.items()}
     recorder.fingerprints.clear()
     return taken
 
 
 def _run(case: Case, recorder: Recorder, place: Place) -> None:
-    execute(place.exact(recorder), _model(case, place), case.runs(), recorder)
-
-
-def _run_layers(case: Case, recorder: Recorder, place: Place) -> None:
-    """Layer by layer, each weight read once, and nothing kept on disk."""
-    tap, model = Tap(recorder), _model(case, place)
-    Script(place.exact(tap), model, case.runs(), tap).go(case.computed, None, lambda _name, _states: None)
-
-
-def _model(case: Case, place: Place) -> Model:
-    return Model(case.config, place.parameters(case.config, case.checkpoint().parameters))
+    parameters = place.parameters(case.config, case.checkpoint().parameters)
+    execute(place.exact(recorder), Model(case.config, parameters), case.runs(), recorder)

@@ -275,7 +275,7 @@ def test_the_estimated_size_of_a_trace_is_its_size() -> None:
 
 
 def test_too_little_memory_is_told_beforehand(refmoe: Refmoe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("refmoe.cli.emit_job.available_memory", lambda: 10_000_000)
+    monkeypatch.setattr("refmoe.jobs.emission.available_memory", lambda: 10_000_000)
     write_checkpoint(tmp_path / "ck", SMALL, Formula(SMALL, 1).load().parameters)
     given = ("emit", "--checkpoint", tmp_path / "ck", "--tokens", "1", "--out", tmp_path / "t.safetensors")
     status, _, said = refmoe(*given)
