@@ -92,5 +92,6 @@ def test_a_run_that_continues_more_than_was_seen_is_refused() -> None:
     ],
 )
 def test_a_bad_script_is_refused(calls: Any, words: str) -> None:
+    """INPUT-1 among others."""
     with pytest.raises(InputError, match=words):
         plan(calls, 10)

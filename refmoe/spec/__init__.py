@@ -11,6 +11,16 @@ per dimension:
     H query heads              K key/value heads                          d head_dim      V vocabulary
     E experts                  k experts per token                        F hidden_dim of an expert
 
+Commands that need cut points or speed run another statement of the same steps. A test holds each to this one:
+
+    statement                executed by                                              held to the spec by
+    refmoe.spec              check, certify, emit --case                              tests/spec/test_model.py
+    refmoe.steps.rounding    emit --policy, verify, conform, mutants matrix           tests/policy/test_ideal_run.py
+    refmoe.steps.sharded     mutants matrix --mutant of several ranks                 tests/bugs/test_sharding.py
+    refmoe.steps.grouped     emit --checkpoint, check of a case of full size          tests/steps/test_grouped.py
+    refmoe.steps.native      generate                                                 tests/steps/test_native.py
+    refmoe.steps.cuda        any of these with --device cuda, at float32              tests/cuda/test_host.py
+
 Sources: Jiang et al. 2024, "Mixtral of Experts" (arXiv 2401.04088); Jiang et al. 2023, "Mistral 7B"
 (arXiv 2310.06825); others are named where they are used.
 """
