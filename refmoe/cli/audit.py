@@ -1,10 +1,11 @@
-"""``refmoe audit``: what proves each clause of the specification."""
+"""``refmoe audit``: the proof of each clause of the specification."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 
 import click
@@ -22,7 +23,7 @@ from refmoe.suite.matrix.file import MATRIX_FILE, read_matrix
 from refmoe.suite.matrix.summary import summarise
 
 
-@click.command("audit", short_help="What proves each clause: code, tests, mutants, cases.")
+@click.command("audit", short_help="The proof of each clause: code, tests, mutants, cases.")
 @click.option("--golden", type=PATH, default=GOLDEN, show_default=True, help="Where cases are, and the matrix.")
 @click.option("--tests", type=PATH, default=Path("tests"), show_default=True, help="Where tests are.")
 @json_option
@@ -50,7 +51,7 @@ def audit_command(context: click.Context, golden: Path, tests: Path, as_json: bo
     numbers = {"all": counts(found.rows), "forward pass": counts([row for row in found.rows if row.forward_pass])}
     stale = sorted(changed(matrix.sources, golden))
     if as_json:
-        rows = [asdict(row) | {"gaps": row.gaps} for row in found.rows]
+        rows = [asdict(row) | {"area": row.area, "gaps": row.gaps} for row in found.rows]
         values = {
             "clauses": rows, "counts": numbers, "mutants": len(MUTANTS), "killed": len(summary.dead),
             "problems": problems, "changed": stale,
@@ -79,13 +80,15 @@ def counts(rows: Sequence[Coverage]) -> dict[str, int]:
 
 
 def _print(rows: Sequence[Coverage]) -> None:
+    """A table for each area, so that the model's clauses stand apart from those of routers, text and ranks."""
     console = Console(highlight=False, soft_wrap=True)
-    table = Table(box=None, pad_edge=False)
-    for heading in ("clause", "code", "tests", "mutants", "cases"):
-        table.add_column(heading, overflow="fold")
-    for row in rows:
-        style = "bold red" if row.gaps else None
-        tests = f"{len(row.tests)}: {row.tests[0]}" if row.tests else "-"
-        mutants = ", ".join(row.mutants) or "-"
-        table.add_row(row.clause, row.code, tests, mutants, str(len(row.cases)) if row.cases else "-", style=style)
-    console.print(table)
+    for area, group in groupby(rows, key=lambda row: row.area):
+        table = Table(box=None, pad_edge=False, title=f"clauses: {area}", title_justify="left")
+        for heading in ("clause", "code", "tests", "mutants", "cases"):
+            table.add_column(heading, overflow="fold")
+        for row in group:
+            style = "bold red" if row.gaps else None
+            tests = f"{len(row.tests)}: {row.tests[0]}" if row.tests else "-"
+            mutants = ", ".join(row.mutants) or "-"
+            table.add_row(row.clause, row.code, tests, mutants, str(len(row.cases)) if row.cases else "-", style=style)
+        console.print(table)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ from refmoe.bugs.mutant import Mutant
 from refmoe.cli.options import GOLDEN, PATH, jobs_option, json_option, progress_bar
 from refmoe.errors import InputError
 from refmoe.files.atomic import replacing
-from refmoe.report.matrix_text import changed_lines, stale_lines, summary_lines
+from refmoe.report.matrix_text import repeated_lines, stale_lines, summary_lines
 from refmoe.suite import MANIFEST_FILE, file_digest, find_cases, read_case, read_folder_manifest, write_manifest
-from refmoe.suite.matrix.changes import gains, losses, outside_changed, plan, revised_matrix
+from refmoe.suite.matrix.changes import gains, losses, outside_changed, plan, revised_matrix, sample
 from refmoe.suite.matrix.dependencies import changed, digests
 from refmoe.suite.matrix.file import MATRIX_FILE, Matrix, read_matrix, to_matrix, write_matrix
 from refmoe.suite.matrix.outcomes import POLICIES, SPECIFICATION, Outcome, compute_matrix, runnable, whole
@@ -85,14 +85,12 @@ def show_command(name: str, as_json: bool) -> None:
 @click.option("--case", "cases", multiple=True, metavar="NAME", help="Only this case; may be given again.")
 @click.option("--mutant", "names", multiple=True, metavar="ID", help="Only this mutant; may be given again.")
 @click.option("--policy", "policies", multiple=True, type=click.Choice(POLICIES), help="Only this dtype.")
-@click.option("--changed", "only_changed", is_flag=True, help="Only what changed files can affect; nothing is written.")
+@click.option("--changed", "mode", flag_value="changed", help="Only what changed files can affect, and write it.")
+@click.option("--sample", "mode", flag_value="sample", help="Each mutant on one case that killed it; writes nothing.")
 @jobs_option
 @json_option
 @click.pass_context
-def matrix_command(
-    context: click.Context, golden: Path, cases: Names, names: Names, policies: Names, only_changed: bool,
-    jobs: int | None, as_json: bool,
-) -> None:  # fmt: skip
+def matrix_command(context: click.Context, golden: Path, jobs: int | None, as_json: bool, **options: Any) -> None:
     """Judge every mutant on every case in float32, bfloat16 and float16 as if it were a foreign engine.
 
     \b
@@ -100,28 +98,27 @@ def matrix_command(
     refmoe mutants matrix --changed
     refmoe mutants matrix --mutant rope-sign-flipped --case walking-skeleton
 
-    The whole matrix, some twenty minutes of two cores, is written to golden/matrix.json, with digests of what it was
-    computed of, and entered in golden/manifest.json; a part of it is printed. With --changed, the mutants of a changed
-    file of the catalogue are run on all cases, all mutants on a changed case, and after a change of the core each
-    mutant on one case that killed it.
+    The whole matrix takes some twenty minutes of two cores. It is written to golden/matrix.json, with digests of all
+    that it depends on, and entered in golden/manifest.json. A part of it is printed only. With --changed, the runs that
+    changed files can affect are repeated, and golden/matrix.json is made current.
 
-    Exit status 1 when the specification itself fails somewhere, a mutant lives without a known reason, or with
-    --changed one that was killed is not any more.
+    Exit status 1 when the specification itself fails somewhere, or a mutant lives without a known reason. With
+    --changed and --sample, also when a mutant that was killed is not any more.
     """
-    for name in names:
+    part = Part(**options)
+    for name in part.names:
         _named(name)
-    part = bool(cases or names or policies)
-    if only_changed and part:
-        raise InputError("--changed says what is run, so no --case, --mutant or --policy was expected beside it")
-    if only_changed:
-        _changed(context, golden, jobs, as_json)
+    if part.mode and part.given:
+        raise InputError(f"--{part.mode} says what is run, so no --case, --mutant or --policy was expected beside it")
+    if part.mode:
+        _again(context, golden, part.mode, jobs, as_json)
         return
-    folders = [golden / name for name in cases] if cases else find_cases(golden)
-    work = whole(folders, names or runnable(), policies or POLICIES)
-    seen = {} if part else judge_outside(golden)
+    folders = [golden / name for name in part.cases] if part.cases else find_cases(golden)
+    work = whole(folders, part.names or runnable(), part.policies or POLICIES)
+    seen = {} if part.given else judge_outside(golden)
     with progress_bar("matrix", len(work)) as advance:
         outcomes = compute_matrix(work, jobs, advance)
-    if part:
+    if part.given:
         _print_outcomes(outcomes, as_json)
         if any(each.killed for each in outcomes if each.mutant == SPECIFICATION):
             context.exit(1)
@@ -130,6 +127,23 @@ def matrix_command(
     write_matrix(golden / MATRIX_FILE, matrix)
     _enter_in_manifest(golden)
     _summary(context, matrix, golden, as_json)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The part of the matrix that the options name."""
+
+    cases: Names
+    names: Names
+    """Ids of mutants."""
+    policies: Names
+    mode: str | None
+    """``changed``, ``sample``, or None."""
+
+    @property
+    def given(self) -> bool:
+        """Whether cases, mutants or dtypes are named."""
+        return bool(self.cases or self.names or self.policies)
 
 
 @mutants_command.command("results", short_help="What the recorded matrix says, in short or as a page.")
@@ -176,17 +190,21 @@ def _summary(context: click.Context, matrix: Matrix, golden: Path, as_json: bool
         context.exit(1)
 
 
-def _changed(context: click.Context, golden: Path, jobs: int | None, as_json: bool) -> None:
+def _again(context: click.Context, golden: Path, mode: str, jobs: int | None, as_json: bool) -> None:
+    """Repeat a part of the recorded matrix. mode: ``changed``, which makes the record current, or ``sample``"""
     matrix = read_matrix(golden / MATRIX_FILE)
     parts = changed(matrix.sources, golden)
     cases = {case.name: case for case in map(read_case, find_cases(golden))}
-    work = plan(matrix, parts, cases)
+    work = plan(matrix, parts, cases) if mode == "changed" else sample(matrix, cases)
     with progress_bar("matrix", len(work)) as advance:
         outcomes = compute_matrix(work, jobs, advance)
-    seen = judge_outside(golden) if outside_changed(parts) else matrix.outside
+    seen = judge_outside(golden) if mode == "sample" or outside_changed(parts) else matrix.outside
     lost = losses(matrix, outcomes, seen)
-    summary = summarise(revised_matrix(matrix, outcomes, seen, matrix.sources), [*cases])
-    problems = [*map(str, lost), *summary.problems] if parts else []
+    revised = revised_matrix(matrix, outcomes, seen, digests(golden) if mode == "changed" else matrix.sources)
+    if mode == "changed" and parts:
+        write_matrix(golden / MATRIX_FILE, revised)
+        _enter_in_manifest(golden)
+    problems = [*map(str, lost), *summarise(revised, [*cases]).problems]
     if as_json:
         more = gains(matrix, outcomes)
         values = {
@@ -195,7 +213,7 @@ def _changed(context: click.Context, golden: Path, jobs: int | None, as_json: bo
         }  # fmt: skip
         click.echo(json.dumps(values))
     else:
-        for line in changed_lines(sorted(parts), work, problems):
+        for line in repeated_lines(sorted(parts), work, problems):
             click.echo(line)
     if problems:
         context.exit(1)

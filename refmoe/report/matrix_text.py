@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from refmoe.report.wording import count
+from refmoe.suite.matrix.changes import RENEW
 from refmoe.suite.matrix.outcomes import POLICIES, Work
 from refmoe.suite.matrix.summary import Summary
 
@@ -23,25 +24,23 @@ def summary_lines(summary: Summary) -> Iterable[str]:
     yield from failures(summary.problems)
 
 
-def changed_lines(parts: Sequence[str], work: Sequence[Work], problems: Sequence[str]) -> Iterable[str]:
-    """What has changed, what was run again, and what of it is not as it should be."""
-    if not parts:
-        yield "nothing has changed since the matrix was computed"
-    else:
+def repeated_lines(parts: Sequence[str], work: Sequence[Work], problems: Sequence[str]) -> Iterable[str]:
+    """The changes since the matrix was computed, the runs that were repeated, and the failures among them."""
+    yield f"changed: {', '.join(parts)}" if parts else "nothing has changed since the matrix was computed"
+    if work:
         mutants = {name for each in work for name in each.mutants}
         runs = f"{count(sum(len(each.mutants) for each in work), 'run')} of {count(len(mutants), 'mutant')}"
         cases = count(len({each.case for each in work}), "case")
-        yield f"changed: {', '.join(parts)}"
         yield f"{runs} on {cases} repeated, and the specification there"
         if not problems:
-            yield "all that was killed is killed; `refmoe mutants matrix` records the new state"
+            yield "every mutant that was killed is killed"
     yield from failures(problems)
 
 
 def stale_lines(parts: Sequence[str]) -> Iterable[str]:
-    """Whether the matrix is of other sources than those there are."""
+    """A line where the matrix was computed from other sources than those there are."""
     if parts:
-        yield f"changed since: {', '.join(parts)}; `refmoe mutants matrix --changed` says whether it still holds"
+        yield f"changed since: {', '.join(parts)}; `{RENEW}` makes the matrix current"
 
 
 def failures(problems: Sequence[str]) -> Iterable[str]:

@@ -1,5 +1,4 @@
-"""What proves each clause: the code that states it, the tests that name it, the mutants that break it, the cases that
-exercise it."""
+"""The proof of each clause: the code that states it, the tests and cases that name it, the mutants that break it."""
 
 from __future__ import annotations
 
@@ -15,12 +14,17 @@ from refmoe.files.json_file import read_json
 from refmoe.suite import find_cases, read_case
 
 PACKAGE = Path(__file__).parents[1]
-STATED_IN = ("spec", "arithmetic", "text", "routers", "steps/sharded")
-"""The packages whose docstrings state clauses."""
-FORWARD_PASS = "spec/"
-"""Where the clauses of the model itself are stated."""
+AREAS = {
+    "spec": "model", "arithmetic": "arithmetic", "steps/sharded": "ranks", "text": "text",
+    "routers/literature": "routers of the literature", "routers/contract": "router contract",
+}  # fmt: skip
+"""The folders whose docstrings state clauses, and the area of a clause that is stated there."""
+READING_ORDER = ("config", "norm", "rope", "softmax", "attention", "router", "experts", "model")
+"""The files of the specification, as `refmoe.spec` tells one to read them."""
 CLAUSE = re.compile(r"(?<![\w-])([A-Z][A-Z0-9]*(?:-[A-Z]+)*)-(\d+)(?![\w-])")
-STATEMENT = re.compile(rf"({CLAUSE.pattern})(?:  +|: )(.*)")
+STATEMENT = re.compile(rf"({CLAUSE.pattern})  +(.*)")
+STATES = (ast.FunctionDef, ast.ClassDef, ast.Module)
+"""The kinds of node whose docstrings state clauses."""
 RANGE = re.compile(rf"({CLAUSE.pattern})(?: to |-)({CLAUSE.pattern})")
 
 
@@ -42,9 +46,14 @@ class Coverage:
     """Cases and files of vectors that name it."""
 
     @property
+    def area(self) -> str:
+        """One of the values of `AREAS`."""
+        return next(area for folder, area in AREAS.items() if self.code.startswith(f"{folder}/"))
+
+    @property
     def forward_pass(self) -> bool:
         """Whether it is a clause of the model itself."""
-        return self.code.startswith(FORWARD_PASS)
+        return self.area == AREAS["spec"]
 
     @property
     def gaps(self) -> tuple[str, ...]:
@@ -55,20 +64,24 @@ class Coverage:
 
 
 def stated(package: Path = PACKAGE) -> Iterator[tuple[str, str, str]]:
-    """Every clause with its text and the place that states it: (clause, text, place)."""
-    for folder in STATED_IN:
-        for path in sorted((package / folder).rglob("*.py")):
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
-                    name = getattr(node, "name", "(module)")
-                    line = getattr(node, "lineno", 1)
-                    place = f"{path.relative_to(package)}:{line} {name}"
-                    yield from ((clause, text, place) for clause, text in clauses_of(ast.get_docstring(node) or ""))
+    """Every clause with its text and the place that states it, in reading order: (clause, text, place)."""
+    for folder in AREAS:
+        for path in sorted((package / folder).rglob("*.py"), key=reading_order):
+            nodes = (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, STATES))
+            for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0)):
+                name = getattr(node, "name", "(module)")
+                line = getattr(node, "lineno", 1)
+                place = f"{path.relative_to(package)}:{line} {name}"
+                yield from ((clause, text, place) for clause, text in clauses_of(ast.get_docstring(node) or ""))
+
+
+def reading_order(path: Path) -> tuple[int, str]:
+    """A sort key for files: those of the specification as one reads them, others by name."""
+    return (READING_ORDER.index(path.stem) if path.stem in READING_ORDER else len(READING_ORDER), str(path))
 
 
 def clauses_of(docstring: str) -> Iterator[tuple[str, str]]:
-    """The clauses that a docstring states: an id at the start of a line, a colon or two blanks, the text, indented
-    lines of it."""
+    """The clauses that a docstring states: an id at the start of a line, two blanks and the text, then indented lines."""
     found: list[str] = []
     clause = ""
     for line in [*docstring.splitlines(), ""]:

@@ -11,6 +11,8 @@ import pytest
 from refmoe.bugs.catalogue import MUTANTS
 from refmoe.cli import mutants as command
 from refmoe.suite import MANIFEST_FILE, verify_documents, write_folder_manifest
+from refmoe.suite.matrix import changes
+from refmoe.suite.matrix.dependencies import digests
 from refmoe.suite.matrix.file import MATRIX_FILE, Matrix, read_matrix, write_matrix
 from refmoe.suite.matrix.outcomes import SPECIFICATION
 from tests.bugs.sample_matrix import PLACE, all_killed, golden_folder
@@ -127,32 +129,51 @@ def test_nothing_has_changed(refmoe: Refmoe, golden: Path, matrix: Matrix) -> No
     assert (golden / MATRIX_FILE).read_bytes() == before
 
 
-def test_a_changed_class_of_mutants_is_run_again(refmoe: Refmoe, golden: Path, matrix: Matrix) -> None:
+def test_a_changed_class_of_mutants_is_run_again_and_recorded(refmoe: Refmoe, golden: Path, matrix: Matrix) -> None:
+    """The record then holds what happened, and is current."""
     record(golden, stale(matrix, "bugs/embedding"))
-    before = (golden / MATRIX_FILE).read_bytes()
-    status, out, _ = refmoe("mutants", "matrix", "--changed", "--golden", golden, "--jobs", 1)
-    assert status == 0
-    assert out.splitlines() == [
-        "changed: mutants/embedding",
-        "6 runs of 2 mutants on 1 case repeated, and the specification there",
-        "all that was killed is killed; `refmoe mutants matrix` records the new state",
-    ]
-    assert (golden / MATRIX_FILE).read_bytes() == before
-    assert "changed since: mutants/embedding; `refmoe mutants matrix --changed`" in refmoe(
+    assert "changed since: bugs/embedding; `refmoe mutants matrix --changed`" in refmoe(
         "mutants", "results", "--golden", golden
     )[1]  # fmt: skip
+    status, out, _ = refmoe("mutants", "matrix", "--changed", "--golden", golden, "--jobs", 1)
+    assert status == 0
+    assert out.splitlines()[:2] == [
+        "changed: bugs/embedding",
+        "6 runs of 2 mutants on 1 case repeated, and the specification there",
+    ]
+    written = read_matrix(golden / MATRIX_FILE)
+    assert written.sources == digests(golden)
+    assert written.kills["emb-scale-sqrt-d"]["float32"] == {"tiny": "embedding impossible local"}
+    assert "changed since" not in refmoe("mutants", "results", "--golden", golden)[1]
+
+
+def test_the_sample_writes_nothing(
+    refmoe: Refmoe, golden: Path, matrix: Matrix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two mutants on the tiny case, which really shows one of them."""
+    names = ("emb-scale-sqrt-d", "attn-swa-off-by-one")
+    monkeypatch.setattr(changes, "runnable", lambda: names)
+    record(golden, stale(matrix, "bugs/embedding"))
+    before = (golden / MATRIX_FILE).read_bytes()
+    values = json.loads(refmoe("mutants", "matrix", "--sample", "--golden", golden, "--json")[1])
+    assert values["changed"] == ["bugs/embedding"]
+    assert values["runs"] == 9
+    assert {each["mutant"] for each in values["lost"]} == {"attn-swa-off-by-one"}
+    assert (golden / MATRIX_FILE).read_bytes() == before
 
 
 def test_a_recorded_kill_that_does_not_happen_is_reported(refmoe: Refmoe, golden: Path, matrix: Matrix) -> None:
     """Sabotage: the file says that rounding which the policy itself does is seen."""
     matrix.kills["prec-combine-lowprec"]["bfloat16"] = {"tiny": PLACE}
     record(golden, stale(matrix, "bugs/precision"))
+    before = (golden / MATRIX_FILE).read_bytes()
     status, out, _ = refmoe("mutants", "matrix", "--changed", "--golden", golden, "--jobs", 1)
     assert status == 1
     lost = f"mutant prec-combine-lowprec on case tiny in bfloat16: was seen ({PLACE}), but now inert"
     assert f"FAIL  {lost}" in out.splitlines()
     # the tiny case has no overflow: recorded as killed there, and alive now
     assert "FAIL  mutant prec-fp16-ffn-overflow lives in bfloat16: no case kills it" in out.splitlines()
+    (golden / MATRIX_FILE).write_bytes(before)
     values = json.loads(refmoe("mutants", "matrix", "--changed", "--golden", golden, "--jobs", 1, "--json")[1])
     assert {each["mutant"] for each in values["lost"]} == {"prec-combine-lowprec", "prec-fp16-ffn-overflow"}
     assert lost in values["problems"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.suite.conditions import decisions  # noqa: F401
+from refmoe.suite.conditions import calls, shapes, windows, magnitudes, decisions  # noqa: F401
 from refmoe.suite.conditions.observed import CONDITIONS, Observed
 from refmoe.suite import compute, is_emitted, trace_path
 from refmoe.suite.case import Case

@@ -1,14 +1,13 @@
-"""What has to be run again after a change, and what that says of the recorded matrix.
+"""The runs that a change makes necessary again, and what they say of the recorded matrix.
 
-A changed file of the catalogue can change its own mutants, everywhere; a changed case can change every mutant, there.
-A change of the core can change everything, which is too much to run each time: instead each mutant is run, under each
-policy, on one case that killed it, its witness, and the specification itself on all witnesses.
+A changed file of the catalogue can change its own mutants, everywhere. A changed case can change every mutant, there.
+A change of the core can change everything. A sample of the matrix, each mutant on a case that killed it, is cheap
+enough to be run with the tests each time.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from refmoe.bugs.catalogue import MUTANTS
@@ -17,6 +16,9 @@ from refmoe.suite.matrix.dependencies import CASES, CATALOGUE, VECTORS
 from refmoe.suite.matrix.file import Matrix, to_matrix
 from refmoe.suite.matrix.outcomes import POLICIES, SPECIFICATION, Outcome, Work, runnable
 from refmoe.suite.matrix.surroundings import Outside, outside
+
+RENEW = "refmoe mutants matrix --changed"
+"""The command that makes the recorded matrix current."""
 
 
 def cost(case: Case) -> int:
@@ -38,44 +40,44 @@ def witnesses(killers: Mapping[str, Collection[str]], costs: Mapping[str, int]) 
     return found
 
 
-def plan(matrix: Matrix, parts: Collection[str], cases: Mapping[str, Case], brief: bool = False) -> list[Work]:
-    """The work that changes call for.
+def sample(matrix: Matrix, cases: Mapping[str, Case]) -> list[Work]:
+    """A part of the matrix that is cheap: each mutant under each policy on one case that killed it.
 
-    parts: the names of what has changed, as `refmoe.suite.matrix.dependencies` gives them.   cases: all that there are
-    now.
-    brief: less is run where a file of the catalogue has changed, a witness for each of its mutants, and where a case
-    has: there the mutants that it alone kills. A mutant that nothing has killed yet is run on the cases that list it.
+    cases: all that there are now.
     """
-    wanted = {policy: wanted_under(policy, matrix, parts, cases, brief) for policy in POLICIES}
+    costs = {name: cost(case) for name, case in cases.items()}
+    found: dict[str, dict[str, set[str]]] = {}
+    for policy in POLICIES:
+        killers = {name: cases.keys() & matrix.killers(name, policy).keys() for name in runnable()}
+        for mutant, case in witnesses(killers, costs).items():
+            found.setdefault(policy, {}).setdefault(case, set()).add(mutant)
+    return to_work(found, cases)
+
+
+def plan(matrix: Matrix, parts: Collection[str], cases: Mapping[str, Case]) -> list[Work]:
+    """The runs whose outcomes changes can affect: all of the matrix where the core has changed.
+
+    Where a file of the catalogue has changed, its mutants on every case; where a case has, every mutant there.
+    parts: the names of what has changed, as `refmoe.suite.matrix.dependencies` gives them.   cases: all that there are.
+    """
+    wanted = {case: set(affected(parts, case)) for case in cases}
+    return to_work({policy: {case: names for case, names in wanted.items() if names} for policy in POLICIES}, cases)
+
+
+def affected(parts: Collection[str], case: str) -> Iterator[str]:
+    """The mutants whose outcome on a case the changes can affect."""
+    everything = "core" in parts or CASES + case in parts
+    return (name for name in runnable() if everything or CATALOGUE + MUTANTS[name].kind in parts)
+
+
+def to_work(wanted: Mapping[str, Mapping[str, Collection[str]]], cases: Mapping[str, Case]) -> list[Work]:
+    """The work of running some mutants. wanted: per policy and case the mutants"""
     return [
         Work(cases[case].folder, policy, tuple(name for name in runnable() if name in wanted[policy][case]))
         for case in cases
         for policy in POLICIES
-        if case in wanted[policy]
+        if case in wanted.get(policy, {})
     ]
-
-
-def wanted_under(
-    policy: str, matrix: Matrix, parts: Collection[str], cases: Mapping[str, Case], brief: bool
-) -> dict[str, set[str]]:
-    """Per case the mutants to run on it; without any, the specification alone."""
-    wanted: dict[str, set[str]] = defaultdict(set)
-    killers = {name: cases.keys() & matrix.killers(name, policy).keys() for name in runnable()}
-    revised = [name for name in runnable() if CATALOGUE + MUTANTS[name].kind in parts]
-    again = runnable() if "core" in parts else revised if brief else ()
-    found = witnesses({name: killers[name] for name in again}, {name: cost(case) for name, case in cases.items()})
-    for mutant, case in found.items():
-        wanted[case].add(mutant)
-    for case in cases:
-        if CASES + case in parts:
-            wanted[case] |= {name for name in runnable() if not brief or killers[name] == {case}}
-    for mutant in revised:
-        if brief and killers[mutant]:
-            continue  # its witness is enough
-        listed = [name for name in cases if mutant in cases[name].bugs] if brief else []
-        for case in listed or cases:
-            wanted[case].add(mutant)
-    return wanted
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,18 @@
-"""Digests of everything that an outcome of the matrix depends on: what has changed since it was computed."""
+"""Digests of everything that an outcome of the matrix depends on, to tell what has changed since it was computed."""
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import io
 import re
+import tokenize
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from refmoe.bugs.catalogue import MUTANTS
 from refmoe.policy.load import policy
+from refmoe.suite import find_cases
 from refmoe.suite.matrix.outcomes import POLICIES
 
 PACKAGE = Path(__file__).parents[2]
@@ -16,18 +20,18 @@ PACKAGE = Path(__file__).parents[2]
 CORE = (
     "spec", "arithmetic", "policy", "verify", "steps", "traces", "suite/case.py", "suite/matrix/outcomes.py",
     "checkpoints/configuration.py", "checkpoints/layout.py", "checkpoints/synthetic.py", "checkpoints/weight.py",
-    "checkpoints/weight_edits.py", "checkpoints/weight_formula.py", "bugs/extra_slots.py", "bugs/engine.py",
-    "bugs/mutant.py", "bugs/quantised.py", "bugs/rounding.py", "bugs/sharded.py", "bugs/weights.py",
+    "checkpoints/weight_edits.py", "checkpoints/weight_formula.py", "bugs/extra_cache_slots.py", "bugs/run_engine.py",
+    "bugs/mutant.py", "bugs/quantised_checkpoint.py", "bugs/forced_rounding.py", "bugs/sharded_mutant.py", "bugs/changed_weights.py",
 )  # fmt: skip
 """What every run of a mutant on a case depends on, beside the policies that it is judged by."""
 NOT_CORE = (
     "arithmetic/ball.py", "arithmetic/native/lanes.py", "arithmetic/native/mkl.py", "arithmetic/native/mkl_ops.py",
-    "arithmetic/native/slabs.py", "steps/cuda.py", "steps/grouped.py", "steps/native.py", "steps/native_attention.py",
+    "arithmetic/native/slabs.py", "steps/cuda.py", "steps/native.py", "steps/native_attention.py",
     "steps/native_cache.py", "policy/profiles.toml", "verify/diagnosis", "verify/distances.py",
 )  # fmt: skip
 """Of these packages, what no such run loads, or only a part of: of all profiles, those that mutants are judged by."""
 SURROUNDINGS = (
-    "text", "routers/literature/losses.py", "bugs/session.py", "bugs/vectors.py", "suite/matrix/surroundings.py",
+    "text", "routers/literature/losses.py", "bugs/generation_session.py", "bugs/vector_checks.py", "suite/matrix/surroundings.py",
 )  # fmt: skip
 """What the mutants of tokenizer, sampler and loss depend on beside their vectors."""
 
@@ -36,11 +40,39 @@ CATALOGUE, CASES, VECTORS = "bugs/", "cases/", "vectors/"
 
 
 def digest(paths: Iterable[Path]) -> str:
-    """SHA-256 over the names and the bytes of files, in name order."""
+    """SHA-256 over the names and the contents of files, in name order; of a Python file over its code alone."""
     total = hashlib.sha256()
     for path in sorted(paths):
-        total.update(path.name.encode() + b"\0" + path.read_bytes())
+        content = code_of(path.read_text(encoding="utf-8")).encode() if path.suffix == ".py" else path.read_bytes()
+        total.update(path.name.encode() + b"\0" + content)
     return total.hexdigest()
+
+
+def code_of(source: str) -> str:
+    """A Python file without docstrings, comments and empty lines, which no outcome depends on."""
+    lines = source.splitlines()
+    removed: list[tuple[int, int, int, int]] = []  # first line, column, last line, column; lines from 1
+    for node in ast.walk(ast.parse(source)):
+        body = getattr(node, "body", None)
+        for each in body if isinstance(body, list) else ():
+            if (
+                isinstance(each, ast.Expr)
+                and isinstance(each.value, ast.Constant)
+                and isinstance(each.value.value, str)
+            ):
+                first, last = each.lineno, each.end_lineno or each.lineno
+                start = len(lines[first - 1].encode()[: each.col_offset].decode())  # columns of a tree count bytes
+                stop = len(lines[last - 1].encode()[: each.end_col_offset].decode())
+                removed.append((first, start, last, stop))
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            removed.append((*token.start, *token.end))
+    for first, start, last, stop in removed:
+        for number in range(first, last + 1):
+            left = start if number == first else 0
+            right = stop if number == last else len(lines[number - 1])
+            lines[number - 1] = lines[number - 1][:left].ljust(right) + lines[number - 1][right:]
+    return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
 def files_of(names: Iterable[str], package: Path = PACKAGE) -> list[Path]:
@@ -72,8 +104,8 @@ def digests(golden: Path) -> dict[str, str]:
     for path in sorted((PACKAGE / "bugs" / "catalogue").glob("*.py")):
         if path.name != "__init__.py":
             found[CATALOGUE + path.stem] = digest(with_imports(path))
-    for path in sorted(golden.glob("*/case.toml")):
-        found[CASES + path.parent.name] = digest([path])
+    for folder in find_cases(golden):
+        found[CASES + folder.name] = digest([folder / "case.toml"])
     for path in sorted((golden / "vectors").glob("*.json")):
         if not path.name.endswith(".schema.json"):
             found[VECTORS + path.stem] = digest([path])

@@ -11,10 +11,10 @@ from functools import lru_cache
 from pathlib import Path
 
 from refmoe.bugs.catalogue import MUTANTS
-from refmoe.bugs.engine import run, same
+from refmoe.bugs.run_engine import run, same
 from refmoe.bugs.mutant import PARALLEL, Mutant
-from refmoe.bugs.quantised import INT8, quantised
-from refmoe.bugs.sharded import ONE_DEVICE, on_ranks
+from refmoe.bugs.quantised_checkpoint import INT8, quantised
+from refmoe.bugs.sharded_mutant import ONE_DEVICE, on_ranks
 from refmoe.parallel import results
 from refmoe.policy.load import policy as named_policy
 from refmoe.steps.sharded.layout import layouts

@@ -13,8 +13,8 @@ from typing import Any
 
 from refmoe.bugs.catalogue import MUTANTS
 from refmoe.bugs.mutant import LOSS, SAMPLER, TOKENIZER
-from refmoe.bugs.session import Session, unchanged_by_router_logits
-from refmoe.bugs.vectors import Sampler, Text, read_vectors, wrong
+from refmoe.bugs.generation_session import Session, unchanged_by_router_logits
+from refmoe.bugs.vector_checks import Sampler, Text, read_vectors, wrong
 from refmoe.checkpoints.synthetic import synthetic_checkpoint
 from refmoe.errors import InputError
 from refmoe.routers.literature.losses import load_balancing_loss
@@ -32,7 +32,7 @@ FILES = {
 RIGHT: Mapping[str, Callable[..., Any]] = {TOKENIZER: Text, SAMPLER: Sampler, LOSS: load_balancing_loss}
 """What it should have been."""
 LAW = "generation"
-"""The law of `refmoe.bugs.session`, for bugs that are no wrong value but one in a wrong place."""
+"""The law of `refmoe.bugs.generation_session`, for bugs that are no wrong value but one in a wrong place."""
 UNCHANGED = "router-logits-change-no-token"
 
 SMALL = Config(
