@@ -215,7 +215,12 @@ class LlamaCpp:
     def _run(self, tokens: Sequence[int], past: int) -> Array:
         """What is in the cache from position `past` on goes first."""
         positions = tuple(range(past, past + len(tokens)))
-        self.decode(self.library, self.context, Run("bench", "chunk", 0, tuple(tokens), positions, past), 0)
+        self.decode(
+            self.library,
+            self.context,
+            Run(run="bench", op="chunk", sequence=0, tokens=tuple(tokens), positions=positions, past=past),
+            0,
+        )
         # waits until all is computed
         logits = self.library.llama_get_logits(self.context)
         return np.ctypeslib.as_array(logits, (len(tokens), self.vocab)).copy()

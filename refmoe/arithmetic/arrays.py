@@ -1,4 +1,4 @@
-"""The part of `ops` that moves numbers without computing any: shared by every array-based arithmetic."""
+"""The base of every array arithmetic: the part of `ops` that moves numbers and computes none."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from typing import Any, Protocol, Self, TypeAlias
 import numpy as np
 
 Array: TypeAlias = Any
-"""An array of the kind that the ops at hand compute with: NumPy's or CuPy's, of floats, balls or integers, or an
-enclosure. Docstrings give shapes in the letters of `refmoe.spec`."""
+"""An array of NumPy or CuPy (of floats, balls or integers), or an enclosure, as the ops at hand compute with.
+
+Docstrings give shapes in the letters of `refmoe.spec`.
+"""
 
 Tap = Callable[[str, Any], Any]
-"""Called with the full name of a tap and its value; returns the value to go on with, or None to keep it."""
+"""Called with the full name of a tap and its value. Returns the value to continue with, or None to keep the value."""
 
 
 class StoredWeight(Protocol):
-    """A parameter as ops sees it: stored values that can be read whole or, for a table, by rows."""
+    """A parameter as ops see it: stored values that can be read whole or, for a table, by rows."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -28,7 +30,7 @@ class StoredWeight(Protocol):
         """All stored values, in the stored dtype."""
 
     def rows(self, ids: Any) -> Any:
-        """Only these rows of a table, in the stored dtype."""
+        """Only the rows `ids` of a table, in the stored dtype."""
 
     def block(self, start: int, stop: int) -> Any:
         """Rows [start, stop) of a matrix that is too large to be held, in the stored dtype."""
@@ -37,11 +39,11 @@ class StoredWeight(Protocol):
 class ArrayOps:
     """Selection, ordering and observation, over the array module `xp` at one floating-point dtype.
 
-    Weights are `StoredWeight`s, and arrays whatever `Array` stands for.
+    Weights are `StoredWeight`s. Arrays are of the kinds that `Array` names.
     """
 
     def __init__(self, dtype: Any, tap: Tap | None = None, xp: Any = np) -> None:
-        """dtype: of every real array.   tap: receives the named intermediates.   xp: numpy or cupy."""
+        """dtype: of every real array.   tap: receives the named intermediate values.   xp: numpy or cupy."""
         self.dtype = np.dtype(dtype)
         self.xp = xp
         self._tap = tap
@@ -113,7 +115,7 @@ class ArrayOps:
         return self.xp.take_along_axis(x, index, axis=-1)
 
     def group(self, ids: Any, groups: int) -> tuple[Any, list[int]]:
-        """The order that sorts integers `ids` [n] stably, [n], and how many there are of each of 0 .. groups - 1."""
+        """The order [n] that sorts integers `ids` [n] stably, and the number of ids equal to 0, 1, .. groups - 1."""
         return self.xp.argsort(ids, kind="stable"), self.xp.bincount(ids, minlength=groups).tolist()
 
     def inverse(self, order: Any) -> Any:
@@ -124,7 +126,7 @@ class ArrayOps:
 
     @property
     def watched(self) -> bool:
-        """Whether anybody receives taps."""
+        """Whether a tap is set."""
         return self._tap is not None
 
     def tap(self, name: str, x: Any) -> Any:
@@ -135,6 +137,6 @@ class ArrayOps:
 
     def within(self, prefix: str) -> Self:
         inner = object.__new__(type(self))
-        inner.__dict__.update(self.__dict__)  # what copy.copy does, in a tenth of its time
+        inner.__dict__.update(self.__dict__)  # a copy in a tenth of the time of copy.copy
         inner._prefix = self._prefix + prefix
         return inner

@@ -1,7 +1,7 @@
 """Ops on Arb balls: every result encloses the real number that the spec defines.
 
-Arrays are NumPy object arrays of `flint.arb`. Only the selection of experts is a decision, and a ball cannot always
-make it: `top_k` follows the midpoints and says which of its rows are proven.
+Arrays are NumPy object arrays of `flint.arb`. Only the selection of experts is a decision, and balls cannot always
+decide it. `top_k` follows the midpoints, and `chooses` says for which tokens that choice is proven.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class BallOps(ArrayOps):
         return self._map(self.flint.arb, values.astype(np.float64))
 
     def max(self, x: Any, axis: int) -> Any:
-        # only ever subtracted before exp, where any number serves: the largest midpoint keeps the balls small
+        # the maximum is only subtracted before exp, where any number is correct; the largest midpoint keeps balls small
         at = np.argmax(midpoints(x), axis=axis, keepdims=True)
         return np.take_along_axis(x, at, axis=axis).squeeze(axis)
 

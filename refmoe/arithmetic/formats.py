@@ -44,7 +44,7 @@ class Format:
         return np.dtype(ml_dtypes.bfloat16 if self.name == "bfloat16" else self.name)
 
     def holds(self, other: Format) -> bool:
-        """Whether every value of the other format is one of this. The smallest exponent goes with the largest."""
+        """Whether this format has every value of the other one. The largest exponent determines the smallest."""
         return other.precision <= self.precision and other.exponent_max <= self.exponent_max
 
     def __str__(self) -> str:
@@ -77,7 +77,7 @@ def upcast(stored: Any, dtype: np.dtype[Any]) -> Any:
 
 
 def ulp(x: Any, format: Format) -> Floats:
-    """The spacing of the format's values at |x|, as if there were no largest one; infinite where x is not finite."""
+    """The spacing of the format's values at |x|, as if there were no largest value; infinite where x is not finite."""
     x = np.asarray(x, np.float64)
     # the exponent's bits alone are 2^floor(log2 |x|): 0 where x is subnormal, infinity where it is not finite
     power = (x.view(np.int64) & _EXPONENT).view(np.float64)
@@ -105,7 +105,7 @@ def nearest(x: Any, format: Format) -> Floats:
 
 
 def representable(x: Any, format: Format) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Which values the format holds; NaN is one of them."""
+    """Which of the values the format can hold. It can hold NaN."""
     x = np.asarray(x, np.float64)
     held: np.ndarray[Any, np.dtype[np.bool_]]
     if format.precision >= FLOAT32.precision:
@@ -118,10 +118,10 @@ def representable(x: Any, format: Format) -> np.ndarray[Any, np.dtype[np.bool_]]
 
 
 def cell(y: Any, format: Format) -> tuple[Floats, Floats]:
-    """The two ends of the reals that round to each finite value `y` of the format.
+    """The cell of each finite value `y` of the format: the two ends of the real numbers that round to it.
 
-    What lies between the ends rounds to `y`. The ends themselves are ties, which go to whichever value is even. Below
-    a power of two the spacing is half of that above it.
+    Real numbers between the ends round to `y`. The ends themselves are ties, which round to the even neighbour. Below
+    a power of two the spacing is half the spacing above it.
     """
     if format == FLOAT64:
         return y, y

@@ -1,4 +1,4 @@
-"""Products with a weight that is too large to be held: block after block, the next one read while one computes."""
+"""Products with a weight that is too large to be held: block after block, the next block read during a product."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from refmoe.arithmetic.arrays import Array, StoredWeight
 BLOCK = 1 << 21
 """Elements of a weight read at a time: large enough that a product with few rows is worth its overhead."""
 AHEAD = 2
-"""Blocks that are in memory beside the one that computes: one being read, one waiting."""
+"""Blocks in memory besides the block that is multiplied: one being read, one waiting."""
 
 
 def block_rows(shape: tuple[int, ...]) -> int:
-    """How many rows of a matrix of this shape make a block."""
+    """The number of rows of a block, for a matrix of this shape."""
     return max(1, BLOCK // max(1, shape[1]))
 
 
 def blocks(weight: StoredWeight, read: Callable[[Array], Any]) -> Iterator[tuple[int, int, Any]]:
-    """Rows [start, stop) and what `read` makes of their stored values, in order, read ahead in another thread."""
+    """Every block in order, read ahead in another thread: start, stop, and `read` of the stored rows [start, stop)."""
     step, height = block_rows(weight.shape), weight.shape[0]
     bounds = [(start, min(start + step, height)) for start in range(0, height, step)]
     reader = ThreadPoolExecutor(1, "read-ahead")
@@ -46,7 +46,7 @@ def linear_by_blocks(
 ) -> Array:
     """x times the transpose of the weight. x: [..., n]   weight: [m, n]   returns: [..., m]
 
-    read: makes of stored rows what `product` takes, in the reading thread.   product: x by such a block.
+    read: converts stored rows, in the reading thread.   product: multiplies x by a block that `read` has converted.
     """
     result = np.empty((*x.shape[:-1], weight.shape[0]), x.dtype)
     for start, stop, ready in blocks(weight, read):

@@ -1,4 +1,4 @@
-"""Prepared weights, kept while they fit: what is done once per weight is not done once per call."""
+"""Prepared weights, kept while they fit, so that a weight is prepared once and not once per call."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from threading import Lock
 from typing import Any
 
 STREAMED = 4
-"""A weight of more than one such part of the limit is not kept: it would drive out most of what is."""
+"""A weight of more than 1 / STREAMED of the limit is streamed, as keeping it would drive out most other weights."""
 
 
 class WeightCache:
     """The most recently used prepared weights, up to a number of bytes."""
 
     def __init__(self, limit: int) -> None:
-        """limit: bytes; a weight that alone is larger is prepared anew at each use."""
+        """limit: bytes. A weight that is larger by itself is prepared anew at each use."""
         self.limit = limit
         self.held = 0
         self._entries: OrderedDict[int, tuple[Any, Any, int]] = OrderedDict()
         self._lock = Lock()  # experts ask for their weights side by side
 
     def find(self, weight: Any) -> Any:
-        """What was made of the weight, or None if it is not there."""
+        """The prepared form of the weight, or None if the cache does not have it."""
         entry = self._entry(weight)
         return None if entry is None else entry[1]
 
     def get(self, weight: Any, prepare: Callable[[], Any], size: Callable[[Any], int]) -> Any:
-        """What `prepare` makes of the weight, from the cache where it is there.
+        """The prepared form of the weight, from the cache or else from `prepare`.   size: the bytes of that form
 
-        The entry holds the weight itself, so that its identity is not reused while it is a key.
+        The entry holds the weight itself, so that its id is not reused while it is a key.
         """
         entry = self._entry(weight)
         if entry is not None:

@@ -1,4 +1,5 @@
-"""The model on a GPU: where ops compute, what memory it takes, decoding in memory that was taken before.
+"""The model on a GPU: ops, kernels, the memory that a model needs, and decoding in preallocated memory.
 
-The ops themselves are `refmoe.cuda.cupy_ops`, the kernels and their steps `refmoe.cuda.kernels`.
+`place` chooses between CPU and GPU. `cupy_ops` has the ops, `kernels` the CUDA kernels, and `refmoe.steps.cuda` the
+steps of the model over them.
 """

@@ -1,6 +1,6 @@
-"""Ops on a GPU: what `NativeOps` and `ExactOps` are, there. `refmoe.steps.cuda` has the steps for the former.
+"""Ops on a GPU: the counterparts of `NativeOps` and `ExactOps`. `refmoe.steps.cuda` has the steps for the former.
 
-Nothing but `cupy_ops` imports CuPy: the rest runs over NumPy and kernels on a CPU as well, and is tested so.
+The classes take the array module as an argument. With NumPy and the CPU runner of the tests they run without a GPU.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from refmoe.cuda.kernels.kernel import STORED, GetFunction
 from refmoe.spec.experts import Expert
 
 FEW_TOKENS = 4
-"""Up to so many, weights are read where they are, once per row; above, a matrix product reads them at float32.
+"""Up to this number of rows, kernels read weights in place, once per row. Above, weights are converted to float32.
 
-A bfloat16 weight costs 2 bytes per row in place; converting it and multiplying costs 2 + 4 + 4 bytes, once. By that
-count 5 rows are even. Not yet measured.
+A bfloat16 weight costs 2 bytes per row in place. Converting and multiplying it costs 2 + 4 + 4 bytes, once. By that
+count both cost the same at 5 rows. Not yet measured.
 """
 
 
@@ -45,8 +45,8 @@ class CupyOps(ArrayOps):
     ) -> None:
         """xp, module: as of `Kernels`.   weight_bytes: device memory for weights that are kept for later calls.
 
-        gemm: products of float32 rows [n, k] by half-precision weights [m, k], perhaps into a given array, which may
-        round the rows to the weights' dtype (`refmoe.cuda.gemm`); None: such weights are converted to float32.
+        gemm: multiplies float32 rows [n, k] by half-precision weights [m, k], perhaps into a given array. It may round
+            the rows to the weights' dtype (`refmoe.cuda.gemm`). None: such weights are converted to float32.
         """
         super().__init__(dtype, tap, xp)
         self.kernels = Kernels(xp, module) if self.dtype == np.float32 else None
@@ -57,7 +57,7 @@ class CupyOps(ArrayOps):
     # ---- parameters
 
     def stored(self, weight: StoredWeight) -> Array:
-        """A weight on the device: in its stored dtype where the kernels read that, else at the computing dtype."""
+        """A weight on the device: in its stored dtype where the kernels can read it, else at the computing dtype."""
 
         def upload() -> Array:
             values = weight.read()
@@ -67,7 +67,7 @@ class CupyOps(ArrayOps):
         return self._weights.get(weight, upload, lambda array: array.nbytes)
 
     def stacked(self, experts: tuple[Expert, ...]) -> tuple[Array, Array, Array] | None:
-        """w1 and w3 [E, F, D] and w2 [E, D, F] in one piece each; None where experts are stored in different dtypes."""
+        """w1 and w3 [E, F, D] and w2 [E, D, F] of all experts; None where experts are stored in different dtypes."""
 
         def upload() -> tuple[Array, Array, Array]:
             first, second, third = ([getattr(e, name).read() for e in experts] for name in ("w1", "w3", "w2"))
@@ -79,7 +79,7 @@ class CupyOps(ArrayOps):
         return None if any(stack is None or stack.dtype != stacks[0].dtype for stack in stacks) else stacks
 
     def _stack(self, matrices: Sequence[Array]) -> Array | None:
-        """One upload per expert, into its place: the stack is never there twice."""
+        """The matrices as one array on the device, uploaded one by one, so that memory holds the stack only once."""
         dtypes = {str(matrix.dtype) for matrix in matrices}
         if len(dtypes) > 1:
             return None
@@ -96,7 +96,7 @@ class CupyOps(ArrayOps):
         return self.array(table.rows(on_host(ids)))
 
     def few(self, rows: Array) -> bool:
-        """Whether there are so few rows [n, m] that kernels read the weights where they are."""
+        """Whether there are so few rows [n, m] that kernels read the weights in place."""
         return len(rows) <= FEW_TOKENS
 
     def linear(self, x: Array, weight: StoredWeight) -> Array:
@@ -105,7 +105,7 @@ class CupyOps(ArrayOps):
         if self.kernels is None or not self.few(rows):
             product = self.xp.empty((len(rows), len(matrix)), self.dtype)
             return self.multiply(rows, matrix, product).reshape(*x.shape[:-1], -1)
-        # as the only expert of a model of one expert
+        # the kernel treats the weight as the only expert of a model with one expert
         only = self.xp.zeros((len(rows), 1), np.int32)
         product = self.kernels.expert_output(matrix[None], self.xp.ascontiguousarray(rows)[:, None], only)
         return product.reshape(*x.shape[:-1], -1)
@@ -113,7 +113,7 @@ class CupyOps(ArrayOps):
     # ---- arithmetic
 
     def multiply(self, rows: Array, matrix: Array, out: Array) -> Array:
-        """rows [n, k] by a matrix [m, k] on the device, as it is stored, into out [n, m], which is returned."""
+        """out [n, m] = rows [n, k] times the transpose of a stored matrix [m, k] on the device. Returns out."""
         if self._gemm is not None and matrix.dtype != self.dtype:
             return self._gemm(rows, matrix, out)
         out[...] = rows @ upcast(matrix, self.dtype).T
@@ -139,10 +139,10 @@ class CupyOps(ArrayOps):
         return self.xp.where(x >= 0, 1, small) / (1 + small)
 
     def unit_circle(self, positions: Array, base: float, numerators: Sequence[int], denominator: int) -> Any:
-        """On the host, in float64: a device's own sine and cosine may differ in the last bit."""
+        """Computed on the host in float64, because a device's own sine and cosine may differ in the last bit."""
         key = (base, tuple(numerators), denominator)
         last = self._last_table
-        if last.get("positions") is not positions or last.get("key") != key:  # every layer asks for the same
+        if last.get("positions") is not positions or last.get("key") != key:  # every layer asks for the same table
             exponents = -np.asarray(numerators, dtype=np.float64) / denominator
             angles = on_host(positions)[:, None] * base**exponents
             last.update(positions=positions, key=key, table=(self.array(np.cos(angles)), self.array(np.sin(angles))))
@@ -151,10 +151,11 @@ class CupyOps(ArrayOps):
 
 @cache
 def compiled(file: str) -> GetFunction:
-    """The kernels of one file, compiled for the current device when one is first launched."""
+    """The kernels of one file, compiled for the current device when the first of them is launched."""
     cupy = require_gpu()
     module = cupy.RawModule(code=source.text(file), options=source.OPTIONS, name_expressions=source.expressions(file))
-    return module.get_function  # type: ignore[no-any-return]
+    get_function: GetFunction = module.get_function
+    return get_function
 
 
 class Stored:
@@ -165,7 +166,7 @@ class Stored:
 
     def __getitem__(self, index: Any) -> Array:
         if isinstance(index, int):
-            return on_host(self._values[index])  # for the exact path, which is there
+            return on_host(self._values[index])  # for the exact path, which runs on the host
         there = isinstance(index, np.ndarray) and not isinstance(self._values, np.ndarray)
         return self._values[self._xp.asarray(index) if there else index]
 
@@ -173,7 +174,7 @@ class Stored:
 class ExactCupyOps(ExactOps):
     """`ExactOps` on a device, with the CPU's bits.
 
-    Float64 there is IEEE-754 as well, and every operation is a kernel of its own, so that none is fused with another.
+    A device's float64 is IEEE-754 too, and every operation is a separate kernel, so that no two are fused.
     """
 
     def embed(self, table: StoredWeight, ids: Array) -> Array:
@@ -181,17 +182,18 @@ class ExactCupyOps(ExactOps):
 
     def linear(self, x: Array, weight: StoredWeight) -> Array:
         def prepare() -> dot.PreparedWeight:
-            return dot.prepare(Stored(weight.read(), self.xp), self.xp)  # type: ignore[arg-type]
+            stored: Any = Stored(weight.read(), self.xp)
+            return dot.prepare(stored, self.xp)
 
         return dot.linear(x, self._prepared.get(weight, prepare, lambda made: made.nbytes), self.xp)
 
     def top_k(self, x: Array, k: int) -> Array:
-        # a sort by bits would put -0 before +0: this makes no -0, and is the negation of all else
+        # a sort by bits would put -0 before +0; 0.0 - x gives no -0, and otherwise equals -x
         return self.xp.argsort(0.0 - x, axis=-1, kind="stable")[:, :k]
 
 
 def from_device(tap: Tap | None, xp: Any) -> Tap | None:
-    """The tap of somebody who knows arrays on the host alone; what it returns goes to the device."""
+    """A tap that receives arrays of the host, and whose replacements are moved to the device."""
     if tap is None:
         return None
 
@@ -203,7 +205,7 @@ def from_device(tap: Tap | None, xp: Any) -> Tap | None:
 
 
 KEPT = 3, 4
-"""The part of the free memory that may hold weights; the rest is for activations and what libraries take."""
+"""The share of the free memory for weights, as a fraction. The rest is for activations and libraries."""
 
 
 def kept_bytes(free: int) -> int:

@@ -1,8 +1,8 @@
-"""Decoding in memory that was taken before: no step allocates, and none waits for the host.
+"""Decoding in preallocated memory: no step allocates, and no step waits for the host.
 
 The step is the specification's forward pass on one token, with the cache written in place. Token and position are
-arrays on the device, so that the launches of a step are the same for every token: recorded once as a CUDA graph, they
-are launched as one.
+arrays on the device, so every token needs the same launches. They are recorded once as a CUDA graph, and the graph is
+launched as one.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from refmoe.spec.attention import Cache
 from refmoe.spec.model import Model, forward
 
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
-"""From a step to what does the same again each time it is called."""
+"""From a step to a function that repeats the step at each call."""
 
 
 class DecodeOps(CupyOps):
-    """`CupyOps` whose constants, tables and vectors are on the device from their first use on."""
+    """`CupyOps` whose constants, tables and vectors stay on the device after their first use."""
 
     def __init__(self, xp: Any, module: Any, capacity: int, gemm: Any = None) -> None:
-        """capacity: positions from 0 that there are tables for.   gemm: as of `CupyOps`.
+        """capacity: the tables cover positions 0 .. capacity - 1.   gemm: as of `CupyOps`.
 
-        No weight is ever dropped: a graph would go on reading where it was.
+        No weight is ever dropped, because a recorded graph would continue to read its memory.
         """
         super().__init__(xp, module, np.float32, weight_bytes=1 << 62, gemm=gemm)
         self._capacity = capacity
@@ -62,13 +62,13 @@ class DecodeOps(CupyOps):
         return self._rows(cosine, positions), self._rows(sine, positions)
 
     def _rows(self, table: Array, ids: Array) -> Array:
-        """table[ids], by the kernel, which knows every stored dtype. table: [n, m]   ids: [T]   returns: [T, m]"""
+        """table[ids], by the kernel, which reads every stored dtype. table: [n, m]   ids: [T]   returns: [T, m]"""
         assert self.kernels is not None
         return self.kernels.gather_rows(table, ids.astype(np.int32), 1)
 
 
 def extend_in_place(ops: Any, cache: Cache, k: Array, v: Array, positions: Array) -> Cache:
-    """`refmoe.spec.attention.extend_cache` where slot s is that of position s; later slots are masked by ATTN-3.
+    """`refmoe.spec.attention.extend_cache` where slot s belongs to position s; later slots are masked by ATTN-3.
 
     cache: S_max slots   k, v: [T, K, d]   positions: integers [T]
     """
@@ -78,10 +78,10 @@ def extend_in_place(ops: Any, cache: Cache, k: Array, v: Array, positions: Array
 
 
 class Decoder:
-    """One sequence: the model, its preallocated cache, and the token that comes next."""
+    """One sequence: the model, its preallocated cache, and the next token."""
 
     def __init__(self, ops: DecodeOps, model: Model, capacity: int, capture: Capture | None = None) -> None:
-        """capacity: tokens that the cache has room for.   capture: `captured`, or None to launch one by one."""
+        """capacity: tokens that the cache has room for.   capture: `captured`, or None to launch kernels one by one."""
         xp, config = ops.xp, model.config
         self.ops, self.capacity, self._capture = ops, capacity, capture
         self.model = replace(model, steps=replace(model.steps, extend_cache=extend_in_place))
@@ -95,7 +95,7 @@ class Decoder:
         self._launch: Callable[[], None] | None = None
 
     def read(self, tokens: Sequence[int]) -> Array:
-        """Several new tokens in one call. Returns the logits after the last, [1, V], and has their largest as token."""
+        """Read several new tokens in one call. Returns the logits [1, V] after the last, whose largest comes next."""
         self._take_room(len(tokens))
         positions = self.ops.integers(range(self.past, self.past + len(tokens)))
         self._keep(self._forward(self.ops.integers(tokens), positions)[-1:])
@@ -104,7 +104,7 @@ class Decoder:
         return self.logits
 
     def step(self, token: int | None = None) -> Array:
-        """One more token, the one given or that of the largest logit before. Returns the logits after it, [1, V]."""
+        """Read one token, by default the one of the largest logit before. Returns the logits [1, V] after it."""
         self._take_room(1)
         if token is not None:
             self.token[...] = token
@@ -115,12 +115,12 @@ class Decoder:
         return self.logits
 
     def _step(self) -> None:
-        """Reads and writes nothing but arrays that stay where they are."""
+        """One step, which reads and writes only arrays at fixed addresses."""
         self._keep(self._forward(self.token, self.position))
         self.position += 1
 
     def _forward(self, tokens: Array, positions: Array) -> Array:
-        ops: Any = self.ops  # its weights can be read; those of the spec's own have a shape and nothing else
+        ops: Any = self.ops  # its weights can be read, while those of the spec's `Ops` only have a shape
         logits, _ = forward(ops, self.model, tokens, positions, self.caches)
         return logits
 
@@ -129,7 +129,7 @@ class Decoder:
         self.token[...] = logits.argmax(axis=-1)
 
     def _record(self, capture: Capture) -> Callable[[], None]:
-        """Recording runs the step as well, to warm up: what it changed is put back. (The cache is written again.)"""
+        """Record the step. Recording also runs it, to warm up, so token and position are restored afterwards."""
         kept = [(array, array.copy()) for array in (self.token, self.position)]
         launch = capture(self._step)
         for array, before in kept:
@@ -144,8 +144,8 @@ class Decoder:
 def captured(cupy: Any, step: Callable[[], None]) -> Callable[[], None]:
     """The launches of a step as a graph, which is launched on a stream of its own.
 
-    Whatever the step allocates is in a pool of the graph's own: nobody else is given that memory between launches.
-    The stream waits for the default stream and the default stream for it, as CUDA's blocking streams do.
+    The step allocates from a pool of its own, so that no other code uses that memory between launches. The graph's
+    stream and the default stream wait for each other, as CUDA's blocking streams do.
     """
     stream, pool = cupy.cuda.Stream(), cupy.cuda.MemoryPool()
     cupy.cuda.get_current_stream().synchronize()
@@ -157,12 +157,12 @@ def captured(cupy: Any, step: Callable[[], None]) -> Callable[[], None]:
         graph = stream.end_capture()
 
     def launch() -> None:
-        assert pool is not None  # it lives as long as the graph
+        assert pool is not None  # this closure keeps the pool alive as long as the graph
         graph.launch(stream)
 
     return launch
 
 
 def can_capture(ops: CupyOps, model: Model) -> bool:
-    """Whether no step waits for the host: the experts of every layer are read where they are."""
+    """Whether no step waits for the host: the kernels can read the experts of every layer in place."""
     return ops.kernels is not None and all(ops.stacked(layer.experts) is not None for layer in model.parameters.layers)

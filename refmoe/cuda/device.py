@@ -1,4 +1,4 @@
-"""Whether this machine has a GPU that refmoe can use, and if not, why not, in one sentence."""
+"""Whether this machine has a GPU that refmoe can use; if not, the reason in one sentence."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 from refmoe.errors import InputError
 
 INSTALL = "pip install 'refmoe[cuda13]' 'cupy-cuda13x[ctk]'"
-"""The extra brings CuPy; its own extra the libraries of the CUDA toolkit, which CuPy alone does not contain."""
+"""refmoe's extra brings CuPy. CuPy's extra brings the libraries of the CUDA toolkit, which CuPy does not contain."""
 
 
 def gpu_problem() -> str | None:
     """Why no GPU can be used, or None if one can.
 
-    Importing CuPy succeeds without a driver, a device or a toolkit, so each is asked for in turn; nothing is compiled
-    and no memory is taken.
+    Importing CuPy succeeds without a driver, a device or a toolkit, so each of them is tested in turn. The test
+    compiles nothing and allocates no memory.
     """
     try:
         cupy = import_module("cupy")
@@ -48,7 +48,7 @@ def require_gpu() -> ModuleType:
 
 
 EMULATION = ("CUBLAS_EMULATE_DOUBLE_PRECISION",)
-"""Variables by which cuBLAS 13 replaces products of float64 numbers by products of shorter ones."""
+"""Environment variables that let cuBLAS 13 replace float64 products by products of shorter numbers."""
 
 
 def require_exact(environment: Mapping[str, str] | None = None) -> None:
@@ -63,7 +63,7 @@ def require_exact(environment: Mapping[str, str] | None = None) -> None:
 
 
 def free_memory(cupy: Any) -> int:
-    """Bytes of the current device that can be had, with what CuPy's pool holds for later."""
+    """Free bytes of the current device, including those that CuPy's pool holds."""
     free, _total = cupy.cuda.runtime.memGetInfo()
     return int(free) + int(cupy.get_default_memory_pool().free_bytes())
 

@@ -1,6 +1,6 @@
-"""The verifier's ops with their products by weights on a GPU: by far most of their work.
+"""The verifier's ops with their products by weights on a GPU, which are most of the work.
 
-The rules bound the error of a sum in float64 whatever its order, and of a fused product, so that they hold there too.
+The rules bound the error of float64 sums in any order, and of fused products, so they hold on a GPU too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from refmoe.steps.enclosure_ops import EnclosureOps
 
 
 class Factor:
-    """A matrix on a device [n, m], as the right factor of products of host arrays: these come back to the host."""
+    """A matrix [n, m] on a device, as the right factor of products with host arrays, whose results are on the host."""
 
     __array_ufunc__ = None  # so that NumPy leaves `x @ factor` to this class
 
@@ -48,7 +48,7 @@ class DeviceMatrix(Matrix):
     square: Any
 
     def __init__(self, values: Array, held: Format, xp: Any) -> None:
-        """values: float64 [n, m] on the host   held: a dtype that holds all elements"""
+        """values: float64 [n, m] on the host   held: a format that holds all elements"""
         self.xp = xp
         there = xp.asarray(np.ascontiguousarray(values))
         self.mid, self.size, self.square = (Factor(part, xp) for part in (there, xp.abs(there), there * there))
@@ -58,11 +58,11 @@ class DeviceMatrix(Matrix):
 
     @property
     def nbytes(self) -> int:
-        return int(7 * self.mid.values.nbytes // 2)  # and the signs in float32, if they are asked for
+        return int(7 * self.mid.values.nbytes // 2)  # three float64 matrices, and the signs in float32 if asked for
 
     @property
     def signs(self) -> Any:
-        """Not kept: only truncating accumulators ask for them."""
+        """The signs in float32. They are not kept, as only truncating accumulators ask for them."""
         return Factor(self.xp.sign(self.mid.values).astype(np.float32), self.xp)
 
     def below(self, tiny: float) -> Factor | None:
@@ -80,12 +80,12 @@ class DeviceMatrix(Matrix):
 
 
 def is_finite(x: Enclosure) -> bool:
-    """Whether value, radius and variance of every element are."""
+    """Whether value, radius and variance of every element are finite."""
     return all(part is None or bool(np.isfinite(part).all()) for part in (x.mid, x.radius, x.variance))
 
 
 class EnclosureCupyOps(EnclosureOps):
-    """`EnclosureOps` whose `linear` is computed on a device. Where something has no bound, it is on the host."""
+    """`EnclosureOps` whose `linear` runs on a device, or on the host where an element of x has no finite bound."""
 
     def __init__(self, policy: Policy, tap: Tap | None = None, *, xp: Any, device_bytes: int) -> None:
         """device_bytes: device memory for weights that are kept for later calls."""

@@ -1,4 +1,4 @@
-"""What a model takes on a device: weights, cache, buffers; and what of that is missing."""
+"""The device memory that a model needs (weights, cache, buffers), and how much of it is missing."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from refmoe.spec.config import Config
 
 ITEMSIZE = {"exact": 8, "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 LIVE = 4
-"""How many arrays of the size of a step's result are there at once: it, what it is made of, and temporaries."""
+"""Arrays of the size of a step's result in memory at once: the result, its inputs, and temporaries."""
 SLICES = 5
-"""Into so many slices exact products cut their factors, at most."""
+"""The most slices into which exact products split their factors."""
 LIBRARIES = 512 << 20
 """Bytes that the CUDA context, cuBLAS and compiled kernels take. Not yet measured."""
 
@@ -40,31 +40,31 @@ def cache_bytes(config: Config, dtype: str = "float32") -> int:
 
 
 def kept_itemsize(stored: str, dtype: str) -> int:
-    """Bytes of a weight on the device: float64 is kept at the computing dtype, and the rest as it is stored.
+    """Bytes per element of a weight on the device: float64 is kept at the computing dtype, other dtypes as stored.
 
-    Exact arithmetic keeps the leading slices of all of them, in float64.
+    Exact arithmetic keeps the leading slice of every weight, in float64.
     """
     return ITEMSIZE[dtype] if dtype == "exact" else min(ITEMSIZE[stored], max(4, ITEMSIZE[dtype]))
 
 
 def widest(dtypes: Sequence[str]) -> str:
-    """The widest of the dtypes that safetensors gives these names, as NumPy names it."""
+    """The widest of some dtypes, by NumPy's name. dtypes: names in the safetensors format"""
     return str(max((np.dtype(DTYPES[name]) for name in dtypes), key=lambda dtype: dtype.itemsize))
 
 
 def buffer_bytes(config: Config, tokens: int, pairs: int, dtype: str) -> int:
-    """Bytes of what a call computes on its way, about.   pairs: of queries and keys that attend at a time"""
+    """About how many bytes the intermediate arrays of a call need.   pairs: (query, key) pairs that attend at a time"""
     k, size = config.experts_per_token, ITEMSIZE[dtype]
     experts = tokens * k * (3 * config.hidden_dim + 2 * config.dim)
     live = LIVE * max(config.heads * pairs, experts, tokens * config.vocab) * size
     matrix = max(config.hidden_dim, config.vocab, config.heads * config.head_dim) * config.dim * size
     if dtype == "exact":
         return 2 * live + SLICES * CHUNK * size + matrix + LIBRARIES
-    return live + 2 * matrix + LIBRARIES  # a matrix at the computing dtype, while it is made
+    return live + 2 * matrix + LIBRARIES  # two matrices: one as stored, one converted to the computing dtype
 
 
 def resident(config: Config, tokens: int, past: int, stored: str, dtype: str) -> Need:
-    """Of a model that stays on the device while it reads `tokens` at once, with a cache for these and `past`."""
+    """The need of a model that stays on the device and reads `tokens` at once, with a cache for these and `past`."""
     weights = total_parameters(config) * kept_itemsize(stored, dtype)
     size = ITEMSIZE[dtype]
     cache = cache_bytes(config) // ITEMSIZE["float32"] * size * (tokens + past)
@@ -72,12 +72,12 @@ def resident(config: Config, tokens: int, past: int, stored: str, dtype: str) ->
 
 
 def by_layers(config: Config, calls: Sequence[tuple[int, int]], stored: str, dtype: str) -> Need:
-    """Of a model of which one layer at a time is on the device.
+    """The need of a model of which one layer at a time is on the device.
 
-    calls: of every call how many tokens it has and how many are before them. All go through a layer together.
+    calls: for each call its number of tokens and the number of tokens before them. All calls pass a layer together.
     """
     tokens = sum(new for new, _ in calls)
-    experts = config.experts if dtype != "exact" else 1  # in exact arithmetic one matrix after the other will do
+    experts = config.experts if dtype != "exact" else 1  # exact arithmetic can take one matrix after another
     layer = max(3 * experts * config.hidden_dim, config.vocab) * config.dim
     pairs = max(new * (past + new) for new, past in calls)
     cache = cache_bytes(config) // ITEMSIZE["float32"] // config.layers * ITEMSIZE[dtype] * tokens
@@ -85,12 +85,12 @@ def by_layers(config: Config, calls: Sequence[tuple[int, int]], stored: str, dty
 
 
 def gibibytes(size: int) -> str:
-    """In words, so that what is there and too little is never shown as enough."""
+    """A number of bytes in GiB, with two decimals."""
     return f"{size / 2**30:,.2f} GiB"
 
 
 def missing(need: Need, free: int) -> str | None:
-    """One sentence that says how much device memory is missing; None where there is enough."""
+    """One sentence about the device memory that is missing; None where there is enough."""
     if need.total <= free:
         return None
     return (

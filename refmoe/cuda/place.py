@@ -1,4 +1,4 @@
-"""Where ops compute: the CPU, or a GPU through CuPy. A command asks a place for its ops and knows no more about it."""
+"""Where ops compute: the CPU, or a GPU through CuPy. Commands get their ops from a place and need no other detail."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DEVICES = ("cpu", "cuda")
 
 @dataclass(frozen=True)
 class Place:
-    """A device by name. It can be sent to another process. What only a GPU needs is imported when it is asked for."""
+    """A device by name. It can be sent to another process. Modules for GPUs are imported when they are first needed."""
 
     name: str = "cpu"
 
@@ -36,7 +36,7 @@ class Place:
         return self.name == "cuda"
 
     def require(self) -> None:
-        """Raises InputError, with the reason, where this machine has no such device."""
+        """Raises InputError, with the reason, where this machine does not have the device."""
         if self.on_gpu:
             require_gpu()
 
@@ -51,7 +51,7 @@ class Place:
     def native(self, dtype: Any, tap: Tap | None = None, blas: str = "numpy") -> Any:
         """Ops at float32 or float64. The tap receives arrays of the host.
 
-        blas: whose matrix products on the CPU, "numpy" or "mkl". Raises InputError where that is not to be had.
+        blas: the library of matrix products on the CPU, "numpy" or "mkl". Raises InputError where it is missing.
         """
         if blas == "mkl":
             if self.on_gpu:
@@ -70,7 +70,7 @@ class Place:
         return self.exact(tap) if dtype == "exact" else self.native(dtype, tap)
 
     def enclosures(self) -> Callable[..., EnclosureOps]:
-        """What makes the verifier's ops of a policy and a tap."""
+        """A function that makes the verifier's ops from a policy and a tap."""
         if not self.on_gpu:
             return EnclosureOps
         from refmoe.cuda.cupy_ops import kept_bytes
@@ -81,7 +81,7 @@ class Place:
         return partial(EnclosureCupyOps, xp=cupy, device_bytes=kept_bytes(self.free_memory()))
 
     def steps(self, dtype: str) -> Steps:
-        """The steps that go with these ops."""
+        """The steps for the ops of `arithmetic(dtype)`."""
         if dtype == "exact":
             return GROUPED_STEPS
         if not self.on_gpu:
@@ -92,7 +92,7 @@ class Place:
         return steps
 
     def parameters(self, config: Config, parameters: Parameters) -> Parameters:
-        """The same parameters; what is a formula is computed in this place."""
+        """The parameters, with synthetic weights computed in this place."""
         if not self.on_gpu:
             return parameters
         from refmoe.cuda.synthetic import on_device
@@ -100,7 +100,7 @@ class Place:
         return on_device(config, parameters, require_gpu())
 
     def decoder(self, model: Model, capacity: int) -> Decoder:
-        """One sequence at float32 on a GPU, in memory for `capacity` tokens. `model` has the steps of this place."""
+        """One sequence at float32 on a GPU, with memory for `capacity` tokens. `model` must have this place's steps."""
         from refmoe.cuda import cupy_ops
         from refmoe.cuda.decode import DecodeOps, Decoder, can_capture, captured
 
@@ -109,15 +109,15 @@ class Place:
         return Decoder(ops, model, capacity, partial(captured, cupy) if can_capture(ops, model) else None)
 
     def jobs(self, wanted: int | None) -> int | None:
-        """Processes for work on several cases: one GPU is shared by no more than were asked for."""
+        """Processes for work on several cases; on a GPU only one, unless more were asked for."""
         return wanted or 1 if self.on_gpu else wanted
 
     def free_memory(self) -> int:
-        """Bytes that the GPU has left."""
+        """The free bytes of the GPU."""
         return free_memory(require_gpu())
 
     def require_memory(self, need: Need) -> None:
-        """Raises InputError, with what is missing, where a GPU has less memory left than this."""
+        """Raises InputError, with the missing amount, where a GPU has less free memory than needed."""
         if self.on_gpu:
             from refmoe.cuda.memory import missing
 

@@ -1,6 +1,6 @@
 """Synthetic weights computed on a device: the formula of `refmoe.checkpoints.weight_formula`, bit for bit.
 
-The whole of a large model is computed in seconds there, where sending it would take minutes.
+A device computes all weights of a large model in seconds, while sending them to it would take minutes.
 """
 
 from __future__ import annotations
@@ -45,8 +45,10 @@ class DeviceSyntheticWeight(SyntheticWeight):
     """A parameter whose `read` gives an array on the device; rows of a table come from the host's formula."""
 
     def __init__(self, weight: SyntheticWeight, xp: Any, dtype: str = "float32") -> None:
-        """dtype: float32, or bfloat16, which holds every element too."""
-        super().__init__(weight.seed, weight.name, weight.shape, weight.exponent, weight.edits)
+        """dtype: float32, or bfloat16, which also holds every element exactly."""
+        super().__init__(
+            seed=weight.seed, name=weight.name, shape=weight.shape, exponent=weight.exponent, edits=weight.edits
+        )
         self._xp, self._kept = xp, dtype
 
     def read(self) -> Array:
@@ -58,12 +60,12 @@ class DeviceSyntheticWeight(SyntheticWeight):
     def _narrow(self, values: Array) -> Array:
         if self._kept == "float32":
             return values
-        # what is cut off is zero
+        # the lower halves are zero
         return (values.view(np.uint32) >> np.uint32(16)).astype(np.uint16).view(ml_dtypes.bfloat16)
 
 
 def on_device(config: Config, parameters: Parameters, xp: Any, dtype: str = "float32") -> Parameters:
-    """The same parameters, those that are synthetic computed on the device."""
+    """The parameters, with synthetic weights computed on the device."""
     named = named_weights(parameters)
 
     def weight(name: str) -> Any:

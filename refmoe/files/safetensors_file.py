@@ -1,7 +1,7 @@
-"""Tensors of a safetensors file as read-only views of the mapped file.
+"""Tensors of a safetensors file, as read-only views of the mapped file.
 
-The safetensors library checks the file (header, offsets, overlaps, length); its NumPy front end then copies
-each tensor. A 90 GB checkpoint must not be copied, so the checked offsets are mapped here instead.
+The safetensors library checks the file: header, offsets, overlaps, length. Its NumPy front end would then copy each
+tensor. A 90 GB checkpoint must not be copied, so this module maps the checked offsets instead.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ from safetensors import SafetensorError, safe_open
 from refmoe.errors import InputError
 
 SMALL = 1 << 16
-"""Bytes up to which a tensor is read and not mapped."""
+"""The largest tensor, in bytes, that is read rather than mapped."""
 
 DTYPES: dict[str, Any] = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
     "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
 }  # fmt: skip
-"""Names of dtypes in the format, and what they are in NumPy."""
+"""NumPy dtypes by their names in the safetensors format."""
 
 
 def one_line(error: object) -> str:
-    """The message of another library's error, without line breaks, control characters or too much of a long name."""
+    """The message of another library's error, on one line, without control characters, cut short if it is long."""
     text = "".join(c if c.isprintable() else " " if c.isspace() else json.dumps(c)[1:-1] for c in str(error)[:10_000])
     text = " ".join(text.split())
     return text if len(text) <= 600 else f"{text[:500]}..."
 
 
 def quoted(name: str) -> str:
-    """A name from a file, in quotes: on one line, without control characters, cut short where it is long."""
+    """A name from a file, in quotes, on one line, without control characters, cut short if it is long."""
     text = json.dumps(name)[1:-1]
     return f"'{text}'" if len(text) <= 200 else f"'{text[:180]}...' ({len(name)} characters)"
 
 
 def strict_json(text: str | bytes) -> Any:
-    """JSON in which no name of an object is there twice. Raises ValueError, whatever is wrong with it."""
+    """Parse JSON in which no object repeats a name. Raises ValueError for any fault."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
@@ -67,7 +67,7 @@ def strict_json(text: str | bytes) -> Any:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a file: its place and, on demand, its values."""
+    """One tensor of a file: its place in the file, and on demand its values."""
 
     path: Path
     name: str
@@ -75,7 +75,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
 
-    def map(self) -> np.ndarray[Any, Any]:
+    def map(self) -> NDArray[Any]:
         """The values, mapped read-only. Raises InputError when the dtype has no NumPy counterpart."""
         if self.dtype not in DTYPES:
             raise InputError(
@@ -91,10 +91,11 @@ class StoredTensor:
             raise self._gone(error) from None
         return self._shaped(raw)
 
-    def get(self, file: bytes | None = None) -> np.ndarray[Any, Any]:
-        """The values, read-only: mapped where they are many; to read a few is several times faster than to map them.
+    def get(self, file: bytes | None = None) -> NDArray[Any]:
+        """The values, read-only. Up to `SMALL` bytes are read, which is several times faster than to map them.
 
-        file: the bytes of the whole file, where somebody has them.   Raises InputError as `map` does.
+        file: the bytes of the whole file, if the caller has them.
+        Raises InputError when the dtype has no NumPy counterpart or the file can no longer be read.
         """
         if file is not None and self.dtype in DTYPES and len(file) >= self.offset + self.nbytes > self.offset:
             return self._shaped(np.frombuffer(file, np.uint8, self.nbytes, self.offset))
@@ -106,20 +107,23 @@ class StoredTensor:
             raise self._gone(error) from None
 
     def read_rows(self, view: Callable[[NDArray[Any]], NDArray[Any]], start: int, stop: int) -> NDArray[Any]:
-        """Rows [start, stop) of what `view` cuts out of the tensor, read and not mapped where they lie together.
+        """Rows [start, stop) of a view of the tensor, as a copy. Contiguous rows are read, not mapped.
 
-        A file that vanishes or is cut short is then an error that can be told, and memory is what was asked for.
-        Raises InputError.
+        view: cuts a part out of the tensor, or reorders it.
+        Reading takes only the memory of the rows, and reports a file that has vanished or was cut short.
+        Raises InputError when the rows can no longer be read.
         """
         mapped = self.map()
         rows = view(mapped)[start:stop]
         offset = rows.__array_interface__["data"][0] - mapped.__array_interface__["data"][0]
         if not (0 <= offset < mapped.nbytes and rows.flags.c_contiguous):
-            return np.ascontiguousarray(rows)  # a view that reorders: there is no such place in the file
+            return np.ascontiguousarray(
+                rows
+            )  # reordered values have no contiguous place in the file
         values = np.empty(rows.shape, rows.dtype)
         try:
             with open(self.path, "rb", buffering=0) as file:
-                # reads are exactly as large as asked for: read-ahead would fetch what belongs to others
+                # no read-ahead: it would fetch bytes that other readers want, or nobody
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM) if hasattr(os, "posix_fadvise") else None
                 file.seek(self.offset + offset)
                 self._fill(file, values.reshape(-1).view(np.uint8).data)
@@ -129,7 +133,7 @@ class StoredTensor:
 
     @staticmethod
     def _fill(file: RawIOBase, target: memoryview) -> None:
-        """Read until the target is full: one call may return less. Raises OSError when the file ends before."""
+        """Read until the target is full, as one call may return less. Raises OSError when the file ends too early."""
         done = 0
         while done < len(target):
             count = file.readinto(target[done:])
@@ -140,12 +144,12 @@ class StoredTensor:
     def _gone(self, error: Exception) -> InputError:
         return InputError(f"{self.path}: tensor {quoted(self.name)} can no longer be read: {one_line(error)}")
 
-    def _shaped(self, raw: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        stored: np.ndarray[Any, Any] = raw.view(DTYPES[self.dtype])
+    def _shaped(self, raw: NDArray[Any]) -> NDArray[Any]:
+        stored: NDArray[Any] = raw.view(DTYPES[self.dtype])
         return stored.reshape(self.shape)
 
-    def _read(self) -> np.ndarray[Any, Any]:
-        """The bytes, read-only. Raises OSError when the file has become too short."""
+    def _read(self) -> NDArray[Any]:
+        """The bytes of the tensor, read-only. Raises OSError when the file has become too short."""
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.offset)
             data = file.read(self.nbytes)
@@ -165,11 +169,11 @@ class StoredTensor:
 
 
 def open_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """All tensors of a file by name, and its metadata.
+    """Open a file and return its tensors by name, and its metadata.
 
     Raises InputError when the file is missing, is not safetensors, is cut short, or has two tensors of one name.
     """
-    _refuse_what_is_no_file(path)
+    _refuse_special_file(path)
     try:
         with safe_open(path, framework="np") as checked:
             metadata = dict(checked.metadata() or {})
@@ -186,19 +190,26 @@ def open_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str
         raise InputError(f"{path}: the header of the safetensors file cannot be used: {one_line(error)}") from None
     header.pop("__metadata__", None)
     tensors = {
-        name: StoredTensor(path, name, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        name: StoredTensor(
+            path=path,
+            name=name,
+            dtype=entry["dtype"],
+            shape=tuple(entry["shape"]),
+            offset=8 + length + entry["data_offsets"][0],
+        )
         for name, entry in header.items()
     }
     return tensors, metadata
 
 
-def _refuse_what_is_no_file(path: Path) -> None:
+def _refuse_special_file(path: Path) -> None:
+    """Raises InputError for a folder, a pipe or a device."""
     try:
         mode = path.stat().st_mode
     except OSError:
-        return  # opening it says why
+        return  # the next attempt to open the file reports the error
     if stat.S_ISDIR(mode):
         raise InputError(f"{path}: is a folder, but a safetensors file was expected")
     if not stat.S_ISREG(mode):
-        # a pipe, say: opening it would wait for somebody to write
+        # to open a pipe would wait until another process writes to it
         raise InputError(f"{path}: is no ordinary file, but a safetensors file was expected")

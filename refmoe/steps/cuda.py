@@ -1,6 +1,6 @@
-"""The steps of the model over the kernels, with the spec's own taps. Where the kernels do not apply, the spec's steps.
+"""The steps of the model over the CUDA kernels, with the spec's own taps.
 
-They apply at float32, to experts whose weights are all stored in one dtype.
+The kernels apply at float32, to experts whose weights are all stored in one dtype. Elsewhere the spec's steps run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from refmoe.spec.softmax import softmax
 from refmoe.steps import grouped
 
 Gpu = Any
-"""A `CupyOps`. (Its weights can be read; those of the spec's own `Ops` have a shape and nothing else.)"""
+"""A `CupyOps`, typed as Any because its weights can be read, while those of the spec's `Ops` only have a shape."""
 Stacks: TypeAlias = tuple[Array, Array, Array]
 """w1 and w3 [E, F, D], w2 [E, D, F]."""
 
@@ -48,16 +48,17 @@ def route(ops: Gpu, x: Array, gate: Weight, k: int) -> tuple[Array, Array]:
     logits = ops.tap("router.logits", ops.linear(x, gate))
     chosen, weights = ops.kernels.route(ops.xp.ascontiguousarray(logits), k)
     experts = ops.tap("router.experts", chosen)
-    if experts is not chosen:  # somebody else's choice
+    if experts is not chosen:  # the tap has replaced the choice
         weights = softmax(ops, ops.gather(logits, experts))
     return experts, ops.tap("router.weights", weights)
 
 
 def expert_outputs(ops: Gpu, experts: tuple[Expert, ...], x: Array, chosen: Array) -> tuple[Array, Array] | None:
-    """Every slot's expert output, in the order that was quickest, and where each slot's is.
+    """Every slot's expert output, in the order that is fastest to compute, and the row of each slot.
 
-    x: [T, D]   chosen: int32 [T, k]   returns: outputs [T k, D] and position, int32 [T, k], the row of slot j of token
-    t; None where the kernels do not read these weights
+    x: [T, D]   chosen: int32 [T, k]
+    returns: outputs [T k, D] and position, int32 [T, k], the row of slot j of token t; None where the kernels cannot
+        read these weights
     """
     stacks = None if ops.kernels is None else ops.stacked(experts)
     if stacks is None:
@@ -71,28 +72,34 @@ def expert_outputs(ops: Gpu, experts: tuple[Expert, ...], x: Array, chosen: Arra
             ops.tap(f"expert.{name}", part[rows].reshape(*chosen.shape, -1)).reshape(chosen.size, -1)
             for name, part in zip(("gate", "up", "hidden", "output"), parts, strict=True)
         ]
-        position = _as_they_are(ops, chosen)
+        position = _slot_order(ops, chosen)
     return ops.xp.ascontiguousarray(parts[-1]), position
 
 
-def _as_they_are(ops: Gpu, chosen: Array) -> Array:
-    """The position of slots that are in their own order. chosen: [T, k]   returns: int32 [T, k]"""
+def _slot_order(ops: Gpu, chosen: Array) -> Array:
+    """The rows of slots where rows are in the order of slots. chosen: [T, k]   returns: int32 [T, k]"""
     return ops.xp.arange(chosen.size, dtype=np.int32).reshape(chosen.shape)
 
 
 def _in_place(ops: Gpu, stacks: Stacks, x: Array, chosen: Array) -> tuple[list[Array], Array]:
-    """The weights where they are, and nothing comes to the host. Returns gate, up, hidden, output, and position."""
+    """Kernels read the stacked weights in place, without a copy to the host.
+
+    returns: gate, up, hidden and output, and position
+    """
     w1, w3, w2 = stacks
     gate, up, hidden = ops.kernels.expert_hidden(w1, w3, x, chosen)
     output = ops.kernels.expert_output(w2, hidden, chosen)
-    return [part.reshape(chosen.size, -1) for part in (gate, up, hidden, output)], _as_they_are(ops, chosen)
+    return [part.reshape(chosen.size, -1) for part in (gate, up, hidden, output)], _slot_order(ops, chosen)
 
 
 def _sorted(ops: Gpu, stacks: Stacks, x: Array, chosen: Array) -> tuple[list[Array], Array]:
-    """Rows in the order of experts, three matrix products each. Returns gate, up, hidden, output, and position."""
+    """Rows are sorted by expert, and each expert takes three matrix products.
+
+    returns: gate, up, hidden and output, and position
+    """
     w1, w3, w2 = stacks
     order, position, offsets = ops.kernels.sort_pairs(chosen, len(w1))
-    bounds = offsets.tolist()  # the one copy to the host: matrix products are launched from there
+    bounds = offsets.tolist()  # the only copy to the host, which launches the matrix products
     rows = ops.kernels.gather_rows(x, order, chosen.shape[1])
     gate, up = _by_expert(ops, rows, w1, bounds), _by_expert(ops, rows, w3, bounds)
     hidden = ops.kernels.swiglu(gate, up)
@@ -100,7 +107,10 @@ def _sorted(ops: Gpu, stacks: Stacks, x: Array, chosen: Array) -> tuple[list[Arr
 
 
 def _by_expert(ops: Gpu, rows: Array, matrices: Array, bounds: list[int]) -> Array:
-    """rows: [n, m], those of each expert together   matrices: [E, p, m]   bounds: E + 1 of them   returns: [n, p]"""
+    """Each row times the transpose of its expert's matrix.
+
+    rows: [n, m], sorted by expert   matrices: [E, p, m]   bounds: E + 1 row numbers   returns: [n, p]
+    """
     result = ops.xp.empty((len(rows), matrices.shape[1]), rows.dtype)
     for expert, (start, stop) in enumerate(pairwise(bounds)):
         if start < stop:
@@ -109,7 +119,7 @@ def _by_expert(ops: Gpu, rows: Array, matrices: Array, bounds: list[int]) -> Arr
 
 
 def moe(ops: Gpu, model: Model, layer: Layer, x: Array) -> Array:
-    """`refmoe.spec.model.moe`, each token's outputs combined from where they are. x: [T, D]   returns: [T, D]"""
+    """`refmoe.spec.model.moe`, which combines each token's outputs without sorting them back. x, returns: [T, D]"""
     chosen, weights = model.steps.route(ops, x, layer.router, model.config.experts_per_token)
     ids = ops.xp.ascontiguousarray(chosen).astype(np.int32, copy=False)
     found = expert_outputs(ops, layer.experts, x, ids)
@@ -121,4 +131,4 @@ def moe(ops: Gpu, model: Model, layer: Layer, x: Array) -> Array:
 
 
 CUPY_STEPS: Any = Steps(rms_norm=rms_norm, rotate=rotate, attend=grouped.attend, route=route, moe=moe)
-"""The steps of the spec, those with a kernel replaced."""
+"""The steps of the spec, with those that have a kernel replaced."""

@@ -1,7 +1,7 @@
 """The steps in which the spec loops over heads or experts, with fewer and larger products.
 
-Exact arithmetic gives the bits of the spec; a native one may differ from it in the last ones. Held to the spec by
-`tests/steps/test_grouped.py`.
+In exact arithmetic the bits are those of the spec. In native arithmetic the last bits may differ.
+`tests/steps/test_grouped.py` compares these steps with the spec.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def attend(ops: ArrayOps, q: Array, cache: Cache, mask: Array) -> Array:
 
 
 def grouped_by_kv_head(q: Array, kv_heads: int) -> Array:
-    """The rows that are multiplied with each key/value head: its query heads one after another.
+    """The rows that are multiplied by each key/value head: its query heads one after another.
 
     q: [T, H, d]   returns: [K, H / K * T, d]
     """
@@ -60,9 +60,9 @@ def by_expert(
     ops: ArrayOps, experts: int, x: Array, chosen: Array,
     run: Callable[[Sequence[tuple[int, Array]]], Sequence[tuple[Array, ...]]],
 ) -> Array:  # fmt: skip
-    """The outputs of all experts, however `run` computes them.
+    """The outputs of the chosen experts, as `run` computes them.
 
-    run: from (expert id, its rows [n, D]) of each expert that somebody chose to its gate, up, hidden and output
+    run: from (expert id, its rows [n, D]) of each expert that a token chose to its gate, up, hidden and output
     x: [T, D]   chosen: integers [T, k]   returns: [T, k, D], in the order of `chosen`
     """
     order, counts = ops.group(chosen.reshape(-1), experts)
@@ -80,4 +80,4 @@ def by_expert(
 
 
 GROUPED_STEPS = Steps(attend=attend, run_experts=run_experts)
-"""The steps of the spec, the two with loops replaced."""
+"""The steps of the spec, with the two that have loops replaced."""

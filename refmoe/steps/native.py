@@ -1,6 +1,6 @@
-"""Steps of the model for `NativeOps` that write where they read: the spec's functions with fewer arrays in between.
+"""Steps of the model for `NativeOps` that work in place: the spec's functions with fewer intermediate arrays.
 
-Only where nobody watches: a tap needs the arrays that are saved here, and the spec's step makes them.
+They run only where no tap is set. A tap needs the arrays that these steps avoid, so the spec's step runs instead.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from refmoe.steps import grouped, native_attention
 from refmoe.steps.native_cache import extend_cache
 
 Native = Any
-"""A `NativeOps`. (Its weights can be read; those of the spec's own `Ops` have a shape and nothing else.)"""
+"""A `NativeOps`, typed as Any because its weights can be read, while those of the spec's `Ops` only have a shape."""
 
 Step = Callable[..., Any]
 
 BLOCK = 1 << 18
 """Elements that are computed at a time: few enough to stay in a core's cache from one operation to the next."""
 OVERFLOW = 0.9
-"""A gate below minus so much of the largest logarithm is left to the spec's form, whose exp cannot overflow."""
+"""Gates below -OVERFLOW * log(the largest number) are left to the spec's formula, whose exp cannot overflow."""
 LOWEST_GATE = {np.dtype(t): -OVERFLOW * float(np.log(np.finfo(t).max)) for t in (np.float32, np.float64)}
 
 
 def unwatched(spec_step: Step) -> Callable[[Step], Step]:
-    """Decorates a step that is run where nobody watches; where somebody does, `spec_step` is."""
+    """Decorates a step that runs where no tap is set. Where one is set, `spec_step` runs."""
 
     def decorate(step: Step) -> Step:
         @wraps(step)
@@ -52,7 +52,7 @@ def unwatched(spec_step: Step) -> Callable[[Step], Step]:
 @unwatched(spec_norm.rms_norm)
 def rms_norm(ops: Native, x: Array, gain: Array, eps: float) -> Array:
     """`refmoe.spec.norm.rms_norm`. x: [T, D]   gain: [D]   returns: [T, D]"""
-    if len(x) == 1:  # a call of NumPy costs more than what it computes here
+    if len(x) == 1:  # for one row, calling NumPy costs more than the computation
         mean_square = float(x[0] @ x[0]) / x.shape[1]
         normed: Array = x * (1 / math.sqrt(mean_square + eps))
         normed *= gain
@@ -82,7 +82,7 @@ def swiglu(ops: Native, gate: Array, up: Array) -> Array:
 
 
 def run_expert(ops: Native, expert: Any, x: Array, outputs: Array) -> None:
-    """The output of `refmoe.spec.experts.run_expert`. x: [n, D]   outputs: [n, D], where to"""
+    """`refmoe.spec.experts.run_expert`, with the result written to `outputs`. x, outputs: [n, D]"""
     width: int = expert.w1.shape[0]
     both = np.empty((len(x), 2 * width), ops.dtype)
     ops.multiply(x, (Part(expert.w1), Part(expert.w3)), both)
@@ -90,7 +90,7 @@ def run_expert(ops: Native, expert: Any, x: Array, outputs: Array) -> None:
 
 
 def run_for_one(ops: Native, experts: list[Any], x: Array) -> Array:
-    """The outputs of some experts for one token, with one call for what all of them do. x: [1, D]   returns: [k, D]"""
+    """The outputs of some experts for one token, with one `swiglu` for all. x: [1, D]   returns: [k, D]"""
     width: int = experts[0].w1.shape[0]
     both = np.empty((len(experts), 2 * width), x.dtype)
     outputs = np.empty((len(experts), x.shape[1]), x.dtype)
@@ -111,11 +111,11 @@ def run_experts(ops: Native, experts: tuple[Expert, ...], x: Array, chosen: Arra
     if tokens == 1:
         return run_for_one(ops, [experts[e] for e in chosen[0].tolist()], x)[None]
     order, counts = ops.group(chosen.reshape(-1), len(experts))
-    rows = x.take(order // k, axis=0)  # those of an expert together
+    rows = x.take(order // k, axis=0)  # the rows of each expert are consecutive
     outputs = np.empty(rows.shape, x.dtype)
     ends = np.cumsum(counts).tolist()
     pieces = []
-    # the largest first, so that no lane is left with it at the end
+    # the largest first, so that no lane starts a large piece when the others are done
     for e in sorted(range(len(experts)), key=lambda e: -counts[e]):
         own = slice(ends[e] - counts[e], ends[e])
         if counts[e]:
@@ -134,7 +134,7 @@ def route(ops: Native, x: Array, gate: Any, k: int) -> tuple[Array, Array]:
     logits = ops.linear(x, gate)
     experts = ops.top_k(logits, k)
     weights = logits[np.arange(len(x))[:, None], experts]
-    weights -= weights[:, :1].copy()  # the first is the largest
+    weights -= weights[:, :1].copy()  # the first logit is the largest
     np.exp(weights, out=weights)
     weights /= weights.sum(axis=-1, keepdims=True)
     return experts, weights

@@ -1,6 +1,6 @@
-"""Attention for `NativeOps`: heads side by side, and fewer arrays in between.
+"""Attention for `NativeOps`: heads in parallel lanes, and fewer intermediate arrays.
 
-Only where nobody watches: a tap needs the arrays that are saved here, and the spec's step makes them.
+It runs only where no tap is set. A tap needs the arrays that this step avoids, so the spec's step runs instead.
 """
 
 from __future__ import annotations
@@ -20,25 +20,26 @@ from refmoe.spec.rope import rotary_table
 from refmoe.steps.native_cache import with_room
 
 Native = Any
-"""A `NativeOps`. (Its weights can be read; those of the spec's own `Ops` have a shape and nothing else.)"""
+"""A `NativeOps`, typed as Any because its weights can be read, while those of the spec's `Ops` only have a shape."""
 
 QUERIES = 128
-"""Queries that attend at a time: what is hidden from all of them is not computed."""
+"""Queries that attend at a time. Keys that are hidden from all of them are skipped."""
 
 Table = tuple[Array, Array]
 
 
 @dataclass(frozen=True)
 class Block:
-    """Queries, the keys that any of them sees, and 0 or -inf for each pair of these, None if all see all."""
+    """A range of queries and the keys that any of them sees."""
 
     queries: slice
     keys: slice
     hidden: Array | None
+    """0 or -inf for each pair of query and key; None if every query sees every key."""
 
 
 def once(ops: Native, function: Callable[..., Any], *arguments: Any) -> Any:
-    """The function of these arguments, which all layers of a call share: kept until it is asked for with others."""
+    """`function(ops, *arguments)`, which all layers of a forward pass share. It is kept until the arguments change."""
     last = ops.memo.get(function)
     if last is None or any(a is not b for a, b in zip(last[0], arguments, strict=True)):
         last = ops.memo[function] = arguments, function(ops, *arguments)
@@ -46,7 +47,7 @@ def once(ops: Native, function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def tables(ops: Native, positions: Array, head_dim: int, theta: float) -> tuple[Table, Table]:
-    """`refmoe.spec.rope.rotary_table` for queries, divided by sqrt(head_dim), and for keys.
+    """`refmoe.spec.rope.rotary_table` for queries (divided by sqrt(head_dim)) and for keys.
 
     returns: two of [T, d/2], two of [T, 1, d/2]
     """
@@ -56,7 +57,7 @@ def tables(ops: Native, positions: Array, head_dim: int, theta: float) -> tuple[
 
 
 def blocks(ops: Native, positions: Array, cached: Array, window: int | None) -> list[Block]:
-    """Who sees what (`refmoe.spec.attention.visible`). positions: integers [T]   cached: integers [S], consecutive"""
+    """The blocks of `refmoe.spec.attention.visible`. positions: integers [T]   cached: integers [S], consecutive"""
     if len(positions) == 1:
         first = 0 if window is None else max(len(cached) - window, 0)
         return [Block(slice(0, 1), slice(first, len(cached)), None)]
@@ -73,7 +74,7 @@ def blocks(ops: Native, positions: Array, cached: Array, window: int | None) -> 
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """`refmoe.spec.rope.rotate` with any axes before the last. x, returns: [..., d]   cos, sin: like half of x"""
+    """`refmoe.spec.rope.rotate` with any axes before the last. x, returns: [..., d]   cos, sin: [..., d/2]"""
     half = x.shape[-1] // 2
     a, b = x[..., :half], x[..., half:]
     turned = np.empty(x.shape, x.dtype)
@@ -88,8 +89,8 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 def attention(ops: Native, model: Any, layer: Any, x: Array, positions: Array, cache: Cache | None) -> Any:
     """`refmoe.spec.attention.attention`. x: [T, D]   returns: [T, D] and the extended cache
 
-    Heads are divided among lanes, each of which projects, turns, attends and projects back for its own; what they
-    return is added (Shoeybi et al. 2019, "Megatron-LM", section 3, does so with several devices).
+    Heads are divided among lanes. Each lane projects, rotates, attends and projects back for its own heads, and the
+    results are added. Shoeybi et al. 2019, "Megatron-LM", section 3, does so with several devices.
     """
     config, tokens = model.config, len(x)
     d, share = config.head_dim, config.heads // config.kv_heads
@@ -101,7 +102,7 @@ def attention(ops: Native, model: Any, layer: Any, x: Array, positions: Array, c
     ready = ops.ready(x)
 
     def contribution(group: slice) -> Array:
-        """What some key/value heads and their query heads add to the output. Writes their keys and values."""
+        """The part of the output that a group of key/value heads and their query heads add. Writes keys and values."""
         rows, query_rows = scaled(group, d), scaled(group, share * d)
         parts = (Part(layer.wq, query_rows), Part(layer.wk, rows), Part(layer.wv, rows))
         projected = product(ops, ready, parts).reshape(tokens, -1, d)
@@ -126,18 +127,18 @@ def attention(ops: Native, model: Any, layer: Any, x: Array, positions: Array, c
 
     lanes().run([partial(run, i) for i in range(groups)])
     output = outputs[0]
-    for i in range(1, groups):  # in one order always
+    for i in range(1, groups):  # always in the same order, for equal bits
         output += outputs[i]
     return output, cache
 
 
 def scaled(part: slice, size: int) -> slice:
-    """The elements of heads, each of so many."""
+    """The slice of elements of a slice of heads that have `size` elements each."""
     return part if part is ALL else slice(part.start * size, part.stop * size)
 
 
 def product(ops: Native, x: Array, parts: Sequence[Part]) -> Array:
-    """x times the transposes of parts of weights, one beside the other. x: [T, n]   returns: [T, m]"""
+    """x times the transposes of parts of weights, side by side. x: [T, n]   returns: [T, m]"""
     m = sum(len(range(part.weight.shape[0])[part.rows]) for part in parts)
     out = np.empty((len(x), m), ops.dtype)
     ops.multiply(x, parts, out)
@@ -145,11 +146,12 @@ def product(ops: Native, x: Array, parts: Sequence[Part]) -> Array:
 
 
 def mix(ops: Native, q: Array, table: Table, k: Array, v: Array, context: Array, block: Block) -> None:
-    """`refmoe.spec.attention.attend` for a block of queries that are yet to be turned and divided by sqrt(d).
+    """`refmoe.spec.attention.attend` for a block of queries, which it first rotates and divides by sqrt(d).
 
-    A context is divided by the sum of its weights, where the spec divides the weights.
+    It divides a context by the sum of its weights, where the spec divides the weights.
 
-    q, context: [T, K, H/K, d], some of the K   table: two of [T, d/2], divided by sqrt(d)   k, v: [S, K, d], the same
+    q, context: [T, K, H/K, d], for some of the K heads   k, v: [S, K, d], for the same heads
+    table: two of [T, d/2], divided by sqrt(d)
     """
     some = q[block.queries].transpose(1, 2, 0, 3)  # [heads of K, H/K, t, d]
     turned = rotate(some, *(part[block.queries] for part in table))

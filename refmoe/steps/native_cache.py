@@ -1,4 +1,4 @@
-"""A key/value cache with room for more tokens: appending one writes one, where the spec's copies all before it."""
+"""A key/value cache with room for more tokens: appending a token writes one row, where the spec copies all rows."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from refmoe.arithmetic.arrays import Array
 from refmoe.spec.attention import Cache
 
 GROWTH = 2
-"""A room is made for so many times the tokens at hand, so that appending costs a constant time per token."""
+"""A new room has GROWTH times the rows in use, so that appending a token costs constant time on average."""
 
 
 @dataclass
 class Room:
-    """Arrays that are longer than what they hold, shared by the caches that grew out of each other."""
+    """Arrays with spare rows, shared by a cache and its extensions."""
 
     arrays: tuple[Array, Array, Array]
+    """Keys, values and positions."""
     used: int
+    """The rows in use."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class RoomyCache(Cache):
 
 
 def extend_cache(ops: Any, cache: Cache | None, k: Array, v: Array, positions: Array) -> Cache:
-    """`refmoe.spec.attention.extend_cache`. The cache given stays as it is, and may be extended otherwise later.
+    """`refmoe.spec.attention.extend_cache`. The given cache does not change and may later be extended differently.
 
     k, v: [T, K, d]   positions: integers [T]   returns: a cache of S = past + T tokens
     """
@@ -40,9 +42,9 @@ def extend_cache(ops: Any, cache: Cache | None, k: Array, v: Array, positions: A
 
 
 def with_room(cache: Cache | None, positions: Array, kv_heads: int, head_dim: int, dtype: Any) -> Cache:
-    """A cache that goes on with tokens at these positions, integers [T].
+    """A cache extended by tokens at these positions, integers [T].
 
-    Their keys and values, its last T rows, are yet to be written.
+    The caller must write their keys and values, the last T rows.
     """
     if cache is None:
         k, v = np.empty((2, len(positions), kv_heads, head_dim), dtype)
@@ -50,7 +52,7 @@ def with_room(cache: Cache | None, positions: Array, kv_heads: int, head_dim: in
     past = len(cache.positions)
     total = past + len(positions)
     room = cache.room if isinstance(cache, RoomyCache) else None
-    # rows beyond `past` that are used belong to another continuation of this cache
+    # used rows beyond `past` belong to another extension of this cache
     if room is None or room.used != past or total > len(room.arrays[0]):
         room = Room(_copied(cache, GROWTH * total), past)
     room.arrays[2][past:total] = positions
@@ -60,7 +62,7 @@ def with_room(cache: Cache | None, positions: Array, kv_heads: int, head_dim: in
 
 
 def _copied(cache: Cache, rows: int) -> tuple[Array, Array, Array]:
-    """The cache's arrays, in new ones of so many rows."""
+    """The cache's arrays, copied to new ones with this number of rows."""
 
     def longer(old: Array) -> Array:
         new = np.empty((rows, *old.shape[1:]), old.dtype)

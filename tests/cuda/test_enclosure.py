@@ -20,7 +20,7 @@ from refmoe.steps.rounding import CUT_STEPS
 from refmoe.suite import read_case
 from refmoe.traces.script import execute
 from refmoe.traces.trace import Header, Recorder, Trace, read_trace, write_trace
-from refmoe.verify.verify import verify
+from refmoe.verify.verify import Settings, verify
 from tests.cuda.strict import StrictCupy
 
 GOLDEN = Path(__file__).parent.parent.parent / "golden"
@@ -43,7 +43,7 @@ def ideal_trace(path: Path, name: str) -> Trace:
 def test_verdicts_are_those_of_the_cpu(tmp_path: Path, name: str) -> None:
     trace, used = ideal_trace(tmp_path / "trace", name), policy(name)
     judged = [
-        verify(trace, "case", CASE.config, CASE.checkpoint().parameters, CASE.runs(), used, ops=ops)
+        verify(trace, "case", CASE.config, CASE.checkpoint().parameters, CASE.runs(), used, Settings(ops=ops))
         for ops in (EnclosureOps, on_device)
     ]
     there, here = ([(c.run, c.tap, c.verdict, c.values, c.undecided) for c in report.checks] for report in judged)

@@ -189,7 +189,10 @@ def test_logits_of_a_file_and_of_a_trace(refmoe: Refmoe, tmp_path: Path) -> None
     """The same numbers as .npy in float32, and as a bfloat16 tap of the second layer of the second run."""
     table = np.array([[1.0, 0.0, 2.0], [3.0, 0.5, 0.0]], np.float32)
     np.save(tmp_path / "logits.npy", table)
-    runs = (Run("prefill", "prefill", 0, (1, 2), (0, 1), 0), Run("chunk1", "chunk", 0, (3, 4), (2, 3), 2))
+    runs = (
+        Run(run="prefill", op="prefill", sequence=0, tokens=(1, 2), positions=(0, 1), past=0),
+        Run(run="chunk1", op="chunk", sequence=0, tokens=(3, 4), positions=(2, 3), past=2),
+    )
     key = "chunk1/layers.1.router.logits"
     write_trace(tmp_path / "trace.safetensors", Header(runs), {key: table.astype(ml_dtypes.bfloat16)})
     from_npy = refmoe("--logits", tmp_path / "logits.npy", "--json")

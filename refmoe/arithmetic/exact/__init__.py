@@ -1,4 +1,5 @@
 """Exact arithmetic: correctly rounded sums and products, and elementary functions with fixed bits.
 
-`ops` is the arithmetic itself. `dot` and `slices` hold sums and products, `elementary` exp, log, cos and sin.
+`ops` is the arithmetic itself. `dot` computes sums and products (with `slices`, `prepared_weight`, `double_double`);
+`elementary` computes exp, log, cos and sin.
 """

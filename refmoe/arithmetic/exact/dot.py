@@ -5,10 +5,10 @@ DOT-1  A sum of products is the exact real sum, rounded once to the nearest floa
 DOT-2  A NaN factor, infinity times zero, or infinite terms of both signs give NaN; other infinite terms give their
        infinity. A rounded sum beyond the largest float64 is an infinity; a subnormal one is rounded once.
 
-How it is computed, and why that meets the definition: `slices`, `prepared_weight` and golden/dot.md. Every `@` and
-`.sum` below is on slices, hence exact, or on what slices left, whose error is bounded and counts in the rounding test.
-Arrays may be CuPy's: pass the module as `xp`; the few elements that the fast path does not prove are computed on the
-host.
+`slices`, `prepared_weight` and golden/dot.md explain the computation and prove that it meets the definition. Every `@`
+and `.sum` below is on slices, hence exact, or on the remainders of slices. The error of the latter is bounded and
+counts in the rounding test. Arrays may be CuPy's: pass the module as `xp`. The few elements that the fast path does not
+prove are computed on the host.
 
 Sources: those of `slices.py`; Ziv 1991, "Fast evaluation of elementary mathematical functions with correctly rounded
 last bit" (the rounding test); Kulisch 2013, "Computer arithmetic and validity" (the exact accumulator).
@@ -41,9 +41,9 @@ from refmoe.arithmetic.exact.slices import (
 __all__ = ["PreparedWeight", "linear", "matmul", "prepare", "sum"]
 
 CHUNK = 1 << 23
-"""Slice products (elements) of a linear map that are in memory at a time."""
+"""Elements of the slice products of `linear` that are in memory at a time."""
 IN_CACHE = 1 << 16
-"""Elements of operands that `matmul` and `sum` split at a time on a CPU: the temporaries then stay in cache."""
+"""Elements of operands that `matmul` and `sum` split at a time on a CPU, so that the temporaries stay in cache."""
 
 
 def linear(x: Array, weight: PreparedWeight, xp: Any = np) -> Array:
@@ -60,7 +60,10 @@ def linear(x: Array, weight: PreparedWeight, xp: Any = np) -> Array:
 
 
 def _linear_rows(x: Array, weight: PreparedWeight, xp: Any) -> Array:
-    """x: [t, n]   returns: [t, m]; one product of all slices of x and the remainder, stacked, reads the weight once."""
+    """`linear` of a few rows, with one product of the stacked slices and remainder, which reads the weight once.
+
+    x: [t, n]   returns: [t, m]
+    """
     (t, n), m = x.shape, len(weight.leading)
     safe, top, unsafe = tame(x, 1, xp)
     stack = xp.empty((weight.count + 1, t, n))
@@ -103,10 +106,10 @@ def matmul(a: Array, b: Array, xp: Any = np) -> Array:
 
 
 def _matmul_block(a: Array, b: Array, xp: Any) -> Array:
-    """As matmul, of operands with the same leading axes.
+    """`matmul` of operands with equal leading axes.
 
-    With slices a_0, a_1, ... and b_0, b_1, ... of one width, all a_i b_j with i + j = k share their unit, and the width
-    leaves room to add them: exactly.
+    With slices a_0, a_1, ... and b_0, b_1, ... of one width, all a_i b_j with i + j = k have one unit. The width leaves
+    room to add them exactly.
     """
     n = a.shape[-1]
     most = 2
@@ -161,7 +164,7 @@ def _sum_block(x: Array, axis: int, xp: Any) -> Array:
     n = x.shape[axis]
     width = min(53 - bits(n), MOST_BITS)
     safe, top, unsafe = tame(x, axis, xp)
-    stack = xp.empty((2, *x.shape))  # nearly always all there is, and then no test is needed
+    stack = xp.empty((2, *x.shape))  # nearly always two slices hold all of x, and then no rounding test is needed
     count, rest = split(safe, sigma_above(top, width, xp), width, stack)
     parts = [piece.sum(axis=axis) for piece in stack[:count]]
     bound = None
@@ -177,10 +180,11 @@ def _sum_block(x: Array, axis: int, xp: Any) -> Array:
 
 
 def settle(parts: Sequence[Array], bound: Array | None) -> tuple[Array, Array | None]:
-    """Round the sum of the parts, known up to `bound`; and say where that rounding is not proven (None: nowhere).
+    """The rounded sum of the parts, and where this rounding is not proven (None: it is proven everywhere).
 
-    parts: exact float64 arrays of one shape, largest first   bound: at least |exact value - exact sum of the parts|
-    plus the rounding that happens here; None where there are at most two parts, which are the exact value.
+    parts: exact float64 arrays of one shape, largest first
+    bound: at least |exact value - exact sum of the parts| plus the roundings in this function; None where the exact
+        value is the sum of at most two parts
     """
     if bound is None:
         value = parts[0] + parts[1] if len(parts) == 2 else parts[0]
@@ -195,7 +199,7 @@ def settle(parts: Sequence[Array], bound: Array | None) -> tuple[Array, Array | 
 
 
 def decide(value: Array, unsure: Array | None, exact: Callable[[tuple[int, ...]], float], xp: Any) -> Array:
-    """Replace the elements of `value` that are not proven by `exact` of their index."""
+    """`value`, in which `exact` of its index has replaced each element that is not proven."""
     if unsure is not None and unsure.any():
         index = xp.nonzero(unsure)
         value[index] = xp.asarray([exact(at) for at in zip(*(i.tolist() for i in index), strict=True)])
@@ -215,7 +219,7 @@ def exact_dot(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
     (a, a_exponent), (b, b_exponent) = np.frexp(a[terms]), np.frexp(b[terms])
     exponent = a_exponent.astype(np.int64) + b_exponent
     least = int(exponent.min())
-    # 53-bit integers in halves of 26 and 27 bits; their products in four digits of base 2^27, below 2^29 each
+    # 53-bit integers as halves of 26 and 27 bits, and their products as four digits of base 2^27, each below 2^29
     half, mask = 27, (1 << 27) - 1
     whole_a, whole_b = np.ldexp(a, 53).astype(np.int64), np.ldexp(b, 53).astype(np.int64)
     (high_a, low_a), (high_b, low_b) = (whole_a >> half, whole_a & mask), (whole_b >> half, whole_b & mask)

@@ -1,7 +1,7 @@
-"""Numbers of about 106 bits as unevaluated sums of two float64: error-free transforms and what is built on them.
+"""Numbers of about 106 bits as unevaluated sums of two float64: error-free transforms, `+ * /`, exp and log.
 
 A double-double is a pair (hi, lo) of float64 arrays with |lo| <= ulp(hi) / 2; its value is hi + lo. Only `+ - * /`,
-rint and exact scaling by powers of two are used, one array operation at a time and never a fused multiply-add, so the
+rint and exact scaling by powers of two are used, one array operation at a time and never a fused multiply-add. So the
 bits are the same on every machine with IEEE-754 binary64 arithmetic in round to nearest even.
 
 Sources: Dekker 1971 (split, two_product, fast_two_sum); Knuth, TAOCP 2, 4.2.2 (two_sum); Joldes, Muller and Popescu
@@ -17,7 +17,7 @@ import numpy as np
 from refmoe.arithmetic.arrays import Array
 
 Pair: TypeAlias = tuple[Array, Array]
-"""A double-double: the rounded value and what the rounding left."""
+"""A double-double: the rounded value and the rounding error."""
 
 _SPLITTER = float.fromhex("0x1.0000002p+27")  # 2^27 + 1
 _LN2_INVERSE = float.fromhex("0x1.71547652b82fep+0")
@@ -109,8 +109,8 @@ def exp(x: Pair) -> Pair:
 def log(x: Array, near: Array) -> Pair:
     """The natural logarithm with error below 2^-94 (1 + |log x|), for 2^-512 <= x <= 2^512.
 
-    near: the same to float64. Newton's step from it: log x = near + log(1 + d) with d = x e^-near - 1, which is of the
-    order of 2^-46 at most, so that d - d^2 / 2 is enough.
+    near: log x to float64. Newton's step from it: log x = near + log(1 + d) with d = x e^-near - 1. As |d| is of the
+    order of 2^-46 at most, d - d^2 / 2 is enough for log(1 + d).
     """
     zero = np.zeros_like(near)
     d = add(multiply((x, zero), exp((-near, zero))), (zero - 1.0, zero))

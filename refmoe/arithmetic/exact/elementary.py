@@ -1,20 +1,21 @@
 """exp, log, sin, cos and sigmoid in float64, with the same bits on every machine.
 
-NumPy's own change bits between SIMD levels and from CUDA's. These are built only of IEEE-754 binary64 `+ - * /` in
-round to nearest even, rint, comparisons, selections, table look-ups and integer operations on the bits, one array
-operation at a time and never fused: every machine and array module that keeps IEEE-754 returns the same bits,
-whatever the shape, the strides and the position in the array. The error is below 0.51 ulp, subnormal results included:
-measured against Arb by `bench/elementary_accuracy.py`, at ten million arguments per function. `golden/elementary.md`
-states the algorithms for implementers in other languages, with the same code in C.
+NumPy's own functions differ in bits between SIMD levels, and from CUDA's. The functions here use only IEEE-754 binary64
+`+ - * /` in round to nearest even, rint, comparisons, selections, table look-ups and integer operations on the bits.
+They apply one array operation at a time and never fuse two. So every machine and array module that keeps IEEE-754
+returns the same bits, whatever the shape, the strides and the position in the array.
+
+The error is below 0.51 ulp, subnormal results included: `bench/elementary_accuracy.py` measures it against Arb, at ten
+million arguments per function. `golden/elementary.md` states the algorithms for other languages, with code in C.
 
 Every function takes arrays of any shape (0-d included) of dtype float64, and no other, and `xp`, the array module:
-numpy or cupy. No function raises for an element or warns: outside the domain the result is the one NaN
+numpy or cupy. No function raises for an element or warns. Outside the domain the result is always the NaN
 0x7ff8000000000000, whatever the sign and payload of the argument.
 
 Method: Tang 1989 and 1990, "Table-driven implementation of the exponential (logarithm) function in IEEE floating-point
 arithmetic". A small table brings the argument near a centre. The table's leading parts have 26 bits, so that their
-products with the leading 26 bits of the reduced argument are exact; what follows is so small that its roundings move
-the result by less than 0.01 ulp; a last addition rounds.
+products with the leading 26 bits of the reduced argument are exact. The other terms are so small that their roundings
+move the result by less than 0.01 ulp. A last addition rounds.
 """
 
 from __future__ import annotations
@@ -31,10 +32,14 @@ from refmoe.arithmetic.exact import elementary_tables as tables
 from refmoe.arithmetic.exact.double_double import fast_two_sum, power_of_two, split, two_product, two_sum
 
 _EXP_LARGEST = float.fromhex("0x1.62e42fefa39efp+9")  # the largest x whose e^x does not round to infinity
-_EXP_SMALLEST = -800.0  # well below where e^x rounds to zero
-_GRID_31 = float.fromhex("0x1.8p+21")  # (r + this) - this rounds |r| < 2^20 to a multiple of 2^-31
+_EXP_SMALLEST = -800.0  # far below -745.13, from which on e^x rounds to zero
+
+# (r + _GRID_31) - _GRID_31 rounds |r| < 2^20 to a multiple of 2^-31
+_GRID_31 = float.fromhex("0x1.8p+21")
 _LARGEST_ANGLE = 1073741824.0  # 2^30
-_BLOCK = 8192  # elements that NumPy works on at a time, so that the intermediate results stay in the cache
+
+# elements that NumPy works on at a time, so that the intermediate results stay in the cache
+_BLOCK = 8192
 
 
 def exp(x: Array, xp: Any = np) -> Array:
@@ -61,7 +66,7 @@ def sigmoid(x: Array, xp: Any = np) -> Array:
 def unit_circle(positions: Array, base: float, numerators: Any, denominator: int, xp: Any = np) -> tuple[Array, Array]:
     """(cos a, sin a) of the real numbers a[t, i] = positions[t] * base^(-numerators[i] / denominator).
 
-    Nothing on the way is rounded to float64: frequency, product and reduction carry about 100 bits, so the error is
+    No intermediate value is rounded to float64: frequency, product and reduction carry about 100 bits. So the error is
     below 0.51 ulp + 2^-60 max(1, 1/base) at every position.
 
     positions: [T] integers, 0 .. 2^31; NaN outside.   base: 2^-8 .. 2^512.   denominator: 1 .. 2^31.
@@ -152,7 +157,7 @@ def _exp_parts(x: Array, xp: Any) -> tuple[Array, Array, Array]:
 def _round_scaled(high: Array, low: Array, k: Array, xp: Any) -> Array:
     """(high + low) 2^k, rounded once, for high >= 0 and a result that does not overflow.
 
-    Where the result is subnormal, 2^(-1022-k) is added and taken off: the sum rounds at the last bit of a subnormal.
+    Where the result is subnormal, 2^(-1022-k) is added and subtracted: the sum rounds at the last bit of a subnormal.
     """
     anchor = (xp.maximum(1 - k, 0) << 52).view(np.float64)
     anchor = xp.where(high + low < anchor, anchor, 0.0)

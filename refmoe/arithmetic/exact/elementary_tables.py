@@ -1,8 +1,8 @@
 """The tables of `elementary.py`, and the constants that bring an argument near to one of their entries.
 
-The method, and so the layout, is that of Tang 1989 and 1990; the values follow from the real numbers in the comments:
-each is that number rounded as stated, and a last part is what the others leave, rounded to float64.
-`tests/arithmetic/test_elementary.py` holds every one of them against Arb.
+The method and the layout follow Tang 1989 and 1990. Each comment names a real number and how it is rounded. Where a
+number is stored in parts, the last part is the rest that the other parts leave, rounded to float64.
+`tests/arithmetic/test_elementary.py` checks every value against Arb.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def _table(text: str) -> Floats:
 # fmt: off
 STEPS_PER_LN2 = float.fromhex("0x1.71547652b82fep+4")  # 16 / ln 2
 LN2_STEP_1 = float.fromhex("0x1.62e42fefap-5")  # ln 2 / 16 to a multiple of 2^-42: 38 bits, times 15 bits is exact
-LN2_STEP_2 = float.fromhex("0x1.cf79abc9e3b3ap-44")  # what is left
+LN2_STEP_2 = float.fromhex("0x1.cf79abc9e3b3ap-44")  # the rest of ln 2 / 16
 EXP_TABLE = _table("""
     0x1p+0 0x0p+0                          0x1.0b5587p+0 -0x1.833b784eb3a37p-27  0x1.172b84p+0 -0x1.c15742919041cp-27
     0x1.2387a7p+0 -0x1.8a9dc7993e052p-28   0x1.306fe08p+0 0x1.18db8a96f46adp-27  0x1.3dea65p+0 -0x1.f6e5eee525f6fp-27
@@ -28,11 +28,11 @@ EXP_TABLE = _table("""
     0x1.7a1147p+0 0x1.f580c36bea881p-27    0x1.8ace54p+0 0x1.15506dadd3e2bp-27   0x1.9c4918p+0 0x1.51f8480e3e236p-27
     0x1.ae89f98p+0 0x1.5ad3ad5e8734dp-28   0x1.c199bep+0 -0x1.3d56b1eeef9a7p-27  0x1.d5818ep+0 -0x1.822dbc6d12fd3p-27
     0x1.ea4afap+0 0x1.52486cc2c7b9dp-27
-""")  # 2^(j/16), j = 0 .. 15: rounded to 26 bits, and what is left
+""")  # 2^(j/16), j = 0 .. 15: rounded to 26 bits, and the rest
 
 SQRT_HALF_BITS = 0x3FE6A09E667F3BCD  # of sqrt(1/2), rounded up
 LN2_1 = float.fromhex("0x1.62e42fefa38p-1")  # ln 2 to a multiple of 2^-42: 42 bits, times 11 bits is exact
-LN2_2 = float.fromhex("0x1.ef35793c7673p-45")  # what is left
+LN2_2 = float.fromhex("0x1.ef35793c7673p-45")  # the rest of ln 2
 LOG_TABLE = _table("""
     0x1.522ae0738ap-2 0x1.ebe708164c759p-45   0x1.269621134ep-2 -0x1.1b61f10522625p-44
     0x1.f991c6cb3cp-3 -0x1.90d04cd7cc834p-44  0x1.a93ed3c8aep-3 -0x1.8724350562169p-45
@@ -46,12 +46,13 @@ LOG_TABLE = _table("""
     -0x1.fb9186d5e4p-3 0x1.d572aab993c87p-47  -0x1.1675cababap-2 -0x1.8380e731f55c4p-44
     -0x1.2e8e2bae12p-2 0x1.67b1e99b72bd8p-45  -0x1.4618bc21c6p-2 0x1.3d82f484c84ccp-46
     -0x1.5d1bdbf581p-2 0x1.8d6bdc9c7c238p-44
-""")  # log(32/i), i = 23 .. 45: to a multiple of 2^-42, and what is left
+""")  # log(32/i), i = 23 .. 45: to a multiple of 2^-42, and the rest
 
 STEPS_PER_PI = float.fromhex("0x1.45f306dc9c883p+3")  # 32 / pi
-STEPS_PER_PI_LOW = float.fromhex("-0x1.6b01ec5417056p-51")  # what is left
-PI_STEP = float.fromhex("0x1.921fb54442d18p-4"), float.fromhex("0x1.1a62633145c07p-58")  # pi / 32, and what is left
-# pi / 32 again, in five parts of at most 19 bits, whose products with 34 bits are exact, and what is left.
+STEPS_PER_PI_LOW = float.fromhex("-0x1.6b01ec5417056p-51")  # the rest of 32 / pi
+PI_STEP = float.fromhex("0x1.921fb54442d18p-4"), float.fromhex("0x1.1a62633145c07p-58")  # pi / 32, and the rest
+
+# pi / 32 again: five parts of at most 19 bits, whose products with 34 bits are exact, and the rest.
 PI_STEP_PARTS = [float.fromhex(part) for part in (
     "0x1.921fcp-4", "-0x1.5777cp-25", "0x1.a308cp-45", "0x1.31318p-65", "0x1.8a2ep-85", "0x1.b839a252049c1p-108",
 )]
@@ -62,7 +63,7 @@ _QUARTER = _table("""
     0x1.8bc8068p-1 0x1.8a8ba05a743dap-28  0x1.a9b6628p-1 0x1.0ea1a3033ec62p-29   0x1.c38b2fp-1 0x1.80bdb0d23e9d1p-29
     0x1.d906bdp-1 -0x1.9ae573aea067cp-30  0x1.e9f4158p-1 -0x1.39d225a27d387p-29  0x1.f6297dp-1 -0x1.1469faa77a357p-34
     0x1.fd88dap-1 0x1.e89292cf04139p-28   0x1p+0 0x0p+0
-""")  # sin(j pi / 32), j = 0 .. 16: rounded to 26 bits, and what is left
+""")  # sin(j pi / 32), j = 0 .. 16: rounded to 26 bits, and the rest
 # fmt: on
 _HALF = np.concatenate([_QUARTER, _QUARTER[:, -2:0:-1]], axis=1)
 SIN_TABLE = np.concatenate([_HALF, 0.0 - _HALF], axis=1)  # the whole circle: j = 0 .. 63, [2, 64]

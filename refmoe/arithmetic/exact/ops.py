@@ -1,6 +1,6 @@
 """Ops whose bits are the same on every machine: correctly rounded sums and products, fixed elementary functions.
 
-`golden/dot.md` and `golden/elementary.md` say how to follow them to the same bits in another language.
+`golden/dot.md` and `golden/elementary.md` tell how to compute the same bits in another language.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ PREPARED_BYTES = 4 << 30
 
 
 class ExactOps(ArrayOps):
-    """IEEE-754 binary64. Elementwise ``+ - * /`` round once each, as NumPy does them; the rest is defined here."""
+    """IEEE-754 binary64. NumPy's elementwise ``+ - * /`` round once each; all other operations are defined here."""
 
     def __init__(self, tap: Tap | None = None, xp: Any = np, prepared_bytes: int = PREPARED_BYTES) -> None:
         """prepared_bytes: memory for prepared weights that are kept for later calls.
 
-        A weight of more than a fourth of that is streamed: at no time is the whole of it in memory.
+        A weight of more than a fourth of that is streamed, so that memory never holds all of it.
         """
         super().__init__(np.float64, tap, xp)
         self._prepared = WeightCache(prepared_bytes)

@@ -1,6 +1,6 @@
 """Weights split into slices once, for many products.
 
-`slices` says what a slice is and why products of slices sum exactly; golden/dot.md has the proofs.
+`slices` defines a slice and explains why products of slices sum exactly; golden/dot.md has the proofs.
 """
 
 from __future__ import annotations
@@ -18,27 +18,26 @@ from refmoe.arithmetic.formats import upcast
 BLOCK = 1 << 17
 """Elements of a weight prepared at a time: few enough that the temporaries stay in cache."""
 SAMPLE = 16
-"""Rows of a weight that decide how many slices its inputs are given: a matter of cost only."""
+"""Rows of a weight that decide into how many slices its inputs are split. This affects cost only."""
 GATHER_COST = 40
-"""Cost of a gathered product in units of one inside a matrix product (measured; a matter of cost only)."""
+"""Cost of a gathered product, relative to one inside a matrix product (measured). This affects cost only."""
 MOST_PARTS = 6
-"""Slices of a weight's remainder at most; a row with more left (in float64 alone) takes the exact path."""
+"""Slices of a weight's remainder at most. A row with a longer remainder (only in float64) takes the exact path."""
 
 
 @dataclass(frozen=True)
 class Remainder:
-    """What the leading slice of a weight left, in the rows where it left anything.
-
-    rows: integers [r]   parts: slices that sum to the remainder exactly, each [r, n], or, where `columns` is integers
-    [k, r], each [k, r]: the k elements per row that are not zero
-    """
+    """A weight less its leading slice, for the r rows where the difference is not zero."""
 
     rows: Array
+    """Integers [r]: which rows of the weight."""
     columns: Array | None
+    """Integers [k, r]: the columns of the nonzero elements, k per row; None where the parts are whole rows."""
     parts: tuple[Array, ...]
+    """Slices that sum to the remainder exactly: each [r, n], or each [k, r] at `columns`."""
 
     def products(self, x: Array, xp: Any) -> list[Array]:
-        """x: slices [t, n]   returns: one product [t, r] per part, exact as slices are"""
+        """One exact product [t, r] per part. x: slices [t, n]"""
         if self.columns is None:
             return [times(x, part, xp) for part in self.parts]
         by_column, totals = xp.ascontiguousarray(x.T), []
@@ -50,7 +49,7 @@ class Remainder:
         return totals
 
     def row(self, index: int, n: int, xp: Any) -> Array:
-        """The remainder of one row of the weight: [n], exact, as it is part of a float64."""
+        """The remainder of one row of the weight: [n], exact, as it consists of bits of a float64."""
         values = xp.zeros(n)
         for at in xp.nonzero(self.rows == index)[0].tolist():
             for part in self.parts:
@@ -58,24 +57,25 @@ class Remainder:
                     values += part[at]
                 else:
                     for column, value in zip(self.columns[:, at], part[:, at], strict=True):
-                        values[column] += value  # one by one: a padded slot repeats column 0
+                        values[column] += value  # one by one, because a padded slot repeats column 0
         return values
 
 
 @dataclass(frozen=True)
 class PreparedWeight:
-    """A matrix as `linear` wants it.
-
-    leading: float64 [m, n], its leading slice   top: [m], largest magnitude of each row   width, count: of the slices
-    of inputs, such that products with `leading` sum exactly   wild: rows that take the exact path, as they were
-    """
+    """A matrix [m, n] in the form that `dot.linear` takes."""
 
     leading: Array
+    """Float64 [m, n]: the leading slice."""
     top: Array
+    """[m]: the largest magnitude of each row."""
     width: int
+    """Bits of the slices of inputs, such that products with `leading` sum exactly."""
     count: int
+    """The number of slices of inputs."""
     remainder: Remainder | None = None
     wild: dict[int, np.ndarray[Any, Any]] = field(default_factory=dict)
+    """The unchanged rows that take the exact path, by index."""
 
     @property
     def nbytes(self) -> int:
@@ -84,7 +84,7 @@ class PreparedWeight:
         return sum(array.nbytes for array in arrays if array is not None)
 
     def row(self, index: int, xp: Any) -> np.ndarray[Any, Any]:
-        """One row of the weight, exactly: [n] on the host."""
+        """One row of the weight, exact: [n] on the host."""
         if index in self.wild:
             return self.wild[index]
         row = self.leading[index]
@@ -92,10 +92,12 @@ class PreparedWeight:
 
 
 def take_leading(weight: Array, width: int, xp: Any) -> tuple[Array, Array]:
-    """The leading slice of safe rows, for inputs with slices of `width` bits, and what it leaves.
+    """The leading slice of safe rows, for inputs with slices of `width` bits, and the remainder.
 
-    The unit of a row is 2^(e + width - 53), where 2^e is above its sum of magnitudes, with room for the roundings to
-    that unit and in the sum (golden/dot.md). weight: [m, n]   returns: twice [m, n]
+    The unit of a row is 2^(e + width - 53), where 2^e is above the row's sum of magnitudes. It leaves room for the
+    roundings to that unit and in the sum (golden/dot.md).
+
+    weight: [m, n]   returns: twice [m, n]
     """
     room = 1 + math.ldexp(weight.shape[1], width - 52)
     sigma = sigma_above(xp.abs(weight).sum(axis=1, keepdims=True) * room, 53 - width, xp)
@@ -104,7 +106,7 @@ def take_leading(weight: Array, width: int, xp: Any) -> tuple[Array, Array]:
 
 
 def pack(rows: Array, columns: Array, values: Array, n: int, width: int, xp: Any) -> tuple[Remainder, Array]:
-    """A remainder from its elements in row-major order; and those of its rows that have still more (integers).
+    """A remainder from its elements in row-major order, and the rows (integers) that it does not hold completely.
 
     rows, columns, values: [z], not empty   n: columns of the weight   width: of the slices of inputs
     """
@@ -133,7 +135,7 @@ def pack(rows: Array, columns: Array, values: Array, n: int, width: int, xp: Any
 
 
 def choose_count(sample: Array, xp: Any) -> int:
-    """How many slices inputs are best given, from some safe rows of a weight [m, n]. Decides cost, not results."""
+    """The cheapest number of slices for inputs, from some safe rows of a weight [m, n]. It does not affect results."""
     n = sample.shape[1]
     costs = {}
     for count in range(2, 5):
@@ -156,7 +158,7 @@ def choose_count(sample: Array, xp: Any) -> int:
 def prepare(stored: np.ndarray[Any, Any], xp: Any = np) -> PreparedWeight:
     """Split a weight, once for all its products.
 
-    stored: [m, n] on the host, in bfloat16, float16, float32 or float64   xp: where `dot.linear` is to run
+    stored: [m, n] on the host, in bfloat16, float16, float32 or float64   xp: the array module of `dot.linear`
     """
     m, n = stored.shape
     leading, top = xp.empty((m, n)), xp.zeros((m, 1))
@@ -176,10 +178,10 @@ def prepare(stored: np.ndarray[Any, Any], xp: Any = np) -> PreparedWeight:
         if rest.any():
             rows, columns = xp.nonzero(rest)
             found.append((rows + start, columns, rest[rows, columns]))
-    if not found:
-        return PreparedWeight(leading, top[:, 0], width, count, None, wild)
-    rows, columns, values = (xp.concatenate(part) for part in zip(*found, strict=True))
-    remainder, left = pack(rows, columns, values, n, width, xp)
-    for row in left.tolist():
-        wild[row] = upcast(stored[row], np.dtype(np.float64))
-    return PreparedWeight(leading, top[:, 0], width, count, remainder, wild)
+    remainder = None
+    if found:
+        rows, columns, values = (xp.concatenate(part) for part in zip(*found, strict=True))
+        remainder, left = pack(rows, columns, values, n, width, xp)
+        for row in left.tolist():
+            wild[row] = upcast(stored[row], np.dtype(np.float64))
+    return PreparedWeight(leading=leading, top=top[:, 0], width=width, count=count, remainder=remainder, wild=wild)

@@ -1,9 +1,9 @@
 """Splitting float64 arrays into slices whose products sum exactly.
 
-A slice of a row is the row rounded to multiples of a power of two, its unit, and at most 2^width of them in magnitude.
-Products of slices are integers times one power of two; while their sum stays within 2^53 of it, every partial sum in
-every order is a float64, so a BLAS of any kind, blocking or thread count returns it without a rounding, fused
-multiply-adds included. The proofs are in golden/dot.md.
+A slice of a row is the row rounded to multiples of a power of two, its unit. Its elements are at most 2^width units in
+magnitude. Products of slices are integers times one power of two. While their sum stays within 2^53 of that power,
+every partial sum in every order is a float64. So a BLAS of any kind, blocking or thread count returns it without a
+rounding, also with fused multiply-adds. The proofs are in golden/dot.md.
 
 Sources: Rump, Ogita and Oishi 2008, "Accurate floating-point summation part I" (extraction by sigma); Ozaki, Ogita,
 Oishi and Rump 2012, "Error-free transformations of matrix multiplication by using fast routines of matrix
@@ -31,34 +31,35 @@ ROUNDING = 2.0**-90
 PLAIN = 2.0**-50
 """Bound on the roundings of an ordinary sum, per unit of n and of the sum of its terms' magnitudes (golden/dot.md)."""
 NEGLIGIBLE = 2.0**-500
-"""What a nonzero remainder is raised to, so that the product of two bounds does not underflow."""
+"""The least bound of a nonzero remainder, so that the product of two bounds does not underflow."""
 FEW_ROWS = 3
-"""Up to so many rows, one product of matrix and vector each is faster than a matrix product."""
+"""Up to this number of rows, one matrix-vector product per row is faster than a matrix product."""
 
 
 def bits(n: int) -> int:
-    """ceil(log2 n) for n >= 1: what a sum of n terms adds to their width."""
+    """ceil(log2 n) for n >= 1: the bits by which a sum of n terms is wider than a term."""
     return (n - 1).bit_length()
 
 
 def coverage(n: int) -> int:
     """How many bits below a row's largest exponent its slices should hold, for sums of n products.
 
-    What is below goes into an ordinary product, whose rounding error is at most about 2^-48 n^2 2^-coverage of the
-    largest possible term: here 2^-68, so that few rounding tests fail. A matter of cost, not of results.
+    Lower bits go into an ordinary product, whose rounding error is at most about 2^-48 n^2 2^-coverage of the largest
+    possible term: here 2^-68, so that few rounding tests fail. This affects cost, not results.
     """
     return 20 + 2 * bits(n)
 
 
 def width_of(count: int, n: int) -> int:
-    """The width at which `count` slices have that coverage: each gives one more bit than its width, by its sign."""
+    """The width at which `count` slices reach `coverage(n)`. The sign gives each slice one bit more than its width."""
     return -(-coverage(n) // count) - 1
 
 
 def tame(x: Array, axis: int, xp: Any) -> tuple[Array, Array, Array | None]:
     """x with its unsafe rows replaced by zeros, the largest magnitude of each row, and which rows are unsafe.
 
-    x: [..., n along axis, ...] with n > 0   returns: as x; as x with n = 1; booleans as that, or None if all are safe
+    x: [..., n along axis, ...] with n > 0
+    returns: an array like x; one with n = 1; booleans with n = 1, or None if all rows are safe
     """
     top = xp.abs(x).max(axis=axis, keepdims=True)
     safe = ((top >= SMALLEST) & (top < LARGEST)) | (top == 0)
@@ -68,19 +69,19 @@ def tame(x: Array, axis: int, xp: Any) -> tuple[Array, Array, Array | None]:
 
 
 def sigma_above(top: Array, width: int, xp: Any) -> Array:
-    """What extracts slices of this width from rows with largest magnitude top < 2^e: 1.5 * 2^(e + 52 - width)."""
+    """The sigma that extracts slices of this width from rows of magnitude top < 2^e: 1.5 * 2^(e + 52 - width)."""
     return xp.ldexp(xp.full_like(top, 1.5), xp.frexp(top)[1] + (52 - width))
 
 
 def split(x: Array, sigma: Array, width: int, slices: Sequence[Array]) -> tuple[int, Array | None]:
-    """Write leading slices of x; returns how many were needed and the remainder, None if it is zero.
+    """Write leading slices of x. Returns the number of slices needed and the remainder, None if it is zero.
 
-    x, each of slices: one shape   sigma: `sigma_above` of the rows of x, broadcasting to it
+    x, each of slices: one shape   sigma: `sigma_above` of the rows of x, which broadcasts to x
     x == slices[0] + ... + slices[count - 1] + remainder exactly.
     """
     rest = x
     for count, piece in enumerate(slices, 1):
-        np.add(rest, sigma, out=piece)  # CuPy arrays take this over
+        np.add(rest, sigma, out=piece)  # NumPy passes this to CuPy for CuPy arrays
         piece -= sigma
         rest = np.subtract(rest, piece, out=None if rest is x else rest)
         if not rest.any():
@@ -90,7 +91,7 @@ def split(x: Array, sigma: Array, width: int, slices: Sequence[Array]) -> tuple[
 
 
 def remainder_bound(rest: Array | None, axis: int, xp: Any) -> Array | float:
-    """Twice the sum of the magnitudes that the slices left, per row, at least; 0.0 for None."""
+    """At least twice the sum of the magnitudes of a remainder, per row; 0.0 for None."""
     if rest is None:
         return 0.0
     total = xp.abs(rest).sum(axis=axis, keepdims=True)
@@ -98,6 +99,7 @@ def remainder_bound(rest: Array | None, axis: int, xp: Any) -> Array | float:
 
 
 def on_host(x: Array) -> np.ndarray[Any, Any]:
+    """The array as NumPy's, copied from the device where it is CuPy's."""
     return x.get() if hasattr(x, "get") else np.asarray(x)
 
 
@@ -105,4 +107,4 @@ def times(x: Array, weight: Array, xp: Any) -> Array:
     """x @ weight.T in row-major order. x: slices [t, n]   weight: slices [m, n]   returns: [t, m]"""
     if len(x) <= FEW_ROWS:
         return xp.stack([weight @ row for row in x])
-    return xp.ascontiguousarray((weight @ x.T).T)  # this way around OpenBLAS is faster for few rows
+    return xp.ascontiguousarray((weight @ x.T).T)  # OpenBLAS is faster in this order for few rows

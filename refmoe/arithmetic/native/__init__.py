@@ -1,4 +1,5 @@
 """Native arithmetic: NumPy at float32 or float64, with the machine's own matrix products. Bits depend on the machine.
 
-`ops` is the arithmetic itself, `mkl_ops` the same over oneMKL; `lanes` and `slabs` spread work and place memory.
+`ops` is the arithmetic itself, `mkl_ops` its variant over oneMKL. `lanes` spreads work over threads, `slabs` places
+matrices in memory.
 """

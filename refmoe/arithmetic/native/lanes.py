@@ -1,7 +1,7 @@
-"""Independent pieces of a step side by side: a few threads, each with a BLAS of one thread.
+"""Lanes: a few threads, each with a BLAS of one thread, that run independent pieces of a step in parallel.
 
-A product that a BLAS spreads over its threads makes them wait for each other, each time, and leaves all that is not a
-product to one of them. Pieces that need nothing of each other, such as experts, need not wait.
+When a BLAS spreads one product over its threads, they wait for each other at each product. All other work is left to
+one thread. Independent pieces, such as experts, need not wait.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Lanes:
         self._pool = ThreadPoolExecutor(max(self.count - 1, 1), "lane")
 
     def run(self, pieces: Sequence[Callable[[], None]]) -> None:
-        """Call all of them, each once, begun in this order; what one raises is raised here when all have ended."""
+        """Call each piece once, started in this order. An exception of a piece is raised here when all have ended."""
         if self.count == 1 or not pieces or self.busy > 1:
             for piece in pieces:
                 piece()
@@ -43,7 +43,7 @@ class Lanes:
 
         with self._blas.limit(limits=1):
             self.busy = min(self.count, len(pieces))
-            # a single piece, too, has a BLAS of one thread: others would wait for more work at full speed, in the way
+            # also a single piece gets a BLAS of one thread: the other threads of a BLAS would spin and slow it down
             others = [self._pool.submit(work) for _ in range(self.busy - 1)]
             try:
                 work()

@@ -1,8 +1,8 @@
 """Intel's oneMKL through its CBLAS: products with a weight that was packed beforehand (extra ``mkl``).
 
-A BLAS brings both factors into the order in which its kernel reads them, and then multiplies. An expert has few tokens,
-so that bringing its weight into order takes as long as much of the product; `gemm_pack` does that once.
-Called through ctypes, which leaves Python's lock to others meanwhile. Source: Intel, oneMKL Developer Reference for C.
+A BLAS first brings both factors into the order in which its kernel reads them, and then multiplies. For an expert with
+few tokens, ordering the weight takes a large part of the time; `gemm_pack` does it once per weight. The calls go
+through ctypes, which releases Python's lock. Source: Intel, oneMKL Developer Reference for C.
 """
 
 from __future__ import annotations
@@ -24,34 +24,35 @@ from refmoe.arithmetic.arrays import Array
 from refmoe.errors import InputError
 
 ROW_MAJOR, PLAIN, TRANSPOSED, PACKED, SECOND_FACTOR = 101, 111, 112, 151, 162
-"""Of CBLAS's enumerations."""
+"""Values of CBLAS's enumerations."""
 INTEGERS_OF_32_BITS = 0
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 PACKED_FOR = 256
-"""Rows of the other factor that a weight is packed for. Any number may come; the library then chooses wide tiles."""
+"""Rows of the other factor that a weight is packed for. Any number is allowed; this one selects wide tiles."""
 ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A matrix [m, n] in the library's own order, in bytes that must stay where they are.
-
-    address: of the buffer; to ask NumPy for it at each product takes as long as the rest of the call
-    """
+    """A matrix [m, n] in the library's own order."""
 
     shape: tuple[int, int]
     dtype: Any
     buffer: Array
+    """The bytes, which must not move."""
     address: int
+    """Address of the buffer. Asking NumPy for it at each product takes as long as the rest of the call."""
 
 
 class Routines:
-    """Those for matrices of one dtype."""
+    """The library's functions for matrices of one dtype."""
 
     def __init__(self, library: CDLL, name: str, real: Any) -> None:
-        """name: of the product, as in CBLAS.   real: what its scalars are."""
+        """name: of the product, as in CBLAS.   real: the C type of its scalars."""
         matrix = [c_void_p, c_int]  # an address, and the elements from one row to the next
-        late = name.endswith("f32")  # such a product takes its factor when it computes, the others when they pack
+        late = name.endswith(
+            "f32"
+        )  # such a product takes its scalar factor when it computes, the others when they pack
         of_pack, of_compute = ([], [real]) if late else ([real], [])
         self.product = declared(library, name, 6, [real, *matrix, *matrix, real, *matrix])
         self.size = declared(library, f"{name}_pack_get_size", 4, [], c_size_t)
@@ -61,7 +62,7 @@ class Routines:
 
 
 def declared(library: CDLL, name: str, integers: int, rest: list[Any], result: Any = None) -> Any:
-    """A function of the library: first so many integers, then the rest."""
+    """A function of the library, with its argument types: some integers first, then the rest."""
     function = getattr(library, f"cblas_{name}")
     function.argtypes, function.restype = [c_int] * integers + rest, result
     return function
@@ -81,12 +82,12 @@ class Mkl:
         }
 
     def set_threads(self, count: int) -> None:
-        """How many threads compute a product."""
+        """Set the number of threads that compute a product."""
         self._library.MKL_Set_Num_Threads(count)
 
     @contextmanager
     def one_thread(self) -> Iterator[None]:
-        """What this thread asks for meanwhile is computed by it alone."""
+        """Within this context, products that the calling thread asks for are computed by that thread alone."""
         before = self._library.MKL_Set_Num_Threads_Local(1)
         try:
             yield
@@ -122,7 +123,7 @@ class Mkl:
 
 
 def check(x: Array, weight: Array | Packed, out: Array) -> None:
-    """Raises TypeError or ValueError where the library would read or write what is not its own."""
+    """Raises TypeError or ValueError where the library would read or write outside the arrays."""
     result = np.float64 if x.dtype == np.float64 else np.float32
     if x.dtype != weight.dtype or out.dtype != result:
         raise TypeError(f"a product of {x.dtype} and {weight.dtype} as {out.dtype}")
@@ -137,7 +138,7 @@ def with_dense_rows(array: Array) -> Array:
 
 
 def step(array: Array) -> int:
-    """Elements from one row to the next. (Of a single row NumPy may say anything.)"""
+    """Elements from one row to the next. (For a single row, NumPy's stride can be any number.)"""
     return max(int(array.strides[0]) // int(array.itemsize), int(array.shape[1]))
 
 
@@ -152,10 +153,7 @@ def multiplies_bfloat16() -> bool:
 
 @cache
 def load_mkl() -> Mkl:
-    """The library that the package `mkl` installs, or else the system's.
-
-    Raises InputError where there is none.
-    """
+    """The library that the package `mkl` installs, or else the system's. Raises InputError where there is none."""
     try:
         installed = [str(file.locate()) for file in files("mkl") or () if file.name.startswith("libmkl_rt.so")]
     except PackageNotFoundError:

@@ -19,26 +19,26 @@ from refmoe.arithmetic.native.ops import SIDE_BY_SIDE, UPCAST_BYTES, NativeOps, 
 SLICES = 3
 """bfloat16 has 8 significant bits, float32 has 24."""
 LARGE, TALL = 1 << 22, 3
-"""Elements of a weight, or its rows over its columns, from which slices are faster for many rows as well (measured)."""
+"""Elements of a weight, and its ratio of rows to columns, from which slices are faster for many rows too (measured)."""
 
 
 class PackedWeights:
     """Parts of weights, packed, while there is room for them.
 
-    Packing takes as long as a product or two. None gives way to another, as all of a model's come in turn.
+    Packing takes as long as one or two products. No part is ever dropped for another, as a model uses all in turn.
     """
 
     def __init__(self, limit: int) -> None:
         """limit: bytes."""
         self.left = limit
         self._entries: dict[Any, tuple[Sequence[Part], Packed | None]] = {}
-        self._lock = Lock()  # lanes ask for theirs side by side
+        self._lock = Lock()  # lanes ask for parts in parallel
 
     def get(self, parts: Sequence[Part], kind: Any, pack: Callable[[], Packed]) -> Packed | None:
-        """The parts in one matrix, or None: the first time, and when there is no room.
+        """The parts packed as one matrix; None at the first request for them, and when there is no room.
 
-        kind: what else decides how it is packed. The library has another order for several threads.
-        An entry holds the weights themselves, so that their identity is not reused while it is in a key.
+        kind: dtype and threading, on which the packed order depends too.
+        An entry holds the weights themselves, so that their ids are not reused while they are in a key.
         """
         key = (kind, *((id(p.weight), p.rows.start, p.rows.stop, p.columns.start, p.columns.stop) for p in parts))
         known = self._entries.get(key)
@@ -58,7 +58,7 @@ class PackedWeights:
 
 
 class Ready:
-    """A float32 factor of several products."""
+    """A float32 factor of several products, whose slices are computed once."""
 
     def __init__(self, array: Array) -> None:
         """array: [T, n]"""
@@ -66,7 +66,7 @@ class Ready:
 
     @cached_property
     def slices(self) -> Array:
-        """bfloat16 arrays whose sum it is, exactly. [3, T, n], the smallest first"""
+        """Three bfloat16 arrays that sum to the factor exactly: [3, T, n], the smallest first."""
         return sliced(self.array)
 
     def __len__(self) -> int:
@@ -74,7 +74,7 @@ class Ready:
 
 
 def sliced(x: Array) -> Array:
-    """x: float32 [T, n]   returns: bfloat16 [3, T, n]"""
+    """Three arrays that sum to x exactly, the smallest first. x: float32 [T, n]   returns: bfloat16 [3, T, n]"""
     slices = np.empty((SLICES, *x.shape), BFLOAT16)
     slices[2] = x
     rest = x - slices[2]
@@ -85,12 +85,12 @@ def sliced(x: Array) -> Array:
 
 
 class Workspace(local):
-    """Memory of a thread that is used again and again: new memory costs more than what is computed in it."""
+    """Memory of a thread that is used again and again: allocating it costs more than the computation in it."""
 
     room = np.empty(0, np.float32)
 
     def array(self, *shape: int) -> Array:
-        """A float32 array whose values are not needed when the next one is asked for."""
+        """A float32 array, valid until the next one is asked for."""
         size = prod(shape)
         if size > self.room.size:
             self.room = np.empty(size, np.float32)
@@ -100,19 +100,16 @@ class Workspace(local):
 class MklOps(NativeOps):
     """`NativeOps` with oneMKL for products with a weight.
 
-    Where the processor multiplies bfloat16 matrices, a weight that is stored so is neither converted nor read at twice
-    its size: each float32 is the sum of three bfloat16, whose products with the weight are added in float32. (One that
-    is larger than any bfloat16, 3.39e38, is not, and gives NaN.)
+    Where the processor multiplies bfloat16 matrices, a weight stored in bfloat16 is used as it is stored, not converted
+    to twice its size. Each float32 is the sum of three bfloat16 numbers, whose products with the weight are added in
+    float32. (A float32 beyond the largest bfloat16, 3.39e38, is no such sum and gives NaN.)
     """
 
     def __init__(
         self, dtype: Any = np.float64, tap: Tap | None = None, upcast_bytes: int = UPCAST_BYTES,
         packed_bytes: int = UPCAST_BYTES,
     ) -> None:  # fmt: skip
-        """packed_bytes: memory for packed weights, besides those that `upcast_bytes` is for.
-
-        Raises InputError where there is no oneMKL.
-        """
+        """packed_bytes: memory for packed weights, in addition to `upcast_bytes`. Raises InputError without oneMKL."""
         super().__init__(dtype, tap, upcast_bytes)
         self._mkl = load_mkl()
         self._mkl.set_threads(lanes().count)
@@ -147,13 +144,16 @@ class MklOps(NativeOps):
             super().hold(weight, rows)
 
     def _by_slices(self, rows: int, weight: StoredWeight) -> bool:
-        """Whether that is faster: few rows take as long as reading the weight; many, as slicing them and adding up."""
+        """Whether to multiply by slices: the weight is bfloat16 and slices are faster.
+
+        The time of few rows is that of reading the weight; of many rows, that of slicing and adding.
+        """
         m, n = weight.shape
         worth = rows < SIDE_BY_SIDE or m * n >= LARGE or m >= TALL * n
         return self._slices and weight.dtype == BFLOAT16 and worth
 
     def _add_slices(self, slices: Array, parts: Sequence[Part], out: Array, alone: bool) -> None:
-        """slices: [3, T, n]   out: [T, m]"""
+        """The sum of the three products. slices: [3, T, n]   out: [T, m]"""
         terms = self._workspace.array(SLICES * len(out), out.shape[1])
         self._product(slices.reshape(-1, slices.shape[-1]), parts, lambda weight: weight.read(), terms, alone)
         low, middle, high = terms.reshape(SLICES, *out.shape)
@@ -161,7 +161,10 @@ class MklOps(NativeOps):
         out += high
 
     def _product(self, x: Array, parts: Sequence[Part], read: Callable[[Any], Array], out: Array, alone: bool) -> None:
-        """x: [T, n]   read: from a weight to its values at the dtype of x   out: [T, m]   alone: by this thread"""
+        """x times the transposes of the parts, packed where that is possible.
+
+        x: [T, n]   read: a weight's values at the dtype of x   out: [T, m]   alone: whether by this thread only
+        """
 
         def matrices() -> list[Array]:
             return [read(part.weight)[part.rows, part.columns] for part in parts]
@@ -177,5 +180,5 @@ class MklOps(NativeOps):
 
 
 def joined(matrices: list[Array]) -> Array:
-    """One below the other, without a copy of a single one."""
+    """The matrices one below the other. A single matrix is not copied."""
     return matrices[0] if len(matrices) == 1 else np.concatenate(matrices)

@@ -1,4 +1,4 @@
-"""Ops at a hardware dtype: the fast path. Bits depend on the machine; `exact` is the one where they do not."""
+"""Ops at a hardware dtype: the fast path. Its bits depend on the machine, those of `exact` do not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from refmoe.arithmetic.weight_cache import STREAMED, WeightCache
 
 UPCAST_BYTES = 2 << 30
 SIDE_BY_SIDE = 16
-"""Rows from which a product, experts, or tokens of a head are worth lanes: below, waking one takes as long."""
+"""Rows from which a product, experts, or tokens of a head are spread over lanes. Below, waking a lane takes as long."""
 ALONE = 1 << 21
 """Multiplications up to which a product is not divided among lanes."""
 
@@ -40,19 +40,19 @@ class NativeOps(ArrayOps):
     def __init__(self, dtype: Any = np.float64, tap: Tap | None = None, upcast_bytes: int = UPCAST_BYTES) -> None:
         """dtype: float32 or float64.   upcast_bytes: memory for converted weights that are kept for later calls.
 
-        A weight of more than a fourth of that is streamed: at no time is the whole of it in memory.
+        A weight of more than a fourth of that is streamed, so that memory never holds all of it.
         """
         super().__init__(dtype, tap)
         self._upcast = WeightCache(upcast_bytes)
         self._slabs = Slabs()
         self.memo: dict[Any, tuple[tuple[Any, ...], Any]] = {}
-        """What functions were last asked for, and their answers: of all layers of a call the same."""
+        """By function: the arguments of its last call and the result, which all layers of a forward pass share."""
 
     def vector(self, weight: StoredWeight) -> Any:
         return self.matrix(weight)
 
     def ready(self, x: Any) -> Any:
-        """The same for use in several products: what each would have to do with it is done once. x: [T, n]"""
+        """The factor x in a form for several products, so that its preparation is done once. x: [T, n]"""
         return x
 
     def linear(self, x: Any, weight: StoredWeight) -> Any:
@@ -78,9 +78,9 @@ class NativeOps(ArrayOps):
         return out
 
     def multiply(self, x: Any, parts: Sequence[Part], out: Any) -> None:
-        """x times the transposes of parts of weights, one beside the other. By one thread if x has many rows.
+        """x times the transposes of parts of weights, side by side in `out`. One thread computes it if x has many rows.
 
-        x: [T, n]   out: [T, as many as the parts have rows]
+        x: [T, n]   out: [T, the total number of rows of the parts]
         """
         start = 0
         for part in parts:
@@ -97,12 +97,12 @@ class NativeOps(ArrayOps):
         return linear_by_blocks(x, weight, partial(upcast, dtype=self.dtype), lambda x, w: x @ w.T)
 
     def hold(self, weight: StoredWeight, rows: int) -> None:
-        """Do once what each lane would do for its part of the weight. rows: of the other factor"""
+        """Convert the weight once, before each lane asks for its part. rows: of the other factor"""
         if not self.streams(weight):
             self.matrix(weight)
 
     def streams(self, weight: StoredWeight) -> bool:
-        """Whether a weight is too large to be held, so that parts of it are not to be had by themselves."""
+        """Whether a weight is too large to be held. Parts of such a weight cannot be multiplied separately."""
         return bool(math.prod(weight.shape) * self.dtype.itemsize > self._upcast.limit // STREAMED)
 
     def matrix(self, weight: StoredWeight) -> Any:

@@ -1,1 +1,1 @@
-"""CUDA kernels as text, and what the host must know to launch them. No array library is imported here but NumPy."""
+"""CUDA kernels as text, and the descriptions by which the host launches them. The only array library used is NumPy."""

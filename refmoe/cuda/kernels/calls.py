@@ -1,6 +1,6 @@
 """The kernels as functions of arrays: outputs are allocated here, arguments checked by `Kernel.launch`.
 
-Nothing here knows where the kernels run: `xp` and `module` are CuPy and its RawModule, or NumPy and the CPU runner.
+The kernels run wherever `xp` and `module` put them: CuPy and its RawModule, or NumPy and the CPU runner of the tests.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from typing import Any
 from refmoe.arithmetic.arrays import Array
 from refmoe.cuda.kernels import table
 from refmoe.cuda.kernels.kernel import GetFunction, Kernel, blocks_of
-
-"""An array of NumPy or CuPy."""
 
 
 class Kernels:
@@ -36,10 +34,11 @@ class Kernels:
         return chosen, weights
 
     def sort_pairs(self, chosen: Array, experts: int) -> tuple[Array, Array, Array]:
-        """The pairs in the order of experts, stably.
+        """The (token, slot) pairs sorted stably by expert.
 
-        chosen: int32 [T, k]   returns: order [T k], position [T, k] with order[position[t, j]] = k t + j, and offsets
-        [E + 1], where each expert's pairs begin; all int32
+        chosen: int32 [T, k]
+        returns: order [T k], position [T, k] with order[position[t, j]] = k t + j, and offsets [E + 1], where each
+            expert's pairs begin; all int32
         """
         xp, pairs = self._xp, chosen.reshape(-1)
         starts = xp.empty((experts, max(1, blocks_of(pairs.size, table.PAIRS))), "int32")

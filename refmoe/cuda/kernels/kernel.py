@@ -1,7 +1,7 @@
-"""What a kernel is to the host: a name in a file, its arguments, how it is launched, what it may use.
+"""The host's description of a kernel: a name in a file, its arguments, its launch and its limits.
 
 A launch is checked against that description, so that a wrong dtype, shape or layout is an error in Python and not a
-wrong number from the device. CuPy's RawModule and the CPU runner of the tests are launched alike.
+wrong number from the device. CuPy's RawModule and the CPU runner of the tests are launched in the same way.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 Sizes = Mapping[str, int]
-"""The dimensions that the shapes of a launch's arrays fix, by name."""
+"""The sizes of dimensions by name, as the shapes of a launch's arrays give them."""
 GetFunction = Callable[[str], Callable[..., None]]
 """From a name expression such as ``route<float>`` to a function of (grid, block, arguments): RawModule.get_function."""
 
 C_TYPES = {"float32": "float", "bfloat16": "bfloat16", "float16": "float16"}
-"""What `T` and `W` may stand for, and what each is called in the text."""
+"""The dtypes that `T` and `W` may stand for, and their names in the text."""
 STORED = tuple(C_TYPES)
 WARP = 32
 MOST_BLOCKS = (2**31 - 1, 65535, 65535)
@@ -28,7 +28,7 @@ MOST_BLOCKS = (2**31 - 1, 65535, 65535)
 
 
 def blocks_of(count: int, size: int) -> int:
-    """How many blocks of `size` hold `count`."""
+    """The number of blocks of `size` that hold `count` elements."""
     return -(-count // size)
 
 
@@ -36,8 +36,9 @@ def blocks_of(count: int, size: int) -> int:
 class Kernel:
     """One `__global__` function.
 
-    arguments: in order, what each is: ``"T[tokens, experts]"`` is a C-contiguous array, of the launch's own dtype T (or
-    a fixed one) and that shape; ``"int32"`` a number. A number that is named as a dimension is taken from the shapes.
+    arguments: in order, by name. ``"T[tokens, experts]"`` is a C-contiguous array of that shape and of the launch's
+        dtype T (or of a fixed dtype). ``"int32"`` is a number. A number with the name of a dimension is taken from the
+        shapes.
     """
 
     file: str
@@ -45,9 +46,9 @@ class Kernel:
     arguments: Mapping[str, str]
     block: int
     grid: Callable[[Sizes], tuple[int, ...]]
-    registers: int  # at most so many a thread, on every architecture
-    dtypes: tuple[str, ...] = ()  # what T may be; none: not a template
-    limits: Mapping[str, int] = field(default_factory=dict)  # largest value of a dimension
+    registers: int  # the most registers per thread, on every architecture
+    dtypes: tuple[str, ...] = ()  # the dtypes that T may be; none if the kernel is no template
+    limits: Mapping[str, int] = field(default_factory=dict)  # the largest value of a dimension
 
     @property
     def expressions(self) -> tuple[str, ...]:
@@ -59,9 +60,9 @@ class Kernel:
         return self.name if dtype is None else f"{self.name}<{C_TYPES[dtype]}>"
 
     def launch(self, get_function: GetFunction, **values: Any) -> None:
-        """Check the arguments and launch; nothing happens where the grid is empty.
+        """Check the arguments and launch, unless the grid is empty.
 
-        values: every array, and every number that is not a dimension. Raises ValueError on a bad one.
+        values: every array, and every number that is not a dimension. Raises ValueError for a wrong value.
         """
         dtype, sizes = self._measure(values)
         grid = self.grid(sizes)
@@ -77,7 +78,7 @@ class Kernel:
         get_function(self.expression(dtype))(grid, (self.block,), arguments)
 
     def _measure(self, values: Mapping[str, Any]) -> tuple[str | None, dict[str, int]]:
-        """The dtype T and the dimensions, from the arrays; ValueError where they do not agree."""
+        """The dtype T and the dimensions, from the arrays. Raises ValueError where the arrays do not agree."""
         arrays = {name: parse(kind) for name, kind in self.arguments.items() if "[" in kind}
         needed = set(self.arguments) - {dimension for _, dimensions in arrays.values() for dimension in dimensions}
         wrong = (needed - set(values)) | (set(values) - needed)
@@ -109,7 +110,7 @@ class Kernel:
         return dtype, sizes
 
     def _check_array(self, name: str, array: Any, dtype: str | None, axes: int) -> None:
-        """ValueError unless the array has this dtype, as many axes, and lies in memory as C does."""
+        """Raises ValueError unless the array has this dtype and number of axes and is C-contiguous."""
         if str(array.dtype) != dtype or array.ndim != axes or not array.flags.c_contiguous:
             layout = "" if array.flags.c_contiguous else ", not C-contiguous"
             kind = self.arguments[name].replace("T[", f"{dtype}[")
@@ -124,7 +125,7 @@ def parse(kind: str) -> tuple[str, list[str]]:
 
 
 def evaluate(dimension: str, sizes: Sizes) -> int:
-    """A sum of products of numbers and names, such as ``2*half`` and ``experts+1``."""
+    """The value of a sum of products of numbers and names, such as ``2*half`` and ``experts+1``."""
     return sum(
         prod(int(factor) if factor.isdigit() else sizes[factor] for factor in term.split("*"))
         for term in dimension.split("+")

@@ -1,4 +1,4 @@
-"""The text of the kernels, and how it is compiled."""
+"""The text of the kernels, and the options that it is compiled with."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from refmoe.cuda.kernels.kernel import Kernel
 from refmoe.cuda.kernels.table import KERNELS
 
 OPTIONS = ("--std=c++17", "--fmad=false")
-"""What we pass. Without contraction the arithmetic is the written one, on every device and in the CPU runner."""
+"""Our options. Without contraction, every device and the CPU runner compute the arithmetic as it is written."""
 CUPY_OPTIONS = ("--device-as-default-execution-space", "-ftz=true")
-"""What CuPy 14 adds to them, read in its `compile_using_nvrtc`."""
+"""The options that CuPy 14 adds, from its `compile_using_nvrtc`."""
 PRELUDE = "numbers.cu"
 
 
 @cache
 def text(file: str) -> str:
-    """One file as it is compiled: after the prelude, with line numbers of its own in messages."""
+    """The text that is compiled for one file: the prelude, then the file, with the file's own line numbers."""
     folder = files(__package__)
     return "".join(f'#line 1 "{name}"\n{(folder / name).read_text()}\n' for name in (PRELUDE, file))
 

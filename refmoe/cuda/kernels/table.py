@@ -1,7 +1,7 @@
-"""Every kernel: where it is, its arguments, how it is launched, how many registers it may use.
+"""Every kernel: its file, its arguments, its launch and its limit of registers.
 
-The contracts are in the texts. `tests/cuda` holds this table to them: each kernel is compiled for every
-architecture and run on a CPU.
+The contracts are in the `.cu` files. `tests/cuda` checks this table against them: it compiles each kernel for every
+architecture and runs it on a CPU.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ MOST_EXPERTS = 256
 MOST_SLOTS = WARP
 PAIRS = 256
 PIECE = 8
-"""As in the texts: experts at most, pairs per block of the permutation, elements per thread."""
+"""As in the `.cu` files: the most experts and slots, pairs per block of the permutation, elements per thread."""
 
 
 def _pair_blocks(sizes: Sizes) -> tuple[int, ...]:
