@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,16 @@ import click
 from refmoe.checkpoints.load import checkpoint_digest, load_checkpoint
 from refmoe.checkpoints.size import total_parameters
 from refmoe.checkpoints.write import DTYPE_NAMES, write_checkpoint
-from refmoe.cli.options import GOLDEN, PATH, Input, checkpoint_options, input_options, json_option, progress_bar
+from refmoe.cli.options import (
+    GOLDEN,
+    PATH,
+    Input,
+    checkpoint_options,
+    input_options,
+    json_option,
+    progress_bar,
+    record_of,
+)
 from refmoe.engines.capture import transformers as engine
 from refmoe.errors import InputError
 from refmoe.suite import read_case
@@ -37,6 +47,23 @@ def materialise_command(case_name: str, folder: Path, golden_folder: Path, dtype
     click.echo(f"{folder}: {total_parameters(case.config):,} parameters in {dtype}")
 
 
+@dataclass(frozen=True)
+class Options:
+    """The options of ``refmoe capture``, besides its `Input`."""
+
+    checkpoint: Path | None
+    layout: str | None
+    case_name: str | None
+    golden_folder: Path
+    out: Path
+    taps: str
+    """Shell patterns of taps, separated by commas."""
+    dtype: str
+    attention: str
+    """The attention implementation, ``eager`` or ``sdpa``."""
+    as_json: bool
+
+
 @click.command("capture", short_help="Record a trace from another engine (transformers).")
 @checkpoint_options
 @input_options
@@ -47,40 +74,39 @@ def materialise_command(case_name: str, folder: Path, golden_folder: Path, dtype
 @click.option("--dtype", type=click.Choice(engine.DTYPES), default="float32", show_default=True)
 @click.option("--attention", type=click.Choice(["eager", "sdpa"]), default="eager", show_default=True)
 @json_option
-def capture_command(
-    checkpoint: Path | None, layout: str | None, tokens: Any, prompt: str | None, chat: Path | None, chunk: Any,
-    decode: Any, case_name: str | None, golden_folder: Path, out: Path, taps: str, dtype: str, attention: str,
-    as_json: bool,
-) -> None:  # fmt: skip
-    """Load a checkpoint into transformers' MixtralForCausalLM, run it, and record what passes through its modules.
+def capture_command(**options: Any) -> None:
+    """Load a checkpoint into transformers' MixtralForCausalLM, run it, and record the values that its modules exchange.
 
     \b
     refmoe capture --case walking-skeleton --dtype bfloat16 --out engine.safetensors
     refmoe capture --checkpoint DIR --tokens 1,2,3 --decode 4,5 --out engine.safetensors
     """
-    if (checkpoint is None) == (case_name is None):
+    script = record_of(Input, options)
+    chosen = Options(**options)
+    if (chosen.checkpoint is None) == (chosen.case_name is None):
         raise InputError("exactly one of --checkpoint DIR and --case NAME was expected")
     with tempfile.TemporaryDirectory() as temporary:
-        if case_name is not None:
-            case = read_case(golden_folder / case_name)
+        if chosen.checkpoint is None:
+            assert chosen.case_name is not None
+            case = read_case(chosen.golden_folder / chosen.case_name)
             folder, runs, digest = Path(temporary), case.runs(), None
             write_checkpoint(folder, case.config, case.checkpoint().parameters, "float32")
         else:
-            assert checkpoint is not None
-            loaded = load_checkpoint(checkpoint, layout)
+            loaded = load_checkpoint(chosen.checkpoint, chosen.layout)
             if loaded.layout != "hf":
-                raise InputError(f"{checkpoint}: transformers reads the Hugging Face layout only")
-            runs = plan(Input(tokens, prompt, chat, chunk, decode).calls(checkpoint), loaded.config.vocab)
-            folder, digest = checkpoint, checkpoint_digest(loaded.files)
-        model = engine.load_model(folder, dtype, attention)
+                raise InputError(f"{chosen.checkpoint}: transformers reads the Hugging Face layout only")
+            runs = plan(script.calls(chosen.checkpoint), loaded.config.vocab)
+            folder, digest = chosen.checkpoint, checkpoint_digest(loaded.files)
+        model = engine.load_model(folder, chosen.dtype, chosen.attention)
         with progress_bar("capture", len(runs) * model.config.num_hidden_layers) as advance:
-            recorder = Recorder(taps, advance)
+            recorder = Recorder(chosen.taps, advance)
             engine.capture(model, runs, recorder)
     if not recorder.arrays:
-        raise InputError(f"--taps {taps!r} matches no tap")
-    write_trace(out, engine.header(model, runs, case_name, digest), recorder.arrays)
-    size = out.stat().st_size
-    if as_json:
-        click.echo(json.dumps({"trace": str(out), "bytes": size, "runs": len(runs), "taps": len(recorder.arrays)}))
+        raise InputError(f"--taps {chosen.taps!r} matches no tap")
+    write_trace(chosen.out, engine.header(model, runs, chosen.case_name, digest), recorder.arrays)
+    size = chosen.out.stat().st_size
+    counted = {"runs": len(runs), "taps": len(recorder.arrays)}
+    if chosen.as_json:
+        click.echo(json.dumps({"trace": str(chosen.out), "bytes": size, **counted}))
     else:
-        click.echo(f"{out}: {len(runs)} runs, {len(recorder.arrays)} arrays, {size:,} bytes")
+        click.echo(f"{chosen.out}: {counted['runs']} runs, {counted['taps']} arrays, {size:,} bytes")

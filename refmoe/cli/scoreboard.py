@@ -1,4 +1,4 @@
-"""``refmoe scoreboard``: what the results of several engines say together."""
+"""``refmoe scoreboard``: the results of several engines side by side."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ def scoreboard_command(paths: tuple[Path, ...], html: Path | None, as_json: bool
     refmoe scoreboard results/
     refmoe scoreboard results/*.json --html scoreboard.html
 
-    Each case of an engine at a dtype is conformant, deviates (with the first wrong step and what explains it), is
-    undecidable, not supported (skipped) or crashed (which includes timed out and a broken answer). Exit status 0.
+    Each case of an engine at a dtype has one of five marks. It is conformant, deviates (with the first wrong step and
+    its explanation), is undecidable, is not supported (skipped), or crashed. A time-out and a broken answer count as
+    crashed. Exit status 0.
     """
     board = scoreboard(result_files(paths))
     if html is not None:

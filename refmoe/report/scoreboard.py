@@ -1,4 +1,4 @@
-"""The scoreboard as one HTML page: no network, nothing beside it, readable without script."""
+"""The scoreboard as one HTML page that needs no network and no other file, and can be read without script."""
 
 from __future__ import annotations
 
@@ -28,16 +28,19 @@ MARKS = {
     FAILED: ("bad", "!", "crashed, timed out, or gave a broken answer"),
     NOT_RUN: ("absent", "·", "not run"),
 }
-"""Per kind of outcome its class, its mark and what it means."""
+"""Per kind of outcome its CSS class, its mark and its meaning."""
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A case of an engine at a dtype."""
+    """The mark of a case of an engine at a dtype."""
 
     kind: str
+    """A CSS class."""
     mark: str
+    """One character."""
     words: str
+    """A sentence for a reader who points at it."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Amount:
     """The largest error of a step."""
 
     level: str
+    """A CSS class."""
     text: str
 
 
@@ -72,7 +76,7 @@ def to_html(board: Scoreboard) -> str:
 
 
 def mark(entrant: Entrant, case: str, dtype: str) -> Mark:
-    """The mark of a case, and what a reader who points at it is told."""
+    """The mark of a case."""
     name, character, meaning = MARKS[entrant.kind(case, dtype)]
     outcome = entrant.outcome(case, dtype)
     where = f"{entrant.label}, {case}, {dtype}"
@@ -84,7 +88,7 @@ def mark(entrant: Entrant, case: str, dtype: str) -> Mark:
 
 
 def errors(board: Scoreboard) -> list[tuple[str, list[Amount | None]]]:
-    """Per step, in order of computation, the largest error of each engine at each dtype; None where it was not seen."""
+    """Per step, in order of computation, the largest error of each engine at each dtype. None: not seen."""
     columns = [entrant.worst_errors(dtype) for entrant in board.entrants for dtype in entrant.dtypes]
     seen = {step for column in columns for step in column}
     return [

@@ -1,4 +1,4 @@
-"""Results of conformance and the scoreboard on a terminal."""
+"""The results of an engine, and the scoreboard, on a terminal."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ STYLES = {
     TIMED_OUT: "bold red", BROKEN: "bold red",
 }  # fmt: skip
 MARKS = {CONFORMANT: "✓", DEVIATES: "✕", UNDECIDABLE: "?", UNSUPPORTED: "-", FAILED: "!", NOT_RUN: "·"}
-"""Per kind of outcome a character."""
+"""Per kind of outcome its mark, one character."""
 LISTED = 10
-"""Cases of a group that are named, and lines of a harness's standard error."""
+"""The most cases of a group that are named, and the most lines of standard error that are shown."""
 INDENT = "    "
 
 
 def console_for_reports() -> Console:
-    """A pipe gets whole tables."""
+    """The console for reports. In a pipe it is wide, so that tables do not wrap."""
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console.width = WIDE
@@ -47,7 +47,10 @@ def console_for_reports() -> Console:
 
 
 def print_results(results: Results, failures: Failures, logs: Mapping[tuple[str, str], str]) -> None:
-    """Case by dtype, then what failed.   logs: per case and dtype the end of the harness's standard error"""
+    """Print a table, case by dtype, then the failures.
+
+    logs: per case and dtype the end of the harness's standard error
+    """
     console = console_for_reports()
     engine = results.engine
     options = " ".join(f"{key}={value}" for key, value in engine.options.items())
@@ -87,7 +90,7 @@ def _case_table(results: Results) -> Table:
 
 
 def _print_failures(console: Console, outcomes: Sequence[Outcome], log: str) -> None:
-    """The first of those that are alike, and where the others are.   log: of the first"""
+    """Print the first of some outcomes that are alike, and the places of the others.   log: of the first"""
     outcome, others = outcomes[0], outcomes[1:]
     first = f": first wrong step {'/'.join(outcome.first_wrong)}" if outcome.first_wrong else ""
     _print(console, visible(f"{_place(outcome)}: {outcome.verdict}{first}"), STYLES[outcome.verdict])
@@ -105,7 +108,7 @@ def _print_failures(console: Console, outcomes: Sequence[Outcome], log: str) -> 
 
 
 def _skips(results: Results) -> dict[str, list[Outcome]]:
-    """Per reason, with its issue, what was skipped."""
+    """Per reason, with its issue, the skipped outcomes."""
     found: dict[str, list[Outcome]] = {}
     for each in results.outcomes:
         if each.verdict == SKIPPED:
@@ -136,7 +139,7 @@ def _issue(issue: str | None) -> str:
 
 
 def _print(console: Console, text: str, style: str = "") -> None:
-    """Plain text only: what looks like markup in a name is part of the name."""
+    """Print plain text. Markup in a name is part of the name."""
     console.print(Text(text, style=style), soft_wrap=True)
 
 
@@ -144,7 +147,7 @@ def _print(console: Console, text: str, style: str = "") -> None:
 
 
 def print_scoreboard(board: Scoreboard) -> None:
-    """Counts, engine by dtype; marks, case by engine; deviations; the largest error of each step."""
+    """Print counts by engine and dtype, marks by case and engine, deviations, and the largest error of each step."""
     console = console_for_reports()
     console.print(_counts(board))
     console.print()

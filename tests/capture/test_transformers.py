@@ -1,7 +1,7 @@
-"""The spec against `transformers.MixtralForCausalLM`, an engine that nobody here wrote, tap by tap.
+"""The spec against `transformers.MixtralForCausalLM`, an independent engine, tap by tap.
 
 transformers computes norms, rotary tables, eager softmax and the router's softmax in float32 even in a float64
-model. Left so, it is good to float32's unit roundoff; lifted to float64 here, it must agree to float64's.
+model. Unchanged, it agrees to float32's unit roundoff. With these steps lifted to float64, it must agree to float64's.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _lifted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def both(folder: Path, dtype: str, attention: str = "eager", calls: Any = CALLS, kind: Any = None) -> Any:
-    """The engine's taps and the spec's."""
+    """The taps of the engine and the taps of the spec."""
     from refmoe.engines.capture.transformers import capture, load_model
 
     loaded = load_checkpoint(folder)
@@ -109,7 +109,7 @@ def both(folder: Path, dtype: str, attention: str = "eager", calls: Any = CALLS,
 
 
 def assert_close(found: dict[str, Any], expected: dict[str, Any], bound: float, unseen: set[str]) -> None:
-    """Every tap is there but those named, in every run, and within the bound."""
+    """Every run has every tap except `unseen`, within the bound."""
     missing = {
         key.partition("/")[2].partition("layers.")[2].partition(".")[2] for key in expected.keys() - found.keys()
     }
@@ -133,7 +133,7 @@ def test_agrees_in_float64_to_float64_s_own_error(checkpoint: Path, kind: Any) -
 
 @pytest.mark.usefixtures("_lifted")
 def test_a_cut_cache_and_packed_segments_are_what_the_spec_says(checkpoint: Path) -> None:
-    """A second request over the first one's prefix, and segments of a packed call, each alone."""
+    """A second request on the prefix of the first, and the segments of a packed call, each by itself."""
     calls = [
         ("prefill", 0, [3, 14, 15, 9, 26, 5]), ("decode", 0, [7]), Call("chunk", 0, [9, 32], keep=4),
         Packed([[4, 5, 6], [7, 8]]), Call("decode", 0, [1, 2], keep=5),
@@ -201,7 +201,7 @@ def test_a_mistake_in_the_engine_is_seen_where_it_is(checkpoint: Path, monkeypat
 
 
 def test_hooks_are_gone_after_a_capture(checkpoint: Path) -> None:
-    """The model that was captured is left as it was."""
+    """A capture leaves the model and the library unchanged."""
     from transformers.models.mixtral import modeling_mixtral as m
 
     from refmoe.engines.capture.transformers import capture, load_model
@@ -214,7 +214,7 @@ def test_hooks_are_gone_after_a_capture(checkpoint: Path) -> None:
 
 
 def test_the_table_names_modules_that_exist(checkpoint: Path) -> None:
-    """A renamed module would otherwise be a tap silently lost."""
+    """Otherwise the tap of a renamed module would be lost without an error."""
     from refmoe.engines.capture.transformers import load_model
 
     modules = dict(load_model(checkpoint, "float32").named_modules())

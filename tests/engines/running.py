@@ -1,4 +1,4 @@
-"""What tests of conformance share: harnesses of `tests/engines/harnesses` as commands, and runs of them."""
+"""Shared by the tests of conformance: the harnesses of `tests/engines/harnesses` as commands, and runs of them."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ GOLDEN = Path(__file__).parents[2] / "golden"
 HARNESSES = Path(__file__).parent / "harnesses"
 HONEST = [sys.executable, str(HARNESSES / "honest.py")]
 LIMIT = 60.0
-"""Seconds for a request that must succeed, on a machine that has other things to do."""
+"""Seconds for a request that must succeed, even on a busy machine."""
 
 
 def hostile(name: str, case: str) -> list[str]:
-    """The command of a harness that goes wrong in one case."""
+    """The command of a harness that misbehaves in one case."""
     return [sys.executable, str(HARNESSES / "hostile.py"), name, case]
 
 
 def says(*lines: str, rest: str = "") -> list[str]:
-    """The command of a harness that gives these answers, whatever it is asked, and then runs `rest`."""
+    """The command of a harness that gives these answers to any requests, and then runs the statements in `rest`."""
     script = (
         f"import sys, os, time\nfor line in {list(lines)!r}:\n    sys.stdin.readline()\n    print(line, flush=True)\n"
     )
@@ -40,7 +40,7 @@ def ran(
 ) -> tuple[Results, dict[str, str]]:  # fmt: skip
     """The results of a harness in these cases, and per case the end of its standard error.
 
-    smoke: the case of the smoke test; none is run where it is None.
+    smoke: the case of the smoke test; None: no smoke test.
     """
     logs: dict[str, str] = {}
 

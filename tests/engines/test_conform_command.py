@@ -26,7 +26,7 @@ def _in_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_honest_harness_is_conformant(refmoe: Refmoe, tmp_path: Path) -> None:
-    """Twice, with the same bytes in the file of results."""
+    """Two runs give the same bytes in the file of results."""
     out = tmp_path / "honest.json"
     texts = []
     for _ in range(2):
@@ -140,7 +140,7 @@ def test_a_mistake_is_one_sentence(refmoe: Refmoe, arguments: tuple[str, ...], w
 def test_an_adapter_that_prints_speaks_the_protocol_all_the_same(
     refmoe: Refmoe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One of a user's own; what it has more than was asked for does not matter, what it skips is a skip."""
+    """A user's adapter. Taps beyond the request are ignored, and a skip is a skip."""
     monkeypatch.setenv("PYTHONPATH", ".")
     adapter = ("conform", "--adapter", "tests.engines.harnesses.loud")
     status, out, _ = refmoe(*adapter, "--option", "version=7", *CASES, "--case", "packed")
@@ -163,7 +163,7 @@ def test_a_run_that_skips_everything_is_no_success(refmoe: Refmoe, monkeypatch: 
 def test_the_adapter_runs_in_another_environment(
     refmoe: Refmoe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that has the libraries but not refmoe."""
+    """The environment has the libraries but not refmoe."""
     venv.create(tmp_path / "venv", symlinks=True)
     python = tmp_path / "venv/bin/python"
     (site,) = (tmp_path / "venv/lib").glob("python*/site-packages")

@@ -1,4 +1,4 @@
-"""The two example engines conform, their planted bugs are named, and the guide that is about them is true."""
+"""The two example engines conform, bugs planted in them are named, and the guide about them is true."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 GUIDE = (ROOT / "docs" / "is-my-mixtral-right.md").read_text()
 FIRST, OWN = GUIDE.split("## In Python\n")
-"""The section that runs transformers, and those that run the examples."""
+"""The section that runs transformers, and the sections that run the examples."""
 COMPILER = shutil.which("cc")
 needs_cc = pytest.mark.skipif(COMPILER is None, reason="there is no C compiler, cc")
 
 
 def example(language: str, folder: Path, edit: tuple[str, str] | None = None) -> list[str]:
-    """What follows ``refmoe conform`` for an example built in this folder.   edit: a text of it, and another for it"""
+    """The arguments of ``refmoe conform`` for an example built in this folder.   edit: a text and its replacement"""
     source = (EXAMPLES / f"mixtral.{language}").read_text()
     if edit is not None:
         assert source.count(edit[0]) == 1
@@ -97,7 +97,7 @@ def test_a_planted_bug_is_named(
 
 @needs_cc
 def test_the_c_example_answers_what_it_cannot_do(refmoe: Refmoe, tmp_path: Path) -> None:
-    """Requests that make no sense are answered with an error, and the next is answered as well."""
+    """A senseless request is answered with an error, and the next request is answered as well."""
     assert refmoe("materialise", "one-pair", tmp_path / "model", "--golden", ROOT / "golden")[0] == 0
     good = {"run": "r", "op": "prefill", "sequence": 0, "tokens": [1], "positions": [0], "past": 0}
     run = {"command": "run", "runs": [good], "taps": ["logits"], "out": str(tmp_path / "out")}
@@ -155,6 +155,6 @@ def test_functions_that_the_guide_names_are_in_the_c_example() -> None:
 
 
 def test_the_python_example_runs_where_refmoe_is_not_installed() -> None:
-    """With no more than PROTOCOL.md says that an adapter's environment has."""
+    """PROTOCOL.md promises an adapter's environment no more than NumPy, ml_dtypes and safetensors."""
     script = "import sys; sys.modules['refmoe'] = None; sys.path.insert(0, '.'); import examples.mixtral"
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)

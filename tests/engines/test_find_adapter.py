@@ -1,4 +1,4 @@
-"""An adapter's name: one that ships, a module, a file; and what is said of names that are none of these."""
+"""An adapter's name: a shipped one, a module, a file; and the error for any other name."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ class Adapter:
 """
 
 
-def test_those_that_ship_are_the_modules_with_an_adapter() -> None:
+def test_the_shipped_adapters_are_the_modules_with_a_class_adapter() -> None:
     folder = Path(adapters.__path__[0])
     having = [path.stem for path in folder.glob("*.py") if "\nclass Adapter:" in path.read_text()]
     assert sorted(having) == list(SHIPPED)
 
 
-def test_one_is_found_by_name() -> None:
+def test_an_adapter_is_found_by_name() -> None:
     assert adapter_class("transformers").__module__ == "refmoe.engines.adapters.transformers"
 
 
-def test_one_is_found_by_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_is_found_by_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "by_module").mkdir()
     (tmp_path / "by_module/engine.py").write_text("class Adapter: pass")
     assert adapter_class("by_module.engine").__module__ == "by_module.engine"
 
 
-def test_one_is_found_by_file_as_python_finds_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What lies beside it can be imported."""
+def test_an_adapter_is_found_by_file_as_python_finds_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It can import modules that lie beside it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.delitem(sys.modules, "helper", raising=False)
@@ -84,7 +84,7 @@ def test_the_engines_own_missing_package_is_not_hidden(tmp_path: Path) -> None:
 
 
 def test_the_command_takes_a_file(refmoe: Refmoe, tmp_path: Path) -> None:
-    """It needs no PYTHONPATH. Everything is skipped for want of abilities."""
+    """It needs no PYTHONPATH. Every case is skipped, because the adapter lacks abilities."""
     (tmp_path / "mine.py").write_text(ADAPTER)
     (tmp_path / "helper.py").write_text("NAME = 'beside it'")
     status, out, err = refmoe("conform", "--golden", GOLDEN, "--case", "top-1", "--adapter", tmp_path / "mine.py")

@@ -1,4 +1,4 @@
-"""Harnesses that go wrong: a verdict for that case each time, and never the end of the run."""
+"""Harnesses that misbehave: the case gets a verdict, and the run goes on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.engines.harnesses.hostile import BROKEN, CRASHED, ENDS, HOSTILE, TIME
 from tests.engines.running import LIMIT, hostile, ran, says
 
 SHORT = 8.0
-"""Seconds, where the limit is to be reached."""
+"""Seconds for tests that wait for the limit."""
 
 
 def outcome(results: Results, case: str) -> tuple[str, str]:
@@ -39,7 +39,7 @@ def test_each_is_a_verdict_for_its_case_and_the_next_case_is_judged(name: str) -
 
 
 def test_a_harness_that_hangs_is_killed_with_all_it_started(tmp_path: Path) -> None:
-    """A child that ignores signals and holds the pipes goes with it, and costs no time."""
+    """A child that ignores signals and holds the pipes dies with it, without delay."""
     pid = tmp_path / "pid"
     rest = f"""
 import signal
@@ -63,7 +63,7 @@ os._exit(7)
 
 
 def ended(pid: int) -> bool:
-    """Whether a process is gone, or waits for nobody but its parent."""
+    """Whether a process is gone, or is a zombie that only waits for its parent."""
     for _ in range(100):
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -93,7 +93,7 @@ def test_what_a_crash_leaves_on_standard_error_is_kept() -> None:
 
 
 def test_a_harness_that_does_not_read_does_not_block_us() -> None:
-    """A request longer than a pipe holds."""
+    """The request is longer than a pipe's buffer."""
     process = Process(says(rest="time.sleep(600)"))
     with pytest.raises(HarnessError, match=r"no answer to run within 0\.5 seconds") as raised:
         process.ask({"command": "run", "runs": ["x" * 1_000_000]}, 0.5)
@@ -184,7 +184,7 @@ def test_the_smoke_test_tells_a_broken_harness(name: str) -> None:
 
 
 def test_the_smoke_test_takes_a_hang_for_a_broken_harness() -> None:
-    """In the smallest of models; every case after it would take as long."""
+    """It hangs on the smallest model; every later case would take as long."""
     with pytest.raises(HarnessUnusable, match=r"the harness is broken: .* no answer to run within"):
         ran(hostile("hangs", "*"), "top-1", smoke="window-1", limit=SHORT)
 
@@ -197,7 +197,7 @@ def test_the_smoke_test_leaves_the_engine_to_the_suite(name: str) -> None:
 
 
 def test_started_again_it_must_be_the_same(tmp_path: Path) -> None:
-    """After a crash, a harness that says something else of itself is not the engine that was asked."""
+    """After a crash, a harness that describes itself differently is not the engine under test."""
     script = tmp_path / "changing.py"
     script.write_text(f"""
 import os, sys

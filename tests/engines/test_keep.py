@@ -1,4 +1,4 @@
-"""``refmoe conform --keep``: what an engine returned stays, as traces that the other commands read."""
+"""``refmoe conform --keep``: the arrays of an engine are kept as traces that the other commands read."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_each_is_a_trace_that_can_be_verified(refmoe: Refmoe, tmp_path: Path) ->
 
 @pytest.mark.parametrize(("wrong", "kept"), [("forgets_the_logits", True), ("exits", False), ("skips", False)])
 def test_what_is_no_trace_is_kept_as_it_came(wrong: str, kept: bool, refmoe: Refmoe, tmp_path: Path) -> None:
-    """Where nothing came, what an earlier run left goes away, and so it is with other files of the folder not."""
+    """Without an answer, the file of an earlier run is deleted; other files of the folder stay."""
     for name in ("top-1-float32.safetensors", "notes.txt"):
         (tmp_path / name).write_text("of yesterday")
     refmoe(*CASES, "--dtype", "float32", "--keep", tmp_path, "--", *hostile(wrong, "top-1"))

@@ -1,4 +1,4 @@
-"""llama.cpp: the GGUF file that refmoe writes for it, and what it computes from one, judged by its own profile."""
+"""llama.cpp: the GGUF file that refmoe writes for it, and its taps, judged by its own profile."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CASES = (
     "walking-skeleton", "batch-ragged", "shared-prefix", "packed", "one-shot-chunked-stepwise", "positions-32768",
     "head-dim-free", "square", "top-1", "top-all", "experts-12", "tie-second-third", "attention-underflow", "zero-row",
 )  # fmt: skip
-"""What an adapter can get wrong: sequences, cuts of the cache, shapes of every kind, slots."""
+"""Cases in which an adapter can go wrong: sequences, cuts of the cache, shapes of every kind, slots."""
 
 
 def loaded(case: Case, folder: Path, **options: str) -> llama_cpp.Adapter:
@@ -139,7 +139,7 @@ def test_a_float16_cache_is_not_float32(tmp_path: Path) -> None:
 
 @needs_engine
 def test_flash_attention_sums_values_in_float16(tmp_path: Path) -> None:
-    """llama.cpp's default: that sum is less precise than any profile allows, and is all that is found."""
+    """llama.cpp's default. That sum is less precise than any profile allows, and nothing else is wrong."""
     case = read_case(GOLDEN / "walking-skeleton")
     adapter = loaded(case, tmp_path, cache="float16", flash="on")
     assert "attention.probs" not in adapter.taps
@@ -172,7 +172,7 @@ def test_options_and_builds_that_are_not_known(monkeypatch: pytest.MonkeyPatch) 
 
 @needs_engine
 def test_it_answers_behind_the_protocol(tmp_path: Path) -> None:
-    """What the library prints does not get between the answers."""
+    """The output of the library does not come between the answers."""
     case = read_case(GOLDEN / "walking-skeleton")
     write_checkpoint(tmp_path / "model", case.config, case.checkpoint().parameters, dtype="bfloat16")
     runs = [{**vars(run), "tokens": list(run.tokens), "positions": list(run.positions)} for run in case.runs()]

@@ -1,4 +1,4 @@
-"""mlx-lm on a CPU, judged by its profile; what the profile allows beyond float32 is measured here."""
+"""mlx-lm on a CPU, judged by its profile. Tests measure the errors that the profile allows beyond float32."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CASES = (
     "batch-ragged", "shared-prefix", "packed", "one-shot-chunked-stepwise", "positions-32768", "square", "token-sweep",
     "top-1", "top-all", "experts-12", "tie-second-third", "attention-underflow", "huge-activations", "zero-row",
 )  # fmt: skip
-"""What an adapter can get wrong: sequences, cuts of the cache, shapes of every kind, slots of sorted rows."""
+"""Cases in which an adapter can go wrong: sequences, cuts of the cache, shapes of every kind, slots of sorted rows."""
 
 
 def loaded(case: Case, folder: Path) -> mlx_lm.Adapter:
@@ -101,7 +101,7 @@ def test_only_the_taps_asked_for(tmp_path: Path) -> None:
 @needs_engine
 @pytest.mark.parametrize("name", ["window-decode", "window-chunks", "dyadic-top-4"])
 def test_mlx_lm_does_not_know_the_window(name: str, tmp_path: Path) -> None:
-    """Of a model with a window, only attention is wrong; of the same model without one, nothing."""
+    """With a window in the model, only attention is wrong; without it, nothing."""
     case = read_case(GOLDEN / name)
     adapter = loaded(case, tmp_path)
     arrays = adapter.run(case.runs(), adapter.taps)
@@ -120,7 +120,7 @@ def test_a_head_dim_of_its_own_is_skipped(tmp_path: Path) -> None:
 
 @needs_engine
 def test_rope_and_exp_are_within_the_budgets_of_the_profile() -> None:
-    """rope's frequencies need more than float32's budget, and exp does not."""
+    """The frequencies of rope need more than float32's budget; exp does not."""
     import mlx.core as mx  # type: ignore[import-not-found, unused-ignore]
 
     mx.set_default_device(mx.cpu)
@@ -146,7 +146,7 @@ def test_rope_and_exp_are_within_the_budgets_of_the_profile() -> None:
 
 @needs_engine
 def test_rope_is_made_as_the_profile_says() -> None:
-    """mlx.fast.rope has the bits of: exp, product, cos and sin, in this order."""
+    """mlx.fast.rope has the bits of exp, product, cos and sin in this order."""
     import mlx.core as mx
 
     mx.set_default_device(mx.cpu)

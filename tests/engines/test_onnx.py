@@ -1,4 +1,4 @@
-"""A Mixtral exported to ONNX and run by onnxruntime, judged; its sigmoid in float32 is not what a policy allows."""
+"""A Mixtral exported to ONNX and run by onnxruntime. Its sigmoid in float32 is less precise than policies allow."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ def test_in_float16_it_conforms(name: str, tmp_path: Path) -> None:
 
 @needs_engine
 def test_in_float32_only_what_a_sigmoid_made_is_wrong_and_by_no_more(tmp_path: Path) -> None:
-    """onnxruntime's sigmoid errs by 3 units of 1, however small it is: issues 22557 and 26281 of microsoft/onnxruntime.
+    """onnxruntime's sigmoid errs by 3 units of 1 even where it is small: microsoft/onnxruntime#22557 and #26281.
 
-    With a window, sequences of several lengths, and a cache of each.
+    The case has a window, and sequences of several lengths with a cache each.
     """
     case = read_case(GOLDEN / "window-lengths")
     adapter = loaded(case, tmp_path)
@@ -97,7 +97,7 @@ def test_where_no_gate_is_far_below_0_float32_conforms(name: str, tmp_path: Path
 
 @needs_engine
 def test_a_graph_of_logits_alone_conforms_too(tmp_path: Path) -> None:
-    """Where onnxruntime may fuse all that it can."""
+    """Without taps inside the graph, onnxruntime may fuse everything."""
     case = read_case(GOLDEN / "square")
     adapter = loaded(case, tmp_path, taps="logits")
     assert adapter.taps == ("logits",)

@@ -1,4 +1,4 @@
-"""The protocol: what both sides take and refuse, the schema and the document say alike."""
+"""The protocol: both sides, the schema and the document accept and refuse the same messages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def valid(message: Any, kind: str) -> bool:
 
 
 def changed(message: dict[str, Any], **fields: Any) -> dict[str, Any]:
-    """With these fields; without those that are `...`."""
+    """A message with some fields changed; a field of value `...` is removed."""
     return {key: value for key, value in {**message, **fields}.items() if value is not ...}
 
 
@@ -78,7 +78,7 @@ def test_answers_to_start(fields: dict[str, Any], good: bool) -> None:
     "policies", [{"float32": "no-such-policy"}, {"float64": "float64"}, {"float32": "float32+cache=int3"}]
 )
 def test_a_policy_must_be_one_of_a_dtype_that_it_has(policies: dict[str, str]) -> None:
-    """More than a schema can say."""
+    """A schema cannot express this rule."""
     with pytest.raises(MessageError, match="policies"):
         describe({**honest.DESCRIPTION, "policies": policies})
 
@@ -155,7 +155,7 @@ class Idle:
 
 @pytest.mark.parametrize(("request_", "wrong"), REQUESTS, ids=lambda value: str(value)[:60])
 def test_requests(request_: dict[str, Any], wrong: str | None) -> None:
-    """What `serve` says to a request, and the schema of it."""
+    """The server and the schema agree on each request."""
     server = Server(Idle)
     server.answer(b'{"command": "start", "protocol": "1"}')
     answer = server.answer(json.dumps(request_).encode())
@@ -193,7 +193,7 @@ def test_whatever_an_engine_raises_is_an_answer(error: Exception) -> None:
 
 
 def test_every_example_of_the_document_is_valid() -> None:
-    """Blocks of the document are indented lines; each holds one or several messages."""
+    """A block of the document is indented lines that hold one or several messages."""
     seen = set()
     for block in re.findall(r"\n\n((?:    .*\n)+)", DOCUMENT):
         decoder, text = json.JSONDecoder(), block.strip()

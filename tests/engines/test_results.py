@@ -1,4 +1,4 @@
-"""Results, known failures and the scoreboard: files, and what is made of them."""
+"""Results, known failures and the scoreboard: their files, and the tables made from them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ANOTHER = replace(
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with the results of two engines."""
+    """A folder that holds the results of two engines."""
     write_results(tmp_path / "engine.json", RESULTS)
     write_results(tmp_path / "another.json", ANOTHER)
     return tmp_path
@@ -57,7 +57,7 @@ def test_what_is_written_is_read(folder: Path) -> None:
 
 
 def put(values: dict[str, Any], path: str, value: Any) -> None:
-    """Set a field, or take it away where the value is `...`."""
+    """Set a field; a value of `...` removes it."""
     *parents, name = path.split(".")
     for parent in parents:
         values = values[int(parent)] if parent.isdigit() else values[parent]

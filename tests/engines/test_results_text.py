@@ -1,4 +1,4 @@
-"""Results on a terminal: what fails alike is said once, with what mends it."""
+"""Results on a terminal: failures that are alike are printed once, with the fix."""
 
 from __future__ import annotations
 

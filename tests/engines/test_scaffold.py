@@ -1,4 +1,4 @@
-"""Harnesses to begin with: they run as they are, pass the smoke test's rules, and show how a tap is written."""
+"""Harnesses to begin with: they run unchanged, obey the protocol, and show how a tap is written."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_it_runs_as_it_is_and_skips_every_case(command: list[str], refmoe: Refmo
 
 
 def test_its_example_is_the_embedding(command: list[str], tmp_path: Path) -> None:
-    """Through the protocol by hand, with a path that JSON escapes, and requests that are none in between."""
+    """A conversation by hand, with paths that JSON escapes, and invalid requests in between."""
     case, checkpoint, out = case_named("top-1"), tmp_path / 'mödel "x"', tmp_path / "öut.safetensors"
     parameters = case.checkpoint().parameters
     write_checkpoint(checkpoint, case.config, parameters, "bfloat16")
@@ -98,7 +98,7 @@ def test_nothing_is_written_over(refmoe: Refmoe, tmp_path: Path) -> None:
 
 
 def test_the_line_by_which_it_is_compiled_is_the_same_everywhere(refmoe: Refmoe, tmp_path: Path) -> None:
-    """With what an engine in C needs, and no warning hidden."""
+    """It shows every warning, and links libm, which an engine in C needs."""
     path = tmp_path / "harness.c"
     _, out, _ = refmoe("conform", "--scaffold", "c", path)
     line = compile_line(path)

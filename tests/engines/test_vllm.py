@@ -1,4 +1,4 @@
-"""vLLM's adapter, held to a stand-in: vLLM itself has never been run here.
+"""vLLM's adapter, held to a stand-in, because vLLM itself was never run here.
 
 The stand-in has the modules, names, fused parameters and writes in place of vLLM 0.33.0's
 vllm/model_executor/models/mixtral.py, and float32 arithmetic of its own.
@@ -176,7 +176,7 @@ def fake_mixtral(config: Config, weights: dict[str, np.ndarray[Any, Any]]) -> An
 
 
 class FakeLLM:
-    """What the adapter uses of `vllm.LLM`."""
+    """The part of `vllm.LLM` that the adapter uses."""
 
     def __init__(self, model: str, dtype: str, **options: Any) -> None:
         loaded = load_checkpoint(Path(model))
@@ -215,7 +215,7 @@ def adapter(monkeypatch: pytest.MonkeyPatch) -> vllm.Adapter:
 
 @pytest.mark.parametrize("name", ["mini-8x7b", "batch-ragged", "head-dim-free", "dims-distinct", "top-3"])
 def test_every_tap_that_is_promised_is_what_its_name_says(name: str, adapter: vllm.Adapter, tmp_path: Path) -> None:
-    """Values of the stand-in under the adapter's names are conformant; a wrong name or split would not be."""
+    """The stand-in's values are conformant under the adapter's names; a wrong name or split would fail."""
     case = read_case(GOLDEN / name)
     write_checkpoint(tmp_path / "model", case.config, case.checkpoint().parameters, dtype="float32")
     adapter.load(tmp_path / "model", "float32")

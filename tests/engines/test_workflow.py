@@ -1,4 +1,4 @@
-"""``refmoe conform --write-ci``: a workflow that runs as it is written, and today's failures beside it."""
+"""``refmoe conform --write-ci``: a workflow that runs unchanged, and a list of today's failures beside it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _in_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_it_takes_refmoe_from_the_repository_that_was_named(source: str, lines: list[str], tmp_path: Path) -> None:
-    """And nothing in it waits to be filled in, but for the engine itself."""
+    """Only the installation of the engine is left for the user to fill in."""
     write_workflow(tmp_path / "ci.yml", source, ["--timeout", "9"], ["./x"], None)
     text = (tmp_path / "ci.yml").read_text()
     step = text.partition("uses: actions/checkout@v4\n        with:\n")[2].partition("      - uses")[0]
@@ -54,7 +54,7 @@ def test_todays_failures_are_known_to_the_workflow(refmoe: Refmoe, tmp_path: Pat
 
 
 def test_a_workflow_holds_whatever_an_argument_is(refmoe: Refmoe, tmp_path: Path) -> None:
-    """Quotes for the shell, for YAML, and braces that GitHub would replace."""
+    """The argument has quotes of the shell and of YAML, and braces that GitHub would evaluate."""
     workflow = tmp_path / "ci.yml"
     command = [*HONEST, 'it\'s "${{ secrets.X }}": # é\n']
     refmoe("conform", "--case", "top-1", *FLOAT32, "--write-ci", workflow, *FROM, "--", *command)

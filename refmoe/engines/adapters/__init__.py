@@ -1,4 +1,4 @@
-"""Adapters of real engines: one module each, with a class `Adapter` as `refmoe.engines.adapter` describes it."""
+"""Adapters of real engines: one module each, with a class that implements `refmoe.engines.adapter.Adapter`."""
 
 SHIPPED = ("llama_cpp", "mlx_lm", "onnx", "transformers", "vllm")
-"""Their names, as `refmoe conform --adapter` takes them."""
+"""The names of the adapters, for `refmoe conform --adapter`."""

@@ -1,4 +1,4 @@
-"""llama.cpp on a CPU, every tensor of its graph seen by its evaluation callback."""
+"""llama.cpp on a CPU. Its evaluation callback shows every tensor of its graph."""
 
 from __future__ import annotations
 
@@ -48,18 +48,19 @@ NAMES = {
     ("result_norm", "MUL"): "final_norm",
     ("result_output", "MUL_MAT"): "logits",
 }
-"""A tensor's name without its layer, and the operation that made it, to the tap. One name has several tensors.
+"""The tap of a tensor, by its name without layer and the operation that made it. Several tensors share a name.
 
-Not among them: attention.scores. Softmax scales the products of queries and keys, and only they are a tensor.
+The table lacks attention.scores. llama.cpp has a tensor of the unscaled products only, because softmax scales them.
 """
 
 TURNED = ("attention.q", "attention.k", "attention.q_rope", "attention.k_rope")
+"""Taps whose rotary pairs are interleaved in llama.cpp."""
 
 ISSUE = "https://github.com/ggml-org/llama.cpp/issues/3377"
-"""llama : support sliding window attention"""
+"""The issue "llama : support sliding window attention"."""
 
 PAD = 256
-"""llama.cpp gives each sequence a multiple of so many cells of cache."""
+"""llama.cpp gives each sequence a multiple of this number of cache cells."""
 
 
 class Adapter:
@@ -78,27 +79,30 @@ class Adapter:
         self.options |= {"n_threads_batch": int(threads), "flash_attn_type": native.FLASH[flash]}
         unseen = ("attention.scores", "attention.probs") if flash == "on" else ("attention.scores",)
         self.taps = tuple(tap for tap in TAPS if tap not in unseen)
-        # flash attention converts keys and values of a float32 cache to float16 before it reads them
+        # flash attention rounds keys and values of a float32 cache to float16 before it reads them
         rounded = cache == "float16" or flash == "on"
         self.policies = {"float32": "llama.cpp-float32" + ("-cache-float16" if rounded else "")}
         self.model: Any = None
 
     def load(self, checkpoint: Path, dtype: str) -> None:
-        """dtype: "float32"."""
+        """Load the checkpoint through a temporary GGUF file. Raises RuntimeError when llama.cpp does not load it.
+
+        dtype: "float32".
+        """
         loaded = load_checkpoint(checkpoint)
         self.config = loaded.config
         self.library.llama_model_free(self.model)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.gguf"
             write_gguf(path, loaded.config, loaded.parameters)
-            # the file is mapped into memory: its name may go
+            # the file is mapped into memory, so its name may be deleted
             defaults = self.library.llama_model_default_params()
             self.model = self.library.llama_model_load_from_file(bytes(path), defaults)
         if not self.model:
             raise RuntimeError("llama.cpp does not load the model; what it says is on standard error")
 
     def run(self, runs: Sequence[Run], taps: Collection[str]) -> Arrays:
-        """Each run as one batch in which every token has logits."""
+        """Run each call as one batch with logits of every token. Raises Skipped where a window would hide tokens."""
         window, longest = self.config.window, max(run.past + len(run.tokens) for run in runs)
         if window is not None and longest > window:
             raise Skipped(f"llama.cpp runs Mixtral as a llama, which has no window; this model's is {window}", ISSUE)
@@ -110,7 +114,7 @@ class Adapter:
             wanted = tap in taps and tensor[0].type in native.DTYPES
             if wanted and not ask:
                 seen[f"layers.{layer}.{tap}" if layer else f"{tap}"] = native.to_numpy(tensor[0])
-            return wanted or not ask  # asked, whether to come back with the value; else, whether to go on
+            return wanted or not ask  # asked: whether the value is wanted; otherwise: whether to continue
 
         callback, sequences = native.EvalCallback(watch), sorted({run.sequence for run in runs})
         cells = -(-longest // PAD) * PAD
@@ -129,9 +133,10 @@ class Adapter:
 
 
 def shaped(tap: str, array: np.ndarray[Any, Any], config: Config, run: Run) -> np.ndarray[Any, Any]:
-    """A tensor as a tap, queries and keys in half-split order: ROPE-3.
+    """A tensor in the shape of its tap; queries and keys in half-split order, as ROPE-3 wants them.
 
-    array: the tap's axes with axes of 1 around them, heads joined or not; of probabilities [1, H, T, cells].
+    array: the tap's axes with axes of 1 around them, heads joined or not; for probabilities [1, H, T, cells].
+    Raises RuntimeError when probabilities reach empty cells of the cache.
     """
     step, cached = step_of(tap), run.past + len(run.tokens)
     if step == "attention.probs":

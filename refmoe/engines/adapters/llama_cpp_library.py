@@ -1,8 +1,8 @@
-"""llama.cpp's C interface, as far as the adapter needs it, out of the library that the wheel xllamacpp brings.
+"""The part of llama.cpp's C interface that the adapter needs, from the shared library in the wheel xllamacpp.
 
-The wheel's own Python names offer neither tokens in, nor tensors out: it is a server. Its one shared library however
-exports all of llama.h and ggml.h. Two structs of llama.h go by value and differ from one build to the next, so
-`load_library` looks at the defaults that the library gives before it trusts a field.
+The wheel's Python interface is a server: it neither takes tokens nor gives tensors. Its shared library exports all of
+llama.h and ggml.h. Two structs of llama.h are passed by value and differ from build to build. So `load_library` first
+compares the library's defaults with those expected.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ FLASH = {"off": 0, "on": 1}
 TYPES = {"float32": 0, "float16": 1}
 """GGML_TYPE_F32 and GGML_TYPE_F16."""
 DTYPES = {0: np.float32, 1: np.float16, 26: np.int32}
-"""Of the values of ggml_type."""
+"""The NumPy dtypes of some values of ggml_type."""
 LOUD = (3, 4)
 """GGML_LOG_LEVEL_WARN and _ERROR."""
 
 RESERVE = 256
-"""Bytes after a struct that is given by value, so that a build whose struct is longer writes into nothing else."""
+"""Bytes after a struct that is passed by value. A build whose struct is longer writes into them."""
 
 
 class ModelParams(c.Structure):
-    """llama_model_params, only ever the defaults."""
+    """llama_model_params. Its fields keep their defaults."""
 
     _fields_ = [("fields", c.c_char * 80), ("reserve", c.c_char * RESERVE)]
 
 
 class ContextParams(c.Structure):
-    """llama_context_params as in xllamacpp 2026.10.11549; `rest` is what the adapter leaves alone."""
+    """llama_context_params as in xllamacpp 2026.10.11549. The adapter does not use the fields in `rest`."""
 
     _fields_ = [
         *((name, c.c_uint32) for name in ("n_ctx", "n_batch", "n_ubatch", "n_seq_max", "n_rs_seq")),
@@ -64,7 +64,7 @@ DEFAULTS = {
     "yarn_ext_factor": -1.0, "yarn_attn_factor": -1.0, "yarn_beta_fast": -1.0, "yarn_beta_slow": -1.0,
     "yarn_orig_ctx": 0, "defrag_thold": -1.0, "cb_eval": None, "cb_eval_user_data": None, "type_k": 1, "type_v": 1,
 }  # fmt: skip
-"""What llama_context_default_params of that version returns."""
+"""The fields that llama_context_default_params of xllamacpp 2026.10.11549 returns."""
 
 
 class Batch(c.Structure):
@@ -101,7 +101,7 @@ class Tensor(c.Structure):
 
 
 EvalCallback = c.CFUNCTYPE(c.c_bool, c.POINTER(Tensor), c.c_bool, c.c_void_p)
-"""Called twice for each tensor: first, whether its value is wanted, and after it has been computed."""
+"""Called twice for each tensor: before, to ask whether its value is wanted, and after it was computed."""
 LogCallback = c.CFUNCTYPE(None, c.c_int32, c.c_char_p, c.c_void_p)
 
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
@@ -120,14 +120,14 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_memory_seq_rm": (c.c_bool, [c.c_void_p, c.c_int32, c.c_int32, c.c_int32]),
     "ggml_op_desc": (c.c_char_p, [c.POINTER(Tensor)]),
 }
-"""Functions: what each returns and takes."""
+"""Per function its result and its arguments."""
 
 
 def load_library(log: Callable[[str], object]) -> Any:
-    """The wheel's library with its functions declared and ready to load models.
+    """The wheel's library, ready to load models.
 
-    log: called with warnings and errors, each with its end of line.
-    Raises InputError when the package is not installed, RuntimeError when its structs are not those above.
+    log: called with each warning or error, end of line included.
+    Raises InputError when the package is not installed, RuntimeError when its structs differ from those above.
     """
     module = require(f"{PACKAGE}.{PACKAGE}", "llama-cpp", "the adapter llama_cpp")
     library: Any = c.CDLL(module.__file__)
@@ -153,9 +153,9 @@ def load_library(log: Callable[[str], object]) -> Any:
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """A copy of a tensor's values in memory, the axes in NumPy's order: ggml counts from the fastest.
+    """A copy of a tensor's values. The axes are in NumPy's order; ggml numbers them from the fastest.
 
-    Raises KeyError for a type that is not a number of its own.
+    Raises KeyError for a type outside `DTYPES`, such as a quantised one.
     """
     dtype = np.dtype(DTYPES[tensor.type])
     shape, strides = tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1]
@@ -167,7 +167,7 @@ def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
 def new_context(library: Any, model: int, callback: Any, options: dict[str, int]) -> int:
     """A context with empty caches. Raises RuntimeError when llama.cpp does not make one.
 
-    callback: an `EvalCallback`, which must live as long as the context.   options: fields of `ContextParams`.
+    callback: an `EvalCallback`; the caller keeps it alive as long as the context.   options: fields of `ContextParams`.
     """
     params = library.llama_context_default_params()
     for name, value in options.items():
@@ -180,9 +180,9 @@ def new_context(library: Any, model: int, callback: Any, options: dict[str, int]
 
 
 def decode(library: Any, context: int, run: Run, sequence: int) -> None:
-    """Run new tokens of a sequence, with logits of each; first cut its cache where it reaches too far.
+    """Cut the cache of a sequence to the first new position, then run the new tokens, with logits of each.
 
-    sequence: its number in the context.   Raises RuntimeError when llama.cpp does not do it.
+    sequence: its number in the context.   Raises RuntimeError when llama.cpp returns an error.
     """
     library.llama_memory_seq_rm(library.llama_get_memory(context), sequence, run.positions[0], -1)
     batch = library.llama_batch_init(len(run.tokens), 0, 1)

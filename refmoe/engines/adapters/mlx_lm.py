@@ -1,8 +1,8 @@
-"""mlx-lm's Mixtral on a CPU: its modules tell what goes in and what comes out.
+"""mlx-lm's Mixtral on a CPU. Its modules are wrapped, so that inputs and outputs are recorded.
 
-Not seen: scores and probabilities, which stay inside `mx.fast.scaled_dot_product_attention`. mlx-lm rotates by the
-number of tokens in the cache; for a case that starts elsewhere, the start is added to that number. A window
-(`sliding_window`) in the configuration is not read: mlx-lm attends to everything, without a word.
+Scores and probabilities stay inside `mx.fast.scaled_dot_product_attention` and are not seen. mlx-lm rotates by the
+number of tokens in the cache; for a case that starts at a later position, the adapter adds that position. mlx-lm
+ignores a window (`sliding_window`) in the configuration and attends to all tokens.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Adapter:
         self.version = f"{version('mlx-lm')} (mlx {version('mlx')})"
 
     def load(self, checkpoint: Path, dtype: str) -> None:
+        """Load the checkpoint and watch its modules. Raises Skipped for a head_dim that mlx-lm cannot read."""
         config = json.loads((checkpoint / "config.json").read_text())
         derived = config["hidden_size"] // config["num_attention_heads"]
         if config["head_dim"] != derived:
@@ -51,6 +52,7 @@ class Adapter:
             self.watch.add(name, module)
 
     def run(self, runs: Sequence[Run], taps: Collection[str]) -> Arrays:
+        """Run each call with the cache of its sequence. Raises Skipped for positions that are not consecutive."""
         caching: Any = require("mlx_lm.models.cache", *EXTRA)
         caches: dict[int, Any] = {}
         self.watch.begin(taps)

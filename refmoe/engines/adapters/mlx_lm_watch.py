@@ -1,4 +1,4 @@
-"""What passes through mlx-lm's Mixtral, recorded by modules that tell what goes in and what comes out."""
+"""Record the inputs and outputs of the modules of mlx-lm's Mixtral."""
 
 from __future__ import annotations
 
@@ -37,33 +37,35 @@ NAMES = {
     "model.norm:out": "final_norm",
     "lm_head:out": "logits",
 }
-"""mlx_lm/models/mixtral.py, `Model`: module to tap, as in `refmoe.engines.capture.names`. in1 is argument 1."""
+"""Names of mlx_lm/models/mixtral.py, `Model`, to taps, as in `refmoe.engines.capture.names`. in1 is argument 1."""
 
 HEADED = ("attention.q", "attention.k", "attention.v", "attention.context")
+"""Taps [T, heads, d] that mlx-lm holds as [T, heads d]."""
 
 
 class Watch:
-    """Records what passes through the modules of a model."""
+    """Records the taps of a model while it runs."""
 
     def __init__(self, head_dim: int) -> None:
+        """head_dim: d of the model."""
         self.head_dim = head_dim
         self.start = 0
         """The position of a sequence's first token."""
         self.layer = ""
-        """The prefix of the taps of the layer that runs."""
+        """The prefix of the taps of the layer that runs now."""
         self.sorted: Any = None
-        """Where each slot's row is among those that `SwitchGLU` has sorted by expert."""
+        """Per slot the index of its row among the rows that `SwitchGLU` has sorted by expert."""
         self.chosen: tuple[int, ...] = ()
         """The shape of the choice of experts, [T, k]."""
         self.begin(())
 
     def begin(self, taps: Collection[str]) -> None:
-        """Forget what was recorded. taps: names without layer"""
+        """Start a new recording.   taps: names without layer"""
         self.recorder, self.wanted = Recorder(), frozenset(taps)
         self.rotated = cycle(("q_rope", "k_rope"))
 
     def add(self, name: str, module: Any) -> None:
-        """Watch a module. Its class is replaced, because Python looks a call up in the class."""
+        """Watch a module. Its class is replaced, because Python looks up ``__call__`` in the class."""
         kind, around = type(module), self._rotate if name.endswith(".rope") else self._around
 
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -73,7 +75,7 @@ class Watch:
 
     @contextmanager
     def functions(self) -> Iterator[None]:
-        """While the context lasts, two functions that are no modules tell too."""
+        """While the context lasts, two functions are watched too: softmax and the sorting of rows by expert."""
         mx: Any = require("mlx.core", "mlx", "running mlx-lm")
         switch: Any = require("mlx_lm.models.switch_layers", "mlx", "running mlx-lm")
         softmax, gather_sort = mx.softmax, switch._gather_sort
@@ -92,6 +94,7 @@ class Watch:
             yield
 
     def _around(self, name: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a module and record its arguments and its result."""
         if name.startswith("model.layers."):
             self.layer = f"layers.{name.split('.')[2]}."
         is_sorted = kwargs.get("sorted_indices", False)
@@ -102,13 +105,16 @@ class Watch:
         return made
 
     def _rotate(self, _name: str, call: Callable[..., Any], x: Any, offset: int) -> Any:
-        """In each layer queries come first, then keys. x: [1, heads, T, d]"""
+        """Record rotated queries and keys; in each layer queries come first.   x: [1, heads, T, d]"""
         made = call(x, offset=self.start + offset)
         self._record(f"{self.layer}attention.{next(self.rotated)}", made.transpose(0, 2, 1, 3))
         return made
 
     def _record(self, tap: str | None, value: Any, is_sorted: bool = False) -> None:
-        """Record a tap in its own shape. value: [1, ...], or a row for each slot; is_sorted: rows are, by expert"""
+        """Record a tap in its own shape.
+
+        value: [1, ...], or a row for each slot.   is_sorted: whether the rows are sorted by expert.
+        """
         if tap is None:
             return
         array = np.array(value)

@@ -1,7 +1,7 @@
 """transformers' Mixtral, exported to ONNX and run by onnxruntime on a CPU.
 
-Taps are outputs of the graph: onnxruntime fuses no operations across one. With the option taps=logits it may fuse all
-that it can. Not seen: scores, which transformers gives to nobody.
+Taps are outputs of the graph, and onnxruntime does not fuse operations across an output. With the option taps=logits it
+may fuse everything. Scores are not seen, because no module of transformers returns them.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Adapter:
         self.version = f"{version('onnxruntime')} (torch {version('torch')}, transformers {version('transformers')})"
 
     def load(self, checkpoint: Path, dtype: str) -> None:
+        """Export the checkpoint to ONNX and start a session of one thread."""
         options = self.ort.SessionOptions()
         options.graph_optimization_level = self.optimise
         options.intra_op_num_threads = 1
@@ -55,6 +56,7 @@ class Adapter:
         self.dtype = np.dtype(dtype)
 
     def run(self, runs: Sequence[Run], taps: Collection[str]) -> Arrays:
+        """Run each call with the cache of its sequence, cut to `past` tokens."""
         count, kv_heads, head_dim = self.graph.cache
         empty = [np.zeros((1, kv_heads, 0, head_dim), self.dtype)] * count
         inputs = [value.name for value in self.session.get_inputs()]

@@ -1,7 +1,7 @@
 """transformers' Mixtral as an ONNX graph whose outputs are the taps and the new cache.
 
-Exported by `torch.onnx.export(dynamo=True)` with experts as one batched product of gathered weights ("batched_mm"):
-`torch.export` refuses the loop over those experts that are hit, which depends on data.
+`torch.onnx.export(dynamo=True)` writes it, with experts as one batched product of gathered weights ("batched_mm").
+`torch.export` refuses the usual loop over the chosen experts, because that loop depends on data.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ Record = Callable[[str, Any], None]
 
 
 class Graph(NamedTuple):
-    """What a graph makes, beside its file. Its inputs: tokens [1, T], positions [1, T], the cache."""
+    """The outputs of an exported graph. Its inputs are tokens [1, T], positions [1, T] and the cache."""
 
     taps: tuple[str, ...]
-    """The first outputs; those after them are the cache with the new tokens."""
+    """The first outputs. The outputs after them are the cache with the new tokens."""
     cache: tuple[int, int, int]
-    """How many tensors it is, keys and values of each layer in turn, and K and d: each is [1, K, S, d]."""
+    """The number of tensors of the cache, then K and d. Keys and values of each layer alternate, each [1, K, S, d]."""
 
 
 def export(checkpoint: Path, dtype: str, wanted: Collection[str], path: Path) -> Graph:
-    """Write a graph for any number of new and of cached tokens. wanted: taps without layer"""
+    """Write a graph for any number of new and of cached tokens.   wanted: taps without layer"""
     torch: Any = require("torch", "onnx", "exporting to ONNX")
     require("onnxscript", "onnx", "exporting to ONNX")
     model = load_model(checkpoint, dtype)
     model.set_experts_implementation("batched_mm")
     config = model.config
     taps: list[str] = []
-    # no size of the example is 0 or 1, which are taken for constants, and no tensor is there twice, which becomes one
+    # torch takes sizes 0 and 1 for constants, and merges two inputs that are one tensor: the example avoids both
     tokens, any_size = torch.tensor([[1, 2, 3]]), torch.export.Dim.DYNAMIC
     sizes = (1, config.num_key_value_heads, 4, config.head_dim)
     past = [torch.zeros(sizes, dtype=model.dtype) for _ in range(2 * config.num_hidden_layers)]
@@ -53,7 +53,7 @@ def export(checkpoint: Path, dtype: str, wanted: Collection[str], path: Path) ->
 
 
 def with_taps(model: Any, wanted: Collection[str], taps: list[str]) -> Any:
-    """A module of tokens, positions and cache that gives the taps, whose names go to `taps`, and the new cache."""
+    """A module from tokens, positions and cache to taps and new cache. It writes the names of the taps to `taps`."""
     torch: Any = require("torch", "onnx", "exporting to ONNX")
     transformers: Any = require("transformers", "onnx", "exporting to ONNX")
 
@@ -82,7 +82,7 @@ def with_taps(model: Any, wanted: Collection[str], taps: list[str]) -> Any:
 
 @contextmanager
 def watched(model: Any, record: Record) -> Iterator[None]:
-    """While the context lasts, what hooks and two functions see is recorded, as tensors of the graph in the making."""
+    """While the context lasts, hooks and two wrapped functions record taps, as tensors of the graph being exported."""
     moe: Any = require("transformers.integrations.moe", "onnx", "exporting to ONNX")
     modeling: Any = require("transformers.models.mixtral.modeling_mixtral", "onnx", "exporting to ONNX")
     rotate, linear, k = modeling.apply_rotary_pos_emb, moe._batched_linear, model.config.num_experts_per_tok
@@ -95,7 +95,7 @@ def watched(model: Any, record: Record) -> Iterator[None]:
         return made
 
     def batched(x: Any, *args: Any, **kwargs: Any) -> Any:
-        """Two products in each layer, of rows in the order of slots. x: [T k, n]"""
+        """Record one of the two products of a layer. Rows are in the order of slots.   x: [T k, n]"""
         made, (i, second) = linear(x, *args, **kwargs), divmod(next(products), 2)
         gate, up = made.chunk(2, dim=-1)
         for name, rows in ({"hidden": x, "output": made} if second else {"gate": gate, "up": up}).items():

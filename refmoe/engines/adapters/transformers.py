@@ -1,7 +1,7 @@
 """transformers' own Mixtral, watched by forward hooks.
 
-Options: `attention`, ``eager`` (the default) or ``sdpa``; `threads`, of torch, 1 where not given, since sums over
-another number of threads have other bits.
+Options: `attention`, ``eager`` (the default) or ``sdpa``; `threads` of torch, by default 1, because sums over another
+number of threads have other bits.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from refmoe.errors import InputError, require
 from refmoe.traces.trace import Recorder, Run
 
 NEVER_SEEN = ("attention.scores",)
-"""No module's value."""
+"""No module returns them."""
 UNSEEN = {"eager": NEVER_SEEN, "sdpa": (*NEVER_SEEN, "attention.probs")}
-"""Per attention implementation the taps that no hook sees: one that is fused has no probabilities."""
+"""Per attention implementation the taps that no hook sees. A fused one has no probabilities."""
 
 
 class Adapter:
@@ -32,7 +32,7 @@ class Adapter:
     policies = MappingProxyType({dtype: f"hf-{dtype}" for dtype in DTYPES})
 
     def __init__(self, attention: str = "eager", threads: str = "1") -> None:
-        """Raises InputError for an option's value that is not one of those expected."""
+        """Raises InputError for an invalid option, or when torch or transformers is missing."""
         if attention not in UNSEEN:
             raise InputError(f"option attention is '{attention}', but one of {', '.join(UNSEEN)} was expected")
         if not threads.isdecimal() or int(threads) < 1:
@@ -45,9 +45,11 @@ class Adapter:
         self.model: Any = None
 
     def load(self, checkpoint: Path, dtype: str) -> None:
+        """Load a checkpoint of the Hugging Face layout."""
         self.model = engine.load_model(checkpoint, dtype, self.attention)
 
     def run(self, runs: Sequence[Run], taps: Collection[str]) -> Arrays:
+        """Capture all runs, every tap that the hooks see."""
         recorder = Recorder()
         engine.capture(self.model, runs, recorder)
         return recorder.arrays

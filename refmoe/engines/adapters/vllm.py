@@ -1,10 +1,12 @@
 """vLLM's Mixtral, watched by forward hooks in the engine's own process.
 
-Never run against the package. It is written from the source of vLLM 0.33.0, with what is public there: `LLM`,
-`LLM.apply_model`, and `trace_decode_token_ids` of `SamplingParams`, which says what a decode is fed. Tests hold it to
-a model of the same modules. Not seen: scores and probabilities, inside the attention kernel; gate, up, hidden and
-output of each expert, inside the fused kernel of `w13_weight` and `w2_weight`. Logits are the engine's own
-`compute_logits`, which it calls for the last token alone, called for all.
+This adapter never ran against the package. It is written from the source of vLLM 0.33.0 and uses its public names:
+`LLM`, `LLM.apply_model`, and `trace_decode_token_ids` of `SamplingParams`, the tokens that decodes are fed. Tests hold
+it to a stand-in with the same modules.
+
+Scores and probabilities stay inside the attention kernel and are not seen. Gate, up, hidden and output of each expert
+stay inside the fused kernel of `w13_weight` and `w2_weight`. The engine calls its `compute_logits` for the last token
+alone; the adapter calls it for all tokens.
 """
 
 from __future__ import annotations
@@ -29,12 +31,15 @@ NAMES = {
     "model.layers.{i}.self_attn.attn:out0": "attention.context",
     "model.layers.{i}.self_attn.o_proj:out0": "attention.output",
     "model.layers.{i}.post_attention_layernorm:out0": "moe_norm",
-    "model.layers.{i}.post_attention_layernorm:out1": "attention_residual",  # a norm adds first, and gives both
+    "model.layers.{i}.post_attention_layernorm:out1": "attention_residual",  # a norm first adds, and returns both
     "model.layers.{i}.block_sparse_moe.gate:out0": "router.logits",
     "model.layers.{i}.block_sparse_moe:out0": "moe.output",
     "model.norm:out0": "final_norm",
 }
-"""vllm/model_executor/models/mixtral.py: module to tap, as in `refmoe.engines.capture.names`. `watch` has the rest."""
+"""Names of vllm/model_executor/models/mixtral.py to taps, as in `refmoe.engines.capture.names`.
+
+`watch` records the other taps.
+"""
 
 UNSEEN = ("attention.scores", "attention.probs", "expert.gate", "expert.up", "expert.hidden", "expert.output")
 
@@ -42,7 +47,7 @@ Record = Callable[[str, Any], None]
 
 
 class Adapter:
-    """Options: moe=triton (`moe_backend`; one that chooses the experts in its kernel will not do), memory=0.3 (GPU)."""
+    """Options: moe=triton (a `moe_backend` that chooses experts outside its kernel), memory=0.3 (of the GPU's)."""
 
     name = "vllm"
     dtypes = ("bfloat16", "float16", "float32")
@@ -51,7 +56,7 @@ class Adapter:
     policies: MappingProxyType[str, str] = MappingProxyType({})
 
     def __init__(self, moe: str = "triton", memory: str = "0.3") -> None:
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # hooks are closures, which do not travel to another process
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # hooks are closures, and cannot be sent to another process
         self.vllm: Any = require("vllm", "vllm", "the adapter of vLLM")
         self.version: str = self.vllm.__version__
         self.options = {"moe_backend": moe, "gpu_memory_utilization": float(memory)}
@@ -59,6 +64,7 @@ class Adapter:
         self.steps: list[Arrays] = []
 
     def load(self, checkpoint: Path, dtype: str) -> None:
+        """Build an `LLM` without graphs, chunked prefill and prefix cache, and hook its model."""
         if self.llm is not None:
             self.llm = None
             require("vllm.distributed", "vllm", "the adapter of vLLM").cleanup_dist_env_and_memory()
@@ -69,6 +75,10 @@ class Adapter:
         self.llm.apply_model(lambda model: watch(model, self._record))
 
     def run(self, runs: Sequence[Run], taps: Collection[str]) -> Arrays:
+        """Make one request of each sequence: a prefill, then decodes of given tokens.
+
+        Raises Skipped for runs that no request can make, RuntimeError when the engine makes other steps.
+        """
         arrays: Arrays = {}
         for sequence in dict.fromkeys(run.sequence for run in runs):
             request = [run for run in runs if run.sequence == sequence]
@@ -92,7 +102,7 @@ class Adapter:
 
 
 def refuse_what_no_request_does(request: Sequence[Run]) -> None:
-    """Raises Skipped unless the runs of a sequence are a prefill at position 0 and decodes, one after another."""
+    """Raises Skipped unless the runs of a sequence are a prefill at position 0 and then decodes."""
     seen = 0
     for run in request:
         if run.past != seen or run.positions[0] != seen:
@@ -101,9 +111,12 @@ def refuse_what_no_request_does(request: Sequence[Run]) -> None:
 
 
 def watch(model: Any, record: Record) -> None:
-    """Hook a `MixtralForCausalLM`; each value is recorded when it is made, because later kernels write over it."""
+    """Hook a `MixtralForCausalLM`.
+
+    record: called with a tap and its value as soon as it is made, because later kernels overwrite it.
+    """
     layers, attention = model.model.layers, model.model.layers[0].self_attn
-    layer = [""]  # the prefix of the taps of the layer that runs
+    layer = [""]  # the prefix of the taps of the layer that runs now
 
     def headed(tap: str, value: Any) -> None:
         """value: [T, heads d]"""
@@ -124,7 +137,7 @@ def watch(model: Any, record: Record) -> None:
             record(f"layers.{i - 1}.residual", out[1])
 
     def projected(_module: Any, _args: Any, out: Any) -> None:
-        """One product gives queries, keys and values, in this order."""
+        """Split the one product into queries, keys and values, in this order."""
         sizes = (attention.q_size, attention.kv_size, attention.kv_size)
         for name, part in zip("qkv", out[0].split(sizes, dim=-1), strict=True):
             headed(f"{layer[0]}attention.{name}", part)
@@ -146,5 +159,5 @@ def watch(model: Any, record: Record) -> None:
         block.self_attn.qkv_proj.register_forward_hook(projected)
         router = block.block_sparse_moe.experts.router
         router.select_experts = partial(choosing, router.select_experts)
-    for rope in {block.self_attn.rotary_emb for block in layers}:  # one for all, as long as vLLM keeps those it made
+    for rope in {block.self_attn.rotary_emb for block in layers}:  # vLLM shares one among all layers
         rope.register_forward_hook(rotated)

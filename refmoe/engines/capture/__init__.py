@@ -1,1 +1,1 @@
-"""Record what another engine computes, under the names of the taps."""
+"""Record the values of another engine under the names of the taps: tables of names, and hooks for transformers."""

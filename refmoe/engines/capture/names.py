@@ -1,7 +1,7 @@
 """Names that engines give to the taps: one table per engine.
 
-`{i}` stands for the layer. A name with ``:in`` is the module's input, one with ``:out`` its output; a number
-after it picks one of several. Names of modules are those of the engines' own source.
+`{i}` stands for the layer. ``:in`` after a module's name means its input, ``:out`` its output; a number after that
+picks one of several. The names of modules come from the engines' own source.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HUGGING_FACE = {
     "model.norm:out": "final_norm",
     "lm_head:out": "logits",
 }
-"""transformers 5, `MixtralForCausalLM`: module to tap."""
+"""Modules of transformers 5, `MixtralForCausalLM`, to taps."""
 
 MISTRAL = {
     "tok_embeddings:out": "embedding",
@@ -43,11 +43,11 @@ MISTRAL = {
     "norm:out": "final_norm",
     "output:out": "logits",
 }
-"""mistral-inference, `Transformer`: module to tap."""
+"""Modules of mistral-inference, `Transformer`, to taps."""
 
 
 def tap_of(table: dict[str, str], name: str) -> str | None:
-    """The tap of an engine's name, with its layer, or None when the engine's name is not in the table."""
+    """The tap, with its layer, of an engine's name. None when the name is not in the table."""
     if name in table:
         return table[name]
     head, dot, rest = name.partition("layers.")

@@ -1,7 +1,7 @@
 """Record a trace from a loaded `transformers.MixtralForCausalLM` by forward hooks.
 
-Not seen by a hook: the scores (never a module's value), and with an attention implementation other than eager the
-probabilities. Expert internals are seen where experts run one by one (experts implementation "eager").
+Hooks do not see the scores, which no module returns. They see the probabilities only with eager attention. They see
+the values inside experts only where experts run one by one (experts implementation "eager").
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 def load_model(folder: Path, dtype: str, attention: str = "eager") -> Any:
-    """A model from a Hugging Face checkpoint, in evaluation mode, with experts run one by one.
+    """Load a Hugging Face checkpoint, in evaluation mode, with experts that run one by one.
 
     dtype: one of `DTYPES`.   attention: ``"eager"`` or ``"sdpa"``.
     Raises InputError when transformers or torch is missing or the folder does not load.
@@ -44,9 +44,9 @@ def load_model(folder: Path, dtype: str, attention: str = "eager") -> Any:
 
 
 def capture(model: Any, runs: Sequence[Run], recorder: Recorder) -> None:
-    """Run a script on the model, a cache per sequence; what the hooks see goes to `recorder`.
+    """Run a script on the model, with one cache per sequence. The hooks' values go to `recorder`.
 
-    A run whose `past` is less than what its sequence has seen begins with the cache cut to that many tokens.
+    A run whose `past` is less than its sequence has seen begins with the cache cut to that many tokens.
 
     model: a `MixtralForCausalLM`.   runs: as `refmoe.traces.script.plan` makes them.
     """
@@ -56,10 +56,10 @@ def capture(model: Any, runs: Sequence[Run], recorder: Recorder) -> None:
     with torch.no_grad(), hooks(model, recorder):
         for run in runs:
             recorder.run = run.run
-            # not made from the configuration: a cache that forgets what a window hides would hide S as well
+            # not made from the configuration: a cache that drops hidden tokens would also change S
             cache = caches.setdefault(run.sequence, transformers.DynamicCache())
             if run.past < cache.get_seq_length():
-                cache.crop(run.past - cache.get_seq_length())  # a negative number: how many to remove
+                cache.crop(run.past - cache.get_seq_length())  # a negative number removes so many
             model(
                 input_ids=torch.tensor([run.tokens]), position_ids=torch.tensor([run.positions]),
                 past_key_values=cache, use_cache=True,
@@ -67,15 +67,21 @@ def capture(model: Any, runs: Sequence[Run], recorder: Recorder) -> None:
 
 
 def header(model: Any, runs: Sequence[Run], case: str | None = None, checkpoint: str | None = None) -> Header:
-    """What the trace of a capture says about itself."""
+    """The header of a capture's trace."""
     version = require("transformers", "engines", "capturing from transformers").__version__
     policy = "hf-" + str(model.dtype).removeprefix("torch.")
-    return Header(tuple(runs), case, checkpoint, policy, {"name": "transformers", "version": version})
+    return Header(
+        runs=tuple(runs),
+        case=case,
+        checkpoint=checkpoint,
+        policy=policy,
+        producer={"name": "transformers", "version": version},
+    )
 
 
 @contextmanager
 def hooks(model: Any, recorder: Recorder) -> Iterator[None]:
-    """While the context lasts, everything in the table of names that passes through the model is recorded."""
+    """While the context lasts, every tap of `HUGGING_FACE` is recorded when its module runs."""
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
@@ -107,9 +113,9 @@ def hooks(model: Any, recorder: Recorder) -> Iterator[None]:
 
 
 def shaped(tap: str, array: np.ndarray[Any, Any], head_dim: int) -> np.ndarray[Any, Any]:
-    """A tap in its own shape: the batch of one is dropped, heads are told apart.
+    """A value in the shape of its tap: without the batch of one, heads on an axis of their own.
 
-    array: [1, T, n], [1, H, T, S] or [T, n], as the module gave it.
+    array: [1, T, n], [1, H, T, S] or [T, n], from the module.
     """
     name = tap.rpartition("layers.")[2].partition(".")[2]
     if name == "router.experts":
@@ -133,7 +139,7 @@ def to_numpy(value: Any) -> np.ndarray[Any, Any]:
 
 @contextmanager
 def _rotated(layers: dict[int, str], model: Any, record: Callable[[str, Any], None]) -> Iterator[None]:
-    """Record queries and keys as rotation leaves them: a function's result, so the function is wrapped."""
+    """Record rotated queries and keys. A function returns them, not a module, so the function is wrapped."""
     from transformers.models.mixtral import modeling_mixtral
 
     rotate = modeling_mixtral.apply_rotary_pos_emb
@@ -161,8 +167,8 @@ def _rotated(layers: dict[int, str], model: Any, record: Callable[[str, Any], No
 def _expert_internals(experts: Any, prefix: str, recorder: Recorder) -> Iterator[None]:
     """Record gate, up, hidden and unweighted output of each expert call, sorted into the slots of router.experts.
 
-    The engine calls `linear` twice per chosen expert, in ascending order of experts; the rows of a call are those
-    of slot 0 in token order, then those of slot 1, and so on.
+    The engine calls `linear` twice per chosen expert, in ascending order of experts. The rows of a call are the tokens
+    of slot 0 in their order, then the tokens of slot 1, and so on.
     """
     torch: Any = require("torch", "engines", "capturing from transformers")
     mode: Any = torch.overrides.TorchFunctionMode

@@ -1,7 +1,7 @@
 """An honest harness in plain Python: refmoe's own specification at the arithmetic of a dtype.
 
-It speaks the protocol with nothing of `refmoe.engines`, so that both sides are tested against the document.
-Whoever imports it can be less honest: `converse` takes functions in place of `load`, `run` and `answer`.
+It speaks the protocol without `refmoe.engines`, so that both sides are tested against the document. Other harnesses
+import it and give `converse` another function for `answer`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Harnesses that go wrong: ``python hostile.py NAME CASE`` is honest but in one case (``*``: in every one).
+"""Harnesses that misbehave: ``python hostile.py NAME CASE`` is honest except in one case (``*``: in every case).
 
-Every function below is one way to go wrong at the request `run`, and is given that request. It answers for itself, or
-writes a file and returns what to answer. Its decorator says the verdict and words of the reason.
+Every function below is one way to misbehave at the request `run`, which it is given. It writes an answer itself, or
+writes a file and returns the answer. Its decorator states the verdict and words of the reason.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Answer = dict[str, Any]
 
 @dataclass(frozen=True)
 class Hostile:
-    """One way to go wrong."""
+    """One way to misbehave."""
 
     act: Callable[[Request], Answer]
     verdict: str
@@ -323,7 +323,7 @@ ENDS = {
     "refuses_to_stop": "its answer to stop",
     "dies_at_stop": "stop: it ended with status 1",
 }
-"""Names of those that are honest up to `stop`, and words of the note."""
+"""Harnesses that are honest up to `stop`, and words of the note about each."""
 
 
 def end(name: str) -> Answer:

@@ -33,7 +33,7 @@ class Adapter:
         honest.load(checkpoint, dtype)
 
     def run(self, runs: Sequence[Run], taps: Collection[str]) -> Arrays:
-        sys.stdin.read()  # of an engine that asks for confirmation: there is nothing to read
+        sys.stdin.read()  # an engine may ask for confirmation: there is nothing to read
         os.system("echo running")
         calls = [{**vars(run)} for run in runs]
         return honest.run(calls, [*taps, "final_norm"])  # more than was asked for
