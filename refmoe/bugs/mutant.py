@@ -1,15 +1,16 @@
-"""What a mutant is, and the register of all of them.
+"""Mutants, and the register of all of them.
 
-A mutant is a few lines that replace one step of the model, one constant, one mapping of weights, one rule of the cache
-or one cut point of the policy. It keeps the interface of what it replaces, so that it runs under every `ops`: as a
-foreign engine (policy ops), and as a hypothesis about one (enclosures).
+A mutant is one known bug as a variation of the specification. A few lines replace one step of the model, one constant,
+one mapping of weights, one rule of the cache or one cut point of the policy. The interface stays, so that a mutant runs
+under every `ops`: as a foreign engine (policy ops), and as a hypothesis about an engine (enclosures).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Required, TypedDict, TypeVar, Unpack
 
 from refmoe.policy.policy import Policy
 from refmoe.spec.config import Config
@@ -20,10 +21,13 @@ from refmoe.traces.trace import Run
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 STEP, CONFIG, PARAMETERS, POLICY, CALLS = "step", "config", "parameters", "policy", "calls"
-"""What a mutant of the forward pass may change."""
+"""The parts of a forward pass that a mutant may change."""
 TOKENIZER, SAMPLER, LOSS, PARALLEL = "tokenizer", "sampler", "loss", "parallel"
 OUTSIDE = (TOKENIZER, SAMPLER, LOSS, PARALLEL)
-"""What lies outside of one forward pass: judged by vectors, or by the simulated parallel run."""
+"""The parts outside a single forward pass. They are judged by vectors, or by the simulated parallel run."""
+
+SHAPES = re.compile(r"(-> |\b\w+(, \w+)*: ([\w./]+ ){0,3}?)\[.*")
+"""The shapes at the end of a docstring, such as ``x: [T, D]   returns: [T, S]``."""
 
 
 @dataclass(frozen=True)
@@ -32,31 +36,35 @@ class Mutant:
 
     id: str
     about: str
-    """What it does and how it comes about; the docstring of its function."""
+    """The wrong behaviour and its cause: the prose of the docstring of `function`."""
     kind: str
-    """``attention``, ``router``, ...: the file of the catalogue that it is in."""
-    breaks: tuple[str, ...]
-    """Clause ids."""
-    needs: tuple[str, ...]
-    """Conditions without which it changes nothing, names of `refmoe.suite.conditions`; all must hold."""
-    sources: tuple[str, ...]
-    """Where it was met: URLs."""
-    severity: str
-    changes: str
-    """One of the constants above, or of `OUTSIDE`."""
+    """``attention``, ``router``, ...: its file in the catalogue."""
     function: Callable[..., Any]
-    steps: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
-    """For `STEP`: the steps that it replaces."""
+    """The replacement, by `changes`.
+
+    `STEP`: a step of the model   `CONFIG`: maps the config   `PARAMETERS`: (config, parameters) to parameters
+    `POLICY`: maps the policy   `CALLS`: maps the runs   `PARALLEL`: (config, parameters, layout) to a `Model`
+    """
+    breaks: tuple[str, ...] = ()
+    """The ids of the clauses that it breaks."""
     touches: tuple[str, ...] = ()
-    """Taps, without their layer, that it can make wrong from right inputs."""
+    """The taps, without their layer, that it can make wrong from right inputs."""
+    needs: tuple[str, ...] = ()
+    """The conditions, of `refmoe.suite.conditions`, that must all hold. Otherwise the mutant changes nothing."""
+    sources: tuple[str, ...] = ()
+    """URLs of the engines that had this bug."""
+    severity: str = "high"
+    changes: str = STEP
+    steps: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    """All steps of the model that it replaces, by name."""
     fix: str = ""
-    """What to look at, in a sentence."""
+    """Advice in one sentence: the place to look at, or the change to make."""
     equivalent: str = ""
-    """Why no legal run shows it, where none does."""
+    """The reason why no legal run shows the bug; empty if some run does."""
     judged_by: str = ""
-    """Changes to the policy that state the rule it breaks, such as ``+ties=lower``, where the generic ones do not."""
+    """Changes to the policy, such as ``+ties=lower``, that state the rule it breaks. Generic policies do not."""
     unseen: Mapping[str, str] = field(default_factory=dict)
-    """Policies under which no verification can see it, each with the reason: its effect against what is legal."""
+    """The policies under which no verification can see it, each with the reason."""
 
     @property
     def in_one_pass(self) -> bool:
@@ -83,32 +91,51 @@ class Mutant:
 
 
 MUTANTS: dict[str, Mutant] = {}
-"""All mutants by id, in the order of the catalogue; `refmoe.bugs.catalogue` fills it."""
+"""All mutants by id, in the order of the catalogue. `refmoe.bugs.catalogue` fills it."""
 
 
-def mutant(
-    id: str, breaks: Sequence[str], touches: Sequence[str], needs: Sequence[str] = (), sources: Sequence[str] = (),
-    severity: str = "high", changes: str = STEP, step: str | None = None, fix: str = "", equivalent: str = "",
-    judged_by: str = "", steps: Mapping[str, Callable[..., Any]] | None = None,
-    unseen: Mapping[str, str] | None = None,
-) -> Callable[[Function], Function]:  # fmt: skip
-    """Register the decorated function as a mutant.
+class Facts(TypedDict, total=False):
+    """The facts about a mutant that its entry in the catalogue states: fields of `Mutant`, and `step`.
 
-    changes: what the function replaces. `STEP`: the step of the function's own name, or of `step`. `CONFIG`: it maps
-    the configuration; `PARAMETERS`: (config, parameters) to parameters; `POLICY`: the policy; `CALLS`: the runs.
-    steps: for `CALLS`, steps that it replaces as well, which see what the calls were changed to.
+    A fact that equals the default of its field is left out.
     """
+
+    breaks: Required[Sequence[str]]
+    touches: Required[Sequence[str]]
+    fix: Required[str]
+    needs: Sequence[str]
+    sources: Sequence[str]
+    severity: str
+    changes: str
+    step: str
+    """For `STEP`: the name of the step; by default the name of the function."""
+    steps: Mapping[str, Callable[..., Any]]
+    """Further steps that the mutant replaces."""
+    equivalent: str
+    judged_by: str
+    unseen: Mapping[str, str]
+
+
+def mutant(id: str, **facts: Unpack[Facts]) -> Callable[[Function], Function]:
+    """Register the decorated function as a mutant. Raises ValueError when the id is taken."""
 
     def register(function: Function) -> Function:
         if id in MUTANTS:
             raise ValueError(f"two mutants have the id {id}")
-        replaced = {step or function.__name__: function} if changes == STEP else dict(steps or {})
+        stated: dict[str, Any] = {**facts}
+        step = stated.pop("step", function.__name__)
+        steps = dict(stated.pop("steps", {}))
+        if stated.get("changes", STEP) == STEP:
+            steps[step] = function
+        stated = {name: tuple(value) if isinstance(value, list) else value for name, value in stated.items()}
         kind = function.__module__.rpartition(".")[2]
-        MUTANTS[id] = Mutant(
-            id, " ".join((function.__doc__ or "").split()), kind, tuple(breaks), tuple(needs), tuple(sources), severity,
-            changes, function, replaced, tuple(touches), fix, equivalent, judged_by,
-            unseen or {},
-        )  # fmt: skip
+        about = prose_of(function.__doc__ or "")
+        MUTANTS[id] = Mutant(id=id, about=about, kind=kind, function=function, steps=steps, **stated)
         return function
 
     return register
+
+
+def prose_of(docstring: str) -> str:
+    """The sentences of a docstring in one line, without the shapes of arguments and results at its end."""
+    return SHAPES.sub("", " ".join(docstring.split())).rstrip()

@@ -1,4 +1,4 @@
-"""A run is verified in blocks of tokens: how many at a time, and where in a tap an element of a block is."""
+"""The blocks of tokens that a run is verified in: their size, and the index in a tap of an element of a block."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from refmoe.verify.subject import shape_of
 from refmoe.verify.tally import Place
 
 BLOCK_BYTES = 16 << 20
-"""Bytes in binary64 of the largest tap of a block of tokens; a pass holds some twenty arrays of that size."""
+"""The most bytes, in binary64, of the largest tap of a block. A pass holds about twenty arrays of that size."""
 
 
 def places(shape: tuple[int, ...], origin: tuple[int, ...], flat: Any = None) -> Place:
-    """From position to index in a tap, for a block of it that begins at `origin`.
+    """The function from a position in a block to an index in the tap. The block begins at `origin`.
 
-    flat: which elements of the block the positions count, or None for all.
+    flat: the elements of the block that the positions count; None: all elements.
     """
 
     def place(at: int) -> tuple[int, ...]:
@@ -33,16 +33,16 @@ def places(shape: tuple[int, ...], origin: tuple[int, ...], flat: Any = None) ->
 
 
 def without_bound(x: Enclosure, tokens: Any) -> Enclosure:
-    """The same, but nothing is known of some rows."""
+    """The enclosure with an infinite radius and variance in the rows of `tokens`."""
     radius = np.array(np.broadcast_to(x.r, x.shape), np.float64)
     variance = np.array(np.broadcast_to(x.v, x.shape), np.float64)
     radius[tokens] = np.inf
     variance[tokens] = np.inf
-    return Enclosure(x.mid, radius, variance, x.accumulation, x.owed)
+    return Enclosure(x.mid, radius, variance, accumulation=x.accumulation, owed=x.owed)
 
 
 def block_size(config: Config, run: Run) -> int:
-    """How many tokens of a run are verified together, so that memory does not grow with the run."""
+    """The number of tokens that are verified together, so that memory does not grow with the run."""
     taps = ["logits", *(f"layers.0.{name}" for name in LAYER_TAPS)]
     per_token = max(math.prod(shape_of(tap, config, run)) for tap in taps) / len(run.tokens)
     return max(1, min(len(run.tokens), int(BLOCK_BYTES / (8 * per_token))))

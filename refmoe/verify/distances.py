@@ -1,4 +1,4 @@
-"""How far each tap of a trace is from a reference trace: plain distances, no verdict."""
+"""The distance of each tap of a trace from a reference trace. There is no verdict."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 @dataclass(frozen=True)
 class Distance:
-    """How far one tap of one run is from the reference."""
+    """The distance of one tap of one run from the reference."""
 
     run: str
     tap: str
     dtype: str
     relative_rms: float
-    """Root mean square of the difference over that of the reference; NaN where a value is not finite."""
+    """Root mean square of the difference over root mean square of the reference. NaN if a value is not finite."""
     worst: float
     """The largest absolute difference."""
     where: tuple[int, ...]
@@ -33,7 +33,7 @@ class Distance:
 
 @dataclass(frozen=True)
 class RoutingDifference:
-    """One token of one layer that went to other experts."""
+    """One token of one layer that was sent to other experts than in the reference."""
 
     run: str
     layer: int
@@ -49,7 +49,7 @@ class Comparison:
     distances: tuple[Distance, ...]
     routing: tuple[RoutingDifference, ...]
     decisions: int
-    """How many routing decisions both traces hold."""
+    """The number of routing decisions that both traces hold."""
     missing: tuple[str, ...]
     """Taps of the reference that the trace lacks, ``<run>/<tap>``."""
     unknown: tuple[str, ...]
@@ -57,7 +57,10 @@ class Comparison:
 
 
 def compare_traces(trace: Trace, reference: Trace) -> Comparison:
-    """Every tap that both hold. Raises InputError when runs, tokens or shapes disagree, or nothing is shared."""
+    """Compare every tap that both traces hold.
+
+    Raises InputError when runs, tokens or shapes disagree, or when the traces share no tap.
+    """
     expected_runs = {run.run: run for run in reference.header.runs}
     distances: list[Distance] = []
     routing: list[RoutingDifference] = []
@@ -83,13 +86,16 @@ def compare_traces(trace: Trace, reference: Trace) -> Comparison:
     shared = {run.run for run in trace.header.runs}
     keys = {key for key in reference.tensors if key.rpartition("/")[0] in shared}
     return Comparison(
-        tuple(distances), tuple(routing), decisions,
-        tuple(sorted(keys - trace.tensors.keys())), tuple(sorted(trace.tensors.keys() - keys)),
-    )  # fmt: skip
+        distances=tuple(distances),
+        routing=tuple(routing),
+        decisions=decisions,
+        missing=tuple(sorted(keys - trace.tensors.keys())),
+        unknown=tuple(sorted(trace.tensors.keys() - keys)),
+    )
 
 
 def order(tap: str) -> tuple[int, int]:
-    """A sort key: the order in which the spec computes the taps."""
+    """A sort key that puts taps in the order in which the spec computes them."""
     if tap.startswith("layers."):
         layer, _, name = tap.removeprefix("layers.").partition(".")
         names = [*LAYER_TAPS]
@@ -98,14 +104,23 @@ def order(tap: str) -> tuple[int, int]:
 
 
 def routing_differences(run: str, tap: str, found: Ints, expected: Ints) -> Iterator[RoutingDifference]:
-    """Tokens whose set of experts differs; the order within the set is not a difference. ids: [T, k]"""
+    """The tokens whose set of experts differs. The order within the set does not count.
+
+    found, expected: integers [T, k]
+    """
     layer = int(tap.split(".")[1])
     for token in np.flatnonzero((np.sort(found, -1) != np.sort(expected, -1)).any(-1)):
-        yield RoutingDifference(run, layer, int(token), tuple(found[token].tolist()), tuple(expected[token].tolist()))
+        yield RoutingDifference(
+            run=run,
+            layer=layer,
+            token=int(token),
+            found=tuple(found[token].tolist()),
+            expected=tuple(expected[token].tolist()),
+        )
 
 
 def measure(run: str, tap: str, found: Any, expected: Any) -> Distance:
-    """The distance between two arrays of one shape, as float64."""
+    """The distance between two arrays of the same shape, computed in float64."""
     dtype = str(found.dtype)
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
@@ -115,9 +130,15 @@ def measure(run: str, tap: str, found: Any, expected: Any) -> Distance:
     at = np.unravel_index(int(np.argmax(np.where(finite, np.abs(difference), np.inf))), difference.shape)
     relative = 0.0 if size == 0 else size / scale if scale > 0 else float("inf")
     return Distance(
-        run, tap, dtype, relative, float(np.abs(difference[at])), tuple(int(i) for i in at), float(found[at]),
-        float(expected[at]),
-    )  # fmt: skip
+        run=run,
+        tap=tap,
+        dtype=dtype,
+        relative_rms=relative,
+        worst=float(np.abs(difference[at])),
+        where=tuple(int(i) for i in at),
+        found=float(found[at]),
+        expected=float(expected[at]),
+    )
 
 
 def _distance(trace: Trace, reference: Trace, run: str, tap: str) -> Distance:
@@ -127,7 +148,7 @@ def _distance(trace: Trace, reference: Trace, run: str, tap: str) -> Distance:
     both = f"{run}/{ids}" in trace.tensors and f"{run}/{ids}" in reference.tensors
     if not both or not prefix or name == "logits":
         return measure(run, tap, found, expected)
-    # slots follow each trace's own order of experts: line them up, and leave out tokens that went elsewhere
+    # each trace orders its slots as it likes: sort both by expert, and leave out tokens with other experts
     ours, theirs = trace.get(run, ids), reference.get(run, ids)
     same = (np.sort(ours, -1) == np.sort(theirs, -1)).all(-1)
     rows = [

@@ -1,4 +1,4 @@
-"""What a verification finds: checks of values, routing decisions, and the verdict over all of them."""
+"""The findings of a verification: checks of values, routing decisions, explanations, and the verdict over all."""
 
 from __future__ import annotations
 
@@ -13,67 +13,75 @@ CONFORMANT, NOT_CONFORMANT, CANNOT_JUDGE = "conformant", "not conformant", "cann
 """The three verdicts of a verification; exit status 0, 1 and 2."""
 
 LOCAL, REPLAYED, FREE = "local", "routing-replayed", "free-running"
-"""The rungs. local: every input of the step is in the trace. routing-replayed: values since the last tap are
-recomputed, with the trace's own choice of experts. free-running: refmoe had to choose experts itself."""
+"""The rungs: how a tap was recomputed.
+
+local: every input of the step is in the trace.
+routing-replayed: all steps since the last taps of the trace are recomputed, with the trace's own choice of experts.
+free-running: refmoe had to choose the experts itself.
+"""
 
 FORCED, TIE, CONTESTABLE = "forced", "tie", "contestable"
-"""The kinds of routing decision. forced: the policy's arithmetic cannot change it. tie: equal in exact arithmetic.
-contestable: rounding alone can decide either way."""
+"""The kinds of routing decision.
+
+forced: no rounding that the policy allows can change the choice.
+tie: the last chosen and the best refused logit are equal in exact arithmetic.
+contestable: rounding alone can decide either way.
+"""
 
 
 @dataclass(frozen=True)
 class Element:
-    """The worst element of a check, to look at first."""
+    """The worst element of a check. A reader should look at it first."""
 
     where: tuple[int, ...]
-    """Its index in the tap: the token first, but for scores and probs [H, T, S]."""
+    """Its index in the tap. The token comes first, except in scores and probs, which are [H, T, S]."""
     found: float
     expected: float
-    """The midpoint of what is legal."""
+    """The midpoint of the enclosure: the result of exact arithmetic."""
     low: float
     high: float
-    """The smallest and the largest value that the policy can produce; infinite where nothing is known."""
+    """The ends of the legal interval: the smallest and largest value that the policy can produce, or infinities."""
     sigma: float
-    """Standard deviation of what legal implementations give before the last rounding; NaN where not known."""
+    """Standard deviation of legal results before their last rounding; NaN where it is not known."""
     expert: int | None = None
-    """The expert behind its slot, where it has one."""
+    """The expert of its slot; None for taps without slots."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One tap of one run, held against what the policy allows."""
+    """The test of one tap of one run against the enclosure that the policy gives."""
 
     run: str
     tap: str
     since: tuple[str, ...]
-    """The taps of the trace that it was computed from: one step where they are its inputs, else a segment."""
+    """The taps of the trace that the enclosure was computed from."""
     rung: str
     verdict: str
     reason: str
-    """In words: which test failed and by how much, or what is missing to decide."""
+    """In words: the test that failed and by how much, or the information that is missing to decide."""
     values: int = 0
-    """How many elements were tested."""
+    """The number of elements tested."""
     undecided: int = 0
-    """How many elements have no finite bound of either kind."""
+    """The number of elements with neither a finite radius nor a finite variance."""
     outside: int = 0
-    """How many lie outside the hard interval: impossible under the policy."""
+    """The number of elements outside the legal interval. Such values are impossible under the policy."""
     worst_error: float = 0.0
-    """Largest distance from the midpoint over the allowed one (radius and last rounding); above 1 is impossible."""
+    """The largest error over the allowed error (radius and last rounding). Above 1 is impossible."""
     excess: float = 0.0
-    """Largest distance from the midpoint to the cell of the value found, in standard deviations."""
+    """The largest distance from the midpoint to the cell of the value found, in standard deviations."""
     excess_limit: float = 0.0
     rms: float = 0.0
     """Root mean square of error over standard deviation."""
     rms_limit: float = float("nan")
-    """NaN where errors are not independent enough, or too few, for this test."""
+    """NaN where there are too few errors for this test, or errors that are not independent enough."""
     truncation: float = 0.0
-    """The matched filter against truncation: 0 rounded to nearest, 1 truncated."""
+    """The coefficient of the matched filter against truncation: 0 rounded to nearest, 1 truncated."""
     truncation_snr: float = 0.0
     worst: Element | None = None
 
     @property
     def layer(self) -> int | None:
-        """The layer, or None outside of the layers."""
+        """The number of the layer; None for taps outside the layers."""
         return layer_of(self.tap)
 
     @property
@@ -96,36 +104,55 @@ class Decision:
     expected: tuple[int, ...]
     """The choice of exact arithmetic from the same inputs."""
     margin: float
-    """How far the midpoints of the last chosen and the best refused logit lie apart."""
+    """The distance between the midpoints of the last chosen and the best refused logit."""
     movable: float
-    """How far the policy's rounding can move that difference."""
+    """The most that rounding under the policy can change the margin."""
 
 
 KNOWN_BUG, TWO_BUGS, STRUCTURE = "known bug", "two known bugs", "structure"
-"""What an explanation is. structure: the right values elsewhere, or times a factor."""
+"""The kinds of explanation. structure: the right values in another order or place, or times a factor."""
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """How well something explains what failed."""
+    """A possible cause of the failed checks, and how well it explains them."""
 
     name: str
-    """Id of the bug, ids of both, or the structure in words."""
+    """The id of the bug, the ids of both bugs, or the structure in words."""
     kind: str
     about: str
     fix: str
     sources: tuple[str, ...]
     """URLs."""
     explains: bool
-    """Whether all that failed passes under it, and all that passed still does; for a structure, all of its step."""
+    """Whether every failed check passes under the explanation, and every passed check still passes.
+
+    For a structure only the failed checks of its step count.
+    """
     still_failing: int
     newly_failing: int
     coefficient: float
-    """Of the matched filter: 1 where the error is this one, 0 where it has nothing to do with it; NaN where unknown."""
+    """The coefficient of the matched filter: 1 if the cause predicts the error, 0 if unrelated, NaN if unknown."""
     residual: float
-    """What it leaves of the error, root mean square over that of the whole error."""
+    """The part of the error that the cause does not predict: its root mean square over that of the whole error."""
     touches: int = 0
-    """How many taps it can make wrong: of two that explain alike, the one that touches fewer says more."""
+    """The number of taps that the cause can make wrong. Of two that explain equally well, fewer taps come first."""
+
+
+def proven(name: str, kind: str, about: str, fix: str) -> Explanation:
+    """An explanation without sources or matched filter, under which no check fails."""
+    return Explanation(
+        name=name,
+        kind=kind,
+        about=about,
+        fix=fix,
+        sources=(),
+        explains=True,
+        still_failing=0,
+        newly_failing=0,
+        coefficient=float("nan"),
+        residual=float("nan"),
+    )
 
 
 @dataclass(frozen=True)
@@ -134,7 +161,7 @@ class Report:
 
     trace: str
     subject: str
-    """The case or checkpoint that it is held against, such as ``case walking-skeleton``."""
+    """The case or checkpoint that the trace is held against, such as ``case walking-skeleton``."""
     producer: str
     policy: str
     significance: float
@@ -145,7 +172,7 @@ class Report:
     checks: tuple[Check, ...] = ()
     """In order of computation, run by run."""
     decisions: tuple[Decision, ...] = ()
-    """Every decision that the trace shows or that was needed, in order of computation."""
+    """Every decision that the trace shows, or that the verifier needed, in order of computation."""
     first_wrong: tuple[str, str] | None = None
     """Run and tap of the first wrong step, in order of computation."""
     missing: tuple[str, ...] = ()
@@ -153,15 +180,15 @@ class Report:
     unknown: tuple[str, ...] = ()
     """Keys of the trace that name no tap."""
     notes: tuple[str, ...] = ()
-    """What could not be said and what would have to be in the trace to say it; one sentence each."""
+    """The limits of this verification and the taps that would lift them; one sentence each."""
     explanations: tuple[Explanation, ...] | None = None
-    """What explains the failure, the best first, empty where nothing known does; None where nobody has looked."""
+    """The explanations, best first. Empty: nothing known explains the failure. None: no diagnosis was made."""
 
     def check(self, run: str, tap: str) -> Check | None:
-        """The check of one tap of one run."""
+        """The check of one tap of one run; None if there is none."""
         return next((check for check in self.checks if (check.run, check.tap) == (run, tap)), None)
 
 
 def as_set(experts: tuple[int, ...]) -> str:
-    """A choice of experts as a set, in the order given."""
+    """A choice of experts in words, such as ``{2, 5}``, in the order given."""
     return "{" + ", ".join(map(str, experts)) + "}"

@@ -1,9 +1,9 @@
-"""The free-running rung: what no enclosure bounds is held against the noise that the policy itself produces.
+"""The free-running rung: values without any bound are compared with the noise that the policy itself produces.
 
-Where the trace does not say which experts were chosen, and rounding alone can decide it, legal results form islands:
-one for each choice. Replicas of the policy, with random roundings and with each open choice made either way, show how
-far apart these lie. That is a much weaker test than the others, and the report says so; yet an engine that computes
-nothing, or another token, does not pass it.
+If the trace lacks the choice of experts and rounding alone can decide it, legal results form islands, one per choice.
+Replicas of the policy, with random roundings and random open choices, show the distance between these islands.
+This test is much weaker than the others, and the report says so. It still fails an engine that computes nothing, or
+the values of another token.
 """
 
 from __future__ import annotations
@@ -20,25 +20,29 @@ from refmoe.policy.policy import Policy
 from refmoe.spec.taps import step_of
 from refmoe.traces.trace import Trace
 from refmoe.verify.findings import FAIL, FREE, PASS, UNDECIDABLE, Check, Element
-from refmoe.verify.passes import Pass
+from refmoe.verify.passes import Key, Pass
 from refmoe.verify.subject import Findings, Subject
 from refmoe.verify.tally import LEAN, SNR, Limits
 
 REPLICAS = 12
+"""The number of replicas with random roundings."""
 MOST_VALUES = 4_000_000
-"""Values without bound beyond which replicas would not fit in memory: each value needs some 130 bytes."""
-
-Key = tuple[str, str]
+"""The most values without bound that are tested. Each needs about 130 bytes of memory."""
 
 
 class Replica(Pass):
-    """A run of the policy with roundings drawn at random from their variance; with no generator, without any."""
+    """A run of the policy with random roundings, drawn by their variance. Without a generator nothing is rounded."""
 
     def __init__(
-        self, trace: Trace, subject: Subject, policy: Policy, open_choices: dict[Key, set[int]], wanted: set[Key],
+        self,
+        trace: Trace,
+        subject: Subject,
+        policy: Policy,
+        open_choices: dict[Key, set[int]],
+        wanted: set[Key],
         generator: np.random.Generator | None,
-    ) -> None:  # fmt: skip
-        """open_choices: tokens whose last expert is drawn, per router tap.   wanted: taps that are kept."""
+    ) -> None:
+        """open_choices: per router tap, the tokens whose last expert is drawn   wanted: the taps to keep"""
         super().__init__(trace, subject, policy, 0.0)
         self.open_choices, self.wanted, self.generator = open_choices, wanted, generator
         self.kept: dict[Key, list[Any]] = {}
@@ -71,7 +75,7 @@ class Replica(Pass):
         return nearest(x.mid + noise, self.policy.at(step))
 
     def _draw(self, key: Key, chosen: Any) -> Any:
-        """The choice that the sampled logits make, but either way where rounding alone can decide."""
+        """The choice of the sampled logits. Where rounding alone can decide, either way is drawn with equal chance."""
         if self.generator is None or chosen.shape[1] == self._sampled_logits.shape[1]:
             return chosen
         rest = np.array(self._sampled_logits)
@@ -79,7 +83,7 @@ class Replica(Pass):
         np.put_along_axis(rest, chosen, -np.inf, axis=-1)
         tokens = {t - self._start for t in self.open_choices.get(key, ())} & {*range(len(chosen))}
         if self.policy.ties == "any":
-            # equal rows of a router give equal logits however they are sampled
+            # equal rows of the router matrix give equal logits, however they are sampled
             tokens |= {int(t) for t in np.flatnonzero(last == rest.max(-1))}
         chosen = np.array(chosen)
         for token in sorted(tokens):
@@ -90,17 +94,18 @@ class Replica(Pass):
 
 @dataclass(frozen=True)
 class Noise:
-    """What replicas say of one tap. mid, square: [T, ...]"""
+    """The values and the spread of the replicas at one tap. mid, square: [T, ...]"""
 
     mid: Any
+    """The values of the run without rounding."""
     square: Any
     """The mean square distance of the replicas from the run without rounding."""
     choices: int
-    """How many choices were drawn in a run."""
+    """The number of choices that are drawn in one run."""
 
 
 def replicate(trace: Trace, subject: Subject, policy: Policy, findings: Findings, wanted: set[Key]) -> dict[Key, Noise]:
-    """The noise of the wanted taps."""
+    """The noise at the wanted taps, from `REPLICAS` replicas."""
     choices = findings.open_choices
     centre = Replica(trace, subject, policy, choices, wanted, None).arrays()
     squares = {key: np.zeros(array.shape) for key, array in centre.items()}
@@ -118,7 +123,7 @@ def replicate(trace: Trace, subject: Subject, policy: Policy, findings: Findings
 def against_noise(
     checks: list[Check], findings: Findings, trace: Trace, subject: Subject, policy: Policy, limits: Limits
 ) -> list[Check]:
-    """The checks, those of unbounded values judged by noise where they have not failed already."""
+    """The checks, where unbounded values are judged by noise unless the check has already failed."""
     wanted = {
         (check.run, check.tap)
         for check in checks
@@ -137,19 +142,20 @@ def against_noise(
 
 
 def _judge(check: Check, noise: Noise, findings: Findings, trace: Trace, policy: Policy, limits: Limits) -> Check:
+    """The check with the verdict of a comparison with noise."""
     rows = np.array(sorted(findings.unbounded[check.run, check.tap]))
     found = np.asarray(trace.get(check.run, check.tap), np.float64).reshape(len(noise.mid), -1)
     mid, square = noise.mid.reshape(found.shape), noise.square.reshape(found.shape)
     with np.errstate(all="ignore"):
         spacing = ulp(mid, policy.at(step_of(check.tap)))
-        # one element's noise from a dozen replicas may be far too small: its row's is taken where that is larger
+        # the noise of one element over 12 replicas may be far too small, so the mean of its row is a lower limit
         variance = np.maximum(square, square.mean(-1, keepdims=True)) + spacing**2 / 12
         usable = np.isfinite(variance) & np.isfinite(mid)
         error = found - mid
         distance = np.where(usable, np.maximum(np.abs(error) - spacing / 2, 0.0) / np.sqrt(variance), 0.0)
     here = np.zeros(found.shape, bool)
     here[rows] = True
-    # n choices drawn either way are at most sqrt(2 n) standard deviations from the one without rounding
+    # n choices, each drawn either way, lie at most sqrt(2 n) standard deviations from the run without rounding
     limit = limits.excess + math.sqrt(2 * noise.choices)
     broken = here & usable & ~np.isfinite(found)
     decided = int((here & usable).sum())
@@ -165,9 +171,13 @@ def _judge(check: Check, noise: Noise, findings: Findings, trace: Trace, policy:
     if reasons:
         token, column = (int(i) for i in worst)
         element = Element(
-            (token, column), float(found[worst]), float(mid[worst]), float("-inf"), float("inf"),
-            float(math.sqrt(variance[worst])),
-        )  # fmt: skip
+            where=(token, column),
+            found=float(found[worst]),
+            expected=float(mid[worst]),
+            low=float("-inf"),
+            high=float("inf"),
+            sigma=float(math.sqrt(variance[worst])),
+        )
         return replace(check, verdict=FAIL, reason="; ".join(reasons), worst=element)
     left = check.undecided - min(decided, check.undecided)
     size = math.sqrt(float(variance[here & usable].mean())) if decided else float("nan")
@@ -182,9 +192,10 @@ def _judge(check: Check, noise: Noise, findings: Findings, trace: Trace, policy:
 
 
 def resemblances(found: Any, mid: Any, variance: Any, usable: Any) -> list[str]:
-    """Which plain fault the values look like. found, mid, variance: [T, n]
+    """Sentences about the simple faults that the values resemble.
 
-    The matched filter against outputs that compute nothing, or another token: 0 for the right values, 1 for the wrong.
+    found, mid, variance: [T, n]   usable: booleans [T, n]
+    Each fault is a matched filter: zeros, equal rows, or the rows of another token. Right values give 0, the fault 1.
     """
     others = {"zero": np.zeros_like(mid), "one and the same row": np.broadcast_to(mid.mean(0), mid.shape)}
     if len(mid) > 1:

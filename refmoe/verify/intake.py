@@ -1,4 +1,4 @@
-"""Taking in a trace from a stranger: everything that can be refused before a value is read is refused here."""
+"""The intake of a foreign trace. Everything that can be refused before a value is read is refused here."""
 
 from __future__ import annotations
 
@@ -18,26 +18,34 @@ from refmoe.traces.trace import Run, Trace
 from refmoe.verify.subject import shape_of
 
 LAST_POSITION = (1 << 31) - 1
-"""Beyond it the exact rotary table is not defined."""
+"""The last position for which the exact rotary table is defined."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a trace holds, once it is known to fit."""
+    """The contents of a trace that fits the model and the runs."""
 
     runs: tuple[Run, ...]
     """All runs to compute, in order of execution."""
     present: dict[str, frozenset[str]]
-    """Per run the taps that the trace has."""
+    """The taps that the trace has, per run."""
     values: int
+    """The number of values in all known taps."""
     tensors: int
+    """The number of known taps."""
     missing: tuple[str, ...]
+    """Taps, without their layer, that the trace lacks in every run and layer."""
     unknown: tuple[str, ...]
+    """Keys of the trace that name no tap."""
     notes: tuple[str, ...]
+    """Sentences about runs and taps that the trace holds only in part."""
 
 
 def take_in(trace: Trace, config: Config, expected: tuple[Run, ...] | None) -> Contents:
-    """Raises InputError when runs, tokens, shapes or dtypes are not those of the model and the script."""
+    """The contents of a trace.   expected: the runs of the case; None: the trace's own runs
+
+    Raises InputError when runs, tokens, shapes or dtypes do not fit the model and the expected runs.
+    """
     runs = _fit_runs(trace, config, expected)
     taps = [*tap_names(config)]
     known = frozenset(taps)
@@ -56,13 +64,21 @@ def take_in(trace: Trace, config: Config, expected: tuple[Run, ...] | None) -> C
         raise InputError(f"{trace.path}: holds no tap of this model, such as {taps[0]} or {taps[-1]}")
     held = {step_of(tap) for names in present.values() for tap in names}
     missing = tuple(dict.fromkeys(step_of(tap) for tap in taps if step_of(tap) not in held))
-    return Contents(runs, present, values, tensors, missing, tuple(unknown), tuple(_gaps(runs, present, taps, missing)))
+    return Contents(
+        runs=runs,
+        present=present,
+        values=values,
+        tensors=tensors,
+        missing=missing,
+        unknown=tuple(unknown),
+        notes=tuple(_gaps(runs, present, taps, missing)),
+    )
 
 
 def _gaps(
     runs: tuple[Run, ...], present: dict[str, frozenset[str]], taps: list[str], missing: tuple[str, ...]
 ) -> list[str]:
-    """What is in some runs or layers and not in others."""
+    """Sentences about the taps that are in some runs or layers and not in others."""
     said = []
     absent = [run.run for run in runs if not present[run.run]]
     if absent:
@@ -78,7 +94,7 @@ def _gaps(
 
 
 def _fit_runs(trace: Trace, config: Config, expected: tuple[Run, ...] | None) -> tuple[Run, ...]:
-    """The runs to compute. Those of the trace must be among those expected, and say the same of themselves."""
+    """The runs to compute. Each run of the trace must be an expected run with the same fields, in the same order."""
     header = trace.header
     for run in header.runs:
         for token in run.tokens:
@@ -115,7 +131,7 @@ def _fit_runs(trace: Trace, config: Config, expected: tuple[Run, ...] | None) ->
 
 
 def _consistent(trace: Trace) -> None:
-    """A trace that brings its own script must be one that can be executed."""
+    """Check that the runs of a trace with its own script can be executed. Raises InputError otherwise."""
     seen: dict[int, int] = {}
     first: dict[int, int] = {}
     for run in trace.header.runs:
@@ -141,6 +157,7 @@ def _consistent(trace: Trace) -> None:
 
 
 def _fit_tensor(trace: Trace, run: Run, tap: str, config: Config) -> None:
+    """Check the shape and dtype of one tap. Raises InputError when they do not fit."""
     tensor = trace.tensors[f"{run.run}/{tap}"]
     origin = f"{trace.path}: tensor {quoted(tensor.name)}"
     wanted = shape_of(tap, config, run)
@@ -158,7 +175,7 @@ def _fit_tensor(trace: Trace, run: Run, tap: str, config: Config) -> None:
 
 
 def _differing(value: object, other: object) -> str:
-    """A field in words; of a long list the first element that the other does not have there, and how many there are."""
+    """A field in words. Of a long list only its length, or its first element that differs from the other list."""
     if not isinstance(value, tuple) or not isinstance(other, tuple):
         return shown(value)
     if max(len(value), len(other)) <= 16:

@@ -1,8 +1,9 @@
-"""One pass over a trace: the model under enclosures, each step on the trace's own values where it has them."""
+"""One pass over a trace: the model in enclosures, each step computed from the trace's own values where it has them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Set
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,25 +22,43 @@ from refmoe.verify.subject import Findings, Subject
 from refmoe.verify.tally import Tally
 
 KEPT_DECISIONS = 50_000
-"""Beyond these only decisions that are not forced, or not legal, are kept one by one."""
+"""The number of decisions that are all kept. Beyond it only decisions that are not forced, or not legal, are kept."""
 
 AFTER_CHOICE = ("router.weights", "expert.gate", "expert.up", "expert.hidden", "expert.output", "moe.output")
-"""Taps whose value depends on which experts were chosen."""
+"""The taps whose values depend on the choice of experts."""
+
+Key = tuple[str, str]
+"""Run and tap."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The inputs that the steps of a pass read. By default each step reads the trace's values, as stored."""
+
+    recomputed: frozenset[Key] = frozenset()
+    """Taps whose values in the trace are tested but not read: later steps read refmoe's own enclosure."""
+    unrounded: bool = False
+    """Whether a step may have read its inputs before they were stored."""
+
+
+AS_STORED = Reading()
 
 
 class Pass:
-    """A forward pass whose taps test the trace's values and then go on with them."""
+    """A forward pass. Each tap tests the trace's values, and later steps read them."""
 
     def __init__(
-        self, trace: Trace, subject: Subject, policy: Policy, spreads: float,
-        recomputed: Set[tuple[str, str]] = frozenset(), unrounded: bool = False,
+        self,
+        trace: Trace,
+        subject: Subject,
+        policy: Policy,
+        spreads: float,
+        reading: Reading = AS_STORED,
         progress: Callable[[], None] | None = None,
-    ) -> None:  # fmt: skip
-        """spreads: standard deviations that count as certain.   recomputed: taps whose values in the trace are tested
-        but not used.   unrounded: each step may have read its inputs before they were stored.
-        progress: called after each layer of each run."""
+    ) -> None:
+        """spreads: standard deviations that count as certain   progress: called after each layer of each run"""
         self.trace, self.subject, self.policy, self.spreads = trace, subject, policy, spreads
-        self.recomputed, self.unrounded, self.progress = recomputed, unrounded, progress
+        self.reading, self.progress = reading, progress
         self.findings = Findings()
         self.ops = subject.ops(policy, self._tap)
         self._run = subject.runs[0]
@@ -50,9 +69,9 @@ class Pass:
         self._unknown: Any = None
 
     def go(self, layers: range | None = None) -> Findings:
-        """All runs in order, each in blocks of tokens: a block is a piece of a prompt, which MODEL-4 allows.
+        """The findings of all runs in order. Each run goes in blocks of tokens, which MODEL-4 allows.
 
-        layers: only these, where the trace has what the first of them begins with; None: the whole model.
+        layers: the layers to compute; the trace must have the input of the first. None: the whole model.
         """
         model = Model(self.subject.config, self.subject.parameters, self.subject.steps)
         layers = range(self.subject.config.layers) if layers is None else layers
@@ -73,7 +92,7 @@ class Pass:
         return self.findings
 
     def _block(self, model: Model, layers: range, tokens: Any, positions: Any, before: Caches | None) -> Caches:
-        """These layers of a block, from the trace's own output of the layer before them. Returns their caches."""
+        """Compute these layers for a block, from the trace's output of the layer before. Returns their caches."""
         ops: Any = self.ops
         if layers.start:
             name = f"layers.{layers.start - 1}.residual"
@@ -101,39 +120,39 @@ class Pass:
                 self._note_unbounded(name, step, x)
         if step == "router.logits":
             self._logits = (x, dumped, not outside)
-        if dumped is None or (self._run.run, name) in self.recomputed:
+        if dumped is None or (self._run.run, name) in self.reading.recomputed:
             return self.ops.cut(step, x)
         return self._taken(step, name, dumped)
 
     def _taken(self, step: str, name: str, dumped: Any) -> Enclosure:
-        """The trace's values, to go on with."""
+        """The trace's values as an enclosure, for the steps that follow."""
         values = np.asarray(dumped, np.float64)
         if step == "attention.scores":
             values = np.where(self._visible()[None], values, 0.0)
         if not np.isfinite(values).all():
             self.ops.events.append(name)
-        # an embedding is a stored row: there is nothing unrounded behind it
-        if not self.unrounded or step == "embedding":
+        # an embedding is a stored row, so that no unrounded value of it exists
+        if not self.reading.unrounded or step == "embedding":
             return Enclosure(values, accumulation=self.policy.accumulation)
         spacing = ulp(values, self.policy.at(step))
-        return Enclosure(values, spacing / 2, spacing**2 / 12, self.policy.accumulation)
+        return Enclosure(values, spacing / 2, spacing**2 / 12, accumulation=self.policy.accumulation)
 
     def _read(self, name: str, step: str) -> Any:
-        """The block's part of a tap."""
+        """The values of a tap in the trace, for the tokens of the block."""
         array = self.trace.get(self._run.run, name)
         stop = self._start + self._tokens
         if step in ("attention.scores", "attention.probs"):
-            # later keys are masked, so a block goes without them
+            # keys after the block are masked, so the block does not need them
             return array[:, self._start : stop, : self._run.past + stop]
         return array[self._start : stop]
 
     def _test(self, name: str, step: str, x: Enclosure, dumped: Any) -> int:
-        """Hold a tap against its enclosure. Returns how many values are outside it."""
+        """Test a tap against its enclosure. Returns the number of values outside the legal interval."""
         tally = self.findings.tallies.setdefault((self._run.run, name), Tally())
         origin = (0, self._start, 0) if step in ("attention.scores", "attention.probs") else (self._start,)
         flat = None
         if step == "attention.scores":
-            # what a masked score holds is nobody's business
+            # masked scores are never read, so an engine may leave anything there
             seen = np.broadcast_to(self._visible()[None], x.shape)
             flat = np.flatnonzero(seen)
             x, values = x[seen], np.asarray(dumped[seen], np.float64)
@@ -150,7 +169,7 @@ class Pass:
         return tally.outside - before
 
     def _test_masked(self, name: str, tally: Tally) -> None:
-        """Probabilities of keys after the block are zero."""
+        """Test that the probabilities of keys after the block are zero."""
         array = self.trace.get(self._run.run, name)
         stop = self._start + self._tokens
         rest = array[:, self._start : stop, self._run.past + stop :]
@@ -162,6 +181,7 @@ class Pass:
             tally.add(nothing, values, format, OF_DTYPE[array.dtype], place, False)
 
     def _note_unbounded(self, name: str, step: str, x: Enclosure) -> None:
+        """Record the tokens of a tap that have no finite variance at all."""
         if x.variance is None or step in ("attention.scores", "attention.probs"):
             return
         nothing = ~np.isfinite(np.broadcast_to(x.variance, x.shape)).reshape(x.shape[0], -1).all(-1)
@@ -170,6 +190,7 @@ class Pass:
             rows.update(self._start + int(token) for token in np.flatnonzero(nothing))
 
     def _visible(self) -> Any:
+        """The attention mask of the block: booleans [T, S]"""
         stop = self._start + self._tokens
         positions = np.asarray(self._run.positions[self._start : stop])
         first = self._run.positions[0] - self._run.past
@@ -177,7 +198,7 @@ class Pass:
         return self.subject.steps.visible(positions, cached, self.subject.config.window)
 
     def _choose(self, name: str, expected: Any) -> Any:
-        """Judge the trace's choice of experts, and go on with it."""
+        """Judge the trace's choice of experts. Returns that choice, or refmoe's own where the trace has none."""
         assert self._logits is not None
         x, dumped, trusted = self._logits
         config, run = self.subject.config, self._run.run
@@ -192,29 +213,27 @@ class Pass:
                     (run, name),
                     f"{int(wrong.sum())} tokens have no {config.experts_per_token} different experts from 0 to "
                     f"{config.experts - 1}: token {self._start + token} has {found[token].tolist()}",
-                )  # fmt: skip
+                )
                 found = np.where(wrong[:, None], expected, found)
         routing = judge(x, dumped, trusted, found, config.experts_per_token, self.policy, self.spreads)
         self._record(run, name, routing)
         if found is not None:
             self._unknown = None
             return found
-        # ids are not in the trace: they follow its logits, and where rounding decides nothing more can be said
+        # the trace has no ids: they follow from its logits, and where rounding decides, later values are unknown
         open_ = routing.kind != FORCED
         if dumped is not None and self.policy.compared == "stored":
             values = np.asarray(dumped, np.float64)
-            routing_of_dump = judge(
-                Enclosure(values, accumulation=self.policy.accumulation), None, True, None, config.experts_per_token,
-                self.policy, self.spreads,
-            )  # fmt: skip
-            open_ = routing_of_dump.kind == CONTESTABLE
-            routing = routing_of_dump
+            stored = Enclosure(values, accumulation=self.policy.accumulation)
+            routing = judge(stored, None, True, None, config.experts_per_token, self.policy, self.spreads)
+            open_ = routing.kind == CONTESTABLE
         self._unknown = np.flatnonzero(open_) if open_.any() else None
         either = np.flatnonzero(open_ & np.isfinite(routing.movable))
         self.findings.open_choices.setdefault((run, name), set()).update(self._start + int(t) for t in either)
         return routing.expected
 
     def _record(self, run: str, name: str, routing: Routing) -> None:
+        """Count the decisions, and keep them as `KEPT_DECISIONS` says."""
         layer = layer_of(name)
         assert layer is not None
         for decision in routing.decisions(run, layer, self._start):

@@ -1,4 +1,4 @@
-"""What each tap is computed from: the trace's own taps where it has them, else what those are computed from."""
+"""The origin of each tap: the taps of the trace that refmoe computes it from."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ INPUTS = {
     "moe.output": ("expert.output", "router.weights"),
     "residual": ("attention_residual", "moe.output"),
 }
-"""The inputs of each step of a layer; ``x`` is the hidden state that enters the layer."""
+"""The inputs of each step of a layer. ``x`` is the hidden state that enters the layer."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the values of a tap come from."""
+    """The taps that a tap is computed from, and the steps between."""
 
     since: tuple[str, ...]
-    """Taps of the trace, in order of computation; empty where it is computed from the tokens alone."""
+    """Taps of the trace, in order of computation; empty if it is computed from the tokens alone."""
     rung: str
     spans: int
-    """How many steps lie between: 1 for a single step."""
+    """The number of steps from those taps to this one: 1 for a single step."""
     normalises: bool
-    """Whether one of these steps is a norm, whose statistic errs for a whole row alike."""
+    """Whether one of these steps is a norm: the error of its statistic is shared by a whole row."""
 
 
 def inputs(tap: str, config: Config) -> tuple[str, ...]:
-    """The taps that a tap is directly computed from, in the same run and layer or the layer before."""
+    """The taps that a tap is directly computed from. They are in the same run, and in its layer or the one before."""
     if tap == "embedding":
         return ()
     last = f"layers.{config.layers - 1}.residual"
@@ -76,7 +76,8 @@ def origins(config: Config, present: Set[str]) -> dict[str, Origin]:
             normalises |= found[name].normalises
             chosen_here |= name.endswith("router.experts") or found[name].rung == FREE
         rung = FREE if chosen_here else LOCAL if spans == 1 else REPLAYED
-        found[tap] = Origin(tuple(sorted(since, key=order.__getitem__)), rung, spans, normalises)
+        ordered = tuple(sorted(since, key=order.__getitem__))
+        found[tap] = Origin(since=ordered, rung=rung, spans=spans, normalises=normalises)
     return found
 
 
@@ -84,9 +85,9 @@ MIXING = frozenset(
     ["attention.q", "attention.k", "attention.v", "attention.context", "attention.output",
      "router.logits", "expert.gate", "expert.up", "expert.output", "logits"]
 )  # fmt: skip
-"""Steps that sum over many inputs: there the errors of neighbouring values are independent."""
+"""Steps that sum over many inputs, so that the errors of neighbouring values are independent."""
 
 NORMS = frozenset(["attention_norm", "moe_norm", "final_norm"])
-"""Steps that scale a row by one statistic of it."""
+"""Steps that divide a row by one statistic of the row."""
 
 assert INPUTS.keys() == LAYER_TAPS.keys()

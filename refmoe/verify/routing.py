@@ -1,7 +1,7 @@
-"""Routing decisions: which choices of experts the policy's arithmetic leaves open.
+"""Routing decisions: the choices of experts that the policy allows.
 
-No check of values sees a wrong choice once the choice is replayed, so each is judged by itself: it must be a top-k of
-logits that the policy can produce from the trace's own inputs.
+Once a choice is replayed, no check of values can see that it was wrong. So each choice is judged by itself: it must be
+a top-k of logits that the policy can produce from the trace's own inputs.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ class Routing:
     expected: Any
     """The choice of exact arithmetic, integers [T, k]."""
     kind: Any
-    """[T]"""
+    """`FORCED`, `TIE` or `CONTESTABLE`, [T]"""
     legal: Any
-    """booleans [T]; true where there is nothing to judge."""
+    """Booleans [T]; true where the trace has no choice to judge."""
     margin: Any
+    """As in `Decision`, [T]"""
     movable: Any
+    """As in `Decision`, [T]"""
     found: Any
     """The trace's choice, integers [T, k], or None."""
 
@@ -38,17 +40,25 @@ class Routing:
         for t in range(len(self.expected)):
             found = () if self.found is None else tuple(int(e) for e in self.found[t])
             yield Decision(
-                run, layer, start + t, str(self.kind[t]), bool(self.legal[t]), found,
-                tuple(int(e) for e in self.expected[t]), float(self.margin[t]), float(self.movable[t]),
-            )  # fmt: skip
+                run=run,
+                layer=layer,
+                token=start + t,
+                kind=str(self.kind[t]),
+                legal=bool(self.legal[t]),
+                found=found,
+                expected=tuple(int(e) for e in self.expected[t]),
+                margin=float(self.margin[t]),
+                movable=float(self.movable[t]),
+            )
 
 
 def judge(x: Enclosure, dumped: Any, trusted: bool, found: Any, k: int, policy: Policy, spreads: float) -> Routing:
-    """Which choices are legal, and whether the one found is.
+    """Judge the choices of some tokens.
 
-    x: the logits that the policy can produce, before they are stored, [T, E]   dumped: the trace's logits or None
-    trusted: whether the dumped logits are what x allows   found: [T, k] or None
-    spreads: standard deviations that count as certain where there is no hard radius
+    x: the logits that the policy can produce, before they are stored, [T, E]
+    dumped: the trace's logits [T, E], or None   trusted: whether the dumped logits lie in the legal interval
+    found: the trace's choices, integers [T, k], or None
+    spreads: standard deviations that count as certain where they are less than the radius
     """
     certain = sharper(x.settle(), spreads)
     stored = certain.cut(policy.at("router.logits"))
@@ -78,21 +88,22 @@ def judge(x: Enclosure, dumped: Any, trusted: bool, found: Any, k: int, policy: 
             values = np.nan_to_num(np.asarray(dumped, np.float64), nan=0.0)
             by_dump = consistent(*blur(values, values, policy), found, policy.ties == "lower")
             legal = by_dump if policy.compared == "stored" or not trusted else by_dump | by_enclosure
-    return Routing(expected, kind, legal, margin, movable, found)
+    return Routing(expected=expected, kind=kind, legal=legal, margin=margin, movable=movable, found=found)
 
 
 def sharper(x: Enclosure, spreads: float) -> Enclosure:
-    """With the radius that is proven, or that many standard deviations where these are less."""
+    """The enclosure with the smaller radius: the proven one, or `spreads` standard deviations."""
     if x.radius is None or x.variance is None:
         return x
     spread = np.where(x.variance > 0, spreads * np.sqrt(x.variance), np.inf)
-    return Enclosure(x.mid, np.fmin(x.radius, spread), x.variance, x.accumulation)
+    return Enclosure(x.mid, np.fmin(x.radius, spread), x.variance, accumulation=x.accumulation)
 
 
 def consistent(low: Any, high: Any, found: Any, lower_first: bool = False) -> Any:
-    """Whether logits within [low, high] exist for which each choice is a top-k. low, high: [T, E]   found: [T, k]
+    """Whether some logits within [low, high] have the choice as their top-k.
 
-    lower_first: of equal logits only the lower id may be chosen.
+    low, high: [T, E]   found: integers [T, k]   returns: booleans [T]
+    lower_first: whether of equal logits only the lower id may be chosen
     """
     chosen = np.zeros(low.shape, bool)
     np.put_along_axis(chosen, found, True, axis=-1)
@@ -106,15 +117,16 @@ def consistent(low: Any, high: Any, found: Any, lower_first: bool = False) -> An
 
 
 def valid(found: Any, experts: int) -> Any:
-    """Whether each row holds different expert ids from 0. found: integers [T, k]   returns: booleans [T]"""
+    """Whether the ids of a row are in range and all different. found: integers [T, k]   returns: booleans [T]"""
     ordered = np.sort(found, axis=-1)
     return (ordered[:, 0] >= 0) & (ordered[:, -1] < experts) & (np.diff(ordered, axis=-1) > 0).all(-1)
 
 
 def blur(low: Any, high: Any, policy: Policy) -> tuple[Any, Any]:
-    """Bounds of logits as far as the router can tell them apart: one that takes softmax first compares probabilities.
+    """The bounds widened by the logits that the router cannot tell apart. low, high: [T, E]
 
-    Its exponentials err by their budget and round where probabilities are stored; those that underflow are equal.
+    A router that takes softmax first compares probabilities. Its exponentials err by their budget, and are rounded
+    where probabilities are stored. Probabilities that underflow are equal.
     """
     if policy.router_order == "top-k-then-softmax":
         return low, high

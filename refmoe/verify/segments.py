@@ -1,7 +1,7 @@
-"""A trace in pieces of layers: where it holds what a layer begins with, the layer is judged by itself.
+"""A trace cut into segments of layers. A new segment begins wherever the trace holds the input of a layer.
 
-The pieces need nothing of each other, so that they can be computed by several processes, and what is not in the trace
-beyond its last tap need not be computed at all. Verdicts and figures are those of one pass over the whole model.
+Segments do not depend on each other, so that several processes can judge them. Layers after the last tap of the trace
+are not computed. Verdicts and figures are the same as those of one pass over the whole model.
 """
 
 from __future__ import annotations
@@ -19,14 +19,12 @@ from refmoe.policy.policy import Policy
 from refmoe.spec.config import Config
 from refmoe.spec.taps import layer_of
 from refmoe.traces.trace import Run, Trace, read_trace
-from refmoe.verify.passes import Pass
+from refmoe.verify.passes import Key, Pass, Reading
 from refmoe.verify.subject import Findings, Subject
-
-Key = tuple[str, str]
 
 
 def needed(config: Config, present: Mapping[str, Set[str]]) -> range:
-    """The layers up to the last one of which the trace holds anything; the head counts to the last layer."""
+    """The layers up to the last one that has a tap in the trace. The head belongs to the last layer."""
     last = 0
     for name in (name for names in present.values() for name in names):
         layer = layer_of(name)
@@ -35,9 +33,9 @@ def needed(config: Config, present: Mapping[str, Set[str]]) -> range:
 
 
 def segments(config: Config, present: Mapping[str, Set[str]], recomputed: Set[Key] = frozenset()) -> list[range]:
-    """Cut where the trace has a layer's output in every run, and the next layer may go on from it.
+    """The segments. A cut lies after each layer whose output is in the trace, in every run.
 
-    present: per run its taps.   recomputed: taps that are not gone on from.
+    present: the taps of each run   recomputed: taps that later steps must not read, so that no cut lies there
     """
     layers = needed(config, present)
 
@@ -46,7 +44,7 @@ def segments(config: Config, present: Mapping[str, Set[str]], recomputed: Set[Ke
         return all(tap in names and (run, tap) not in recomputed for run, names in present.items())
 
     cuts = [0, *(i for i in layers if i and starts(i)), layers.stop]
-    # what comes before the first tap of the trace, and is not gone on from, is nobody's business
+    # a segment without taps is not needed, because the next segment starts from the trace
     wanted = [range(a, b) for a, b in pairwise(cuts)]
     return [each for each in wanted if _has_taps(each, present, config)] or wanted[:1]
 
@@ -62,7 +60,7 @@ def _has_taps(layers: range, present: Mapping[str, Set[str]], config: Config) ->
 
 
 def merge(found: Sequence[Findings], runs: Sequence[Run]) -> Findings:
-    """The findings of all segments, as one pass would have made them."""
+    """The findings of all segments in one, as a single pass would have made them."""
     whole = Findings()
     for part in found:
         whole.tallies |= part.tallies
@@ -79,32 +77,31 @@ def merge(found: Sequence[Findings], runs: Sequence[Run]) -> Findings:
 
 @dataclass(frozen=True)
 class Spread:
-    """Where the segments of a trace are judged, and how a process elsewhere gets at the model."""
+    """The processes that judge segments, and the source from which they load the model."""
 
     executor: Executor
     source: Any
-    """Names the model in a few words: has `load`, is hashable and can be sent."""
+    """A short name of the model: has `load`, is hashable and can be pickled."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """One segment for another process."""
+    """One segment to judge in another process. The trace is named by its path, the model by its source."""
 
     trace: Path
     source: Any
     runs: tuple[Run, ...]
     policy: Policy
     spreads: float
-    recomputed: frozenset[Key]
-    unrounded: bool
+    reading: Reading
     layers: range
 
 
 def judge_segment(work: Work) -> Findings:
-    """In any process that can read the trace and the model."""
+    """The findings of one segment, in any process that can read the trace and the model."""
     loaded = _loaded(work.source)
     subject = Subject(loaded.config, loaded.parameters, work.runs)
-    judging = Pass(_opened(work.trace), subject, work.policy, work.spreads, work.recomputed, work.unrounded)
+    judging = Pass(_opened(work.trace), subject, work.policy, work.spreads, work.reading)
     return judging.go(work.layers)
 
 
@@ -119,19 +116,34 @@ def _opened(path: Path) -> Trace:
 
 
 def judge_all(
-    trace: Trace, subject: Subject, policy: Policy, spreads: float, present: Mapping[str, Set[str]],
-    recomputed: frozenset[Key], unrounded: bool, progress: Callable[[], None] | None, spread: Spread | None,
-) -> Findings:  # fmt: skip
-    """One pass over all that the trace has taps of, here, or each segment where `spread` says.
+    trace: Trace,
+    subject: Subject,
+    policy: Policy,
+    spreads: float,
+    present: Mapping[str, Set[str]],
+    reading: Reading,
+    progress: Callable[[], None] | None,
+    spread: Spread | None,
+) -> Findings:
+    """The findings of all segments: in one pass in this process, or one by one in the processes of `spread`.
 
     Raises InputError when a worker process dies.
     """
-    pieces = segments(subject.config, present, recomputed)
+    pieces = segments(subject.config, present, reading.recomputed)
     if spread is None:
         layers = range(pieces[0].start, pieces[-1].stop)
-        return Pass(trace, subject, policy, spreads, recomputed, unrounded, progress).go(layers)
+        return Pass(trace, subject, policy, spreads, reading, progress).go(layers)
     items = [
-        Work(trace.path, spread.source, subject.runs, policy, spreads, recomputed, unrounded, each) for each in pieces
+        Work(
+            trace=trace.path,
+            source=spread.source,
+            runs=subject.runs,
+            policy=policy,
+            spreads=spreads,
+            reading=reading,
+            layers=each,
+        )
+        for each in pieces
     ]
     found = []
     for future, each in [(spread.executor.submit(judge_segment, item), item) for item in items]:

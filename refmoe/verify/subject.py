@@ -1,4 +1,4 @@
-"""What a trace is held against, and what holding it against that has shown."""
+"""The subject that a trace is held against, and the findings of one pass."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from refmoe.verify.tally import Tally
 
 @dataclass(frozen=True)
 class Subject:
-    """What a trace is held against."""
+    """The model and runs that a trace is held against."""
 
     config: Config
     parameters: Parameters
     runs: tuple[Run, ...]
     steps: Steps = CUT_STEPS
-    """Those of the specification, or of a known bug that the trace may have."""
+    """The steps of the specification, or of a known bug that the trace may have."""
     ops: Callable[..., EnclosureOps] = EnclosureOps
-    """Made of a policy and a tap; the same everywhere but for the place where products are computed."""
+    """Called with a policy and a tap. Products may be computed on another device, with the same results."""
 
 
 @dataclass
 class Findings:
-    """What a pass has seen."""
+    """The tallies and decisions of a pass."""
 
     tallies: dict[tuple[str, str], Tally] = field(default_factory=dict)
     decisions: list[Decision] = field(default_factory=list)
     counts: dict[tuple[str, bool], int] = field(default_factory=dict)
-    """How many decisions there are of each kind, legal and illegal."""
+    """The number of decisions per kind and legality."""
     invalid: dict[tuple[str, str], str] = field(default_factory=dict)
-    """Expert ids that are no choice at all, in words."""
+    """Per router tap, in words: ids that are out of range or repeated, and so no choice of experts."""
     open_choices: dict[tuple[str, str], set[int]] = field(default_factory=dict)
-    """Per router tap that is not in the trace: tokens whose experts rounding alone can decide."""
+    """Per router tap that the trace lacks: the tokens whose experts rounding alone can decide."""
     unbounded: dict[tuple[str, str], set[int]] = field(default_factory=dict)
-    """Per tap of the trace: tokens of which nothing is known, because rounding decided a choice before them."""
+    """Per tap of the trace: the tokens without any bound, because rounding decided a choice in an earlier step."""
 
 
 def shape_of(tap: str, config: Config, run: Run) -> tuple[int, ...]:

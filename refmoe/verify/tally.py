@@ -1,12 +1,12 @@
-"""The tests on one tap: hard interval, cell excess, matched filter against truncation, and size of the error.
+"""The tests on one tap: legal interval, cell excess, matched filter against truncation, and size of the error.
 
-    hard     the value found lies outside the rounded ends of the interval: impossible under the policy
-    excess   the distance from the midpoint to the cell of the value found, in standard deviations: exp(-2 lambda) is
-             what the tail of legal sums was measured to stay under, so lambda = ln(2 N / alpha) / 2 for N values
-    filter   how far errors lean towards zero, 0 for rounding to nearest and 1 for truncation; 1/2 lies between
-    size     the mean square of error over variance; one-sided, since more precision is always legal
+    interval  A value outside the rounded ends of the legal interval is impossible under the policy.
+    excess    The distance from the midpoint to the cell of the value found, in standard deviations. The limit is
+              lambda = ln(2 N / alpha) / 2 for N values: the measured tail of legal sums stays under exp(-2 lambda).
+    filter    The lean of the errors towards zero: 0 for rounding to nearest, 1 for truncation. The limit is 1/2.
+    size      The mean square of error over variance. The test is one-sided, because more precision is always legal.
 
-A tap may come in pieces; all sums are kept, no arrays are.
+A tap may come in pieces. The tally keeps sums and no arrays.
 """
 
 from __future__ import annotations
@@ -21,49 +21,52 @@ import numpy as np
 from refmoe.arithmetic.enclosure.array import OWN, Enclosure
 from refmoe.arithmetic.formats import FLOAT64, Format, cell, nearest, representable, ulp
 from refmoe.verify.findings import FAIL, PASS, UNDECIDABLE, Check, Element
+from refmoe.verify.provenance import Origin
 
 SNR = 26.0
-"""The filter speaks where truncation would be this many standard errors away: honest runs then stay within 0.26."""
+"""The filter applies if truncation would be this many standard errors away. Honest runs then stay within 0.26."""
 LEAN = 0.5
 """Halfway between rounding to nearest and truncation."""
 ROWS = 30
-"""Below this number of rows the errors of a norm, or of equal tokens, are too much alike for size and filter."""
+"""Below this number of rows, errors of a norm or of equal tokens are too similar for the tests of size and filter."""
 CALM = 5.0
-"""Standard deviations below which nobody asks how far a truncating accumulator leans: no limit is as low."""
+"""Standard deviations below which the bias of a truncating accumulator is not computed: no limit is as low."""
 PIECE = 1 << 16
-"""Values tested at once: some thirty temporary arrays of them stay in the cache, however long a tap is."""
+"""Values tested at once: about thirty temporary arrays of this length fit in the cache."""
 LIKE_POINTWISE = 32.0
-"""How many values err as one in elementwise steps and in segments up to a layer."""
-
+"""The number of values that err alike in elementwise steps and in segments up to a layer."""
 
 Place = Callable[[int], tuple[int, ...]]
-"""From the position of a value among those given to its index in the tap."""
+"""The function from the position of a value in a block to its index in the tap."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The thresholds of a whole verification, from one significance split over the tests."""
+    """The thresholds of a whole verification: one significance, split over the tests."""
 
     significance: float
     values: int
-    """How many values all checks hold."""
+    """The number of values in all checks."""
     tensors: int
-    """How many checks there are."""
+    """The number of checks."""
 
     @property
     def excess(self) -> float:
-        """Standard deviations; a third of the significance, over all values."""
+        """The limit in standard deviations. A third of the significance is split over all values."""
         return math.log(2 * max(self.values, 1) * 3 / self.significance) / 2
 
     def rms(self, values: int, alike: float) -> float:
-        """The largest root mean square of `values` errors of which `alike` err as one; a third, over all tensors."""
+        """The limit of the root mean square of `values` errors, of which `alike` at a time are equal.
+
+        A third of the significance is split over all tensors.
+        """
         level = self.significance / (3 * max(self.tensors, 1))
         return math.sqrt(1 + 3 * math.sqrt(math.log(1 / level) / (2 * values / alike)))
 
 
 @dataclass
 class Tally:
-    """What has been seen of one tap of one run."""
+    """The sums and extremes of the values of one tap of one run that were tested so far."""
 
     values: int = 0
     undecided: int = 0
@@ -82,10 +85,13 @@ class Tally:
     def add(
         self, x: Enclosure, found: Any, policy_format: Format, found_format: Format, place: Place, may_overflow: bool
     ) -> None:
-        """Test values. x: before its last rounding, [n]   found: binary64 [n]   place: from position to index
+        """Test values against their enclosure.
 
-        A value that the policy's dtype holds is tested as rounded to it; another one has been kept more precisely, and
-        is tested as rounded to the dtype of the trace.
+        x: the enclosure before the last rounding, [n]   found: binary64 [n]   place: from position to index
+        may_overflow: whether a legal implementation may have overflowed before this tap
+
+        A value that the policy's dtype holds is tested as rounded to that dtype. Any other value was stored more
+        precisely, and is tested as rounded to the dtype of the trace.
         """
         with np.errstate(all="ignore"):
             for start in range(0, found.size, PIECE):
@@ -107,7 +113,7 @@ class Tally:
                 self._add(x[at], found[at], format, _from(place, start + at), may_overflow)
 
     def _add(self, x: Enclosure, y: Any, format: Format, place: Place, may_overflow: bool) -> None:
-        # where the operation's own rounding is to this very dtype, it is the last rounding, tested below
+        # if the operation rounds its result to this very dtype, that rounding is the last one, tested below
         before = x if x.biased or (x.owed and format == x.accumulation) else x.settle()
         m, r, v = before.mid, np.asarray(before.r), np.asarray(before.v)
         clean = bool(np.isfinite(y + m + r + v).all())
@@ -125,7 +131,7 @@ class Tally:
             low, high = np.where(np.isnan(low), -np.inf, low), np.where(np.isnan(high), np.inf, high)
             finite, known = np.isfinite(y), np.isfinite(m)
             outside = ~((y >= low) & (y <= high)) | (np.isinf(y) & np.isinf(r))
-            # an infinity or NaN where the interval has no end is legal only if something can have overflowed
+            # an infinity or NaN in an interval without ends is legal only if an earlier step may have overflowed
             outside &= finite | bounded | (not may_overflow)
             outside &= known | (finite & bounded) | (~finite & (not may_overflow))
             spread = spread & known
@@ -136,13 +142,13 @@ class Tally:
         spacing, allowed = ulp(pair(m, np.abs(m) + r), format)
         ratio = np.abs(error) / (r + allowed / 2 if format.precision < 53 else r)
         if not clean:
-            # nothing is allowed too little where nothing is known, nor where a legal value is infinite
+            # no ratio where the radius is unknown, nor where a legal value is infinite
             ratio = np.where(bounded & (finite | outside), ratio, 0.0)
 
         start, end = cell(y if clean else np.where(finite, y, 0.0), format)
         beyond = np.maximum(m - end, start - m)
         sigma = np.sqrt(v + (OWN * m) ** 2)
-        # a variance that is zero beside a radius that is not has underflowed, and says nothing
+        # a variance of zero beside a positive radius has underflowed and cannot be used
         usable = (beyond > 0) & ((v > 0) | (r == 0)) & finite & spread
         excess = np.where(usable, beyond / sigma, 0.0)
         if x.biased and excess.max(initial=0.0) > CALM:
@@ -150,11 +156,22 @@ class Tally:
 
         self.values += y.size
         self.outside += int(outside.sum())
-        # fmax passes over the NaN of no error where none is allowed
+        # fmax ignores NaN: no error where no error is allowed
         self.worst_error = float(np.fmax.reduce(ratio, initial=self.worst_error))
         self.excess = float(np.fmax.reduce(excess, initial=self.excess))
         self._add_size(error, m, v, spacing, format, finite & spread)
-        self._keep_worst(outside, bounded, np.where(outside, ratio, excess), y, m, low, high, sigma, place)
+        at, score = _worst(outside, bounded, np.where(outside, ratio, excess))
+        rank = (bool(outside[at]), score)
+        if rank > self.worst_rank or self.worst is None:
+            self.worst_rank = rank
+            self.worst = Element(
+                where=place(at),
+                found=float(y[at]),
+                expected=float(m[at]),
+                low=float(low[at]),
+                high=float(high[at]),
+                sigma=float(sigma[at]),
+            )
 
     def _add_size(self, error: Any, m: Any, v: Any, spacing: Any, format: Format, usable: Any) -> None:
         total = v + (spacing**2 / 12 if format != FLOAT64 else 0.0)
@@ -168,41 +185,29 @@ class Tally:
             self.leaning += float((weighted * delta).sum())
             self.reach += float((delta**2 * weight).sum())
 
-    def _keep_worst(
-        self, outside: Any, bounded: Any, score: Any, y: Any, m: Any, low: Any, high: Any, sigma: Any, place: Place
-    ) -> None:
-        """score: [n], among elements that are outside, else bounded, else any, the largest is the worst."""
-        if bounded is True and not outside.any():
-            at = int(np.argmax(score))
-        else:
-            candidates = outside if outside.any() else np.broadcast_to(bounded, y.shape)
-            score = np.fmax(score, 0.0)
-            at = int(np.argmax(np.where(candidates, score, -1.0) if candidates.any() else score))
-        mine = (bool(outside[at]), float(score[at]))
-        if mine > self.worst_rank or self.worst is None:
-            self.worst_rank = mine
-            self.worst = Element(
-                place(at), float(y[at]), float(m[at]), float(low[at]), float(high[at]), float(sigma[at])
-            )
-
     @property
     def rms(self) -> float:
+        """Root mean square of error over standard deviation."""
         return math.sqrt(self.squares / self.counted) if self.counted else 0.0
 
     @property
     def truncation(self) -> float:
+        """The coefficient of the matched filter against truncation."""
         return self.leaning / self.reach if self.reach > 0 else 0.0
 
     @property
     def snr(self) -> float:
+        """The distance between rounding to nearest and truncation, in standard errors."""
         return math.sqrt(self.reach)
 
     def check(
-        self, run: str, tap: str, since: tuple[str, ...], rung: str, limits: Limits, alike: float | None,
-        leans: bool, why: str,
-    ) -> Check:  # fmt: skip
-        """The verdict.   alike: how many values err as one; None where size and filter do not apply.   leans: whether a
-        lean of the errors says anything.   why: what makes values undecided, in words."""
+        self, run: str, tap: str, origin: Origin, limits: Limits, alike: float | None, leans: bool, why: str
+    ) -> Check:
+        """The check with its verdict.
+
+        alike: the number of values that err alike; None where the tests of size and filter do not apply
+        leans: whether the filter applies   why: the reason for undecided values, in words
+        """
         enough = alike is not None and self.rows >= ROWS and self.counted > 0
         rms_limit = limits.rms(self.counted, alike) if enough and alike is not None else float("nan")
         reasons = []
@@ -224,18 +229,47 @@ class Tally:
             rest = f"; {self.undecided} of {self.values} values have no bound: {why}" if self.undecided else ""
             verdict, reason = PASS, f"within what the policy allows{rest}"
         return Check(
-            run, tap, since, rung, verdict, reason, self.values, self.undecided, self.outside, self.worst_error,
-            self.excess, limits.excess, self.rms, rms_limit, self.truncation, self.snr, self.worst,
-        )  # fmt: skip
+            run=run,
+            tap=tap,
+            since=origin.since,
+            rung=origin.rung,
+            verdict=verdict,
+            reason=reason,
+            values=self.values,
+            undecided=self.undecided,
+            outside=self.outside,
+            worst_error=self.worst_error,
+            excess=self.excess,
+            excess_limit=limits.excess,
+            rms=self.rms,
+            rms_limit=rms_limit,
+            truncation=self.truncation,
+            truncation_snr=self.snr,
+            worst=self.worst,
+        )
+
+
+def _worst(outside: Any, bounded: Any, score: Any) -> tuple[int, float]:
+    """The position of the worst value, and its score: the largest among values outside, else bounded, else any.
+
+    outside: booleans [n]   bounded: booleans [n], or True   score: [n]
+    """
+    if bounded is True and not outside.any():
+        at = int(np.argmax(score))
+    else:
+        candidates = outside if outside.any() else np.broadcast_to(bounded, outside.shape)
+        score = np.fmax(score, 0.0)
+        at = int(np.argmax(np.where(candidates, score, -1.0) if candidates.any() else score))
+    return at, float(score[at])
 
 
 def pair(a: Any, b: Any) -> Any:
-    """Two arrays as one, so that both are treated in one call. a, b: [n] -> [2, n]"""
+    """Two arrays in one, so that one call treats both. a, b: [n]   returns: [2, n]"""
     both = np.empty((2, *np.shape(a)))
     both[0], both[1] = a, b
     return both
 
 
 def _from(place: Place, positions: Any) -> Place:
-    """The same for some of the values.   positions: where they are among all of them"""
+    """The `Place` of a selection of values.   positions: integers [n], the positions of the selected values"""
     return lambda at: place(int(positions[at]))

@@ -1,10 +1,10 @@
-"""Verify a trace: checks, routing decisions, the first wrong step and the verdict."""
+"""Verify a trace: its checks, routing decisions, first wrong step and verdict."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from refmoe.policy.policy import Policy
 from refmoe.spec.config import Config
@@ -28,6 +28,7 @@ from refmoe.verify.findings import (
 )
 from refmoe.verify.free_running import against_noise
 from refmoe.verify.intake import Contents, take_in
+from refmoe.verify.passes import Reading
 from refmoe.verify.provenance import MIXING, Origin, origins
 from refmoe.verify.segments import Spread, judge_all
 from refmoe.verify.subject import Findings, Subject
@@ -35,47 +36,66 @@ from refmoe.verify.tally import LIKE_POINTWISE, Limits, Tally
 
 OPEN_CHOICE = "rounding can decide the choice of experts"
 NO_BOUND = "it may overflow, or rounding adds up over too many steps"
-"""Why a value may be undecided."""
-
-Judged = tuple[Findings, list[Check]]
+"""The reasons for undecided values."""
 
 SIGNIFICANCE = 1e-6
-"""A healthy engine fails a whole verification less than once in this many."""
+"""The probability that a healthy engine fails somewhere in a whole verification is less than this."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The way a verification runs. Only the significance can change a verdict."""
+
+    significance: float = SIGNIFICANCE
+    progress: Callable[[], None] | None = None
+    """Called after each layer of each run, in each pass."""
+    ops: Callable[..., EnclosureOps] = EnclosureOps
+    """The enclosure arithmetic, as in `Subject`."""
+    spread: Spread | None = None
+    """The processes that judge layers side by side; None: this process judges one layer after the other."""
+
+
+DEFAULTS = Settings()
 
 
 def verify(
-    trace: Trace, name: str, config: Config, parameters: Parameters, runs: tuple[Run, ...] | None, policy: Policy,
-    significance: float = SIGNIFICANCE, progress: Callable[[], None] | None = None,
-    ops: Callable[..., EnclosureOps] = EnclosureOps, spread: Spread | None = None,
-) -> Report:  # fmt: skip
+    trace: Trace,
+    name: str,
+    config: Config,
+    parameters: Parameters,
+    runs: tuple[Run, ...] | None,
+    policy: Policy,
+    settings: Settings = DEFAULTS,
+) -> Report:
     """Judge a trace.
 
-    name: what it is held against, in words.   runs: those of the case, or None to take the trace's own.
-    progress: called after each layer of each run.   ops: as of a `Subject`.
-    spread: where layers are judged side by side; None: one after the other, here.
-    Raises InputError when the trace cannot be held against it.
+    name: the case or checkpoint that the trace is held against, in words
+    runs: the runs of the case; None: the trace's own runs
+    Raises InputError when the runs, tokens, shapes or dtypes of the trace do not fit the model and the runs.
     """
     contents = take_in(trace, config, runs)
-    subject = Subject(config, parameters, contents.runs, ops=ops)
-    limits = Limits(significance, contents.values, contents.tensors)
+    subject = Subject(config, parameters, contents.runs, ops=settings.ops)
+    limits = Limits(settings.significance, contents.values, contents.tensors)
 
-    def judge(recomputed: frozenset[tuple[str, str]] = frozenset(), unrounded: bool = False) -> Judged:
+    def judge(reading: Reading) -> tuple[Findings, list[Check]]:
         findings = judge_all(
-            trace, subject, policy, limits.excess, contents.present, recomputed, unrounded, progress, spread
+            trace, subject, policy, limits.excess, contents.present, reading, settings.progress, settings.spread
         )
         checks = assemble(findings, contents, config, policy, limits)
         return findings, against_noise(checks, findings, trace, subject, policy, limits)
 
-    findings, checks = judge()
+    findings, checks = judge(Reading())
     failed = frozenset((check.run, check.tap) for check in checks if check.verdict == FAIL)
     if failed:
-        # a tap may be wrong while what follows is right: then its consumers pass on what they should have read
-        _, again = judge(recomputed=failed)
-        checks = acquit(checks, again, "the trace's value of its input is wrong, but was not what this step read")
+        # a dumped tap may be wrong although the engine went on with the right values: recompute it for its consumers
+        _, again = judge(Reading(recomputed=failed))
+        checks = apply_second_pass(
+            checks, again, "the trace's value of its input is wrong, but was not what this step read"
+        )
     if policy.consumers == "unrounded" and any(check.verdict == FAIL for check in checks):
-        _, again = judge(unrounded=True)
-        checks = acquit(checks, again, "this step read its input before it was stored")
-    return conclude(trace, name, policy, significance, contents, findings, checks)
+        _, again = judge(Reading(unrounded=True))
+        checks = apply_second_pass(checks, again, "this step read its input before it was stored")
+    return conclude(trace, name, policy, settings.significance, contents, findings, checks)
 
 
 def assemble(findings: Findings, contents: Contents, config: Config, policy: Policy, limits: Limits) -> list[Check]:
@@ -99,18 +119,18 @@ def assemble(findings: Findings, contents: Contents, config: Config, policy: Pol
                 continue
             tally = findings.tallies.get((run.run, tap), Tally())
             size = alike_values(tap, origin, alike)
-            # the rows of a norm in the dtype of its statistic: adding eps to rounded means errs alike in all of them
+            # rows of a norm stored in the dtype of its statistic: adding eps to rounded means errs alike in every row
             alike_rows = origin.normalises and policy.statistics.precision <= policy.at(step_of(tap)).precision
             if size is not None and alike_rows:
                 size = max(size, tally.values / max(tally.rows, 1))
             why = OPEN_CHOICE if origin.rung == FREE else NO_BOUND
-            check = tally.check(run.run, tap, origin.since, origin.rung, limits, size, not alike_rows, why)
+            check = tally.check(run.run, tap, origin, limits, size, not alike_rows, why)
             checks.append(name_expert(check, chosen))
     return checks
 
 
 def name_expert(check: Check, chosen: dict[tuple[str, int, int], tuple[int, ...]]) -> Check:
-    """The check, with the expert behind the slot of its worst element. chosen: per run, layer and token the experts"""
+    """The check with the expert of its worst element's slot. chosen: the experts per run, layer and token"""
     if check.worst is None or check.layer is None or not check.step.startswith(("expert.", "router.weights")):
         return check
     token, slot, *_ = check.worst.where
@@ -119,9 +139,12 @@ def name_expert(check: Check, chosen: dict[tuple[str, int, int], tuple[int, ...]
 
 
 def alike_values(tap: str, origin: Origin, repeats: int) -> float | None:
-    """How many errors count as one in the tests of size and lean; None where these tests do not apply."""
+    """The number of values that err alike in the tests of size and filter; None where these tests do not apply.
+
+    repeats: the number of times that the most frequent token occurs
+    """
     if step_of(tap) == "attention.scores":
-        return None  # all share the error of one constant, 1 / sqrt(head_dim)
+        return None  # all scores share the error of one constant, 1 / sqrt(head_dim)
     if origin.spans == 1 and step_of(tap) in MIXING:
         return float(repeats)  # equal tokens err alike
     layers = {layer_of(name) for name in (tap, *origin.since)}
@@ -131,25 +154,34 @@ def alike_values(tap: str, origin: Origin, repeats: int) -> float | None:
 
 
 def _routing_check(mine: list[Decision], invalid: str | None, run: str, tap: str, origin: Origin) -> Check:
-    """The check of a choice of experts.   mine: its decisions   invalid: what is no choice at all, in words"""
+    """The check of the choices of experts.   mine: the decisions   invalid: the ids that are no choice, in words"""
+    check = Check(
+        run=run,
+        tap=tap,
+        since=origin.since,
+        rung=origin.rung,
+        verdict=PASS,
+        reason="each choice is a top-k of legal logits",
+        values=len(mine),
+    )
     illegal = [d for d in mine if not d.legal]
-    values = len(mine)
     if invalid is not None:
-        return Check(run, tap, origin.since, origin.rung, FAIL, invalid, values, 0, 1)
+        return replace(check, verdict=FAIL, reason=invalid, outside=1)
     if illegal:
         d = illegal[0]
         reason = (
-            f"{len(illegal)} of {values} decisions are illegal; token {d.token} found {as_set(d.found)}, expected "
+            f"{len(illegal)} of {len(mine)} decisions are illegal; token {d.token} found {as_set(d.found)}, expected "
             f"{as_set(d.expected)}: {d.kind}, margin {d.margin:.3g} against {d.movable:.3g} that rounding can move"
         )
-        return Check(run, tap, origin.since, origin.rung, FAIL, reason, values, 0, len(illegal))
-    return Check(run, tap, origin.since, origin.rung, PASS, "each choice is a top-k of legal logits", values)
+        return replace(check, verdict=FAIL, reason=reason, outside=len(illegal))
+    return check
 
 
-def acquit(checks: list[Check], again: list[Check], reason: str) -> list[Check]:
-    """Checks that failed but do not in another pass take its verdict.
+def apply_second_pass(checks: list[Check], again: list[Check], reason: str) -> list[Check]:
+    """The checks, where a failed check that does not fail in a second pass takes the verdict of that pass.
 
-    What one leaves open where refmoe chose experts says nothing against what the other found there.
+    again: the checks of the second pass   reason: the reason of the checks that change
+    An undecidable check on the free-running rung changes nothing: there the second pass chose experts by itself.
     """
     found = {
         (check.run, check.tap): check.verdict
@@ -165,10 +197,15 @@ def acquit(checks: list[Check], again: list[Check], reason: str) -> list[Check]:
 
 
 def conclude(
-    trace: Trace, name: str, policy: Policy, significance: float, contents: Contents, findings: Findings,
+    trace: Trace,
+    name: str,
+    policy: Policy,
+    significance: float,
+    contents: Contents,
+    findings: Findings,
     checks: list[Check],
-) -> Report:  # fmt: skip
-    """The report: verdict, headline, the first wrong step."""
+) -> Report:
+    """The report, with verdict, headline and the first wrong step."""
     failed = [check for check in checks if check.verdict == FAIL]
     decided = sum(check.values - check.undecided for check in checks if check.verdict != UNDECIDABLE)
     total = sum(check.values for check in checks)
@@ -185,14 +222,24 @@ def conclude(
         )
     producer = " ".join(trace.header.producer.get(key, "") for key in ("name", "version")).strip() or "unknown"
     return Report(
-        str(trace.path), name, producer, policy.name, significance, verdict, headline, tuple(checks),
-        tuple(findings.decisions), (failed[0].run, failed[0].tap) if failed else None, contents.missing,
-        contents.unknown, tuple(notes(contents, checks, findings)),
-    )  # fmt: skip
+        trace=str(trace.path),
+        subject=name,
+        producer=producer,
+        policy=policy.name,
+        significance=significance,
+        verdict=verdict,
+        headline=headline,
+        checks=tuple(checks),
+        decisions=tuple(findings.decisions),
+        first_wrong=(failed[0].run, failed[0].tap) if failed else None,
+        missing=contents.missing,
+        unknown=contents.unknown,
+        notes=tuple(notes(contents, checks, findings)),
+    )
 
 
 def notes(contents: Contents, checks: list[Check], findings: Findings) -> list[str]:
-    """What could not be said, and what would have to be in the trace to say it."""
+    """The limits of this verification and the taps that would lift them, one sentence each."""
     said = list(contents.notes)
     if contents.missing:
         local = sum(check.rung == LOCAL for check in checks)

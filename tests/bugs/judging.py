@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from refmoe.bugs.catalogue import MUTANTS
-from refmoe.bugs.engine import run
+from refmoe.bugs.run_engine import run
 from refmoe.bugs.mutant import Mutant
 from refmoe.policy.load import policy
 from refmoe.spec.model import Parameters

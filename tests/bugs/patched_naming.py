@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from refmoe.bugs.catalogue import MUTANTS
-from refmoe.bugs.quantised import INT8, quantised
+from refmoe.bugs.quantised_checkpoint import INT8, quantised
 from refmoe.checkpoints.layout import Checkpoint
 from refmoe.policy.load import policy
 from refmoe.suite import find_cases, read_case

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from refmoe.bugs.quantised import INT8, quantised
-from refmoe.bugs.quantised import quantise as quantise_rows
+from refmoe.bugs.quantised_checkpoint import INT8, quantised
+from refmoe.bugs.quantised_checkpoint import quantise as quantise_rows
 from refmoe.spec.model import Parameters
 from tests.bugs.patched import patched
 from tests.verify.engines import Arrays, model_named

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from refmoe.bugs.catalogue import MUTANTS
-from refmoe.bugs.engine import run, same
+from refmoe.bugs.run_engine import run, same
 from refmoe.bugs.mutant import Mutant
 from refmoe.policy.load import policy
 from refmoe.suite.conditions import CONDITIONS
@@ -133,7 +133,11 @@ def test_the_case_lists_the_bug_or_has_what_it_needs(bug: str) -> None:
 def test_bug_changes_nothing_without_what_it_needs(bug: str, need: str, name: str) -> None:
     case = case_named(name)
     assert not need or need not in case.conditions or need == "T>1"  # which holds in every golden case
-    runs = (Run("prefill", "prefill", 0, case.runs()[0].tokens[:1], (0,), 0),) if need == "T>1" else case.runs()
+    runs = (
+        (Run(run="prefill", op="prefill", sequence=0, tokens=case.runs()[0].tokens[:1], positions=(0,), past=0),)
+        if need == "T>1"
+        else case.runs()
+    )
     used, parameters = policy("float32"), parameters_of(name)
     right = run(None, case.config, parameters, runs, used)
     assert same(run(MUTANTS[bug], case.config, parameters, runs, used), right)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from refmoe.bugs.catalogue import MUTANTS
-from refmoe.bugs.engine import held_trace, run, same
-from refmoe.bugs.quantised import FP8, INT8, quantised
-from refmoe.bugs.weights import mapped, with_experts, with_layers
+from refmoe.bugs.run_engine import held_trace, run, same
+from refmoe.bugs.quantised_checkpoint import FP8, INT8, quantised
+from refmoe.bugs.changed_weights import mapped, with_experts, with_layers
 from refmoe.policy.load import policy
 from refmoe.spec.model import Layer, Parameters
 from refmoe.suite.conditions import CONDITIONS, NOT_OF_A_CASE
@@ -137,7 +137,7 @@ def test_bug_changes_nothing_without_what_it_needs(bug: str, need: str, name: st
         parameters = symmetric(parameters)
         parameters = quantised(parameters, INT8) if "QUANT" in MUTANTS[bug].needs else parameters
     elif need == "T>1":
-        runs = (Run("prefill", "prefill", 0, runs[0].tokens[:1], (0,), 0),)
+        runs = (Run(run="prefill", op="prefill", sequence=0, tokens=runs[0].tokens[:1], positions=(0,), past=0),)
     right = run(None, case.config, parameters, runs, used)
     assert same(run(MUTANTS[bug], case.config, parameters, runs, used), right)
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refmoe.bugs.engine import same
+from refmoe.bugs.run_engine import same
 from refmoe.bugs.legal import LEGAL
 from refmoe.bugs.legal.precision import SequentialOps
 from refmoe.policy.load import policy

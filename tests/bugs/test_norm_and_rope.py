@@ -8,8 +8,8 @@ from functools import cache
 import pytest
 
 from refmoe.bugs.catalogue import MUTANTS
-from refmoe.bugs.engine import run, same
-from refmoe.bugs.weights import with_layers
+from refmoe.bugs.run_engine import run, same
+from refmoe.bugs.changed_weights import with_layers
 from refmoe.policy.load import policy
 from refmoe.suite.conditions import CONDITIONS
 from refmoe.traces.trace import Run, Trace
@@ -141,7 +141,7 @@ def test_bug_changes_nothing_without_what_it_needs(bug: str, need: str, name: st
     case = case_named(name)
     runs = case.runs()
     if need == "T>1":
-        runs = (Run("prefill", "prefill", 0, runs[0].tokens[:1], (0,), 0),)
+        runs = (Run(run="prefill", op="prefill", sequence=0, tokens=runs[0].tokens[:1], positions=(0,), past=0),)
     else:
         assert need not in case.conditions
     used = policy("float32")

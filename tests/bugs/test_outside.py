@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from refmoe.bugs.catalogue import MUTANTS
-from refmoe.bugs.engine import same
+from refmoe.bugs.run_engine import same
 from refmoe.bugs.mutant import TOKENIZER
-from refmoe.bugs.session import Session, unchanged_by_router_logits
-from refmoe.bugs.vectors import read_vectors, wrong
+from refmoe.bugs.generation_session import Session, unchanged_by_router_logits
+from refmoe.bugs.vector_checks import read_vectors, wrong
 from refmoe.errors import InputError
 from refmoe.routers.literature.losses import load_balancing_loss
 from refmoe.suite.matrix.surroundings import FILES, RIGHT, built, outside, read_vocabulary

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from refmoe.bugs.catalogue import MUTANTS
-from refmoe.bugs.engine import held_trace, same
-from refmoe.bugs.sharded import OnRanks, on_ranks
+from refmoe.bugs.run_engine import held_trace, same
+from refmoe.bugs.sharded_mutant import OnRanks, on_ranks
 from refmoe.errors import InputError
 from refmoe.policy.load import policy
 from refmoe.policy.policy import Policy

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from refmoe.bugs.engine import held_trace
+from refmoe.bugs.run_engine import held_trace
 from refmoe.checkpoints.synthetic import synthetic_checkpoint
 from refmoe.policy.load import policy
 from refmoe.spec.config import Config
@@ -40,7 +40,9 @@ def test_the_plain_formula_in_float32_passes(dim: int, seed: int) -> None:
     normed = x * (np.float32(1) / np.sqrt(mean))[:, None] * np.asarray(parameters.layers[0].attention_norm.read())
     runs = plan([Call("prefill", 0, tokens.tolist())], config.vocab)
     arrays = {"prefill/embedding": x, "prefill/layers.0.attention_norm": normed.astype(np.float32)}
-    trace = held_trace(Header(runs, None, None, "float32", {"name": "formula"}), arrays)
+    trace = held_trace(
+        Header(runs=runs, case=None, checkpoint=None, policy="float32", producer={"name": "formula"}), arrays
+    )
     report = verify(trace, "norm", config, parameters, runs, policy("float32"))
     check = report.check("prefill", "layers.0.attention_norm")
     assert check is not None

@@ -17,7 +17,7 @@ from refmoe.suite import case_source, read_case, trace_path
 from refmoe.traces.trace import Header, read_trace, write_trace
 from refmoe.verify.findings import NOT_CONFORMANT, PASS, Report
 from refmoe.verify.segments import Spread, needed, segments
-from refmoe.verify.verify import verify
+from refmoe.verify.verify import Settings, verify
 from tests.command_line import Refmoe
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -26,7 +26,7 @@ GOLDEN = Path(__file__).parents[2] / "golden"
 def judged(trace: Any, name: str, spread: Any = None, ops: Any = EnclosureOps, rules: str = "float64") -> Report:
     case = read_case(GOLDEN / name)
     parameters = case.checkpoint().parameters
-    return verify(trace, name, case.config, parameters, case.runs(), policy(rules), ops=ops, spread=spread)
+    return verify(trace, name, case.config, parameters, case.runs(), policy(rules), Settings(ops=ops, spread=spread))
 
 
 def changed(tmp_path: Path, name: str, keys: tuple[str, ...], edit: Any) -> Any:

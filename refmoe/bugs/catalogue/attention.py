@@ -1,4 +1,4 @@
-"""Bugs of attention: its scale, its mask and window, its heads, its softmax."""
+"""Bugs of attention: its scale, mask, window, heads and softmax."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.bugs.mutant import CALLS, MUTANTS, PARAMETERS, mutant
-from refmoe.bugs.rounding import low_precision, rounded
-from refmoe.bugs.weights import mapped, with_layers
+from refmoe.bugs.changed_weights import mapped, with_layers
+from refmoe.bugs.forced_rounding import low_precision, rounded
+from refmoe.bugs.mutant import CALLS, PARAMETERS, mutant
 from refmoe.spec.attention import Cache
 from refmoe.spec.attention import attention as right_attention
 from refmoe.spec.attention import visible as right_visible
@@ -21,10 +21,10 @@ from refmoe.steps.rounding import attend as right_attend
 from refmoe.traces.trace import Run
 
 WIRED_WINDOW = 8
-"""The window of another model of the family, 4096 there: as much shorter as the golden cases are than a context."""
+"""The window of another model of the family. There it is 4096; golden cases are shorter in proportion."""
 
 PADDED = 1 << 40
-"""Added to the positions of a row with padding on its left: beyond any other position."""
+"""Added to the positions of a row with padding on its left. It is larger than any position."""
 
 
 # ---- scores
@@ -36,7 +36,8 @@ PADDED = 1 << 40
     sources=["https://github.com/mlc-ai/mlc-llm/pull/3426"],
 )  # fmt: skip
 def unscaled(ops: Any, q: Any, cache: Any, mask: Any) -> Any:
-    """The scores are plain dot products: the fallback path leaves out the scale that the kernel has inside."""
+    """The scores are plain dot products, not divided by sqrt(head_dim). A fallback path leaves out the scale that the
+    kernel applies inside."""
     scores = ops.tap("attention.scores", scores_of(ops, q, cache.k, scaled=False))
     probs = ops.tap("attention.probs", ops.softmax(as_softmax_reads(ops, scores), mask[None]))
     return ops.tap("attention.context", context_of(ops, probs, cache.v))
@@ -50,7 +51,8 @@ def unscaled(ops: Any, q: Any, cache: Any, mask: Any) -> Any:
     fix="let a query see keys up to its own position, its own included",
 )  # fmt: skip
 def not_itself(positions: Any, cached: Any, window: int | None) -> Any:
-    """A query does not see its own token, `<` for `<=`; where nothing else is left to see, it does. -> [T, S]"""
+    """A query does not see its own token: the mask uses `<` instead of `<=`. A query with no earlier key still sees
+    itself. returns: [T, S]"""
     seen = right_visible(positions, cached, window)
     earlier = seen & (positions[:, None] > cached[None, :])
     return earlier | (seen & ~earlier.any(axis=-1, keepdims=True))
@@ -67,8 +69,8 @@ def not_itself(positions: Any, cached: Any, window: int | None) -> Any:
     ],
 )  # fmt: skip
 def top_left(positions: Any, cached: Any, window: int | None) -> Any:
-    """The mask of a piece counts its queries from the first key, as is_causal of some kernels does, though there are
-    cached ones. A single query is given no mask. returns: [T, S]"""
+    """When a prompt continues after cached tokens, the causal mask counts the queries from the first key, as is_causal
+    of some kernels does. A single query gets no mask. returns: [T, S]"""
     if len(positions) == 1:
         return right_visible(positions, cached, window)
     queries: Any = np.arange(len(positions))
@@ -87,7 +89,8 @@ def top_left(positions: Any, cached: Any, window: int | None) -> Any:
     ],
 )  # fmt: skip
 def window_of_another_model(positions: Any, cached: Any, window: int | None) -> Any:
-    """A model without a window gets that of Mistral 7B, the default of the class that both share. returns: [T, S]"""
+    """A model without a window gets the window of Mistral 7B, the default of the class that both models share. returns:
+    [T, S]"""
     return right_visible(positions, cached, WIRED_WINDOW if window is None else window)
 
 
@@ -102,7 +105,8 @@ def window_of_another_model(positions: Any, cached: Any, window: int | None) -> 
     ],
 )  # fmt: skip
 def one_more(positions: Any, cached: Any, window: int | None) -> Any:
-    """The window is W tokens before the query and the query: the kernel counts distances up to W. returns: [T, S]"""
+    """The window is one token too long: W tokens before the query, and the query itself. The kernel counts distances up
+    to W. returns: [T, S]"""
     return right_visible(positions, cached, None if window is None else window + 1)
 
 
@@ -115,7 +119,8 @@ def one_more(positions: Any, cached: Any, window: int | None) -> Any:
     ],
 )  # fmt: skip
 def prompts_without_window(positions: Any, cached: Any, window: int | None) -> Any:
-    """The backend for calls with several tokens gets a causal mask and no window; decoding has it. returns: [T, S]"""
+    """The backend for calls with several tokens has a causal mask and no window. Decoding has the window. returns: [T,
+    S]"""
     return right_visible(positions, cached, window if len(positions) == 1 else None)
 
 
@@ -128,42 +133,39 @@ def prompts_without_window(positions: Any, cached: Any, window: int | None) -> A
     ],
 )  # fmt: skip
 def none_before(positions: Any, cached: Any, window: int | None) -> Any:
-    """No window becomes `window or 0`, and the kernel takes it for zero tokens beside the query's own: each token sees
-    itself alone. returns: [T, S]"""
+    """A window of null becomes `window or 0`, and the kernel reads that as zero tokens before the query. Each token
+    sees only itself. returns: [T, S]"""
     return right_visible(positions, cached, window or 1)
 
 
-@mutant(
-    "attn-mask-polarity-inverted", breaks=["ATTN-3", "SOFTMAX-2"], touches=["attention.scores", "attention.probs"],
-    needs=["T>1"], step="visible", fix="make the mask in the kernel's convention: is true visible, or hidden",
-    severity="medium", sources=["https://github.com/huggingface/transformers/issues/48818"],
-)  # fmt: skip
-def inverted(positions: Any, cached: Any, window: int | None) -> Any:
-    """The mask says what is hidden and the kernel takes it for what is visible; a query from which that hides all
-    attends to all alike, as scores that are all the lowest number are equal. returns: [T, S]"""
-    visible: Any = right_visible(positions, cached, window)
-    seen = ~visible
-    return seen | ~seen.any(axis=-1, keepdims=True)
-
-
 def attend(ops: Any, q: Any, cache: Any, mask: Any) -> Any:
-    """Rows of the inverted mask that are all true are those from which all was hidden: their scores are made equal."""
+    """Give equal scores to the queries from which all keys were hidden: their rows of the inverted mask are all
+    true."""
     scores = ops.tap("attention.scores", scores_of(ops, q, cache.k))
     some = ~mask.all(axis=-1)[None, :, None] & np.ones(scores.shape, bool)
     probs = ops.tap("attention.probs", ops.softmax(ops.where(some, as_softmax_reads(ops, scores), 0.0), mask[None]))
     return ops.tap("attention.context", context_of(ops, probs, cache.v))
 
 
-MUTANTS["attn-mask-polarity-inverted"] = replace(
-    MUTANTS["attn-mask-polarity-inverted"], steps={"visible": inverted, "attend": attend}
-)
+@mutant(
+    "attn-mask-polarity-inverted", breaks=["ATTN-3", "SOFTMAX-2"], touches=["attention.scores", "attention.probs"],
+    needs=["T>1"], step="visible", steps={"attend": attend}, severity="medium",
+    fix="make the mask in the kernel's convention: is true visible, or hidden",
+    sources=["https://github.com/huggingface/transformers/issues/48818"],
+)  # fmt: skip
+def inverted(positions: Any, cached: Any, window: int | None) -> Any:
+    """The mask is true for hidden keys, and the kernel reads true as visible. A query from which all keys are hidden
+    attends to all keys alike: its scores are all the lowest number. returns: [T, S]"""
+    visible: Any = right_visible(positions, cached, window)
+    seen = ~visible
+    return seen | ~seen.any(axis=-1, keepdims=True)
 
 
 # ---- heads
 
 
 def with_heads(cache: Any, heads: Any) -> Cache:
-    """The cache with a key/value head for each query head. heads: integers [H]"""
+    """The cache with one key/value head for each query head. heads: integers [H]"""
     return Cache(cache.k[:, heads], cache.v[:, heads], cache.positions)
 
 
@@ -178,7 +180,7 @@ def with_heads(cache: Any, heads: Any) -> Cache:
     ],
 )  # fmt: skip
 def tiled(ops: Any, q: Any, cache: Any, mask: Any) -> Any:
-    """Query head h reads key/value head h % K: the heads are tiled instead of each repeated."""
+    """Query head h reads key/value head h % K: the key/value heads are tiled instead of each repeated."""
     return right_attend(ops, q, with_heads(cache, np.arange(q.shape[1]) % cache.k.shape[1]), mask)
 
 
@@ -191,7 +193,7 @@ def tiled(ops: Any, q: Any, cache: Any, mask: Any) -> Any:
     ],
 )  # fmt: skip
 def divided_by_heads(ops: Any, q: Any, cache: Any, mask: Any) -> Any:
-    """Query head h reads key/value head h // K, or the last where that is beyond it."""
+    """Query head h reads key/value head h // K, or the last one if that is out of range."""
     kv_heads = cache.k.shape[1]
     return right_attend(ops, q, with_heads(cache, np.minimum(np.arange(q.shape[1]) // kv_heads, kv_heads - 1)), mask)
 
@@ -202,7 +204,8 @@ def divided_by_heads(ops: Any, q: Any, cache: Any, mask: Any) -> Any:
     sources=["https://github.com/nntile/nntile/pull/347"],
 )  # fmt: skip
 def columns_by_member(config: Config, parameters: Parameters) -> Parameters:
-    """The columns of wo are taken as (member of the group, key/value head) where they are (key/value head, member)."""
+    """The columns of wo are read in the order (member of the group, key/value head). They are stored in the order
+    (key/value head, member)."""
     shape = (-1, config.kv_heads, config.heads // config.kv_heads, config.head_dim)
 
     def reordered(wo: Any) -> Any:
@@ -223,7 +226,7 @@ def columns_by_member(config: Config, parameters: Parameters) -> Parameters:
     sources=["https://github.com/huggingface/transformers/pull/18057"],
 )  # fmt: skip
 def softmax_in_low_precision(ops: Any, q: Any, cache: Any, mask: Any) -> Any:
-    """The softmax is bfloat16, or the low dtype of the model, after every single operation."""
+    """Every operation of the attention softmax is rounded to bfloat16, or to the low dtype of the model."""
     low = low_precision(ops.policy)
     scores = ops.tap("attention.scores", scores_of(ops, q, cache.k))
     seen = mask[None] & np.ones(scores.shape, bool)
@@ -241,7 +244,7 @@ def softmax_in_low_precision(ops: Any, q: Any, cache: Any, mask: Any) -> Any:
     sources=["https://github.com/nerdai/llms-from-scratch-rs/pull/30"],
 )  # fmt: skip
 def softmax_over_queries(ops: Any, q: Any, cache: Any, mask: Any) -> Any:
-    """The softmax runs over the queries: the probabilities of a key sum to 1 over the call."""
+    """The softmax runs over the queries instead of the keys: the probabilities of one key sum to 1 over the call."""
     scores = ops.tap("attention.scores", scores_of(ops, q, cache.k))
     probs = ops.softmax(as_softmax_reads(ops, scores).transpose(0, 2, 1), mask.T[None]).transpose(0, 2, 1)
     return ops.tap("attention.context", context_of(ops, ops.tap("attention.probs", probs), cache.v))
@@ -250,31 +253,13 @@ def softmax_over_queries(ops: Any, q: Any, cache: Any, mask: Any) -> Any:
 # ---- padding
 
 
-@mutant(
-    "attn-fully-masked-row-nan", breaks=["MODEL-5", "SOFTMAX-2"], touches=["attention.context"], needs=["RAGGED"],
-    changes=CALLS, fix="give zeros to a row that sees nothing, or let padding see itself",
-    sources=[
-        "https://github.com/unslothai/unsloth/pull/9848",
-        "https://github.com/pytorch/pytorch/issues/103749",
-        "https://github.com/ml-explore/mlx/issues/2395",
-    ],
-)  # fmt: skip
-def padded_on_the_left(runs: tuple[Run, ...]) -> Iterable[Run]:
-    """Padding on the left of a batch's shorter rows sees nothing, its softmax is NaN, and from the next layer on the
-    row's own tokens multiply the padding's values by zero, which is NaN."""
-    lengths = {run.sequence: len(run.tokens) for run in reversed(runs) if not run.past}
-    for run in runs:
-        padded = lengths[run.sequence] < max(lengths.values())
-        yield replace(run, positions=tuple(PADDED + p for p in run.positions)) if padded else run
-
-
 def visible_to_padded(positions: Any, cached: Any, window: int | None) -> Any:
-    """The right mask: padding itself has no column in a trace. returns: [T, S]"""
+    """The right mask; padding has no column in a trace. returns: [T, S]"""
     return right_visible(positions % PADDED, cached % PADDED, window)
 
 
 def attention(ops: Any, model: Any, layer: Any, x: Any, positions: Any, cache: Any) -> Any:
-    """Tokens of a padded row get NaN, except in the first layer."""
+    """Attention with NaN for the tokens of a padded row, except in the first layer."""
     if positions[0] < PADDED or layer is model.parameters.layers[0]:
         return right_attention(ops, model, layer, x, positions % PADDED, cache)
 
@@ -288,6 +273,20 @@ def attention(ops: Any, model: Any, layer: Any, x: Any, positions: Any, cache: A
     return right_attention(ops, poisoned_model, layer, x, positions % PADDED, cache)
 
 
-MUTANTS["attn-fully-masked-row-nan"] = replace(
-    MUTANTS["attn-fully-masked-row-nan"], steps={"attention": attention, "visible": visible_to_padded}
-)  # beside the calls, two steps
+@mutant(
+    "attn-fully-masked-row-nan", breaks=["MODEL-5", "SOFTMAX-2"], touches=["attention.context"], needs=["RAGGED"],
+    changes=CALLS, steps={"attention": attention, "visible": visible_to_padded},
+    fix="give zeros to a row that sees nothing, or let padding see itself",
+    sources=[
+        "https://github.com/unslothai/unsloth/pull/9848",
+        "https://github.com/pytorch/pytorch/issues/103749",
+        "https://github.com/ml-explore/mlx/issues/2395",
+    ],
+)  # fmt: skip
+def padded_on_the_left(runs: tuple[Run, ...]) -> Iterable[Run]:
+    """The shorter rows of a batch are padded on the left. Padding sees no key, so its softmax is NaN. From the next
+    layer on, the row's own tokens multiply the padding's values by zero, which gives NaN."""
+    lengths = {run.sequence: len(run.tokens) for run in reversed(runs) if not run.past}
+    for run in runs:
+        padded = lengths[run.sequence] < max(lengths.values())
+        yield replace(run, positions=tuple(PADDED + p for p in run.positions)) if padded else run

@@ -1,7 +1,7 @@
-"""Bugs of the load-balancing loss: `refmoe.routers.literature.losses.load_balancing_loss`, in plain NumPy, with one
+"""Bugs of the load-balancing loss: `refmoe.routers.literature.losses.load_balancing_loss` in plain NumPy, with one
 mistake.
 
-The last is no wrong loss but one in a wrong place: a `refmoe.bugs.session.Session` with one method replaced.
+The last bug is a right loss in a wrong place: a `refmoe.bugs.generation_session.Session` with one method replaced.
 """
 
 from __future__ import annotations
@@ -11,29 +11,31 @@ from typing import Any
 
 import numpy as np
 
+from refmoe.bugs.generation_session import Session
 from refmoe.bugs.mutant import LOSS, mutant
-from refmoe.bugs.session import Session
 
 
 def softmax(x: Any) -> Any:
-    """x: [..., E]   returns: [..., E]"""
+    """Softmax over the last axis. x: [..., E]   returns: [..., E]"""
     weight = np.exp(x - x.max(axis=-1, keepdims=True))
     return weight / weight.sum(axis=-1, keepdims=True)
 
 
 def frequencies(rows: Any, k: int) -> Any:
-    """AUX-2, how many of a token's choices are each expert, on average. rows: [n, E]   returns: [E]"""
+    """AUX-2  The average number of times that a token chooses each expert. rows: [n, E]   returns: [E]"""
     chosen = np.argsort(-rows, axis=-1, kind="stable")[:, :k]
     return np.bincount(chosen.ravel(), minlength=rows.shape[-1]) / len(rows)
 
 
 def pool(logits: Sequence[Any], mask: Any) -> Any:
-    """AUX-4, AUX-5: the rows that count, of all layers. logits: per layer [T, E]   returns: [n, E]"""
+    """AUX-4, AUX-5: the rows of all layers that count. logits: per layer [T, E]   mask: booleans [T], or None
+    returns: [n, E]"""
     return np.concatenate([layer if mask is None else layer[mask] for layer in logits])
 
 
 def loss_of(rows: Any, k: int, probabilities: Any = None) -> Any:
-    """AUX-1. rows: [n, E]   probabilities: [n, E], the softmax of the rows where not given   returns: a scalar"""
+    """AUX-1, with the given probabilities or the softmax of the rows. rows, probabilities: [n, E]   returns: a
+    scalar"""
     mean = (softmax(rows) if probabilities is None else probabilities).mean(axis=0)
     return (frequencies(rows, k) * mean).sum() * rows.shape[-1]
 
@@ -48,7 +50,7 @@ def loss_of(rows: Any, k: int, probabilities: Any = None) -> Any:
     ],
 )  # fmt: skip
 def constant(ops: Any, logits: Sequence[Any], k: int, mask: Any = None) -> Any:
-    """f is averaged over the experts as well, and so the same for each: the loss is k whatever the routing."""
+    """f is averaged over the experts as well, and so is equal for all of them. The loss is k whatever the routing."""
     rows = pool(logits, mask)
     return (frequencies(rows, k).mean() * softmax(rows).mean(axis=0)).sum() * rows.shape[-1]
 
@@ -59,8 +61,8 @@ def constant(ops: Any, logits: Sequence[Any], k: int, mask: Any = None) -> Any:
     sources=["https://github.com/huggingface/transformers/pull/28256"],
 )  # fmt: skip
 def wrong_reduction(ops: Any, logits: Sequence[Any], k: int, mask: Any = None) -> Any:
-    """The mask of chosen experts is reduced with a maximum over the wrong axis: f says which experts were used at all,
-    and is then averaged over the experts."""
+    """The mask of chosen experts is reduced by a maximum over the wrong axis. f then says which experts were used at
+    all, and is averaged over the experts."""
     rows = pool(logits, mask)
     used = (frequencies(rows, k) > 0).mean()
     return (used * softmax(rows).mean(axis=0)).sum() * rows.shape[-1]
@@ -75,7 +77,7 @@ def wrong_reduction(ops: Any, logits: Sequence[Any], k: int, mask: Any = None) -
     ],
 )  # fmt: skip
 def includes_padding(ops: Any, logits: Sequence[Any], k: int, mask: Any = None) -> Any:
-    """Padding counts as tokens."""
+    """Padding tokens count in the loss like other tokens."""
     return loss_of(pool(logits, None), k)
 
 
@@ -85,8 +87,8 @@ def includes_padding(ops: Any, logits: Sequence[Any], k: int, mask: Any = None) 
     sources=["https://github.com/huggingface/transformers/pull/29363"],
 )  # fmt: skip
 def mask_misaligned(ops: Any, logits: Sequence[Any], k: int, mask: Any = None) -> Any:
-    """The mask is spread over the layers in the wrong order: each token's flag as often as there are layers, where the
-    logits are one whole layer after another."""
+    """The mask is repeated over the layers in the wrong order: each token's flag as often as there are layers. The
+    logits hold one whole layer after another."""
     keep = slice(None) if mask is None else np.repeat(mask, len(logits))
     return loss_of(np.concatenate([*logits])[keep], k)
 
@@ -100,7 +102,7 @@ def mask_misaligned(ops: Any, logits: Sequence[Any], k: int, mask: Any = None) -
     ],
 )  # fmt: skip
 def double_softmax(ops: Any, logits: Sequence[Any], k: int, mask: Any = None) -> Any:
-    """The router hands out probabilities, and the loss takes their softmax again, which is nearly flat."""
+    """The router returns probabilities, and the loss takes their softmax again. The result is nearly flat."""
     rows = pool(logits, mask)
     return loss_of(rows, k, softmax(softmax(rows)))
 
@@ -111,8 +113,8 @@ def double_softmax(ops: Any, logits: Sequence[Any], k: int, mask: Any = None) ->
     sources=["https://github.com/huggingface/transformers/issues/29087"],
 )  # fmt: skip
 class WholeContext(Session):
-    """Asking for router logits computes the loss in generation too, with the attention mask, which covers the cached
-    tokens: in the first decode call it has more flags than there are rows, and the call fails."""
+    """Asking for router logits computes the loss in generation too. Its attention mask covers the cached tokens. In the
+    first decode call the mask has more flags than there are rows, and the call fails."""
 
     def counted(self, tokens: Sequence[int]) -> Any:
         return np.ones(self.past + len(tokens), bool)

@@ -1,4 +1,5 @@
-"""Bugs of sampling, `refmoe.bugs.vectors.Sampler` with one stage replaced; and one of the mask of a generation."""
+"""Bugs of sampling, each a `refmoe.bugs.vector_checks.Sampler` with one stage replaced, and a bug of the generation
+mask."""
 
 from __future__ import annotations
 
@@ -8,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.bugs.mutant import MUTANTS, PARAMETERS, SAMPLER, mutant
-from refmoe.bugs.vectors import Sampler
+from refmoe.bugs.mutant import PARAMETERS, SAMPLER, mutant
+from refmoe.bugs.vector_checks import Sampler
 from refmoe.spec.attention import attention as spec_attention
 from refmoe.spec.attention import visible as spec_visible
 from refmoe.spec.config import Config
@@ -20,12 +21,12 @@ from refmoe.text.sampling import Logits
 
 
 def keep_first(logits: Logits, count: int) -> Logits:
-    """The `count` largest logits, -inf in place of the others. logits: [V]   returns: [V]"""
+    """The `count` largest logits, with -inf in place of the others. logits: [V]   returns: [V]"""
     return sampling.keep_only(logits, sampling.falling_order(logits)[:count])
 
 
 def cumulative(logits: Logits) -> Any:
-    """The sums of the probabilities in falling order, 1 at most. logits: [V]   returns: [V]"""
+    """The sums of the probabilities in falling order, at most 1. logits: [V]   returns: [V]"""
     weights = sampling.relative_probabilities(logits)[sampling.falling_order(logits)]
     return np.minimum(np.cumsum(weights) / weights.sum(), 1.0)  # a sum rounded above 1 would hide a mistake at p = 1
 
@@ -39,7 +40,7 @@ def cumulative(logits: Logits) -> Any:
     ],
 )  # fmt: skip
 class CrossingExcluded(Sampler):
-    """The nucleus is what sums to p at most, so the token that reaches p is left out."""
+    """The nucleus ends before the token with which the sum reaches p, so that token is left out."""
 
     def keep_top_p(self, logits: Logits, p: float) -> Logits:
         return keep_first(logits, int((cumulative(logits) <= p).sum()))
@@ -51,8 +52,8 @@ class CrossingExcluded(Sampler):
     sources=["https://github.com/BlinkDL/ChatRWKV/pull/170"],
 )  # fmt: skip
 class FirstCrossing(Sampler):
-    """The nucleus ends at the first sum above p, found by argmax: where none is, as at p = 1, argmax gives 0 and only
-    the first token is kept."""
+    """The nucleus ends at the first sum above p, found by argmax. If no sum is above p, as at p = 1, argmax gives 0 and
+    only the first token is kept."""
 
     def keep_top_p(self, logits: Logits, p: float) -> Logits:
         return keep_first(logits, int(np.argmax(cumulative(logits) > p)) + 1)
@@ -80,11 +81,11 @@ class DividesAlways(Sampler):
 EOS = 2
 """The id of </s> in both vocabularies of Mixtral."""
 HIDDEN = 1 << 40
-"""Added to the position of a key that is taken for padding: beyond any other position."""
+"""Added to the position of a key that is mistaken for padding. It is larger than any position."""
 
 
 class TableThatRemembers:
-    """The embedding, which knows what tokens the call has: the engine makes its mask of them."""
+    """The embedding table, which remembers the tokens of the call. The engine makes its mask from them."""
 
     def __init__(self, table: Any) -> None:
         self.table, self.shape, self.dtype = table, table.shape, table.dtype
@@ -98,20 +99,8 @@ class TableThatRemembers:
         return self.table.rows(ids)
 
 
-@mutant(
-    "gen-pad-eq-eos", breaks=["ATTN-3", "GEN-1"], touches=["attention.probs"], severity="medium",
-    changes=PARAMETERS, fix="take padding from the lengths of the sequences, not from the ids that equal pad",
-    sources=["https://github.com/huggingface/transformers/issues/25790"],
-)  # fmt: skip
-def pad_is_eos(config: Config, parameters: Parameters) -> Parameters:
-    """The padding token is EOS and the mask is made of the ids, so that a genuine EOS inside the context, as after each
-    reply of a dialogue, is hidden as if it were padding."""
-    table: Any = TableThatRemembers(parameters.embedding)
-    return replace(parameters, embedding=table)
-
-
 def attention(ops: Any, model: Any, layer: Any, x: Any, positions: Any, cache: Any) -> Any:
-    """The keys of EOS are marked in the cache as padding."""
+    """Attention that marks the keys of EOS as padding in the cache."""
     padding = model.parameters.embedding.asked == EOS
 
     def extend_cache(ops: Any, cache: Any, k: Any, v: Any, positions: Any) -> Any:
@@ -122,12 +111,20 @@ def attention(ops: Any, model: Any, layer: Any, x: Any, positions: Any, cache: A
 
 
 def visible(positions: Any, cached: Any, window: int | None) -> Any:
-    """Padding is hidden, but not from a query that would see nothing else. returns: booleans [T, S]"""
+    """The mask without padding. A query that would see nothing else still sees padding. returns: booleans [T, S]"""
     seen = spec_visible(positions, cached % HIDDEN, window)
     kept = seen & (cached < HIDDEN)
     return kept | (seen & ~kept.any(axis=-1, keepdims=True))
 
 
-MUTANTS["gen-pad-eq-eos"] = replace(
-    MUTANTS["gen-pad-eq-eos"], steps={"attention": attention, "visible": visible}
-)  # beside the table that remembers, two steps
+@mutant(
+    "gen-pad-eq-eos", breaks=["ATTN-3", "GEN-1"], touches=["attention.probs"], severity="medium",
+    changes=PARAMETERS, steps={"attention": attention, "visible": visible},
+    fix="take padding from the lengths of the sequences, not from the ids that equal pad",
+    sources=["https://github.com/huggingface/transformers/issues/25790"],
+)  # fmt: skip
+def pad_is_eos(config: Config, parameters: Parameters) -> Parameters:
+    """The padding token is EOS, and the mask is made from the ids. A genuine EOS in the context, as after each reply of
+    a dialogue, is hidden like padding."""
+    table: Any = TableThatRemembers(parameters.embedding)
+    return replace(parameters, embedding=table)

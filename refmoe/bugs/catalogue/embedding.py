@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from refmoe.bugs.changed_weights import mapped
 from refmoe.bugs.mutant import PARAMETERS, mutant
-from refmoe.bugs.weights import mapped
 from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters
 
 PAD = 2
-"""The id that pads where a tokenizer has none of its own: its end of sequence."""
+"""The id of the end of sequence, which is also the padding id of a tokenizer without one."""
 
 
 @mutant(
@@ -23,7 +23,7 @@ PAD = 2
     sources=["https://github.com/mattn/tensai/pull/248"],
 )  # fmt: skip
 def table_times_root(config: Config, parameters: Parameters) -> Parameters:
-    """The embedding's table is multiplied by sqrt(dim), in float32, when it is loaded, as another model wants it."""
+    """The embedding table is multiplied by sqrt(dim), in float32, when it is loaded. Another model needs that."""
     root = np.float32(math.sqrt(config.dim))
     return replace(parameters, embedding=mapped(parameters.embedding, lambda table: table.astype(np.float32) * root))
 
@@ -34,7 +34,7 @@ def table_times_root(config: Config, parameters: Parameters) -> Parameters:
     sources=["https://github.com/meta-llama/llama/issues/481"],
 )  # fmt: skip
 def pad_row_cleared(config: Config, parameters: Parameters) -> Parameters:
-    """The end of sequence is the id that pads as well, and an embedding with a padding_idx clears its row."""
+    """The padding id is also the end of sequence, and an embedding with a padding_idx clears that row."""
 
     def cleared(table: Any) -> Any:
         table = np.array(table)

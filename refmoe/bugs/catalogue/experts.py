@@ -1,4 +1,4 @@
-"""Bugs of the experts: what each computes, which rows it gets, and how the outputs come back together."""
+"""Bugs of the experts: their computation, the rows that each one gets, and the sum of their outputs."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from typing import Any
 import numpy as np
 
 from refmoe.arithmetic.enclosure.array import Enclosure
+from refmoe.bugs.changed_weights import mapped, with_experts, with_layers
+from refmoe.bugs.forced_rounding import rounded
 from refmoe.bugs.mutant import PARAMETERS, mutant
-from refmoe.bugs.rounding import rounded
-from refmoe.bugs.weights import mapped, with_experts, with_layers
 from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters
 from refmoe.steps.rounding import run_experts as right_experts
 
 EXPERTS = ("expert.gate", "expert.up", "expert.output")
-"""The taps that an expert's weights make."""
+"""The taps that an expert's weights compute."""
 READ = ("expert.gate", "expert.up")
-"""The taps of what an expert reads."""
+"""The taps that an expert computes from its input."""
 
 TILE = 32
-"""Tokens of a tile: the only token count that the kernel of the field was right for."""
+"""Tokens in a tile. The known kernel was right only for this number of tokens."""
 ALIGN = 8
-"""Rows that a kernel gives an expert without tokens: rows of a tensor core's tile."""
+"""Rows that the kernel gives an expert without tokens: the rows of a tensor core's tile."""
 ROWS = 100
-"""Rows after which an offset wraps: in 8x7B 2^31 / 28672 = 74898 rows, 37449 tokens, and no case is so long."""
+"""Rows after which an offset wraps. In 8x7B these are 2^31 / 28672 = 74898 rows, 37449 tokens; no case is so long."""
 
 SLOPE = 0.001
-"""More than the slope of the difference of both forms of GELU anywhere."""
+"""A bound on the slope of the difference between both forms of GELU."""
 ROUNDINGS = 4
-"""Of 1 + tanh(z) or 1 + erf(z): that of the function, of the sum and of the products."""
+"""Roundings of 1 + tanh(z) or 1 + erf(z): of the function, the sum and the products."""
 
 
 def swiglu(ops: Any, gate: Any, up: Any) -> Any:
@@ -41,7 +41,8 @@ def swiglu(ops: Any, gate: Any, up: Any) -> Any:
 
 
 def project(ops: Any, experts: Any, rows: Any, ids: Any, name: str) -> Any:
-    """Each row by the matrix `name` of its expert. rows: [n, m]   ids: integers [n]   returns: [n, p]"""
+    """The product of each row with the matrix `name` of its expert. rows: [n, m]   ids: integers [n]   returns:
+    [n, p]"""
     order, counts = ops.group(ids, len(experts))
     rows, results, start = rows[order], [], 0
     for expert, count in zip(experts, counts, strict=True):
@@ -69,13 +70,13 @@ def slots_of(x: Any, chosen: Any) -> Any:
 
 
 def routed(ops: Any, model: Any, layer: Any, x: Any) -> tuple[Any, Any]:
-    """Expert ids [T, k] and weights [T, k]."""
+    """The expert ids [T, k] and weights [T, k] of the right router."""
     chosen, weights = model.steps.route(ops, x, layer.router, model.config.experts_per_token)
     return chosen, weights
 
 
 def weighted_outputs(ops: Any, model: Any, layer: Any, x: Any) -> tuple[Any, Any]:
-    """Expert ids [T, k], and their outputs times their weights [T, k, D]."""
+    """The expert ids [T, k], and the outputs of the experts times their weights [T, k, D]."""
     chosen, weights = routed(ops, model, layer, x)
     outputs = model.steps.run_experts(ops, layer.experts, x, chosen)
     return chosen, ops.cut("combine.weighted", outputs * weights[:, :, None])
@@ -96,20 +97,22 @@ def weighted_outputs(ops: Any, model: Any, layer: Any, x: Any) -> tuple[Any, Any
     ],
 )  # fmt: skip
 def silu_of_up(ops: Any, experts: Any, x: Any, chosen: Any) -> Any:
-    """The halves of the fused projection are read in the wrong order: silu is applied to up and multiplies the gate."""
+    """The halves of the fused projection are read in the wrong order: silu is applied to the up projection, which then
+    multiplies the gate."""
     return run_rows(ops, experts, slots_of(x, chosen), chosen, lambda ops, gate, up: swiglu(ops, up, gate))
 
 
 @mutant(
     "expert-gelu", breaks=["EXPERT-2"], touches=["expert.hidden"], step="run_experts",
-    fix="take the activation from hidden_act, which is silu", severity="high",
+    fix="take the activation from hidden_act, which is silu",
     sources=[
         "https://github.com/huggingface/candle/pull/991",
         "https://github.com/FastCrest/tether/pull/241",
     ],
 )  # fmt: skip
 def gelu_gate(ops: Any, experts: Any, x: Any, chosen: Any) -> Any:
-    """The gate's activation is GELU, copied from another model: here in its tanh form; a trace may have either."""
+    """The activation is GELU, copied from another model. The simulation uses its tanh form and accepts the erf form in
+    a trace."""
 
     def geglu(ops: Any, gate: Any, up: Any) -> Any:
         # (1 + tanh z) / 2 = sigmoid(2 z), z = sqrt(2 / pi) (x + 0.044715 x^3): Hendrycks and Gimpel 2016
@@ -120,8 +123,11 @@ def gelu_gate(ops: Any, experts: Any, x: Any, chosen: Any) -> Any:
 
 
 def of_either_form(gate: Any, gelu: Any) -> Any:
-    """An enclosure of GELU that holds the other form too, x (1 + erf(x / sqrt(2))) / 2, and what 1 + tanh, or 1 + erf,
-    loses below zero: a few roundings of 1, where the sigmoid loses none. gelu: the tanh form, of the same shape"""
+    """An enclosure that holds both forms of GELU: the tanh form, and x (1 + erf(x / sqrt(2))) / 2.
+
+    Below zero, 1 + tanh or 1 + erf loses a few roundings of 1, which the sigmoid does not.
+    gate: its input   gelu: the tanh form, of the same shape
+    """
     if not isinstance(gelu, Enclosure):
         return gelu
     gelu, x = gelu.settle(), gate.mid
@@ -132,7 +138,7 @@ def of_either_form(gate: Any, gelu: Any) -> Any:
 
 @mutant(
     "expert-w2-transposed", breaks=["EXPERT-1"], touches=["expert.output"], needs=["LOAD"], changes=PARAMETERS,
-    fix="transpose w2 when it is cut from the stack [E F, D]; a reshape to [D, F] is not that", severity="high",
+    fix="transpose w2 when it is cut from the stack [E F, D]; a reshape to [D, F] is not that",
     sources=[
         "https://github.com/huggingface/transformers/pull/27942",
         "https://github.com/intel/ipex-llm/pull/9930",
@@ -140,7 +146,7 @@ def of_either_form(gate: Any, gelu: Any) -> Any:
     ],
 )  # fmt: skip
 def down_reshaped(config: Config, parameters: Parameters) -> Parameters:
-    """An expert's piece of the stack [E F, D] is reshaped to [D, F], the shape of w2, where it had to be transposed."""
+    """An expert's part of the stacked w2 is reshaped to the shape of w2. It should be transposed."""
 
     def reshaped(expert: Any) -> Any:
         return replace(expert, w2=mapped(expert.w2, lambda down: down.T.reshape(down.shape)))
@@ -150,7 +156,7 @@ def down_reshaped(config: Config, parameters: Parameters) -> Parameters:
 
 @mutant(
     "expert-index-permuted", breaks=["EXPERT-3"], touches=EXPERTS, needs=["LOAD", "EXPERTS>10"], changes=PARAMETERS,
-    fix="sort the experts' keys by number", severity="high",
+    fix="sort the experts' keys by number",
 )  # fmt: skip
 def experts_by_name(config: Config, parameters: Parameters) -> Parameters:
     """Experts are loaded in the alphabetical order of their keys: 0, 1, 10, 11, 2, ..."""
@@ -167,7 +173,7 @@ def experts_by_name(config: Config, parameters: Parameters) -> Parameters:
     sources=["https://github.com/vllm-project/vllm-xpu-kernels/issues/453"],
 )  # fmt: skip
 def first_of_each(ops: Any, experts: Any, x: Any, chosen: Any) -> Any:
-    """Of each expert's list of tokens all but the first are lost; the rows that nobody fills are zeros."""
+    """Each expert computes only the first token of its list. The rows of its other tokens stay zeros."""
     ids = chosen.reshape(-1)
     first = np.zeros(len(ids))
     first[np.unique(ids, return_index=True)[1]] = 1.0
@@ -176,11 +182,12 @@ def first_of_each(ops: Any, experts: Any, x: Any, chosen: Any) -> Any:
 
 @mutant(
     "expert-token-index-drift", breaks=["EXPERT-3"], touches=READ, needs=["T>1"], step="run_experts",
-    fix="check the list of token indices where the number of tokens is no multiple of the tile", severity="high",
+    fix="check the list of token indices where the number of tokens is no multiple of the tile",
     sources=["https://github.com/tenstorrent/tt-metal/issues/50669"],
 )  # fmt: skip
 def next_token(ops: Any, experts: Any, x: Any, chosen: Any) -> Any:
-    """Unless the tokens fill tiles, the index lists of all experts but the first are one off, at the next token."""
+    """Unless the tokens fill whole tiles, the index lists of all experts but the first are off by one: they name the
+    next token."""
     tokens, k = chosen.shape
     own = np.repeat(np.arange(tokens), k)
     drifts = (chosen.reshape(-1) > 0) * (tokens % TILE > 0)
@@ -197,8 +204,8 @@ def next_token(ops: Any, experts: Any, x: Any, chosen: Any) -> Any:
     ],
 )  # fmt: skip
 def offsets_without_padding(ops: Any, experts: Any, x: Any, chosen: Any) -> Any:
-    """The grouped product gives an expert without tokens a block of rows, as it can take none, and the offsets do not
-    count it: the experts that follow read rows too early. One token alone takes another path."""
+    """The grouped product gives an expert without tokens a block of padding rows, but the offsets do not count these
+    rows. The following experts read rows that lie too early. A single token takes another path."""
     if len(chosen) == 1:
         return right_experts(ops, experts, x, chosen)
     ids = chosen.reshape(-1)
@@ -222,7 +229,7 @@ def offsets_without_padding(ops: Any, experts: Any, x: Any, chosen: Any) -> Any:
     ],
 )  # fmt: skip
 def offset_wraps(ops: Any, experts: Any, x: Any, chosen: Any) -> Any:
-    """The offset of a row in the buffer [T k, 2 F] of gates and ups wraps: rows past 2^31 elements read the first."""
+    """The 32-bit offset into the buffer of gates and ups wraps: rows past 2^31 elements read the first rows."""
 
     def wrapped(ops: Any, gate: Any, up: Any) -> Any:
         order, _ = ops.group(chosen.reshape(-1), len(experts))
@@ -238,14 +245,14 @@ def offset_wraps(ops: Any, experts: Any, x: Any, chosen: Any) -> Any:
 
 @mutant(
     "expert-weight-on-input", breaks=["COMBINE-1"], touches=[*READ, "moe.output"], step="moe",
-    fix="multiply the expert's output by its weight, not its input", severity="high",
+    fix="multiply the expert's output by its weight, not its input",
     sources=[
         "https://github.com/vllm-project/vllm/pull/16744",
         "https://github.com/NVIDIA/TensorRT-LLM/pull/3492",
     ],
 )  # fmt: skip
 def weight_before_expert(ops: Any, model: Any, layer: Any, x: Any) -> Any:
-    """The weight multiplies what the expert reads, as another model has it, and not what it returns."""
+    """The weight multiplies the input of the expert, as in another model, instead of its output."""
     chosen, weights = routed(ops, model, layer, x)
     rows = rounded(slots_of(x, chosen) * weights.reshape(-1)[:, None], ops.policy.storage)
     return ops.tap("moe.output", ops.accumulate(run_rows(ops, layer.experts, rows, chosen), axis=1))
@@ -257,8 +264,8 @@ def weight_before_expert(ops: Any, model: Any, layer: Any, x: Any) -> Any:
     sources=["https://github.com/radixark/Megatron-LM/pull/79"],
 )  # fmt: skip
 def weight_on_activation(ops: Any, model: Any, layer: Any, x: Any) -> Any:
-    """The stored activation is multiplied by the weight before w2, and stored again: the same result but for its
-    rounding, and other values at the two taps after it."""
+    """The stored activation is multiplied by the weight before w2, and stored again. The result is the same except for
+    rounding, but expert.hidden and expert.output hold other values."""
     chosen, weights = routed(ops, model, layer, x)
 
     def weighted(ops: Any, gate: Any, up: Any) -> Any:
@@ -270,14 +277,14 @@ def weight_on_activation(ops: Any, model: Any, layer: Any, x: Any) -> Any:
 
 @mutant(
     "expert-weight-missing", breaks=["COMBINE-1"], touches=["moe.output"], step="combine",
-    fix="multiply each output by its weight before the sum", severity="high",
+    fix="multiply each output by its weight before the sum",
     sources=[
         "https://github.com/vllm-project/vllm-xpu-kernels/pull/66",
         "https://github.com/kyegomez/Mixture-of-Depths/issues/1",
     ],
 )  # fmt: skip
 def sum_of_outputs(ops: Any, outputs: Any, weights: Any) -> Any:
-    """The outputs of the experts are added as they are: the kernel's multiplication by the weight is left out."""
+    """The outputs of the experts are added without their weights: the kernel leaves out the multiplication."""
     return ops.accumulate(outputs, axis=1)
 
 
@@ -287,7 +294,7 @@ def sum_of_outputs(ops: Any, outputs: Any, weights: Any) -> Any:
     sources=["https://github.com/vllm-project/vllm-xpu-kernels/pull/66"],
 )  # fmt: skip
 def weight_of_first(ops: Any, outputs: Any, weights: Any) -> Any:
-    """All slots of a token use the weight of its first choice: the kernel's stride of the weights is that of tokens."""
+    """All slots of a token use the weight of its first choice: the kernel strides over the weights by tokens."""
     return ops.accumulate(ops.cut("combine.weighted", outputs * weights[:, :1][:, :, None]), axis=1)
 
 
@@ -304,17 +311,19 @@ def weight_of_first(ops: Any, outputs: Any, weights: Any) -> Any:
     ],
 )  # fmt: skip
 def last_expert_wins(ops: Any, model: Any, layer: Any, x: Any) -> Any:
-    """A loop over the experts assigns a token's row where it had to add: the chosen expert of highest id remains."""
+    """A loop over the experts assigns to a token's row instead of adding to it. Only the chosen expert with the highest
+    id remains."""
     chosen, weighted = weighted_outputs(ops, model, layer, x)
     return ops.tap("moe.output", weighted[np.arange(len(chosen)), chosen.argmax(axis=1)])
 
 
 @mutant(
     "expert-unpermute-missing", breaks=["COMBINE-1", "EXPERT-3"], touches=["moe.output"], needs=["T>1"], step="moe",
-    fix="put the rows back in the order of tokens before they are summed", severity="high",
+    fix="put the rows back in the order of tokens before they are summed",
 )  # fmt: skip
 def left_in_expert_order(ops: Any, model: Any, layer: Any, x: Any) -> Any:
-    """The weighted rows, sorted by expert, are summed in groups of k without being put back in the order of tokens."""
+    """The weighted rows are sorted by expert and summed in groups of k. They are never put back in the order of
+    tokens."""
     chosen, weighted = weighted_outputs(ops, model, layer, x)
     order, _ = ops.group(chosen.reshape(-1), len(layer.experts))
     rows = weighted.reshape(len(order), -1)[order].reshape(weighted.shape)
@@ -331,8 +340,8 @@ def left_in_expert_order(ops: Any, model: Any, layer: Any, x: Any) -> Any:
     ],
 )  # fmt: skip
 def zero_times_garbage(ops: Any, model: Any, layer: Any, x: Any) -> Any:
-    """Every token adds every expert, with weight zero where it was not chosen; an expert without tokens leaves its
-    buffer as the allocator gave it, here full of NaN."""
+    """Every token adds the output of every expert, with weight zero for experts that it did not choose. The buffer of
+    an expert without tokens is never cleared; here it is full of NaN."""
     chosen, weights = routed(ops, model, layer, x)
     outputs = model.steps.run_experts(ops, layer.experts, x, chosen)
     y = model.steps.combine(ops, outputs, weights)

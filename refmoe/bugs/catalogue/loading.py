@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from refmoe.bugs.changed_weights import mapped, with_experts, with_layers
 from refmoe.bugs.mutant import PARAMETERS, mutant
-from refmoe.bugs.weights import mapped, with_experts, with_layers
 from refmoe.spec.config import Config
 from refmoe.spec.model import Layer, Parameters
 from refmoe.spec.taps import LAYER_TAPS
@@ -19,7 +19,7 @@ Rows = Callable[[Any], Any]
 
 
 def half_split(rows: Any, heads: int) -> Any:
-    """Rows of heads whose pairs are interleaved, as a half-split rotation wants them: `permute` of the converters.
+    """Rows reordered from interleaved pairs to half-split pairs: `permute` of the converters.
 
     rows: [heads d, ...]   returns: the same shape
     """
@@ -34,7 +34,7 @@ def interleaved(rows: Any, heads: int) -> Any:
 
 
 def with_q_and_k(parameters: Parameters, of_q: Rows, of_k: Rows) -> Parameters:
-    """The projections of queries and keys with their rows reordered."""
+    """The parameters with the rows of wq and wk reordered."""
     return with_layers(
         parameters, lambda layer: replace(layer, wq=mapped(layer.wq, of_q), wk=mapped(layer.wk, of_k))
     )  # fmt: skip
@@ -49,7 +49,7 @@ def with_q_and_k(parameters: Parameters, of_q: Rows, of_k: Rows) -> Parameters:
     ],
 )  # fmt: skip
 def rows_as_stored(config: Config, parameters: Parameters) -> Parameters:
-    """Rows of wq and wk from a checkpoint with interleaved pairs are used as they are by a half-split rotation."""
+    """The checkpoint has interleaved pairs, and a half-split rotation uses its rows of wq and wk as they are."""
     return with_q_and_k(
         parameters, lambda rows: interleaved(rows, config.heads), lambda rows: interleaved(rows, config.kv_heads)
     )
@@ -57,14 +57,15 @@ def rows_as_stored(config: Config, parameters: Parameters) -> Parameters:
 
 @mutant(
     "load-sanitise-twice", breaks=["ROPE-3"], touches=["attention.q", "attention.k"], needs=["LOAD"],
-    changes=PARAMETERS, fix="convert what is not converted: loading what was saved changes nothing", severity="high",
+    changes=PARAMETERS, fix="convert what is not converted: loading what was saved changes nothing",
     sources=[
         "https://github.com/Blaizzy/mlx-vlm/issues/1521",
         "https://github.com/Blaizzy/mlx-vlm/issues/1718",
     ],
 )  # fmt: skip
 def converted_again(config: Config, parameters: Parameters) -> Parameters:
-    """The conversion of the layout runs on a checkpoint that was converted before: rows of wq and wk move once more."""
+    """The layout of a checkpoint that was already converted is converted again: the rows of wq and wk move once
+    more."""
     return with_q_and_k(
         parameters, lambda rows: half_split(rows, config.heads), lambda rows: half_split(rows, config.kv_heads)
     )
@@ -80,8 +81,8 @@ def converted_again(config: Config, parameters: Parameters) -> Parameters:
     ],
 )  # fmt: skip
 def keys_as_queries(config: Config, parameters: Parameters) -> Parameters:
-    """The rows of wk are reordered as if there were as many key heads as query heads. Where these do not divide the
-    rows into pairs the converter stops, and nothing is loaded wrongly."""
+    """The rows of wk are reordered as if there were as many key heads as query heads. If that number does not divide
+    the rows into pairs, the converter stops and loads nothing."""
     if config.kv_heads * config.head_dim % (2 * config.heads):
         return parameters
     return with_q_and_k(
@@ -92,12 +93,11 @@ def keys_as_queries(config: Config, parameters: Parameters) -> Parameters:
 @mutant(
     "load-qkv-group-layout", breaks=["ATTN-6"], touches=["attention.q", "attention.k", "attention.v"],
     needs=["LOAD"], changes=PARAMETERS, fix="cut the fused projection group by group: q heads, k, v, and again",
-    severity="high",
     sources=["https://github.com/epfLLM/Megatron-LLM/pull/45"],
 )  # fmt: skip
 def fused_cut_in_three(config: Config, parameters: Parameters) -> Parameters:
-    """A fused projection that holds, for each key/value head, its queries, its key and its value is cut as if it held
-    all queries, all keys and all values."""
+    """A fused projection holds queries, key and value for each key/value head in turn. It is cut as if it held all
+    queries, then all keys, then all values."""
     k, d = config.kv_heads, config.head_dim
     ends = (0, config.heads * d, (config.heads + k) * d, (config.heads + 2 * k) * d)
 
@@ -121,7 +121,7 @@ def fused_cut_in_three(config: Config, parameters: Parameters) -> Parameters:
     sources=["https://github.com/NVIDIA/Megatron-LM/issues/5844"],
 )  # fmt: skip
 def experts_not_loaded(config: Config, parameters: Parameters) -> Parameters:
-    """The experts' keys have a name that the loader does not know, and are skipped: the experts stay zeros."""
+    """The loader does not know the keys of the experts and skips them: the experts stay zeros."""
 
     def empty(expert: Any) -> Any:
         return replace(expert, **{name: mapped(getattr(expert, name), np.zeros_like) for name in ("w1", "w2", "w3")})
@@ -132,14 +132,15 @@ def experts_not_loaded(config: Config, parameters: Parameters) -> Parameters:
 @mutant(
     "load-square-shape-heuristic", breaks=["EXPERT-1"], touches=["expert.gate", "expert.up", "expert.output"],
     needs=["LOAD", "SQUARE"], changes=PARAMETERS,
-    fix="transpose by the name of the layout, not where the shape does not fit", severity="high",
+    fix="transpose by the name of the layout, not where the shape does not fit",
     sources=[
         "https://github.com/huggingface/transformers/issues/47031",
         "https://github.com/unslothai/unsloth-zoo/issues/849",
     ],
 )  # fmt: skip
 def transposed_if_it_does_not_fit(config: Config, parameters: Parameters) -> Parameters:
-    """Experts stored as [in, out] are transposed where their shape is not the expected one; a square one fits."""
+    """Experts are stored as (in, out) and are transposed only if their shape is not the expected one. A square matrix
+    fits and is not transposed."""
     if config.hidden_dim != config.dim:
         return parameters
 
@@ -153,7 +154,7 @@ WEIGHED = (
     "attention_norm", "attention.q", "attention.k", "attention.v", "attention.output", "moe_norm", "router.logits",
     "expert.gate", "expert.up", "expert.output",
 )  # fmt: skip
-"""The taps that parameters of a layer make."""
+"""The taps that the parameters of a layer compute."""
 
 assert set(WEIGHED) <= LAYER_TAPS.keys()
 
@@ -163,6 +164,6 @@ assert set(WEIGHED) <= LAYER_TAPS.keys()
     fix="look for layers that count from one", severity="low",
 )  # fmt: skip
 def layer_after(config: Config, parameters: Parameters) -> Parameters:
-    """Each layer has the parameters of the one after it, the last its own."""
+    """Each layer has the parameters of the next layer; the last layer keeps its own."""
     last = len(parameters.layers) - 1
     return replace(parameters, layers=tuple(parameters.layers[min(i + 1, last)] for i in range(last + 1)))

@@ -1,4 +1,4 @@
-"""Bugs of tensor and expert parallelism: the wrong sharded model, from (config, parameters, layout)."""
+"""Bugs of tensor and expert parallelism: functions from (config, parameters, layout) to a wrong sharded model."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from refmoe.steps.sharded.steps import all_reduce, attention_partials
     ],
 )  # fmt: skip
 def global_id_as_local(config: Config, parameters: Parameters, layout: Layout) -> Model:
-    """A group looks its experts up by their global ids among its own weights: the first group is right, the others take
-    another expert where the id is in range and answer zeros where it is not."""
+    """A group looks up its experts by their global ids among its own weights. The first group is right. The others take
+    another expert if the id is in range, and answer zeros if it is not."""
 
     def wrong(group: ExpertGroup) -> ExpertGroup:
         own = group.experts
@@ -46,8 +46,8 @@ def global_id_as_local(config: Config, parameters: Parameters, layout: Layout) -
     sources=["https://github.com/vllm-project/vllm/pull/52639"],
 )  # fmt: skip
 def combine_with_dispatched_ids(config: Config, parameters: Parameters, layout: Layout) -> Model:
-    """A group collects the outputs of its own token i from where the i-th token that it was sent went: a slot whose
-    expert is in another group comes back empty."""
+    """A group reads the output of its token i where the i-th token that it received went. A slot whose expert is in
+    another group comes back empty."""
 
     def moe(ops: Any, model: Model, layer: Any, x: Any) -> Any:
         steps, groups = model.steps, layer.experts
@@ -72,8 +72,8 @@ def combine_with_dispatched_ids(config: Config, parameters: Parameters, layout: 
     sources=["https://github.com/mirage-project/mirage/pull/722"],
 )  # fmt: skip
 def residual_on_every_rank(config: Config, parameters: Parameters, layout: Layout) -> Model:
-    """Every rank adds the residual to its part of the experts' output before the all-reduce, which then sums it once
-    for each rank."""
+    """Every rank adds the residual to its part of the experts' output before the all-reduce. The sum then holds the
+    residual once per rank."""
 
     def decoder_layer(ops: Any, model: Model, layer: Any, x: Any, positions: Any, cache: Any) -> Any:
         steps, eps = model.steps, model.config.norm_eps
@@ -93,8 +93,8 @@ def residual_on_every_rank(config: Config, parameters: Parameters, layout: Layou
     sources=["https://github.com/vllm-project/vllm-ascend/pull/14345"],
 )  # fmt: skip
 def norm_before_reduce(config: Config, parameters: Parameters, layout: Layout) -> Model:
-    """The all-reduce is put off past the norm: each rank norms its own part of the hidden state (the residual is part
-    of the first rank's), and the normed parts are summed."""
+    """The all-reduce comes after the norm instead of before it. Each rank norms its own part of the hidden state, and
+    the normed parts are summed. The residual belongs to the part of the first rank."""
 
     def decoder_layer(ops: Any, model: Model, layer: Any, x: Any, positions: Any, cache: Any) -> Any:
         steps, eps = model.steps, model.config.norm_eps
@@ -119,8 +119,8 @@ def norm_before_reduce(config: Config, parameters: Parameters, layout: Layout) -
     ],
 )  # fmt: skip
 def copies_dealt_in_turn(config: Config, parameters: Parameters, layout: Layout) -> Model:
-    """Where there are more ranks than key/value heads, the copies are dealt to the ranks in turn, r mod K, while the
-    query heads are dealt in blocks."""
+    """With more ranks than key/value heads, the copies go to the ranks in turn (r mod K), but the query heads go in
+    blocks."""
 
     def wrong(i: int, layer: Any) -> Any:
         heads = [rank % config.kv_heads for rank in range(layout.tensor)]
@@ -158,6 +158,6 @@ def silent(expert: Expert) -> Expert:
 
 
 def group_of(chosen: Any, groups: Any) -> Any:
-    """The group that each chosen expert is in. chosen: integers [T, k]   returns: integers [T, k]"""
+    """The group that holds each chosen expert. chosen: integers [T, k]   returns: integers [T, k]"""
     firsts = np.array([group.first for group in groups])
     return np.searchsorted(firsts, chosen, side="right") - 1

@@ -1,4 +1,4 @@
-"""Bugs of precision: a value that is kept too coarsely, or passes what its dtype can hold."""
+"""Bugs of precision: a value that is stored too coarsely, or that exceeds the range of its dtype."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from dataclasses import replace
 from typing import Any
 
 from refmoe.arithmetic.formats import BFLOAT16, FLOAT16, Format
+from refmoe.bugs.forced_rounding import low_precision
 from refmoe.bugs.mutant import POLICY, mutant
-from refmoe.bugs.rounding import low_precision
 from refmoe.policy.policy import Policy
 
 ALLOWED = (
     "the policy itself stores {what} in {format}: in no golden case does it change one of the {count} values of {tap}, "
     "of which the worst, the specification's own, is {worst} of the allowed error away from the exact one"
 )
-"""Why a bug is none under a policy; measured over all golden cases. Its effect is 0, the noise is what is allowed."""
+"""The reason why a policy allows a bug, measured over all golden cases: the bug changes no value."""
 
 TERMS = {"what": "weighted outputs and their partial sums", "tap": "moe.output", "count": "34,076"}
 HIDDEN = (
@@ -24,13 +24,13 @@ HIDDEN = (
 
 
 def cut_to(policy: Policy, format: Format, *names: str) -> Policy:
-    """The policy of an engine that rounds at these cut points to this dtype."""
+    """The policy of an engine that rounds to this dtype at these cut points."""
     return replace(policy, cuts={**policy.cuts, **dict.fromkeys(names, format)})
 
 
 @mutant(
     "prec-fp16-ffn-overflow", breaks=["EXPERT-2"], touches=["expert.hidden"], needs=["LOWPREC"], changes=POLICY,
-    fix="keep the product of silu and up in bfloat16 or float32, or scale it: float16 ends at 65504", severity="high",
+    fix="keep the product of silu and up in bfloat16 or float32, or scale it: float16 ends at 65504",
     sources=[
         "https://github.com/huggingface/transformers/issues/27179",
         "https://github.com/ggml-org/llama.cpp/pull/27016",
@@ -38,7 +38,7 @@ def cut_to(policy: Policy, format: Format, *names: str) -> Policy:
     unseen={"float16": HIDDEN},
 )  # fmt: skip
 def hidden_in_float16(policy: Policy) -> Policy:
-    """The product silu(gate) x up is stored in float16: it is rounded, and infinite from 65520 on."""
+    """The product silu(gate) x up is stored in float16: it is rounded, and is infinite from 65520 on."""
     return cut_to(policy, FLOAT16, "expert.hidden")
 
 
@@ -55,7 +55,7 @@ def hidden_in_float16(policy: Policy) -> Policy:
     },
 )  # fmt: skip
 def combined_in_low_precision(policy: Policy) -> Policy:
-    """Each weighted output, and each partial sum of them, is rounded to bfloat16, or the model's low dtype."""
+    """Each weighted output, and each partial sum of them, is rounded to bfloat16, or to the low dtype of the model."""
     return cut_to(policy, low_precision(policy), "combine.weighted", "combine.partial", "moe.output")
 
 
@@ -67,7 +67,7 @@ def combined_in_low_precision(policy: Policy) -> Policy:
     "twice, compared bit by bit, shows it, and with two experts per token not even that: two terms commute",
 )  # fmt: skip
 def combine(ops: Any, outputs: Any, weights: Any) -> Any:
-    """Atomic additions take a token's outputs in an order that differs from run to run (here: the reverse)."""
+    """Atomic additions add a token's outputs in an order that differs from run to run. Here the order is reversed."""
     weighted = ops.cut("combine.weighted", outputs * weights[:, :, None])
     return ops.accumulate(weighted[:, ::-1], axis=1)
 
@@ -80,5 +80,6 @@ def combine(ops: Any, outputs: Any, weights: Any) -> Any:
     },
 )  # fmt: skip
 def logits_in_bfloat16(policy: Policy) -> Policy:
-    """The logits are stored in bfloat16: of two that are closer than 8 bits resolve, either may be the largest."""
+    """The logits are stored in bfloat16. If two logits are closer than 8 bits resolve, either may become the
+    largest."""
     return cut_to(policy, BFLOAT16, "logits")

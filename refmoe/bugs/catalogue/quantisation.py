@@ -1,4 +1,5 @@
-"""Bugs of quantised engines. What is held against the specification are the dequantised weights: `quantised.py`."""
+"""Bugs of quantised engines. The specification is run on the dequantised weights: see
+`refmoe.bugs.quantised_checkpoint`."""
 
 from __future__ import annotations
 
@@ -9,9 +10,9 @@ import numpy as np
 
 from refmoe.arithmetic.enclosure.array import Enclosure
 from refmoe.bugs.catalogue.loading import interleaved
+from refmoe.bugs.changed_weights import mapped, with_experts, with_layers
 from refmoe.bugs.mutant import PARAMETERS, mutant
-from refmoe.bugs.quantised import Codes, QuantisedWeight, SmoothedGain, quantise
-from refmoe.bugs.weights import mapped, with_experts, with_layers
+from refmoe.bugs.quantised_checkpoint import Codes, QuantisedWeight, SmoothedGain, quantise
 from refmoe.spec.config import Config
 from refmoe.spec.model import Layer, Parameters
 from refmoe.steps.rounding import run_experts as right_experts
@@ -19,7 +20,7 @@ from refmoe.steps.rounding import run_experts as right_experts
 
 @mutant(
     "quant-router-quantised", breaks=["ROUTE-1"], touches=["router.logits"], needs=["QUANT"], changes=PARAMETERS,
-    fix="leave the router's gate out of what is quantised", severity="high",
+    fix="leave the router matrix out of the quantisation",
     sources=[
         "https://github.com/vllm-project/vllm/issues/2243",
         "https://github.com/neuralmagic/AutoFP8/pull/7",
@@ -27,8 +28,8 @@ from refmoe.steps.rounding import run_experts as right_experts
         "https://github.com/casper-hansen/AutoAWQ/pull/251",
     ],
 )  # fmt: skip
-def quantised_gate(config: Config, parameters: Parameters) -> Parameters:
-    """The router's gate is quantised as the experts are: the list of modules to leave as they are was not there."""
+def quantised_router(config: Config, parameters: Parameters) -> Parameters:
+    """The router matrix is quantised like the experts. The list of modules to leave out is missing."""
 
     def change(layer: Layer) -> Layer:
         expert: Any = layer.experts[0].w1
@@ -42,11 +43,11 @@ def quantised_gate(config: Config, parameters: Parameters) -> Parameters:
 
 @mutant(
     "quant-w3-scale-dropped", breaks=["EXPERT-1"], touches=["expert.up"], needs=["QUANT"], changes=PARAMETERS,
-    fix="scale each half of the fused w1 and w3 by its own scales", severity="high",
+    fix="scale each half of the fused w1 and w3 by its own scales",
     sources=["https://github.com/NVIDIA/TensorRT-LLM/pull/12214"],
 )  # fmt: skip
 def scales_of_w1(config: Config, parameters: Parameters) -> Parameters:
-    """Of the two scales of the fused projection the stacking keeps w1's: w3's codes are multiplied by those."""
+    """Stacking the fused projection keeps only the scales of w1: the codes of w3 are multiplied by the scales of w1."""
 
     def change(expert: Any) -> Any:
         w1, w3 = expert.w1, expert.w3
@@ -59,11 +60,11 @@ def scales_of_w1(config: Config, parameters: Parameters) -> Parameters:
 
 @mutant(
     "quant-qk-scale-not-permuted", breaks=["ROPE-3", "ATTN-6"], touches=["attention.q", "attention.k"],
-    needs=["QUANT", "LOAD"], changes=PARAMETERS, fix="reorder the scales of wq and wk with their rows", severity="high",
+    needs=["QUANT", "LOAD"], changes=PARAMETERS, fix="reorder the scales of wq and wk with their rows",
     sources=["https://github.com/vllm-project/vllm/pull/34243"],
 )  # fmt: skip
 def scales_as_stored(config: Config, parameters: Parameters) -> Parameters:
-    """The codes of wq and wk have their rows reordered for a half-split rotation, their scales have not."""
+    """The codes of wq and wk are reordered for a half-split rotation, but their scales are not."""
 
     def change(weight: Any, heads: int) -> Any:
         if not isinstance(weight, QuantisedWeight):
@@ -86,8 +87,9 @@ def scales_as_stored(config: Config, parameters: Parameters) -> Parameters:
     fix="name the router among the layers that the smoothing of the norm before it has to balance", severity="medium",
     sources=["https://github.com/vllm-project/llm-compressor/pull/2451"],
 )  # fmt: skip
-def gate_not_balanced(config: Config, parameters: Parameters) -> Parameters:
-    """The gain before the experts is divided by factors that w1 and w3 are multiplied by; the router's gate is not."""
+def router_not_balanced(config: Config, parameters: Parameters) -> Parameters:
+    """The gain before the experts is divided by factors, and w1 and w3 are multiplied by them. The router matrix is
+    not."""
 
     def change(layer: Layer) -> Layer:
         gain: Any = layer.moe_norm
@@ -105,8 +107,8 @@ def gate_not_balanced(config: Config, parameters: Parameters) -> Parameters:
     sources=["https://github.com/ggml-org/llama.cpp/issues/4572"],
 )  # fmt: skip
 def rows_in_int8(ops: Any, experts: Any, x: Any, chosen: Any) -> Any:
-    """Calls with several tokens take a kernel that rounds what the experts read to int8, with one scale a row; a single
-    token takes one that does not."""
+    """Calls with several tokens use a kernel that rounds the experts' input to int8, with one scale per row. A single
+    token uses a kernel that does not."""
     return right_experts(ops, experts, in_int8(x) if len(chosen) > 1 else x, chosen)
 
 
@@ -117,7 +119,7 @@ def in_int8(x: Any) -> Any:
     codes = np.rint(np.divide(mid, scale, out=np.zeros_like(mid), where=scale > 0)) * scale
     if not isinstance(x, Enclosure):
         return codes
-    # the scale itself is rounded by the engine: a code may be one further, and all of them move with it
+    # the engine rounds the scale: a code may be off by one, and all codes move with the scale
     unsure = np.abs(np.abs(mid / scale) % 1 - 0.5) * scale < 4 * x.accumulation.u * np.abs(mid) + x.r
     radius = x.r + unsure * scale + 4 * x.accumulation.u * np.abs(codes)
     return Enclosure(codes, radius, radius**2 / 3, x.accumulation)

@@ -13,14 +13,14 @@ from refmoe.steps.rounding import rms_norm as right_norm
 
 @mutant(
     "resid-from-normed", breaks=["LAYER-1"], touches=["attention_residual"], step="decoder_layer",
-    fix="add the block's output to the hidden state before its norm", severity="high",
+    fix="add the block's output to the hidden state before its norm",
     sources=[
         "https://github.com/allenai/OLMo/pull/680",
         "https://github.com/Howuhh/faster-trajectory-transformer/issues/3",
     ],
 )  # fmt: skip
 def normed_residual(ops: Any, model: Any, layer: Any, x: Any, positions: Any, cache: Any) -> Any:
-    """The output of attention is added to the normed hidden state: the residual was taken after the norm."""
+    """The output of attention is added to the normed hidden state: the residual is taken after the norm."""
     steps, eps = model.steps, model.config.norm_eps
     normed = ops.tap("attention_norm", steps.rms_norm(ops, x, ops.vector(layer.attention_norm), eps))
     attended, cache = steps.attention(ops, model, layer, normed, positions, cache)
@@ -31,7 +31,7 @@ def normed_residual(ops: Any, model: Any, layer: Any, x: Any, positions: Any, ca
 
 @mutant(
     "head-final-norm-missing", breaks=["MODEL-3"], touches=["final_norm"], step="rms_norm",
-    fix="norm the last hidden state before the output matrix", severity="high",
+    fix="norm the last hidden state before the output matrix",
     sources=[
         "https://github.com/NVIDIA/Model-Optimizer/pull/1846",
         "https://github.com/vllm-project/speculators/pull/313",
@@ -39,7 +39,7 @@ def normed_residual(ops: Any, model: Any, layer: Any, x: Any, positions: Any, ca
     ],
 )  # fmt: skip
 def no_final_norm(ops: Any, x: Any, gain: Any, eps: float) -> Any:
-    """The output matrix reads the last hidden state without its norm, as a stage of a pipeline may forget."""
+    """The output matrix reads the last hidden state without the final norm. A stage of a pipeline may forget it."""
     in_a_layer = bool(ops._prefix)
     return right_norm(ops, x, gain, eps) if in_a_layer else x
 
@@ -53,7 +53,8 @@ def no_final_norm(ops: Any, x: Any, gain: Any, eps: float) -> Any:
     ],
 )  # fmt: skip
 def tied(config: Config, parameters: Parameters) -> Parameters:
-    """The output matrix is the embedding: tying is the default of a base class, and the checkpoint's own is dropped."""
+    """The output matrix is the embedding. Tying is the default of a base class, and the matrix in the checkpoint is
+    dropped."""
     return replace(parameters, output=parameters.embedding)
 
 
@@ -66,7 +67,7 @@ def tied(config: Config, parameters: Parameters) -> Parameters:
     ],
 )  # fmt: skip
 def tap_of_layer_before(ops: Any, model: Any, layer: Any, x: Any, positions: Any, cache: Any) -> Any:
-    """What is shown as the hidden state after a layer is the one before it; the computation itself is right."""
+    """The hidden state shown for a layer is that of the layer before. The computation itself is right."""
     steps, eps = model.steps, model.config.norm_eps
     normed = ops.tap("attention_norm", steps.rms_norm(ops, x, ops.vector(layer.attention_norm), eps))
     attended, cache = steps.attention(ops, model, layer, normed, positions, cache)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from refmoe.bugs.changed_weights import with_layers
+from refmoe.bugs.forced_rounding import low_precision, rounded
 from refmoe.bugs.mutant import CONFIG, PARAMETERS, mutant
-from refmoe.bugs.rounding import low_precision, rounded
-from refmoe.bugs.weights import with_layers
 from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters
 from refmoe.steps.rounding import rms_norm as right_norm
@@ -16,11 +16,11 @@ NORMS = ("attention_norm", "moe_norm", "final_norm")
 """The taps after a norm."""
 
 OTHER_EPS = 1e-6
-"""rms_norm_eps of Llama 1, and the default of many a norm; Mixtral's is 1e-5."""
+"""rms_norm_eps of Llama 1, and the default of many implementations. Mixtral has 1e-5."""
 
 
 def divided(ops: Any, x: Any, root: Any, gain: Any) -> Any:
-    """x by a root of each row, times the gain. x: [T, D]   root: [T]   gain: [D]   returns: [T, D]"""
+    """The rows divided by their roots, times the gain. x: [T, D]   root: [T]   gain: [D]   returns: [T, D]"""
     return ops.cut("norm.normed", x / root[:, None]) * gain
 
 
@@ -29,7 +29,7 @@ def divided(ops: Any, x: Any, root: Any, gain: Any) -> Any:
 
 @mutant(
     "norm-eps-1e-6", breaks=["NORM-1"], touches=NORMS, needs=["TINYMAG"], changes=CONFIG,
-    fix="take rms_norm_eps from the config", severity="high",
+    fix="take rms_norm_eps from the config",
     sources=[
         "https://github.com/ggml-org/llama.cpp/pull/2374",
         "https://github.com/ggml-org/llama.cpp/pull/2384",
@@ -38,7 +38,7 @@ def divided(ops: Any, x: Any, root: Any, gain: Any) -> Any:
     ],
 )  # fmt: skip
 def eps_of_another_model(config: Config) -> Config:
-    """eps is a constant of the kernel, 1e-6, right for another model, whatever the config says."""
+    """eps is a constant of the kernel, 1e-6, which is right for another model. The config is ignored."""
     return replace(config, norm_eps=OTHER_EPS)
 
 
@@ -51,7 +51,7 @@ def eps_of_another_model(config: Config) -> Config:
     ],
 )  # fmt: skip
 def eps_after_root(ops: Any, x: Any, gain: Any, eps: float) -> Any:
-    """eps is added to the root mean square, outside of the root, as by one who only fears a division by zero."""
+    """eps is added to the root mean square, outside the root. That only avoids a division by zero."""
     x = ops.cut("norm.input", x)
     return divided(ops, x, ops.sqrt(ops.sum(x * x, axis=-1) / x.shape[-1]) + eps, gain)
 
@@ -71,7 +71,7 @@ def eps_after_root(ops: Any, x: Any, gain: Any, eps: float) -> Any:
     "so each policy allows both orders, and only a comparison with the reference's own bits tells them apart",
 )  # fmt: skip
 def gain_in_float32(ops: Any, x: Any, gain: Any, eps: float) -> Any:
-    """The gain multiplies the row in float32, before it is rounded to the model's dtype, and not after."""
+    """The gain multiplies the row in float32 before the row is rounded to the model's dtype, not after."""
     x = ops.cut("norm.input", x)
     return x / ops.sqrt(ops.sum(x * x, axis=-1) / x.shape[-1] + eps)[:, None] * gain
 
@@ -82,8 +82,8 @@ def gain_in_float32(ops: Any, x: Any, gain: Any, eps: float) -> Any:
     sources=["https://github.com/jingyaogong/minimind/issues/301"],
 )  # fmt: skip
 def statistic_in_low_precision(ops: Any, x: Any, gain: Any, eps: float) -> Any:
-    """Squares, mean and root are in bfloat16, or the model's low dtype: in float16 256^2 is infinite, 2^-13 squared 0.
-    The sum alone is taken in float32, as torch's mean does."""
+    """Squares, mean and root are in bfloat16, or in the low dtype of the model. In float16, 256^2 is infinite and the
+    square of 2^-13 is 0. Only the sum is taken in float32, as torch's mean does."""
     low = low_precision(ops.policy)
     coarse = rounded(x, low)
     mean_square = rounded(ops.sum(rounded(coarse * coarse, low), axis=-1) / x.shape[-1], low)
@@ -99,7 +99,7 @@ def statistic_in_low_precision(ops: Any, x: Any, gain: Any, eps: float) -> Any:
     sources=["https://github.com/ggml-org/llama.cpp/pull/1925"],
 )  # fmt: skip
 def normed_again(ops: Any, x: Any, gain: Any, eps: float) -> Any:
-    """The same norm is applied to its own result, so that its gain is squared; with gains of one nobody notices."""
+    """The norm is applied to its own result, so its gain is squared. With gains of one nobody notices."""
     once = rounded(right_norm(ops, x, gain, eps), ops.policy.storage)
     return right_norm(ops, once, gain, eps)
 
@@ -109,7 +109,7 @@ def normed_again(ops: Any, x: Any, gain: Any, eps: float) -> Any:
     fix="subtract no mean: this is RMSNorm and not LayerNorm", severity="medium",
 )  # fmt: skip
 def layer_norm(ops: Any, x: Any, gain: Any, eps: float) -> Any:
-    """LayerNorm without a bias: the row's mean is subtracted first, and the variance takes the mean square's place."""
+    """LayerNorm without a bias: the mean of the row is subtracted first, and the variance replaces the mean square."""
     x = ops.cut("norm.input", x)
     centred = x - (ops.sum(x, axis=-1) / x.shape[-1])[:, None]
     return divided(ops, centred, ops.sqrt(ops.sum(centred * centred, axis=-1) / x.shape[-1] + eps), gain)
@@ -121,7 +121,7 @@ def layer_norm(ops: Any, x: Any, gain: Any, eps: float) -> Any:
     severity="low",
 )  # fmt: skip
 def gains_exchanged(config: Config, parameters: Parameters) -> Parameters:
-    """The gains of the two norms of each layer are loaded in each other's place."""
+    """The gains of the two norms of each layer are exchanged when they are loaded."""
     return with_layers(
         parameters, lambda layer: replace(layer, attention_norm=layer.moe_norm, moe_norm=layer.attention_norm)
     )

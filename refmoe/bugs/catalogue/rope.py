@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from refmoe.arithmetic.formats import nearest
+from refmoe.bugs.forced_rounding import low_precision
 from refmoe.bugs.mutant import CALLS, CONFIG, mutant
-from refmoe.bugs.rounding import low_precision
 from refmoe.spec.attention import Cache
 from refmoe.spec.attention import attention as right_attention
 from refmoe.spec.config import Config
@@ -22,13 +22,13 @@ ROTATED = ("attention.q_rope", "attention.k_rope")
 """The taps after a rotation."""
 
 OTHER_THETA = 1e4
-"""rope_theta of Llama 1 and 2, the default of most code; Mixtral's is 1e6."""
+"""rope_theta of Llama 1 and 2, and the default of most code. Mixtral has 1e6."""
 TABLE = 4096
-"""Rows of a table made for the longest context of Llama 2, or for Mistral's window."""
+"""Rows of a table that was made for the longest context of Llama 2, or for the window of Mistral."""
 SCALE = 8
 """The factor of Llama 3.1's rope_scaling."""
 ROW = 1 << 32
-"""Added to all positions of row 1 of a batch, twice to those of row 2, ...: how a step can tell rows apart."""
+"""Added r times to all positions of row r of a batch, so that a step can tell rows apart."""
 
 
 # ---- the table
@@ -46,14 +46,13 @@ ROW = 1 << 32
     ],
 )  # fmt: skip
 def theta_ignored(config: Config) -> Config:
-    """theta is 1e4, the default of the module, as nobody hands it the config's."""
+    """theta is 1e4, the default of the module, because nobody passes it the theta of the config."""
     return replace(config, rope_theta=OTHER_THETA)
 
 
 @mutant(
     "rope-tables-lowprec", breaks=["ROPE-1"], touches=ROTATED, needs=["T>1", "LOWPREC"], step="rotary_table",
     fix="compute frequencies, positions and angles in float32, also where the model is cast to another dtype",
-    severity="high",
     sources=[
         "https://github.com/huggingface/transformers/issues/29496",
         "https://github.com/huggingface/transformers/issues/25681",
@@ -62,8 +61,8 @@ def theta_ignored(config: Config) -> Config:
     ],
 )  # fmt: skip
 def table_in_low_precision(ops: Any, positions: Any, head_dim: int, theta: float) -> tuple[Any, Any]:
-    """Frequencies, positions, angles, cosines and sines are all bfloat16, or the model's low dtype: from position 256
-    on (2048 in float16) neighbours share an angle."""
+    """Frequencies, positions, angles, cosines and sines are all in bfloat16, or in the low dtype of the model. From
+    position 256 on (2048 in float16), neighbouring positions share an angle."""
     low = low_precision(ops.policy)
     frequencies = nearest(theta ** (-np.arange(0, head_dim, 2) / head_dim), low)
     angles = nearest(nearest(positions, low)[:, None] * frequencies, low)
@@ -72,7 +71,7 @@ def table_in_low_precision(ops: Any, positions: Any, head_dim: int, theta: float
 
 @mutant(
     "rope-table-too-short", breaks=["ROPE-2"], touches=ROTATED, needs=["P>4096"], step="rotary_table",
-    fix="make the table as long as the longest sequence that is served", severity="high",
+    fix="make the table as long as the longest sequence that is served",
     sources=[
         "https://github.com/pegainfer-project/pegainfer/issues/220",
         "https://github.com/vllm-project/vllm-ascend/pull/1266",
@@ -89,7 +88,7 @@ def last_row_for_all_others(ops: Any, positions: Any, head_dim: int, theta: floa
     sources=["https://github.com/TransformerLensOrg/TransformerLens/pull/910"],
 )  # fmt: skip
 def positions_scaled(ops: Any, positions: Any, head_dim: int, theta: float) -> tuple[Any, Any]:
-    """Angles are divided by 8, the factor by which another model's context was stretched."""
+    """Angles are divided by 8, the factor that extends the context of another model."""
     pairs = [ops.unit_circle(positions, SCALE * theta ** (i / head_dim), (1,), 1) for i in range(0, head_dim, 2)]
     cos, sin = (ops.concatenate(parts, axis=-1) for parts in zip(*pairs, strict=True))
     return ops.cut("rope.table", cos), ops.cut("rope.table", sin)
@@ -107,7 +106,8 @@ def positions_scaled(ops: Any, positions: Any, head_dim: int, theta: float) -> t
     ],
 )  # fmt: skip
 def neighbours_paired(ops: Any, x: Any, table: Any) -> Any:
-    """Element 2i is turned with 2i + 1, the pairs of the original checkpoints, and the weights are laid out for halves.
+    """The rotation pairs element 2i with 2i + 1, as the original checkpoints do. The weights are laid out for
+    half-split pairs.
 
     x: [T, heads, d]   table: two of [T, d/2]   returns: [T, heads, d]
     """
@@ -120,7 +120,7 @@ def neighbours_paired(ops: Any, x: Any, table: Any) -> Any:
     fix="check the sign of the sine: (a, b) becomes (a cos - b sin, b cos + a sin)", severity="medium",
 )  # fmt: skip
 def turned_backwards(ops: Any, x: Any, table: Any) -> Any:
-    """The sine has the wrong sign, in queries and keys alike: a turn clockwise."""
+    """The sine has the wrong sign in queries and keys: they turn in the other direction."""
     cos, sin = table
     return right_rotate(ops, x, (cos, -sin))
 
@@ -137,17 +137,18 @@ def turned_backwards(ops: Any, x: Any, table: Any) -> Any:
     ],
 )  # fmt: skip
 def position_within_call(ops: Any, positions: Any, head_dim: int, theta: float) -> tuple[Any, Any]:
-    """Positions count from 0 in each call, whatever is cached: every decoded token is turned as the first one."""
+    """Positions count from 0 in each call, whatever is cached. Every decoded token is rotated as if it were the
+    first."""
     return right_table(ops, positions - positions[0], head_dim, theta)
 
 
 @mutant(
     "rope-decode-position-plus-one", breaks=["ROPE-2", "MODEL-4"], touches=ROTATED, needs=["DECODE"],
-    step="rotary_table", fix="the position of a decoded token is the number of tokens before it", severity="high",
+    step="rotary_table", fix="the position of a decoded token is the number of tokens before it",
     sources=["https://github.com/microsoft/onnxruntime-genai/pull/2354"],
 )  # fmt: skip
 def one_ahead(ops: Any, positions: Any, head_dim: int, theta: float) -> tuple[Any, Any]:
-    """A decoded token is turned by the length of its sequence with itself counted, one more than its position."""
+    """A decoded token is rotated by the length of its sequence, itself included: one more than its position."""
     decoded = len(positions) == 1 and positions[0] > 0
     return right_table(ops, positions + int(decoded), head_dim, theta)
 
@@ -161,7 +162,7 @@ def one_ahead(ops: Any, positions: Any, head_dim: int, theta: float) -> tuple[An
     ],
 )  # fmt: skip
 def position_from_kept_rows(ops: Any, model: Any, layer: Any, x: Any, positions: Any, cache: Any) -> Any:
-    """The cache keeps as many rows as the window has, and a decoded token's position is the number of rows kept."""
+    """The cache keeps as many rows as the window, and the position of a decoded token is the number of rows kept."""
     lost = 0
     if cache is not None and len(positions) == 1 and model.config.window is not None:
         lost = max(0, len(cache.positions) - model.config.window)
@@ -178,7 +179,7 @@ def position_from_kept_rows(ops: Any, model: Any, layer: Any, x: Any, positions:
     fix="rotate the new keys only, before they are cached", severity="medium",
 )  # fmt: skip
 def cached_keys_turned_again(ops: Any, model: Any, layer: Any, x: Any, positions: Any, cache: Any) -> Any:
-    """Each call turns the cached keys once more, together with the new ones, and caches what comes out."""
+    """Each call rotates the cached keys again, together with the new keys, and caches the results."""
     if cache is not None:
         table = model.steps.rotary_table(ops, cache.positions, model.config.head_dim, model.config.rope_theta)
         cache = Cache(ops.cut("cache.k", model.steps.rotate(ops, cache.k, table)), cache.v, cache.positions)
@@ -189,9 +190,9 @@ def cached_keys_turned_again(ops: Any, model: Any, layer: Any, x: Any, positions
 
 
 def table_of_first_row(ops: Any, positions: Any, head_dim: int, theta: float) -> tuple[Any, Any]:
-    """The table, and zeros for a single token of any row but the first, so that what it turns is zero.
+    """The rotary table, with zeros for a single token of any row but the first, so that its rotation is zero.
 
-    positions: integers [T], those of row r beginning at r times `ROW`   returns: two of [T, d/2]
+    positions: integers [T], which begin at r times `ROW` for row r   returns: two of [T, d/2]
     """
     cos, sin = right_table(ops, positions % ROW, head_dim, theta)
     written = float(len(positions) > 1 or positions[0] < ROW)
@@ -205,9 +206,9 @@ def table_of_first_row(ops: Any, positions: Any, head_dim: int, theta: float) ->
     sources=["https://github.com/ml-explore/mlx/issues/3494"],
 )  # fmt: skip
 def rows_marked(runs: tuple[Run, ...]) -> tuple[Run, ...]:
-    """The kernel for a single token per sequence turns the first row of the batch only; others stay zeros."""
+    """The kernel for one token per sequence rotates only the first row of the batch. The other rows stay zeros."""
     order = [run.sequence for run in runs]
     if sum(a != b for a, b in pairwise(order)) <= len(set(order)):
-        return runs  # one sequence after the other: there is no batch
+        return runs  # sequences come one after the other, so there is no batch
     first = min(order)
     return tuple(replace(run, positions=tuple(p + (run.sequence - first) * ROW for p in run.positions)) for run in runs)

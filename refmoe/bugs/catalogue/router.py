@@ -8,24 +8,24 @@ from typing import Any
 import numpy as np
 
 from refmoe.arithmetic.enclosure.array import Enclosure
+from refmoe.bugs.forced_rounding import low_precision, rounded
 from refmoe.bugs.mutant import mutant
-from refmoe.bugs.rounding import low_precision, rounded
 from refmoe.steps.rounding import cut_again
 from refmoe.steps.rounding import run_experts as right_experts
 
 EXPERTS = ("expert.gate", "expert.up", "expert.output")
-"""The taps that an expert's weights make."""
+"""The taps that an expert's weights compute."""
 
 JITTER = 0.01
-"""How far a factor of the jitter is from 1: `router_jitter_noise` of the models that train with it."""
+"""The largest distance of a random factor from 1: `router_jitter_noise` of the models that train with it."""
 
 BIASES = (0.0, 0.125, 0.0625)
-"""Biases of the experts, over and over: of the size of a probability among a dozen experts."""
+"""The biases of the experts, repeated. They are of the size of a probability among a dozen experts."""
 
 
-def logits_of(ops: Any, x: Any, gate: Any) -> Any:
-    """ROUTE-1. x: [T, D]   gate: [E, D]   returns: [T, E]"""
-    return ops.tap("router.logits", ops.linear(x, gate))
+def logits_of(ops: Any, x: Any, router: Any) -> Any:
+    """ROUTE-1. x: [T, D]   router: [E, D]   returns: [T, E]"""
+    return ops.tap("router.logits", ops.linear(x, router))
 
 
 def choose(ops: Any, scores: Any, k: int) -> Any:
@@ -34,7 +34,7 @@ def choose(ops: Any, scores: Any, k: int) -> Any:
 
 
 def read(ops: Any, logits: Any) -> Any:
-    """The logits as the softmax reads them."""
+    """The logits after the cut point before the softmax. logits: [T, E]"""
     return cut_again(ops, "router.softmax_input", "router.logits", logits)
 
 
@@ -55,21 +55,22 @@ def probabilities(ops: Any, logits: Any) -> Any:
         "https://github.com/NVIDIA/TensorRT-LLM/pull/2752",
     ],
 )  # fmt: skip
-def softmax_over_all(ops: Any, x: Any, gate: Any, k: int) -> tuple[Any, Any]:
-    """The weights are the chosen probabilities of a softmax over all experts, not renormalised: they sum to under 1."""
-    logits = logits_of(ops, x, gate)
+def softmax_over_all(ops: Any, x: Any, router: Any, k: int) -> tuple[Any, Any]:
+    """The weights are the chosen probabilities of a softmax over all experts. They are not renormalised, and sum to
+    less than 1."""
+    logits = logits_of(ops, x, router)
     experts = choose(ops, logits, k)
     return experts, ops.tap("router.weights", ops.gather(probabilities(ops, logits), experts))
 
 
 @mutant(
     "router-raw-logit-weights", breaks=["ROUTE-4"], touches=["router.weights"], step="route",
-    fix="take the softmax of the chosen logits", severity="high",
+    fix="take the softmax of the chosen logits",
     sources=["https://github.com/sgl-project/sglang/pull/35160"],
 )  # fmt: skip
-def logits_as_weights(ops: Any, x: Any, gate: Any, k: int) -> tuple[Any, Any]:
-    """The chosen logits themselves are the weights: a top-k that was asked not to renormalise returned its scores."""
-    logits = logits_of(ops, x, gate)
+def logits_as_weights(ops: Any, x: Any, router: Any, k: int) -> tuple[Any, Any]:
+    """The chosen logits themselves are the weights: a top-k without renormalisation returned its scores."""
+    logits = logits_of(ops, x, router)
     experts = choose(ops, logits, k)
     return experts, ops.tap("router.weights", ops.gather(logits, experts))
 
@@ -79,9 +80,9 @@ def logits_as_weights(ops: Any, x: Any, gate: Any, k: int) -> tuple[Any, Any]:
     fix="take one softmax: what the top-k is given are probabilities already, or what it returns is", severity="medium",
     sources=["https://github.com/huggingface/transformers/pull/45111"],
 )  # fmt: skip
-def softmax_twice(ops: Any, x: Any, gate: Any, k: int) -> tuple[Any, Any]:
-    """A softmax over the chosen probabilities of a softmax, which flattens the weights towards equal ones."""
-    logits = logits_of(ops, x, gate)
+def softmax_twice(ops: Any, x: Any, router: Any, k: int) -> tuple[Any, Any]:
+    """The weights are a softmax over the chosen probabilities of a softmax, which makes them nearly equal."""
+    logits = logits_of(ops, x, router)
     experts = choose(ops, logits, k)
     chosen = ops.gather(probabilities(ops, logits), experts)
     return experts, ops.tap("router.weights", ops.softmax(chosen, None))
@@ -92,9 +93,10 @@ def softmax_twice(ops: Any, x: Any, gate: Any, k: int) -> tuple[Any, Any]:
     fix="sum over the experts of a token, not over tokens", severity="medium",
     sources=["https://github.com/databricks/megablocks/pull/87"],
 )  # fmt: skip
-def divided_by_other_tokens(ops: Any, x: Any, gate: Any, k: int) -> tuple[Any, Any]:
-    """The weights of a rank are divided by their sum over the tokens: the norm's last axis is that of the tokens."""
-    logits = logits_of(ops, x, gate)
+def divided_by_other_tokens(ops: Any, x: Any, router: Any, k: int) -> tuple[Any, Any]:
+    """The weights of a rank are divided by their sum over the tokens: the last axis of the sum is the axis of
+    tokens."""
+    logits = logits_of(ops, x, router)
     experts = choose(ops, logits, k)
     chosen = ops.gather(probabilities(ops, logits), experts)
     return experts, ops.tap("router.weights", chosen / ops.sum(chosen, axis=0)[None])
@@ -109,9 +111,10 @@ def divided_by_other_tokens(ops: Any, x: Any, gate: Any, k: int) -> tuple[Any, A
         "https://github.com/huggingface/transformers/pull/42114",
     ],
 )  # fmt: skip
-def softmax_down_the_column(ops: Any, x: Any, gate: Any, k: int) -> tuple[Any, Any]:
-    """The softmax runs over the tokens (dim=1 of a 3-D array): an expert's probabilities sum to 1 over the call."""
-    logits = logits_of(ops, x, gate)
+def softmax_down_the_column(ops: Any, x: Any, router: Any, k: int) -> tuple[Any, Any]:
+    """The softmax runs over the tokens (dim=1 of a 3-D array): the probabilities of an expert sum to 1 over the
+    call."""
+    logits = logits_of(ops, x, router)
     probs = ops.softmax(read(ops, logits).transpose(1, 0), None).transpose(1, 0)
     experts = choose(ops, probs, k)
     chosen = ops.gather(probs, experts)
@@ -121,7 +124,7 @@ def softmax_down_the_column(ops: Any, x: Any, gate: Any, k: int) -> tuple[Any, A
 @mutant(
     "router-lowprec-logits", breaks=["ROUTE-1", "ROUTE-4"], needs=["LOWPREC"], step="route",
     touches=["router.logits", "router.experts", "router.weights"],
-    fix="compute the router's softmax in float32, and its logits in the model's dtype or better", severity="high",
+    fix="compute the router's softmax in float32, and its logits in the model's dtype or better",
     sources=[
         "https://github.com/ml-explore/mlx-examples/pull/112",
         "https://github.com/sgl-project/sglang-jax/issues/698",
@@ -129,10 +132,10 @@ def softmax_down_the_column(ops: Any, x: Any, gate: Any, k: int) -> tuple[Any, A
         "https://github.com/deepspeedai/DeepSpeed/pull/809",
     ],
 )  # fmt: skip
-def softmax_in_low_precision(ops: Any, x: Any, gate: Any, k: int) -> tuple[Any, Any]:
-    """Logits, softmax and weights are bfloat16, or the low dtype of the model, after every single operation."""
+def softmax_in_low_precision(ops: Any, x: Any, router: Any, k: int) -> tuple[Any, Any]:
+    """Every operation for logits, softmax and weights is rounded to bfloat16, or to the low dtype of the model."""
     low = low_precision(ops.policy)
-    logits = ops.tap("router.logits", rounded(ops.linear(rounded(x, low), gate), low))
+    logits = ops.tap("router.logits", rounded(ops.linear(rounded(x, low), router), low))
     weight = rounded(ops.exp(rounded(logits - ops.max(logits, axis=-1)[:, None], low)), low)
     probs = rounded(weight / rounded(ops.sum(weight, axis=-1), low)[:, None], low)
     experts = choose(ops, probs, k)
@@ -148,9 +151,9 @@ def softmax_in_low_precision(ops: Any, x: Any, gate: Any, k: int) -> tuple[Any, 
         "https://github.com/MetaX-MACA/vLLM-metax/issues/270",
     ],
 )  # fmt: skip
-def biased(ops: Any, x: Any, gate: Any, k: int) -> tuple[Any, Any]:
-    """A bias that some routers add to choose experts is there, and the weights are gathered from the biased scores."""
-    logits = logits_of(ops, x, gate)
+def biased(ops: Any, x: Any, router: Any, k: int) -> tuple[Any, Any]:
+    """A bias, which some routers add to choose experts, is present. The weights are gathered from the biased scores."""
+    logits = logits_of(ops, x, router)
     scores = probabilities(ops, logits) + np.resize(BIASES, logits.shape[-1])[None]
     experts = choose(ops, scores, k)
     chosen = ops.gather(scores, experts)
@@ -159,12 +162,13 @@ def biased(ops: Any, x: Any, gate: Any, k: int) -> tuple[Any, Any]:
 
 @mutant(
     "router-weights-order-mismatch", breaks=["ROUTE-4"], touches=["router.weights"], step="route",
-    fix="gather the weights by the ids as they are returned, instead of sorting them", severity="high",
+    fix="gather the weights by the ids as they are returned, instead of sorting them",
     sources=["https://github.com/sgl-project/sglang/pull/8125"],
 )  # fmt: skip
-def weights_of_another_order(ops: Any, x: Any, gate: Any, k: int) -> tuple[Any, Any]:
-    """A partial sort leaves the ids in no order (here: by id), and the weights beside them fall from large to small."""
-    logits = logits_of(ops, x, gate)
+def weights_of_another_order(ops: Any, x: Any, router: Any, k: int) -> tuple[Any, Any]:
+    """A partial sort leaves the ids in no order (here: by id), but the weights beside them are sorted from large to
+    small."""
+    logits = logits_of(ops, x, router)
     falling = ops.top_k(logits, k)
     experts = ops.tap("router.experts", np.sort(falling, axis=-1))
     return experts, ops.tap("router.weights", ops.weigh(read(ops, logits), falling))
@@ -183,9 +187,9 @@ def weights_of_another_order(ops: Any, x: Any, gate: Any, k: int) -> tuple[Any, 
         "https://github.com/microsoft/onnxruntime/pull/28980",
     ],
 )  # fmt: skip
-def higher_id_first(ops: Any, x: Any, gate: Any, k: int) -> tuple[Any, Any]:
-    """Of equal logits the higher id comes first: the last k of an ascending sort, read backwards."""
-    logits = logits_of(ops, x, gate)
+def higher_id_first(ops: Any, x: Any, router: Any, k: int) -> tuple[Any, Any]:
+    """Of equal logits the higher id comes first: the last k of an ascending sort are read backwards."""
+    logits = logits_of(ops, x, router)
     experts = logits.shape[-1] - 1 - ops.top_k(logits[:, ::-1], k)
     experts = ops.tap("router.experts", experts)
     return experts, ops.tap("router.weights", ops.weigh(read(ops, logits), experts))
@@ -193,14 +197,14 @@ def higher_id_first(ops: Any, x: Any, gate: Any, k: int) -> tuple[Any, Any]:
 
 @mutant(
     "router-wrong-k", breaks=["ROUTE-2", "ROUTE-4"], touches=["router.weights", "moe.output"], step="moe",
-    fix="choose num_experts_per_tok experts, no more", severity="high",
+    fix="choose num_experts_per_tok experts, no more",
     sources=[
         "https://github.com/ml-explore/mlx-examples/issues/671",
         "https://github.com/ggml-org/llama.cpp/pull/4406",
     ],
 )  # fmt: skip
 def one_expert_too_many(ops: Any, model: Any, layer: Any, x: Any) -> Any:
-    """One expert more than configured is chosen, weighed and added; what the engine shows are the first k slots."""
+    """One expert more than configured is chosen, weighted and added. The engine shows only the first k slots."""
     k, quiet = model.config.experts_per_token, untapped(ops)
     logits = logits_of(ops, x, layer.router)
     ids = ops.top_k(logits, min(k + 1, model.config.experts))
@@ -215,7 +219,7 @@ def one_expert_too_many(ops: Any, model: Any, layer: Any, x: Any) -> Any:
 
 
 def untapped(ops: Any) -> Any:
-    """The same ops, observed by nobody."""
+    """The ops without their tap."""
     quiet = copy.copy(ops)
     quiet._tap = None
     return quiet
@@ -223,7 +227,7 @@ def untapped(ops: Any) -> Any:
 
 @mutant(
     "router-index-off-by-one", breaks=["EXPERT-3"], touches=EXPERTS, step="run_experts",
-    fix="look for ids that count from one, and for a sentinel before or after the experts", severity="high",
+    fix="look for ids that count from one, and for a sentinel before or after the experts",
     sources=[
         "https://github.com/sgl-project/sglang/pull/15250",
         "https://github.com/sgl-project/sgl-kernel-xpu/pull/295",
@@ -238,7 +242,7 @@ def next_expert(ops: Any, experts: Any, x: Any, chosen: Any) -> Any:
 
 
 def jittered(ops: Any, x: Any) -> Any:
-    """x times random factors near 1, as stored. An enclosure holds them whatever they are. x: [T, D]"""
+    """x times random factors near 1, as stored. An enclosure holds all such factors. x: [T, D]"""
     if isinstance(x, Enclosure):
         some = np.full(x.shape, JITTER)
         factors: Any = Enclosure(np.ones(x.shape), some, some**2 / 3, x.accumulation)
@@ -248,7 +252,7 @@ def jittered(ops: Any, x: Any) -> Any:
 
 
 def moe_of_two(ops: Any, model: Any, layer: Any, routed: Any, x: Any) -> Any:
-    """MOE-1 with an input of its own for the router. routed, x: [T, D]   returns: [T, D]"""
+    """MOE-1 with a separate input for the router. routed, x: [T, D]   returns: [T, D]"""
     chosen, weights = model.steps.route(ops, routed, layer.router, model.config.experts_per_token)
     outputs = model.steps.run_experts(ops, layer.experts, x, chosen)
     return ops.tap("moe.output", model.steps.combine(ops, outputs, weights))
@@ -263,7 +267,7 @@ def moe_of_two(ops: Any, model: Any, layer: Any, routed: Any, x: Any) -> Any:
     ],
 )  # fmt: skip
 def noise_at_inference(ops: Any, model: Any, layer: Any, x: Any) -> Any:
-    """The router's input is multiplied by the noise of training, up to one percent of it, at inference too."""
+    """The router's input is multiplied by the noise of training, up to one percent, at inference too."""
     return moe_of_two(ops, model, layer, jittered(ops, x), x)
 
 
@@ -277,7 +281,7 @@ def noise_at_inference(ops: Any, model: Any, layer: Any, x: Any) -> Any:
     ],
 )  # fmt: skip
 def noise_in_place(ops: Any, model: Any, layer: Any, x: Any) -> Any:
-    """The router's noise is multiplied into the hidden state in place, so that the experts read it as well."""
+    """The router's noise is multiplied into the hidden state in place, so the experts read it too."""
     x = jittered(ops, x)
     return moe_of_two(ops, model, layer, x, x)
 

@@ -1,4 +1,4 @@
-"""Bugs of tokenizers: `refmoe.bugs.vectors.Text` with one method replaced."""
+"""Bugs of tokenizers, each a `refmoe.bugs.vector_checks.Text` with one method replaced."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from functools import cache
 from typing import Any
 
 from refmoe.bugs.mutant import TOKENIZER, mutant
-from refmoe.bugs.vectors import Text
+from refmoe.bugs.vector_checks import Text
 from refmoe.text.tokenizer import SPACE, Tokenizer
 
 LONGEST_PIECE = 20
-"""Characters: more than any piece of the two vocabularies has, their runs of spaces aside."""
+"""Characters: more than any piece of the two vocabularies has, except runs of spaces."""
 
 
 def without_prefix(text: Tokenizer, segment: str) -> list[int]:
-    """The ids of a text with no space put before it: a newline, which never merges, keeps the space away."""
+    """The ids of a text without a space before it. A newline before the text, which never merges, prevents the
+    space."""
     return Tokenizer.encode(text, "\n" + segment, bos=False)[2:]
 
 
@@ -30,8 +31,8 @@ def without_prefix(text: Tokenizer, segment: str) -> list[int]:
     ],
 )  # fmt: skip
 class SpaceAfterSpecial(Text):
-    """The text is cut at control strings and each segment is encoded as a text of its own, with a leading space of its
-    own: what the legacy wrapper of SentencePiece does."""
+    """The text is cut at control strings, and each segment is encoded separately, with its own leading space. The
+    legacy wrapper of SentencePiece does this."""
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         specials = {"<unk>": int(self.processor.unk_id()), "<s>": self.bos_id, "</s>": self.eos_id}
@@ -51,7 +52,7 @@ class SpaceAfterSpecial(Text):
     ],
 )  # fmt: skip
 class NoDummyPrefix(Text):
-    """No space is put before the text, so its first word is not the piece that begins with one."""
+    """No space is put before the text, so its first word is not the piece that begins with a space."""
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         return [self.bos_id] * bos + without_prefix(self, text)
@@ -68,8 +69,8 @@ class NoDummyPrefix(Text):
     ],
 )  # fmt: skip
 class DoubleBos(Text):
-    """'<s>' at the beginning of a text is parsed as BOS, and the tokenizer puts its own before it: a template's text
-    has one."""
+    """'<s>' at the beginning of a text is parsed as BOS, and the tokenizer adds its own BOS before it. The text of a
+    template begins with '<s>'."""
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         if not text.startswith("<s>"):
@@ -89,7 +90,7 @@ class DoubleBos(Text):
     ],
 )  # fmt: skip
 class UnknownForBytes(Text):
-    """A character that is no piece becomes <unk> in place of its bytes; newline is such a character."""
+    """A character that is no piece becomes <unk> instead of its bytes. Newline is such a character."""
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         unknown = int(self.processor.unk_id())
@@ -98,7 +99,7 @@ class UnknownForBytes(Text):
 
 @cache
 def ordinary_pieces(text: Text) -> dict[str, int]:
-    """The pieces that a text can be made of, and their ids."""
+    """The pieces that a text can consist of, with their ids."""
     tokens = range(text.vocab_size)
     special = {t for t in tokens if text.is_control(t) or text.is_byte(t) or text.is_unknown(t)}
     return {text.piece(token): token for token in tokens if token not in special}
@@ -113,8 +114,7 @@ def ordinary_pieces(text: Text) -> dict[str, int]:
     ],
 )  # fmt: skip
 class LongestMatch(Text):
-    """From the left, the longest piece that fits is taken, and bytes where none does, in place of merging pairs by
-    score."""
+    """The longest piece that fits is taken from the left, and bytes if none fits. Pairs are not merged by score."""
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         rest = (SPACE + text).replace(" ", SPACE) if text else ""
@@ -137,8 +137,8 @@ class LongestMatch(Text):
     sources=["https://github.com/ariannamethod/notorch/pull/41"],
 )  # fmt: skip
 class ByteLevelSpaces(Text):
-    """GPT-2's byte-level scheme over a SentencePiece vocabulary: a space is written U+0120, no piece has one, and what
-    is not found is dropped."""
+    """GPT-2's byte-level scheme is used with a SentencePiece vocabulary. A space is written U+0120, which no piece
+    contains, and unknown characters are dropped."""
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         ids = without_prefix(self, text.replace(" ", "\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}"))
@@ -151,8 +151,8 @@ class ByteLevelSpaces(Text):
     sources=["https://github.com/ggml-org/llama.cpp/pull/2805"],
 )  # fmt: skip
 class PartsApart(Text):
-    """A prompt and its continuation are encoded apart and their ids joined: the second gets a space of its own, and no
-    piece crosses the seam."""
+    """A prompt and its continuation are encoded separately and their ids joined. The continuation gets its own leading
+    space, and no piece crosses the border."""
 
     def continued(self, prompt: str, continuation: str) -> list[int]:
         return self.encode(prompt) + self.encode(continuation, bos=False)
@@ -168,8 +168,8 @@ class PartsApart(Text):
     ],
 )  # fmt: skip
 class OneByOne(Text):
-    """Tokens are decoded one by one as they come, so that each byte of a character becomes U+FFFD. (Spaces are kept:
-    that would be another bug.)"""
+    """Tokens are decoded one by one as they arrive, so each byte of a character becomes U+FFFD. Spaces are kept here;
+    losing them would be another bug."""
 
     def stream(self, ids: Iterable[int]) -> tuple[list[str], str]:
         pieces: list[str] = []

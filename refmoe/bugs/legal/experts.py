@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from refmoe.bugs.forced_rounding import rounded
 from refmoe.bugs.legal.variant import Engine, legal, with_steps
-from refmoe.bugs.rounding import rounded
 from refmoe.checkpoints.weight import Weight
 from refmoe.policy.policy import Policy
 from refmoe.spec.config import Config

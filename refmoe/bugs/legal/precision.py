@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from refmoe.arithmetic.formats import nearest
+from refmoe.bugs.forced_rounding import rounded
 from refmoe.bugs.legal.variant import Engine, legal, with_steps
-from refmoe.bugs.rounding import rounded
 from refmoe.policy.policy import INNER_CUTS, Policy
 from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refmoe.bugs.engine import held_trace
+from refmoe.bugs.run_engine import held_trace
 from refmoe.policy.policy import Policy
 from refmoe.spec.config import Config
 from refmoe.spec.model import Model, Parameters
@@ -49,7 +49,9 @@ class Variant:
             execute(engine.ops(engine.policy, recorder), engine.model, engine.runs, recorder)
         arrays = in_calls(recorder.arrays, engine.runs, runs)
         kept = {key: array for key, array in arrays.items() if step_of(key.partition("/")[2]) not in self.leaves_out}
-        return held_trace(Header(runs, None, None, policy.name, {"name": self.id}), kept, self.id)
+        return held_trace(
+            Header(runs=runs, case=None, checkpoint=None, policy=policy.name, producer={"name": self.id}), kept, self.id
+        )
 
 
 LEGAL: dict[str, Variant] = {}

@@ -1,6 +1,7 @@
-"""Another arithmetic than the declared one: the policy with one change, under which all that failed is legal.
+"""Other arithmetic than declared: the policy with one change, under which every failed check passes.
 
-A coarser policy allows more, whatever is wrong. So one is named only where the errors also have the size that it makes.
+A coarser policy allows more errors, whatever their cause. So a change is named only if the errors also have the size
+that it predicts.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from refmoe.errors import InputError
 from refmoe.policy.load import policy as named_policy
 from refmoe.policy.policy import Policy
 from refmoe.verify.diagnosis.evidence import Evidence, checks_again
-from refmoe.verify.findings import FAIL, PASS, Check, Explanation
+from refmoe.verify.findings import FAIL, PASS, Check, Explanation, proven
 from refmoe.verify.passes import Pass
 
 ARITHMETIC = "other arithmetic"
@@ -29,11 +30,11 @@ CHANGES = {
 }
 """Changes of a policy, as `refmoe verify --policy NAME+CHANGE` takes them."""
 LEAST = 0.1
-"""The size of the errors, in standard deviations of the changed policy, below which it is not what made them."""
+"""The least size of the errors, in standard deviations of the changed policy. Smaller errors have another cause."""
 
 
 def other_arithmetic(evidence: Evidence) -> list[Explanation]:
-    """The changes that make all that failed legal; first those whose errors come closest to the ones found in size."""
+    """The changes under which every check passes, best first: the one that predicts the size of the errors best."""
     found = []
     for change, about in CHANGES.items():
         changed = _changed(evidence.policy, change)
@@ -45,17 +46,18 @@ def other_arithmetic(evidence: Evidence) -> list[Explanation]:
         if legal and (size := _size(failed)) >= LEAST:
             found.append((abs(math.log(size)), change, f"{about}: {size:.2g} times the expected error"))
     return [
-        Explanation(
-            f"{evidence.policy.name}+{change}", ARITHMETIC, about,
-            "if that is meant, declare it; refmoe policies says what each policy allows", (), True, 0, 0, math.nan,
-            math.nan,
+        proven(
+            name=f"{evidence.policy.name}+{change}",
+            kind=ARITHMETIC,
+            about=about,
+            fix="if that is meant, declare it; refmoe policies says what each policy allows",
         )
         for _, change, about in sorted(found)
-    ]  # fmt: skip
+    ]
 
 
 def _changed(policy: Policy, change: str) -> Policy | None:
-    """The policy with the change; None where it already has it, or is no policy of refmoe's own by name."""
+    """The policy with the change. None if the policy already has it, or is not one of refmoe's own."""
     try:
         changed = named_policy(f"{policy.name}+{change}")
     except InputError:

@@ -1,4 +1,4 @@
-"""The whole diagnosis of a failed verification: known bugs, two at once, structures, another arithmetic."""
+"""The whole diagnosis of a failed verification: known bugs, two at once, structures, other arithmetic."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from refmoe.bugs.mutant import PARALLEL, Mutant
-from refmoe.bugs.sharded import ONE_DEVICE, on_ranks
+from refmoe.bugs.sharded_mutant import ONE_DEVICE, on_ranks
 from refmoe.policy.policy import Policy
 from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters
@@ -14,36 +14,43 @@ from refmoe.steps.sharded.layout import layouts
 from refmoe.traces.trace import Run, Trace
 from refmoe.verify.diagnosis.arithmetic import other_arithmetic
 from refmoe.verify.diagnosis.evidence import gather
-from refmoe.verify.diagnosis.known import explanations, pairs, rank, suspects, unrelated
+from refmoe.verify.diagnosis.known import candidates, explanations, pairs, rank, unrelated
 from refmoe.verify.diagnosis.settings import of_settings
 from refmoe.verify.diagnosis.structure import structural
 from refmoe.verify.diagnosis.weights import of_weights
 from refmoe.verify.findings import FAIL, Explanation, Report
-from refmoe.verify.verify import SIGNIFICANCE
 
 
 def diagnose(
-    trace: Trace, config: Config, parameters: Parameters, runs: tuple[Run, ...] | None, policy: Policy, report: Report,
-    mutants: Iterable[Mutant], significance: float = SIGNIFICANCE, progress: Callable[[], None] | None = None,
-) -> tuple[Explanation, ...]:  # fmt: skip
-    """What can explain a failed trace, what does explain it first, the best of it at the top.
+    trace: Trace,
+    config: Config,
+    parameters: Parameters,
+    runs: tuple[Run, ...] | None,
+    policy: Policy,
+    report: Report,
+    mutants: Iterable[Mutant],
+    progress: Callable[[], None] | None = None,
+) -> tuple[Explanation, ...]:
+    """The possible explanations of a failed trace, best first, those that explain all of it before the others.
 
-    A mutant that explains nothing but might explain a part stays in the list, with `explains` false. Pairs,
-    structures and other arithmetic are sought only where nothing before explains the trace.
-    progress: called for each mutant, and once more for each that touches a failed step.
+    A mutant that may explain only a part stays in the list, with `explains` false. Pairs, structures and other
+    arithmetic are tried only if no earlier explanation holds.
+
+    report: the report of `verify` for the same trace, config, parameters, runs and policy
+    progress: called for each mutant, and once more for each that touches a failed step
     """
     if not any(check.verdict == FAIL for check in report.checks):
         return ()
-    evidence = gather(trace, config, parameters, runs, policy, report, significance)
+    evidence = gather(trace, config, parameters, runs, policy, report)
     step = progress if progress is not None else lambda: None
     known = tuple(mutants)
-    suspected = suspects(evidence, known, step)
-    found = explanations(evidence, suspected, step)
+    tried = candidates(evidence, known, step)
+    found = explanations(evidence, tried, step)
     if not any(each.explains for each in found):
-        split = suspects(evidence, placed(known, config), lambda: None)
+        split = candidates(evidence, placed(known, config), lambda: None)
         found += explanations(evidence, split, lambda: None)
     if not any(each.explains for each in found):
-        found += pairs(evidence, suspected)
+        found += pairs(evidence, tried)
     if not any(each.explains and not unrelated(each) for each in found):
         found += [*of_settings(evidence), *of_weights(evidence), *structural(evidence)]
     if not any(each.explains for each in found):
@@ -52,11 +59,11 @@ def diagnose(
 
 
 def placed(mutants: Iterable[Mutant], config: Config) -> list[Mutant]:
-    """The mutants of a sharded run on every layout that the model fits, each a variation of one forward pass."""
+    """The mutants of a sharded run, on every layout with several devices that the model fits."""
     parallel = [each for each in mutants if each.changes == PARALLEL]
     return [on_ranks(each, layout) for each in parallel for layout in layouts(config) if layout != ONE_DEVICE]
 
 
 def explained(report: Report, found: tuple[Explanation, ...]) -> Report:
-    """The report with what explains it, and nothing that does not."""
+    """The report with the explanations that hold, and no others."""
     return replace(report, explanations=tuple(each for each in found if each.explains))

@@ -1,4 +1,4 @@
-"""A failed trace and the arithmetic of holding it against another specification than the right one."""
+"""A failed trace, and its checks against a specification with a bug."""
 
 from __future__ import annotations
 
@@ -18,21 +18,18 @@ from refmoe.traces.trace import Run, Trace
 from refmoe.verify.findings import FAIL, FORCED, PASS, UNDECIDABLE, Check, Report
 from refmoe.verify.free_running import Replica
 from refmoe.verify.intake import Contents, take_in
-from refmoe.verify.passes import Pass
+from refmoe.verify.passes import Key, Pass, Reading
 from refmoe.verify.routing import Routing, consistent, valid
 from refmoe.verify.subject import Subject
 from refmoe.verify.tally import Limits
-from refmoe.verify.verify import SIGNIFICANCE, acquit, assemble
-
-Key = tuple[str, str]
-"""Run and tap."""
+from refmoe.verify.verify import apply_second_pass, assemble
 
 SAMPLED = 1 << 18
-"""Values of an error that the matched filter looks at; beyond, every so many."""
+"""The most values of an error that the matched filter reads. Of a longer error it reads every n-th value."""
 
 
 class Variation(Protocol):
-    """What a trace can be held against: a mutant, or two of them."""
+    """A changed specification that a trace can be held against: a mutant, or two mutants at once."""
 
     @property
     def touches(self) -> tuple[str, ...]: ...
@@ -43,7 +40,7 @@ class Variation(Protocol):
 
 @dataclass(frozen=True)
 class Evidence:
-    """A failed trace with what the right specification says of it."""
+    """A failed trace, its report, and exact results at its failed taps."""
 
     trace: Trace
     right: Subject
@@ -53,23 +50,24 @@ class Evidence:
     report: Report
     failed: tuple[Check, ...]
     expected: dict[Key, Any] = field(default_factory=dict)
-    """Exact results from the trace's own inputs: for each failed step its first tap, and every one with NaN."""
+    """Exact results from the trace's own inputs, at the first failed tap of each step and at each with NaN."""
     error: Any = None
-    """The errors of all of these in units of their spacing, at most `SAMPLED` of them. [n]"""
+    """The errors at all expected taps, in units of their spacing, at most `SAMPLED` of them. [n]"""
 
 
 def gather(
-    trace: Trace, config: Config, parameters: Parameters, runs: tuple[Run, ...] | None, policy: Policy, report: Report,
-    significance: float = SIGNIFICANCE,
-) -> Evidence:  # fmt: skip
+    trace: Trace, config: Config, parameters: Parameters, runs: tuple[Run, ...] | None, policy: Policy, report: Report
+) -> Evidence:
     """The evidence of a trace that has failed."""
     contents = take_in(trace, config, runs)
-    limits = Limits(significance, contents.values, contents.tensors)
+    limits = Limits(report.significance, contents.values, contents.tensors)
     right = Subject(config, parameters, contents.runs)
     failed = tuple(check for check in report.checks if check.verdict == FAIL)
     firsts = {check.step: (check.run, check.tap) for check in reversed(failed) if check.step != "router.experts"}
     wanted = {*firsts.values(), *((c.run, c.tap) for c in failed if not _finite(trace, c))}
-    evidence = Evidence(trace, right, policy, contents, limits, report, failed)
+    evidence = Evidence(
+        trace=trace, right=right, policy=policy, contents=contents, limits=limits, report=report, failed=failed
+    )
     found = {key: np.asarray(trace.get(*key), np.float64) for key in wanted}
     expected = middle(evidence, right, policy, wanted)
     expected = {key: array for key, array in expected.items() if found[key].shape == array.shape}
@@ -84,9 +82,9 @@ def _finite(trace: Trace, check: Check) -> bool:
 
 
 def weighted(evidence: Evidence, arrays: dict[Key, Any]) -> Any:
-    """How far arrays are from the expected ones, in units of their spacing; what is not finite counts as no distance.
+    """The distances of arrays from the expected ones, in units of their spacing. A distance that is not finite is 0.
 
-    returns: [n], or None where a shape is another
+    returns: [n], at most `SAMPLED` values; None if an array is missing or has another shape
     """
     parts = []
     for key, right in evidence.expected.items():
@@ -103,14 +101,14 @@ def weighted(evidence: Evidence, arrays: dict[Key, Any]) -> Any:
 
 
 def middle(evidence: Evidence, subject: Subject, policy: Policy, wanted: set[Key]) -> dict[Key, Any]:
-    """What exact arithmetic makes of the trace's own inputs, at the wanted taps."""
+    """The results of exact arithmetic at the wanted taps, from the trace's own inputs."""
     subject = replace(subject, runs=until(subject.runs, {run for run, _ in wanted}))
     with np.errstate(all="ignore"):
         return Exact(evidence.trace, subject, policy, {}, wanted, None).arrays()
 
 
 class Exact(Replica):
-    """A replica without any rounding. Where the trace's choice of experts is none, it goes on with the right one."""
+    """A replica without any rounding. It replaces a choice of experts that is invalid by the right one."""
 
     def _tap(self, name: str, x: Any) -> Any:
         chosen = super()._tap(name, x)
@@ -120,7 +118,7 @@ class Exact(Replica):
 
 
 class UnderBug(Pass):
-    """A pass under a bug, which may make infinities and NaN of its own."""
+    """A pass under a bug. The bug may produce infinities and NaN, so every overflow is allowed."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -128,7 +126,7 @@ class UnderBug(Pass):
 
 
 class Chooser(UnderBug):
-    """A pass under a bug that chooses by another rule: the right choice is its own, not the largest logits."""
+    """A pass under a bug that chooses experts by another rule. The choice of that rule is the legal one."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -147,20 +145,20 @@ class Chooser(UnderBug):
         found = self._found(name)
         if found is None:
             return super()._choose(name, expected)
-        nothing = np.zeros(len(found))
+        zeros = np.zeros(len(found))
         legal = (np.sort(found, axis=-1) == np.sort(expected, axis=-1)).all(axis=-1)
         if self._chosen_by is not None and np.array_equal(self._chosen_by[1], expected):
-            # ids are those of the scores: where these are equal, or rounding can move one past another, either is right
+            # the ids are a top-k of the scores: where scores are equal, or rounding can exchange two, either is legal
             scores = self._chosen_by[0].settle()
             legal |= consistent(scores.mid - scores.r, scores.mid + scores.r, found)
-        self._record(
-            self._run.run, name, Routing(expected, np.full(len(found), FORCED), legal, nothing, nothing, found)
-        )
+        forced = np.full(len(found), FORCED)
+        routing = Routing(expected=expected, kind=forced, legal=legal, margin=zeros, movable=zeros, found=found)
+        self._record(self._run.run, name, routing)
         self._unknown = None
         return found
 
     def _found(self, name: str) -> Any:
-        """The trace's choice [T, k], or None where there is none, or one that is no choice at all."""
+        """The trace's choice, integers [T, k]. None if the trace has none, or one with invalid ids."""
         if name not in self._present:
             return None
         found = np.asarray(self._read(name, "router.experts")).astype(np.int64)
@@ -168,14 +166,14 @@ class Chooser(UnderBug):
 
 
 def subject_of(evidence: Evidence, variation: Variation) -> Subject:
-    """The specification as the variation has it."""
+    """The specification with the variation."""
     right = evidence.right
     model = variation.model(right.config, right.parameters)
     return Subject(model.config, model.parameters, variation.runs(evidence.contents.runs), model.steps)
 
 
 def until(runs: tuple[Run, ...], names: Set[str]) -> tuple[Run, ...]:
-    """The runs up to the last one of these names."""
+    """The runs up to the last one with one of these names."""
     last = max((i for i, run in enumerate(runs) if run.run in names), default=len(runs) - 1)
     return runs[: last + 1]
 
@@ -183,13 +181,16 @@ def until(runs: tuple[Run, ...], names: Set[str]) -> tuple[Run, ...]:
 def judge_again(
     evidence: Evidence, subject: Subject, policy: Policy, judge: Callable[..., Pass] = UnderBug
 ) -> dict[Key, str]:
-    """The verdict of each check against another specification."""
+    """The verdict of each check against a changed specification."""
     return {(check.run, check.tap): check.verdict for check in checks_again(evidence, subject, policy, judge)}
 
 
 def judge_first(evidence: Evidence, subject: Subject, policy: Policy, judge: Callable[..., Pass]) -> dict[Key, str]:
-    """The same of the calls up to the first in which something is wrong, and of a failure there no more than is needed
-    to know that it stays: a fraction of the work, and enough to reject most specifications."""
+    """The verdicts for the runs up to the first one with a failed check.
+
+    This costs a fraction of `judge_again` and rejects most specifications. Once it is known that some check fails,
+    other verdicts may be FAIL where `judge_again` gives another one.
+    """
     first = {evidence.failed[0].run}
     contents = replace(evidence.contents, runs=until(evidence.contents.runs, first))
     subject = replace(subject, runs=until(subject.runs, first))
@@ -200,31 +201,34 @@ def judge_first(evidence: Evidence, subject: Subject, policy: Policy, judge: Cal
 def checks_again(
     evidence: Evidence, subject: Subject, policy: Policy, judge: Callable[..., Pass], hurried: bool = False
 ) -> list[Check]:
-    """The checks against another specification or policy, acquitted by the passes that `verify` acquits them by.
+    """The checks against a changed specification or policy, with the same second passes as in `verify`.
 
-    The other way round: first as if inputs had been read before they were stored, which is all that can acquit the
-    first check that failed.
-    hurried: once it is known that a check fails which did not, or still does, others may keep a FAIL that they would
-    be acquitted of.
+    The order of the second passes is reversed: unrounded inputs come first, because only they can change the verdict
+    of the first failed check.
+
+    hurried: whether to skip the last pass if the first failed check keeps its verdict. Other checks may then keep a
+    FAIL that the last pass would change.
     """
     right, limits = evidence.right.config, evidence.limits
 
-    def checked(recomputed: frozenset[Key] = frozenset(), unrounded: bool = False) -> list[Check]:
-        seen = judge(evidence.trace, subject, policy, limits.excess, recomputed, unrounded).go()
+    def checked(reading: Reading) -> list[Check]:
+        seen = judge(evidence.trace, subject, policy, limits.excess, reading).go()
         return assemble(seen, evidence.contents, right, policy, limits)
 
-    checks = first = checked()
+    checks = first = checked(Reading())
     failed = frozenset((check.run, check.tap) for check in checks if check.verdict == FAIL)
     if failed and policy.consumers == "unrounded":
-        checks = acquit(checks, checked(unrounded=True), "")
+        checks = apply_second_pass(checks, checked(Reading(unrounded=True)), "")
     if failed and not (hurried and _stays(evidence, first, checks)):
-        checks = acquit(checks, checked(recomputed=failed), "")
+        checks = apply_second_pass(checks, checked(Reading(recomputed=failed)), "")
     return checks
 
 
 def _stays(evidence: Evidence, first: list[Check], checks: list[Check]) -> bool:
-    """Whether the first check that failed counts and still fails: all that it read is right, so that to compute
-    it again from what was right changes nothing.   first: the checks before any was acquitted"""
+    """Whether the first failed check counts and still fails. Its inputs passed, so recomputing them changes nothing.
+
+    first: the checks before any second pass
+    """
     at = next(i for i, check in enumerate(first) if check.verdict == FAIL)
     wrong = {check.run for check in evidence.failed}
     before = {(check.run, check.tap): check.verdict for check in evidence.report.checks}
@@ -235,11 +239,11 @@ def _stays(evidence: Evidence, first: list[Check], checks: list[Check]) -> bool:
 def still_failing(
     evidence: Evidence, verdicts: dict[Key, str], wrong: dict[Key, Any], checks: Sequence[Check] | None = None
 ) -> int:
-    """How many of the failed checks that were judged fail still.
+    """The number of failed checks that were judged again and still fail.
 
-    wrong: what the other specification computes at the expected taps.
-    A check whose values are not finite has no bound under a bug that makes them. It is explained where the bug makes
-    them in the same places.
+    wrong: the results of the changed specification at the expected taps
+    A check with values that are not finite has no bound under a bug that produces such values. The bug explains the
+    check if it produces them in the same places.
     """
     count = 0
     for check in evidence.failed if checks is None else checks:
@@ -251,7 +255,7 @@ def still_failing(
 
 
 def _same_gaps(evidence: Evidence, key: Key, wrong: Any) -> bool:
-    """Whether the trace and another specification are not finite in the same places, and somewhere."""
+    """Whether trace and changed specification have values that are not finite, in the same places."""
     if wrong is None:
         return False
     gaps = ~np.isfinite(np.asarray(evidence.trace.get(*key), np.float64))
@@ -259,9 +263,9 @@ def _same_gaps(evidence: Evidence, key: Key, wrong: Any) -> bool:
 
 
 def newly_failing(evidence: Evidence, verdicts: dict[Key, str]) -> int:
-    """How many of the checks that passed fail now, where they were judged.
+    """The number of passed checks that were judged again and now fail.
 
-    Only calls in which something is wrong count: a bug may be one of prompts alone, or of single tokens.
+    Only runs with a failed check count, because a bug may affect only prompts, or only single tokens.
     """
     wrong = {check.run for check in evidence.failed}
     passed = (check for check in evidence.report.checks if check.verdict == PASS and check.run in wrong)
@@ -269,5 +273,5 @@ def newly_failing(evidence: Evidence, verdicts: dict[Key, str]) -> int:
 
 
 def changes_choice(mutant: Mutant | Variation) -> bool:
-    """Whether it chooses experts by another rule."""
+    """Whether the mutant chooses experts by another rule."""
     return "router.experts" in mutant.touches

@@ -1,8 +1,8 @@
-"""Which known bug, or which two at once, explain a failed verification.
+"""The known bugs, single or in pairs, that explain a failed verification.
 
-A mutant is a specification too. It explains a trace if the steps that failed are right under it, all of them, and none
-that was right is wrong. That is a proof within the mutant's own enclosures; the matched filter beside it says how much
-of the error is the mutant's (1: all of it, in size and direction), and orders siblings by what they leave over.
+A mutant is a specification too. It explains a trace if every failed step passes under it, and no passed step fails.
+That is a proof within the mutant's own enclosures. The matched filter compares the error with the mutant's effect
+(1: equal in size and direction). Mutants with similar effects are ordered by their residuals.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from refmoe.traces.trace import Run
 from refmoe.verify.diagnosis.evidence import (
     Chooser,
     Evidence,
-    Key,
     UnderBug,
     Variation,
     changes_choice,
@@ -37,53 +36,55 @@ from refmoe.verify.diagnosis.evidence import (
     weighted,
 )
 from refmoe.verify.findings import KNOWN_BUG, TWO_BUGS, Explanation
-from refmoe.verify.passes import Pass
+from refmoe.verify.passes import Key, Pass
 
 WORSE = 1.5
-"""A mutant that leaves more of the error than this has nothing to do with it: an independent one of the same size, as
-of other roundings, leaves the root of two."""
+"""A mutant with a larger residual is unrelated to the error. An independent effect of the same size, such as other
+roundings, has a residual of sqrt(2)."""
 EXPLAINED, UNRELATED = 0.5, 0.9
-"""What an explanation leaves at most to end the search among mutants that leave more than this."""
+"""Once an explanation has a residual below the first, mutants with a residual above the second are not tried."""
 PAIRS = 6
-"""Pairs of mutants, those that leave least, that are held against the trace."""
+"""The number of pairs of mutants that are tried: those with the smallest residuals."""
 PAIR_LEAVES = 0.5
-"""A pair that leaves more of the error than this is none."""
+"""The largest residual of a pair, over the smaller residual of its two mutants."""
 
 
 @dataclass(frozen=True)
-class Suspect:
-    """A mutant with what it does to the failed steps."""
+class Candidate:
+    """A mutant with its effect on the failed steps."""
 
     mutant: Mutant
     wrong: dict[Key, Any]
+    """Its results at the expected taps."""
     delta: Any
-    """Its effect in units of spacing [n], or None where it changes shapes."""
+    """Its effect in units of spacing, [n]. None if it changes shapes."""
     coefficient: float
     residual: float
 
 
-def suspects(evidence: Evidence, mutants: Iterable[Mutant], progress: Callable[[], None]) -> list[Suspect]:
-    """The mutants that touch a step that failed or is missing; first those that leave the least of the error."""
+def candidates(evidence: Evidence, mutants: Iterable[Mutant], progress: Callable[[], None]) -> list[Candidate]:
+    """The mutants that touch a failed step or one that the trace lacks, by rising residual."""
     steps, found = {check.step for check in evidence.failed}, []
     shown = {check.step for check in evidence.report.checks}
     for each in mutants:
-        # what a step that the trace lacks gets wrong, shows further on
+        # an error in a step that the trace lacks shows in a later step
         if each.in_one_pass and (steps & set(each.touches) or not shown >= set(each.touches)):
-            found.append(suspect(evidence, each))
+            found.append(candidate(evidence, each))
         progress()
     return sorted(found, key=lambda each: each.residual)
 
 
-def suspect(evidence: Evidence, mutant: Mutant) -> Suspect:
-    """What a mutant makes of the trace's own inputs."""
+def candidate(evidence: Evidence, mutant: Mutant) -> Candidate:
+    """A mutant with its results from the trace's own inputs."""
     subject = subject_of(evidence, mutant)
     wrong = middle(evidence, subject, mutant.policy(evidence.policy), set(evidence.expected))
     delta = weighted(evidence, wrong)
-    return Suspect(mutant, wrong, delta, *matched_filter(evidence.error, delta))
+    coefficient, residual = matched_filter(evidence.error, delta)
+    return Candidate(mutant=mutant, wrong=wrong, delta=delta, coefficient=coefficient, residual=residual)
 
 
 def matched_filter(error: Any, delta: Any) -> tuple[float, float]:
-    """How much of the error the mutant is, and what it leaves, as a part of the error. error, delta: [n]"""
+    """Coefficient and residual of a mutant's effect. error, delta: [n]"""
     if delta is None or delta.shape != error.shape:
         return math.nan, math.inf
     reach, size = float(delta @ delta), float(error @ error)
@@ -92,10 +93,10 @@ def matched_filter(error: Any, delta: Any) -> tuple[float, float]:
     return float(error @ delta) / reach, math.sqrt(float((error - delta) @ (error - delta)) / size)
 
 
-def explanations(evidence: Evidence, suspected: list[Suspect], progress: Callable[[], None]) -> list[Explanation]:
-    """The suspects held against the trace. Once one explains it, those whose effect is no part of the error are not."""
+def explanations(evidence: Evidence, tried: list[Candidate], progress: Callable[[], None]) -> list[Explanation]:
+    """The candidates as explanations. Once one explains the trace, candidates unrelated to the error are skipped."""
     found: list[Explanation] = []
-    for each in suspected:
+    for each in tried:
         known = any(other.explains and other.residual < EXPLAINED for other in found)
         explanation = None if known and each.residual > UNRELATED else explain(evidence, each)
         if explanation is not None:
@@ -104,20 +105,29 @@ def explanations(evidence: Evidence, suspected: list[Suspect], progress: Callabl
     return found
 
 
-def explain(evidence: Evidence, found: Suspect) -> Explanation | None:
-    """Hold the trace against a mutant as if it were the specification; None where its effect is another."""
+def explain(evidence: Evidence, found: Candidate) -> Explanation | None:
+    """Hold the trace against a mutant as if it were the specification. None if its effect is unrelated to the error."""
     mutant = found.mutant
     if WORSE < found.residual < math.inf:
         return None
     still, newly = _held_against(evidence, mutant, found.wrong)
     return Explanation(
-        mutant.id, KNOWN_BUG, mutant.about, mutant.fix, mutant.sources, not still and not newly, still, newly,
-        found.coefficient, found.residual, len(mutant.touches),
-    )  # fmt: skip
+        name=mutant.id,
+        kind=KNOWN_BUG,
+        about=mutant.about,
+        fix=mutant.fix,
+        sources=mutant.sources,
+        explains=not still and not newly,
+        still_failing=still,
+        newly_failing=newly,
+        coefficient=found.coefficient,
+        residual=found.residual,
+        touches=len(mutant.touches),
+    )
 
 
 def _held_against(evidence: Evidence, variation: Variation, wrong: dict[Key, Any]) -> tuple[int, int]:
-    """How many checks fail still, and how many newly; of a variation that explains nothing, at least so many."""
+    """The numbers of checks that still fail and that newly fail. Once one is known to, these are lower limits."""
     judge: type[Pass] = Chooser if changes_choice(variation) else UnderBug
     subject, policy = subject_of(evidence, variation), variation.policy(evidence.policy)
     for judging in (judge_first, judge_again):
@@ -129,12 +139,12 @@ def _held_against(evidence: Evidence, variation: Variation, wrong: dict[Key, Any
 
 
 def unrelated(found: Explanation) -> bool:
-    """Whether it allows the error but does not predict it."""
+    """Whether the explanation allows the error but does not predict it."""
     return UNRELATED < found.residual < math.inf
 
 
 def rank(found: Explanation) -> tuple[Any, ...]:
-    """The best first: what explains, then what leaves the least."""
+    """The sort key that puts the best first: those that explain all, then by rising residual."""
     left = found.residual if math.isfinite(found.residual) else math.inf
     return (
         not found.explains,
@@ -148,7 +158,7 @@ def rank(found: Explanation) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two mutants at once."""
+    """Two mutants at once, as one variation."""
 
     one: Mutant
     two: Mutant
@@ -159,7 +169,7 @@ class Pair:
 
     @property
     def possible(self) -> bool:
-        """Whether they replace different steps."""
+        """Whether the two mutants replace different steps."""
         return not self.one.steps.keys() & self.two.steps.keys()
 
     def model(self, config: Config, parameters: Parameters) -> Model:
@@ -175,8 +185,8 @@ class Pair:
         return self.two.runs(self.one.runs(runs))
 
 
-def pairs(evidence: Evidence, found: list[Suspect]) -> list[Explanation]:
-    """The pairs of mutants that explain the trace, where the sum of two effects is the error."""
+def pairs(evidence: Evidence, found: list[Candidate]) -> list[Explanation]:
+    """The pairs of mutants that explain the trace. Their effects must add up to the error."""
     able = [each for each in found if each.delta is not None and each.delta.shape == evidence.error.shape]
     able = [each for each in able if np.any(each.delta)]
     size = float(evidence.error @ evidence.error)
@@ -198,9 +208,17 @@ def pairs(evidence: Evidence, found: list[Suspect]) -> list[Explanation]:
             continue
         explained.append(
             Explanation(
-                f"{pair.one.id} + {pair.two.id}", TWO_BUGS, f"{pair.one.about} And: {pair.two.about}",
-                "; ".join(filter(None, (pair.one.fix, pair.two.fix))), (*pair.one.sources, *pair.two.sources), True,
-                0, 0, coefficient, residual, len(pair.touches),
+                name=f"{pair.one.id} + {pair.two.id}",
+                kind=TWO_BUGS,
+                about=f"{pair.one.about} And: {pair.two.about}",
+                fix="; ".join(filter(None, (pair.one.fix, pair.two.fix))),
+                sources=(*pair.one.sources, *pair.two.sources),
+                explains=True,
+                still_failing=0,
+                newly_failing=0,
+                coefficient=coefficient,
+                residual=residual,
+                touches=len(pair.touches),
             )
-        )  # fmt: skip
+        )
     return explained

@@ -1,4 +1,4 @@
-"""A setting of the config that the engine does not have, or takes from somewhere else: a model of its own for each."""
+"""Settings of the config that an engine may ignore or take from elsewhere. Each is tried as a mutant."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import Any
 from refmoe.bugs.mutant import CONFIG, Mutant
 from refmoe.spec.config import Config
 from refmoe.verify.diagnosis.evidence import Evidence
-from refmoe.verify.diagnosis.known import explanations, suspects
+from refmoe.verify.diagnosis.known import candidates, explanations
 from refmoe.verify.findings import STRUCTURE, Explanation
 
 EPSILONS = (1e-5, 1e-6, 1e-8, 0.0)
 BASES = (1e4, 5e5, 1e6)
-"""Values of `norm_eps` and `rope_theta` that models and libraries have as defaults."""
+"""The defaults of `norm_eps` and `rope_theta` in models and libraries."""
 NORMS = ("attention_norm", "moe_norm", "final_norm")
 
 
 def of_settings(evidence: Evidence) -> list[Explanation]:
-    """The other settings that explain the trace."""
-    tried = suspects(evidence, other_settings(evidence.right.config), lambda: None)
+    """The wrong settings that explain the trace."""
+    tried = candidates(evidence, other_settings(evidence.right.config), lambda: None)
     found = explanations(evidence, tried, lambda: None)
     return [replace(each, kind=STRUCTURE) for each in found if each.explains]
 
 
 def other_settings(config: Config) -> Iterator[Mutant]:
-    """A variation of the config for each setting that it may have been read as."""
+    """A mutant of the config for each wrong setting."""
     if config.window is not None:
         yield _setting(
             "window ignored", "window", None, ("attention.probs",),
@@ -47,6 +47,11 @@ def other_settings(config: Config) -> Iterator[Mutant]:
 
 def _setting(name: str, field: str, value: Any, touches: tuple[str, ...], about: str, fix: str) -> Mutant:
     return Mutant(
-        name, about, "setting", (), (), (), "high", CONFIG, lambda config: replace(config, **{field: value}),
-        touches=touches, fix=fix,
-    )  # fmt: skip
+        id=name,
+        about=about,
+        kind="setting",
+        changes=CONFIG,
+        function=lambda config: replace(config, **{field: value}),
+        touches=touches,
+        fix=fix,
+    )

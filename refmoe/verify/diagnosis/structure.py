@@ -1,7 +1,7 @@
-"""Structural hypotheses about a failed step: its right values elsewhere, shifted, or times a factor.
+"""Structures of a failed step: its right values in another order, shifted, transposed, or times a factor.
 
-Each is found from the first failed tap of the step, by distances, and then proven as a mutant is: every failed tap of
-the step lies inside the enclosure, moved likewise.
+A structure is found by distances at the first failed tap of the step. It is then proven as a mutant is: the enclosures
+are moved in the same way, and every failed tap of the step must pass.
 """
 
 from __future__ import annotations
@@ -20,25 +20,26 @@ from refmoe.arithmetic.formats import Format
 from refmoe.spec.config import Config
 from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS
 from refmoe.verify.blocks import without_bound
-from refmoe.verify.diagnosis.evidence import Evidence, Key, UnderBug, judge_again
-from refmoe.verify.findings import FAIL, PASS, STRUCTURE, Explanation
+from refmoe.verify.diagnosis.evidence import Evidence, UnderBug, judge_again
+from refmoe.verify.findings import FAIL, PASS, STRUCTURE, Explanation, proven
+from refmoe.verify.passes import Key
 
 AXES = {
     "T": "token", "H": "head", "K": "key/value head", "E": "expert", "k": "slot", "S": "cached position",
     "F": "hidden unit", "D": "channel", "d": "channel", "V": "vocabulary entry",
 }  # fmt: skip
-"""What one index along a dimension of a tap is called."""
+"""The noun for one index along a dimension of a tap."""
 LONGEST = 4096
-"""Slices along an axis beyond which no reordering is sought: distances of all to all would not fit."""
+"""The most slices along an axis for which a reordering is sought. All distances between slices must fit in memory."""
 CLOSE = 0.3
-"""What a hypothesis leaves of the error, at most, to be worth a proof."""
+"""The largest residual with which a hypothesis is worth a proof."""
 
 Move = Callable[[Enclosure], Enclosure]
 
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """What the step may have done to its right values."""
+    """A structure that may explain a step.   move: changes the right values as the step may have done"""
 
     name: str
     about: str
@@ -47,7 +48,7 @@ class Hypothesis:
 
 
 class Moved(UnderBug):
-    """A pass whose failed taps of one step are moved before they are held against the trace."""
+    """A pass that moves the enclosures of the taps `at` before it tests the trace."""
 
     def __init__(self, *arguments: Any, move: Move, at: Set[Key]) -> None:
         super().__init__(*arguments)
@@ -58,7 +59,7 @@ class Moved(UnderBug):
 
 
 def structural(evidence: Evidence) -> list[Explanation]:
-    """The hypotheses that explain all failed taps of their step, step by step in order of computation."""
+    """The structures that explain all failed taps of their step, in order of computation."""
     found = []
     for step in dict.fromkeys(check.step for check in evidence.failed):
         checks = [check for check in evidence.failed if check.step == step]
@@ -73,26 +74,13 @@ def structural(evidence: Evidence) -> list[Explanation]:
             still = sum(verdict == FAIL for verdict in here)
             if not still and PASS in here:
                 about = f"{hypothesis.about} in {step}"
-                found.append(
-                    Explanation(
-                        f"{step}: {hypothesis.name}",
-                        STRUCTURE,
-                        about,
-                        hypothesis.fix,
-                        (),
-                        True,
-                        0,
-                        0,
-                        math.nan,
-                        math.nan,
-                    )
-                )
+                found.append(proven(name=f"{step}: {hypothesis.name}", kind=STRUCTURE, about=about, fix=hypothesis.fix))
                 break
     return found
 
 
 def hypotheses(evidence: Evidence, key: Key, step: str) -> Iterator[Hypothesis]:
-    """What the distances at one tap suggest, the simplest first."""
+    """The hypotheses that fit one tap by distance, simplest first."""
     right = evidence.expected[key]
     found = np.asarray(evidence.trace.get(*key), np.float64)
     error = float(np.linalg.norm(found - right)) if right.size else 0.0
@@ -108,7 +96,7 @@ def hypotheses(evidence: Evidence, key: Key, step: str) -> Iterator[Hypothesis]:
 
 
 def constant_factor(right: Any, found: Any, error: float, format: Format, config: Config) -> Iterator[Hypothesis]:
-    """found = c right. c is known no better than one rounding of the storage dtype."""
+    """The hypothesis found = c right. c is known only up to one rounding of the storage dtype."""
     size = float((right * right).sum())
     factor = float((found * right).sum()) / size if size else 1.0
     if np.linalg.norm(found - factor * right) > CLOSE * error:
@@ -122,13 +110,15 @@ def constant_factor(right: Any, found: Any, error: float, format: Format, config
 
     name = _simple(factor, format, config)[1]
     yield Hypothesis(
-        f"times {name}", f"all values are {name} times what they should be",
-        "look for a scale that is applied twice, or not at all, or for the inverse of it", move,
-    )  # fmt: skip
+        name=f"times {name}",
+        about=f"all values are {name} times what they should be",
+        fix="look for a scale that is applied twice, or not at all, or for the inverse of it",
+        move=move,
+    )
 
 
 def _simple(factor: float, format: Format, config: Config) -> tuple[float, str]:
-    """A factor and its name, where it is near a number that a model of these dimensions knows."""
+    """A factor and its name. A factor near a number that this model uses, such as sqrt(head_dim), takes that number."""
     known: dict[str, float] = {"-1": -1.0, "2": 2.0, "1/2": 0.5, "log2(e)": math.log2(math.e), "ln(2)": math.log(2)}
     sizes = {"head_dim": config.head_dim, "dim": config.dim, "experts_per_token": config.experts_per_token}
     for name, value in sizes.items():
@@ -144,7 +134,7 @@ def _simple(factor: float, format: Format, config: Config) -> tuple[float, str]:
 
 
 def token_shifts(right: Any, found: Any, error: float) -> Iterator[Hypothesis]:
-    """Row t holds what row t - 1 or t + 1 should; of the row at the end nothing is known."""
+    """The hypotheses that row t holds the values of row t - 1 or t + 1. The row at the end has no bound."""
     count = len(right)
     for by, other in ((1, "the token before"), (-1, "the token after")):
         if count <= 1:
@@ -158,13 +148,15 @@ def token_shifts(right: Any, found: Any, error: float) -> Iterator[Hypothesis]:
             return without_bound(rolled, [0 if by == 1 else -1])
 
         yield Hypothesis(
-            f"shifted by {by:+d} token", f"each token holds what belongs to {other}",
-            "look at where the rows of a call begin: an index from one, a token added or dropped", move,
-        )  # fmt: skip
+            name=f"shifted by {by:+d} token",
+            about=f"each token holds what belongs to {other}",
+            fix="look at where the rows of a call begin: an index from one, a token added or dropped",
+            move=move,
+        )
 
 
 def reordered(right: Any, found: Any, error: float, axis: int, noun: str) -> Iterator[Hypothesis]:
-    """Slice i along an axis holds what slice p(i) should."""
+    """The hypothesis that slice i along an axis holds the values of slice p(i)."""
     count = right.shape[axis]
     if not 2 <= count <= LONGEST:
         return
@@ -185,14 +177,15 @@ def reordered(right: Any, found: Any, error: float, axis: int, noun: str) -> Ite
     moved = [(int(i), int(p)) for i, p in enumerate(sources) if i != p]
     listed = ", ".join(f"{i} holds {p}" for i, p in moved[:6]) + (", ..." if len(moved) > 6 else "")
     yield Hypothesis(
-        f"{noun}s {'permuted' if permuted else 'taken from others'}",
-        f"{len(moved)} of {count} {noun}s hold what belongs to another ({listed})",
-        f"look at the order of {noun}s where this step's weights are loaded, split or reshaped", move,
-    )  # fmt: skip
+        name=f"{noun}s {'permuted' if permuted else 'taken from others'}",
+        about=f"{len(moved)} of {count} {noun}s hold what belongs to another ({listed})",
+        fix=f"look at the order of {noun}s where this step's weights are loaded, split or reshaped",
+        move=move,
+    )
 
 
 def transposed(right: Any, found: Any, error: float, dimensions: list[str]) -> Iterator[Hypothesis]:
-    """Two axes exchanged in memory: a reshape in the place of a transposition, or one too many."""
+    """The hypotheses that two axes are exchanged in memory: by a reshape instead of a transposition, or the reverse."""
     for i, j in combinations(range(right.ndim), 2):
         if 1 in (right.shape[i], right.shape[j]):
             continue
@@ -205,18 +198,20 @@ def transposed(right: Any, found: Any, error: float, dimensions: list[str]) -> I
 
             one, two = AXES[dimensions[i]], AXES[dimensions[j]]
             yield Hypothesis(
-                f"{one}s and {two}s transposed", f"the axes of {one}s and {two}s are exchanged in memory",
-                "look for a reshape where a transposition belongs", move,
-            )  # fmt: skip
+                name=f"{one}s and {two}s transposed",
+                about=f"the axes of {one}s and {two}s are exchanged in memory",
+                fix="look for a reshape where a transposition belongs",
+                move=move,
+            )
 
 
 def exchanged_after(values: Any, i: int, j: int) -> Any:
-    """Axes i and j exchanged, read as if they were not."""
+    """The values with axes i and j exchanged, read in the old shape."""
     return np.swapaxes(values, i, j).reshape(values.shape)
 
 
 def exchanged_before(values: Any, i: int, j: int) -> Any:
-    """Read as if axes i and j were exchanged, and exchanged then."""
+    """The values read in the shape with axes i and j exchanged, and then exchanged."""
     shape = list(values.shape)
     shape[i], shape[j] = shape[j], shape[i]
     return np.swapaxes(values.reshape(shape), i, j)

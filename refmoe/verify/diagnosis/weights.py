@@ -1,32 +1,32 @@
-"""Structural hypotheses about weights: experts that are another's, square matrices used as their transposes."""
+"""Structures of weights: experts with the matrices of others, square matrices used as their transposes."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from refmoe.bugs.weights import mapped, with_experts, with_layers
+from refmoe.bugs.changed_weights import mapped, with_experts, with_layers
 from refmoe.spec.model import Parameters
-from refmoe.verify.diagnosis.evidence import Evidence, Key, judge_again, middle
-from refmoe.verify.findings import FAIL, PASS, STRUCTURE, Explanation
+from refmoe.verify.diagnosis.evidence import Evidence, judge_again, middle
+from refmoe.verify.findings import FAIL, PASS, STRUCTURE, Explanation, proven
+from refmoe.verify.passes import Key
 from refmoe.verify.subject import Subject
 
 MOST_EXPERTS = 64
-"""Experts beyond which no permutation is sought: each token would be computed by every one of them."""
+"""The most experts for which a permutation is sought, because every expert computes every token."""
 MATRICES = {
     "attention.q": "wq", "attention.k": "wk", "attention.v": "wv", "attention.output": "wo", "router.logits": "router",
     "expert.gate": "w1", "expert.up": "w3", "expert.output": "w2",
 }  # fmt: skip
-"""The matrix of each step of a layer that has one."""
+"""The matrix of each step that has one."""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """The parameters as a wrong loader leaves them."""
+    """A hypothesis: parameters as a wrong loader leaves them."""
 
     name: str
     about: str
@@ -35,7 +35,7 @@ class Loaded:
 
 
 def of_weights(evidence: Evidence) -> list[Explanation]:
-    """The hypotheses that explain all failed taps of the steps that read the weights."""
+    """The hypotheses that explain all failed taps of a step that has a matrix."""
     found = []
     for step in dict.fromkeys(check.step for check in evidence.failed if check.step in MATRICES):
         at = sorted({(check.run, check.tap) for check in evidence.failed if check.step == step})
@@ -46,9 +46,7 @@ def of_weights(evidence: Evidence) -> list[Explanation]:
             here = [verdicts[key] for key in at]
             if PASS in here and FAIL not in here:
                 name = f"{step}: {hypothesis.name}"
-                found.append(
-                    Explanation(name, STRUCTURE, hypothesis.about, hypothesis.fix, (), True, 0, 0, math.nan, math.nan)
-                )
+                found.append(proven(name=name, kind=STRUCTURE, about=hypothesis.about, fix=hypothesis.fix))
                 break
     return found
 
@@ -60,7 +58,7 @@ def _hypotheses(evidence: Evidence, step: str) -> Iterator[Loaded]:
 
 
 def transposed(evidence: Evidence, step: str) -> Iterator[Loaded]:
-    """The matrix of the step used as its transpose, which only a square one can be unnoticed."""
+    """The hypothesis that the matrix of the step is used as its transpose. Only a square matrix can be."""
     parameters, matrix = evidence.right.parameters, MATRICES[step]
     layer = parameters.layers[0]
     held = getattr(layer.experts[0] if step.startswith("expert.") else layer, matrix)
@@ -71,13 +69,15 @@ def transposed(evidence: Evidence, step: str) -> Iterator[Loaded]:
         owner, **{matrix: mapped(getattr(owner, matrix), lambda values: values.T)}
     )
     yield Loaded(
-        f"{matrix} transposed", f"{matrix} is used as its transpose",
-        "a file holds [out, in]: y = x w^T", each(parameters, change),
-    )  # fmt: skip
+        name=f"{matrix} transposed",
+        about=f"{matrix} is used as its transpose",
+        fix="a file holds [out, in]: y = x w^T",
+        parameters=each(parameters, change),
+    )
 
 
 def permuted_experts(evidence: Evidence, step: str) -> Iterator[Loaded]:
-    """Expert e computes with the matrix of expert p(e), found by trying every one on every token."""
+    """The hypothesis that expert e has the matrix of expert p(e), found by trying every expert on every token."""
     right, matrix = evidence.right, MATRICES[step]
     count = right.config.experts
     key = next(
@@ -108,14 +108,15 @@ def permuted_experts(evidence: Evidence, step: str) -> Iterator[Loaded]:
     if moved:
         listed = ", ".join(moved[:6]) + (", ..." if len(moved) > 6 else "")
         yield Loaded(
-            "experts permuted", f"experts compute with another's {matrix}: {listed}",
-            "look at the order in which the experts' weights are loaded or indexed",
-            _with_matrix_of(right.parameters, matrix, sources),
-        )  # fmt: skip
+            name="experts permuted",
+            about=f"experts compute with another's {matrix}: {listed}",
+            fix="look at the order in which the experts' weights are loaded or indexed",
+            parameters=_with_matrix_of(right.parameters, matrix, sources),
+        )
 
 
 def _experts_of(evidence: Evidence, key: Key) -> Any:
-    """The trace's choice of experts beside a tap [T, k], or None."""
+    """The trace's choice of experts in the layer of a tap, integers [T, k]. None if the trace has none."""
     run, tap = key
     name = tap.rpartition("expert.")[0] + "router.experts"
     if name not in evidence.trace.names(run):
@@ -124,7 +125,7 @@ def _experts_of(evidence: Evidence, key: Key) -> Any:
 
 
 def _with_matrix_of(parameters: Parameters, matrix: str, sources: list[int]) -> Parameters:
-    """Expert e of each layer with the matrix of expert sources[e]."""
+    """The parameters where expert e of each layer has the matrix of expert sources[e]."""
 
     def change(layer: Any) -> Any:
         experts = tuple(

@@ -60,7 +60,11 @@ def run(mutant: Mutant | None, config: Config, parameters: Parameters, runs: tup
     with np.errstate(all="ignore"):
         execute(PolicyOps(used, recorder), model, made, recorder)
     name = "specification" if mutant is None else mutant.id
-    return held_trace(Header(runs, None, None, policy.name, {"name": name}), recorder.arrays, name)
+    return held_trace(
+        Header(runs=runs, case=None, checkpoint=None, policy=policy.name, producer={"name": name}),
+        recorder.arrays,
+        name,
+    )
 
 
 def same(one: Trace, other: Trace) -> bool:
