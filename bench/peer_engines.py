@@ -48,7 +48,7 @@ def in_memory(config: Config, stored: str, seed: int = SEED) -> Parameters:
         exact = formula[name].read()
         values = exact.astype(BFLOAT16 if stored == "bfloat16" else stored)
         assert np.array_equal(values.astype(np.float32), exact)
-        return Weight(name, values.shape, values.dtype, lambda: values, name)
+        return Weight(name=name, shape=values.shape, dtype=values.dtype, source=lambda: values, origin=name)
 
     return build_parameters(config, held)
 

@@ -1,9 +1,9 @@
 """The one exception for a user's mistake.
 
-Everything that reads input from outside (a checkpoint, a trace, a case, an option) raises `InputError`
-with one sentence that names the file, the field, what was found and what was expected. The command line
-prints that sentence and exits with status 2; a program can catch it. Nothing else is reported this way:
-a defect of refmoe itself is an ordinary exception with a traceback.
+All code that reads a checkpoint, a trace, a case or an option raises `InputError` when the input cannot be used. Its
+message is one sentence that names the file, the field, the value found and the value expected. The command line prints
+the sentence and exits with status 2; a program can catch the exception.
+A defect of refmoe itself is never reported this way: it is an ordinary exception with a traceback.
 """
 
 from importlib import import_module
@@ -11,16 +11,16 @@ from types import ModuleType
 
 
 class InputError(ValueError):
-    """A user's input cannot be used; the message is one sentence, complete without a traceback."""
+    """The error for input that cannot be used. Its message is one sentence, complete without a traceback."""
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:
-    """Import an optional dependency, or say which extra brings it.
+    """Import an optional dependency.
 
-    module: the module to import, e.g. ``"sentencepiece"``.
-    extra: the extra of refmoe's own package that installs it, e.g. ``"text"``.
-    purpose: what needs it, as the subject of the sentence, e.g. ``"the tokenizer"``.
-    Raises InputError when the module is not installed.
+    module: the module to import, such as ``"sentencepiece"``.
+    extra: the extra of refmoe that installs it, such as ``"text"``.
+    purpose: the feature that needs it, as the subject of the error's sentence, such as ``"the tokenizer"``.
+    Raises InputError that names the extra when the module is not installed.
     """
     try:
         return import_module(module)

@@ -25,7 +25,9 @@ def test_a_trace_survives_the_disk(tmp_path: Path, dtype: Any) -> None:
         "prefill/logits": np.arange(30).reshape(3, 10).astype(dtype),
         "decode1/layers.0.router.experts": np.array([[4, 1]]),
     }
-    header = Header(RUNS, "a case", "sha256:00", "bfloat16", {"name": "x", "version": "1"})
+    header = Header(
+        runs=RUNS, case="a case", checkpoint="sha256:00", policy="bfloat16", producer={"name": "x", "version": "1"}
+    )
     write_trace(tmp_path / "t", header, arrays)
     trace = read_trace(tmp_path / "t")
     assert trace.header == header

@@ -24,7 +24,7 @@ from refmoe.text.sampling import SamplingSettings
 from refmoe.text.stream import stream_text
 from refmoe.text.tokenizer import Tokenizer
 
-BLAS_HELP = """Who multiplies matrices on the CPU. mkl: Intel's library, weights packed once (pip install 'refmoe[mkl]').
+BLAS_HELP = """Whose matrix products on the CPU. mkl: Intel's, which packs weights once (pip install 'refmoe[mkl]').
 Faster from the second use of a weight on; much faster with bfloat16 weights on a processor with AMX."""
 
 

@@ -1,1 +1,1 @@
-"""Files as refmoe reads and writes them: JSON, safetensors, and files that are replaced whole or not at all."""
+"""Read JSON and safetensors files, and replace files whole or not at all."""

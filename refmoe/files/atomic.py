@@ -1,4 +1,4 @@
-"""Files that are either the old one or the whole new one."""
+"""Replace files atomically: a reader finds the old file or the whole new one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from refmoe.errors import InputError
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or folder has reached the disk."""
+    """Wait until a file or folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -24,7 +24,7 @@ def sync(path: Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary name in the same folder; when the body succeeds, sync it and rename it to `path`.
 
-    Raises InputError when the folder cannot be written to; whatever the body raises leaves `path` as it was.
+    Raises InputError when the folder cannot be written to. If the body raises, `path` stays as it was.
     """
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -36,7 +36,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # a temporary file is private; its successor is an ordinary file
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes a private file; the final file gets ordinary permissions
         sync(temporary)
         temporary.replace(path)
         sync(path.parent)

@@ -1,4 +1,4 @@
-"""A JSON object from a user's file, whose fields are fetched one by one, each with its sentence when it is wrong."""
+"""JSON objects from users' files. Each field is fetched on its own, and a wrong one raises a sentence about it."""
 
 from __future__ import annotations
 
@@ -14,24 +14,26 @@ from refmoe.files.safetensors_file import one_line, quoted
 
 @dataclass(frozen=True)
 class JsonFile:
-    """A JSON object whose fields are fetched one by one, each with its sentence when it is wrong."""
+    """A JSON object of a file. Each method fetches one field, and raises InputError if it is not as expected."""
 
     path: Path
     values: dict[str, Any] = field(default_factory=dict)
     prefix: str = ""
-    """What goes before the names of fields in messages: the field of the file that this object is."""
+    """The path of this object within the file, with a final dot. Messages put it before the names of fields."""
 
     def need(self, name: str) -> Any:
+        """The value of a field, which must not be null."""
         if self.values.get(name) is None:
             what = "is null" if name in self.values else "is missing"
             raise InputError(f"{self.path}: {quoted(self.prefix + name)} {what}, but a value was expected")
         return self.values[name]
 
     def refuse(self, name: str, found: Any, expected: str) -> InputError:
+        """The error for a field with the wrong value.   expected: ends the sentence, as "an integer was expected"."""
         return InputError(f"{self.path}: {quoted(self.prefix + name)} is {shown(found)}, but {expected}")
 
     def integer(self, name: str) -> int:
-        """An integer; whether it is a possible one is for the configuration to say."""
+        """An integer of at most `LARGEST`. The configuration checks whether it makes sense."""
         value = self.need(name)
         if isinstance(value, bool) or not isinstance(value, int):
             raise self.refuse(name, value, "an integer was expected")
@@ -59,11 +61,11 @@ class JsonFile:
 
 
 LARGEST = 1 << 40
-"""No dimension of a model is larger; a longer integer is a mistake, and its digits are no use in a message."""
+"""No dimension of a model is larger. A larger integer is a mistake, and a message with all its digits is no help."""
 
 
 def shown(value: Any) -> str:
-    """A JSON value on one line, cut short where it is long."""
+    """A JSON value as one line of text, cut short if it is long."""
     try:
         text = json.dumps(value)
     except (RecursionError, ValueError):
@@ -72,7 +74,7 @@ def shown(value: Any) -> str:
 
 
 def read_json(path: Path) -> JsonFile:
-    """Raises InputError when the file is missing, is not JSON, repeats a name or holds anything but an object."""
+    """Read a JSON object. Raises InputError when the file is missing, is not JSON, repeats a name or is no object."""
     repeated: list[str] = []
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""What is found, as a person or a program reads it."""
+"""Findings as text, HTML, JSON and JUnit XML."""

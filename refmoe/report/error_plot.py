@@ -1,4 +1,4 @@
-"""Plots of a verification as SVG text: every check against its limits, and one value against its legal interval."""
+"""Plots of a verification as SVG text: all checks against their limits, and a value against its legal interval."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from refmoe.verify.findings import FAIL, Check, Element, Report
 
 COLUMN, TOP, HEIGHT, LEFT, FOOT = 44, 48, 300, 64, 140
 GRID = 2
-"""Pixels to which a mark is moved, less than its own size: what would cover another is not drawn."""
+"""The grid, in pixels, that marks are moved to. It is finer than a mark; of marks on one point, one is drawn."""
 
 CROWD = 3000
-"""Checks that a plot shows one by one."""
+"""The most checks that a plot shows one by one."""
 
 DECADES = (-6, 6)
-"""Values beyond these powers of ten are drawn at the edge."""
+"""The powers of ten at the edges of the plot. Values beyond them are drawn at the edge."""
 
 
 def error_plot(report: Report) -> str:
-    """One dot per check at its error over the allowed one, one diamond at its excess over its limit; log scale.
+    """Plot all checks on a log scale: a dot at error / allowed error, a diamond at excess / limit.
 
-    Steps go from left to right in order of computation, and within a step the layers do. Marks that would fall on the
-    same spot are drawn once, so the size of the plot has a bound.
+    Steps go from left to right in order of computation, and so do the layers within a step. Of marks at one point only
+    one is drawn, so the size of the plot has a bound.
     """
     steps = in_order(check.step for check in report.checks)
     if not steps:
@@ -66,12 +66,12 @@ def error_plot(report: Report) -> str:
 
 
 def crowded(report: Report) -> bool:
-    """Whether the plot shows, of the checks of one tap, only those that stand out."""
+    """Whether there are too many checks to show: then the plot shows, per tap, only the outstanding ones."""
     return len(report.checks) > CROWD
 
 
 def worst_of_each(checks: Iterable[Check]) -> list[Check]:
-    """Of each tap over all runs: every failure, and the checks with the largest error and the largest excess."""
+    """Per tap, over all runs: every failed check, and the checks with the largest error and the largest excess."""
     failed = []
     errors: dict[str, tuple[float, Check]] = {}
     excesses: dict[str, tuple[float, Check]] = {}
@@ -125,7 +125,7 @@ def _limit(at: float, width: int) -> str:
 
 
 def interval_plot(element: Element) -> str:
-    """The value found beside the interval of legal ones; empty where either has no place on a line."""
+    """Plot the value found beside the legal interval. Empty if either is infinite or NaN."""
     points = (element.low, element.high, element.expected, element.found)
     if not all(map(math.isfinite, points)):
         return ""

@@ -1,4 +1,4 @@
-"""The heat map of a verification: steps down, layers across, one cell per check or over all runs."""
+"""The heat map of a verification: a row per step, a column per layer. A cell shows one run, or all runs together."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from refmoe.report.wording import RUNGS, count, found_and_expected, number, plac
 from refmoe.verify.findings import FAIL, PASS, UNDECIDABLE, Check, Report
 
 ROOMY = 8
-"""Up to so many layers, a cell has room for its number."""
+"""The most layers at which a cell has room for a number."""
 
 EXPLAINED = 1000
-"""Checks whose reason a page carries; the JSON report has all of them."""
+"""The most checks whose reasons a page holds. The JSON report has the reasons of all checks."""
 
 LEVELS = {
     "a": ("pass1", "·", "passes, up to 0.03"), "b": ("pass2", "·", "up to 0.1"), "c": ("pass3", "·", "up to 0.3"),
@@ -23,26 +23,26 @@ LEVELS = {
     "f": ("fail2", "✕", "up to 30"), "g": ("fail3", "✕", "beyond 30"), "u": ("open", "?", "undecidable"),
     "-": ("none", "", "no check"),
 }  # fmt: skip
-"""Code of a cell's state: its class, the symbol that says the verdict without colour, and the words of the legend."""
+"""Per code of a cell's state: its CSS class, the symbol of its verdict, and its words in the legend."""
 
 PASS_BOUNDS, FAIL_BOUNDS = (0.03, 0.1, 0.3), (3.0, 30.0)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What a cell shows over all runs."""
+    """The contents of a cell, over all runs."""
 
     level: str
     symbol: str
     number: str
     detail: str
     first: bool
-    """Whether the first wrong step is among its checks."""
+    """Whether the first wrong step of the trace is among the checks of this cell."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A step. Outside of the layers it has one cell; inside, one per layer, None where there is no check."""
+    """A step. Outside the layers it has one cell; inside, one per layer, or None where there is no check."""
 
     step: str
     cells: tuple[Cell | None, ...]
@@ -51,7 +51,7 @@ class Row:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """The map over all runs, and as JSON what a script needs to show a single run."""
+    """The map over all runs, and the JSON that the page's script needs to show a single run."""
 
     layers: tuple[int, ...]
     rows: tuple[Row, ...]
@@ -60,7 +60,7 @@ class HeatMap:
 
 
 def heat_map(report: Report) -> HeatMap:
-    """Lay out all checks. Cells are numbered row by row, left to right; the script counts them the same way."""
+    """Lay out all checks. Cells count row by row, from left to right, as in the page's script."""
     layers = tuple(sorted({check.layer for check in report.checks if check.layer is not None}))
     groups: dict[tuple[str, int | None], list[Check]] = {}
     for check in report.checks:
@@ -79,7 +79,7 @@ def heat_map(report: Report) -> HeatMap:
 
 
 def level(verdict: str | None, amount: float) -> str:
-    """The code of a cell's state from the verdict and the share of what is allowed."""
+    """The code of a cell's state.   amount: the largest share of the allowed error or excess"""
     if verdict is None:
         return "-"
     if verdict == UNDECIDABLE:
@@ -92,7 +92,9 @@ def _cell(report: Report, checks: Sequence[Check], roomy: bool) -> Cell:
     verdict = worst_verdict(checks)
     name, symbol, _ = LEVELS[level(verdict, largest(map(share, checks)))]
     first = report.first_wrong in {(check.run, check.tap) for check in checks}
-    return Cell(name, symbol, _amount(checks) if roomy else "", _detail(checks, first), first)
+    return Cell(
+        level=name, symbol=symbol, number=_amount(checks) if roomy else "", detail=_detail(checks, first), first=first
+    )
 
 
 def _amount(checks: Sequence[Check]) -> str:
@@ -101,7 +103,7 @@ def _amount(checks: Sequence[Check]) -> str:
 
 
 def _detail(checks: Sequence[Check], first: bool) -> str:
-    """A cell over all runs in words."""
+    """The tooltip of a cell over all runs."""
     failed = [check for check in checks if check.verdict == FAIL]
     unsure = [check for check in checks if check.verdict == UNDECIDABLE]
     runs = count(len(checks), "run")
@@ -125,7 +127,7 @@ def _numbers(check: Check) -> str:
 
 
 def _data(report: Report, shown: list[list[Check]], roomy: bool) -> str:
-    """Every check as a few characters, by run and cell; words that repeat are written once and referred to."""
+    """All checks as JSON, by run and cell. Texts that repeat are stored once, and referred to by number."""
     runs = run_names(report)
     index = {run: i for i, run in enumerate(runs)}
     texts: dict[str, int] = {"": 0}
@@ -154,7 +156,7 @@ def _data(report: Report, shown: list[list[Check]], roomy: bool) -> str:
         "texts": list(texts),
     }
     text = json.dumps(document, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c")  # nothing in it can end the script element that holds it
+    return text.replace("<", "\\u003c")  # so that no name can end the script element that holds the JSON
 
 
 def _reason(check: Check, report: Report) -> str:

@@ -1,4 +1,4 @@
-"""A verification as one HTML page: no network, nothing beside it, readable without script."""
+"""A verification as one self-contained HTML page. It needs no network, and can be read without script."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from refmoe.report.summary import run_names, summarise_routing, summarise_steps,
 from refmoe.verify.findings import CANNOT_JUDGE, CONFORMANT, FAIL, UNDECIDABLE, Check, Decision, Report, as_set
 
 LISTED = 100
-"""Failed checks, decisions and names that are written out; the JSON report has all of them."""
+"""The most failed checks, decisions and names that the page lists. The JSON report has all of them."""
 
 FEW_DECISIONS = 600
-"""Up to so many decisions, the page has a table of all of them, and the strips of few runs are open."""
+"""The most decisions for which the page has a table of all of them, and open strips of the runs."""
 
 VERDICTS = {CONFORMANT: ("good", "✓"), CANNOT_JUDGE: ("unsure", "?")}
 
 
 @dataclass(frozen=True)
 class CheckView:
-    """A check as the page shows it."""
+    """The texts of a check on the page."""
 
     run: str
     tap: str
@@ -44,7 +44,7 @@ class CheckView:
 
 @dataclass(frozen=True)
 class DecisionView:
-    """A routing decision as the page shows it."""
+    """The texts of a routing decision on the page."""
 
     run: str
     layer: int
@@ -113,19 +113,19 @@ def _first_wrong(report: Report) -> dict[str, object] | None:
 def _check(check: Check, report: Report) -> CheckView:
     worst = check.worst
     return CheckView(
-        check.run,
-        check.tap,
-        wording.place(check.step, worst.where, worst.expert) if worst else "",
-        wording.value_text(worst.found) if worst else "-",
-        wording.value_text(worst.expected) if worst else "-",
-        wording.legal(worst) if worst else "-",
-        "-" if worst is None or math.isnan(worst.sigma) else wording.number(worst.sigma),
-        wording.number(check.worst_error),
-        wording.number(check.excess),
-        wording.number(check.excess_limit) if check.excess_limit > 0 else "-",
-        wording.manner(check, report),
-        check.reason,
-        wording.basis(check),
+        run=check.run,
+        tap=check.tap,
+        place=wording.place(check.step, worst.where, worst.expert) if worst else "",
+        found=wording.value_text(worst.found) if worst else "-",
+        expected=wording.value_text(worst.expected) if worst else "-",
+        legal=wording.legal(worst) if worst else "-",
+        sigma="-" if worst is None or math.isnan(worst.sigma) else wording.number(worst.sigma),
+        error=wording.number(check.worst_error),
+        excess=wording.number(check.excess),
+        limit=wording.number(check.excess_limit) if check.excess_limit > 0 else "-",
+        manner=wording.manner(check, report),
+        reason=check.reason,
+        basis=wording.basis(check),
     )
 
 
@@ -133,11 +133,21 @@ def _decision(d: Decision) -> DecisionView:
     found = as_set(d.found) if d.found else "-"
     legal = "legal" if d.legal else "illegal"
     expected, margin, movable = as_set(d.expected), wording.number(d.margin), wording.number(d.movable)
-    return DecisionView(d.run, d.layer, d.token, d.kind, legal, found, expected, margin, movable)
+    return DecisionView(
+        run=d.run,
+        layer=d.layer,
+        token=d.token,
+        kind=d.kind,
+        legal=legal,
+        found=found,
+        expected=expected,
+        margin=margin,
+        movable=movable,
+    )
 
 
 def _open_reasons(report: Report) -> list[tuple[str, int]]:
-    """Why checks are undecidable, and how many for each reason, the most frequent first."""
+    """The reasons why checks are undecidable, with the number of checks, the most frequent first."""
     reasons: dict[str, int] = {}
     for check in report.checks:
         if check.verdict == UNDECIDABLE:

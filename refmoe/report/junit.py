@@ -1,4 +1,4 @@
-"""A verification as JUnit XML, for what shows test results: a suite per run, a test case per check."""
+"""A verification as JUnit XML, for tools that show test results: a suite per run, a test case per check."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from refmoe.verify.findings import (
 )
 
 LISTED = 20
-"""Illegal decisions of one layer that are written out."""
+"""The most illegal decisions of one layer that are listed."""
 
 
 def to_junit(report: Report) -> str:
     """The report as an XML document.
 
-    A failed check is a failure, an undecidable one is skipped. A verdict that no test case shows (a trace without
-    anything to judge, say) gets a test case of its own: no tests at all would count as success.
+    A failed check is a failure, and an undecidable check is skipped. A verdict that no test case shows gets a test case
+    of its own, as for a trace with nothing to judge. A file without tests would count as success.
     """
     root = Element("testsuites", name="refmoe verify")
     checks: dict[str, list[Check]] = {}
@@ -70,7 +70,7 @@ def _properties(suite: Element, report: Report) -> None:
 
 
 def _case(suite: Element, layer: int | None, name: str) -> Element:
-    """The class name carries the run too: some readers tell test cases apart by class and name alone."""
+    """Add a test case. Its class name holds the run: some readers tell test cases apart by class and name alone."""
     where = "model" if layer is None else f"layers.{layer}"
     return SubElement(suite, "testcase", classname=f"{suite.get('name')}.{where}", name=visible(name))
 
@@ -103,7 +103,7 @@ def _routing(suite: Element, report: Report, layer: int, made: list[Decision]) -
 
 
 def _explanations(root: Element, explanations: tuple[Explanation, ...]) -> None:
-    """Where readers show what a program has printed: beside the first failure."""
+    """Add the explanations as the output of the first failed test case, where readers show printed text."""
     case = next((case for case in root.iter("testcase") if case.find("failure") is not None), None)
     if case is not None:
         parts = ["\n".join(explanation(found)) for found in explanations]
@@ -119,7 +119,7 @@ def _verdict(root: Element, report: Report) -> None:
 
 
 def _count(parent: Element) -> None:
-    """What readers show without counting themselves; there is no clock in a report, so the time is nothing."""
+    """Set the counts of test cases, which readers show as given. A report has no times, so the time is 0."""
     for attribute, tag in (("tests", "testcase"), ("failures", "failure"), ("errors", "error"), ("skipped", "skipped")):
         parent.set(attribute, str(sum(1 for _ in parent.iter(tag))))
     parent.set("time", "0")

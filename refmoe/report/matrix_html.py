@@ -1,4 +1,4 @@
-"""The matrix as one HTML page: no network, nothing beside it, readable without script."""
+"""The matrix as one self-contained HTML page. It needs no network, and can be read without script."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ STATES = {
     CANNOT_JUDGE: ("?", "changes something that cannot be judged"),
     INERT: ("·", "changes no bit"),
 }
-"""What a mutant comes to on a case under a policy, its mark, and in words."""
+"""The outcomes of a mutant on a case under a policy, each with its mark and its words in the legend."""
 CLASSES = {state: state.replace(" ", "-") for state in STATES}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A mutant on a case."""
+    """The outcomes of a mutant on a case."""
 
     marks: tuple[tuple[str, str], ...]
-    """Class and text of each stretch of equal marks, one mark per policy; none where it is inert under all."""
+    """CSS class and text of each stretch of equal marks, a mark per policy; empty if it is inert under every policy."""
     words: str
 
 
 @dataclass(frozen=True)
 class Row:
-    """A mutant on all cases."""
+    """The outcomes of a mutant on all cases."""
 
     mutant: str
     about: str
     lives: str
-    """Where it lives without a known reason: policies."""
+    """The policies under which it lives without a known reason."""
     cells: tuple[Cell, ...]
 
 
@@ -59,14 +59,14 @@ class Life:
 
 @dataclass(frozen=True)
 class Weight:
-    """What a case is worth."""
+    """The worth of a case, by the kills that it makes."""
 
     case: str
     why: str
     kills: int
-    """Pairs of mutant and policy."""
+    """The number of killed pairs of mutant and policy."""
     alone: int
-    """Those of them that no other case kills."""
+    """The number of those pairs that no other case kills."""
 
 
 def to_html(matrix: Matrix, cases: Sequence[Case]) -> str:
@@ -91,19 +91,20 @@ def to_html(matrix: Matrix, cases: Sequence[Case]) -> str:
 
 
 def by_kind() -> list[tuple[str, list[str]]]:
-    """The mutants of the grid, class by class."""
-    names = sorted(runnable(), key=lambda name: MUTANTS[name].kind)  # within a class, the order of the catalogue
+    """The mutants that a forward pass can show, class by class."""
+    # the sort is stable, so within a class the order of the catalogue stays
+    names = sorted(runnable(), key=lambda name: MUTANTS[name].kind)
     return [(kind, list(group)) for kind, group in groupby(names, key=lambda name: MUTANTS[name].kind)]
 
 
 def row(matrix: Matrix, summary: Summary, mutant: str, cases: Sequence[str]) -> Row:
-    """A mutant on these cases."""
+    """The outcomes of a mutant on these cases."""
     alive = ", ".join(policy for policy in POLICIES if mutant in summary.alive[policy])
     return Row(mutant, MUTANTS[mutant].about, alive, tuple(cell(matrix, mutant, case) for case in cases))
 
 
 def cell(matrix: Matrix, mutant: str, case: str) -> Cell:
-    """A mutant on a case, policy by policy."""
+    """The outcomes of a mutant on a case, policy by policy."""
     states, said = [], []
     for policy in POLICIES:
         step, state, rung = outcome(matrix, mutant, case, policy)
@@ -117,7 +118,7 @@ def cell(matrix: Matrix, mutant: str, case: str) -> Cell:
 
 
 def outcome(matrix: Matrix, mutant: str, case: str, policy: str) -> tuple[str, str, str]:
-    """The first wrong step, one of `STATES`, and the rung; step and rung are empty where it is not killed."""
+    """The first wrong step, one of `STATES`, and the rung. Step and rung are empty if the mutant is not killed."""
     place = matrix.killers(mutant, policy).get(case)
     if place is not None:
         step, by, rung = place.split()
@@ -126,7 +127,7 @@ def outcome(matrix: Matrix, mutant: str, case: str, policy: str) -> tuple[str, s
 
 
 def lives(summary: Summary) -> list[Life]:
-    """Who lives where and why, those without a reason first."""
+    """The mutants that live, under which policies and why; the ones without a reason first."""
     found: dict[tuple[str, str], list[str]] = {}
     for policy in POLICIES:
         for name in summary.alive[policy]:
@@ -138,7 +139,7 @@ def lives(summary: Summary) -> list[Life]:
 
 
 def weights(matrix: Matrix, summary: Summary, cases: Sequence[Case]) -> list[Weight]:
-    """The cases by what they alone kill, the most first."""
+    """The cases, sorted by the number of kills that no other case makes, the largest first."""
     table = [
         Weight(
             case.name,

@@ -1,4 +1,4 @@
-"""Pages that need no network: one file with its own style and script, and nothing that a name could smuggle in."""
+"""Self-contained HTML pages: style and script are inside, and no name from a file can act as markup or code."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from refmoe.report import wording
 
 
 def render(template: str, styles: Sequence[str], script: str, what: str, **values: Any) -> str:
-    """A page as text, to be written as UTF-8.   template, styles, script: files of this package.   what: for messages
+    """A page as text, to be written as UTF-8.
 
-    Its own style and script are named by their digest in a content security policy, which forbids everything else:
-    a name in the trace that looks like code stays a name, and a browser will not ask anybody for anything.
+    template, styles, script: files of this package.   what: the kind of page, for the error message.
+    A content security policy names the page's style and script by their digests and forbids everything else. So a name
+    in a trace that looks like code stays a name, and a browser makes no request.
     Raises InputError when Jinja2 is missing.
     """
     jinja2 = require("jinja2", "html", what)
@@ -30,7 +31,7 @@ def render(template: str, styles: Sequence[str], script: str, what: str, **value
 
 
 def _printable(value: object) -> object:
-    """What a template writes: text that is not markup of our own making gets its control characters escaped."""
+    """The value as the template writes it. Text gets its control characters escaped, unless it is our own markup."""
     return wording.visible(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 

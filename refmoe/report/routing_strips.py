@@ -1,4 +1,4 @@
-"""Routing decisions as strips of characters, one per token: small, and readable without colour or script."""
+"""Routing decisions as strips of characters, one per token. They can be read without colour and script."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from refmoe.report.wording import visible
 from refmoe.verify.findings import CONTESTABLE, FORCED, TIE, Decision, Report
 
 DRAWN = 20_000
-"""Tokens that a page draws; layers with illegal decisions come first, and every layer keeps its counts."""
+"""The most tokens that a page draws, layers with illegal decisions first. The other layers show only counts."""
 
 MARKS = {
     "illegal": ("✕", "illegal"), "deviating": ("≠", "legal, but not the exact choice"),
     FORCED: ("·", "forced"), TIE: ("=", "tie"), CONTESTABLE: ("~", "contestable"),
     "absent": ("?", "not in the trace"), "gap": ("_", "no decision shown"),
 }  # fmt: skip
-"""State of a token: its character and the words of the legend."""
+"""Per state of a token: its character and its words in the legend."""
 
 TENS = 10
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """Neighbouring tokens in one state."""
+    """Neighbouring tokens in the same state."""
 
     state: str
     text: str
@@ -37,7 +37,7 @@ class Strip:
     layer: int
     counts: dict[str, int]
     stretches: tuple[Stretch, ...]
-    """Empty where the strip is left out."""
+    """Empty if the strip is not drawn."""
     illegal: int
 
 
@@ -50,7 +50,7 @@ class RunStrips:
     tokens: int
     illegal: int
     left_out: int
-    """Strips that are not drawn."""
+    """The number of strips that are not drawn."""
 
 
 def routing_strips(report: Report) -> list[RunStrips]:
@@ -65,12 +65,12 @@ def routing_strips(report: Report) -> list[RunStrips]:
         tokens = max(decision.token for made in layers.values() for decision in made) + 1
         illegal = sum(strip.illegal for strip in strips)
         left_out = sum(not strip.stretches for strip in strips)
-        result.append(RunStrips(visible(run), strips, tokens, illegal, left_out))
+        result.append(RunStrips(run=visible(run), strips=strips, tokens=tokens, illegal=illegal, left_out=left_out))
     return result
 
 
 def state(decision: Decision) -> str:
-    """What a strip says about a decision."""
+    """The state of a decision, a key of `MARKS`."""
     if not decision.legal:
         return "illegal"
     if not decision.found:
@@ -97,7 +97,7 @@ def _strip(layer: int, made: list[Decision], draw: bool) -> Strip:
 
 
 def _stretches(made: list[Decision]) -> tuple[Stretch, ...]:
-    """Runs of equal states, a space after every ten tokens: lines break there, and a reader can count."""
+    """Stretches of equal states. A space follows every ten tokens, so that lines break there and a reader can count."""
     known = {decision.token: state(decision) for decision in made}
     states = [known.get(token, "gap") for token in range(max(known) + 1)]
     parts = []

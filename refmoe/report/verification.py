@@ -1,4 +1,4 @@
-"""A verification on a terminal: the verdict, the first wrong step, and what else to know, most important first."""
+"""A verification as text on a terminal. The verdict comes first, then the first wrong step, then the details."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from refmoe.report.summary import Routing, StepSummary, summarise_routing, summarise_steps, wrong_choices
-from refmoe.report.terminal import WIDE
+from refmoe.report.terminal import open_console
 from refmoe.report.wording import (
     NOTHING_EXPLAINS,
     basis,
@@ -24,18 +24,16 @@ from refmoe.report.wording import (
 from refmoe.verify.findings import CANNOT_JUDGE, CONFORMANT, FAIL, UNDECIDABLE, Check, Decision, Report
 
 LISTED = 10
-"""Failures and decisions shown one by one; beyond, only how many more there are."""
+"""The most failures and decisions that are listed. Of the rest, the number is printed."""
 
 STYLES = {CONFORMANT: "bold green", CANNOT_JUDGE: "bold yellow"}
 INDENT = " " * 6
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
-    """Print a verification; a narrow terminal gets fewer columns of the table, a pipe all of them."""
+    """Print a verification. A narrow terminal gets fewer columns of the table; a pipe gets all of them."""
     if console is None:
-        console = Console(highlight=False, soft_wrap=True)
-        if not console.is_terminal:
-            console.width = WIDE
+        console = open_console()
     _headline(console, report)
     _first_wrong(console, report)
     _explanations(console, report)
@@ -46,7 +44,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
 
 
 def _print(console: Console, text: str, style: str = "") -> None:
-    """Plain text only: what looks like markup or an emoji in a name is part of the name."""
+    """Print plain text: markup or an emoji code within a name is part of the name."""
     console.print(Text(text, style=style), soft_wrap=True)
 
 
@@ -158,7 +156,7 @@ def _decisions(console: Console, report: Report, illegal: tuple[Decision, ...]) 
 
 
 def _gaps(console: Console, report: Report) -> None:
-    """What is not there, and what therefore cannot be said."""
+    """Print the missing taps, the unknown keys, and the notes about their consequences."""
     if report.missing or report.unknown or report.notes:
         console.print()
     for title, names in (("not in the trace", report.missing), ("keys that name no tap", report.unknown)):

@@ -1,8 +1,8 @@
-"""A verification for a program: one JSON object whose fields are those of `refmoe.verify.findings`.
+"""A verification as one JSON object, with the fields of `refmoe.verify.findings`.
 
-JSON has no word for what is not a finite number, so those are the strings "NaN", "Infinity" and "-Infinity", as in
-the JSON form of Protocol Buffers; `float` of Python and `Number` of JavaScript read them. None becomes null.
-verification.schema.json beside this file says what each field means.
+JSON cannot write numbers that are not finite. They become the strings "NaN", "Infinity" and "-Infinity", as in the JSON
+form of Protocol Buffers. `float` of Python and `Number` of JavaScript read them. None becomes null.
+The file verification.schema.json explains each field.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FORMAT_VERSION = "1"
 
 
 def to_json(report: Report) -> str:
-    """The whole report, one line per check and decision, so that a text tool can search it too."""
+    """The whole report. Each check and decision has a line of its own, so that text tools can search it."""
     lines = [f'"format_version": {_encode(FORMAT_VERSION)}']
     for field in fields(report):
         value = getattr(report, field.name)
@@ -32,7 +32,7 @@ def to_json(report: Report) -> str:
 
 
 def schema() -> dict[str, Any]:
-    """The JSON schema that every report satisfies."""
+    """The JSON schema of reports."""
     text = files("refmoe.report").joinpath("verification.schema.json").read_text(encoding="utf-8")
     document: dict[str, Any] = json.loads(text)
     return document

@@ -1,4 +1,4 @@
-"""The words that every rendering of a verification shares, so that no two of them say different things."""
+"""The words that all forms of a report share, so that no two forms say different things."""
 
 from __future__ import annotations
 
@@ -24,46 +24,46 @@ AXES = {
     "T": "token", "H": "head", "K": "key/value head", "E": "expert", "k": "slot", "S": "cached position",
     "F": "hidden unit", "D": "channel", "d": "channel", "V": "vocabulary entry",
 }  # fmt: skip
-"""What one index along a dimension of a tap is called."""
+"""The noun for an index along each dimension of a tap."""
 
 RUNGS = {
     LOCAL: "local, from the trace's own inputs of the step",
     REPLAYED: "recomputed with the trace's own choice of experts",
     FREE: "recomputed with experts that refmoe chose",
 }
-"""The rungs, for somebody who has not read their definition."""
+"""The rungs in words, for a reader who does not know their names."""
 
 
 def visible(text: str) -> str:
-    """`text` with whatever is not printable as an escape: names come from files that anybody may have written.
+    """The text with every unprintable character escaped. Names come from files, which anybody may have written.
 
-    A terminal obeys escape sequences, XML 1.0 has no way to write a control character, and a lone surrogate (from
-    a file name that is not UTF-8) cannot be encoded at all.
+    A terminal obeys escape sequences. XML 1.0 cannot write control characters. A lone surrogate, from a file name that
+    is not UTF-8, cannot be encoded at all.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def number(value: float, unknown: str = "-") -> str:
-    """Three significant digits, more before the point up to 99999; `unknown` for NaN: in findings, not known."""
+    """A number with three significant digits, or as an integer from 100 to 99999.   unknown: the text for NaN"""
     if math.isnan(value):
         return unknown
     return f"{value:.0f}" if 100 <= abs(value) < 99999.5 else f"{value:.3g}"
 
 
 def value_text(value: float) -> str:
-    """A value of a tensor: enough digits to tell neighbours of float32 apart, and NaN by its name."""
+    """A value of a tensor, with enough digits to tell neighbours in float32 apart."""
     return f"{value:.9g}"
 
 
 def count(amount: int, noun: str) -> str:
-    """A number with its noun, in the plural where it is due."""
+    """A number with its noun, which gets a plural s if needed."""
     return f"{amount} {noun}" if amount == 1 else f"{amount} {noun}s"
 
 
 def place(step: str, where: tuple[int, ...], expert: int | None = None) -> str:
-    """An index in words, the token first: ``token 11, expert 7``; empty for a tap that is one number.
+    """An index in words, the token first: ``token 11, expert 7``; empty for an index without dimensions.
 
-    expert: the one behind the slot, which is then named in its place.
+    expert: the expert of the slot; if given, it is named instead of the slot.
     """
     shape = (LAYER_TAPS | MODEL_TAPS).get(step, "").split()
     if len(shape) != len(where):
@@ -83,16 +83,16 @@ def legal(element: Element) -> str:
 
 
 def found_and_expected(element: Element) -> str:
-    """What was found in an element and what is legal there, in one line."""
+    """The value found in an element, the expected value and the legal interval, in one line."""
     sigma = f", sigma {number(element.sigma)}" if not math.isnan(element.sigma) else ""
     values = f"found {value_text(element.found)}, expected {value_text(element.expected)}"
     return f"{values}, legal {legal(element)}{sigma}"
 
 
 def manner(check: Check, report: Report) -> str:
-    """What a failure means: a proof, or an improbability at the stated significance; empty where neither is claimed.
+    """The meaning of a failure: impossible, or improbable at the stated significance; empty if neither is claimed.
 
-    The filter against truncation has a threshold and no level of significance, so it gets no such word.
+    The test against truncation has a threshold without a significance, so it claims neither.
     """
     if check.verdict != FAIL:
         return ""
@@ -104,18 +104,18 @@ def manner(check: Check, report: Report) -> str:
 
 
 def why(check: Check, report: Report) -> str:
-    """The reason of a check with what its failure means."""
+    """The meaning of a failed check, and its reason."""
     return ": ".join(filter(None, (manner(check, report), visible(check.reason))))
 
 
 def basis(check: Check) -> str:
-    """From what a check was computed, and on which rung."""
+    """The taps that a check was computed from, and its rung in words."""
     since = ", ".join(map(visible, check.since))
     return f"{f'computed from {since}; ' if since else ''}{RUNGS.get(check.rung, visible(check.rung))}"
 
 
 def preceding(report: Report, run: str, tap: str) -> str:
-    """What was found before a check, in order of computation; empty where there is no such check."""
+    """The verdicts of the checks before a check, in order of computation; empty if there is no such check."""
     checks = [(check.run, check.tap) for check in report.checks]
     if (run, tap) not in checks:
         return ""
@@ -130,14 +130,14 @@ def preceding(report: Report, run: str, tap: str) -> str:
 
 
 def choice(decision: Decision, policy: str) -> str:
-    """A routing decision in a sentence, without its place."""
+    """A routing decision in words, without its place."""
     found = f"found {as_set(decision.found)}" if decision.found else "not in the trace"
     margin = f"margin {number(decision.margin)} against {number(decision.movable)} that {visible(policy)} can move"
     return f"{found}, expected {as_set(decision.expected)}: {decision.kind}, {margin}"
 
 
 def explanation(found: Explanation) -> list[str]:
-    """What explains a failure, a sentence a line: what it is, what to look at, where it was met."""
+    """An explanation as lines: its kind and name, a description, the fix, and the places where it was met."""
     lines = [visible(f"{found.kind}: {found.name}"), visible(found.about.rstrip("."))]
     if found.fix:
         lines.append(visible(f"fix: {found.fix}"))
@@ -146,4 +146,4 @@ def explanation(found: Explanation) -> list[str]:
 
 NOTHING_EXPLAINS = "no known bug, no two of them, no structure and no other arithmetic explains it"
 SOURCES = 3
-"""Reports of a bug that are named; `refmoe mutants show` has all."""
+"""The most sources of a bug that are listed. `refmoe mutants show` prints all of them."""

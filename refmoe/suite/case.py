@@ -1,4 +1,4 @@
-"""Cases as their case.toml says: why each exists, the model, and the calls."""
+"""Cases, as case.toml defines them: the reason for the case, the model, and the calls."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from refmoe.traces.trace import FORMAT_VERSION, Run
 CASE_FILE = "case.toml"
 STORES = ("trace", "fingerprint")
 FULL_SIZE = 1 << 32
-"""Parameters from which a model is no small one."""
+"""The number of parameters from which a case is of full size."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A case as its case.toml says: why it exists, the model, and the calls."""
+    """A case, as its case.toml defines it: the reason for it, the model, and the calls."""
 
     folder: Path
     why: str
@@ -40,11 +40,11 @@ class Case:
     exponents: dict[str, int] = field(default_factory=dict)
     edits: tuple[dict[str, Any], ...] = ()
     layers: tuple[int, int] | None = None
-    """From which layer to below which it is computed; None: all of them."""
+    """The first layer to compute, and the layer to stop before; None: all layers."""
     store: str = "trace"
-    """What the golden folder keeps: ``trace``, or for a large case ``fingerprint``."""
+    """The form of the golden: ``trace``, or for a large case ``fingerprint``."""
     digest: str = ""
-    """SHA-256 of the case.toml that was read."""
+    """The SHA-256 of case.toml."""
 
     @property
     def name(self) -> str:
@@ -52,27 +52,27 @@ class Case:
 
     @property
     def full_size(self) -> bool:
-        """Whether it takes minutes and more, so that it is computed only when it is named."""
+        """Whether the case takes minutes, so that it is computed only when it is named."""
         return total_parameters(self.config) >= FULL_SIZE
 
     @property
     def computed(self) -> range:
-        """The layers that are computed."""
+        """The layers to compute."""
         return range(*(self.layers or (0, self.config.layers)))
 
     def checkpoint(self) -> Checkpoint:
-        """The model, its weights from the formula."""
+        """The model, with weights from the weight formula."""
         return synthetic_checkpoint(self.config, self.seed, self.exponents, self.edits)
 
     def runs(self) -> tuple[Run, ...]:
-        """The calls, planned."""
+        """The runs that the calls plan."""
         return plan(self.calls, self.config.vocab, self.start)
 
 
 def find_cases(golden: Path) -> list[Path]:
-    """The folders of all cases that are not of full size, or the one that is named, in name order.
+    """The folders of all cases in a golden folder that are not of full size, in name order.
 
-    Raises InputError when there is none.
+    golden: the folder of cases, or the folder of one case of any size.   Raises InputError when there is no case.
     """
     if (golden / CASE_FILE).exists():
         return [golden]
@@ -83,7 +83,7 @@ def find_cases(golden: Path) -> list[Path]:
 
 
 def find_full_size_cases(golden: Path) -> list[Path]:
-    """The folders of the others, in name order."""
+    """The folders of all cases of full size, in name order."""
     return [path.parent for path in sorted(golden.glob(f"*/{CASE_FILE}")) if _is_full_size(path.parent)]
 
 
@@ -91,11 +91,11 @@ def _is_full_size(folder: Path) -> bool:
     try:
         return read_case(folder).full_size
     except InputError:
-        return False  # whoever reads it next says what is wrong
+        return False  # the next attempt to read the case reports the error
 
 
 def read_case(folder: Path) -> Case:
-    """Raises InputError that names the field of case.toml which is missing, unknown or not as expected."""
+    """Read the case in a folder. Raises InputError that names a missing, unknown or wrong field of case.toml."""
     path = folder / CASE_FILE
     try:
         data = path.read_bytes()
@@ -130,10 +130,20 @@ def _parse(folder: Path, values: dict[str, Any]) -> Case:
     if not is_list(dict)(weights["edits"]):
         raise InputError("[weights] 'edits' is not a list of tables")
     case = Case(
-        folder, values["why"].strip(), tuple(values["clauses"]), tuple(values["bugs"]), tuple(values["conditions"]),
-        config, weights["seed"], tuple(_call(i, call) for i, call in enumerate(values["script"])), values["start"],
-        weights["exponents"], tuple(weights["edits"]), _layers(values["layers"], config), values["store"],
-    )  # fmt: skip
+        folder=folder,
+        why=values["why"].strip(),
+        clauses=tuple(values["clauses"]),
+        bugs=tuple(values["bugs"]),
+        conditions=tuple(values["conditions"]),
+        config=config,
+        seed=weights["seed"],
+        calls=tuple(_call(i, call) for i, call in enumerate(values["script"])),
+        start=values["start"],
+        exponents=weights["exponents"],
+        edits=tuple(weights["edits"]),
+        layers=_layers(values["layers"], config),
+        store=values["store"],
+    )
     case.runs()
     return case
 
@@ -162,17 +172,17 @@ def _call(i: int, call: dict[str, Any]) -> Call | Packed:
 
 
 def is_count(value: Any) -> bool:
-    """Whether it is an integer from 0."""
+    """Whether the value is an integer from 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def is_tokens(value: Any) -> bool:
-    """Whether it is a list of integers; which of them are token ids, the vocabulary says."""
+    """Whether the value is a list of integers. `plan` checks them against the vocabulary."""
     return isinstance(value, list) and all(isinstance(item, int) and not isinstance(item, bool) for item in value)
 
 
 def is_list(kind: type) -> Callable[[Any], bool]:
-    """A test: whether it is a list of values of that kind."""
+    """A predicate: whether a value is a list of values of that type."""
     return lambda value: isinstance(value, list) and all(isinstance(item, kind) for item in value)
 
 
@@ -188,4 +198,4 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str, Any]] = {
     "layers": (lambda value: value is None or is_tokens(value), "a list of two integers", None),
     "store": (lambda value: value in STORES, f"one of {', '.join(STORES)}", "trace"),
 }
-"""Per field of case.toml: what it must be, in code and in words, and the value where it is not given."""
+"""Per field of case.toml: a predicate of its value, the same in words, and the default."""

@@ -1,4 +1,4 @@
-"""The certificate: a proven bound on how far each golden value is from the real number it stands for."""
+"""The certificate of a case: a proven bound on the distance of each golden value from its real number."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from refmoe.arithmetic.ball import PRECISION, BallOps, chooses
 from refmoe.errors import InputError
@@ -19,18 +20,19 @@ from refmoe.traces.trace import Recorder, read_trace
 
 @dataclass(frozen=True)
 class Certificate:
-    """What the balls prove about one case."""
+    """The proof for one case, from ball arithmetic."""
 
     bounds: dict[str, float]
-    """``<run>/<tap>`` to the largest |golden - real value|, rounded up."""
+    """Per ``<run>/<tap>`` the largest |golden - real value|, rounded up."""
     relative: dict[str, float]
-    """The same over the root mean square of the tap."""
+    """Per ``<run>/<tap>`` that bound over the root mean square of the tap."""
     decisions: int
+    """The number of routing decisions."""
     unproven: tuple[str, ...]
-    """Routing decisions that the balls do not separate, ``<run>/<tap>[token]``."""
+    """The routing decisions that the balls do not prove, ``<run>/<tap>[token]``."""
 
     def to_json(self) -> dict[str, Any]:
-        """For the manifest. Infinity, which JSON has not, is null: no bound."""
+        """The certificate in a manifest. JSON has no infinity, so an infinite bound is null."""
         worst = max(self.relative, key=lambda key: self.relative[key])
         return {
             "arithmetic": f"Arb balls, {PRECISION} bits",
@@ -42,18 +44,18 @@ class Certificate:
 
 
 def finite(value: float) -> float | None:
-    """The value, or None where it is not finite."""
+    """The value, or None if it is not finite."""
     return value if math.isfinite(value) else None
 
 
 class Prover:
-    """A tap that holds every ball against the golden as it passes, and follows the golden's routing.
+    """A tap that compares the balls of each step with the golden, and follows the golden's routing.
 
-    Routing is followed, not recomputed, so that what comes after a decision encloses the same function; whether
-    the decision itself is the real one is proven or not on its own.
+    The steps after a decision use the golden's choice of experts, so the balls enclose the same function as the golden.
+    Whether the real numbers make the same choice is a proof of its own, per decision.
     """
 
-    def __init__(self, golden: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    def __init__(self, golden: Mapping[str, NDArray[Any]]) -> None:
         self.golden = golden
         self.run = ""
         self.bounds: dict[str, float] = {}
@@ -78,18 +80,18 @@ class Prover:
         return None
 
 
-def largest_distance(balls: Any, values: np.ndarray[Any, Any]) -> float:
-    """The largest |value - real number| that the balls allow, rounded up. Both arrays have one shape."""
+def largest_distance(balls: Any, values: NDArray[Any]) -> float:
+    """The largest |value - real number| that the balls allow, rounded up. Both arrays have the same shape."""
     distances = np.frompyfunc(lambda ball, value: float((ball - value).abs_upper()), 2, 1)(balls, values)
     # abs_upper is an upper bound; its conversion to binary64 rounds to nearest, so step up once
     return math.nextafter(float(np.max(distances.astype(np.float64))), math.inf)
 
 
 def certify(case: Case) -> Certificate:
-    """Run the case under balls and hold its golden against them.
+    """Run the case in ball arithmetic and compare its golden with the balls.
 
-    Where the case stores a fingerprint, its golden is recomputed.
-    Raises InputError when python-flint is not installed, the golden trace cannot be read or the case is too large.
+    If the case stores a fingerprint, its golden is recomputed.
+    Raises InputError when python-flint is not installed, the golden trace cannot be read, or the case is of full size.
     """
     if case.full_size:
         raise InputError(f"{case.folder}: is of full size, and ball arithmetic at that size takes days")

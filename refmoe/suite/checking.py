@@ -1,4 +1,4 @@
-"""Checking: every digest of a golden folder compared, and every case recomputed."""
+"""Check a golden folder: compare every digest, and recompute every case."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from refmoe.cuda.place import CPU, Place
 from refmoe.errors import InputError
@@ -29,16 +30,16 @@ from refmoe.traces.trace import read_trace
 
 @dataclass(frozen=True)
 class Difference:
-    """One way in which a case on disk is not what it should be."""
+    """A difference between a golden folder and its manifests or its recomputed values."""
 
     case: str
-    """Empty where it is no case: a document beside the cases."""
+    """The name of the case; empty for a document beside the cases."""
     what: str
-    """One sentence: the file, and for a tensor its name, the index of the first differing element and both values."""
+    """A sentence: the file, and for a tensor its name, the index of the first different element and both values."""
 
 
 def verify_files(golden: Path) -> list[Difference]:
-    """Compare every file of a golden folder with the manifests, recomputing nothing. An empty list: all is well."""
+    """Compare every file of a golden folder with the manifests, and return the differences. Nothing is recomputed."""
     found = verify_documents(golden)
     for folder in find_cases(golden):
         found += verify_case_files(folder)
@@ -46,7 +47,7 @@ def verify_files(golden: Path) -> list[Difference]:
 
 
 def verify_documents(golden: Path) -> list[Difference]:
-    """Compare what a golden folder holds beside its cases, and which cases, with its manifest."""
+    """Compare the documents of a golden folder, and the names of its cases, with its manifest."""
     try:
         manifest = read_folder_manifest(golden)
     except InputError as error:
@@ -63,7 +64,7 @@ def verify_documents(golden: Path) -> list[Difference]:
 
 
 def verify_case_files(folder: Path) -> list[Difference]:
-    """Compare the files of a case, and the tensors of its trace, with its manifest."""
+    """Compare the files of a case with its manifest."""
     name = folder.resolve().name
     try:
         manifest = read_manifest(folder)
@@ -89,7 +90,10 @@ def _verify_digests(folder: Path, files: dict[str, str]) -> list[str]:
 
 
 def check(folder: Path, progress: Callable[[], None] | None = None, place: Place = CPU) -> list[Difference]:
-    """Recompute a case and compare every bit and every digest. An empty list: all is as it should be."""
+    """Recompute a case and compare every bit and every digest.
+
+    progress: called after each layer of each run.   returns: the differences, none if the case is intact.
+    """
     found = verify_case_files(folder)
 
     def differs(what: str) -> None:
@@ -114,7 +118,7 @@ def _check_trace(case: Case, path: Path, progress: Callable[[], None] | None, pl
     computed = compute(case, progress, place)
     digests = {key: tensor_digest(array) for key, array in computed.items()}
     if not path.exists():
-        return _check_digests(case, digests)  # that the trace is missing has been said
+        return _check_digests(case, digests)  # `verify_case_files` has reported the missing trace
     trace = read_trace(path)
     runs = [] if trace.header.runs == case.runs() else [f"{path}: its runs are not those of {CASE_FILE}"]
     wrong = _check_values(
@@ -142,7 +146,7 @@ def _check_fingerprints(case: Case, path: Path, progress: Callable[[], None] | N
 def _check_values(
     path: Path, stored: Set[str], computed: Set[str], compare: Callable[[str], str | None]
 ) -> dict[str, str]:
-    """Per tensor that is not as computed, a sentence that says how."""
+    """Per tensor that differs from the computed one, the end of a sentence about the difference."""
     found = {}
     for key in sorted(stored | computed):
         if key not in stored or key not in computed:
@@ -153,7 +157,7 @@ def _check_values(
 
 
 def _check_digests(case: Case, digests: dict[str, str], said: Set[str] = frozenset()) -> list[str]:
-    """Compare the digests of what was computed with those of the manifest, but for the tensors already spoken of."""
+    """Compare the digests of computed tensors with the manifest.   said: tensors already reported, which are skipped"""
     path, listed = case.folder / MANIFEST_FILE, read_manifest(case.folder)["tensors"]
     found = []
     for key in sorted((digests.keys() | listed.keys()) - said):
@@ -164,8 +168,8 @@ def _check_digests(case: Case, digests: dict[str, str], said: Set[str] = frozens
     return found
 
 
-def first_difference(stored: np.ndarray[Any, Any], computed: np.ndarray[Any, Any]) -> str | None:
-    """Where two arrays first differ in a bit, in words, or None."""
+def first_difference(stored: NDArray[Any], computed: NDArray[Any]) -> str | None:
+    """The first element in which the bits of two arrays differ, in words, or None."""
     if stored.dtype != computed.dtype or stored.shape != computed.shape:
         return f"is {stored.dtype} {list(stored.shape)}, but {computed.dtype} {list(computed.shape)} was computed"
     bits = (np.ascontiguousarray(array).view(np.int64) for array in (stored, computed))

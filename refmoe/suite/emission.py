@@ -1,4 +1,4 @@
-"""Emission: compute a case and write it down, so that a reader finds the old case or the new one, whole."""
+"""Emit a case: compute it and write it, so that a reader finds the whole old case or the whole new one."""
 
 from __future__ import annotations
 
@@ -28,12 +28,14 @@ from refmoe.traces.trace import Header, trace_bytes
 
 
 def emit(case: Case, progress: Callable[[], None] | None = None, place: Place = CPU) -> Path:
-    """Compute the case and write its values, then its manifest; returns the file of values.
+    """Compute the case and write its values, then its manifest. Returns the path of the file of values.
 
-    Values go to a file named by its own digest, which no manifest names yet; the new manifest, renamed over the old
-    one, is the one step that changes the case; what only the old one named is removed last. Killed anywhere, the case
-    is the old one or the new one. A certificate is kept where the certified values have not changed. Finished layers of
-    a case of full size are kept in NAME.parts, here, until it is written.
+    progress: called after each layer of each run.
+    The values go to a new file, named by its own digest, which no manifest names yet. Then the new manifest is renamed
+    over the old one: this one step changes the case. Files that only the old manifest named are removed last. So a
+    process that is killed at any moment leaves the whole old case or the whole new one.
+    The certificate is kept if the values have not changed. Finished layers of a full-size case are kept in the folder
+    NAME.parts of the working directory until the case is written.
     """
     header = Header(case.runs(), case.name, policy="exact")
     if case.store == "trace":
@@ -62,7 +64,7 @@ def emit(case: Case, progress: Callable[[], None] | None = None, place: Place = 
 
 
 def is_emitted(case: Case) -> bool:
-    """Whether what is on disk was made from this case.toml by this version of refmoe, and is whole."""
+    """Whether the case on disk is whole, and was made from its present case.toml by this version of refmoe."""
     try:
         manifest = read_manifest(case.folder)
         name = content_file(manifest)
@@ -78,6 +80,6 @@ def is_emitted(case: Case) -> bool:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed or replaced emissions left in a folder."""
+    """Remove the files that killed or replaced emissions left in a folder."""
     for path in leftovers(folder):
         path.unlink(missing_ok=True)

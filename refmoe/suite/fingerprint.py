@@ -1,4 +1,4 @@
-"""Fingerprints: what is kept of a tensor that is too large to keep."""
+"""Fingerprints: digests of tensors that are too large to keep."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from refmoe.arithmetic.exact import dot
 from refmoe.checkpoints.weight_formula import elements
@@ -22,62 +23,66 @@ LEADING = 8
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """One tensor: its digest tells whether every bit is right, the rest how far off it is if not."""
+    """The fingerprint of a tensor. The digest shows whether every bit is right, the rest how far off a wrong one is."""
 
     dtype: str
     shape: tuple[int, ...]
     sha256: str
     projections: tuple[str, ...]
-    """Sums of all elements with signs, each rounded once, as hexadecimal floats."""
+    """Sums of all elements with different signs, each rounded once, as hexadecimal floats."""
     leading: tuple[str | int, ...]
     """The first elements: hexadecimal floats or integers."""
 
 
 class Fingerprinter(Recorder):
-    """A tap that keeps the fingerprint of what passes."""
+    """A tap that keeps the fingerprints of arrays."""
 
     def __init__(self, progress: Callable[[], None] | None = None) -> None:
         super().__init__(progress=progress)
         self.fingerprints: dict[str, Fingerprint] = {}
 
-    def keep(self, key: str, array: np.ndarray[Any, Any]) -> None:
+    def keep(self, key: str, array: NDArray[Any]) -> None:
         self.fingerprints[key] = fingerprint(key, array)
 
 
-def fingerprint(key: str, array: np.ndarray[Any, Any]) -> Fingerprint:
-    """The fingerprint of the tensor of that key: a tap of binary64 values or of integers below 2^53."""
+def fingerprint(key: str, array: NDArray[Any]) -> Fingerprint:
+    """The fingerprint of a tensor of float64 values or integers below 2^53.   key: ``<run>/<tap>``"""
     flat = array.reshape(-1)
     leading = flat[:LEADING].tolist()
     return Fingerprint(
-        str(array.dtype),
-        array.shape,
-        tensor_digest(array),
-        tuple(projection(key, j, flat.astype(np.float64)).hex() for j in range(PROJECTIONS)),
-        tuple(value.hex() if isinstance(value, float) else value for value in leading),
+        dtype=str(array.dtype),
+        shape=array.shape,
+        sha256=tensor_digest(array),
+        projections=tuple(projection(key, j, flat.astype(np.float64)).hex() for j in range(PROJECTIONS)),
+        leading=tuple(value.hex() if isinstance(value, float) else value for value in leading),
     )
 
 
-def projection(key: str, j: int, flat: np.ndarray[Any, Any]) -> float:
-    """The sum of the elements with the signs of the synthetic weights named ``fingerprint.{j}/{key}``, seed 0."""
+def projection(key: str, j: int, flat: NDArray[Any]) -> float:
+    """The sum of the elements, signed as the synthetic weights named ``fingerprint.{j}/{key}`` of seed 0. flat: [n]"""
     signs = np.sign(elements(0, f"fingerprint.{j}/{key}", 0, 0, len(flat)))
     return float(dot.sum(flat * signs, 0))
 
 
 def from_json(entry: Any) -> Fingerprint:
-    """A fingerprint as `asdict` gave it. Raises KeyError or TypeError for what is none."""
+    """The fingerprint in a JSON object that `asdict` made. Raises KeyError or TypeError for any other value."""
     return Fingerprint(
-        entry["dtype"], tuple(entry["shape"]), entry["sha256"], tuple(entry["projections"]), tuple(entry["leading"])
+        dtype=entry["dtype"],
+        shape=tuple(entry["shape"]),
+        sha256=entry["sha256"],
+        projections=tuple(entry["projections"]),
+        leading=tuple(entry["leading"]),
     )
 
 
 def fingerprint_text(header: Header, fingerprints: dict[str, Fingerprint]) -> str:
-    """The file that holds the fingerprints of a case."""
+    """The text of the file of a case's fingerprints.   fingerprints: by ``<run>/<tap>``"""
     tensors = {key: asdict(fingerprints[key]) for key in sorted(fingerprints)}
     return json.dumps({**asdict(header), "tensors": tensors}, indent=1) + "\n"
 
 
 def read_fingerprints(path: Path) -> tuple[Header, dict[str, Fingerprint]]:
-    """Raises InputError when the file is not one of fingerprints."""
+    """Read a file of fingerprints. Raises InputError when the file cannot be read or is not such a file."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -91,7 +96,7 @@ def read_fingerprints(path: Path) -> tuple[Header, dict[str, Fingerprint]]:
 
 
 def fingerprint_difference(stored: Fingerprint, computed: Fingerprint) -> str | None:
-    """How two fingerprints of one tensor differ, in words, or None."""
+    """The difference of two fingerprints of one tensor, in words, or None."""
     if stored == computed:
         return None
     if (stored.dtype, stored.shape) != (computed.dtype, computed.shape):

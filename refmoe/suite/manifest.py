@@ -1,7 +1,7 @@
-"""Manifests: the digest of everything that a case, or the golden folder around the cases, consists of.
+"""Manifests: the digests of all files of a case, or of the golden folder around the cases.
 
-A manifest also digests itself, so that no bit of it can change unseen, and it names the file that holds the case's
-values by that file's own digest: renaming one new manifest over the old one changes the whole case at once.
+A manifest also holds its own digest, so that no bit of it can change unseen. It names the file of the case's values by
+that file's digest. So to rename a new manifest over the old one changes the whole case at once.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from refmoe import __version__
 from refmoe.errors import InputError
@@ -24,29 +25,29 @@ MANIFEST_FILE = "manifest.json"
 SUFFIXES = {"trace": "safetensors", "fingerprint": "json"}
 CONTENT = r"(?:trace-[0-9a-f]{16}\.safetensors|fingerprint-[0-9a-f]{16}\.json)"
 LEFTOVER = re.compile(rf"{CONTENT}|\.(?:{CONTENT}|manifest\.json)\.[a-z0-9_]+\.tmp")
-"""Names that an emission gives to files, for good or for the time of writing."""
+"""The names of files that an emission writes, and of its temporary files."""
 DIGEST = re.compile(r"[0-9a-f]{64}")
 NO_DIGEST = "0" * 64
 
 
 def new_manifest(**fields: Any) -> dict[str, Any]:
-    """A manifest by this version of refmoe."""
+    """A manifest of these fields, with the version of refmoe."""
     return {"format_version": FORMAT_VERSION, "generator": {"name": "refmoe", "version": __version__}, **fields}
 
 
 def content_name(store: str, data: bytes) -> str:
-    """The name of the file that holds a case's values: the store and the first 16 digits of the file's SHA-256."""
+    """The name of the file of a case's values: the store, and the first 16 digits of the SHA-256 of `data`."""
     return f"{store}-{digest(data)[:16]}.{SUFFIXES[store]}"
 
 
 def content_file(manifest: dict[str, Any]) -> str:
-    """The name of the file that holds the values of a case."""
+    """The name of the file of values that a case's manifest has."""
     (name,) = manifest["files"].keys() - {CASE_FILE}
     return str(name)
 
 
 def trace_path(folder: Path) -> Path:
-    """Where the golden trace of a case is. Raises InputError when it has none."""
+    """The path of the golden trace of a case. Raises InputError when the case has none."""
     name = content_file(read_manifest(folder))
     if not name.startswith("trace-"):
         raise InputError(f"{folder}: this case stores a fingerprint, but one with a trace was expected")
@@ -54,14 +55,14 @@ def trace_path(folder: Path) -> Path:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write a manifest.json with its own digest, whole or not at all."""
+    """Write manifest.json with its own digest, whole or not at all."""
     text = json.dumps(manifest | {"digest": NO_DIGEST}, indent=1, allow_nan=False) + "\n"
     with replacing(folder / MANIFEST_FILE) as temporary:
         temporary.write_text(text.replace(NO_DIGEST, digest(text.encode())))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """A case's manifest.json. Raises InputError when it is missing, changed, or not as the format says."""
+    """Read a case's manifest.json. Raises InputError when it is missing, was changed, or breaks the format."""
     path = folder / MANIFEST_FILE
     manifest = _read(path, "`refmoe emit --case` writes it")
     content = [re.fullmatch(CONTENT, name) for name in manifest["files"].keys() - {CASE_FILE}]
@@ -78,7 +79,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_folder_manifest(golden: Path) -> dict[str, Any]:
-    """The manifest.json of the golden folder. Raises InputError as `read_manifest` does."""
+    """Read a golden folder's manifest.json. Raises InputError as `read_manifest` does."""
     path = golden / MANIFEST_FILE
     manifest = _read(path, "`refmoe emit --all` writes it")
     cases = manifest.get("cases")
@@ -89,13 +90,13 @@ def read_folder_manifest(golden: Path) -> dict[str, Any]:
 
 
 def write_folder_manifest(golden: Path) -> None:
-    """Write the manifest of a golden folder as it now is: its cases by name, every other file by digest."""
+    """Write the manifest of a golden folder: its cases by name, every other file by digest."""
     cases, files = members(golden)
     write_manifest(golden, new_manifest(cases=cases, files={name: file_digest(golden / name) for name in files}))
 
 
 def members(golden: Path) -> tuple[list[str], list[str]]:
-    """The cases of a golden folder, and every file that belongs to none, as paths relative to it; in name order."""
+    """The names of the cases in a golden folder, and the relative paths of all other files, both in name order."""
     cases = sorted(path.parent.name for path in golden.glob(f"*/{CASE_FILE}"))
     inside = {golden / name for name in cases}
     files = [path for path in golden.rglob("*") if not path.is_dir() and not inside & {*path.parents}]
@@ -104,39 +105,39 @@ def members(golden: Path) -> tuple[list[str], list[str]]:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """Files of emissions that were killed, or replaced by later ones: nothing that a manifest names, harmless."""
+    """Files left by emissions that were killed or replaced. No manifest names them, and they are harmless."""
     try:
         named = read_manifest(folder)["files"].keys() if (folder / CASE_FILE).exists() else ()
     except InputError:
-        return []  # without its manifest nobody can tell what is left over
+        return []  # without the manifest, a left-over file cannot be told from a needed one
     return [path for path in sorted(folder.iterdir()) if LEFTOVER.fullmatch(path.name) and path.name not in named]
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes. Raises InputError when it cannot be read."""
+    """The SHA-256 of a file's bytes. Raises InputError when the file cannot be read."""
     try:
         return digest(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def tensor_digest(array: np.ndarray[Any, Any]) -> str:
-    """SHA-256 of an array's little-endian bytes in row-major order."""
+def tensor_digest(array: NDArray[Any]) -> str:
+    """The SHA-256 of an array's little-endian bytes in row-major order."""
     return digest(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes())
 
 
 def digest(data: bytes) -> str:
-    """SHA-256, in 64 hexadecimal digits."""
+    """The SHA-256 of bytes, in 64 hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
 
 
 def is_digests(value: Any) -> bool:
-    """Whether it is an object of SHA-256 digests."""
+    """Whether the value is an object of SHA-256 digests."""
     return isinstance(value, dict) and all(isinstance(item, str) and DIGEST.fullmatch(item) for item in value.values())
 
 
 def is_certificate(value: Any) -> bool:
-    """Whether it is null or a certificate, as `Certificate.to_json` makes it."""
+    """Whether the value is null, or a certificate as `Certificate.to_json` makes it."""
     if value is None:
         return True
     if not isinstance(value, dict) or value.keys() != {"arithmetic", "worst", "bounds", "relative", "decisions"}:
@@ -155,7 +156,7 @@ def is_certificate(value: Any) -> bool:
 
 
 def is_bound(value: Any) -> bool:
-    """Whether it is a number from 0, or null: no bound."""
+    """Whether the value is a number from 0, or null for no bound."""
     return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and value >= 0)
 
 

@@ -1,4 +1,4 @@
-"""Run scripts: the calls that a trace is made of, planned first and then executed on the spec."""
+"""Scripts: the calls of a trace. A script is planned first, then executed on the spec."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from refmoe.traces.trace import OPS, Recorder, Run
 
 
 class Call(NamedTuple):
-    """An operation on new tokens of one sequence. A decode feeds its tokens one by one."""
+    """A call of the model on new tokens of one sequence. A decode feeds its tokens one by one."""
 
     op: str
     sequence: int
     tokens: Sequence[int]
     keep: int | None = None
-    """Before the call the sequence's cache is cut to its first `keep` tokens: a request that shares a prefix."""
+    """If given, the sequence's cache is first cut to `keep` tokens, as for a request that shares a prefix."""
 
 
 class Packed(NamedTuple):
-    """Several independent sequences, each a prefill of its own, that an engine may run as one packed call."""
+    """Several independent sequences, each with its own prefill. An engine may run them as one packed call."""
 
     segments: Sequence[Sequence[int]]
 
@@ -34,11 +34,11 @@ def plan(calls: Sequence[AnyCall], vocab: int, start: int = 0) -> tuple[Run, ...
     """Name the runs of a script and give each its positions.
 
     calls: in order of execution.   start: the position of every sequence's first token.
-    Runs are ``prefill``, ``chunk1``, ``chunk2``, ``decode1``, ...; when there are several sequences the
-    suffix ``.row{sequence}`` is added. Segments of a packed call are the runs ``packed.seg0``, ``packed.seg1``, ...,
-    prefills of sequences that the rest of the script does not name.
-    Raises InputError for a token outside the vocabulary, an empty call, an operation out of order, or a cut that
-    keeps more than there is.
+    Runs are named ``prefill``, ``chunk1``, ``chunk2``, ``decode1``, ... With several sequences the suffix
+    ``.row{sequence}`` is added. The segments of a packed call are the runs ``packed.seg0``, ``packed.seg1``, ...
+    They are prefills of new sequences.
+    Raises InputError for a token outside the vocabulary, an empty call, or an operation out of order. Also for a
+    call that keeps more tokens than its sequence has.
     """
     parsed = [call if isinstance(call, Packed) else Call(*call) for call in calls]
     sequences = {call.sequence for call in parsed if isinstance(call, Call)}
@@ -50,7 +50,7 @@ def plan(calls: Sequence[AnyCall], vocab: int, start: int = 0) -> tuple[Run, ...
     def add(name: str, op: str, sequence: int, tokens: tuple[int, ...]) -> None:
         seen = past.get(sequence, 0)
         positions = tuple(range(start + seen, start + seen + len(tokens)))
-        runs.append(Run(name, op, sequence, tokens, positions, seen))
+        runs.append(Run(run=name, op=op, sequence=sequence, tokens=tokens, positions=positions, past=seen))
         past[sequence] = seen + len(tokens)
 
     if not parsed:
@@ -93,10 +93,10 @@ def _refuse_tokens(what: str, tokens: Sequence[int], vocab: int) -> None:
 
 
 def execute(ops: Any, model: Model, runs: Sequence[Run], recorder: Recorder) -> None:
-    """Run the spec on every run in order, a set of caches per sequence; `ops` must tap into `recorder`.
+    """Run the spec on every run in order, with separate caches for each sequence. `ops` must tap into `recorder`.
 
-    A run whose `past` is less than what its sequence has seen begins with the caches cut to that many tokens.
-    Raises InputError when `past` is more than that.
+    A run whose `past` is less than its sequence has seen begins with the caches cut to `past` tokens.
+    Raises InputError when `past` is more than the sequence has seen.
     """
     caches: dict[int, Caches] = {}
     for run in runs:
@@ -106,13 +106,16 @@ def execute(ops: Any, model: Model, runs: Sequence[Run], recorder: Recorder) -> 
 
 
 def cut(caches: Caches | None, run: Run) -> Caches | None:
-    """The caches of a run's sequence with the first `run.past` tokens only."""
+    """The caches of a run's sequence, cut to the first `run.past` tokens; None for no token."""
     layers = [cut_layer(cache, run) for cache in caches or (None,)]
     return tuple(cache for cache in layers if cache is not None) or None
 
 
 def cut_layer(cache: Cache | None, run: Run) -> Cache | None:
-    """The cache that a run's sequence has in one layer, with the first `run.past` tokens only; None for no token."""
+    """One layer's cache of a run's sequence, cut to the first `run.past` tokens; None for no token.
+
+    Raises InputError when the sequence has seen fewer tokens.
+    """
     seen = 0 if cache is None else len(cache.positions)
     if run.past > seen:
         raise InputError(f"run '{run.run}': past is {run.past}, but sequence {run.sequence} has seen {seen} tokens")

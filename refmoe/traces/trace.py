@@ -1,4 +1,4 @@
-"""Traces: record activations, write them, read them back.
+"""Traces: record activations, write them to a file, read them back.
 
 A trace is one safetensors file with keys ``<run>/<tap>``, each array in its producer's dtype, and one metadata entry
 ``refmoe``: a JSON object with the fields of `Header`. `golden/FORMAT.md` is its specification.
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import save, save_file
 
@@ -27,11 +28,11 @@ from refmoe.files.safetensors_file import StoredTensor, one_line, open_safetenso
 FORMAT_VERSION = "1"
 OPS = ("prefill", "chunk", "decode")
 SMALL_FILE = 4 << 20
-"""Bytes up to which a trace is held in memory."""
+"""The largest file, in bytes, that is held in memory as a whole."""
 LONGEST_TABLE = 40 << 20
-"""Bytes of the safetensors header, some 400,000 tensors: read, it takes ten times that in memory."""
+"""The longest safetensors header of a trace, in bytes: some 400,000 tensors. In memory it takes ten times as much."""
 LONGEST_NAME = 200
-"""Characters in a name that a header gives: of a run, a case, a policy, a producer."""
+"""The longest name of a run, a case, a policy or a producer, in characters."""
 
 
 @dataclass(frozen=True)
@@ -39,19 +40,19 @@ class Run:
     """One call of the model on new tokens of one sequence."""
 
     run: str
-    """Its name: ``prefill``, ``chunk1``, ``decode1``, ...; with several sequences a suffix, ``prefill.row0``."""
+    """The name: ``prefill``, ``chunk1``, ``decode1``, ...; with several sequences a suffix, as in ``prefill.row0``."""
     op: str
     """``prefill``, ``chunk`` or ``decode``."""
     sequence: int
     tokens: tuple[int, ...]
     positions: tuple[int, ...]
     past: int
-    """How many tokens of this sequence came before."""
+    """The number of tokens of this sequence before the call."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a trace says about itself."""
+    """The header of a trace: its runs, and the names of its case, checkpoint, policy and producer."""
 
     runs: tuple[Run, ...]
     case: str | None = None
@@ -63,19 +64,19 @@ class Header:
 
 @dataclass(frozen=True)
 class Trace:
-    """A trace file that has been opened: its header, and its arrays mapped on demand."""
+    """An open trace file: its header, and its arrays, which are mapped on demand."""
 
     path: Path
     header: Header
     tensors: dict[str, StoredTensor]
 
     def names(self, run: str) -> list[str]:
-        """The taps that a run has."""
+        """The names of the taps that the trace holds of a run."""
         return self._by_run.get(run, [])
 
     @cached_property
     def _small(self) -> bytes | None:
-        """The whole file where it is small: to read it once is cheaper than to open it for every tap."""
+        """The bytes of a small file, else None. To read it once is cheaper than to open it for every tap."""
         try:
             return self.path.read_bytes() if self.path.stat().st_size <= SMALL_FILE else None
         except OSError:
@@ -89,13 +90,13 @@ class Trace:
             names.setdefault(run, []).append(tap)
         return names
 
-    def get(self, run: str, tap: str) -> np.ndarray[Any, Any]:
-        """One array of the file, read-only."""
+    def get(self, run: str, tap: str) -> NDArray[Any]:
+        """One array of the trace, read-only. Raises InputError when the file can no longer be read."""
         return self.tensors[f"{run}/{tap}"].get(self._small)
 
 
 class Recorder:
-    """A tap that keeps what passes, under the current run's name."""
+    """A tap that keeps arrays as ``<run>/<tap>``, under the name of the current run."""
 
     def __init__(self, patterns: str = "*", progress: Callable[[], None] | None = None) -> None:
         """patterns: shell patterns of tap names, separated by commas, such as ``logits,layers.0.*``.
@@ -105,7 +106,7 @@ class Recorder:
         self.patterns = patterns.split(",")
         self.progress = progress
         self.run = ""
-        self.arrays: dict[str, np.ndarray[Any, Any]] = {}
+        self.arrays: dict[str, NDArray[Any]] = {}
 
     def __call__(self, name: str, x: Any) -> None:
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.patterns):
@@ -113,13 +114,16 @@ class Recorder:
         if self.progress is not None and name.endswith(".residual"):
             self.progress()
 
-    def keep(self, key: str, array: np.ndarray[Any, Any]) -> None:
-        """What becomes of an array that passed."""
+    def keep(self, key: str, array: NDArray[Any]) -> None:
+        """Store an array. A subclass may store something else instead."""
         self.arrays[key] = array
 
 
-def write_trace(path: Path, header: Header, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
-    """Write a trace, whole or not at all. Raises InputError when the file cannot be written."""
+def write_trace(path: Path, header: Header, arrays: dict[str, NDArray[Any]]) -> None:
+    """Write a trace, whole or not at all. Raises InputError when the file cannot be written.
+
+    arrays: ``<run>/<tap>`` to the array.
+    """
     with replacing(path) as temporary:
         try:
             save_file(_dense(arrays), temporary, _metadata(header))
@@ -128,9 +132,9 @@ def write_trace(path: Path, header: Header, arrays: dict[str, np.ndarray[Any, An
 
 
 def join_trace(path: Path, header: Header, tensors: Mapping[str, StoredTensor]) -> None:
-    """Write a trace of arrays that are in other files, one after the other: none but one is in memory at a time.
+    """Write a trace of arrays from other files, with only one array in memory at a time.
 
-    The bytes are those of `write_trace`. Raises InputError when the file cannot be written.
+    The file has the same bytes as one from `write_trace`. Raises InputError when it cannot be written.
     """
     order = sorted(tensors, key=lambda key: (-tensors[key].itemsize, key))
     entries: dict[str, Any] = {"__metadata__": _metadata(header)}
@@ -147,8 +151,8 @@ def join_trace(path: Path, header: Header, tensors: Mapping[str, StoredTensor]) 
             file.write(tensors[key].map().reshape(-1).view(np.uint8).data)
 
 
-def trace_bytes(header: Header, arrays: dict[str, np.ndarray[Any, Any]]) -> bytes:
-    """The bytes that `write_trace` would write."""
+def trace_bytes(header: Header, arrays: dict[str, NDArray[Any]]) -> bytes:
+    """The bytes of the file that `write_trace` writes."""
     return bytes(save(_dense(arrays), _metadata(header)))
 
 
@@ -156,13 +160,13 @@ def _metadata(header: Header) -> dict[str, str]:
     return {"refmoe": json.dumps(asdict(header), separators=(",", ":"))}
 
 
-def _dense(arrays: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+def _dense(arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     # safetensors writes the memory of a strided array as if it were dense
     return {key: np.ascontiguousarray(array) for key, array in arrays.items()}
 
 
 def read_trace(path: Path) -> Trace:
-    """Open a trace. Raises InputError when it is not one, or its header does not say what it must."""
+    """Open a trace. Raises InputError when the file is not a trace, or its header is not as `golden/FORMAT.md` says."""
     _refuse_a_long_table(path)
     tensors, metadata = open_safetensors(path)
     if "refmoe" not in metadata:
@@ -179,14 +183,14 @@ def read_trace(path: Path) -> Trace:
 
 
 def _refuse_a_long_table(path: Path) -> None:
-    """Before anything is read, since to read it would take the memory that verifying promises not to."""
+    """Raises InputError for a header too long to read within the memory that verification promises."""
     try:
         if not path.is_file():
             return
         with path.open("rb") as file:
             length, whole = int.from_bytes(file.read(8), "little"), path.stat().st_size
     except OSError:
-        return  # who opens it next says why
+        return  # the next attempt to open the file reports the error
     if LONGEST_TABLE < length <= whole:
         raise InputError(
             f"{path}: the safetensors header has {length:,} bytes, but at most {LONGEST_TABLE:,} were expected of a "
@@ -195,13 +199,13 @@ def _refuse_a_long_table(path: Path) -> None:
 
 
 def parse_header(path: Path, text: str) -> Header:
-    """The metadata entry of a trace. Raises InputError that names the field which is not as the format says."""
+    """Parse the metadata entry of a trace. Raises InputError that names the field which breaks the format."""
 
     def refuse(name: str, found: Any, expected: str) -> InputError:
         return InputError(f"{path}: metadata field {quoted(name)} is {shown(found)}, but {expected} was expected")
 
     def name_of(name: str, found: Any) -> None:
-        """Names go to terminals, pages and paths, so what is in one must be visible and short."""
+        """Raises InputError for a long or unprintable name: names go to terminals, pages and paths."""
         if not found.isprintable() or len(found) > LONGEST_NAME:
             raise refuse(name, found, f"at most {LONGEST_NAME} printable characters")
 
@@ -231,7 +235,13 @@ def parse_header(path: Path, text: str) -> Header:
     runs = tuple(_parse_run(i, entry, refuse, name_of) for i, entry in enumerate(listed))
     if len({run.run for run in runs}) < len(runs):
         raise refuse("runs", [run.run for run in runs], "a different name for every run")
-    return Header(runs, values.get("case"), values.get("checkpoint"), values["policy"], producer)
+    return Header(
+        runs=runs,
+        case=values.get("case"),
+        checkpoint=values.get("checkpoint"),
+        policy=values["policy"],
+        producer=producer,
+    )
 
 
 def _parse_run(i: int, entry: Any, refuse: Any, name_of: Any) -> Run:
@@ -253,7 +263,12 @@ def _parse_run(i: int, entry: Any, refuse: Any, name_of: Any) -> Run:
     if len(entry["tokens"]) != len(entry["positions"]):
         raise refuse(f"{at}.positions", entry["positions"], "as many positions as tokens")
     return Run(
-        entry["run"], entry["op"], entry["sequence"], tuple(entry["tokens"]), tuple(entry["positions"]), entry["past"]
+        run=entry["run"],
+        op=entry["op"],
+        sequence=entry["sequence"],
+        tokens=tuple(entry["tokens"]),
+        positions=tuple(entry["positions"]),
+        past=entry["past"],
     )
 
 

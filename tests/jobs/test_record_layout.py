@@ -75,7 +75,16 @@ def test_from_a_prompt_to_a_verdict(refmoe: Refmoe, record: Path, tmp_path: Path
     assert refmoe("emit", *prompt, "--out", out)[0] == 0
     trace = read_trace(out)
     assert trace.header.runs[0].tokens == TOKENS
-    case = Case(record, "", (), (), (), CONFIG, 11, (Call("prefill", 0, TOKENS), Call("decode", 0, (5465,))))
+    case = Case(
+        folder=record,
+        why="",
+        clauses=(),
+        bugs=(),
+        conditions=(),
+        config=CONFIG,
+        seed=11,
+        calls=(Call("prefill", 0, TOKENS), Call("decode", 0, (5465,))),
+    )
     for key, values in compute(case).items():
         if key in trace.tensors:
             assert trace.tensors[key].map().tobytes() == values.tobytes(), key

@@ -43,7 +43,24 @@ def taps(layers: int) -> list[str]:
 def passing(run: str, tap: str, spread: int) -> Check:
     """A check that passes, its numbers spread over what is legal."""
     error, excess = 0.9 * ((7 * spread + 3) % 31) / 31, 5.0 * ((11 * spread + 5) % 29) / 29
-    return Check(run, tap, (), LOCAL, PASS, "", 128, 0, 0, error, excess, 12.1, 0.5, nan, 0.01, 3.0)
+    return Check(
+        run=run,
+        tap=tap,
+        since=(),
+        rung=LOCAL,
+        verdict=PASS,
+        reason="",
+        values=128,
+        undecided=0,
+        outside=0,
+        worst_error=error,
+        excess=excess,
+        excess_limit=12.1,
+        rms=0.5,
+        rms_limit=nan,
+        truncation=0.01,
+        truncation_snr=3.0,
+    )
 
 
 def decision(run: str, layer: int, token: int) -> Decision:
@@ -52,7 +69,17 @@ def decision(run: str, layer: int, token: int) -> Decision:
     expected = ((token + layer) % 8, (token + 3 * layer + 5) % 8)
     found = (expected[1], (expected[0] + 1) % 8) if kind == CONTESTABLE and token % 2 else expected
     margin = {FORCED: 0.21, TIE: 0.0, CONTESTABLE: 0.002}[kind]
-    return Decision(run, layer, token, kind, True, found, expected, margin, 0.004)
+    return Decision(
+        run=run,
+        layer=layer,
+        token=token,
+        kind=kind,
+        legal=True,
+        found=found,
+        expected=expected,
+        margin=margin,
+        movable=0.004,
+    )
 
 
 def conformant(layers: int = 2, runs: int = 3, tokens: int = 16) -> Report:
@@ -63,24 +90,24 @@ def conformant(layers: int = 2, runs: int = 3, tokens: int = 16) -> Report:
     decisions = [decision(run, i, t) for run in names for i in range(layers) for t in range(spans[run])]
     headline = "Every value is one that bfloat16 can produce, and every token went to experts that it may go to."
     return Report(
-        "traces/engine.safetensors",
-        "case walking-skeleton",
-        "transformers 5.23.0",
-        "bfloat16",
-        1e-6,
-        CONFORMANT,
-        headline,
-        tuple(checks),
-        tuple(decisions),
+        trace="traces/engine.safetensors",
+        subject="case walking-skeleton",
+        producer="transformers 5.23.0",
+        policy="bfloat16",
+        significance=1e-6,
+        verdict=CONFORMANT,
+        headline=headline,
+        checks=tuple(checks),
+        decisions=tuple(decisions),
     )
 
 
 def failing(layers: int = 2, runs: int = 3, tokens: int = 16) -> Report:
     """Wrong router logits, what follows from them, an improbable step and one that cannot be decided."""
     report = conformant(layers, runs, tokens)
-    impossible = Element((11, 7), 0.523, 0.3125, 0.3115, 0.3135, 0.00021)
-    slot = Element((11, 1, 63), -1.75, -1.7265625, -inf, inf, 0.00075)
-    score = Element((3, 11, 5), 0.51, 0.5, 0.49, 0.512, 0.002)
+    impossible = Element(where=(11, 7), found=0.523, expected=0.3125, low=0.3115, high=0.3135, sigma=0.00021)
+    slot = Element(where=(11, 1, 63), found=-1.75, expected=-1.7265625, low=-inf, high=inf, sigma=0.00075)
+    score = Element(where=(3, 11, 5), found=0.51, expected=0.5, low=0.49, high=0.512, sigma=0.002)
     changed = {
         ("prefill", WRONG): {
             "verdict": FAIL, "outside": 3, "worst_error": 214.0, "excess": 1003.0, "worst": impossible,
@@ -101,7 +128,17 @@ def failing(layers: int = 2, runs: int = 3, tokens: int = 16) -> Report:
         },
     }  # fmt: skip
     checks = tuple(replace(check, **changed.get((check.run, check.tap), {})) for check in report.checks)  # type: ignore[arg-type]
-    wrong = Decision("prefill", 0, 11, FORCED, False, (2, 5), (2, 7), 0.031, 0.004)
+    wrong = Decision(
+        run="prefill",
+        layer=0,
+        token=11,
+        kind=FORCED,
+        legal=False,
+        found=(2, 5),
+        expected=(2, 7),
+        margin=0.031,
+        movable=0.004,
+    )
     decisions = tuple(wrong if (d.run, d.layer, d.token) == ("prefill", 0, 11) else d for d in report.decisions)
     return replace(
         report,
@@ -114,17 +151,17 @@ def failing(layers: int = 2, runs: int = 3, tokens: int = 16) -> Report:
         unknown=("prefill/layers.0.rotary.cos",),
         explanations=(
             Explanation(
-                "router-input-unnormalised",
-                KNOWN_BUG,
-                "The gate reads the residual.",
-                "feed the norm to the gate",
-                ("https://example.org/1",),
-                True,
-                0,
-                0,
-                1.02,
-                0.01,
-                2,
+                name="router-input-unnormalised",
+                kind=KNOWN_BUG,
+                about="The gate reads the residual.",
+                fix="feed the norm to the gate",
+                sources=("https://example.org/1",),
+                explains=True,
+                still_failing=0,
+                newly_failing=0,
+                coefficient=1.02,
+                residual=0.01,
+                touches=2,
             ),
         ),
         notes=("The accumulator of the down projection: to judge it, expert.hidden would have to be in the trace.",),
@@ -134,42 +171,135 @@ def failing(layers: int = 2, runs: int = 3, tokens: int = 16) -> Report:
 def undecidable() -> Report:
     """A trace of which nothing could be decided, not even the routing."""
     reason = "no bound is finite: layers.0.moe_norm would have to be in the trace"
-    checks = (Check("prefill", "logits", ("embedding",), FREE, UNDECIDABLE, reason, 32, 32, 0, 0.0, 0.0),)
-    choices = tuple(Decision("prefill", i, t, CONTESTABLE, True, (), (0, 1), 0.1, inf) for i in (0, 1) for t in (0, 1))
+    checks = (
+        Check(
+            run="prefill",
+            tap="logits",
+            since=("embedding",),
+            rung=FREE,
+            verdict=UNDECIDABLE,
+            reason=reason,
+            values=32,
+            undecided=32,
+            outside=0,
+            worst_error=0.0,
+            excess=0.0,
+        ),
+    )
+    choices = tuple(
+        Decision(
+            run="prefill",
+            layer=i,
+            token=t,
+            kind=CONTESTABLE,
+            legal=True,
+            found=(),
+            expected=(0, 1),
+            margin=0.1,
+            movable=inf,
+        )
+        for i in (0, 1)
+        for t in (0, 1)
+    )
     return Report(
-        "logits.safetensors", "checkpoint", "engine", "bfloat16", 1e-6, CANNOT_JUDGE, "Nothing could be decided.",
-        checks, choices, notes=("Only the logits are in the trace.",),
-    )  # fmt: skip
+        trace="logits.safetensors",
+        subject="checkpoint",
+        producer="engine",
+        policy="bfloat16",
+        significance=1e-6,
+        verdict=CANNOT_JUDGE,
+        headline="Nothing could be decided.",
+        checks=checks,
+        decisions=choices,
+        notes=("Only the logits are in the trace.",),
+    )
 
 
 def empty() -> Report:
     """A trace without a single tap."""
     headline = "The trace holds no tap that the specification knows."
-    return Report("empty.safetensors", "case square", "", "float32", 1e-6, CANNOT_JUDGE, headline, unknown=("x",))
+    return Report(
+        trace="empty.safetensors",
+        subject="case square",
+        producer="",
+        policy="float32",
+        significance=1e-6,
+        verdict=CANNOT_JUDGE,
+        headline=headline,
+        unknown=("x",),
+    )
 
 
 def hostile() -> Report:
     """Names and sentences that try to be code."""
-    element = Element((0, 0), nan, 1.0, 0.5, 1.5, nan)
+    element = Element(where=(0, 0), found=nan, expected=1.0, low=0.5, high=1.5, sigma=nan)
     tap = f"layers.0.{HOSTILE}"
-    bad = Check(HOSTILE, tap, (HOSTILE,), LOCAL, FAIL, HOSTILE, 1, 0, 1, inf, inf, 12.0, worst=element)
+    bad = Check(
+        run=HOSTILE,
+        tap=tap,
+        since=(HOSTILE,),
+        rung=LOCAL,
+        verdict=FAIL,
+        reason=HOSTILE,
+        values=1,
+        undecided=0,
+        outside=1,
+        worst_error=inf,
+        excess=inf,
+        excess_limit=12.0,
+        worst=element,
+    )
     other = replace(bad, tap=HOSTILE, verdict=UNDECIDABLE)
-    choice = Decision(HOSTILE, 0, 0, FORCED, False, (0, 1), (2, 3), 1.0, 0.1)
+    choice = Decision(
+        run=HOSTILE, layer=0, token=0, kind=FORCED, legal=False, found=(0, 1), expected=(2, 3), margin=1.0, movable=0.1
+    )
     return Report(
-        HOSTILE, HOSTILE, HOSTILE, HOSTILE, 1e-6, NOT_CONFORMANT, HOSTILE, (bad, other), (choice,), (HOSTILE, tap),
-        (HOSTILE,), (HOSTILE,), (HOSTILE,),
-    )  # fmt: skip
+        trace=HOSTILE,
+        subject=HOSTILE,
+        producer=HOSTILE,
+        policy=HOSTILE,
+        significance=1e-6,
+        verdict=NOT_CONFORMANT,
+        headline=HOSTILE,
+        checks=(bad, other),
+        decisions=(choice,),
+        first_wrong=(HOSTILE, tap),
+        missing=(HOSTILE,),
+        unknown=(HOSTILE,),
+        notes=(HOSTILE,),
+    )
 
 
 def not_finite() -> Report:
     """Every number that may be NaN or infinite is, in every combination that a check can have."""
     elements = (
-        Element((0, 1), nan, 0.0, -inf, inf, nan), Element((0, 1), inf, 1.0, 0.9, 1.1, 0.1),
-        Element((0, 1), -inf, nan, nan, nan, inf), Element((0, 1), 0.0, inf, inf, inf, 0.0), None,
-    )  # fmt: skip
+        Element(where=(0, 1), found=nan, expected=0.0, low=-inf, high=inf, sigma=nan),
+        Element(where=(0, 1), found=inf, expected=1.0, low=0.9, high=1.1, sigma=0.1),
+        Element(where=(0, 1), found=-inf, expected=nan, low=nan, high=nan, sigma=inf),
+        Element(where=(0, 1), found=0.0, expected=inf, low=inf, high=inf, sigma=0.0),
+        None,
+    )
     amounts = (nan, nan, nan), (inf, inf, inf), (0.0, 0.0, 0.0), (inf, 3.0, 12.0), (nan, inf, 12.0), (0.5, nan, 0.0)
     checks = tuple(
-        Check("prefill", tap, (), LOCAL, verdict, "why", 2, 1, 0, error, excess, limit, nan, nan, nan, inf, element)
+        Check(
+            run="prefill",
+            tap=tap,
+            since=(),
+            rung=LOCAL,
+            verdict=verdict,
+            reason="why",
+            values=2,
+            undecided=1,
+            outside=0,
+            worst_error=error,
+            excess=excess,
+            excess_limit=limit,
+            rms=nan,
+            rms_limit=nan,
+            truncation=nan,
+            truncation_snr=inf,
+            worst=element,
+        )
         for tap, verdict, (error, excess, limit), element in zip(
             taps(1),
             (FAIL, UNDECIDABLE, PASS, FAIL) * 6,
@@ -178,7 +308,17 @@ def not_finite() -> Report:
             strict=False,
         )
     )
-    choice = Decision("prefill", 0, 0, CONTESTABLE, True, (1, 0), (0, 1), nan, inf)
+    choice = Decision(
+        run="prefill",
+        layer=0,
+        token=0,
+        kind=CONTESTABLE,
+        legal=True,
+        found=(1, 0),
+        expected=(0, 1),
+        margin=nan,
+        movable=inf,
+    )
     return replace(failing(), checks=checks, decisions=(choice,), first_wrong=("prefill", "embedding"))
 
 

@@ -158,13 +158,16 @@ def test_a_crowded_plot_keeps_every_failure() -> None:
 
 def test_a_value_beside_its_legal_interval() -> None:
     def at(found: float) -> float:
-        picture = interval_plot(Element((0,), found, 1.0, 0.9, 1.1, 0.1))
+        picture = interval_plot(Element(where=(0,), found=found, expected=1.0, low=0.9, high=1.1, sigma=0.1))
         return float(re.findall(r'<svg x="([\d.]+)%"', picture)[0])
 
     assert at(5.0) == 92.0
     assert at(-5.0) == 8.0
     assert at(1.0) == 50.0
-    for element in (Element((0,), float("nan"), 1.0, 0.9, 1.1, 0.1), Element((0,), 1.0, 1.0, 1.0, 1.0, 0.1)):
+    for element in (
+        Element(where=(0,), found=float("nan"), expected=1.0, low=0.9, high=1.1, sigma=0.1),
+        Element(where=(0,), found=1.0, expected=1.0, low=1.0, high=1.0, sigma=0.1),
+    ):
         assert interval_plot(element) == ""
 
 

@@ -15,7 +15,7 @@ from tests.report import sample_reports
 from tests.report.sample_reports import HOSTILE, WRONG
 
 REPORT = sample_reports.failing()
-WRONG_CHECK = Check("prefill", "logits", (), LOCAL, FAIL, "why", 9)
+WRONG_CHECK = Check(run="prefill", tap="logits", since=(), rung=LOCAL, verdict=FAIL, reason="why", values=9)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_numbers_keep_three_digits_and_say_what_they_are_not() -> None:
 
 
 def test_a_legal_interval_says_when_it_is_none() -> None:
-    element = Element((0,), 0.0, 0.0, -1.5, 2.0, nan)
+    element = Element(where=(0,), found=0.0, expected=0.0, low=-1.5, high=2.0, sigma=nan)
     assert legal(element) == "-1.5 to 2"
     assert legal(replace(element, low=-inf, high=inf)) == "any value (no finite bound)"
     assert legal(replace(element, low=-inf)) == "-inf to 2"

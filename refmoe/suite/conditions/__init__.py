@@ -1,8 +1,8 @@
-"""What a golden case makes visible: conditions that its case.toml declares and its trace must bear out.
+"""Conditions of golden cases: predicates that a case.toml declares, and that the case's trace must satisfy.
 
-A known bug shows only where something holds: a decode step, a tie, a window that hides a token. Each such thing is a
-predicate here, so that `conditions` in a case.toml is not a label but a claim: the declared ones are exactly those that
-hold. `python -m refmoe.suite.conditions --write` makes the table `golden/CASES.md`.
+A known bug shows only under some condition: a decode step, a tie, a window that hides a token. A test checks that each
+case declares exactly the conditions that hold in its trace. `python -m refmoe.suite.conditions --write` writes
+`golden/CASES.md`, the table of cases and conditions.
 """
 
 from refmoe.suite.conditions.observed import CONDITIONS, Observed

@@ -1,4 +1,4 @@
-"""What is called: the runs and their tokens."""
+"""Conditions of the calls: the runs and their tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the router decides."""
+"""Conditions of the router's decisions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 from refmoe.suite.conditions.observed import FLOAT32_EXP_ZERO, Floats, Observed, condition
 
 BELOW_BFLOAT16 = 2.0**-9
-"""Half the spacing of bfloat16 at its finest, relative: a gap below it can vanish in rounding."""
+"""The relative error of rounding to bfloat16, at its smallest. Rounding can close a gap below it."""
 
 
 @condition("routing", "COVER", "every expert at every rank in every layer", "COVER")
@@ -53,7 +53,7 @@ def _tie_edge(seen: Observed) -> bool:
 
 
 def _near(ranked: Floats, k: int) -> bool:
-    """Whether the k-th and the next of a row differ, by less than bfloat16 can hold at their size."""
+    """Whether, in some row, the k-th and the next value differ by less than bfloat16 resolves. ranked: [T, E]"""
     gap = ranked[:, k - 1] - ranked[:, k]
     size = np.maximum(np.abs(ranked[:, k - 1]), np.abs(ranked[:, k]))
     return bool(((gap > 0) & (gap < BELOW_BFLOAT16 * size)).any())

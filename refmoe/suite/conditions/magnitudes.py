@@ -1,4 +1,4 @@
-"""Magnitudes of what is computed."""
+"""Conditions of the magnitudes of values."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import NDArray
 
 from refmoe.suite.conditions.observed import FLOAT32_EXP_ZERO, Observed, condition
 
@@ -54,7 +55,7 @@ def _dyadic(seen: Observed) -> bool:
     return all(_fits(x, ml_dtypes.bfloat16) and _fits(x, np.float16) for x in seen.arrays.values())
 
 
-def _fits(x: np.ndarray[Any, Any], dtype: Any) -> bool:
+def _fits(x: NDArray[Any], dtype: Any) -> bool:
     with np.errstate(over="ignore"):
         return np.array_equal(x.astype(dtype).astype(x.dtype), x)
 

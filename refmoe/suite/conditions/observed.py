@@ -1,4 +1,4 @@
-"""What a condition looks at, and how one is registered."""
+"""The traces that conditions observe, and the registry of conditions."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from refmoe.spec.config import Config
 from refmoe.suite.case import Case
 from refmoe.traces.trace import Run
 
-Floats = np.ndarray[Any, np.dtype[np.float64]]
+Floats = NDArray[np.float64]
 
 
 FLOAT32_EXP_ZERO = 104.0
-"""exp(-104) is under half of float32's smallest number: a term that far below the largest is exactly zero."""
+"""exp(-104) is under half of float32's smallest number, so a logit 104 below the largest gets a zero."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class Observed:
     """A case and every tap of its golden."""
 
     case: Case
-    arrays: Mapping[str, np.ndarray[Any, Any]]
-    """``<run>/<tap>`` to values."""
+    arrays: Mapping[str, NDArray[Any]]
+    """The arrays by ``<run>/<tap>``."""
 
     @property
     def config(self) -> Config:
@@ -44,8 +45,8 @@ class Observed:
             found.setdefault(run.sequence, []).append(run)
         return found
 
-    def layers(self, tap: str) -> Iterator[tuple[Run, np.ndarray[Any, Any]]]:
-        """A tap of every layer of every run."""
+    def layers(self, tap: str) -> Iterator[tuple[Run, NDArray[Any]]]:
+        """One tap of every layer of every run."""
         for run in self.runs:
             for i in range(self.config.layers):
                 yield run, self.arrays[f"{run.run}/layers.{i}.{tap}"]
@@ -68,30 +69,30 @@ class Observed:
         weight = np.exp(ranked - ranked[:, :1])
         return np.asarray(weight / weight.sum(axis=-1, keepdims=True))
 
-    def counts(self) -> Iterator[tuple[Run, np.ndarray[Any, Any]]]:
+    def counts(self) -> Iterator[tuple[Run, NDArray[Any]]]:
         """Tokens per expert, for each layer of each run: [E]."""
         for run, chosen in self.layers("router.experts"):
             yield run, np.bincount(chosen.ravel(), minlength=self.config.experts)
 
     def lengths(self) -> list[int]:
-        """How many tokens each sequence begins with."""
+        """The number of tokens in each sequence's first call."""
         return [len(runs[0].tokens) for runs in self.sequences.values()]
 
 
 @dataclass(frozen=True)
 class Condition:
-    """Something that has to hold for certain mistakes to show."""
+    """A condition under which certain mistakes show."""
 
     name: str
     group: str
     what: str
     needs: tuple[str, ...]
-    """The words of the catalogue of known bugs that this condition answers."""
+    """The needs of known bugs that this condition satisfies, as the catalogue of bugs writes them."""
     holds: Callable[[Observed], bool]
 
 
 CONDITIONS: dict[str, Condition] = {}
-"""Every condition by its name, in the order of the table."""
+"""All conditions by name, in the order of the table."""
 
 Predicate = Callable[[Observed], Any]
 
@@ -100,7 +101,9 @@ def condition(group: str, name: str, what: str, *needs: str) -> Callable[[Predic
     """Register a predicate under its name."""
 
     def register(holds: Predicate) -> Predicate:
-        CONDITIONS[name] = Condition(name, group, what, needs, lambda seen: bool(holds(seen)))
+        CONDITIONS[name] = Condition(
+            name=name, group=group, what=what, needs=needs, holds=lambda seen: bool(holds(seen))
+        )
         return holds
 
     return register

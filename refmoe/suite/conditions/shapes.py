@@ -1,4 +1,4 @@
-"""Shapes and constants of the model."""
+"""Conditions of the shapes and constants of the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sliding window, and positions."""
+"""Conditions of the sliding window and of positions."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _chunk_over(seen: Observed) -> bool:
 
 
 def _across(position: int) -> Predicate:
-    """Tokens of one sequence on both sides of a position, so that a table which ends or wraps there shows."""
+    """A predicate: a sequence has tokens on both sides of a position. So a table that ends or wraps there shows."""
 
     def holds(seen: Observed) -> bool:
         spans = [[p for run in runs for p in run.positions] for runs in seen.sequences.values()]
