@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator
 
 from refmoe.engines.adapter import Skipped, options_of
+from refmoe.engines.adapters import SHIPPED
 from refmoe.engines.harness import EngineError, Refused, describe, expect_done
 from refmoe.engines.process import Process
 from refmoe.engines.protocol import MessageError, parse
@@ -19,6 +24,7 @@ from refmoe.errors import InputError
 from tests.engines.harnesses import honest
 from tests.engines.running import HONEST, LIMIT
 
+ROOT = Path(__file__).parents[2]
 SCHEMA = json.loads(files("refmoe.engines").joinpath("protocol.schema.json").read_text())
 DOCUMENT = files("refmoe.engines").joinpath("PROTOCOL.md").read_text()
 
@@ -210,6 +216,21 @@ def test_the_honest_harness_speaks_as_the_schema_says() -> None:
     process = Process(HONEST)
     assert valid(process.ask({"command": "start", "protocol": "1"}, LIMIT), "description")
     assert process.stop() is None
+
+
+def test_the_engines_side_needs_no_packages_but_three() -> None:
+    """An engine's environment has them and the engine; refmoe need not be installed there."""
+    script = """
+import sys
+for name in ("refmoe.engines.serve", *(f"refmoe.engines.adapters.{each}" for each in sys.argv[1:])):
+    __import__(name)
+print(*sorted({name.partition(".")[0] for name in sys.modules} - sys.stdlib_module_names))
+"""
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", script, *SHIPPED], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+    )  # fmt: skip
+    assert {*done.stdout.split()} - {"__main__"} == {"refmoe", "numpy", "ml_dtypes", "safetensors"}
 
 
 def test_options_are_keys_and_values() -> None:

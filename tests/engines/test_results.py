@@ -18,23 +18,43 @@ from refmoe.errors import InputError
 from tests.command_line import Refmoe
 
 COMMITTED = Path(__file__).parents[2] / "bench" / "results" / "conform"
-CAUSE = Cause("rope-sign-flipped", "known bug", "rotates the other way", "flip the sign", ("https://example.org/1",))
+CAUSE = Cause(
+    name="rope-sign-flipped",
+    kind="known bug",
+    about="rotates the other way",
+    fix="flip the sign",
+    sources=("https://example.org/1",),
+)
 ODD = "<script>alert(1)</script>\x1b[2J \u202e"
+
+
+def outcome(case: str, dtype: str, verdict: str, reason: str, **fields: Any) -> Outcome:
+    """An outcome under the policy of the dtype's name."""
+    return Outcome(case=case, dtype=dtype, policy=dtype, verdict=verdict, reason=reason, **fields)
+
+
 OUTCOMES = (
-    Outcome("one", "float32", "float32", "conformant", "all of it", None, None, {"logits": 0.5, "embedding": 0.0}),
-    Outcome(
-        "one", "bfloat16", "bfloat16", "not conformant", "3 of 9 values lie outside", None,
-        ("decode1", "layers.1.attention.q_rope"), {"attention.q_rope": math.inf, "logits": math.nan}, (CAUSE,),
+    outcome("one", "float32", "conformant", "all of it", worst_errors={"logits": 0.5, "embedding": 0.0}),
+    outcome(
+        "one", "bfloat16", "not conformant", "3 of 9 values lie outside",
+        first_wrong=("decode1", "layers.1.attention.q_rope"),
+        worst_errors={"attention.q_rope": math.inf, "logits": math.nan}, explanations=(CAUSE,),
     ),
-    Outcome("two", "float32", "float32", "skipped", "no window", "https://example.org/2"),
-    Outcome("two", "bfloat16", "bfloat16", CRASHED, f"it says {ODD}"),
-    Outcome("three", "float32", "float32", "cannot judge", "no bound"),
-    Outcome("three", "bfloat16", "bfloat16", TIMED_OUT, "no answer"),
+    outcome("two", "float32", "skipped", "no window", issue="https://example.org/2"),
+    outcome("two", "bfloat16", CRASHED, f"it says {ODD}"),
+    outcome("three", "float32", "cannot judge", "no bound"),
+    outcome("three", "bfloat16", TIMED_OUT, "no answer"),
 )  # fmt: skip
 RESULTS = Results(
-    Engine("engine", "1.0", {"attention": "sdpa"}), {"system": "Linux", "machine": "x86_64"}, "0.1.0", 1e-6,
-    {"one": "aa", "two": "bb", "three": "cc"}, "case one in float32, twice", OUTCOMES, ("it was killed",),
-)  # fmt: skip
+    engine=Engine("engine", "1.0", {"attention": "sdpa"}),
+    platform={"system": "Linux", "machine": "x86_64"},
+    refmoe="0.1.0",
+    significance=1e-6,
+    cases={"one": "aa", "two": "bb", "three": "cc"},
+    smoke="case one in float32, twice",
+    outcomes=OUTCOMES,
+    notes=("it was killed",),
+)
 ANOTHER = replace(
     RESULTS, engine=Engine("another", "2", {"command": "./x"}), outcomes=OUTCOMES[:1], cases={"one": "ab"}
 )

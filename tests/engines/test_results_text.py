@@ -11,18 +11,36 @@ from refmoe.engines.process import CRASHED
 from refmoe.engines.results import Cause, Engine, Outcome, Results
 from refmoe.report.scoreboard_text import print_results
 
-CAUSE = Cause("rope-sign-flipped", "known bug", "Rotates the other way.", "flip the sign", ())
+CAUSE = Cause(
+    name="rope-sign-flipped", kind="known bug", about="Rotates the other way.", fix="flip the sign", sources=()
+)
 CASES = [f"case-{i:02}" for i in range(30)]
 
 
 def wrong(case: str, dtype: str, layer: int, step: str = "q_rope") -> Outcome:
     first = ("prefill", f"layers.{layer}.attention.{step}")
     reason = f"{layer} of 9 values lie outside"
-    return Outcome(case, dtype, dtype, "not conformant", reason, None, first, {}, (CAUSE,))
+    return Outcome(
+        case=case,
+        dtype=dtype,
+        policy=dtype,
+        verdict="not conformant",
+        reason=reason,
+        first_wrong=first,
+        explanations=(CAUSE,),
+    )
 
 
 def printed(capsys: pytest.CaptureFixture[str], *outcomes: Outcome, logs: dict[str, str] | None = None) -> list[str]:
-    results = Results(Engine("engine", "1", {}), {}, "0", 1e-6, {}, "case one, twice", outcomes)
+    results = Results(
+        engine=Engine("engine", "1", {}),
+        platform={},
+        refmoe="0",
+        significance=1e-6,
+        cases={},
+        smoke="case one, twice",
+        outcomes=outcomes,
+    )
     said = {(each.case, each.dtype): (logs or {}).get(each.case, "") for each in outcomes}
     print_results(results, sort_failures(results, []), said)
     # what comes after the table and its empty line
@@ -67,7 +85,13 @@ def test_many_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
 def test_crashes_are_alike_by_their_sentence_and_the_last_words_are_those_of_the_first(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    crash = Outcome("a", "float32", "float32", CRASHED, "it was ended by SIGSEGV before it answered to run")
+    crash = Outcome(
+        case="a",
+        dtype="float32",
+        policy="float32",
+        verdict=CRASHED,
+        reason="it was ended by SIGSEGV before it answered to run",
+    )
     other = replace(crash, case="c", reason="it was ended by SIGABRT before it answered to run")
     lines = printed(capsys, crash, replace(crash, case="b"), other, logs={"a": "no GPU", "b": "no GPU", "c": "abort()"})
     assert lines[1:] == [
