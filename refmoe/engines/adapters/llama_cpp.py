@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from numpy.typing import NDArray
 
 from refmoe.checkpoints.gguf_file import write_gguf
 from refmoe.checkpoints.load import load_checkpoint
@@ -132,7 +132,7 @@ class Adapter:
         return found
 
 
-def shaped(tap: str, array: np.ndarray[Any, Any], config: Config, run: Run) -> np.ndarray[Any, Any]:
+def shaped(tap: str, array: NDArray[Any], config: Config, run: Run) -> NDArray[Any]:
     """A tensor in the shape of its tap; queries and keys in half-split order, as ROPE-3 wants them.
 
     array: the tap's axes with axes of 1 around them, heads joined or not; for probabilities [1, H, T, cells].

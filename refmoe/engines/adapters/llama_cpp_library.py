@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from refmoe.errors import require
 from refmoe.traces.trace import Run
@@ -152,7 +153,7 @@ def load_library(log: Callable[[str], object]) -> Any:
     return library
 
 
-def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
+def to_numpy(tensor: Tensor) -> NDArray[Any]:
     """A copy of a tensor's values. The axes are in NumPy's order; ggml numbers them from the fastest.
 
     Raises KeyError for a type outside `DTYPES`, such as a quantised one.

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from refmoe.engines.adapter import Arrays
 from refmoe.engines.adapters.onnx_export import export
@@ -60,7 +61,7 @@ class Adapter:
         count, kv_heads, head_dim = self.graph.cache
         empty = [np.zeros((1, kv_heads, 0, head_dim), self.dtype)] * count
         inputs = [value.name for value in self.session.get_inputs()]
-        caches: dict[int, list[np.ndarray[Any, Any]]] = {}
+        caches: dict[int, list[NDArray[Any]]] = {}
         recorder = Recorder()
         for run in runs:
             recorder.run = run.run

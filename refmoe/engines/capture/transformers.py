@@ -14,6 +14,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import NDArray
 
 from refmoe.engines.capture.names import HUGGING_FACE, tap_of
 from refmoe.engines.capture.patching import replaced
@@ -112,7 +113,7 @@ def hooks(model: Any, recorder: Recorder) -> Iterator[None]:
         yield
 
 
-def shaped(tap: str, array: np.ndarray[Any, Any], head_dim: int) -> np.ndarray[Any, Any]:
+def shaped(tap: str, array: NDArray[Any], head_dim: int) -> NDArray[Any]:
     """A value in the shape of its tap: without the batch of one, heads on an axis of their own.
 
     array: [1, T, n], [1, H, T, S] or [T, n], from the module.
@@ -128,11 +129,11 @@ def shaped(tap: str, array: np.ndarray[Any, Any], head_dim: int) -> np.ndarray[A
     return array
 
 
-def to_numpy(value: Any) -> np.ndarray[Any, Any]:
+def to_numpy(value: Any) -> NDArray[Any]:
     """A torch tensor as a NumPy array of the same dtype, copied."""
     value = value.detach().cpu().contiguous()
     if str(value.dtype) == "torch.bfloat16":
-        bits: np.ndarray[Any, Any] = value.view(require("torch", "engines", "a capture").int16).numpy()
+        bits: NDArray[Any] = value.view(require("torch", "engines", "a capture").int16).numpy()
         return bits.copy().view(ml_dtypes.bfloat16)
     return np.array(value.numpy())
 
@@ -196,7 +197,7 @@ def _expert_internals(experts: Any, prefix: str, recorder: Recorder) -> Iterator
         used = np.unique(chosen)
         if len(watch.calls) != 2 * len(used):
             return  # another implementation of the experts
-        slots: dict[str, np.ndarray[Any, Any]] = {}
+        slots: dict[str, NDArray[Any]] = {}
         for e, (_, gate_up), (hidden, output) in zip(used, watch.calls[::2], watch.calls[1::2], strict=True):
             slot, token = np.nonzero((chosen == e).T)
             gate, up = gate_up.chunk(2, dim=-1)
