@@ -35,7 +35,7 @@ Names = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Options:
-    """The options of ``refmoe conform``; their help says what each means."""
+    """The options of ``refmoe conform``. Fields without a description are as in its help."""
 
     harness: Names
     """The command of a harness and its arguments; empty with an adapter."""

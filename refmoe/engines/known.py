@@ -1,4 +1,4 @@
-"""KnownFailure failures: a TOML file that says which cases an engine fails today, and why.
+"""Known failures: a TOML file that says which cases an engine fails today, and why.
 
     format_version = "1"
 
