@@ -65,7 +65,7 @@ def gaussian_expert(rng: np.random.Generator, config: Config) -> Expert:
         values = (rng.standard_normal((rows, columns), np.float32) / np.float32(np.sqrt(columns))).astype(
             ml_dtypes.bfloat16
         )
-        return Weight(name, values.shape, values.dtype, lambda: values, name)
+        return Weight(name=name, shape=values.shape, dtype=values.dtype, source=lambda: values, origin=name)
 
     return Expert(
         weight("w1", config.hidden_dim, config.dim),

@@ -128,9 +128,9 @@ def rows(bench: Bench) -> list[Result]:
     summed = combine_bytes(tokens, k, columns, 2) / bench.seconds(lambda: kernels.combine(outputs, position, weights))
     bench.notes["gather_bytes_per_second"], bench.notes["combine_bytes_per_second"] = gather, summed
     return [
-        Result("gather kernel", gather / 1e12, "TB/s", bench.of_copy(gather), 0.85),
+        Result("gather kernel", gather / 1e12, "TB/s", share=bench.of_copy(gather), goal=0.85),
         Result("cupy.take, the same", take / 1e12, "TB/s", bench.of_copy(take)),
-        Result("combine kernel", summed / 1e12, "TB/s", bench.of_copy(summed), 0.85),
+        Result("combine kernel", summed / 1e12, "TB/s", share=bench.of_copy(summed), goal=0.85),
     ]
 
 
@@ -162,7 +162,14 @@ def decoding(bench: Bench) -> list[Result]:
         goal = 0.8 if capture else None
         bench.notes[f"decode_seconds_{name}"] = seconds
         results.append(
-            Result(f"decode, batch 1, {name}", 1 / seconds, "tokens/s", bench.of_copy(moved / seconds), goal, note)
+            Result(
+                f"decode, batch 1, {name}",
+                1 / seconds,
+                "tokens/s",
+                share=bench.of_copy(moved / seconds),
+                goal=goal,
+                note=note,
+            )
         )
     return results
 
@@ -178,7 +185,7 @@ def prefilling(bench: Bench, ops: DecodeOps, model: Model) -> Result:
     rate = prefill_operations(model.config, bench.prompt) / seconds
     share = None if bench.matmul_rate is None else rate / bench.matmul_rate
     note = f"{model.config.layers} layers, {seconds * 1e3:.1f} ms"
-    return Result(f"prefill, {bench.prompt} tokens", rate / 1e12, "TFLOP/s", share, 0.6, note)
+    return Result(f"prefill, {bench.prompt} tokens", rate / 1e12, "TFLOP/s", share=share, goal=0.6, note=note)
 
 
 def goldens(bench: Bench) -> list[Result]:
@@ -191,7 +198,11 @@ def goldens(bench: Bench) -> list[Result]:
             print(f"{folder.name}: {differences[0].what}", flush=True)
     bench.notes["goldens_that_differ"] = wrong
     note = f"of {len(cases)}, {time.perf_counter() - start:.0f} s{''.join(f', not {name}' for name in wrong)}"
-    return [Result("golden cases with the CPU's bits", len(cases) - len(wrong), "cases", None, len(cases), note)]
+    return [
+        Result(
+            "golden cases with the CPU's bits", len(cases) - len(wrong), "cases", share=None, goal=len(cases), note=note
+        )
+    ]
 
 
 def full_size(bench: Bench) -> list[Result]:
@@ -213,7 +224,7 @@ def full_size(bench: Bench) -> list[Result]:
     note = f"{len(stored) - len(wrong)} of {len(stored)} tensors as on the CPU; digest {digest[:16]}"
     return [
         Result("exact run of the whole model", seconds, "s", note=note),
-        Result("its tensors with the CPU's bits", len(stored) - len(wrong), "tensors", None, len(stored)),
+        Result("its tensors with the CPU's bits", len(stored) - len(wrong), "tensors", share=None, goal=len(stored)),
     ]
 
 
@@ -228,5 +239,9 @@ def sanitizing(bench: Bench) -> list[Result]:
         command = [tool, "--tool", check, "--error-exitcode", "9", *test]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         lines = (done.stdout + done.stderr).strip().splitlines()
-        results.append(Result(f"compute-sanitizer {check}", float(done.returncode == 0), "clean", None, 1, lines[-1]))
+        results.append(
+            Result(
+                f"compute-sanitizer {check}", float(done.returncode == 0), "clean", share=None, goal=1, note=lines[-1]
+            )
+        )
     return results

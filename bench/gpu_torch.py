@@ -84,7 +84,7 @@ def row_operations(bench: Bench, config: Config) -> list[Result]:
         Result("torch.index_select", select / 1e12, "TB/s", bench.of_copy(select)),
         Result("torch.index_add, unweighted", add / 1e12, "TB/s", bench.of_copy(add)),
         *(
-            Result(f"{name} kernel over {other}", rate / theirs, "times its speed", None, 1)
+            Result(f"{name} kernel over {other}", rate / theirs, "times its speed", share=None, goal=1)
             for name, rate, other, theirs in zip(
                 ("gather", "combine"), ours, ("index_select", "index_add"), (select, add), strict=True
             )
@@ -130,7 +130,7 @@ def transformers_model(bench: Bench, config: Config) -> list[Result]:
         Result(f"transformers prefill, {bench.prompt} tokens", prefill * 1e3, "ms"),
     ]  # fmt: skip
     if ours:
-        results.append(Result("refmoe over transformers, decode", decode / ours, "times its speed", None, 3))
+        results.append(Result("refmoe over transformers, decode", decode / ours, "times its speed", share=None, goal=3))
     if read:
         results.append(Result("refmoe over transformers, prefill", prefill / read, "times its speed"))
     return results

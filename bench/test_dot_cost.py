@@ -81,7 +81,7 @@ def linear_cost(stored: Array, tokens: int, rounds: int) -> Cost:
     wide = upcast(stored, FLOAT64)
     x = np.random.default_rng(1).standard_normal((tokens, stored.shape[1]))
     cost = compare(lambda: dot.linear(x, prepared), lambda: x @ wide.T, rounds)
-    return Cost(cost.exact, cost.native, cost.fallback, cost.elements, prepare)
+    return Cost(exact=cost.exact, native=cost.native, fallback=cost.fallback, elements=cost.elements, prepare=prepare)
 
 
 def attention_cost(rounds: int) -> Cost:

@@ -1,1 +1,1 @@
-"""Layouts on disk to the spec's parameters: Hugging Face's, Mistral's own, and the synthetic formula."""
+"""Checkpoints as the spec's parameters: Hugging Face's layout, Mistral's own, and synthetic weights from a formula."""

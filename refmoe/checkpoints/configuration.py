@@ -1,4 +1,4 @@
-"""The check of a configuration where it enters: a file, a case, or an argument."""
+"""The check of a configuration, wherever it comes from: a file, a case, or an argument."""
 
 from __future__ import annotations
 

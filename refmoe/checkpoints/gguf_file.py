@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from refmoe.checkpoints.mistral import interleaved
 from refmoe.checkpoints.weight import Weight
@@ -33,17 +34,17 @@ LAYER_TENSORS = {
 """Canonical parameters of a layer and their tensors, each ``blk.{i}.<name>.weight``."""
 
 EXPERT_TENSORS = {"w1": "ffn_gate_exps", "w2": "ffn_down_exps", "w3": "ffn_up_exps"}
-"""An expert's matrices; a tensor has those of all experts of a layer, expert 0 first."""
+"""An expert's matrices and their tensors. One tensor holds the matrices of all experts of a layer, expert 0 first."""
 
 
-def tensors(config: Config, weights: dict[str, Weight]) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+def tensors(config: Config, weights: dict[str, Weight]) -> Iterator[tuple[str, NDArray[Any]]]:
     """Every tensor in float32, by name. Raises InputError for a value that float32 cannot hold.
 
-    Matrices are [out, in] as in the checkpoint, those of experts [E, out, in]. llama.cpp turns the pairs 2i and 2i + 1
+    Matrices are [out, in] as in the checkpoint, and [E, out, in] for experts. llama.cpp rotates the pairs (2i, 2i + 1)
     of a llama's queries and keys, so their rows are interleaved: ROPE-3.
     """
 
-    def get(name: str) -> np.ndarray[Any, Any]:
+    def get(name: str) -> NDArray[Any]:
         array = converted(weights[name], np.dtype(np.float32))
         return interleaved(array, config.head_dim) if name.endswith((".wq", ".wk")) else array
 
@@ -58,10 +59,10 @@ def tensors(config: Config, weights: dict[str, Weight]) -> Iterator[tuple[str, n
 
 
 def write_gguf(path: Path, config: Config, parameters: Parameters) -> None:
-    """Write a float32 GGUF file without a tokenizer: only its number of tokens is given.
+    """Write a float32 GGUF file without a tokenizer; it only has the number of tokens.
 
-    A window is not written: llama.cpp's llama has none. Raises InputError when the package gguf is not installed, or
-    a value is not representable in float32.
+    A window is not written, as llama.cpp's llama has none. Raises InputError when the package gguf is not installed, or
+    float32 cannot represent a value.
     """
     gguf: Any = require("gguf", "llama-cpp", "writing a GGUF file")
     writer = gguf.GGUFWriter(path, ARCHITECTURE)

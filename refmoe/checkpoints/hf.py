@@ -6,19 +6,9 @@ from collections.abc import Iterator
 from operator import itemgetter
 from pathlib import Path
 
-from refmoe.checkpoints.layout import (
-    Checkpoint,
-    Expected,
-    View,
-    account,
-    gather_tensors,
-    indexed_tensors,
-    make_config,
-    refuse_pickles,
-    to_checkpoint,
-    whole,
-    whole_parameter,
-)
+from refmoe.checkpoints import layout
+from refmoe.checkpoints.layout import Checkpoint, Expected, Found, View, whole, whole_parameter
+from refmoe.checkpoints.names import expert_names
 from refmoe.errors import InputError
 from refmoe.files.json_file import JsonFile, read_json
 from refmoe.files.safetensors_file import StoredTensor, quoted
@@ -41,6 +31,18 @@ FIELDS = {
 }
 """The spec's fields and their names in config.json."""
 
+FOREIGN = {
+    "attention_bias": "Mixtral's projections have no biases",
+    "mlp_bias": "Mixtral's experts have no biases",
+    "tie_word_embeddings": "Mixtral's output matrix is its own",
+    "quantization_config": "weights that are not quantised were expected",
+    "rope_scaling": "Mixtral's rotary embedding is not scaled",
+}
+"""Fields of other models that would change the result, and the fact about Mixtral that they contradict."""
+
+NOT_PLAIN = ("head_dim", "window", "norm_eps", "rope_theta")
+"""The spec's fields that are no integers or may be absent from config.json."""
+
 LAYER_TENSORS = {
     "attention_norm": "input_layernorm.weight",
     "attention.wq": "self_attn.q_proj.weight",
@@ -59,14 +61,14 @@ MODEL_TENSORS = {
 """Canonical parameters outside the layers and their tensors."""
 
 BLOCKS = ("block_sparse_moe", "mlp")
-"""Names of the mixture's module: in checkpoints, and in the model class of transformers 5."""
+"""Names of the module of the mixture of experts: in checkpoints, and in the model class of transformers 5."""
 
 
 def read_config(path: Path) -> Config:
     """The configuration in a config.json.
 
-    Both generations are read: `rope_theta` at the top level, and `rope_parameters.rope_theta`. What would change
-    the mathematics and is not Mixtral's (another rope type, activation, biases, tied output) is refused.
+    Both generations are read: `rope_theta` at the top level, and `rope_parameters.rope_theta`. Raises InputError for
+    fields that would change the mathematics: another rope type or activation, biases, a tied output.
     """
     file = read_json(path)
     for name, value in {"model_type": "mixtral", "hidden_act": "silu"}.items():
@@ -80,25 +82,9 @@ def read_config(path: Path) -> Config:
     integers = {ours: theirs for ours, theirs in FIELDS.items() if ours not in NOT_PLAIN}
     values = {ours: file.integer(theirs) for ours, theirs in integers.items()}
     window = None if file.values.get("sliding_window") is None else file.integer("sliding_window")
-    return make_config(
-        file, FIELDS, {
-            **values, "head_dim": _head_dim(file, values["dim"], values["heads"]), "window": window,
-            "norm_eps": file.number("rms_norm_eps"), "rope_theta": _rope_theta(file),
-        },
-    )  # fmt: skip
-
-
-FOREIGN = {
-    "attention_bias": "Mixtral's projections have no biases",
-    "mlp_bias": "Mixtral's experts have no biases",
-    "tie_word_embeddings": "Mixtral's output matrix is its own",
-    "quantization_config": "weights that are not quantised were expected",
-    "rope_scaling": "Mixtral's rotary embedding is not scaled",
-}
-"""Fields of other models that would change the result, and what is so here."""
-
-NOT_PLAIN = ("head_dim", "window", "norm_eps", "rope_theta")
-"""Fields that are not integers, or need not be there."""
+    head_dim, theta = _head_dim(file, values["dim"], values["heads"]), _rope_theta(file)
+    rest = {"head_dim": head_dim, "window": window, "norm_eps": file.number("rms_norm_eps"), "rope_theta": theta}
+    return layout.make_config(file, FIELDS, values | rest)
 
 
 def _head_dim(file: JsonFile, dim: int, heads: int) -> int:
@@ -133,34 +119,35 @@ def _rope_theta(file: JsonFile) -> float:
     return next(iter(found.values()))
 
 
+def layer_names(config: Config, i: int, block: str, fused: bool) -> Iterator[tuple[str, str]]:
+    """Tensor and canonical parameter, for layer i and every tensor that is one parameter, one by one."""
+    ours, theirs = f"layers.{i}.", f"model.layers.{i}."
+    for name, tensor in LAYER_TENSORS.items():
+        yield theirs + tensor, ours + name
+    yield f"{theirs}{block}.gate.weight", ours + "router.gate"
+    for name in () if fused else expert_names(config):
+        yield f"{theirs}{block}.{name}.weight", ours + name
+
+
 def expected_tensors(config: Config, block: str, fused: bool) -> Iterator[tuple[str, Expected]]:
-    """Tensor name and what is expected of it, one by one.
+    """Each tensor's name with its expectation, one by one.
 
-    block: the name of the mixture's module.   fused: experts as `gate_up_proj` [E, 2F, D] (the gate first) and
-    `down_proj` [E, D, F], or apart as `w1`, `w2`, `w3`.
+    block: the name of the module of the mixture of experts.
+    fused: experts as `gate_up_proj` [E, 2F, D] (the gate first) and `down_proj` [E, D, F], or apart as `w1`, `w2`, `w3`
     """
-
-    def one(tensor: str, name: str) -> tuple[str, Expected]:
-        return tensor, whole_parameter(config, name, whole)
-
     fields = ("experts", "hidden_dim", "dim")
     dim, hidden, experts = config.dim, config.hidden_dim, config.experts
     for name, tensor in MODEL_TENSORS.items():
-        yield one(tensor, name)
+        yield tensor, whole_parameter(config, name, whole)
     for i in range(config.layers):
-        ours, theirs = f"layers.{i}.", f"model.layers.{i}."
-        for name, tensor in LAYER_TENSORS.items():
-            yield one(theirs + tensor, ours + name)
-        theirs += block
-        yield one(f"{theirs}.gate.weight", ours + "router.gate")
+        for tensor, name in layer_names(config, i, block, fused):
+            yield tensor, whole_parameter(config, name, whole)
         if fused:
-            halves = ((f"{ours}experts.{e}.{w}", cut) for e in range(experts) for w, cut in _halves(e, hidden))
-            yield f"{theirs}.experts.gate_up_proj", Expected((experts, 2 * hidden, dim), fields, halves)
-            down = ((f"{ours}experts.{e}.w2", itemgetter(e)) for e in range(experts))
-            yield f"{theirs}.experts.down_proj", Expected((experts, dim, hidden), fields, down)
-        else:
-            for name in (f"experts.{e}.{w}" for e in range(experts) for w in ("w1", "w2", "w3")):
-                yield one(f"{theirs}.{name}.weight", ours + name)
+            ours, theirs = f"layers.{i}.experts.", f"model.layers.{i}.{block}.experts."
+            halves = ((f"{ours}{e}.{w}", cut) for e in range(experts) for w, cut in _halves(e, hidden))
+            yield f"{theirs}gate_up_proj", Expected((experts, 2 * hidden, dim), fields, halves)
+            down = ((f"{ours}{e}.w2", itemgetter(e)) for e in range(experts))
+            yield f"{theirs}down_proj", Expected((experts, dim, hidden), fields, down)
 
 
 def _halves(expert: int, hidden: int) -> tuple[tuple[str, View], tuple[str, View]]:
@@ -170,16 +157,16 @@ def _halves(expert: int, hidden: int) -> tuple[tuple[str, View], tuple[str, View
 def weight_files(folder: Path) -> tuple[list[Path], dict[str, StoredTensor]]:
     """The safetensors files of a checkpoint, in name order, and their tensors.
 
-    Raises InputError when they cannot be told.
+    Raises InputError when the folder holds no such files, or a single file and an index.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists() and index.exists():
         raise InputError(f"{folder}: holds both {single.name} and {index.name}, but one of them was expected")
     if single.exists():
-        return [single], gather_tensors([single])
+        return [single], layout.gather_tensors([single])
     if index.exists():
-        return indexed_tensors(index)
-    refuse_pickles(folder, ("*.bin", "*.pt", "*.pth"), "safetensors")
+        return layout.indexed_tensors(index)
+    layout.refuse_pickles(folder, ("*.bin", "*.pt", "*.pth"), "safetensors")
     raise InputError(f"{folder}: neither {single.name} nor {index.name} is there, but one of them was expected")
 
 
@@ -189,8 +176,8 @@ def load(folder: Path) -> Checkpoint:
     files, tensors = weight_files(folder)
     block = next((b for b in reversed(BLOCKS) if any(f".{b}." in name for name in tensors)), BLOCKS[0])
     fused = any(name.endswith(".experts.gate_up_proj") for name in tensors)
-    weights = account(
-        tensors, lambda: expected_tensors(config, block, fused), config, files[0] if len(files) == 1 else folder,
-        FIELDS, "config.json",
+    found = Found(
+        layout="hf", folder=folder, config=config, config_name="config.json", fields=FIELDS, files=files,
+        tensors=tensors,
     )  # fmt: skip
-    return to_checkpoint(config, "hf", files, tensors, weights)
+    return layout.match(found, lambda: expected_tensors(config, block, fused))

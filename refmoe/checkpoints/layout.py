@@ -1,4 +1,4 @@
-"""What every layout on disk shares: making a configuration, and accounting for every tensor."""
+"""The common part of all layouts on disk: making a configuration, and matching tensors with parameters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from numpy.typing import NDArray
 
 from refmoe.checkpoints.configuration import ConfigError, checked
 from refmoe.checkpoints.names import build_parameters, parameter_axes, parameter_shape
@@ -22,7 +22,10 @@ from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters
 
 WEIGHT_DTYPES = ("BF16", "F16", "F32", "F64")
-View = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
+LISTED = 1 << 16
+"""How many expected names are listed to find an unknown tensor. No published model has a tenth of this number."""
+View = Callable[[NDArray[Any]], NDArray[Any]]
+"""From a stored tensor to one parameter."""
 
 
 @dataclass(frozen=True)
@@ -41,27 +44,53 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Expected:
-    """A tensor that a layout demands: its shape on disk and the parameters that are cut out of it."""
+    """A tensor that a layout demands: its shape on disk and the parameters that it holds."""
 
     shape: tuple[int, ...]
     fields: tuple[str, ...]
-    """The fields of the configuration that the shape follows from."""
+    """The fields of the configuration that determine the shape."""
     parameters: Iterable[tuple[str, View]]
-    """Canonical name and cut of each; computed when the shape is known to be right."""
+    """Canonical name and view of each parameter; read only after the shape has been checked."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint's configuration and tensors as they are on disk, before the tensors are matched with parameters."""
+
+    layout: str
+    folder: Path
+    config: Config
+    config_name: str
+    """The name of the configuration's file."""
+    fields: dict[str, str]
+    """The spec's fields and their names in that file."""
+    files: list[Path]
+    """The safetensors files, in name order."""
+    tensors: dict[str, StoredTensor]
+
+    @property
+    def place(self) -> Path:
+        """The one file of tensors, or the folder of several."""
+        return self.files[0] if len(self.files) == 1 else self.folder
+
+    def says(self, *fields: str) -> str:
+        """The values of some fields, as the configuration's file names them."""
+        pairs = (f"{self.fields[field]} = {getattr(self.config, field)}" for field in fields)
+        return f"{self.config_name} says {', '.join(pairs)}"
 
 
 def whole_parameter(config: Config, name: str, view: View) -> Expected:
-    """A tensor that holds one parameter and nothing else."""
+    """The expectation of a tensor that holds exactly one parameter."""
     fields = dict.fromkeys(field for axis in parameter_axes(name) for field in axis)
     return Expected(parameter_shape(config, name), tuple(fields), [(name, view)])
 
 
 Listing = Callable[[], Iterator[tuple[str, Expected]]]
-"""Tensor name and what is expected of it, listed as far as the caller asks."""
+"""Lists each tensor's name with its expectation, as far as the caller iterates."""
 
 
 def make_config(json_file: JsonFile, names: dict[str, str], values: dict[str, Any]) -> Config:
-    """A configuration, with a refusal told in the file's own field names.
+    """A configuration. Raises InputError with the file's own field names for values that are refused.
 
     names: the spec's field to the file's field.   values: the spec's field to its value.
     """
@@ -88,7 +117,7 @@ def gather_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
 def indexed_tensors(index: Path) -> tuple[list[Path], dict[str, StoredTensor]]:
     """The shards that an index names, in name order, and their tensors.
 
-    Raises InputError where index and shards do not say the same.
+    Raises InputError where index and shards disagree.
     """
     mapping = read_json(index).within("weight_map").values
     for listed, name in mapping.items():
@@ -118,37 +147,22 @@ def indexed_tensors(index: Path) -> tuple[list[Path], dict[str, StoredTensor]]:
     return shards, tensors
 
 
-LISTED = 1 << 16
-"""How many expected names are listed to find the stranger among those present; no published model has a tenth."""
-
-
 def refuse_pickles(folder: Path, patterns: Iterable[str], instead: str) -> None:
-    """Raises InputError when the folder holds a pickle in place of what was expected."""
+    """Raises InputError when the folder holds a pickle. instead: the files that were expected, in words"""
     for path in (path for pattern in patterns for path in sorted(folder.glob(pattern))):
         raise InputError(
             f"{path}: is a pickle, which can run code when it is loaded, and is refused; {instead} was expected"
         )
 
 
-def account(
-    tensors: dict[str, StoredTensor],
-    expected: Listing,
-    config: Config,
-    place: Path,
-    names: dict[str, str],
-    said_in: str,
-) -> dict[str, Weight]:
-    """Match every tensor found with every tensor expected; the parameters by canonical name.
+def match(found: Found, expected: Listing) -> Checkpoint:
+    """The checkpoint, after every tensor found has been matched with every tensor expected.
 
-    expected: lists the tensors; called again for a message.   place: where a missing tensor is missing.
-    names: the spec's field to the file's field.   said_in: the name of that file.
+    expected: lists the tensors; called again for a message.
     Raises InputError for the first that is missing, unexpected, of another shape or of an unusable dtype. The first
-    missing one ends the listing, so that a configuration of a billion layers takes no longer than the files are long.
+    missing tensor ends the listing, so a configuration of a billion layers takes no longer than the files are long.
     """
-
-    def says(fields: Iterable[str]) -> str:
-        return f"{said_in} says " + ", ".join(f"{names[field]} = {getattr(config, field)}" for field in fields)
-
+    config, tensors = found.config, found.tensors
     weights: dict[str, Weight] = {}
     known = set()
     for name, wanted in expected():
@@ -156,13 +170,14 @@ def account(
             listed = {name for name, _ in islice(expected(), LISTED)}
             others = [name for name in tensors if name not in listed] if len(listed) < LISTED else []
             instead = f"; found instead {quoted(others[0])}" if others else ""
-            raise InputError(f"{place}: tensor {quoted(name)} is missing, but {says(('layers', 'experts'))}{instead}")
+            says = found.says("layers", "experts")
+            raise InputError(f"{found.place}: tensor {quoted(name)} is missing, but {says}{instead}")
         known.add(name)
         tensor = tensors[name]
         if tensor.shape != wanted.shape:
             raise InputError(
                 f"{tensor.path}: tensor {quoted(name)} has shape {list(tensor.shape)}, "
-                f"but {list(wanted.shape)} was expected: {says(wanted.fields)}"
+                f"but {list(wanted.shape)} was expected: {found.says(*wanted.fields)}"
             )
         if tensor.dtype not in WEIGHT_DTYPES:
             raise InputError(
@@ -175,18 +190,29 @@ def account(
     if unexpected:
         path, name = tensors[unexpected[0]].path, quoted(unexpected[0])
         more = f", nor {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
-        raise InputError(f"{path}: tensor {name} was not expected{more}: {says(('layers', 'experts'))}")
-    return weights
+        raise InputError(f"{path}: tensor {name} was not expected{more}: {found.says('layers', 'experts')}")
+    return Checkpoint(
+        config=config,
+        parameters=build_parameters(config, weights.__getitem__),
+        layout=found.layout,
+        files=tuple(found.files),
+        dtypes=tuple(sorted({tensor.dtype for tensor in tensors.values()})),
+    )
 
 
 def _weight(name: str, shape: tuple[int, ...], tensor: StoredTensor, view: View) -> Weight:
     origin = f"{tensor.path}: tensor {quoted(tensor.name)}"
     return Weight(
-        name, shape, DTYPES[tensor.dtype], lambda: view(tensor.map()), origin, partial(tensor.read_rows, view)
+        name=name,
+        shape=shape,
+        dtype=DTYPES[tensor.dtype],
+        source=lambda: view(tensor.map()),
+        origin=origin,
+        read_block=partial(tensor.read_rows, view),
     )
 
 
-def whole(stored: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def whole(stored: NDArray[Any]) -> NDArray[Any]:
     """A tensor that is one parameter."""
     return stored
 

@@ -1,4 +1,4 @@
-"""Load whichever layout a folder holds."""
+"""Load a checkpoint in the layout that its folder holds."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ LAYOUTS = {"hf": hf.load, "mistral": mistral.load}
 
 
 def load_checkpoint(folder: Path, layout: str | None = None) -> Checkpoint:
-    """The checkpoint in a folder. Weights are mapped, not read; NaN and Inf are found when one is first used.
+    """The checkpoint in a folder. Weights are mapped, not read; NaN and Inf are found when a weight is first used.
 
-    layout: ``"hf"``, ``"mistral"``, or None to tell by the files: config.json with safetensors in Hugging Face's
-        names goes before params.json, as the published repositories hold both.
+    layout: ``"hf"``, ``"mistral"``, or None to choose by the files. Published repositories hold both layouts:
+        config.json with safetensors in Hugging Face's names is preferred to params.json.
     Raises InputError, one sentence, for anything that does not fit.
     """
     if not folder.is_dir():
@@ -33,7 +33,7 @@ def load_checkpoint(folder: Path, layout: str | None = None) -> Checkpoint:
 
 
 def checkpoint_digest(files: tuple[Path, ...]) -> str:
-    """``sha256:`` and the digest over the files' bytes in name order: what a trace says it was made from."""
+    """``sha256:`` and the digest over the files' bytes in name order, by which a trace names its checkpoint."""
     digest = hashlib.sha256()
     for path in sorted(files):
         with path.open("rb") as file:

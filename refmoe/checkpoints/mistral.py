@@ -6,20 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from numpy.typing import NDArray
 
-from refmoe.checkpoints.layout import (
-    Checkpoint,
-    Expected,
-    account,
-    gather_tensors,
-    indexed_tensors,
-    make_config,
-    refuse_pickles,
-    to_checkpoint,
-    whole,
-    whole_parameter,
-)
+from refmoe.checkpoints import layout
+from refmoe.checkpoints.layout import Checkpoint, Expected, Found, whole, whole_parameter
+from refmoe.checkpoints.names import expert_names
 from refmoe.errors import InputError
 from refmoe.files.json_file import JsonFile, read_json
 from refmoe.files.safetensors_file import StoredTensor
@@ -60,7 +51,7 @@ MODEL_TENSORS = {"embedding": "tok_embeddings.weight", "final_norm": "norm.weigh
 """Canonical parameters outside the layers and their tensors."""
 
 
-def half_split(rows: np.ndarray[Any, Any], head_dim: int) -> np.ndarray[Any, Any]:
+def half_split(rows: NDArray[Any], head_dim: int) -> NDArray[Any]:
     """Reorder the rows of a query or key projection from pairs (2i, 2i + 1) to pairs (i, i + d/2): ROPE-3.
 
     rows: [heads d, D]   returns: [heads d, D], a copy
@@ -68,7 +59,7 @@ def half_split(rows: np.ndarray[Any, Any], head_dim: int) -> np.ndarray[Any, Any
     return rows.reshape(-1, head_dim // 2, 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def interleaved(rows: np.ndarray[Any, Any], head_dim: int) -> np.ndarray[Any, Any]:
+def interleaved(rows: NDArray[Any], head_dim: int) -> NDArray[Any]:
     """The inverse of `half_split`: rows as Mistral's own checkpoints hold them."""
     return rows.reshape(-1, 2, head_dim // 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
 
@@ -95,60 +86,62 @@ def read_config(path: Path) -> Config:
         if file.values.get(FIELDS[ours]) is not None:
             values[ours] = file.integer(FIELDS[ours])
     values["rope_theta"] = _rope_theta(file, values.get("window"))
-    return make_config(file, FIELDS, values)
+    return layout.make_config(file, FIELDS, values)
 
 
 def _rope_theta(file: JsonFile, window: Any) -> float:
     if file.values.get("rope_theta") is not None:
         return file.number("rope_theta")
     if window is not None:
-        # Mistral's code has used 1e4 with a window and 1e6 without, and later 1e6 always
+        # Mistral's code first used 1e4 with a window and 1e6 without, and later always 1e6
         raise InputError(f"{file.path}: 'rope_theta' is missing, and with 'sliding_window' its default is not settled")
     return 1e6
 
 
-def expected_tensors(config: Config) -> Iterator[tuple[str, Expected]]:
-    """Tensor name and what is expected of it, one by one."""
+def layer_names(config: Config, i: int) -> Iterator[tuple[str, str]]:
+    """Tensor and canonical parameter, for every tensor of layer i, one by one."""
+    layer = f"layers.{i}."
+    for name, tensor in LAYER_TENSORS.items():
+        yield layer + tensor, layer + name
+    for name in expert_names(config):
+        yield f"{layer}feed_forward.{name}.weight", layer + name
 
-    def turned(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+
+def expected_tensors(config: Config) -> Iterator[tuple[str, Expected]]:
+    """Each tensor's name with its expectation, one by one."""
+
+    def turned(rows: NDArray[Any]) -> NDArray[Any]:
         return half_split(rows, config.head_dim)
 
-    def one(tensor: str, name: str) -> tuple[str, Expected]:
-        view = turned if name.endswith((".wq", ".wk")) else whole
-        return tensor, whole_parameter(config, name, view)
-
     for name, tensor in MODEL_TENSORS.items():
-        yield one(tensor, name)
+        yield tensor, whole_parameter(config, name, whole)
     for i in range(config.layers):
-        ours = f"layers.{i}."
-        for name, tensor in LAYER_TENSORS.items():
-            yield one(ours + tensor, ours + name)
-        for name in (f"experts.{e}.{w}" for e in range(config.experts) for w in ("w1", "w2", "w3")):
-            yield one(f"{ours}feed_forward.{name}.weight", ours + name)
+        for tensor, name in layer_names(config, i):
+            yield tensor, whole_parameter(config, name, turned if name.endswith((".wq", ".wk")) else whole)
 
 
 def weight_files(folder: Path) -> tuple[list[Path], dict[str, StoredTensor]]:
     """The safetensors files of a checkpoint, in name order, and their tensors.
 
-    Mistral's own code reads the one file and knows no index; where there is an index, it must be right.
-    Raises InputError when there are none.
+    Mistral's own code reads one file and uses no index. Where an index exists, the shards must agree with it.
+    Raises InputError when the folder holds no such files.
     """
     index = folder / "consolidated.safetensors.index.json"
     if index.exists():
-        return indexed_tensors(index)
+        return layout.indexed_tensors(index)
     files = sorted(folder.glob("consolidated*.safetensors"))
     if not files:
-        refuse_pickles(folder, ("*.pth", "*.pt"), "consolidated*.safetensors")
+        layout.refuse_pickles(folder, ("*.pth", "*.pt"), "consolidated*.safetensors")
         raise InputError(f"{folder}: no consolidated*.safetensors is there, but one or more were expected")
-    return files, gather_tensors(files)
+    return files, layout.gather_tensors(files)
 
 
 def load(folder: Path) -> Checkpoint:
     """A checkpoint in this layout. Raises InputError, one sentence, for anything that does not fit."""
     config = read_config(folder / "params.json")
     files, tensors = weight_files(folder)
-    weights = account(
-        tensors, lambda: expected_tensors(config), config, files[0] if len(files) == 1 else folder,
-        FIELDS, "params.json",
+    found = Found(
+        layout="mistral", folder=folder, config=config, config_name="params.json", fields=FIELDS, files=files,
+        tensors=tensors,
     )  # fmt: skip
-    return to_checkpoint(config, "mistral", files, tensors, weights)
+    return layout.match(found, lambda: expected_tensors(config))

@@ -1,4 +1,4 @@
-"""The canonical names of parameters, which the layouts are mapped to and the synthetic formula is keyed by."""
+"""The canonical names of parameters. Layouts map their tensors to them, and synthetic weights are hashed from them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ AXES: dict[str, tuple[tuple[str, ...], ...]] = {
     "final_norm": (("dim",),),
     "output": (("vocab",), ("dim",)),
 }
-"""The last part of a parameter's name and, for each axis, the fields of the configuration whose product it is."""
+"""For the last part of a parameter's name and each axis, the fields of the configuration whose product is its size."""
 
 
 def parameter_shape(config: Config, name: str) -> tuple[int, ...]:
@@ -34,8 +34,13 @@ def parameter_shape(config: Config, name: str) -> tuple[int, ...]:
 
 
 def parameter_axes(name: str) -> tuple[tuple[str, ...], ...]:
-    """For each axis of the parameter with this canonical name, the fields whose product it is."""
+    """For each axis of the parameter with this canonical name, the fields whose product is its size."""
     return AXES[name.rpartition(".")[2]]
+
+
+def expert_names(config: Config) -> Iterator[str]:
+    """The names of the matrices of all experts within a layer: ``experts.0.w1``, ``experts.0.w2`` and so on."""
+    return (f"experts.{e}.{w}" for e in range(config.experts) for w in ("w1", "w2", "w3"))
 
 
 def parameter_names(config: Config) -> Iterator[str]:
@@ -47,9 +52,8 @@ def parameter_names(config: Config) -> Iterator[str]:
             yield layer + name
         yield layer + "moe_norm"
         yield layer + "router.gate"
-        for e in range(config.experts):
-            for name in ("w1", "w2", "w3"):
-                yield f"{layer}experts.{e}.{name}"
+        for name in expert_names(config):
+            yield layer + name
     yield "final_norm"
     yield "output"
 

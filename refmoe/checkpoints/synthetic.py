@@ -1,4 +1,4 @@
-"""A model whose weights are a formula, not a download: `weight_formula`, changed on purpose by `weight_edits`."""
+"""A model whose weights come from a formula: `weight_formula`, with deliberate changes by `weight_edits`."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class SyntheticWeight(Weight):
         return self._edited(np.arange(height), self.edits).reshape(self.shape)
 
     def rows(self, ids: Any) -> np.ndarray[Any, Any]:
-        # what indexing an array would choose, or its IndexError
+        # chooses rows as indexing an array does, with its IndexError
         return self._edited(np.arange(self.shape[0])[ids], self.edits)
 
     def _edited(self, rows: np.ndarray[Any, Any], edits: tuple[Edit, ...]) -> np.ndarray[Any, Any]:
-        """Rows of the matrix, or the gain as its only row, after some of the edits."""
+        """Rows of the matrix after some of the edits. A gain is a matrix of one row."""
         block = self._formula(rows, self.exponent)
         for i, edit in enumerate(edits):
             formula = self._formula(rows, edit.given) if edit.action == "exponent" else None
@@ -66,7 +66,7 @@ def synthetic_checkpoint(
     """A model of the given dimensions with weights from the formula.
 
     exponents: kind of parameter (the last part of its name) to the power of two, where it is not the default.
-    edits: changes to what the formula gives, as tables; `weight_edits` says what they may be.
+    edits: changes to the formula's values, as tables; `weight_edits` describes them.
     Raises InputError for an unknown kind, an exponent outside float32's, a seed outside 64 bits or a malformed edit.
     """
     given = exponents or {}
@@ -84,6 +84,8 @@ def synthetic_checkpoint(
         shape = shapes[name]
         kind = name.rpartition(".")[2]
         exponent = 0 if len(shape) == 1 else given.get(kind, default_exponent(name, shape))
-        return SyntheticWeight(seed, name, shape, exponent, tuple(changes.get(name, ())))
+        return SyntheticWeight(seed=seed, name=name, shape=shape, exponent=exponent, edits=tuple(changes.get(name, ())))
 
-    return Checkpoint(config, build_parameters(config, weight), "synthetic", (), ("F32",))
+    return Checkpoint(
+        config=config, parameters=build_parameters(config, weight), layout="synthetic", files=(), dtypes=("F32",)
+    )

@@ -14,7 +14,7 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def all_finite(stored: np.ndarray[Any, Any]) -> bool:
-    """Whether no element is NaN or infinite; bfloat16 by its bits, which is faster than by its ufuncs."""
+    """Whether no element is NaN or infinite. bfloat16 is tested by its bits, which is faster than by ufuncs."""
     if stored.dtype == BFLOAT16:
         exponent = np.uint16(0x7F80)
         return not bool(((stored.view(np.uint16) & exponent) == exponent).any())
@@ -22,7 +22,7 @@ def all_finite(stored: np.ndarray[Any, Any]) -> bool:
 
 
 class Weight:
-    """A parameter that is read when it is used. Each read checks that the values are finite, the first time."""
+    """A parameter that is read when it is used. The first read checks that all values are finite."""
 
     def __init__(
         self, name: str, shape: tuple[int, ...], dtype: Any, source: Callable[[], Any], origin: str,
@@ -30,7 +30,7 @@ class Weight:
     ) -> None:  # fmt: skip
         """name: the canonical name.   source: returns the stored values.   origin: file and tensor, for messages.
 
-        read_block: returns rows [start, stop) of the stored values, where that can be had without the rest.
+        read_block: returns rows [start, stop) of the stored values, if it can do so without reading the others.
         """
         self.name = name
         self.shape = shape
@@ -55,7 +55,7 @@ class Weight:
         return stored
 
     def block(self, start: int, stop: int) -> Any:
-        """Rows [start, stop) of a matrix, in memory of their own: of a weight too large to be held.
+        """Rows [start, stop) of a matrix that is too large to be held, as an array of their own.
 
         Raises InputError when one of their values is NaN or infinite, or the file can no longer be read.
         """

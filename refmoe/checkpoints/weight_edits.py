@@ -1,7 +1,7 @@
-"""Edits: what the formula of synthetic weights cannot give on purpose.
+"""Edits: deliberate changes to synthetic weights, which their formula cannot produce.
 
-Two equal rows of a router, an embedding of ones: such things are given by edits, in order, each on what the ones before
-it left:
+Two equal rows of a router matrix or an embedding of ones are examples. Edits are applied in order, each to the result
+of the edits before it:
 
     parameter   which parameters: a shell pattern over their names; at least one must match
     row         only this row of a matrix; without it, every row
@@ -12,8 +12,8 @@ and one of
     value       every element becomes this number
     values      the elements of the row, or of the gain, become these numbers
     magnitude   every element becomes this number, negative where the element was
-    exponent    every element is the formula's, with this power of two
-    copy        the row becomes equal to this row, as it then is
+    exponent    every element becomes the formula's, with this power of two
+    copy        the row becomes equal to this row, as the edits before have left it
     entries     the elements [row, column, number] of this list; neither row nor columns are given
 
 Numbers must be exact in bfloat16.
@@ -34,12 +34,12 @@ from refmoe.checkpoints.weight_formula import EXPONENTS
 from refmoe.errors import InputError
 
 ACTIONS = ("value", "values", "magnitude", "exponent", "copy", "entries")
-"""What an edit can do: exactly one of these is in its table."""
+"""The actions of edits. The table of an edit has exactly one of them."""
 
 
 @dataclass(frozen=True)
 class Edit:
-    """One change to the elements of a parameter that the formula gave."""
+    """One change to the elements of a parameter."""
 
     action: str
     given: Any
@@ -48,10 +48,10 @@ class Edit:
     columns: tuple[int, int] | None = None
 
     def apply(self, block: Any, rows: Any, formula: Any, copied: Any) -> None:
-        """Change rows of a matrix in place; a gain is a matrix of one row.
+        """Change rows of a matrix in place. A gain is a matrix of one row.
 
-        block: [n, columns]   rows: which rows those are, integers [n]   formula: the same rows with this edit's
-        exponent [n, columns], or None   copied: the row to copy [columns], or None
+        block: the rows [n, columns]   rows: their indices, integers [n]   copied: the row to copy [columns], or None
+        formula: the rows with this edit's exponent [n, columns], or None
         """
         if self.action == "entries":
             for row, column, number in self.given:
@@ -72,7 +72,7 @@ class Edit:
 def parse_edits(edits: Sequence[Mapping[str, Any]], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Edit]]:
     """The edits of each parameter, in order. shapes: canonical name to shape of every parameter.
 
-    Raises InputError that names the edit and what is wrong with it.
+    Raises InputError, which names the edit and its fault.
     """
     parsed: dict[str, list[Edit]] = {}
     for i, table in enumerate(edits):

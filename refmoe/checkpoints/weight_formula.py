@@ -1,8 +1,8 @@
-"""The formula of synthetic weights: not a download.
+"""The formula of synthetic weights, which replaces a download.
 
 Every element is an odd integer in [-255, 255] times a power of two fixed per parameter, so that it is exact in
-bfloat16, float16, float32 and float64. The integer comes from a hash of (seed, parameter name, flat index): any
-element can be had without the others, in any language. `golden/FORMAT.md` has the same text with test vectors.
+bfloat16, float16, float32 and float64. The integer comes from a hash of (seed, parameter name, flat index). So any
+element can be computed without the others, in any language. `golden/FORMAT.md` states the formula with test vectors.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ MEAN_SQUARE = 21845
 GAINS = {"embedding": 0, "wq": 1, "wk": 1, "wv": 0, "wo": 0, "gate": 1, "w1": 1, "w2": 1, "w3": 1, "output": 1}
 """Logarithm to base two of the gain that each kind of parameter is meant to have.
 
-Queries, keys and router a little above one make attention peaked and choices clear; a gain of two in the experts keeps
-their output as large as the residual, so that what an expert does wrong is seen.
+Gains a little above one in queries, keys and router make attention peaked and choices clear. A gain of two in the
+experts keeps their output as large as the residual, so that an error of an expert is visible.
 """
 
 BLOCK = 1 << 15
@@ -72,7 +72,7 @@ def elements(seed: int, name: str, exponent: int, start: int, stop: int) -> np.n
     (2 b - 255) 2^exponent, b the top byte of the hash of the index.
     """
     result = np.empty(stop - start, np.float32)
-    # (b - 127.5) 2^(exponent + 1): the same number, and every step of it is exact
+    # computed as (b - 127.5) 2^(exponent + 1), in which every step is exact
     scale = np.float32(math.ldexp(1, exponent + 1))
     for first, top in hashed_bytes(stream_key(seed, name), start, stop):
         block = result[first - start : first - start + len(top)]

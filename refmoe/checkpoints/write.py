@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
@@ -21,7 +22,7 @@ from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters
 
 DTYPE_NAMES = {"bfloat16": BFLOAT16, "float16": np.dtype("float16"), "float32": np.dtype("float32")}
-Tensors = dict[str, np.ndarray[Any, Any]]
+Tensors = dict[str, NDArray[Any]]
 
 
 def named_weights(parameters: Parameters) -> dict[str, Weight]:
@@ -40,8 +41,8 @@ def named_weights(parameters: Parameters) -> dict[str, Weight]:
     return found | {"final_norm": parameters.final_norm, "output": parameters.output}
 
 
-def converted(weight: Weight, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
-    """The values at a dtype. Raises InputError when one of them is not representable there."""
+def converted(weight: Weight, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """The values at a dtype. Raises InputError when the dtype cannot represent one of them."""
     stored = np.asarray(weight.read())
     with np.errstate(over="ignore"):
         result = stored.astype(dtype)
@@ -51,7 +52,7 @@ def converted(weight: Weight, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
 
 
 def hf_config(config: Config, dtype: str, rope_parameters: bool = False) -> dict[str, Any]:
-    """A config.json. rope_parameters: the second generation, with theta inside `rope_parameters`."""
+    """The values of a config.json. rope_parameters: write the second generation, with theta in `rope_parameters`."""
     values: dict[str, Any] = {theirs: getattr(config, ours) for ours, theirs in hf.FIELDS.items()}
     if rope_parameters:
         values["rope_parameters"] = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
@@ -67,7 +68,7 @@ def hf_config(config: Config, dtype: str, rope_parameters: bool = False) -> dict
 
 
 def mistral_params(config: Config) -> dict[str, Any]:
-    """A params.json."""
+    """The values of a params.json."""
     values = {theirs: getattr(config, ours) for ours, theirs in mistral.FIELDS.items() if "." not in theirs}
     if config.window is None:
         del values["sliding_window"]
@@ -75,49 +76,40 @@ def mistral_params(config: Config) -> dict[str, Any]:
 
 
 def hf_tensors(config: Config, weights: dict[str, Weight], dtype: np.dtype[Any], fused: bool) -> Iterator[Tensors]:
-    """The tensors of a Hugging Face checkpoint, as one dictionary per layer and one for the rest."""
+    """The tensors of a Hugging Face checkpoint: one dictionary for the model's own, then one per layer."""
 
-    def get(name: str) -> np.ndarray[Any, Any]:
+    def get(name: str) -> NDArray[Any]:
         return converted(weights[name], dtype)
 
     yield {tensor: get(name) for name, tensor in hf.MODEL_TENSORS.items()}
-    experts = range(config.experts)
+    experts, block = range(config.experts), hf.BLOCKS[0]
     for i in range(config.layers):
-        ours, theirs = f"layers.{i}.", f"model.layers.{i}."
-        tensors = {theirs + tensor: get(ours + name) for name, tensor in hf.LAYER_TENSORS.items()}
-        block = theirs + hf.BLOCKS[0]
-        tensors[f"{block}.gate.weight"] = get(ours + "router.gate")
+        tensors = {tensor: get(name) for tensor, name in hf.layer_names(config, i, block, fused)}
         if fused:
-            halves = [np.concatenate([get(f"{ours}experts.{e}.{w}") for w in ("w1", "w3")]) for e in experts]
-            tensors[f"{block}.experts.gate_up_proj"] = np.stack(halves)
-            tensors[f"{block}.experts.down_proj"] = np.stack([get(f"{ours}experts.{e}.w2") for e in experts])
-        else:
-            for name in (f"experts.{e}.{w}" for e in experts for w in ("w1", "w2", "w3")):
-                tensors[f"{block}.{name}.weight"] = get(ours + name)
+            ours, theirs = f"layers.{i}.experts.", f"model.layers.{i}.{block}.experts."
+            halves = [np.concatenate([get(f"{ours}{e}.{w}") for w in ("w1", "w3")]) for e in experts]
+            tensors[f"{theirs}gate_up_proj"] = np.stack(halves)
+            tensors[f"{theirs}down_proj"] = np.stack([get(f"{ours}{e}.w2") for e in experts])
         yield tensors
 
 
 def mistral_tensors(config: Config, weights: dict[str, Weight], dtype: np.dtype[Any]) -> Iterator[Tensors]:
-    """The tensors of a checkpoint in Mistral's layout, as one dictionary per layer and one for the rest."""
+    """The tensors of a checkpoint in Mistral's layout: one dictionary for the model's own, then one per layer."""
 
-    def get(name: str) -> np.ndarray[Any, Any]:
+    def get(name: str) -> NDArray[Any]:
         array = converted(weights[name], dtype)
         return mistral.interleaved(array, config.head_dim) if name.endswith((".wq", ".wk")) else array
 
     yield {tensor: get(name) for name, tensor in mistral.MODEL_TENSORS.items()}
     for i in range(config.layers):
-        ours = f"layers.{i}."
-        tensors = {ours + tensor: get(ours + name) for name, tensor in mistral.LAYER_TENSORS.items()}
-        for name in (f"experts.{e}.{w}" for e in range(config.experts) for w in ("w1", "w2", "w3")):
-            tensors[f"{ours}feed_forward.{name}.weight"] = get(ours + name)
-        yield tensors
+        yield {tensor: get(name) for tensor, name in mistral.layer_names(config, i)}
 
 
 def write_checkpoint(
     folder: Path, config: Config, parameters: Parameters, dtype: str = "bfloat16", layout: str = "hf",
     *, fused: bool = False, rope_parameters: bool = False, shards: bool = False,
 ) -> None:  # fmt: skip
-    """Write a checkpoint, the configuration last, so that a folder with a configuration is whole.
+    """Write a checkpoint. The configuration is written last, so that a folder with a configuration is complete.
 
     dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"``.   layout: ``"hf"`` or ``"mistral"``.
     fused, rope_parameters: variants of the Hugging Face layout.   shards: one file per layer, with an index.

@@ -91,7 +91,7 @@ def test_a_product_in_lanes_is_the_product(two: Lanes, monkeypatch: pytest.Monke
     rng = np.random.default_rng(rows)
     x = rng.integers(-9, 10, (SIDE_BY_SIDE, 7)).astype(np.float32)
     matrix = rng.integers(-9, 10, (rows, 7)).astype(np.float32)
-    weight = Weight("w", matrix.shape, matrix.dtype, lambda: matrix, "w")
+    weight = Weight(name="w", shape=matrix.shape, dtype=matrix.dtype, source=lambda: matrix, origin="w")
     found = NativeOps(np.float32).linear(x, weight)
     np.testing.assert_array_equal(found, x.astype(int) @ matrix.astype(int).T)
 
@@ -101,7 +101,7 @@ def test_a_streamed_weight_is_multiplied_by_all_threads(two: Lanes, monkeypatch:
     monkeypatch.setattr("refmoe.arithmetic.native.ops.lanes", lambda: two)
     monkeypatch.setattr(two, "run", lambda pieces: pytest.fail("in lanes"))
     x, matrix = np.ones((SIDE_BY_SIDE, 7), np.float32), np.arange(35, dtype=np.float32).reshape(5, 7)
-    weight = Weight("w", matrix.shape, matrix.dtype, lambda: matrix, "w")
+    weight = Weight(name="w", shape=matrix.shape, dtype=matrix.dtype, source=lambda: matrix, origin="w")
     np.testing.assert_array_equal(NativeOps(np.float32, upcast_bytes=100).linear(x, weight), x @ matrix.T)
 
 

@@ -36,7 +36,7 @@ def library() -> Mkl:
 
 
 def stored(matrix: Array) -> Weight:
-    return Weight("w", matrix.shape, matrix.dtype, lambda: matrix, "w")
+    return Weight(name="w", shape=matrix.shape, dtype=matrix.dtype, source=lambda: matrix, origin="w")
 
 
 # ---- the library

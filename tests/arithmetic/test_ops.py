@@ -32,7 +32,7 @@ def numbers(x: Any) -> Any:
 
 
 def weight(values: Any) -> Weight:
-    return Weight("w", values.shape, values.dtype, lambda: values, "w")
+    return Weight(name="w", shape=values.shape, dtype=values.dtype, source=lambda: values, origin="w")
 
 
 def test_equal_logits_go_to_the_lower_expert(kind: str) -> None:

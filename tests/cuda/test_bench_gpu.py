@@ -54,8 +54,8 @@ def test_fewer_layers_where_memory_is_short() -> None:
 
 def test_the_table_says_what_was_reached() -> None:
     results = [
-        Result("a", 4.2, "TB/s", 0.9, 0.85), Result("bb", 3, "TB/s", 0.5, 0.85, "why"),
-        Result("c", None, "s", note="no"), Result("d", 52, "cases", None, 53), Result("e", 1.5, "times", None, 1),
+        Result("a", 4.2, "TB/s", share=0.9, goal=0.85), Result("bb", 3, "TB/s", share=0.5, goal=0.85, note="why"),
+        Result("c", None, "s", note="no"), Result("d", 52, "cases", goal=53), Result("e", 1.5, "times", goal=1),
     ]  # fmt: skip
     assert [met(result) for result in results] == [True, False, None, False, True]
     assert table(results).splitlines() == [
@@ -77,7 +77,11 @@ def test_a_section_that_fails_is_a_line_and_what_was_measured_is_on_disk(
         assert len(json.loads(path.read_text())["results"]) == 1, "written before the next section begins"
         raise RuntimeError("out of memory\nat length")
 
-    sections = {"first": lambda bench: [Result("a", 1.0, "s", 0.5, 0.4)], "second": broken, "third": lambda bench: []}
+    sections = {
+        "first": lambda bench: [Result("a", 1.0, "s", share=0.5, goal=0.4)],
+        "second": broken,
+        "third": lambda bench: [],
+    }
     results, whole = gpu.run(Bench(None), sections, {"device": "none"}, path)
     assert not whole
     assert results[1] == Result("second", None, "", note="FAILED: RuntimeError: out of memory")

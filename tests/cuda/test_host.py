@@ -43,7 +43,7 @@ def parameters(config: Config, dtype: Any, other: Any = None) -> Parameters:
         scale = 1.7 / np.sqrt(shape[-1]) if len(shape) == 2 and name != "embedding" else 1.0
         kept = other if other is not None and name.endswith("experts.2.w2") else dtype
         values = (rng.standard_normal(shape) * scale).astype(kept)
-        return Weight(name, shape, kept, lambda: values, name)
+        return Weight(name=name, shape=shape, dtype=kept, source=lambda: values, origin=name)
 
     return build_parameters(config, weight)
 
@@ -133,7 +133,13 @@ def test_where_kernels_do_not_apply_the_steps_are_the_grouped_ones(dtype: Any, o
 
 def test_weights_are_uploaded_once_and_tables_made_once() -> None:
     ops, reads = on_cpu(np.float64), []
-    weight = Weight("w", (2, 2), np.float32, lambda: reads.append(1) or np.eye(2, dtype=np.float32), "w")
+    weight = Weight(
+        name="w",
+        shape=(2, 2),
+        dtype=np.float32,
+        source=lambda: reads.append(1) or np.eye(2, dtype=np.float32),
+        origin="w",
+    )
     for inner in (ops, ops.within("layers.0."), ops.within("layers.1.")):
         assert inner.linear(np.ones((9, 2)), weight).tolist() == [[1, 1]] * 9
     assert len(reads) == 1

@@ -62,7 +62,13 @@ def random_experts(count: int) -> list[Any]:
     """Gated networks of the spec, 3 to 4 to 3."""
 
     def weight(name: str, shape: tuple[int, int], seed: int) -> Weight:
-        return Weight(name, shape, np.float64, lambda: np.random.default_rng(seed).standard_normal(shape), name)
+        return Weight(
+            name=name,
+            shape=shape,
+            dtype=np.float64,
+            source=lambda: np.random.default_rng(seed).standard_normal(shape),
+            origin=name,
+        )
 
     made = [
         Expert(weight("w1", (4, 3), 3 * e), weight("w2", (3, 4), 3 * e + 1), weight("w3", (4, 3), 3 * e + 2))
@@ -185,12 +191,13 @@ def test_it_is_the_mixture_of_the_spec() -> None:
     """EXPERT-3, COMBINE-1: `run_experts` and `combine` of the spec give the same bits."""
     rng = np.random.default_rng(4)
     logits, x = rng.standard_normal((20, 4)), rng.standard_normal((20, 3))
-    names = ("w1", "w2", "w3")
+
+    def weight(name: str, shape: tuple[int, int], seed: list[int]) -> Weight:
+        values = np.random.default_rng(seed).standard_normal(shape)
+        return Weight(name=name, shape=shape, dtype=np.float64, source=lambda: values, origin=name)
+
     made = tuple(
-        Expert(*(
-            Weight(n, s, np.float64, lambda s=s, e=e, i=i: np.random.default_rng([e, i]).standard_normal(s), n)
-            for i, (n, s) in enumerate(zip(names, ((4, 3), (3, 4), (4, 3)), strict=True))
-        ))
+        Expert(w1=weight("w1", (4, 3), [e, 0]), w2=weight("w2", (3, 4), [e, 1]), w3=weight("w3", (4, 3), [e, 2]))
         for e in range(4)
     )  # fmt: skip
     routing = mixtral(OPS, logits, 2)

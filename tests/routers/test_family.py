@@ -320,7 +320,7 @@ def test_capacity_rounds_up_and_reads_decimals(tokens: int, experts: int, factor
 def test_mixtral_is_the_router_of_the_spec() -> None:
     """One router, stated once: `refmoe.spec.router.route` on an identity gate."""
     logits = np.random.default_rng(5).standard_normal((40, 6))
-    identity = Weight("gate", (6, 6), np.float64, lambda: np.eye(6), "gate")
+    identity = Weight(name="gate", shape=(6, 6), dtype=np.float64, source=lambda: np.eye(6), origin="gate")
     for k in range(1, 7):
         ids, weights = route(ExactOps(), logits, identity, k)
         routing = mixtral(ExactOps(), logits, k)

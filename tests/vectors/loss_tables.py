@@ -66,13 +66,13 @@ BALANCING = [
     Table("layers-mixed", "Two layers of four tokens.",
           [[FIRST[0] + FIRST[1]], [SECOND[0] + SECOND[1]]], 2, bugs=(CONSTANT, TWICE)),
     Table("layers-mixed-padded", "The tokens of layers-mixed as two sequences, the second one padded: equal value.",
-          [[FIRST[0], FIRST[1] + PAD], [SECOND[0], SECOND[1] + PAD]], 2, ["111", "100"],
+          [[FIRST[0], FIRST[1] + PAD], [SECOND[0], SECOND[1] + PAD]], k=2, mask=["111", "100"],
           bugs=(CONSTANT, PADDING, MASK, TWICE)),
     Table("layers-mixed-padded-left", "The same, the padding on the left: equal value again.",
-          [[FIRST[0], PAD + FIRST[1]], [SECOND[0], PAD + SECOND[1]]], 2, ["111", "001"],
+          [[FIRST[0], PAD + FIRST[1]], [SECOND[0], PAD + SECOND[1]]], k=2, mask=["111", "001"],
           bugs=(CONSTANT, PADDING, MASK, TWICE)),
     Table("mask-layout", "Three sequences of two, two layers: a mask repeated or transposed the wrong way hits others.",
-          [STAIRS, STEPS], 1, ["11", "10", "01"], bugs=(CONSTANT, REDUCTION, PADDING, MASK, TWICE)),
+          [STAIRS, STEPS], k=1, mask=["11", "10", "01"], bugs=(CONSTANT, REDUCTION, PADDING, MASK, TWICE)),
 ]  # fmt: skip
 
 Z_LOSS = [
@@ -87,5 +87,6 @@ Z_LOSS = [
           [[[[value + 1 for value in row] for row in MIXED]]]),
     Table("z-large", "exp(1000) overflows every format.", [[[[1000, 999.5, -1000]]]]),
     Table("z-small", "exp(-1000) is 0 in binary64, whose logarithm is -inf.", [[[[-1000, -1000.25, -1001]]]]),
-    Table("z-padded", "Padding with large logits that count nowhere.", [[FIRST[0], FIRST[1] + PAD]], 0, ["111", "100"]),
+    Table("z-padded", "Padding with large logits that count nowhere.",
+          [[FIRST[0], FIRST[1] + PAD]], mask=["111", "100"]),
 ]  # fmt: skip

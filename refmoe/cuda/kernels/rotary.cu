@@ -3,7 +3,7 @@
 // x T[tokens, heads, 2 half]   cosine, sine float[tokens, half]   out T[tokens, heads, 2 half]
 //
 // The pair (a, b) of elements i and i + half becomes (a cos - b sin, b cos + a sin), each product and each sum rounded
-// to float32, and the result to T. The host computes the table, because it has accurate sines and cosines of large angles.
+// to float32, and the result to T. The table comes from the host, which has accurate sines and cosines of large angles.
 // Grid: one thread per 8 pairs of one head.
 template <typename T>
 __global__ void __launch_bounds__(256)

@@ -97,7 +97,14 @@ def judge(law: Law, subject: Subject, count: int = EXAMPLES) -> Verdict:
     found = smallest(law, subject, count)
     if found is not None:
         example, error = found
-    return Verdict(law, "fail", f"{error.words}; {note}" if note else error.words, number, example, error.token)
+    return Verdict(
+        law=law,
+        outcome="fail",
+        words=f"{error.words}; {note}" if note else error.words,
+        examples=number,
+        example=example,
+        token=error.token,
+    )
 
 
 def judge_all(subject: Subject, count: int = EXAMPLES, only: Iterable[str] = ()) -> list[Verdict]:

@@ -50,7 +50,7 @@ def law(
     """Make a check a law, and register it."""
 
     def register(check: Check) -> Law:
-        LAWS[name] = Law(name, words, source, needs, examples, check, note)
+        LAWS[name] = Law(name=name, words=words, source=source, needs=needs, examples=examples, check=check, note=note)
         return LAWS[name]
 
     return register

@@ -59,4 +59,12 @@ def admit(
     wanted = everything if asked is None else asked
     positions = queue(ops, ids, experts, everything if refused_take_a_place else wanted)
     kept = wanted if capacity is None else wanted & (positions < capacity)
-    return Routing(ids, ops.where(kept, weights, 0.0), wanted, kept, positions, experts, capacity)
+    return Routing(
+        ids=ids,
+        weights=ops.where(kept, weights, 0.0),
+        asked=wanted,
+        kept=kept,
+        positions=positions,
+        experts=experts,
+        capacity=capacity,
+    )

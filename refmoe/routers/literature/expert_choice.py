@@ -27,4 +27,12 @@ def expert_choice(ops: ArrayOps, logits: Array, capacity: int) -> Routing:
     positions = ops.concatenate([ops.inverse(order)[:, None] for order in ranking], axis=1)
     taken = positions < capacity
     ids = ops.integers(range(experts)) + positions * 0
-    return Routing(ids, ops.where(taken, scores, 0.0), taken, taken, positions, experts, capacity)
+    return Routing(
+        ids=ids,
+        weights=ops.where(taken, scores, 0.0),
+        asked=taken,
+        kept=taken,
+        positions=positions,
+        experts=experts,
+        capacity=capacity,
+    )

@@ -147,7 +147,17 @@ def run_router(name: str, ops: ArrayOps, logits: Any, settings: Settings) -> Out
         raise InputError(f"--capacity-factor is {factor}, but a positive number was expected")
     capacity = None if factor is None else expert_capacity(tokens, experts, factor)
     chance = np.random.default_rng([settings.seed, 1])
-    return router.run(Call(ops, ops.array(logits), k, capacity, settings.groups, settings.top_groups, chance))
+    return router.run(
+        Call(
+            ops=ops,
+            logits=ops.array(logits),
+            k=k,
+            capacity=capacity,
+            groups=settings.groups,
+            top_groups=settings.top_groups,
+            chance=chance,
+        )
+    )
 
 
 def _check_groups(name: str, experts: int, k: int, settings: Settings) -> None:

@@ -44,9 +44,18 @@ def load_statistics(ops: ArrayOps, routing: Routing) -> LoadStatistics:
     uncomputed = sum(not any(row) for row in routing.kept.tolist())
     if not total:
         zero = ops.array(0.0)
-        return LoadStatistics(asked, kept, zero, zero, zero, uncomputed)
+        return LoadStatistics(
+            asked=asked, kept=kept, entropy=zero, variation=zero, drop_rate=zero, uncomputed=uncomputed
+        )
     share = ops.array([count for count in asked if count]) / total
     entropy = 0 - ops.sum(share * ops.log(share), axis=0)
     spread = len(asked) * sum(count * count for count in asked) - total * total
     variation = ops.sqrt(ops.array(spread)) / total
-    return LoadStatistics(asked, kept, entropy, variation, ops.array(total - sum(kept)) / total, uncomputed)
+    return LoadStatistics(
+        asked=asked,
+        kept=kept,
+        entropy=entropy,
+        variation=variation,
+        drop_rate=ops.array(total - sum(kept)) / total,
+        uncomputed=uncomputed,
+    )

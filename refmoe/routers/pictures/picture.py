@@ -88,7 +88,7 @@ def draw(title: str, routing: Routing, statistics: LoadStatistics, facts: str) -
     tokens = len(routing.ids)
     width = max(LEFT + CELL * routing.experts + 16, 16 + max(7.5 * len(title), 6 * len(facts)))
     height = TOP + CELL * tokens + 28 + BARS + 30
-    head = (Box(0, 0, width, height, "#ffffff"), Label(8, 20, title, size=13), Label(8, 38, facts))
+    head = (Box(0, 0, width, height, fill="#ffffff"), Label(8, 20, title, size=13), Label(8, 38, facts))
     return Drawing(width, height, title, (*head, *_map(routing), *_bars(routing, statistics)))
 
 
@@ -96,20 +96,22 @@ def _map(routing: Routing) -> Iterator[Shape]:
     weight, asked, kept = matrices(routing)
     top = max(1.0, weight.max(initial=0.0))
     for e in range(routing.experts):
-        yield Label(LEFT + CELL * (e + 0.5), TOP - 6, str(e), "middle", 10)
+        yield Label(LEFT + CELL * (e + 0.5), TOP - 6, str(e), anchor="middle", size=10)
     for t, row in enumerate(weight):
         y = TOP + CELL * t
-        yield Label(LEFT - 8, y + CELL - 5, str(t), "end", 10)
-        yield Box(LEFT, y, CELL * routing.experts - 1, CELL - 1, EMPTY)
+        yield Label(LEFT - 8, y + CELL - 5, str(t), anchor="end", size=10)
+        yield Box(LEFT, y, CELL * routing.experts - 1, CELL - 1, fill=EMPTY)
         for e in np.flatnonzero(asked[t]).tolist():
             x, says = LEFT + CELL * e, f"token {t}, expert {e}"
             if kept[t, e]:
                 shade = 0.15 + 0.85 * row[e] / top
-                yield Box(x, y, CELL - 1, CELL - 1, KEPT, round(shade, 3), f"{says}, weight {row[e]:.4g}")
+                yield Box(
+                    x, y, CELL - 1, CELL - 1, fill=KEPT, opacity=round(shade, 3), says=f"{says}, weight {row[e]:.4g}"
+                )
             else:
-                yield Box(x, y, CELL - 1, CELL - 1, DROPPED, 0.15, f"{says}, dropped")
-                yield Line(x + 4, y + 4, x + CELL - 5, y + CELL - 5, DROPPED)
-                yield Line(x + 4, y + CELL - 5, x + CELL - 5, y + 4, DROPPED)
+                yield Box(x, y, CELL - 1, CELL - 1, fill=DROPPED, opacity=0.15, says=f"{says}, dropped")
+                yield Line(x + 4, y + 4, x + CELL - 5, y + CELL - 5, color=DROPPED)
+                yield Line(x + 4, y + CELL - 5, x + CELL - 5, y + 4, color=DROPPED)
 
 
 def _bars(routing: Routing, statistics: LoadStatistics) -> Iterator[Shape]:
@@ -118,12 +120,12 @@ def _bars(routing: Routing, statistics: LoadStatistics) -> Iterator[Shape]:
     for e, (asked, kept) in enumerate(zip(statistics.asked, statistics.kept, strict=True)):
         x, high, solid = LEFT + CELL * e, BARS * asked / most, BARS * kept / most
         says = f"expert {e}: asked {asked}, computed {kept}"
-        yield Box(x + 2, base - high, CELL - 5, high - solid, DROPPED, 0.6, says)
-        yield Box(x + 2, base - solid, CELL - 5, solid, KEPT, 1.0, says)
-        yield Label(x + CELL / 2, base + 14, str(asked), "middle", 9)
-    yield Line(LEFT, base, LEFT + CELL * routing.experts, base, INK)
-    yield Label(LEFT - 8, base + 14, "load", "end", 10)
+        yield Box(x + 2, base - high, CELL - 5, high - solid, fill=DROPPED, opacity=0.6, says=says)
+        yield Box(x + 2, base - solid, CELL - 5, solid, fill=KEPT, opacity=1.0, says=says)
+        yield Label(x + CELL / 2, base + 14, str(asked), anchor="middle", size=9)
+    yield Line(LEFT, base, LEFT + CELL * routing.experts, base, color=INK)
+    yield Label(LEFT - 8, base + 14, "load", anchor="end", size=10)
     if routing.capacity is not None:
         y = base - BARS * routing.capacity / most
-        yield Line(LEFT, y, LEFT + CELL * routing.experts, y, INK)
-        yield Label(LEFT - 8, y + 4, f"C={routing.capacity}", "end", 10)
+        yield Line(LEFT, y, LEFT + CELL * routing.experts, y, color=INK)
+        yield Label(LEFT - 8, y + 4, f"C={routing.capacity}", anchor="end", size=10)
