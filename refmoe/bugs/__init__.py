@@ -1,1 +1,1 @@
-"""Mutants: the field's known bugs as variations of the specification, and what proves that each is caught."""
+"""The known bugs of real engines as mutants of the specification, and the legal variants that must never be flagged."""

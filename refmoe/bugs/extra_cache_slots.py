@@ -1,4 +1,4 @@
-"""Attention over slots that hold no token of the sequence: what several bugs of the cache amount to."""
+"""Attention over cache slots that hold no token of the sequence. Several bugs of the cache have this effect."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from refmoe.steps.rounding import as_softmax_reads, context_of, scores_of
 
 
 def attend_to_more(ops: Any, q: Any, cache: Cache, mask: Any, k: Any, v: Any) -> Any:
-    """`attend` where every query also sees n slots that hold no token of its sequence. The taps have none of them.
+    """`attend` where every query also sees n slots that hold no token of its sequence. The taps leave these slots out.
 
-    q: [T, H, d]   mask: [T, S]   k, v: what the slots hold, [n, K, d]   returns: [T, H, d]
+    q: [T, H, d]   mask: [T, S]   k, v: the contents of the slots, [n, K, d]   returns: [T, H, d]
     """
     cached = mask.shape[1]
     scores = ops.tap("attention.scores", scores_of(ops, q, cache.k))

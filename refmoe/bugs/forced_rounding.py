@@ -1,4 +1,4 @@
-"""Rounding that really happens: what a policy merely allows at a cut point, a bug does each time."""
+"""Rounding that a bug does every time. A policy only allows a rounding at a cut point."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from refmoe.policy.policy import Policy
 
 
 def low_precision(policy: Policy) -> Format:
-    """The dtype of an engine that computes too coarsely: its storage, or bfloat16 where it stores float32 or better."""
+    """The dtype of an engine that computes too coarsely: the policy's storage, or bfloat16 if that holds float32."""
     return BFLOAT16 if policy.storage.holds(FLOAT32) else policy.storage
 
 
 def rounded(x: Any, format: Format) -> Any:
-    """`x` rounded to nearest. An enclosure keeps its proof: what is added is one rounding, and its midpoint moves."""
+    """`x` rounded to nearest. The midpoint of an enclosure is rounded too, and its radius covers one rounding."""
     if not isinstance(x, Enclosure):
         return nearest(x, format)
     if x.radius is None and not x.owed:
@@ -25,4 +25,4 @@ def rounded(x: Any, format: Format) -> Any:
     cut = x.cut(format)
     mid = nearest(cut.mid, format)
     moved = np.where(np.isfinite(mid), np.abs(mid - cut.mid), np.inf)
-    return Enclosure(mid, cut.r + moved, cut.v + moved**2, x.accumulation)
+    return Enclosure(mid, cut.r + moved, cut.v + moved**2, accumulation=x.accumulation)

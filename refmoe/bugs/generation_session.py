@@ -1,4 +1,4 @@
-"""Generation with and without a look at the router: asking for its logits must change nothing."""
+"""Generation with and without router logits. Asking for router logits must change no token."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from refmoe.text.sampling import SamplingSettings
 
 
 class Session:
-    """One sequence being generated; where router logits are asked for, each call gives their auxiliary loss too."""
+    """One sequence being generated. If router logits are asked for, each call also computes their auxiliary loss."""
 
     def __init__(self, model: Model, router_logits: bool) -> None:
         self.model, self.router_logits = model, router_logits
@@ -30,7 +30,7 @@ class Session:
             self._seen.append(x)
 
     def step(self, tokens: Sequence[int]) -> Any:
-        """Logits [V] after the last of these new tokens."""
+        """The logits after the last of these new tokens, [V]."""
         positions = self.ops.integers(range(self.past, self.past + len(tokens)))
         self._seen.clear()
         logits, self.caches = forward(self.ops, self.model, self.ops.integers(tokens), positions, self.caches)
@@ -41,12 +41,12 @@ class Session:
         return logits[-1]
 
     def counted(self, tokens: Sequence[int]) -> Any:
-        """Which of the call's tokens the loss counts (AUX-5): all. returns: booleans [T]"""
+        """The tokens of a call that the loss counts (AUX-5): all of them. returns: booleans [T]"""
         return np.ones(len(tokens), bool)
 
 
 def unchanged_by_router_logits(session: type[Session], model: Model, prompt: Sequence[int], count: int) -> bool:
-    """Whether greedy generation gives the same tokens when router logits are asked for. A call that fails does not."""
+    """Whether greedy generation gives the same tokens when router logits are asked for. False if a call fails."""
     found = []
     for router_logits in (False, True):
         step = session(model, router_logits).step

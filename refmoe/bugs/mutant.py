@@ -1,7 +1,7 @@
 """Mutants, and the register of all of them.
 
-A mutant is one known bug as a variation of the specification. A few lines replace one step of the model, one constant,
-one mapping of weights, one rule of the cache or one cut point of the policy. The interface stays, so that a mutant runs
+A mutant is one known bug as a variation of the specification. A few lines replace a step of the model, a constant, a
+mapping of weights, a rule of the cache or a cut point of the policy. The interface stays, so that a mutant runs
 under every `ops`: as a foreign engine (policy ops), and as a hypothesis about an engine (enclosures).
 """
 

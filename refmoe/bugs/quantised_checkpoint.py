@@ -1,7 +1,7 @@
-"""A quantised checkpoint in its simplest form: groups of 32 along the input, each with one scale.
+"""A quantised checkpoint in its simplest form: groups of 32 inputs share one scale.
 
-int8 is symmetric with codes from -127 to 127; fp8 is float8_e4m3, whose largest value is 448. The right engine is the
-specification on the dequantised weights, code times scale in float64: a trace is verified against these.
+int8 is symmetric, with codes from -127 to 127. fp8 is float8_e4m3, whose largest value is 448. The right engine is the
+specification on the dequantised weights, code times scale in float64. Traces are verified against these weights.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from refmoe.bugs.changed_weights import mapped
 from refmoe.checkpoints.weight import Weight
 from refmoe.spec.experts import Expert
 from refmoe.spec.model import Layer, Parameters
@@ -23,7 +24,7 @@ GROUP = 32
 
 @dataclass(frozen=True)
 class Quantisation:
-    """A dtype of codes. largest: the code that the largest element of a group gets"""
+    """A dtype of codes.   largest: the code of the largest element of a group"""
 
     name: str
     largest: float
@@ -42,13 +43,13 @@ class Codes:
     scales: Any
 
     def values(self) -> Any:
-        """The matrix that it stands for: float64 [m, n]. Each product is exact."""
+        """The dequantised matrix, float64 [m, n]. Each product is exact."""
         spread = np.repeat(self.scales, GROUP, axis=1)[:, : self.codes.shape[1]]
         return self.codes.astype(np.float64) * spread
 
 
 def quantise(values: Any, to: Quantisation) -> Codes:
-    """A matrix as codes and scales. values: [m, n]"""
+    """The codes and scales of a matrix. values: [m, n]"""
     values = np.asarray(values, np.float64)
     starts = range(0, values.shape[1], GROUP)
     largest = np.stack([np.abs(values[:, start : start + GROUP]).max(axis=1) for start in starts], axis=1)
@@ -58,37 +59,47 @@ def quantise(values: Any, to: Quantisation) -> Codes:
 
 
 class QuantisedWeight(Weight):
-    """A parameter that is stored as codes; what is read is what they stand for."""
+    """A parameter that is stored as codes. Reading it gives the dequantised values."""
 
     def __init__(self, weight: Any, to: Quantisation) -> None:
         """weight: the parameter before it was quantised"""
         super().__init__(
-            weight.name, weight.shape, np.float64, lambda: self.stored().values(), f"{weight.origin}, {to.name}"
+            name=weight.name,
+            shape=weight.shape,
+            dtype=np.float64,
+            source=lambda: self.stored().values(),
+            origin=f"{weight.origin}, {to.name}",
         )
         self.quantisation = to
         self.stored: Callable[[], Codes] = lambda: quantise(weight.read(), to)
 
 
 class SmoothedGain(Weight):
-    """A norm's gain that was divided by factors which the weights after it were multiplied by."""
+    """The gain of a norm, divided by factors. The weights that read the norm are multiplied by them."""
 
     def __init__(self, weight: Any, factors: Any) -> None:
         """factors: [D], powers of two, so that nothing is rounded"""
-        super().__init__(weight.name, weight.shape, weight.dtype, lambda: weight.read() / factors, weight.origin)
+        super().__init__(
+            name=weight.name,
+            shape=weight.shape,
+            dtype=weight.dtype,
+            source=lambda: weight.read() / factors,
+            origin=weight.origin,
+        )
         self.factors = factors
 
 
 def factors_of(width: int) -> Any:
-    """Factors of smoothing as a calibration may find them, here given: 1, 2 and 1/2 in turn. returns: [width]"""
+    """Fixed factors of smoothing, 1, 2 and 1/2 in turn, as a calibration may find them. returns: [width]"""
     return np.resize(np.array([1.0, 2.0, 0.5], np.float32), width)
 
 
 def smoothed(layer: Layer) -> Layer:
-    """The layer with the norm before the experts smoothed, and all that reads it compensated: router and experts."""
+    """The layer with a smoothed norm before the experts. The router matrix and the experts are compensated."""
 
     def times(weight: Any) -> Weight:
         factors = factors_of(weight.shape[1])
-        return Weight(weight.name, weight.shape, weight.dtype, lambda: weight.read() * factors, weight.origin)
+        return mapped(weight, lambda values: values * factors)
 
     experts = tuple(replace(expert, w1=times(expert.w1), w3=times(expert.w3)) for expert in layer.experts)
     gain = SmoothedGain(layer.moe_norm, factors_of(layer.moe_norm.shape[0]))
@@ -96,7 +107,8 @@ def smoothed(layer: Layer) -> Layer:
 
 
 def quantised(parameters: Parameters, to: Quantisation) -> Parameters:
-    """The checkpoint smoothed and quantised: attention and experts; not the router, norms, embedding and output."""
+    """The parameters, smoothed and quantised: attention and experts, but not the router, norms, embedding and
+    output."""
 
     def codes(layer: Layer) -> Layer:
         layer = smoothed(layer)

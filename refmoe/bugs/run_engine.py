@@ -1,4 +1,4 @@
-"""A mutant as a foreign engine: it runs a case at a dtype and leaves a trace."""
+"""The run of the specification, or of a mutant, as a foreign engine: calls go in, a trace in memory comes out."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SAFETENSORS_NAMES = {
 
 @dataclass(frozen=True)
 class HeldTensor:
-    """An array in memory, with the interface of a tensor in a file."""
+    """An array in memory, with the interface of a tensor in a trace file."""
 
     name: str
     array: np.ndarray[Any, Any]
@@ -45,13 +45,13 @@ class HeldTensor:
 
 
 def held_trace(header: Header, arrays: dict[str, np.ndarray[Any, Any]], name: str = "memory") -> Trace:
-    """A trace that was never a file."""
+    """A trace that is held in memory and has no file."""
     tensors: Any = {key: HeldTensor(key, array) for key, array in arrays.items()}
     return Trace(Path(name), header, tensors)
 
 
 def run(mutant: Mutant | None, config: Config, parameters: Parameters, runs: tuple[Run, ...], policy: Policy) -> Trace:
-    """The trace of an engine with this bug, or of one without any, that claims to have made the calls `runs`."""
+    """The trace of an engine with this bug; None: without any bug. The trace claims the calls `runs`."""
     recorder = Recorder()
     if mutant is None:
         model, made, used = Model(config, parameters, CUT_STEPS), runs, policy
@@ -68,7 +68,7 @@ def run(mutant: Mutant | None, config: Config, parameters: Parameters, runs: tup
 
 
 def same(one: Trace, other: Trace) -> bool:
-    """Whether two traces in memory hold the same values, in whatever dtypes."""
+    """Whether two traces in memory hold the same values. Their dtypes may differ."""
 
     def bits(tensor: Any) -> bytes:
         return np.asarray(tensor.map(), np.float64).tobytes()

@@ -1,4 +1,4 @@
-"""Mutants of the sharded run, placed on a layout: there they are variations of one forward pass like any other.
+"""Mutants of the sharded run on one layout. On a layout they are variations of one forward pass, like other mutants.
 
 The function of such a mutant makes the wrong model: (config, parameters, layout) to `Model`.
 """
@@ -26,12 +26,12 @@ class OnRanks(Mutant):
         return not self.equivalent
 
     def model(self, config: Config, parameters: Parameters) -> Model:
-        """The sharded model of an engine that has this bug. Raises InputError when it does not fit the layout."""
+        """The sharded model of an engine with this bug. Raises InputError when the model does not fit the layout."""
         self.layout.check(config)
         made: Model = self.function(config, parameters, self.layout)
         return made
 
 
 def on_ranks(mutant: Mutant, layout: Layout) -> OnRanks:
-    """A mutant that changes `PARALLEL`, on a layout."""
+    """The mutant, which must change `PARALLEL`, on a layout."""
     return OnRanks(**{each.name: getattr(mutant, each.name) for each in fields(Mutant)}, layout=layout)

@@ -1,8 +1,8 @@
-"""Implementations of what surrounds the model, held against `golden/vectors/`.
+"""The checks of a tokenizer, a sampler or a loss against `golden/vectors/`.
 
-A tokenizer, a sampler or a loss is put together of parts that can be replaced one by one; a bug is one of them
-replaced. `wrong` says which vectors of a file an implementation gets wrong. Values are compared as loosely as no
-mistake is small: an implementation in float32 is not wrong here.
+Each implementation consists of parts that can be replaced one by one; a bug replaces one part. `wrong` lists the
+vectors of a file that an implementation gets wrong. The comparison of values is loose: an implementation in float32
+passes, and every mistake is larger than the tolerance.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ Vector = Mapping[str, Any]
 
 FORMAT_VERSION = "1"
 NEAR = Fraction(1, 1000)
-"""Half a dozen float32 roundings are a ten-thousandth of it, and no mistake of the vectors is as small."""
+"""The tolerance. Six float32 roundings are a ten-thousandth of it, and every mistake in the vectors is larger."""
 
 
 class Text(Tokenizer):
-    """What a file of tokenizer vectors asks for, as `refmoe.text` does it. Build it with `Text.over`."""
+    """The operations that a file of tokenizer vectors tests, with the methods of `refmoe.text`. Made by `Text.over`."""
 
     @classmethod
     def over(cls, tokenizer: Tokenizer) -> Text:
-        """This implementation over the vocabulary of a tokenizer."""
+        """The operations over the vocabulary of a tokenizer."""
         return cls(tokenizer.path, tokenizer.processor)
 
     def continued(self, prompt: str, continuation: str) -> list[int]:
@@ -43,28 +43,28 @@ class Text(Tokenizer):
         return self.encode(prompt + continuation)
 
     def chat(self, messages: Any) -> list[int]:
-        """The ids of a dialogue's prompt."""
+        """The ids of the prompt for a dialogue."""
         return encode_chat(self, messages)
 
     def stream(self, ids: Iterable[int]) -> tuple[list[str], str]:
-        """The text that each id adds, and what is added at the end."""
+        """The text that each id adds, and the text that is added at the end."""
         stream = TextStream(self)
         return [stream.feed(token) for token in ids], stream.finish()
 
 
 class Sampler:
-    """What the file of sampler vectors asks for, stage by stage, as `refmoe.text.sampling` does it."""
+    """The stages that the file of sampler vectors tests, with the functions of `refmoe.text.sampling`."""
 
     def penalise(self, logits: sampling.Logits, seen: Iterable[int], penalty: float) -> sampling.Logits:
-        """SAMPLE-3. logits: [V]   returns: [V]"""
+        """SAMPLE-3, the repetition penalty. logits: [V]   returns: [V]"""
         return sampling.penalise_repetition(logits, seen, penalty)
 
     def keep_top_p(self, logits: sampling.Logits, p: float) -> sampling.Logits:
-        """SAMPLE-6. logits: [V], -inf for what is excluded   returns: [V]"""
+        """SAMPLE-6, the nucleus. logits: [V], -inf for excluded tokens   returns: [V]"""
         return sampling.keep_top_p(logits, p)
 
     def kept(self, penalised: sampling.Logits, settings: sampling.SamplingSettings) -> sampling.Logits:
-        """All filters, in their order. penalised: [V]   returns: [V]"""
+        """All filters in their order. penalised: [V]   returns: [V]"""
         kept = sampling.apply_temperature(penalised, settings.temperature)
         if settings.top_k is not None:
             kept = sampling.keep_top_k(kept, settings.top_k)
@@ -74,8 +74,9 @@ class Sampler:
 def wrong(implementation: Any, content: Mapping[str, Any]) -> list[str]:
     """The names of the vectors that an implementation gets wrong.
 
-    implementation: for a file of kind ``tokenizer`` a `Text`, ``sampler`` a `Sampler`, ``losses`` a function like
-    `load_balancing_loss`.   content: of the file.   Raises InputError for a kind or version that is not known.
+    implementation: a `Text` for a file of kind ``tokenizer``, a `Sampler` for ``sampler``, a function like
+    `load_balancing_loss` for ``losses``   content: the content of the file
+    Raises InputError when the kind or the version is not known.
     """
     kind, version = str(content.get("kind")), content.get("format_version")
     if version != FORMAT_VERSION or kind not in ANSWERS:
@@ -84,12 +85,12 @@ def wrong(implementation: Any, content: Mapping[str, Any]) -> list[str]:
 
 
 def read_vectors(path: Path) -> dict[str, Any]:
-    """A file of vectors. Raises InputError when it is missing or is not JSON."""
+    """The content of a file of vectors. Raises InputError when the file is missing or is not JSON."""
     return read_json(path).values
 
 
 def right_text(text: Text, vector: Vector) -> bool:
-    """Whether a tokenizer gives a vector's ids and texts."""
+    """Whether a tokenizer gives the ids and texts of a vector."""
     expected = vector["expected"]
     if vector["kind"] == "text":
         parts = vector.get("parts")
@@ -103,10 +104,13 @@ def right_text(text: Text, vector: Vector) -> bool:
 
 
 def right_sample(sampler: Sampler, vector: Vector) -> bool:
-    """Whether a sampler penalises, orders, keeps and chooses as a vector says."""
+    """Whether a sampler gives the penalties, order, kept tokens and draws of a vector."""
     expected = vector["expected"]
     settings = sampling.SamplingSettings(
-        float(vector["temperature"]), vector["top_k"], float(vector["top_p"]), float(vector["repetition_penalty"])
+        temperature=float(vector["temperature"]),
+        top_k=vector["top_k"],
+        top_p=float(vector["top_p"]),
+        repetition_penalty=float(vector["repetition_penalty"]),
     )
     logits = np.array([float(text) for text in vector["logits"]])
     penalised = sampler.penalise(logits, vector["seen"], settings.repetition_penalty)
@@ -122,7 +126,8 @@ def right_sample(sampler: Sampler, vector: Vector) -> bool:
 
 
 def right_loss(loss: Callable[..., Any], vector: Vector) -> bool:
-    """Whether a load-balancing loss is a vector's; the others are of the router z-loss, which no known bug is of."""
+    """Whether a load-balancing loss gives the value of a vector. Vectors of the router z-loss test refmoe's own
+    function."""
     ops: Any = NativeOps()
     tables = vector["layers"] if "layers" in vector else [vector["logits"]]
     layers = [np.array([[float(v) for v in row] for rows in layer for row in rows]) for layer in tables]
@@ -133,7 +138,7 @@ def right_loss(loss: Callable[..., Any], vector: Vector) -> bool:
 
 
 def near(stated: Mapping[str, str], value: Any) -> bool:
-    """Whether a value is the stated number, up to what float32 may do to it."""
+    """Whether a value equals the stated number, up to the error of float32."""
     middle = Fraction(stated.get("exact", stated.get("midpoint", "0")))
     return bool(np.isfinite(value)) and abs(Fraction(float(value)) - middle) <= NEAR * max(Fraction(1), abs(middle))
 

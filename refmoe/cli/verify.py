@@ -55,7 +55,7 @@ def is_significance(_context: click.Context, _option: click.Parameter, value: fl
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelOptions:
     """The options that name the model which the trace should have run."""
 
     case_name: str | None
@@ -66,7 +66,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Judging:
+class JudgingOptions:
     """The options that say how to judge."""
 
     policy: str | None
@@ -77,7 +77,7 @@ class Judging:
 
 
 @dataclass(frozen=True)
-class Output:
+class OutputOptions:
     """The options that say what to print and what to write."""
 
     html: Path | None
@@ -90,7 +90,9 @@ class Output:
 @click.option("--case", "case_name", metavar="NAME", help="The golden case that was run; the trace's own if not given.")
 @click.option("--golden", "golden_folder", type=PATH, default=GOLDEN, show_default=True, help="Where cases are.")
 @checkpoint_options
-@click.option("--policy", metavar="POLICY", help="What rounding is legal; see `refmoe policies`. Else the trace's own.")
+@click.option(
+    "--policy", metavar="POLICY", help="The policy to judge by (refmoe policies); the trace's own if not given."
+)
 @click.option(
     "--significance", type=float, default=SIGNIFICANCE, show_default=True, callback=is_significance,
     help="The probability that a healthy engine fails.",
@@ -140,7 +142,11 @@ def verify_command(
         return
     if only is not None:
         raise InputError(f"--run {only} goes with --distances REFERENCE, but that was not given")
-    model, judging, output = record_of(Model, options), record_of(Judging, options), record_of(Output, options)
+    model, judging, output = (
+        record_of(ModelOptions, options),
+        record_of(JudgingOptions, options),
+        record_of(OutputOptions, options),
+    )
     for out in (output.html, output.junit):
         if out is not None:
             _refuse_output(out, trace)
@@ -176,7 +182,7 @@ def _print_distances(trace: Path, reference: Path, only: str | None, as_json: bo
     print_distances(comparison, only)
 
 
-def _show(report: Report, output: Output) -> None:
+def _show(report: Report, output: OutputOptions) -> None:
     """Print the report, then write its files: a full disk must not take away the report that a person waits for."""
     if output.as_json:
         from refmoe.report.verification_json import to_json
@@ -233,7 +239,7 @@ class Against(NamedTuple):
     """The runs of the case; None: the trace's own runs."""
 
 
-def _against(trace: Trace, model: Model) -> Against:
+def _against(trace: Trace, model: ModelOptions) -> Against:
     case_name, checkpoint, synthetic = model.case_name, model.checkpoint, model.synthetic
     if case_name is not None and checkpoint is not None:
         raise InputError("one of --case NAME and --checkpoint DIR was expected, but both were given")
@@ -257,7 +263,7 @@ def _against(trace: Trace, model: Model) -> Against:
     return Against(f"checkpoint {checkpoint}", source, None)
 
 
-def _verify(trace: Trace, against: Against, policy: Policy, judging: Judging) -> Report:
+def _verify(trace: Trace, against: Against, policy: Policy, judging: JudgingOptions) -> Report:
     name, source, runs = against
     config, parameters = loaded(source).config, loaded(source).parameters
     total = len(runs if runs is not None else trace.header.runs) * config.layers
@@ -274,9 +280,7 @@ def _verify(trace: Trace, against: Against, policy: Policy, judging: Judging) ->
     from refmoe.verify.diagnosis import diagnose, explained
 
     with progress_bar("diagnose", 2 * len(MUTANTS)) as advance:
-        explanations = diagnose(
-            trace, config, parameters, runs, policy, report, MUTANTS.values(), judging.significance, advance
-        )
+        explanations = diagnose(trace, config, parameters, runs, policy, report, MUTANTS.values(), advance)
     return explained(report, explanations)
 
 

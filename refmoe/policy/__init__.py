@@ -1,1 +1,1 @@
-"""Numeric policies: what an engine may round, where, to which dtype. Data, and the steps with their cut points."""
+"""Numeric policies: the roundings that an engine may do, as data."""

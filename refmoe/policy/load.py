@@ -1,4 +1,4 @@
-"""Policies by name: those of `profiles.toml`, a file of the user's own, either with changes.
+"""Policies by name: refmoe's own in `profiles.toml`, files of a user, and both with changes.
 
 hf-float32                          a policy of refmoe's own (``exact`` is another name of float64)
 my-engine.toml                      a file with one table, of the same format; its `base` may be one of refmoe's
@@ -41,14 +41,17 @@ CHOICES = {
 }  # fmt: skip
 FLAGS = ("truncates", "flushes")
 GROUPS = {"cache": ("cache.k", "cache.v")}
-"""Names in a change that stand for several cut points."""
+"""The names in a change that stand for several cut points."""
 
 Refuse = Callable[[str, Any, str], InputError]
-"""Makes the error for a field: its name, what was found, what was expected."""
+"""The function that makes the error for a field, from its name, its value and the expected value in words."""
 
 
 def policy(text: str) -> Policy:
-    """The policy that a name, a file or either with changes means; its name is the text. Raises InputError."""
+    """The policy of a text: a name, a file, or either with changes. Its name is the text.
+
+    Raises InputError when the name, the file or a change is not known or not valid.
+    """
     path = re.match(r".*\.toml(?=\+|$)", text)  # a path may have a '+' in it
     name = path[0] if path else text.partition("+")[0]
     changes = text[len(name) :].split("+")[1:]
@@ -59,7 +62,7 @@ def policy(text: str) -> Policy:
 
 
 def policies() -> tuple[Policy, ...]:
-    """Refmoe's own, in the order of `profiles.toml`."""
+    """Refmoe's own policies, in the order of `profiles.toml`."""
     return tuple(_own().values())
 
 
@@ -68,14 +71,14 @@ def policies() -> tuple[Policy, ...]:
 
 @dataclass(frozen=True)
 class Difference:
-    """A field or cut point and what each policy has there, in words."""
+    """A field or cut point, and its value in each policy, in words."""
 
     field: str
     values: tuple[str, ...]
 
 
 def differences(compared: Iterable[Policy]) -> tuple[Difference, ...]:
-    """The fields and cut points in which policies differ; all of them for a single one."""
+    """The fields and cut points in which policies differ. For a single policy, all fields and cut points."""
     tables = [_in_words(each) for each in compared]
     rows = (Difference(field, tuple(table[field] for table in tables)) for field in tables[0])
     return tuple(row for row in rows if len(tables) == 1 or len(set(row.values)) > 1)
@@ -90,7 +93,7 @@ def _in_words(policy: Policy) -> dict[str, str]:
 
 
 def budget_in_words(budget: Budget) -> str:
-    """Such as ``8 + 2 |x|``."""
+    """A budget such as ``8 + 2 |x|``."""
     return f"{budget.constant:g}" + (f" + {budget.slope:g} |x|" if budget.slope else "")
 
 
@@ -153,7 +156,7 @@ def _build(name: str, tables: dict[str, Any], where: str) -> Policy:
 
 
 def _with_base(name: str, tables: dict[str, Any], refuse: Refuse) -> dict[str, Any]:
-    """The fields of a table over those of its base, and of its base's base."""
+    """The fields of a table over those of its base, and so on for the base of the base."""
     own, chain = tables[name], [name]
     layers = [own]
     while "base" in own:
@@ -174,7 +177,7 @@ def _with_base(name: str, tables: dict[str, Any], refuse: Refuse) -> dict[str, A
 
 
 def _value(field: str, found: Any, refuse: Refuse) -> Any:
-    """A dtype, a choice or a flag, by what the field or cut point is."""
+    """The value of a field or cut point: a dtype, a choice or a flag. Raises InputError for other values."""
     if field in FLAGS:
         if not isinstance(found, bool):
             raise refuse(field, found, "true or false")
@@ -194,7 +197,7 @@ def _budget(field: str, found: Any, refuse: Refuse) -> Budget:
         raise refuse(field, found, expected)
     if not isinstance(found["source"], str):
         raise refuse(field, found, expected)
-    return Budget(float(numbers[0]), float(numbers[1]), " ".join(found["source"].split()))
+    return Budget(constant=float(numbers[0]), slope=float(numbers[1]), source=" ".join(found["source"].split()))
 
 
 def _changed(found: Policy, change: str, text: str) -> Policy:
@@ -221,7 +224,7 @@ def _shown(found: Any) -> str:
 
 
 def _one_of(known: Iterable[str], found: str) -> str:
-    """The known names in words, those that resemble what was found first."""
+    """The known names in words. Names that resemble the one found come first."""
     known = list(known)
     close = difflib.get_close_matches(found, known, n=3, cutoff=0.5)
     return "one of " + ", ".join([*close, *(name for name in known if name not in close)])

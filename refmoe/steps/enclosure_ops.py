@@ -1,4 +1,4 @@
-"""The spec's interface over enclosures: one forward pass gives what every legal implementation can give."""
+"""The interface of the spec over enclosures: one forward pass encloses the results of all legal implementations."""
 
 from __future__ import annotations
 
@@ -28,19 +28,20 @@ from refmoe.arithmetic.weight_cache import WeightCache
 from refmoe.policy.policy import STATISTICS, Policy
 
 MATRIX_BYTES = 256 << 20
+"""The default memory for prepared weights."""
 
 SPREADS = 32.0
-"""A value this many standard deviations from overflow does not overflow, whatever its hard radius."""
+"""A value this many standard deviations from overflow does not overflow, whatever its radius."""
 
 FLASH_BLOCK = 16
-"""Keys, at least, that flash attention takes at a time: between blocks it rescales what it has summed."""
+"""The fewest keys that flash attention takes at a time. It rescales its sums between blocks."""
 
 
 class EnclosureOps(ArrayOps):
     """Ops on `Enclosure` arrays, under a policy. A tap receives the enclosure before the tap's own rounding."""
 
     def __init__(self, policy: Policy, tap: Tap | None = None, matrix_bytes: int = MATRIX_BYTES) -> None:
-        """matrix_bytes: memory for prepared weights that are kept for later calls."""
+        """matrix_bytes: the memory for prepared weights that are kept for later calls"""
         super().__init__(np.float64, tap)
         self.policy = policy
         self._exact = policy.accumulation.precision == 53 or policy.storage.precision == 53
@@ -48,7 +49,7 @@ class EnclosureOps(ArrayOps):
         self._products = Accumulator(policy.accumulation, policy.storage, policy.truncates, policy.flushes)
         self._sums = Accumulator(policy.statistics, policy.statistics)
         self.events: list[str] = []
-        """Cut points and sums at which a legal implementation may have overflowed."""
+        """The cut points and sums at which a legal implementation may have overflowed."""
 
     # ---- parameters
 
@@ -66,13 +67,13 @@ class EnclosureOps(ArrayOps):
             parts = []
             for _, _, ready in blocks(weight, self._prepare):
                 parts.append(self._times(x, *ready))
-                _ = parts[-1].biased and parts[-1].bias  # computed now: later it would need the block
+                _ = parts[-1].biased and parts[-1].bias  # computed now, because later the block is gone
             return self._watch("linear", concatenate(parts, axis=-1), self._products.format)
         made = self._matrices.get(weight, lambda: self._prepare(weight.read()), nbytes)
         return self._watch("linear", self._times(x, *made), self._products.format)
 
     def _prepare(self, rows: Any) -> tuple[Matrix, Any]:
-        """Rows of a stored weight, as products want them."""
+        """Rows of a stored weight, prepared for products."""
         held = self.policy.at("weights")
         values = nearest(rows, held)
         return Matrix(Enclosure(values.T), held), dot.prepare(values) if self._exact else None
@@ -93,7 +94,7 @@ class EnclosureOps(ArrayOps):
 
     @quiet
     def accumulate(self, x: Enclosure, axis: int) -> Enclosure:
-        """The sum of a few values in any order, each partial sum but the last cut as `combine.partial`."""
+        """The sum of a few values in any order. Each partial sum but the last is cut as `combine.partial`."""
         x = x.settle()
         n, partial = x.shape[axis], self.policy.at("combine.partial")
         terms = [x[(slice(None),) * axis + (i,)] for i in range(n)]
@@ -101,8 +102,8 @@ class EnclosureOps(ArrayOps):
             return terms[0]
         if n == 2:
             return terms[0] + terms[1]
-        # n - 2 partial sums are rounded, and cut where their dtype is another; in whatever order, none is larger than
-        # the positive or the negative terms alone, and what roundings have added to these
+        # n - 2 partial sums are rounded, and cut if their dtype differs. In any order, none is larger than the sum of
+        # the positive or of the negative terms, plus the roundings of these
         mid = x.mid.sum(axis)
         inherited = 0.0 if x.radius is None else x.radius.sum(axis)
         coarse = partial != x.accumulation
@@ -112,10 +113,10 @@ class EnclosureOps(ArrayOps):
         radius = bounded((inherited + (n - 2) * step + (n + 2) * OWN * reach) * SLACK)
         radius = unbounded_beyond(reach, radius, partial if coarse else x.accumulation)
         variance = (n - 2) * step**2 / 3 + (0.0 if x.variance is None else x.variance.sum(axis))
-        return Enclosure(mid, radius, bounded(variance), x.accumulation, owed=True)
+        return Enclosure(mid, radius, bounded(variance), accumulation=x.accumulation, owed=True)
 
     def max(self, x: Enclosure, axis: int) -> Any:
-        # only ever subtracted before exp, where any number serves: a constant keeps the enclosures small
+        # it is only subtracted before exp, where any number is valid: a constant keeps the enclosures small
         return x.mid.max(axis=axis)
 
     # ---- functions
@@ -144,9 +145,9 @@ class EnclosureOps(ArrayOps):
 
     @quiet
     def weigh(self, logits: Enclosure, experts: Any) -> Enclosure:
-        """Softmax over the chosen logits, or over all and renormalised.
+        """The softmax over the chosen logits, or over all logits and then renormalised.
 
-        The second order rounds each probability, their sum and its inverse: six times at most.
+        The second order has six roundings at most: of each probability, their sum and its inverse.
         """
         chosen = self.gather(logits, experts)
         above = np.maximum(logits.mid.max(-1) - chosen.mid.max(-1), 0.0)[:, None]
@@ -154,14 +155,14 @@ class EnclosureOps(ArrayOps):
         low, statistics, mid = self.policy.at("router.probs"), self.policy.statistics, weights.mid
         relative, lost = 6 * statistics.u, statistics.tiny
         if low.precision < statistics.precision:
-            # a stored probability errs by a unit above the quotient's line and one below; a sum of k rounds k - 1 times
+            # stored probabilities round once in the quotient and once in the divisor; a sum of k has k - 1 roundings
             relative += (experts.shape[-1] + 1) * low.u
             lost = low.tiny if self.policy.flushes else low.u * low.tiny
-        # what a probability loses absolutely is divided by the sum of the chosen, which is at least 1 / E
+        # the absolute error of a probability is divided by the sum of the chosen, which is at least 1 / E
         lost *= logits.shape[-1]
         radius = weights.r + relative * (1 + relative) * (mid + weights.r) + lost
         variance = weights.v + ((relative * mid) ** 2 + lost**2) / 3
-        return Enclosure(mid, radius * SLACK, variance, weights.accumulation)
+        return Enclosure(mid, radius * SLACK, variance, accumulation=weights.accumulation)
 
     def unit_circle(self, positions: Any, base: float, numerators: Sequence[int], denominator: int) -> Any:
         cos, sin = elementary.unit_circle(positions, base, numerators, denominator)
@@ -188,7 +189,7 @@ class EnclosureOps(ArrayOps):
         )
         x, otherwise = x.settle(), otherwise.settle()
         radius, variance = np.where(condition, x.r, otherwise.r), np.where(condition, x.v, otherwise.v)
-        return Enclosure(np.where(condition, x.mid, otherwise.mid), radius, variance, x.accumulation)
+        return Enclosure(np.where(condition, x.mid, otherwise.mid), radius, variance, accumulation=x.accumulation)
 
     def concatenate(self, arrays: Sequence[Any], axis: int = 0) -> Any:
         if isinstance(arrays[0], Enclosure):
@@ -209,7 +210,7 @@ class EnclosureOps(ArrayOps):
         format = policy.at(name)
         result = x.cut(format, any_scale=name == "attention.probs")
         if name == "attention.probs":
-            # flash attention divides at the end; for each block it rescales what it has summed by another exponential
+            # flash attention divides at the end, and rescales its sums by an exponential for each block
             rescaled = x.shape[-1] / FLASH_BLOCK
             relative = (4 + rescaled * (policy.exp.constant + 2)) * policy.accumulation.u
             result.radius = result.r + relative * (np.abs(result.mid) + result.r)
@@ -219,7 +220,7 @@ class EnclosureOps(ArrayOps):
         return result
 
     def _watch(self, name: str, x: Enclosure, format: Format) -> Enclosure:
-        """Note whether a legal implementation may overflow here."""
+        """Record `name` as an event if a legal implementation may overflow here."""
         largest = np.abs(x.mid).max(initial=0.0)
         if not largest + SPREADS * math.sqrt(np.max(x.v, initial=0.0)) <= format.largest:
             with np.errstate(all="ignore"):

@@ -1,7 +1,7 @@
-"""Ops of an ideal run under a policy: every operation exact to binary64, and rounded to nearest at each cut point.
+"""Ops of an ideal run under a policy: operations exact to binary64, rounded to nearest at each cut point.
 
-It is one legal run of the policy, the one with no error but that of storing. A real engine under the same policy
-also rounds inside its operations, and so differs in the few elements that lie close to the middle between two values.
+This is one legal run of the policy, whose only errors are those of storage. A real engine under the same policy also
+rounds inside its operations. It differs in the few elements that lie close to the middle between two values.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from refmoe.spec.softmax import softmax
 class PolicyOps(ExactOps):
     """`ExactOps` with the cut points of a policy. Arrays are float64 that hold values of the cuts' dtypes.
 
-    A tap receives the value in the dtype of its cut point. What it returns instead, such as an engine's own array, is
-    what the run goes on with.
+    A tap receives the value in the dtype of its cut point. The run goes on with the value that the tap returns, such as
+    an engine's own array.
     """
 
     def __init__(self, policy: Policy, tap: Tap | None = None, prepared_bytes: int = PREPARED_BYTES) -> None:
-        """prepared_bytes: memory for prepared weights that are kept for later calls."""
+        """prepared_bytes: the memory for prepared weights that are kept for later calls"""
         super().__init__(tap, prepared_bytes=prepared_bytes)
         self.policy = policy
 
@@ -55,7 +55,7 @@ class PolicyOps(ExactOps):
     def _held(self, stored: Any) -> Any:
         return self.cut("weights", self.array(stored))
 
-    # ---- what the steps with cut points ask for
+    # ---- the operations of the steps with cut points
 
     def softmax(self, x: Any, mask: Any | None) -> Any:
         ops: Any = self
@@ -65,7 +65,7 @@ class PolicyOps(ExactOps):
         return self.cut("expert.silu", x * self.cut("expert.sigmoid", self.sigmoid(x)))
 
     def top_k(self, x: Any, k: int) -> Any:
-        """By the logits as stored, or by the probabilities as stored; equal ones by lower index."""
+        """The top-k by stored logits, or by stored probabilities. Of equal ones the lower index comes first."""
         return super().top_k(self._probs(x) if self._softmax_first else x, k)
 
     def weigh(self, logits: Any, experts: Any) -> Any:
@@ -76,7 +76,7 @@ class PolicyOps(ExactOps):
 
     def accumulate(self, x: Any, axis: int) -> Any:
         if self.policy.at("combine.partial") == FLOAT64:
-            return self.sum(x, axis)  # no partial sum is rounded: exact, whatever the order
+            return self.sum(x, axis)  # no partial sum is rounded, so the sum is exact in any order
         first, *others = (x.take(i, axis) for i in range(x.shape[axis]))
         total = first
         for i, term in enumerate(others):

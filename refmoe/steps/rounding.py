@@ -1,11 +1,11 @@
-"""The steps of the model with their cut points: where an engine may round inside a step.
+"""The steps of the model with their cut points: the places where an engine may round inside a step.
 
-The same mathematics as `refmoe.spec`, clause by clause, written with `ops.cut(name, x)` wherever a real engine stores
-a value or passes it from one kernel to the next. Under ops whose cuts do nothing these steps are the specification
-itself (a test holds them to its bits). Every tap is a cut point as well.
+The mathematics is that of `refmoe.spec`, clause by clause. `ops.cut(name, x)` marks each place where a real engine
+stores a value or passes it from one kernel to the next. Every tap is a cut point as well. Under ops whose cuts do
+nothing, these steps are the specification itself; a test compares the bits.
 
-The `ops` here are those of the spec and three more: `cut`, and `softmax` and `silu` as single operations, because an
-enclosure of the whole is much tighter than the enclosure of their parts.
+The `ops` here have the methods of the spec's ops and more, such as `cut`. `softmax` and `silu` are single operations,
+because the enclosure of the whole is much tighter than the enclosure of its parts.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from refmoe.steps.grouped import grouped_by_kv_head
 
 
 class CutOps(ArrayOps):
-    """Ops that also know cut points and two compound functions."""
+    """Ops that also have cut points and compound functions."""
 
     policy: Policy
 
     def cut(self, name: str, x: Array) -> Array:
-        """`x` as it is after the cut point."""
+        """`x` after the cut point."""
         raise NotImplementedError
 
     def softmax(self, x: Array, mask: Array | None) -> Array:
@@ -42,16 +42,16 @@ class CutOps(ArrayOps):
         raise NotImplementedError
 
     def weigh(self, logits: Array, experts: Array) -> Array:
-        """The weights of the chosen experts, by the policy's own order of softmax and choice."""
+        """The weights of the chosen experts, in the policy's order of softmax and choice."""
         raise NotImplementedError
 
     def accumulate(self, x: Array, axis: int) -> Array:
-        """The sum over an axis, element by element, each partial sum cut as `combine.partial`."""
+        """The sum over an axis, element by element. Each partial sum is cut as `combine.partial`."""
         raise NotImplementedError
 
 
 def cut_again(ops: CutOps, name: str, before: str, x: Array) -> Array:
-    """`x`, last stored at the cut point `before`, as it is after `name`: a dtype that holds it changes nothing."""
+    """`x` after the cut point `name`. `x` was last stored at `before`, and a dtype that holds it changes nothing."""
     return x if ops.policy.at(name).holds(ops.policy.at(before)) else ops.cut(name, x)
 
 
@@ -92,7 +92,7 @@ def attend(ops: CutOps, q: Array, cache: Cache, mask: Array) -> Array:
 
 
 def scores_of(ops: CutOps, q: Array, k: Array, scaled: bool = True) -> Array:
-    """ATTN-1 and ATTN-2. scaled: whether they are divided by sqrt(d).
+    """The scores of ATTN-1 and ATTN-2.   scaled: whether they are divided by sqrt(d)
 
     q: [T, H, d]   k: [S, K, d]   returns: [H, T, S]
     """
@@ -162,4 +162,4 @@ CUT_STEPS: Any = Steps(
     rms_norm=rms_norm, rotary_table=rotary_table, rotate=rotate, extend_cache=extend_cache, attend=attend, route=route,
     run_experts=run_experts, combine=combine,
 )  # fmt: skip
-"""The steps of the spec, those with cut points inside them replaced."""
+"""The steps of the spec. Steps with cut points inside are replaced by those of this module."""

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from refmoe.arithmetic.formats import FLOAT32
 from refmoe.bugs.catalogue import MUTANTS
-from refmoe.bugs.run_engine import run
 from refmoe.bugs.mutant import Mutant
 from refmoe.bugs.quantised_checkpoint import INT8, quantised
+from refmoe.bugs.run_engine import run
 from refmoe.policy.load import policy
 from refmoe.policy.policy import Policy
 from refmoe.spec.model import Parameters

@@ -7,8 +7,8 @@ from functools import cache
 from pathlib import Path
 
 from refmoe.bugs.catalogue import MUTANTS
-from refmoe.bugs.run_engine import run
 from refmoe.bugs.mutant import Mutant
+from refmoe.bugs.run_engine import run
 from refmoe.policy.load import policy
 from refmoe.spec.model import Parameters
 from refmoe.suite import Case, find_cases, read_case

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from refmoe.bugs.catalogue import MUTANTS
-from refmoe.bugs.run_engine import run, same
 from refmoe.bugs.mutant import Mutant
+from refmoe.bugs.run_engine import run, same
 from refmoe.policy.load import policy
 from refmoe.suite.conditions import CONDITIONS
 from refmoe.traces.trace import Run, Trace

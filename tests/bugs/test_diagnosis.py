@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from refmoe.bugs.catalogue import MUTANTS
+from refmoe.bugs.changed_weights import mapped, with_layers
 from refmoe.bugs.run_engine import held_trace, run
 from refmoe.bugs.sharded_mutant import on_ranks
-from refmoe.bugs.changed_weights import mapped, with_layers
 from refmoe.policy.load import policy
 from refmoe.steps.sharded.layout import Layout
 from refmoe.traces.trace import Trace

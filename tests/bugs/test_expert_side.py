@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from refmoe.bugs.catalogue import MUTANTS
-from refmoe.bugs.run_engine import held_trace, run, same
-from refmoe.bugs.quantised_checkpoint import FP8, INT8, quantised
 from refmoe.bugs.changed_weights import mapped, with_experts, with_layers
+from refmoe.bugs.quantised_checkpoint import FP8, INT8, quantised
+from refmoe.bugs.run_engine import held_trace, run, same
 from refmoe.policy.load import policy
 from refmoe.spec.model import Layer, Parameters
 from refmoe.suite.conditions import CONDITIONS, NOT_OF_A_CASE

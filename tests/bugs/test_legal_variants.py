@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refmoe.bugs.run_engine import same
 from refmoe.bugs.legal import LEGAL
 from refmoe.bugs.legal.precision import SequentialOps
+from refmoe.bugs.run_engine import same
 from refmoe.policy.load import policy
 from refmoe.traces.trace import Trace
 from refmoe.verify.findings import CANNOT_JUDGE, CONFORMANT

@@ -8,8 +8,8 @@ from functools import cache
 import pytest
 
 from refmoe.bugs.catalogue import MUTANTS
-from refmoe.bugs.run_engine import run, same
 from refmoe.bugs.changed_weights import with_layers
+from refmoe.bugs.run_engine import run, same
 from refmoe.policy.load import policy
 from refmoe.suite.conditions import CONDITIONS
 from refmoe.traces.trace import Run, Trace

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from refmoe.bugs.catalogue import MUTANTS
-from refmoe.bugs.run_engine import same
-from refmoe.bugs.mutant import TOKENIZER
 from refmoe.bugs.generation_session import Session, unchanged_by_router_logits
+from refmoe.bugs.mutant import TOKENIZER
+from refmoe.bugs.run_engine import same
 from refmoe.bugs.vector_checks import read_vectors, wrong
 from refmoe.errors import InputError
 from refmoe.routers.literature.losses import load_balancing_loss

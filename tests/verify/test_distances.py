@@ -40,7 +40,7 @@ def test_what_is_not_a_number_is_never_close() -> None:
 
 
 def test_slots_follow_each_trace_s_own_order_of_experts(tmp_path: Path) -> None:
-    """The same choice in another order is no difference; a token that went elsewhere is named, not measured."""
+    """An equal choice in another order is no difference. A token that went elsewhere is listed, not measured."""
     ids, weights = np.array([[3, 1], [0, 2]]), np.array([[0.75, 0.25], [0.5, 0.5]])
     outputs = np.arange(8.0).reshape(2, 2, 2)
     expected = {

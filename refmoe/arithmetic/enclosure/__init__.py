@@ -1,11 +1,12 @@
-"""Enclosures: for every value the interval and the spread of what a legal implementation of a policy can compute.
+"""Enclosures: for every value, the range and the spread of the results of legal implementations of a policy.
 
-`array` has the arrays and their elementwise rules, `products` sums and matrix products, `functions` exp, softmax,
-sigmoid and angles, `ops` puts them behind the spec's interface. The rules carry three numbers per element:
+`array` has the arrays and their elementwise rules, `products` has sums and matrix products, and `functions` has exp,
+softmax, sigmoid and angles. `refmoe.steps.enclosure_ops` puts them behind the interface of the spec.
+The rules carry three numbers per element:
 
-    mid       what exact arithmetic gives
-    radius    a proven bound on how far any legal result can be from mid; infinite where there is none
-    variance  of legal results around mid when roundings are independent: an upper size, never a bound
+    mid       the result of exact arithmetic
+    radius    a proven bound on the distance of any legal result from mid; infinite where there is none
+    variance  of legal results around mid if roundings are independent: an upper estimate, never a bound
 
-Everything is computed in binary64, whose own error is added to every radius.
+All three are computed in binary64, and every radius includes the error of that computation.
 """

@@ -1,4 +1,4 @@
-"""Arrays of enclosures and their elementwise rules."""
+"""Arrays of enclosures, and their elementwise rules."""
 
 from __future__ import annotations
 
@@ -11,37 +11,43 @@ import numpy as np
 from refmoe.arithmetic.formats import FLOAT32, Format, nearest, representable, ulp
 
 OWN = 2.0**-52
-"""The relative error of one binary64 operation of ours, with a factor of two to spare."""
+"""Twice the bound on the relative error of one binary64 operation of the verifier itself."""
 
 SLACK = 1 + 2.0**-45
-"""Over the error of computing a radius itself: up to a hundred binary64 operations, all on numbers from zero up."""
+"""A factor that covers the error of computing a radius: up to 100 binary64 operations on numbers from zero up."""
 
 UNDERFLOW = 2.0**-1022
-"""What an operation of ours can lose below the smallest normal binary64, where neither radius nor variance can follow:
-a part of both, and nothing beside a rounding of any value from 10^-150 up."""
+"""The error of an operation below the smallest normal binary64, which relative bounds do not cover. It is added to
+radius and variance, and is negligible for values from 10^-150 up."""
 
 FAR = 32.0
-"""Standard deviations that a divisor must be away from zero for its spread to have a meaning."""
+"""The least distance of a divisor from zero, in standard deviations, for which a spread is computed."""
 
 quiet = np.errstate(all="ignore")
-"""Infinities and NaN are legal here: they end as an infinite radius, not as a warning."""
+"""Infinities and NaN are legal here. They become an infinite radius, not a warning."""
 
 
 class Enclosure:
-    """An array of intervals mid +- radius, with a variance; None stands for zeros everywhere.
+    """An array of intervals mid +- radius, with a variance. None stands for zeros everywhere.
 
-    `owed`: the operation that made it rounds its result once more, to the accumulation dtype. That rounding is left
-    out until the value is used, since a value that is stored in that dtype is rounded only once.
-    `bias`: how far a truncating accumulator can shift the value, all of it in one direction; part of radius.
-    A radius is an array of the shape of mid, and infinite where nothing bounds the value.
+    radius: of the shape of mid, infinite where nothing bounds the value
+    owed: whether the operation that made it still rounds its result to the accumulation dtype. That rounding is added
+    when the value is used, because a value that is stored in that dtype is rounded only once.
+    bias: the distance that a truncating accumulator can shift the value in one direction. It is part of the radius.
     """
 
-    __array_ufunc__ = None  # an ndarray on the left leaves the operation to us
+    __array_ufunc__ = None  # so that an ndarray on the left leaves the operation to this class
 
     def __init__(
-        self, mid: Any, radius: Any = None, variance: Any = None, accumulation: Format = FLOAT32, owed: bool = False,
+        self,
+        mid: Any,
+        radius: Any = None,
+        variance: Any = None,
+        *,
+        accumulation: Format = FLOAT32,
+        owed: bool = False,
         bias: Any = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.mid = np.asarray(mid, np.float64)
         self.radius = radius
         self.variance = variance
@@ -51,27 +57,27 @@ class Enclosure:
 
     @property
     def biased(self) -> bool:
-        """Whether there is a bias."""
+        """Whether the enclosure has a bias."""
         return self._bias is not None
 
     @property
     def bias(self) -> Any:
-        """The bias, or None. It costs a product, and few ask for it, so that it is computed when asked for."""
+        """The bias, or None. It is computed on demand, because it costs a matrix product and is rarely needed."""
         if callable(self._bias):
             self._bias = self._bias()
         return self._bias
 
-    # ---- what the spec asks of an array
+    # ---- the array interface of the spec
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.mid.shape
 
     def map(self, move: Callable[[Any], Any]) -> Enclosure:
-        """The same elements elsewhere: `move` selects, reshapes or reorders an array."""
+        """The enclosure with `move` applied to every array. `move` selects, reshapes or reorders elements."""
         radius, variance = (None if part is None else move(part) for part in (self.radius, self.variance))
         bias = (lambda: move(self.bias)) if self.biased else None
-        return Enclosure(move(self.mid), radius, variance, self.accumulation, self.owed, bias)
+        return Enclosure(move(self.mid), radius, variance, accumulation=self.accumulation, owed=self.owed, bias=bias)
 
     def __getitem__(self, index: Any) -> Enclosure:
         return self.map(lambda part: part[index])
@@ -96,7 +102,7 @@ class Enclosure:
 
     @quiet
     def settle(self) -> Enclosure:
-        """With the rounding that is owed, and with a bias counted as spread."""
+        """The enclosure with its owed rounding, and with its bias counted as spread."""
         if not self.owed and not self.biased:
             return self
         radius, variance = self.r, self.v
@@ -105,23 +111,23 @@ class Enclosure:
             size = np.abs(self.mid)
             reach = size + radius
             radius = unbounded_beyond(reach, (radius + (u * reach + tiny)) * SLACK, self.accumulation)
-            # below tiny the spacing no longer shrinks: half of it is u tiny
+            # below tiny the spacing no longer shrinks: half a spacing is u tiny
             variance = bounded(variance + (u * (size + tiny)) ** 2 / 3 + UNDERFLOW)
         if self.biased:
             variance = variance + self.bias**2 / 3
-        return Enclosure(self.mid, radius, variance, self.accumulation)
+        return Enclosure(self.mid, radius, variance, accumulation=self.accumulation)
 
     def _constant(self, value: Any, inverted: bool) -> Enclosure:
-        """A number of the formula, such as eps or 1 / sqrt(d): an engine holds it, or its inverse, in its own dtype."""
+        """A number of the formula, such as eps or 1 / sqrt(d). An engine holds it, or its inverse, in its own dtype."""
         number, format = float(value), self.accumulation
         roundings = int(not representable(number, format)) + (inverted and math.frexp(number)[0] != 0.5)
         if not roundings:
             return Enclosure(number, accumulation=format)
         radius = (roundings * format.u * (1 + format.u) + OWN) * abs(number)
-        return Enclosure(number, np.asarray(radius), np.asarray(radius**2 / 3), format)
+        return Enclosure(number, np.asarray(radius), np.asarray(radius**2 / 3), accumulation=format)
 
     def _with(self, other: Any, inverted: bool = False) -> tuple[Enclosure, Enclosure]:
-        """Both operands, settled. Arrays that are no enclosures are parameters, held exactly."""
+        """Both operands, settled. An array that is no enclosure is a parameter, held exactly."""
         if isinstance(other, Enclosure):
             return self.settle(), other.settle()
         if np.ndim(other) == 0:
@@ -129,23 +135,31 @@ class Enclosure:
         return self.settle(), Enclosure(other, accumulation=self.accumulation)
 
     def _owing(self, mid: Any, radius: Any, variance: Any) -> Enclosure:
-        return Enclosure(mid, bounded(radius * SLACK), bounded(variance + np.zeros(mid.shape)), self.accumulation, True)
+        variance = bounded(variance + np.zeros(mid.shape))
+        return Enclosure(mid, bounded(radius * SLACK), variance, accumulation=self.accumulation, owed=True)
 
     @quiet
     def __add__(self, other: Any) -> Enclosure:
         a, b = self._with(other)
         mid = a.mid + b.mid
-        # the rounding error of our own sum, exactly (Knuth 1998, theorem 4.2.2 B): where it is zero, so is the radius
+        # the exact rounding error of this sum (Knuth 1998, theorem 4.2.2 B): if it is zero, so is the radius
         part = mid - a.mid
         own = np.abs((a.mid - (mid - part)) + (b.mid - part))
         radius = own + (a.r + b.r)
-        # an interval's ends are computed in binary64 too: a radius of less than a step there would be lost
+        # the ends of the interval are computed in binary64 too: a radius below its spacing would be lost
         return self._owing(mid, radius + (radius > 0) * OWN * np.abs(mid), a.v + b.v)
 
     __radd__ = __add__
 
     def __neg__(self) -> Enclosure:
-        return Enclosure(-self.mid, self.radius, self.variance, self.accumulation, self.owed, self._bias)
+        return Enclosure(
+            -self.mid,
+            self.radius,
+            self.variance,
+            accumulation=self.accumulation,
+            owed=self.owed,
+            bias=self._bias,
+        )
 
     def __sub__(self, other: Any) -> Enclosure:
         result: Enclosure = self + -other
@@ -163,7 +177,7 @@ class Enclosure:
         own = OWN * np.abs(mid) + UNDERFLOW
         if a.radius is None and b.radius is None:
             return self._owing(mid, own, 0.0)
-        if square:  # its factors err alike
+        if square:  # both factors have the same error
             size = np.abs(a.mid)
             return self._owing(mid, (2 * size + a.r) * a.r + own, 4 * mid * a.v + 2 * a.v**2)
         radius, variance = own, 0.0
@@ -184,16 +198,16 @@ class Enclosure:
             return self._owing(mid, a.r / np.abs(b.mid) + OWN * size + UNDERFLOW, a.v / b.mid**2)
         room = np.abs(b.mid) - b.r
         radius = np.where(room > 0, (a.r + size * b.r) / room, np.inf) + OWN * size + UNDERFLOW
-        # the spread is to first order, which holds while the divisor keeps away from zero
+        # the spread is of first order, which holds only for a divisor far from zero
         variance = np.where(FAR**2 * b.v < b.mid**2, (a.v + mid**2 * b.v) / b.mid**2, np.inf)
         return self._owing(mid, radius, variance)
 
     @quiet
     def cut(self, format: Format, any_scale: bool = False) -> Enclosure:
-        """After a rounding to the format, or none.
+        """The enclosure after a rounding to the format, or without one.
 
-        any_scale: the value may be rounded before it is divided by something from one up, as flash attention's
-        exponentials are; a zero stays a zero.
+        any_scale: whether the value may be rounded before it is divided by a number from 1 up, as the exponentials of
+        flash attention are. Zero stays zero.
         """
         if self.radius is None and not self.owed and not any_scale and representable(self.mid, format).all():
             return Enclosure(self.mid, accumulation=self.accumulation)
@@ -209,16 +223,16 @@ class Enclosure:
             half = ulp(reach, format) / 2 + UNDERFLOW
             spread = ulp(size, format) ** 2 / 12 + UNDERFLOW
         radius = unbounded_beyond(reach, (x.r + half) * SLACK, format)
-        return Enclosure(x.mid, radius, x.v + spread, self.accumulation)
+        return Enclosure(x.mid, radius, x.v + spread, accumulation=self.accumulation)
 
 
 def overflow(format: Format) -> float:
-    """From this size on a real number rounds to infinity."""
+    """The smallest real number that rounds to infinity."""
     return (2 - format.u) * 2.0**format.exponent_max
 
 
 def unbounded_beyond(reach: Any, radius: Any, format: Format) -> Any:
-    """The radius, infinite where the format may not hold the value."""
+    """The radius, made infinite where the format may not hold the value."""
     limit = overflow(format)
     if np.asarray(reach).max(initial=0.0) < limit:
         return radius
@@ -226,7 +240,7 @@ def unbounded_beyond(reach: Any, radius: Any, format: Format) -> Any:
 
 
 def bounded(x: Any) -> Any:
-    """A radius or variance with infinity in place of NaN."""
+    """The radius or variance with infinity in place of NaN."""
     unknown = np.isnan(x)
     return np.where(unknown, np.inf, x) if unknown.any() else x
 
@@ -237,7 +251,7 @@ def stored(values: Any, format: Format, accumulation: Format) -> Enclosure:
 
 
 def concatenate(parts: Any, axis: int) -> Enclosure:
-    """Enclosures one after the other."""
+    """Enclosures joined along an axis."""
     if len({part.owed for part in parts}) > 1:
         parts = [part.settle() for part in parts]
 
@@ -253,4 +267,4 @@ def concatenate(parts: Any, axis: int) -> Enclosure:
     mid = np.concatenate([part.mid for part in parts], axis=axis)
     first = parts[0]
     bias = (lambda: join("bias")) if any(part.biased for part in parts) else None
-    return Enclosure(mid, join("radius"), join("variance"), first.accumulation, first.owed, bias)
+    return Enclosure(mid, join("radius"), join("variance"), accumulation=first.accumulation, owed=first.owed, bias=bias)

@@ -1,4 +1,4 @@
-"""Error budgets: what a library function such as exp may err by."""
+"""Error budgets: the errors that library functions such as exp may make."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from refmoe.arithmetic.formats import Format
 class Budget:
     """The error of a library function: at most `constant + slope * |x|` unit roundoffs of the statistics dtype.
 
-    A tolerance, not a consequence of arithmetic: nothing but its author bounds an engine's exp.
+    A budget is a tolerance. It does not follow from arithmetic: only its author bounds the error of an engine's exp.
     """
 
     constant: float
     slope: float
     source: str
+    """The document or the measurement that the numbers come from."""
 
 
 class Budgets(Protocol):

@@ -1,9 +1,9 @@
-"""Sums and matrix products: every order, tree, blocking and fusion of the additions.
+"""Sums and matrix products, for every order, tree, blocking and fusion of the additions.
 
-For m = sum of n terms with A = sum of their sizes, each partial sum of any order is at most (A + |m|) / 2 in size:
-that is the larger of the sum of the positive terms and that of the negative ones. So n roundings of unit u move the
-result by at most about n u (A + |m|) / 2. The variance takes terms in an order that does not depend on their values,
-and follows the partial sums along the index, where structured rows can make them far larger than chance would.
+Let m be the sum of n terms, and A the sum of their magnitudes. Each partial sum, in any order, is at most
+(A + |m|) / 2: the larger of the sum of the positive terms and that of the negative ones. So n roundings of unit u move
+the result by at most about n u (A + |m|) / 2. The variance assumes an order of terms that does not depend on their
+values. It follows the partial sums along the index, since structured rows can make these far larger than chance would.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from refmoe.arithmetic.enclosure.array import OWN, SLACK, UNDERFLOW, Enclosure, 
 from refmoe.arithmetic.formats import Format, representable
 
 CHUNK = 16
-"""Terms between two checkpoints of the partial sums: within a chunk even a sorted order at most doubles the spread."""
+"""Terms between two checkpoints of the partial sums. Within a chunk, sorted terms at most double the spread."""
 CHUNKS = 32
-"""Checkpoints at most: more would cost more than the products they watch."""
+"""The most checkpoints. More would cost more than the products themselves."""
 BLOCK = 4
-"""Terms that a truncating accumulator aligns together, at least: Volta's tensor cores took 4, later ones more."""
+"""The fewest terms that a truncating accumulator aligns together: 4 in Volta's tensor cores, more in later ones."""
 
 
 @dataclass(frozen=True)
 class Accumulator:
-    """How products are summed."""
+    """The arithmetic in which products are summed."""
 
     format: Format
     inputs: Format
@@ -40,33 +40,33 @@ class Accumulator:
     def growth(self, n: int) -> float:
         """The bound on the error of a sum of n terms, relative to the largest partial sum.
 
-        n - 1 roundings, whatever the tree: its nodes' errors add up, each u times a partial sum that has erred itself.
-        A truncating accumulator cuts off up to 2 u of the largest exponent of a block from each term of it, from
-        what has been summed before, and from the result.
+        Every tree has n - 1 roundings. Their errors add up, each u times a partial sum that has an error itself.
+        A truncating accumulator cuts off up to 2 u of the largest exponent of a block. It cuts each term of the block,
+        the sum so far, and the result.
         """
         count = 2 * (n + 2 * math.ceil(n / BLOCK)) if self.truncates else n - 1
         return math.expm1(min(count * self.format.u, 700.0))
 
     def underflow(self, n: int) -> tuple[float, float]:
-        """Radius and variance of what n products and n sums lose below the smallest normal value."""
-        if self.flushes:  # always towards zero, so that losses add up
+        """Radius and variance of the losses of n products and n sums below the smallest normal value."""
+        if self.flushes:  # flushing always goes towards zero, so that losses add up
             lost = 2 * n * self.format.tiny
             return lost, lost**2 / 3 + UNDERFLOW
         half = self.format.u * self.format.tiny + UNDERFLOW
         return n * half, n * half**2 / 3 + UNDERFLOW
 
     def holds_products(self, x: Enclosure, w: Matrix) -> bool:
-        """Whether a product of two factors needs no rounding: both are stored values, and short ones."""
+        """Whether a product of two factors needs no rounding: both are stored values with short significands."""
         if 2 * self.inputs.precision > self.format.precision or x.radius is not None or w.radius is not None:
             return False
         return w.fits(self.inputs) and bool(representable(x.mid, self.inputs).all())
 
 
 class Matrix:
-    """The right factor of a product with what its rules need. mid: [..., n, m], and so are the others."""
+    """The right factor of a product, with the arrays that the rules need. mid: [..., n, m], and so are the others."""
 
     def __init__(self, x: Enclosure, held: Format | None = None) -> None:
-        """held: a dtype that is known to hold all elements."""
+        """held: a dtype that is known to hold all elements"""
         x = x.settle()
         self.mid, self.radius, self.variance = x.mid, x.radius, x.variance
         self.size, self.square = np.abs(x.mid), x.mid**2
@@ -79,11 +79,11 @@ class Matrix:
 
     @cached_property
     def signs(self) -> Any:
-        """float32, which holds any count of terms that is met."""
+        """The signs of the elements in float32, which counts terms exactly."""
         return np.sign(self.mid, dtype=np.float64).astype(np.float32)
 
     def below(self, tiny: float) -> Any:
-        """The sizes that are smaller than `tiny`, zeros for the others; None where there are none but zeros."""
+        """The magnitudes smaller than `tiny`, with zeros for the others. None if all of these are zero."""
         if tiny not in self._below:
             small = np.where(self.size < tiny, self.size, 0.0)
             self._below[tiny] = small if small.any() else None
@@ -98,9 +98,9 @@ class Matrix:
 
 @quiet
 def product(x: Enclosure, w: Matrix, how: Accumulator, exact_mid: Any = None) -> Enclosure:
-    """x [..., l, n] times w [..., n, m].
+    """The enclosure of x [..., l, n] times w [..., n, m].
 
-    exact_mid: the product rounded once; needed at float64, where our own sums err like the engine's.
+    exact_mid: the product rounded once. At float64 it is needed, because the verifier's own sums err like the engine's.
     """
     x = x.settle()
     n, u = x.shape[-1], how.format.u
@@ -115,7 +115,7 @@ def product(x: Enclosure, w: Matrix, how: Accumulator, exact_mid: Any = None) ->
     def bias() -> Any:
         return bounded(u * partial * np.abs(np.sign(x.mid).astype(np.float32) @ w.signs))
 
-    result = partial + inherited  # no partial sum of any legal factors is larger, as long as nothing rounds
+    result = partial + inherited  # without roundings, no partial sum of any legal factors is larger
     rounds = not how.holds_products(x, w)
     largest = result * (1 + 2 * u) if rounds else result
     result = inherited + how.growth(n) * largest
@@ -128,17 +128,18 @@ def product(x: Enclosure, w: Matrix, how: Accumulator, exact_mid: Any = None) ->
         inputs = flushed(size, w, how.format)
         lost, lost_spread = lost + inputs, lost_spread + inputs**2 / 3
     own = OWN * np.abs(mid) if exact_mid is not None else (n + 2) * OWN * total
-    # n additions of positive terms, each to half of OWN, made every sum that is used here
+    # every sum used here has n additions of positive terms, each with an error of half of OWN
     result = (result + lost + own) * (SLACK + n * OWN)
     result = unbounded_beyond(largest * (1 + how.growth(n)), result, how.format)
     variance = inherited_variance(x, square, w) + (u * u / 3 * spread + lost_spread)
-    return Enclosure(mid, bounded(result), bounded(variance), x.accumulation, bias=bias if how.truncates else None)
+    bias_or_none = bias if how.truncates else None
+    return Enclosure(mid, bounded(result), bounded(variance), accumulation=x.accumulation, bias=bias_or_none)
 
 
 def _product_and_path(x: Any, w: Any) -> tuple[Any, Any, int]:
-    """The product, the energy of its partial sums in index order at some checkpoints, and terms between two of these.
+    """The product, the energy of its partial sums at checkpoints in index order, and the terms between checkpoints.
 
-    From S to S' over L terms the squares of partial sums add up to L (S^2 + S S' + S'^2) / 3, which is at most
+    From S to S' over L terms, the squares of the partial sums add up to L (S^2 + S S' + S'^2) / 3. That is at most
     L (S^2 + S'^2) / 2.
     """
     n = x.shape[-1]
@@ -158,7 +159,7 @@ def _product_and_path(x: Any, w: Any) -> tuple[Any, Any, int]:
 
 
 def inherited_radius(x: Enclosure, size: Any, w: Matrix) -> Any:
-    """How far inexact factors move the product."""
+    """The part of the product's radius that comes from inexact factors."""
     radius: Any = 0.0
     if x.radius is not None:
         radius = radius + _from_zero_up(x.radius, w.size)
@@ -168,7 +169,7 @@ def inherited_radius(x: Enclosure, size: Any, w: Matrix) -> Any:
 
 
 def inherited_variance(x: Enclosure, square: Any, w: Matrix) -> Any:
-    """The spread that inexact factors give the product."""
+    """The part of the product's variance that comes from inexact factors."""
     variance: Any = 0.0
     if x.variance is not None:
         variance = variance + _from_zero_up(x.variance, w.square)
@@ -180,7 +181,7 @@ def inherited_variance(x: Enclosure, square: Any, w: Matrix) -> Any:
 def _from_zero_up(a: Any, b: Any) -> Any:
     """The product of two arrays of numbers from zero up, where infinity times zero is zero.
 
-    Such a zero is a probability that is masked; what it multiplies may be unknown, such as a later token.
+    Such a zero is a masked probability. The value that it multiplies, such as that of a later token, may be unknown.
     """
     if np.isfinite(a.max(initial=0.0)) and np.isfinite(b.max(initial=0.0)):
         return a @ b
@@ -191,7 +192,7 @@ def _from_zero_up(a: Any, b: Any) -> Any:
 
 
 def flushed(size: Any, w: Matrix, format: Format) -> Any:
-    """What is lost when factors below the smallest normal value of the format count as zero."""
+    """The error when factors below the smallest normal value of the format count as zero."""
     lost: Any = 0.0
     small = np.where(size < format.tiny, size, 0.0)
     if small.any():
@@ -202,7 +203,7 @@ def flushed(size: Any, w: Matrix, format: Format) -> Any:
 
 @quiet
 def total(x: Enclosure, axis: int, how: Accumulator, exact_mid: Any = None) -> Enclosure:
-    """The sum over one axis, which is dropped.   exact_mid: as for `product`."""
+    """The enclosure of the sum over one axis, which is dropped.   exact_mid: as for `product`"""
     x = x.settle()
     n, u = x.shape[axis], how.format.u
     mid = x.mid.sum(axis) if exact_mid is None else exact_mid
@@ -215,4 +216,4 @@ def total(x: Enclosure, axis: int, how: Accumulator, exact_mid: Any = None) -> E
     variance = u * u / 3 * (n / 3 * mid**2 + n / 2 * (x.mid**2).sum(axis)) + UNDERFLOW
     if x.variance is not None:
         variance = variance + x.variance.sum(axis)
-    return Enclosure(mid, bounded(result), bounded(variance), x.accumulation)
+    return Enclosure(mid, bounded(result), bounded(variance), accumulation=x.accumulation)

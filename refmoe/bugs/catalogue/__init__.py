@@ -1,4 +1,4 @@
-"""The catalogue: one file per class of bug. Importing it registers all of them."""
+"""The catalogue of known bugs: one file per class. Importing it registers all of them in `MUTANTS`."""
 
 from refmoe.bugs.catalogue import (
     attention,

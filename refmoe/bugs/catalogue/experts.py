@@ -133,7 +133,7 @@ def of_either_form(gate: Any, gelu: Any) -> Any:
     gelu, x = gelu.settle(), gate.mid
     other = x * (1 + np.vectorize(math.erf, otypes=[float])(x / math.sqrt(2))) / 2
     apart = np.abs(other - gelu.mid) + SLOPE * gate.r + ROUNDINGS * gelu.accumulation.u * np.abs(x)
-    return Enclosure(gelu.mid, gelu.r + apart, gelu.v + apart**2, gelu.accumulation)
+    return Enclosure(gelu.mid, gelu.r + apart, gelu.v + apart**2, accumulation=gelu.accumulation)
 
 
 @mutant(

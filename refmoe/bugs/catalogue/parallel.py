@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from refmoe.bugs.changed_weights import mapped
 from refmoe.bugs.mutant import PARALLEL, mutant
 from refmoe.checkpoints.weight import Weight
 from refmoe.spec.config import Config
 from refmoe.spec.experts import Expert
-from refmoe.spec.model import Model, Parameters
+from refmoe.spec.model import Model, Parameters, attention_half, norm
 from refmoe.steps.sharded import Layout, block, shard
 from refmoe.steps.sharded.parameters import ExpertGroup, attention_rank
 from refmoe.steps.sharded.steps import all_reduce, attention_partials
@@ -76,12 +77,8 @@ def residual_on_every_rank(config: Config, parameters: Parameters, layout: Layou
     residual once per rank."""
 
     def decoder_layer(ops: Any, model: Model, layer: Any, x: Any, positions: Any, cache: Any) -> Any:
-        steps, eps = model.steps, model.config.norm_eps
-        normed = ops.tap("attention_norm", steps.rms_norm(ops, x, ops.vector(layer.attention_norm), eps))
-        attended, cache = steps.attention(ops, model, layer, normed, positions, cache)
-        h = ops.tap("attention_residual", x + attended)
-        normed = ops.tap("moe_norm", steps.rms_norm(ops, h, ops.vector(layer.moe_norm), eps))
-        output = steps.moe(ops, model, layer, normed)
+        h, cache = attention_half(ops, model, layer, x, positions, cache)
+        output = model.steps.moe(ops, model, layer, norm(ops, model, "moe_norm", h, layer.moe_norm))
         return ops.tap("residual", all_reduce([output, *[h] * len(layer.attention)])), cache
 
     return with_steps(shard(config, parameters, layout), decoder_layer=decoder_layer)
@@ -98,7 +95,7 @@ def norm_before_reduce(config: Config, parameters: Parameters, layout: Layout) -
 
     def decoder_layer(ops: Any, model: Model, layer: Any, x: Any, positions: Any, cache: Any) -> Any:
         steps, eps = model.steps, model.config.norm_eps
-        normed = ops.tap("attention_norm", steps.rms_norm(ops, x, ops.vector(layer.attention_norm), eps))
+        normed = norm(ops, model, "attention_norm", x, layer.attention_norm)
         partial, cache = attention_partials(ops, model, layer, normed, positions, cache)
         h = ops.tap("attention_residual", x + ops.tap("attention.output", all_reduce(partial)))
         parts = [x + partial[0], *partial[1:]] if len(partial) > 1 else [h]
@@ -152,7 +149,7 @@ def silent(expert: Expert) -> Expert:
     """An expert of the same shapes whose weights are zeros."""
 
     def zeros(weight: Any) -> Weight:
-        return Weight(weight.name, weight.shape, weight.dtype, lambda: np.zeros(weight.shape, weight.dtype), "zeros")
+        return mapped(weight, np.zeros_like)
 
     return Expert(*(zeros(weight) for weight in (expert.w1, expert.w2, expert.w3)))
 

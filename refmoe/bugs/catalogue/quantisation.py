@@ -122,4 +122,4 @@ def in_int8(x: Any) -> Any:
     # the engine rounds the scale: a code may be off by one, and all codes move with the scale
     unsure = np.abs(np.abs(mid / scale) % 1 - 0.5) * scale < 4 * x.accumulation.u * np.abs(mid) + x.r
     radius = x.r + unsure * scale + 4 * x.accumulation.u * np.abs(codes)
-    return Enclosure(codes, radius, radius**2 / 3, x.accumulation)
+    return Enclosure(codes, radius, radius**2 / 3, accumulation=x.accumulation)

@@ -7,7 +7,7 @@ from typing import Any
 
 from refmoe.bugs.mutant import PARAMETERS, mutant
 from refmoe.spec.config import Config
-from refmoe.spec.model import Parameters
+from refmoe.spec.model import Parameters, attention_half, moe_half, norm
 from refmoe.steps.rounding import rms_norm as right_norm
 
 
@@ -21,12 +21,9 @@ from refmoe.steps.rounding import rms_norm as right_norm
 )  # fmt: skip
 def normed_residual(ops: Any, model: Any, layer: Any, x: Any, positions: Any, cache: Any) -> Any:
     """The output of attention is added to the normed hidden state: the residual is taken after the norm."""
-    steps, eps = model.steps, model.config.norm_eps
-    normed = ops.tap("attention_norm", steps.rms_norm(ops, x, ops.vector(layer.attention_norm), eps))
-    attended, cache = steps.attention(ops, model, layer, normed, positions, cache)
-    h = ops.tap("attention_residual", normed + attended)
-    normed = ops.tap("moe_norm", steps.rms_norm(ops, h, ops.vector(layer.moe_norm), eps))
-    return ops.tap("residual", h + steps.moe(ops, model, layer, normed)), cache
+    normed = norm(ops, model, "attention_norm", x, layer.attention_norm)
+    attended, cache = model.steps.attention(ops, model, layer, normed, positions, cache)
+    return moe_half(ops, model, layer, ops.tap("attention_residual", normed + attended)), cache
 
 
 @mutant(
@@ -68,10 +65,7 @@ def tied(config: Config, parameters: Parameters) -> Parameters:
 )  # fmt: skip
 def tap_of_layer_before(ops: Any, model: Any, layer: Any, x: Any, positions: Any, cache: Any) -> Any:
     """The hidden state shown for a layer is that of the layer before. The computation itself is right."""
-    steps, eps = model.steps, model.config.norm_eps
-    normed = ops.tap("attention_norm", steps.rms_norm(ops, x, ops.vector(layer.attention_norm), eps))
-    attended, cache = steps.attention(ops, model, layer, normed, positions, cache)
-    h = ops.tap("attention_residual", x + attended)
-    normed = ops.tap("moe_norm", steps.rms_norm(ops, h, ops.vector(layer.moe_norm), eps))
+    h, cache = attention_half(ops, model, layer, x, positions, cache)
+    normed = norm(ops, model, "moe_norm", h, layer.moe_norm)
     ops.tap("residual", x)
-    return ops.cut("residual", h + steps.moe(ops, model, layer, normed)), cache
+    return ops.cut("residual", h + model.steps.moe(ops, model, layer, normed)), cache

@@ -10,6 +10,7 @@ import numpy as np
 from refmoe.arithmetic.enclosure.array import Enclosure
 from refmoe.bugs.forced_rounding import low_precision, rounded
 from refmoe.bugs.mutant import mutant
+from refmoe.spec.model import attention_half, norm
 from refmoe.steps.rounding import cut_again
 from refmoe.steps.rounding import run_experts as right_experts
 
@@ -245,7 +246,7 @@ def jittered(ops: Any, x: Any) -> Any:
     """x times random factors near 1, as stored. An enclosure holds all such factors. x: [T, D]"""
     if isinstance(x, Enclosure):
         some = np.full(x.shape, JITTER)
-        factors: Any = Enclosure(np.ones(x.shape), some, some**2 / 3, x.accumulation)
+        factors: Any = Enclosure(np.ones(x.shape), some, some**2 / 3, accumulation=x.accumulation)
     else:
         factors = np.random.default_rng(len(x)).uniform(1 - JITTER, 1 + JITTER, x.shape)
     return rounded(x * factors, ops.policy.storage)
@@ -292,9 +293,6 @@ def noise_in_place(ops: Any, model: Any, layer: Any, x: Any) -> Any:
 )  # fmt: skip
 def routed_by_residual(ops: Any, model: Any, layer: Any, x: Any, positions: Any, cache: Any) -> Any:
     """The router reads the residual, before its norm."""
-    steps, eps = model.steps, model.config.norm_eps
-    normed = ops.tap("attention_norm", steps.rms_norm(ops, x, ops.vector(layer.attention_norm), eps))
-    attended, cache = steps.attention(ops, model, layer, normed, positions, cache)
-    h = ops.tap("attention_residual", x + attended)
-    normed = ops.tap("moe_norm", steps.rms_norm(ops, h, ops.vector(layer.moe_norm), eps))
+    h, cache = attention_half(ops, model, layer, x, positions, cache)
+    normed = norm(ops, model, "moe_norm", h, layer.moe_norm)
     return ops.tap("residual", h + moe_of_two(ops, model, layer, h, normed)), cache

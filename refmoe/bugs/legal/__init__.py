@@ -1,7 +1,7 @@
-"""Legal variants: what engines do differently and rightly. None may ever be flagged, at any dtype.
+"""Legal variants: correct engines that differ from the ideal run. None may be flagged at any dtype.
 
-Beside the catalogue of bugs they are the other half of the proof: a verifier that fails everything kills all mutants.
-A variant whose intermediate values are not those of a tap leaves that tap out, as such an engine does.
+They complete the proof of the catalogue of bugs, since a verifier that fails everything would also catch every bug.
+A variant leaves out a tap if the engine never computes the value of that tap.
 """
 
 from refmoe.bugs.legal import attention, experts, precision, serving

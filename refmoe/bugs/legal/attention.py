@@ -20,13 +20,13 @@ from refmoe.traces.trace import Run
 OFFSET = 1000
 """Positions that `uniform-position-offset` adds: enough to turn every angle."""
 FLASH_BLOCK = 16
-"""Keys that flash attention takes at a time: the fewest that a kernel does."""
+"""Keys that flash attention takes at a time: the smallest block of a kernel."""
 
 
 @legal("interleaved-pairs", leaves_out=["attention.q", "attention.k", "attention.q_rope", "attention.k_rope"])
 def interleaved_pairs(config: Config, parameters: Parameters, runs: tuple[Run, ...], policy: Policy) -> Engine:
-    """Queries and keys in another basis: elements 2i and 2i + 1 of a head are a rotary pair, and the rows of wq and wk
-    are in that order (ROPE-3)."""
+    """Queries and keys are in another basis (ROPE-3). Elements 2i and 2i + 1 of a head form a rotary pair, and the rows
+    of wq and wk are in that order."""
     half = config.head_dim // 2
     order = [element for i in range(half) for element in (i, i + half)]
 
@@ -34,7 +34,7 @@ def interleaved_pairs(config: Config, parameters: Parameters, runs: tuple[Run, .
         def read() -> Any:
             return weight.read().reshape(-1, config.head_dim, config.dim)[:, order].reshape(weight.shape)
 
-        return Weight(weight.name, weight.shape, weight.dtype, read, weight.origin)
+        return Weight(name=weight.name, shape=weight.shape, dtype=weight.dtype, source=read, origin=weight.origin)
 
     def rotate(ops: Any, x: Any, table: Any) -> Any:
         apart = np.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1)
@@ -46,15 +46,15 @@ def interleaved_pairs(config: Config, parameters: Parameters, runs: tuple[Run, .
 
 @legal("uniform-position-offset", leaves_out=["attention.q_rope", "attention.k_rope"])
 def uniform_position_offset(config: Config, parameters: Parameters, runs: tuple[Run, ...], policy: Policy) -> Engine:
-    """All positions are counted from another start: attention depends on their differences."""
+    """All positions are counted from another start. Attention depends only on their differences."""
     moved = (replace(run, positions=tuple(position + OFFSET for position in run.positions)) for run in runs)
     return Engine(with_steps(config, parameters), tuple(moved), policy)
 
 
 @legal("flash-softmax", leaves_out=["attention.scores", "attention.probs"])
 def flash_softmax(config: Config, parameters: Parameters, runs: tuple[Run, ...], policy: Policy) -> Engine:
-    """Keys are taken in blocks: the largest score so far is subtracted, exponentials are stored unnormalised, what was
-    summed is rescaled when the largest grows, and the sum divides at the end."""
+    """Keys are taken in blocks. The largest score so far is subtracted, and exponentials are stored unnormalised. When
+    the largest score grows, the sums are rescaled. The division comes at the end."""
 
     def low(x: Any) -> Any:
         return nearest(x, policy.accumulation)
@@ -69,7 +69,7 @@ def flash_softmax(config: Config, parameters: Parameters, runs: tuple[Run, ...],
         for start in range(0, k.shape[1], FLASH_BLOCK):
             keys = slice(start, start + FLASH_BLOCK)
             now = np.maximum(largest, scores[..., keys].max(axis=-1, keepdims=True))
-            shift = np.where(np.isinf(now), 0.0, now)  # a block in which a query sees nothing
+            shift = np.where(np.isinf(now), 0.0, now)  # the scores are all -inf if a query sees no key of the block
             weight, scale = low(ops.exp(low(scores[..., keys] - shift))), low(ops.exp(low(largest - shift)))
             total = low(low(total * scale) + low(ops.sum(weight, axis=-1))[..., None])
             mixed = low(low(mixed * scale) + low(ops.matmul(nearest(weight, policy.storage), v[:, keys])))

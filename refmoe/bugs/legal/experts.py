@@ -19,10 +19,10 @@ from refmoe.traces.trace import Run
 
 @legal("softmax-before-choice")
 def softmax_before_choice(config: Config, parameters: Parameters, runs: tuple[Run, ...], policy: Policy) -> Engine:
-    """Softmax over all experts, rounded, then divided by the sum of the chosen (ROUTE-4)."""
+    """Softmax over all experts, rounded, and then divided by the sum of the chosen (ROUTE-4)."""
 
-    def route(ops: Any, x: Any, gate: Any, k: int) -> Any:
-        logits = ops.tap("router.logits", ops.linear(x, gate))
+    def route(ops: Any, x: Any, router: Any, k: int) -> Any:
+        logits = ops.tap("router.logits", ops.linear(x, router))
         experts = ops.tap("router.experts", ops.top_k(logits, k))
         probs = ops.gather(rounded(ops.softmax(logits, None), policy.statistics), experts)
         total = rounded(ops.sum(probs, axis=-1), policy.statistics)
@@ -33,10 +33,10 @@ def softmax_before_choice(config: Config, parameters: Parameters, runs: tuple[Ru
 
 @legal("slots-by-expert-id")
 def slots_by_expert_id(config: Config, parameters: Parameters, runs: tuple[Run, ...], policy: Policy) -> Engine:
-    """A token's experts are listed, run and added by rising id in place of falling logit."""
+    """The experts of a token are listed, run and added by rising id instead of falling logit."""
 
-    def route(ops: Any, x: Any, gate: Any, k: int) -> Any:
-        logits = ops.tap("router.logits", ops.linear(x, gate))
+    def route(ops: Any, x: Any, router: Any, k: int) -> Any:
+        logits = ops.tap("router.logits", ops.linear(x, router))
         experts = ops.tap("router.experts", np.sort(ops.top_k(logits, k), axis=-1))
         return experts, ops.tap("router.weights", ops.weigh(logits, experts))
 
@@ -45,7 +45,7 @@ def slots_by_expert_id(config: Config, parameters: Parameters, runs: tuple[Run, 
 
 @legal("experts-last-first")
 def experts_last_first(config: Config, parameters: Parameters, runs: tuple[Run, ...], policy: Policy) -> Engine:
-    """Experts are run from the last to the first (EXPERT-3), and their outputs are added in that order."""
+    """Experts run from the last to the first (EXPERT-3), and their outputs are added in that order."""
 
     def backwards(ops: Any, experts: Any, x: Any, chosen: Any) -> Any:
         return run_experts(ops, experts[::-1], x, len(experts) - 1 - chosen)
@@ -58,8 +58,8 @@ def experts_last_first(config: Config, parameters: Parameters, runs: tuple[Run, 
 
 @legal("fused-gate-up")
 def fused_gate_up(config: Config, parameters: Parameters, runs: tuple[Run, ...], policy: Policy) -> Engine:
-    """gate and up are one product with both matrices stacked, and the activation reads what the product accumulated,
-    before it is stored where consumers may (a fused epilogue)."""
+    """Gate and up are one product with both matrices stacked. The activation reads the accumulated product before it is
+    stored, if the policy allows that (a fused epilogue)."""
     seen = policy.accumulation if policy.consumers == "unrounded" else policy.storage
 
     def run_fused(ops: Any, experts: Any, x: Any, chosen: Any) -> Any:
@@ -80,7 +80,7 @@ def fused_gate_up(config: Config, parameters: Parameters, runs: tuple[Run, ...],
 
 @legal("weight-before-down", leaves_out=["expert.output"])
 def weight_before_down(config: Config, parameters: Parameters, runs: tuple[Run, ...], policy: Policy) -> Engine:
-    """A token's weight multiplies the hidden row, in the dtype of accumulation, before the down projection."""
+    """The weight of a token multiplies the hidden row, in the dtype of accumulation, before the down projection."""
 
     def moe(ops: Any, model: Model, layer: Any, x: Any) -> Any:
         chosen, weights = model.steps.route(ops, x, layer.router, config.experts_per_token)
@@ -102,10 +102,14 @@ def weight_before_down(config: Config, parameters: Parameters, runs: tuple[Run, 
 
 
 def stacked(expert: Any) -> Weight:
-    """w1 above w3. returns: [2 F, D]"""
+    """The matrix w1 above w3. returns: [2 F, D]"""
     shape = (2 * expert.w1.shape[0], expert.w1.shape[1])
     return Weight(
-        "w13", shape, expert.w1.dtype, lambda: np.concatenate([expert.w1.read(), expert.w3.read()]), "stacked"
+        name="w13",
+        shape=shape,
+        dtype=expert.w1.dtype,
+        source=lambda: np.concatenate([expert.w1.read(), expert.w3.read()]),
+        origin="stacked",
     )
 
 

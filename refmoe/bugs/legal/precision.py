@@ -1,4 +1,4 @@
-"""Legal roundings: at other places than the ideal run, more precisely, or in sums of another order."""
+"""Legal roundings: at other places than in the ideal run, more precise ones, or in sums of another order."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from refmoe.steps.policy_ops import PolicyOps
 from refmoe.traces.trace import Run
 
 LANES = 4
-"""Partial sums that `sums-in-lanes` keeps, as a vector register does; a power of two."""
+"""The partial sums of `sums-in-lanes`, which a vector register keeps. A power of two."""
 
 
 @legal("gain-before-cast")
@@ -34,17 +34,17 @@ def gain_before_cast(config: Config, parameters: Parameters, runs: tuple[Run, ..
 
 @legal("float32-inside")
 def float32_inside(config: Config, parameters: Parameters, runs: tuple[Run, ...], policy: Policy) -> Engine:
-    """Nothing is rounded to the storage dtype but what is stored: weights, cache and taps."""
+    """Only stored values are rounded to the storage dtype: weights, cache and taps."""
     inner = (cut for cut in INNER_CUTS if cut not in ("weights", "cache.k", "cache.v"))
     cuts = {**policy.cuts, **dict.fromkeys(inner, policy.accumulation)}
     return Engine(with_steps(config, parameters), runs, replace(policy, cuts=cuts))
 
 
 class SequentialOps(PolicyOps):
-    """Sums made one term at a time, each partial sum rounded, as hardware does it."""
+    """Sums made one term at a time. Each partial sum is rounded, as in hardware."""
 
     def __init__(self, policy: Policy, tap: Any, order: Callable[[int], Any], lanes: int = 1) -> None:
-        """order: of n terms.   lanes: how many partial sums are kept, to be added in the end"""
+        """order: the order of n terms   lanes: the number of partial sums, which are added at the end"""
         super().__init__(policy, tap)
         self.order, self.lanes = order, lanes
 
@@ -59,7 +59,7 @@ class SequentialOps(PolicyOps):
         return self.added(np.moveaxis(x, axis, -1), self.policy.statistics)
 
     def added(self, terms: Any, format: Any) -> Any:
-        """terms: [..., n]   returns: [...]"""
+        """The sum of the terms over the last axis. terms: [..., n]   returns: [...]"""
         terms = nearest(terms, format)[..., self.order(terms.shape[-1])]
         totals = [np.zeros(terms.shape[:-1]) for _ in range(self.lanes)]
         for i in range(terms.shape[-1]):
@@ -71,7 +71,7 @@ class SequentialOps(PolicyOps):
 
 
 def summed(id: str, about: str, order: Callable[[int], Any], lanes: int = 1) -> None:
-    """Register an order of summation."""
+    """Register a legal variant with this order of summation."""
 
     def function(config: Config, parameters: Parameters, runs: tuple[Run, ...], policy: Policy) -> Engine:
         def ops(used: Policy, tap: Any) -> PolicyOps:
@@ -83,7 +83,11 @@ def summed(id: str, about: str, order: Callable[[int], Any], lanes: int = 1) -> 
     legal(id)(function)
 
 
-summed("sums-forward", "Every sum term by term, from the first, each partial sum rounded.", lambda n: np.arange(n))
-summed("sums-backward", "Every sum term by term, from the last.", lambda n: np.arange(n)[::-1])
-summed("sums-shuffled", "Every sum in an order of no reason.", lambda n: np.random.default_rng(n).permutation(n))
-summed("sums-in-lanes", "Every sum in four lanes, which are added in the end.", lambda n: np.arange(n), LANES)
+summed(
+    "sums-forward",
+    "Every sum runs term by term from the first, and each partial sum is rounded.",
+    lambda n: np.arange(n),
+)
+summed("sums-backward", "Every sum runs term by term from the last.", lambda n: np.arange(n)[::-1])
+summed("sums-shuffled", "Every sum runs in a random order.", lambda n: np.random.default_rng(n).permutation(n))
+summed("sums-in-lanes", "Every sum runs in four lanes, which are added at the end.", lambda n: np.arange(n), LANES)

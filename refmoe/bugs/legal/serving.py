@@ -17,7 +17,7 @@ from refmoe.traces.trace import Run
 
 @legal("no-cache")
 def no_cache(config: Config, parameters: Parameters, runs: tuple[Run, ...], policy: Policy) -> Engine:
-    """Every call is one shot: it computes its sequence from the start, with no cache (MODEL-4)."""
+    """Every call computes its sequence from the start, without a cache (MODEL-4)."""
     made, tokens, positions = [], {}, {}  # type: tuple[list[Run], dict[int, Any], dict[int, Any]]
     for run in runs:
         tokens[run.sequence] = tokens.get(run.sequence, ())[: run.past] + run.tokens
@@ -28,8 +28,8 @@ def no_cache(config: Config, parameters: Parameters, runs: tuple[Run, ...], poli
 
 @legal("many-devices")
 def many_devices(config: Config, parameters: Parameters, runs: tuple[Run, ...], policy: Policy) -> Engine:
-    """The model is spread over as many devices as it fits (SHARD-1), and the ranks' parts of a sum are rounded to the
-    dtype of accumulation before they are added."""
+    """The model is spread over as many devices as it fits (SHARD-1). The ranks' parts of a sum are rounded to the dtype
+    of accumulation before they are added."""
 
     class RoundedParts(PolicyOps):
         def linear(self, x: Any, weight: Any) -> Any:

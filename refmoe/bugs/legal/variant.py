@@ -1,4 +1,4 @@
-"""What a legal variant is, and the register of all of them."""
+"""Legal variants, and the register of all of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from refmoe.traces.trace import Header, Recorder, Run, Trace
 
 
 class Engine(NamedTuple):
-    """What runs: a model, the calls that it really makes, its policy, and its arithmetic."""
+    """A variant at work: a model, the calls that it really makes, its policy, and its arithmetic."""
 
     model: Model
     runs: tuple[Run, ...]
@@ -33,7 +33,7 @@ Function = Callable[[Config, Parameters, tuple[Run, ...], Policy], Engine]
 
 @dataclass(frozen=True)
 class Variant:
-    """One legal way to do it."""
+    """One legal variant."""
 
     id: str
     about: str
@@ -42,7 +42,7 @@ class Variant:
     function: Function
 
     def run(self, config: Config, parameters: Parameters, runs: tuple[Run, ...], policy: Policy) -> Trace:
-        """The trace of an engine that does it this way, of the calls `runs`."""
+        """The trace of an engine with this variant. The trace claims the calls `runs`."""
         engine = self.function(config, parameters, runs, policy)
         recorder = Recorder()
         with np.errstate(all="ignore"):
@@ -55,26 +55,27 @@ class Variant:
 
 
 LEGAL: dict[str, Variant] = {}
-"""All of them, by id."""
+"""All legal variants by id."""
 
 
 def legal(id: str, leaves_out: Sequence[str] = ()) -> Callable[[Function], Function]:
     """Register the decorated function as a legal variant."""
 
     def register(function: Function) -> Function:
-        LEGAL[id] = Variant(id, " ".join((function.__doc__ or "").split()), tuple(leaves_out), function)
+        about = " ".join((function.__doc__ or "").split())
+        LEGAL[id] = Variant(id=id, about=about, leaves_out=tuple(leaves_out), function=function)
         return function
 
     return register
 
 
 def with_steps(config: Config, parameters: Parameters, **steps: Any) -> Model:
-    """The specification with steps replaced."""
+    """The specification with some steps replaced."""
     return Model(config, parameters, replace(CUT_STEPS, **steps))
 
 
 def in_calls(arrays: dict[str, Any], made: Sequence[Run], claimed: Sequence[Run]) -> dict[str, Any]:
-    """The arrays of the calls made, cut to the new tokens of the calls claimed."""
+    """The arrays of the calls that were made, cut to the new tokens of the calls that are claimed."""
     found = {}
     for key, array in arrays.items():
         run, _, tap = key.partition("/")

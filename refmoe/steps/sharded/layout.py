@@ -1,4 +1,4 @@
-"""Who holds what: integers only."""
+"""The layout of ranks and groups, and the heads, experts and blocks that each one holds. Integers only."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from refmoe.errors import InputError
 from refmoe.spec.config import Config
 
 TENSOR_DEGREES = (1, 2, 3, 4, 6, 8)
-"""Degrees of tensor parallelism that `layouts` tries: those that divide the heads of small models and of real ones."""
+"""The degrees of tensor parallelism that `layouts` tries. They divide the heads of small and of real models."""
 
 
 def block(count: int, holders: int, holder: int) -> range:
-    """Which of `count` things one of several holders has.
+    """The block of `count` things that one of several holders has.
 
     SHARD-2  Block r of n things over p holders is r n // p up to, not including, (r + 1) n // p: blocks are contiguous
              and in order, and their sizes differ by at most one.
@@ -23,16 +23,16 @@ def block(count: int, holders: int, holder: int) -> range:
 
 @dataclass(frozen=True)
 class Layout:
-    """How many devices, and what each is for.
+    """The number of devices, and the role of each.
 
     SHARD-1  There are EP groups of TP ranks. Rank r of every group holds part r of what is split over ranks, group g
-             holds block g of the experts. The gains of the norms and the router's matrix are on every rank.
+             holds block g of the experts. The gains of the norms and the router matrix are on every rank.
     """
 
     tensor: int
-    """TP: ranks of a group, over which attention, each expert and the vocabulary are split."""
+    """TP: the ranks of a group. Attention, each expert and the vocabulary are split over them."""
     expert: int
-    """EP: groups, over which experts and tokens are dealt."""
+    """EP: the groups. Experts and tokens are split over them."""
 
     def __str__(self) -> str:
         return f"TP {self.tensor}, EP {self.expert}"
@@ -51,7 +51,7 @@ class Layout:
         return range(rank * config.kv_heads // self.tensor, ((rank + 1) * config.kv_heads - 1) // self.tensor + 1)
 
     def obstacle(self, config: Config) -> str:
-        """Why a model does not fit this layout, in words; empty where it does."""
+        """The reason why a model does not fit this layout, in words; empty if it fits."""
         if min(self.tensor, self.expert) < 1:
             return f"{self}: at least one rank and one group are needed"
         if config.heads % self.tensor:

@@ -1,4 +1,4 @@
-"""What each rank holds of the parameters: slices, read when they are used."""
+"""The parameters that each rank holds: slices, read when they are used."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from refmoe.steps.sharded.steps import sharded
 
 @dataclass(frozen=True)
 class AttentionRank:
-    """What one rank holds of the attention of one layer: h of the query heads, j of the key/value heads."""
+    """The part of one layer's attention on one rank: h of the query heads, j of the key/value heads."""
 
     heads: range
     kv_heads: range
@@ -31,7 +31,7 @@ class AttentionRank:
 
 @dataclass(frozen=True)
 class ExpertGroup:
-    """What one group holds of the experts of one layer.
+    """The experts of one layer in one group.
 
     SHARD-10  The group's expert of local id i has the id first + i everywhere else.
     """
@@ -43,7 +43,7 @@ class ExpertGroup:
 
 @dataclass(frozen=True)
 class ShardedLayer:
-    """One decoder layer over all ranks; takes the place of `Layer`."""
+    """One decoder layer over all ranks. It takes the place of `Layer`."""
 
     attention_norm: Any  # [D], on every rank
     attention: tuple[AttentionRank, ...]  # TP of them, the same in every group
@@ -53,7 +53,7 @@ class ShardedLayer:
 
 
 class SplitTable:
-    """A matrix of the vocabulary, its rows over the ranks; takes the place of a `Weight`.
+    """A matrix of the vocabulary, with its rows split over the ranks. It takes the place of a `Weight`.
 
     SHARD-8  Embedding: each rank looks up the tokens whose rows it holds, and answers zeros for the others; the answers
              are added, which is exact. Output: the logits of a rank's own rows, one rank after another (SHARD-5).
@@ -78,15 +78,21 @@ class SplitTable:
 
 
 def part(weight: Any, rows: Sequence[int] | None = None, columns: Sequence[int] | None = None) -> Weight:
-    """Contiguous rows and columns of a matrix; None: all of them."""
+    """Contiguous rows and columns of a matrix; None: all rows, or all columns."""
     down, across = (slice(None) if which is None else slice(which[0], which[-1] + 1) for which in (rows, columns))
     shape = (len(range(weight.shape[0])[down]), len(range(weight.shape[1])[across]))
     origin = f"{weight.origin}, rows {shape[0]} and columns {shape[1]} of it"
-    return Weight(weight.name, shape, weight.dtype, lambda: np.ascontiguousarray(weight.read()[down, across]), origin)
+    return Weight(
+        name=weight.name,
+        shape=shape,
+        dtype=weight.dtype,
+        source=lambda: np.ascontiguousarray(weight.read()[down, across]),
+        origin=origin,
+    )
 
 
 def elements(heads: range, head_dim: int) -> range:
-    """Which rows of a projection belong to consecutive heads (ATTN-6)."""
+    """The rows of a projection that belong to consecutive heads (ATTN-6)."""
     return range(heads.start * head_dim, heads.stop * head_dim)
 
 
@@ -101,13 +107,17 @@ def attention_rank(config: Config, layer: Layer, heads: range, kv_heads: range) 
     """
     query, stored = elements(heads, config.head_dim), elements(kv_heads, config.head_dim)
     return AttentionRank(
-        heads, kv_heads, part(layer.wq, query), part(layer.wk, stored), part(layer.wv, stored),
-        part(layer.wo, columns=query),
-    )  # fmt: skip
+        heads=heads,
+        kv_heads=kv_heads,
+        wq=part(layer.wq, query),
+        wk=part(layer.wk, stored),
+        wv=part(layer.wv, stored),
+        wo=part(layer.wo, columns=query),
+    )
 
 
 def expert_rank(config: Config, expert: Expert, layout: Layout, rank: int) -> Expert:
-    """One rank's part of one expert (SHARD-5, SHARD-6)."""
+    """The part of one expert on one rank (SHARD-5, SHARD-6)."""
     mine = block(config.hidden_dim, layout.tensor, rank)
     return Expert(w1=part(expert.w1, mine), w2=part(expert.w2, columns=mine), w3=part(expert.w3, mine))
 
@@ -115,26 +125,25 @@ def expert_rank(config: Config, expert: Expert, layout: Layout, rank: int) -> Ex
 def shard_layer(config: Config, layer: Layer, layout: Layout) -> ShardedLayer:
     """One decoder layer over the ranks of a layout."""
     ranks = range(layout.tensor)
+    attention = tuple(
+        attention_rank(config, layer, layout.query_heads(config, rank), layout.kv_heads(config, rank)) for rank in ranks
+    )
+
+    def group(ids: range) -> ExpertGroup:
+        held = tuple(tuple(expert_rank(config, layer.experts[e], layout, rank) for rank in ranks) for e in ids)
+        return ExpertGroup(ids.start, held)
+
     return ShardedLayer(
-        layer.attention_norm,
-        tuple(
-            attention_rank(config, layer, layout.query_heads(config, rank), layout.kv_heads(config, rank))
-            for rank in ranks
-        ),
-        layer.moe_norm,
-        layer.router,
-        tuple(
-            ExpertGroup(
-                ids.start,
-                tuple(tuple(expert_rank(config, layer.experts[e], layout, rank) for rank in ranks) for e in ids),
-            )
-            for ids in (block(config.experts, layout.expert, group) for group in range(layout.expert))
-        ),
+        attention_norm=layer.attention_norm,
+        attention=attention,
+        moe_norm=layer.moe_norm,
+        router=layer.router,
+        experts=tuple(group(block(config.experts, layout.expert, g)) for g in range(layout.expert)),
     )
 
 
 def shard(config: Config, parameters: Parameters, layout: Layout) -> Model:
-    """The model over the ranks of a layout. Raises InputError when it does not fit."""
+    """The model over the ranks of a layout. Raises InputError when the model does not fit."""
     layout.check(config)
     layers: Any = tuple(shard_layer(config, layer, layout) for layer in parameters.layers)
     embedding, output = (SplitTable(table, layout.tensor) for table in (parameters.embedding, parameters.output))

@@ -1,4 +1,4 @@
-"""The steps that sharding changes: attention, and the experts. The others run as they are.
+"""The steps that sharding changes: attention and the experts. All other steps run as they are.
 
 SHARD-7  What is not linear reads complete values, never a part of a sum: norms, softmax, the activation and the router
          come after the sum over ranks. The residual is added to the complete output, once.
@@ -34,8 +34,8 @@ def attention_partials(ops: Any, model: Model, layer: Any, x: Array, positions: 
     SHARD-12  A rank rotates and caches the key/value heads that it holds. A tap shows one copy of each head; copies are
               equal.
 
-    Ranks stand side by side in one array. As query heads and the heads that they read are in the same order on every
-    rank, the attentions of all ranks are one attention over the heads that they hold, copies included.
+    Ranks stand side by side in one array. On every rank, query heads are in the same order as the heads that they read.
+    So the attentions of all ranks are one attention over all heads held, copies included.
 
     x: [T, D]   returns: TP arrays [T, D], and the cache of all ranks, [S, heads held, d]
     """
@@ -59,7 +59,7 @@ def attention_partials(ops: Any, model: Model, layer: Any, x: Array, positions: 
 
 
 def received(group: Any, chosen: Array) -> list[Array]:
-    """What a group is sent.
+    """The rows that each expert of a group gets.
 
     SHARD-9   Group g owns block g of a call's tokens: it routes them, each by its own row alone, and combines them.
     SHARD-11  Dispatch: for each slot of each token its owner sends the row to the group that holds the chosen expert,
@@ -68,7 +68,7 @@ def received(group: Any, chosen: Array) -> list[Array]:
 
     Owners stand side by side: their blocks in order are the call's tokens in order.
 
-    chosen: integers [T, k]   returns: for each local id the slots, counted from the first token's, whose rows it gets
+    chosen: integers [T, k]   returns: for each local id, the slots whose rows it gets, counted from the first token's
     """
     local = chosen.reshape(-1) - group.first
     return [(local == i).nonzero()[0] for i in range(len(group.experts))]
@@ -114,5 +114,5 @@ def run_experts(ops: Any, groups: Sequence[Any], x: Array, chosen: Array) -> Arr
 
 
 def sharded(steps: Steps) -> Steps:
-    """These steps, over the ranks of a model that `shard` made."""
+    """The steps over the ranks of a model that `shard` made."""
     return replace(steps, attention=attention, run_experts=run_experts)

@@ -21,22 +21,24 @@ CORE = (
     "spec", "arithmetic", "policy", "verify", "steps", "traces", "suite/case.py", "suite/matrix/outcomes.py",
     "checkpoints/configuration.py", "checkpoints/layout.py", "checkpoints/synthetic.py", "checkpoints/weight.py",
     "checkpoints/weight_edits.py", "checkpoints/weight_formula.py", "bugs/extra_cache_slots.py", "bugs/run_engine.py",
-    "bugs/mutant.py", "bugs/quantised_checkpoint.py", "bugs/forced_rounding.py", "bugs/sharded_mutant.py", "bugs/changed_weights.py",
+    "bugs/mutant.py", "bugs/quantised_checkpoint.py", "bugs/forced_rounding.py", "bugs/sharded_mutant.py",
+    "bugs/changed_weights.py",
 )  # fmt: skip
-"""What every run of a mutant on a case depends on, beside the policies that it is judged by."""
+"""The files that every run of a mutant on a case depends on. The policies that judge it count as well."""
 NOT_CORE = (
     "arithmetic/ball.py", "arithmetic/native/lanes.py", "arithmetic/native/mkl.py", "arithmetic/native/mkl_ops.py",
     "arithmetic/native/slabs.py", "steps/cuda.py", "steps/native.py", "steps/native_attention.py",
     "steps/native_cache.py", "policy/profiles.toml", "verify/diagnosis", "verify/distances.py",
 )  # fmt: skip
-"""Of these packages, what no such run loads, or only a part of: of all profiles, those that mutants are judged by."""
+"""Files of these packages on which no such run depends. Of the profiles, only those of the judging policies count."""
 SURROUNDINGS = (
-    "text", "routers/literature/losses.py", "bugs/generation_session.py", "bugs/vector_checks.py", "suite/matrix/surroundings.py",
+    "text", "routers/literature/losses.py", "bugs/generation_session.py", "bugs/vector_checks.py",
+    "suite/matrix/surroundings.py",
 )  # fmt: skip
-"""What the mutants of tokenizer, sampler and loss depend on beside their vectors."""
+"""The files that the mutants of tokenizer, sampler and loss depend on, beside their vectors."""
 
 CATALOGUE, CASES, VECTORS = "bugs/", "cases/", "vectors/"
-"""What the names of parts begin with."""
+"""The beginnings of the names of parts."""
 
 
 def digest(paths: Iterable[Path]) -> str:

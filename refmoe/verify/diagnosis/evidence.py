@@ -241,9 +241,10 @@ def still_failing(
 ) -> int:
     """The number of failed checks that were judged again and still fail.
 
-    wrong: the results of the changed specification at the expected taps
     A check with values that are not finite has no bound under a bug that produces such values. The bug explains the
     check if it produces them in the same places.
+
+    wrong: the results of the changed specification at the expected taps
     """
     count = 0
     for check in evidence.failed if checks is None else checks:

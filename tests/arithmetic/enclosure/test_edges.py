@@ -22,7 +22,7 @@ from tests.arithmetic.enclosure.rules import BALL, FORMATS, NAMES, RULES, inside
 def test_a_coarser_cut_never_narrows(seed: int, kind: str, owed: bool) -> None:
     rng = np.random.default_rng(seed)
     mid = draw(rng, kind, (20,), FLOAT64)
-    x = Enclosure(mid, np.abs(mid) * 1e-9, (mid * 1e-9) ** 2, FLOAT32, owed)
+    x = Enclosure(mid, np.abs(mid) * 1e-9, (mid * 1e-9) ** 2, accumulation=FLOAT32, owed=owed)
     results = [x.cut(format) for format in (FLOAT64, FLOAT32, BFLOAT16)[owed:]]
     for fine, coarse in pairwise(results):
         assert (coarse.r >= fine.r * (1 - 1e-12)).all()
@@ -117,7 +117,7 @@ def test_a_divisor_that_may_be_zero_gives_no_bound() -> None:
 
 def test_a_root_contains_the_roots_of_both_ends() -> None:
     m, r = np.array([1.0, 1.0, 1e-9, 0.0]), np.array([0.9, 1.0, 1.0, 0.25])
-    root = EnclosureOps(policy("float64")).sqrt(Enclosure(m, r, r**2 / 3, FLOAT64))
+    root = EnclosureOps(policy("float64")).sqrt(Enclosure(m, r, r**2 / 3, accumulation=FLOAT64))
     for end in (np.maximum(m - r, 0), m + r):
         assert (np.abs(np.sqrt(end) - root.mid) <= root.r).all()
 
@@ -141,7 +141,7 @@ def test_moving_elements_keeps_all_their_parts() -> None:
     """Slices, transposes and concatenation of views that are not contiguous."""
     rng = np.random.default_rng(1)
     parts = [rng.random((4, 6))[:, ::2] for _ in range(4)]
-    x = Enclosure(parts[0], parts[1], parts[2], FLOAT32, True, parts[3])
+    x = Enclosure(parts[0], parts[1], parts[2], accumulation=FLOAT32, owed=True, bias=parts[3])
     moved = concatenate([x.transpose(1, 0)[1:], x.transpose(1, 0)[:1]], 0)
     for name, part in zip(("mid", "radius", "variance", "bias"), parts, strict=True):
         assert np.array_equal(getattr(moved, name), part.T[[1, 2, 0]])

@@ -71,8 +71,8 @@ def test_a_product_contains_the_exact_sum_and_the_worst_corner(seed: int, name: 
     rx, rw = (np.abs(part) * rng.choice([0, 2.0**-9, 0.5], n) for part in (x, w))
     ops = EnclosureOps(p)
     found = ops.matmul(
-        Enclosure(x[None], rx[None], rx[None] ** 2, p.accumulation),
-        Enclosure(w[:, None], rw[:, None], rw[:, None] ** 2, p.accumulation),
+        Enclosure(x[None], rx[None], rx[None] ** 2, accumulation=p.accumulation),
+        Enclosure(w[:, None], rw[:, None], rw[:, None] ** 2, accumulation=p.accumulation),
     )
     corner = sum(
         (Fraction(a) + int(sign) * Fraction(ra)) * (Fraction(b) + Fraction(rb))

@@ -32,7 +32,7 @@ def test_a_rule_contains_the_function_of_every_point(name: str, rule: str, seed:
         x[..., 0] = 60.0  # one probability near 1
     radii = [spread * np.abs(part) * rng.choice([0, 1, 1], part.shape) for part in (x, y)]
     ops = EnclosureOps(p)
-    given = [Enclosure(m, r, r**2 / 3, p.accumulation) for m, r in zip((x, y), radii, strict=True)]
+    given = [Enclosure(m, r, r**2 / 3, accumulation=p.accumulation) for m, r in zip((x, y), radii, strict=True)]
     found = RULES[rule](ops, *given)
     for _ in range(3):
         offs = [r * rng.choice([-1.0, 1.0, 0.5, 0.0, 0.999], r.shape) for r in radii]
@@ -81,7 +81,7 @@ def test_a_variance_is_no_less_than_that_of_normal_errors(rule: str, relative: f
     x[0, 0] = -1.2784645427610738  # the slope of silu is 0 there
     sigmas = [relative * (0.1 + np.abs(part)) for part in (x, y)]
     ops, engine = EnclosureOps(p), LegalOps(p, rng)
-    given = [Enclosure(m, 9 * s, s**2, p.accumulation) for m, s in zip((x, y), sigmas, strict=True)]
+    given = [Enclosure(m, 9 * s, s**2, accumulation=p.accumulation) for m, s in zip((x, y), sigmas, strict=True)]
     expected = RULES[rule](ops, *given)
     results = [
         RULES[rule](engine, *(m + s * rng.standard_normal(m.shape) for m, s in zip((x, y), sigmas, strict=True)))
@@ -101,7 +101,8 @@ def test_wider_inputs_give_wider_results(name: str, rule: str, seed: int, kind: 
     ops, before = EnclosureOps(p), None
     for wider in (0, 1, 1.3, 4):
         parts = [
-            Enclosure(m, wider * spread * np.abs(m), (wider * spread * m) ** 2 / 3, p.accumulation) for m in (x, y)
+            Enclosure(m, wider * spread * np.abs(m), (wider * spread * m) ** 2 / 3, accumulation=p.accumulation)
+            for m in (x, y)
         ]
         found = RULES[rule](ops, *parts)
         if before is not None:

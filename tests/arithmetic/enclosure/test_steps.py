@@ -75,7 +75,7 @@ def residual(ops: Any, given: Inputs) -> None:
 
 
 def inputs(step: Callable[..., None], rng: np.random.Generator, kind: str, p: Policy) -> Inputs:
-    """What a step reads: arrays are activations, weights and integers are known."""
+    """Whether an input of a step is an activation. Weights and integers are known exactly."""
     f, T, D = p.storage, int(rng.integers(1, 7)), int(rng.choice([1, 2, 3, 8, 20, 48]))
     if step in (norm, expert, project, residual):
         other = str(rng.choice(KINDS)) if kind not in ("huge", "tiny", "subnormal") else "gaussian"
@@ -109,13 +109,13 @@ def enclosures(step: Callable[..., None], given: Inputs, p: Policy, spread: floa
     """The enclosure of each tap, before its own rounding. Activations are off by up to `spread` of their size."""
     seen: dict[str, Enclosure] = {}
     ops = EnclosureOps(p, lambda name, x: seen.__setitem__(name, x))
-    acc = p.accumulation
-    wrapped = {
-        name: x if not activation(name, x)
-        else Enclosure(x, spread * np.abs(x), (spread * x) ** 2 / 3, acc) if spread else Enclosure(x, accumulation=acc)
-        for name, x in given.items()
-    }  # fmt: skip
-    step(ops, wrapped)
+
+    def wrap(x: Any) -> Enclosure:
+        if not spread:
+            return Enclosure(x, accumulation=p.accumulation)
+        return Enclosure(x, spread * np.abs(x), (spread * x) ** 2 / 3, accumulation=p.accumulation)
+
+    step(ops, {name: wrap(x) if activation(name, x) else x for name, x in given.items()})
     return seen, ops
 
 
