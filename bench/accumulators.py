@@ -1,6 +1,6 @@
-"""Sums of products as kernels take them: legal ones in many orders, and those of faulty accumulators.
+"""Sums of products as kernels compute them: legal sums in many orders, and sums of faulty accumulators.
 
-Each takes the terms of 384 sums, float64 [n, 384], which hold the products exactly, and returns the sums [384].
+Each function takes the terms of 384 sums, float64 [n, 384], which hold the products exactly. It returns the sums [384].
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ LEGAL: dict[str, Callable[[Any], Any]] = {
 
 
 def aligned(terms: Any, block: int, bits: int) -> Any:
-    """As a tensor core: align a block and what has been summed to the largest exponent, cut, add, cut."""
+    """Sums as a tensor core computes them: align a block and the partial sum to the largest exponent, cut, add, cut."""
     total = np.zeros(terms.shape[1:])
     for start in range(0, len(terms), block):
         part = np.concatenate([total[None], terms[start : start + block]])
@@ -100,7 +100,7 @@ TRUNCATED: dict[str, Callable[[Any], Any]] = {
 
 
 def by_size(terms: Any) -> Any:
-    """An order that depends on the values, which the variance does not allow for; the hard radius does."""
+    """Sums in an order that depends on the values. The radius allows for such orders, the variance does not."""
     return sequential(np.sort(terms, axis=0))
 
 
@@ -108,7 +108,7 @@ def by_size(terms: Any) -> Any:
 
 
 def narrow(terms: Any, dtype: Any, block: int) -> Any:
-    """What has been summed is stored in a narrower dtype after each block."""
+    """The partial sum is stored in a narrower dtype after each block."""
     total = np.zeros(terms.shape[1:], dtype)
     for start in range(0, len(terms), block):
         part = terms[start : start + block].astype(F32).sum(0, dtype=F32)
@@ -132,7 +132,7 @@ FAULTS: dict[str, Callable[[Any], Any]] = {
 }
 
 NO_FAULT = (("TF32 inputs", "bfloat16"), ("TF32 inputs", "float16"), ("output truncated", "float32"))
-"""Where the fault changes nothing."""
+"""The faults that change nothing, with the storage dtypes where that is so."""
 
 
 def tf32(values: Any) -> Any:

@@ -1,12 +1,12 @@
-"""How often is a bug named rightly that is in another engine? In transformers here, patched and dumped at bfloat16.
+"""How often does the diagnosis name the right bug of another engine? The engine is transformers, patched, at bfloat16.
 
-Every bug of the catalogue that is a variation of a forward pass, on a golden case that shows it, beside the faults of
-the verifier's own tests, of which many are not in the catalogue: for these, and for transformers as it is, no bug may
-be named. A bug that changes nothing that the policy does not allow is invisible: it is counted, and is no failure.
+It runs every bug of the catalogue that is a variation of a forward pass, on a golden case that shows it. It also runs
+the faults of the verifier's own tests, of which many are not in the catalogue. For those, and for transformers without
+a patch, no bug may be named. A bug whose effect the policy allows is invisible: it is counted, and is no failure.
 
     python -m bench.diagnosis --json bench/results/diagnosis.json
-    python -m bench.diagnosis --everywhere     each bug on every golden case that is aimed at it as well
-    python -m bench.diagnosis --only rope-     those whose name begins so
+    python -m bench.diagnosis --everywhere     each bug also on every golden case that is aimed at it
+    python -m bench.diagnosis --only rope-     only bugs whose name begins so
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tests.bugs.patched_naming import (
 
 @dataclass(frozen=True)
 class Work:
-    """One engine to diagnose, by the names of bug and model: a patch is no value that goes to another process."""
+    """One engine to diagnose, by the names of bug and model, because a patch cannot be sent to another process."""
 
     bug: str
     model: str
@@ -43,19 +43,19 @@ class Work:
 
 
 def judge(work: Work) -> Naming:
-    """What its diagnosis says."""
+    """The diagnosis of one engine."""
     bug = healthy(work.model) if work.bug == "healthy" else found(work.bug, work.model)
     return name_it(bug, attention=work.attention)
 
 
 def found(name: str, model: str) -> Patched:
-    """A bug on a model."""
+    """The patch of a bug for a model, by their names."""
     bugs = everything()
     return next(bug for bug in (*bugs, *elsewhere(bugs)) if (bug.name, bug.model) == (name, model))
 
 
 def all_work(everywhere: bool, only: str) -> list[Work]:
-    """Every engine: patched ones first, healthy ones last."""
+    """All engines: patched ones first, unpatched ones last."""
     bugs = [bug for bug in everything() if bug.name.startswith(only)]
     bugs += elsewhere(bugs) if everywhere else []
     patched = [Work(bug.name, bug.model) for bug in bugs]
@@ -63,7 +63,7 @@ def all_work(everywhere: bool, only: str) -> list[Work]:
 
 
 def measure(work: Sequence[Work], jobs: int | None) -> list[Naming]:
-    """All of them, in order. On a terminal a line says how far it is."""
+    """The diagnoses of all engines, in order. On a terminal a line shows the progress."""
     told, namings = sys.stderr.isatty(), dict[Work, Naming]()
     with results(judge, work, jobs) as judged:
         for item, naming in judged:
@@ -76,7 +76,7 @@ def measure(work: Sequence[Work], jobs: int | None) -> list[Naming]:
 
 
 def summary(namings: Sequence[Naming]) -> dict[str, Any]:
-    """The counts."""
+    """The counts of right, wrong and missing names."""
     engines = [each for each in namings if each.bug != "healthy"]
     seen = [each for each in engines if each.visible]
     known, other = [each for each in seen if each.called], [each for each in seen if not each.called]

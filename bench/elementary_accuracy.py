@@ -23,7 +23,7 @@ from refmoe.arithmetic.exact import elementary, elementary_tables
 
 ctx.prec = 256  # bits of every ball: a reduction from 2^31 to 2^-60 still leaves 160
 TO_UNITS = {e: arb(2) ** (52 - e) for e in range(-1022, 1024)}
-"""By the binary exponent of a result: what makes its last place 1."""
+"""By the binary exponent of a result: the factor that makes its last place 1."""
 CIRCLES = [(1e6, 128), (1e4, 128), (1e4, 80), (5e5, 64), (10.0, 6), (1e6, 96), (1.0, 2), (2.0**100, 14), (0.25, 10)]
 """Bases and denominators at which unit_circle is measured: every even numerator, as rotary embeddings use them."""
 
@@ -59,7 +59,7 @@ def error_in_ulp(found: float, real: Any) -> float:
 
 
 def is_correctly_rounded(found: float, real: Any) -> bool:
-    """Whether no other float64 is as near to `real`; proven, since balls compare only where they are apart."""
+    """Whether no other float64 is as near to `real`. It is proven, as balls compare only where they are apart."""
     if math.isinf(found):
         return error_in_ulp(found, real) == 0.0
     if real == 0:
@@ -106,7 +106,7 @@ def near_half_pi(rng: np.random.Generator, n: int, steps: int) -> np.ndarray:
 
 
 def arguments(function: str, n: int, seed: int) -> np.ndarray:
-    """n arguments: one half spread over the domain, the other half where an error of the algorithm would show first."""
+    """n arguments: one half spread over the domain, the other half where the algorithm's error is likely largest."""
     rng = np.random.default_rng([FUNCTIONS.index(function), seed])
     tiny = scattered(rng, n // 10, -1074, 0)
     if function == "exp":
@@ -157,7 +157,7 @@ def arguments(function: str, n: int, seed: int) -> np.ndarray:
 
 
 def circle(n: int, seed: int) -> Iterator[tuple[str, float, Any]]:
-    """At least n results of unit_circle: a description, the value, the real number."""
+    """At least n results of unit_circle, each with a description, the value and the real number."""
     rng = np.random.default_rng(seed)
     edges = [0, 1, 2, 4096, 32768, 2**31 - 1, 2**31]
     per_circle = max(len(edges) + 1, -(-n // sum(d for _, d in CIRCLES)))
@@ -177,7 +177,7 @@ def circle(n: int, seed: int) -> Iterator[tuple[str, float, Any]]:
 
 
 def measure(function: str, n: int, seed: int) -> dict[str, Any]:
-    """The largest error over n arguments, where it is, and how many results are not the nearest float64."""
+    """The largest error over n arguments, its argument, and the number of results that are not the nearest float64."""
     worst, where, missed, count = 0.0, "", 0, 0
     if function == "circle":
         results: Any = circle(n, seed)
@@ -200,7 +200,7 @@ def merge(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def write_vectors(path: Path) -> None:
-    """The golden vectors: edges, a spread of arguments, and those with the real value next to a rounding boundary."""
+    """Write the golden vectors: edges, a spread of arguments, and arguments with a value near a rounding boundary."""
     edges = [0.0, -0.0, math.inf, -math.inf, math.nan, 5e-324, -5e-324, 2.0**-1022, -(2.0**-1022), 1.0, -1.0, 0.5, -0.5]
     edges += [
         2.0**-28,

@@ -1,9 +1,10 @@
-"""How tight the enclosure of a matrix product is, and which faults of an accumulator it sees.
+"""How tight the enclosure of a matrix product is, and which faults of an accumulator it detects.
 
-One row of n values by n x 384 weights. Legal sums come in many orders, trees, blockings and, where the policy allows
-it, from truncating accumulators; the faults are those of kernels that were meant to accumulate in float32. For each:
-the share of outputs outside the hard interval, and the worst excess, the distance of an output's cell from the exact
-value in standard deviations, against the limit of a verification of ten million values.
+One row of n values is multiplied by n x 384 weights. Legal sums come in many orders, trees, blockings and, where the
+policy allows it, from truncating accumulators. The faults are those of kernels that should accumulate in float32.
+For each fault the table has the share of outputs outside the legal interval, and the worst excess. The excess is the
+distance of an output's cell from the exact value in standard deviations. The limit is that of a verification of ten
+million values.
 
     python -m bench.enclosures
     python -m bench.enclosures --json bench/results/enclosures.json
@@ -61,7 +62,7 @@ def enclose(x: Any, w: Any, name: str) -> Enclosure:
 
 
 def fault_row(fault: str, storage: str, n: int, kind: str = "gaussian", seed: int = 1) -> dict[str, Any] | None:
-    """One cell of the table of faults, or None where the fault changes nothing."""
+    """One entry of the table of faults, or None where the fault changes nothing."""
     x, w = data(kind, n, storage, seed)
     terms = x[:, None] * w
     honest = nearest(lanes(terms, 16), FORMATS[storage])
@@ -78,7 +79,7 @@ def fault_row(fault: str, storage: str, n: int, kind: str = "gaussian", seed: in
 
 
 def tightness(storage: str, n: int) -> dict[str, Any]:
-    """Radius over the worst error, and error over standard deviation, of legal sums of every kind of data."""
+    """Radius over the worst error, and error over standard deviation, for legal sums of every kind of data."""
     row: dict[str, Any] = {"excess": 0.0, "outside": 0, "rms": 0.0, "radius_over_worst": math.inf}
     sorted_ratio, ulps, truncated = math.inf, 0.0, {"excess": 0.0, "outside": 0}
     for kind in KINDS:

@@ -1,7 +1,7 @@
-"""What exactness costs: exact ops against native float64 on the same input, side by side in one run.
+"""The cost of exactness: exact ops against native float64 on the same input, in one run.
 
-Weights are prepared (exact) or converted (native) once, before the clock starts, as in use. Each pair is timed in
-turn and the median of the ratios is printed, then where the exact time goes, by operation.
+Weights are prepared (exact) or converted (native) once, before the clock starts, as in use. Both are timed in turns.
+The median of the ratios is printed, then the share of each operation in the exact time.
 
     python bench/exact_cost.py
     python bench/exact_cost.py --repeats 9 --json bench/results/exact_cost.json
@@ -38,7 +38,7 @@ OPERATIONS = ("linear", "matmul", "sum", "exp", "sigmoid", "unit_circle")
 
 
 class Stopwatch(ExactOps):
-    """Exact ops that note the time spent in each operation."""
+    """Exact ops that record the time spent in each operation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ def gaussian_expert(rng: np.random.Generator, config: Config) -> Expert:
 
 
 def subjects() -> dict[str, Callable[[Any], Any]]:
-    """What is timed: name to a function of ops."""
+    """The computations that are timed, as functions of ops by name."""
     rng = np.random.default_rng(1)
     case = read_case(ROOT / "golden" / "walking-skeleton")
     small = Model(case.config, case.checkpoint().parameters)

@@ -1,8 +1,9 @@
-"""What a run at full size takes: memory against what was stated, time, and bytes read from disk against bytes needed.
+"""The cost of a run at full size: memory against the estimate, time, and bytes read from disk against bytes needed.
 
-Two layers of the shape of Mixtral 8x7B with the embedding and the head, as a real checkpoint in bfloat16 of three
-shards, 6.3 GB, written once below --folder; 8 tokens of prefill and 2 decode steps. Each run is a process of its own:
-one with the files dropped from the page cache, one with all of them there, whose share of matrix products is given.
+The model has two layers of the shape of Mixtral 8x7B, the embedding and the head. It is a checkpoint in bfloat16 of
+three shards, 6.3 GB, which is written once below --folder. A run has 8 tokens of prefill and 2 decode steps, and is a
+process of its own. One run starts with the files dropped from the page cache. Another starts with all files in the
+cache, and its share of matrix products is given.
 
     python -m bench.full_size --folder /tmp/two-layers --json bench/results/full_size.json
     python -m bench.full_size --folder /tmp/two-layers --tokens 256      a longer prefill
@@ -70,7 +71,7 @@ def prepare(folder: Path) -> None:
 
 
 def forget(folder: Path) -> None:
-    """Drop the files from the page cache, so that what is read is read from the disk."""
+    """Drop the files from the page cache, so that a run reads them from the disk."""
     for path in folder.glob("*.safetensors"):
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
@@ -79,7 +80,7 @@ def forget(folder: Path) -> None:
 
 
 def needed_bytes(folder: Path, trace: Path, tokens: int) -> int:
-    """Bytes of the tensors that a run must read: all but the experts that no token chose, and few embedding rows."""
+    """Bytes that a run must read: all but the experts that no token chose and most of the embedding's rows."""
     from refmoe.checkpoints.load import load_checkpoint
     from refmoe.checkpoints.write import named_weights
     from refmoe.traces.trace import read_trace
@@ -102,7 +103,7 @@ def needed_bytes(folder: Path, trace: Path, tokens: int) -> int:
 
 
 def measure(folder: Path, dtype: str, tokens: int) -> dict[str, Any]:
-    """Two runs, each in a process of its own: from the disk, and once more from the page cache."""
+    """Two runs, each in a process of its own: from the disk, then from the page cache."""
     out = folder / "trace.safetensors"
     shutil.rmtree(folder / "trace.safetensors.parts", ignore_errors=True)
     command = [
@@ -133,7 +134,7 @@ def _run(command: list[str], out: Path) -> dict[str, Any]:
 
 
 def whole_model() -> dict[str, Any]:
-    """All of golden/mixtral-8x7b, recomputed: seconds, peak of the largest process, and whether every bit is right."""
+    """Recompute golden/mixtral-8x7b: seconds, peak memory of the largest process, and whether every bit is right."""
     import resource
 
     began = time.perf_counter()

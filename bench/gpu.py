@@ -1,11 +1,11 @@
-"""Everything that has to be seen on a GPU, in one command: correctness, rates against ceilings of the same run, others.
+"""All checks and measurements for a GPU in one command: correctness, rates against measured ceilings, other engines.
 
     python -m bench.gpu --json bench/results/gpu.json
     python -m bench.gpu --only copying,multiplying,decoding
 
-The JSON is written after each section, so that a run which is stopped leaves what it has. A section that fails is a
-line of the table and does not end the run. The table comes last. Exit status 0: all was measured; 1: a section failed,
-or a goal was missed; 2: there is no GPU.
+The JSON is written after each section, so that an interrupted run leaves its results. A section that fails is a line of
+the table and does not end the run. The table comes last. Exit status 0: all sections were measured; 1: a section
+failed, or a goal was missed; 2: there is no GPU.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ SECTIONS: dict[str, Section] = {
     "full_size": gpu_measure.full_size,
     "sanitizing": gpu_measure.sanitizing,
 }
-"""In this order: ceilings first, what others are compared with before them, what may take long last."""
+"""The sections in order: ceilings first, and sections that may take long last."""
 
 
 def device_facts(cupy: Any) -> dict[str, Any]:
-    """What was measured on."""
+    """The device and the versions that were measured."""
     properties = cupy.cuda.runtime.getDeviceProperties(0)
     free, total = cupy.cuda.runtime.memGetInfo()
     return {
@@ -56,7 +56,7 @@ def device_facts(cupy: Any) -> dict[str, Any]:
 def run(
     bench: Bench, sections: dict[str, Section], facts: dict[str, Any], path: Path | None
 ) -> tuple[list[Result], bool]:
-    """The results of all sections, and whether each came to its end."""
+    """The results of all sections, and whether every section completed."""
     results: list[Result] = []
     whole = True
     seconds: dict[str, float] = {}

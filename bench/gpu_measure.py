@@ -1,4 +1,4 @@
-"""Measurements on the device, each a function of a `Bench` to results. What they count is in `gpu_report`."""
+"""Measurements on the device, each a function from a `Bench` to results. `gpu_report` counts bytes and operations."""
 
 from __future__ import annotations
 
@@ -49,17 +49,17 @@ FULL_CASE = ROOT / "golden" / "mixtral-8x7b"
 
 @dataclass
 class Bench:
-    """The device, and what was measured of it."""
+    """The device, the sizes of measurements, and the rates measured so far."""
 
     cupy: Any
     config: Config = LARGE
     prompt: int = PROMPT
     tokens: int = 1 << 16
-    """Of the rows that are gathered and combined."""
+    """Rows that are gathered and combined."""
     copied: int = 4 << 30
     """Bytes that are copied."""
     sides: tuple[int, ...] = (8192, 16384)
-    """Of the matrices that are multiplied."""
+    """Sides of the matrices that are multiplied."""
     copy_rate: float | None = None
     """Bytes per second, read and written."""
     matmul_rate: float | None = None
@@ -67,7 +67,7 @@ class Bench:
     notes: dict[str, Any] = field(default_factory=dict)
 
     def seconds(self, call: Callable[[], Any], repeats: int = 10) -> float:
-        """The median time on the device of a call, by events; once before, to warm up."""
+        """The median time of a call on the device, by events, after one call to warm up."""
         cupy = self.cupy
         call()
         times = []
@@ -84,13 +84,13 @@ class Bench:
         return None if self.copy_rate is None else rate / self.copy_rate
 
     def free(self) -> None:
-        """Give what nobody holds back to the driver, so that others can have it."""
-        gc.collect()  # a recorded step and its decoder hold each other
+        """Return unused memory to the driver, so that other libraries can use it."""
+        gc.collect()  # a recorded step and its decoder refer to each other
         self.cupy.get_default_memory_pool().free_all_blocks()
 
 
 def copying(bench: Bench) -> list[Result]:
-    """The ceiling of everything that moves bytes: the better of the driver's copy and a kernel's."""
+    """The ceiling of rates in bytes: the better of the driver's copy and a kernel's copy."""
     cupy, size = bench.cupy, bench.copied
     a, b = cupy.zeros(size // 4, np.float32), cupy.empty(size // 4, np.float32)
     by_driver = bench.seconds(lambda: b.data.copy_from_device_async(a.data, size))
@@ -101,7 +101,7 @@ def copying(bench: Bench) -> list[Result]:
 
 
 def multiplying(bench: Bench) -> list[Result]:
-    """The ceiling of products: bfloat16 with float32 sums, the better of two sizes."""
+    """The ceiling of rates of products: bfloat16 with float32 sums, the better of two sizes."""
     cupy, gemm, rates = bench.cupy, cuda_gemm(bench.cupy), {}
     for n in bench.sides:
         a = cupy.ones((n, n), np.float32).astype(ml_dtypes.bfloat16)
@@ -113,7 +113,7 @@ def multiplying(bench: Bench) -> list[Result]:
 
 
 def rows(bench: Bench) -> list[Result]:
-    """Gather and combine, in float16, beside CuPy's take."""
+    """Gather and combine in float16, compared with CuPy's take."""
     cupy, tokens, k, columns = bench.cupy, bench.tokens, bench.config.experts_per_token, bench.config.dim
     kernels = Kernels(cupy, cupy_ops.compiled)
     order = cupy.asarray(np.random.default_rng(1).permutation(tokens * k).astype(np.int32))
@@ -146,7 +146,7 @@ def model_on_device(bench: Bench) -> tuple[DecodeOps, Model]:
 
 
 def decoding(bench: Bench) -> list[Result]:
-    """Tokens one by one, as a graph and launch by launch; and a prompt in one call, on the same weights."""
+    """Tokens one by one, as a graph and launch by launch, and a prompt in one call, on the same weights."""
     ops, model = model_on_device(bench)
     if not model.config.layers:
         return [Result("decode, batch 1", None, "tokens/s", note="not one layer fits into the free memory")]
@@ -206,7 +206,7 @@ def goldens(bench: Bench) -> list[Result]:
 
 
 def full_size(bench: Bench) -> list[Result]:
-    """The whole published model in exact arithmetic, weights from the formula on the device; and its digests."""
+    """The whole published model in exact arithmetic, weights from the formula on the device, and its digests."""
     if not FULL_CASE.exists():
         return [Result("exact run of the whole model", None, "s", note=f"{FULL_CASE} is not there")]
     bench.free()

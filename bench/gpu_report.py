@@ -1,4 +1,4 @@
-"""What the GPU benchmark counts and how it reports: bytes, operations, shares of the ceilings, the table, the JSON."""
+"""Counts and reports of the GPU benchmark: bytes, operations, shares of the ceilings, the table, the JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from refmoe.spec.config import Config
 
 @dataclass(frozen=True)
 class Result:
-    """One measurement.   share: of its ceiling, measured in the same run   goal: for the share, or for the value"""
+    """One measurement.   share: of its ceiling, measured in the same run   goal: of the share, else of the value"""
 
     name: str
     value: float | None
@@ -25,7 +25,7 @@ class Result:
 
 
 def decode_bytes(config: Config, past: int, weight_size: int = 2, cache_size: int = 4) -> int:
-    """Bytes that a step on one token must read: each weight it uses, one row of the embedding, keys and values."""
+    """Bytes that a step on one token must read: each weight that it uses, one embedding row, keys and values."""
     weights = active_parameters(config) - (config.vocab - 1) * config.dim
     return weights * weight_size + past * config.layers * 2 * config.kv_heads * config.head_dim * cache_size
 
@@ -38,17 +38,17 @@ def prefill_operations(config: Config, tokens: int) -> int:
 
 
 def gather_bytes(tokens: int, k: int, columns: int, size: int) -> int:
-    """Every row is read and written once per slot, and its index is read."""
+    """Bytes of a gather: every row is read and written once per slot, and its index is read."""
     return tokens * k * (2 * columns * size + 4)
 
 
 def combine_bytes(tokens: int, k: int, columns: int, size: int) -> int:
-    """Every output is read once, a row per token is written; positions and weights are read."""
+    """Bytes of a combine: every output is read once, a row per token is written; positions and weights are read."""
     return tokens * ((k + 1) * columns * size + k * 8)
 
 
 def layers_that_fit(config: Config, free: int, weight_size: int = 2, reserve: int = 10 << 30) -> int:
-    """How many of the layers fit beside embedding and head, with some memory left."""
+    """How many layers fit in memory with the embedding and the head. reserve: bytes to leave free"""
     head = 2 * config.vocab * config.dim + config.dim
     layer = (total_parameters(config) - head) // config.layers
     return max(0, min(config.layers, (free - reserve - head * weight_size) // (layer * weight_size)))
@@ -84,7 +84,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def write(path: Path | None, facts: dict[str, Any], results: Sequence[Result]) -> None:
-    """The results so far: a run that is stopped leaves what it has measured."""
+    """Write the results so far, so that an interrupted run leaves them."""
     if path is None:
         return
     found = {**facts, "results": [asdict(result) | {"met": met(result)} for result in results]}

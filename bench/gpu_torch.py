@@ -1,4 +1,4 @@
-"""The same shapes through torch: transformers in bfloat16, a decoder that torch compiles, and its row operations."""
+"""The measured shapes through torch: transformers in bfloat16, a decoder that torch compiles, and row operations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from refmoe.spec.config import Config
 
 
 def torch_problem() -> str | None:
-    """Why torch cannot be compared with, or None."""
+    """Why torch cannot be measured, or None."""
     try:
         import torch
     except ImportError:
@@ -25,7 +25,7 @@ def torch_problem() -> str | None:
 
 
 def seconds(call: Callable[[], Any], repeats: int) -> float:
-    """The mean time of a call, after two."""
+    """The mean time of a call, after two calls to warm up."""
     import torch
 
     for _ in range(2):
@@ -40,7 +40,7 @@ def seconds(call: Callable[[], Any], repeats: int) -> float:
 
 @contextmanager
 def room(bench: Bench) -> Iterator[Config]:
-    """The configuration that was measured, in memory that refmoe and torch have given back."""
+    """The measured configuration. Before and after, refmoe's and torch's unused memory is freed."""
     import torch
 
     bench.free()
@@ -53,7 +53,7 @@ def room(bench: Bench) -> Iterator[Config]:
 
 
 def compared(bench: Bench) -> list[Result]:
-    """Side by side with torch; one sentence where it is not there."""
+    """The measurements of torch, or one sentence where torch is missing."""
     problem = torch_problem()
     if problem:
         return [Result("torch, transformers", None, "", note=problem)]
@@ -62,13 +62,13 @@ def compared(bench: Bench) -> list[Result]:
         try:
             with room(bench) as config:
                 results += section(bench, config)
-        except Exception as error:  # a benchmark goes on without what another library does not do
+        except Exception as error:  # the benchmark continues if another library cannot run something
             results.append(Result(section.__name__, None, "", note=f"{type(error).__name__}: {error}".splitlines()[0]))
     return results
 
 
 def row_operations(bench: Bench, config: Config) -> list[Result]:
-    """index_select and index_add on the tensors of the kernels' measurement; no slower is the goal."""
+    """index_select and index_add on the tensors of the kernels' measurement. The goal is that refmoe is no slower."""
     import torch
 
     tokens, k, columns = bench.tokens, config.experts_per_token, config.dim
@@ -94,7 +94,7 @@ def row_operations(bench: Bench, config: Config) -> list[Result]:
 
 
 def transformers_model(bench: Bench, config: Config) -> list[Result]:
-    """Decode and prefill in bfloat16. Weights are random: only the time is looked at."""
+    """Decode and prefill in bfloat16. Weights are random, as only the time is measured."""
     import torch
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -137,7 +137,7 @@ def transformers_model(bench: Bench, config: Config) -> list[Result]:
 
 
 def compiled_decoder(bench: Bench, config: Config) -> list[Result]:
-    """A decoder of a page, compiled: the experts' weights are gathered by their ids, as gpt-fast's mixtral-moe does."""
+    """A short compiled decoder, which gathers the experts' weights by their ids as gpt-fast's mixtral-moe does."""
     import torch
 
     step = torch.compile(decoder_step(config), mode="reduce-overhead", fullgraph=True)
@@ -172,7 +172,7 @@ def decoder_step(config: Config, capacity: int = 256, device: str = "cuda", dtyp
         return torch.empty(shape, dtype=dtype, device=device).uniform_(-1, 1).mul_(1 / math.sqrt(shape[-1]))
 
     class Decoder(torch.nn.Module):
-        """Everything is a buffer: CUDA graphs take these to stay where they are."""
+        """A decoder whose tensors are all buffers, because CUDA graphs assume that buffers do not move."""
 
         def __init__(self) -> None:
             super().__init__()

@@ -1,8 +1,8 @@
-"""How many different bits do the goldens get on different machines? One digest per setting, exact beside float64.
+"""How many different results do the goldens have on different machines? One digest per setting, exact and float64.
 
 Every setting runs in its own process and hashes all taps of all golden cases: once with exact ops, once with plain
-NumPy float64. Settings: OpenBLAS kernels and thread counts, NumPy's SIMD dispatch at two levels, and any other Python
-named with --python (another version, another NumPy, another BLAS), which must be able to import refmoe.
+NumPy float64. Settings are OpenBLAS kernels, thread counts, and NumPy's SIMD dispatch at two levels. The option
+--python adds another Python (another version, NumPy or BLAS), which must be able to import refmoe.
 
     python bench/invariance.py
     python bench/invariance.py --python /path/to/venv/bin/python --json bench/results/invariance.json
@@ -24,12 +24,12 @@ FEATURES = {
     "no AVX-512": "AVX512F AVX512CD AVX512_SKX AVX512_CLX AVX512_CNL AVX512_ICL AVX512_SPR",
     "no AVX2": "AVX2 FMA3 AVX512F AVX512CD AVX512_SKX AVX512_CLX AVX512_CNL AVX512_ICL AVX512_SPR",
 }
-"""Names of NumPy 2.0 to 2.3; NumPy 2.4 groups them, and takes the names of the groups."""
+"""Names of NumPy 2.0 to 2.3. NumPy 2.4 has groups of features, and takes the names of groups."""
 GROUPS = {"no AVX-512": "X86_V4 AVX512_ICL AVX512_SPR", "no AVX2": "X86_V3 X86_V4 AVX512_ICL AVX512_SPR"}
 
 
 def digests(golden: Path) -> dict[str, str]:
-    """SHA-256 over the names and bytes of all taps of all golden cases, by arithmetic."""
+    """By arithmetic, the SHA-256 over the names and bytes of all taps of all golden cases."""
     import numpy as np
 
     from refmoe.arithmetic.exact.ops import ExactOps
@@ -94,7 +94,7 @@ def main() -> None:
     rows = []
     for name, python, extra in settings(options.python):
         environment = os.environ | {"PYTHONPATH": str(ROOT)} | extra
-        # a name that this NumPy or processor does not have is a warning on standard error
+        # NumPy warns on standard error about a name that it or the processor does not have
         command = [python, __file__, "--child", "--golden", str(options.golden)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode < 0:

@@ -1,6 +1,7 @@
 """Three engines behind one interface, each on the same weights from the formula, for `bench.peers`.
 
-An engine is imported when it is made: each runs in a process of its own, which may have only what that one needs.
+An engine's package is imported when the engine is made. Each engine runs in a process of its own, whose Python may lack
+the packages of the others.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ SEED = 1
 
 
 class Engine(Protocol):
-    """One sequence. Both methods return once the logits are there."""
+    """One sequence. Both methods return when the logits have been computed."""
 
     def prefill(self, tokens: Sequence[int]) -> Array:
-        """Forget all, then read a prompt. Returns logits [T, V] of every token."""
+        """Forget all tokens, then read a prompt. Returns the logits [T, V] of every token."""
 
     def step(self, token: int, position: int) -> Array:
-        """One more token. Returns its logits [V]. At the position after the prompt, what came after it is forgotten."""
+        """Read one more token. Returns its logits [V]. Cached tokens from `position` on are forgotten."""
 
 
 def in_memory(config: Config, stored: str, seed: int = SEED) -> Parameters:
@@ -54,13 +55,13 @@ def in_memory(config: Config, stored: str, seed: int = SEED) -> Parameters:
 
 
 class Stopwatch:
-    """Of a class of ops, with this one before it: notes the time spent in matrix products."""
+    """A class to inherit from before a class of ops; it records the time spent in matrix products."""
 
     spent = 0.0
     clock = staticmethod(time.perf_counter)
 
     def linear(self, x: Any, weight: Any) -> Any:
-        # with many rows that is a few calls of `multiply`, which are timed
+        # with many rows, `linear` calls `multiply` a few times, and those calls are timed
         product = super().linear  # type: ignore[misc]
         return self._timed(product, x, weight) if len(x) < SIDE_BY_SIDE else product(x, weight)
 
@@ -75,9 +76,9 @@ class Stopwatch:
         result = product(*factors)
         took = Stopwatch.clock() - began
         if lanes().busy == 1:
-            Stopwatch.spent = inner + took  # whatever was noted within is a part of it
+            Stopwatch.spent = inner + took  # replaces the time recorded by nested calls, which is a part of `took`
         else:
-            Stopwatch.spent += took / lanes().busy  # what several lanes do at once is counted once
+            Stopwatch.spent += took / lanes().busy  # the time of lanes that work in parallel counts once
         return result
 
 
@@ -90,12 +91,12 @@ class TimedMklOps(Stopwatch, MklOps):
 
 
 class Refmoe:
-    """`NativeOps` or `MklOps`, as `refmoe generate` runs. The number of threads is told by the environment."""
+    """`NativeOps` or `MklOps`, as in `refmoe generate`. The environment sets the number of threads."""
 
     def __init__(self, config: Config, blas: str, stored: str, timed: bool = False) -> None:
         """blas: "numpy" or "mkl".   stored: the weights' dtype.
 
-        timed: notes the time in matrix products, which costs a little.
+        timed: record the time in matrix products, which costs a little.
         """
         room = 1 << 40
         if blas == "mkl":
@@ -125,7 +126,7 @@ class Refmoe:
 
 
 class Transformers:
-    """`MixtralForCausalLM`, attention by torch's fused kernel, experts as its `experts_implementation` says."""
+    """`MixtralForCausalLM`, with torch's fused attention kernel and a choice of `experts_implementation`."""
 
     def __init__(self, config: Config, threads: int, experts: str) -> None:
         """experts: "eager", one by one; "grouped_mm", each of their matrices as one grouped product."""
@@ -160,7 +161,7 @@ class Transformers:
 
 
 def fill(model: Any, config: Config) -> None:
-    """Put the formula's weights in their places in a `MixtralForCausalLM`, one at a time."""
+    """Copy the formula's weights into a `MixtralForCausalLM`, one at a time."""
     weights = named_weights(synthetic_checkpoint(config, SEED).parameters)
     base = model.model
     places = {"embedding": base.embed_tokens.weight, "final_norm": base.norm.weight, "output": model.lm_head.weight}
@@ -180,11 +181,11 @@ def fill(model: Any, config: Config) -> None:
 
 
 CELLS = 256
-"""llama.cpp gives a sequence a multiple of so many cells of cache."""
+"""llama.cpp allocates the cache of a sequence in multiples of this number of cells."""
 
 
 class LlamaCpp:
-    """llama.cpp, nothing watching, flash attention off, cache in float32."""
+    """llama.cpp without a callback, flash attention off, cache in float32."""
 
     def __init__(self, config: Config, threads: int, gguf: Path, longest: int) -> None:
         """gguf: written by `write`.   longest: tokens that the cache has room for."""
@@ -213,7 +214,7 @@ class LlamaCpp:
         return self._run([token], position)[0]
 
     def _run(self, tokens: Sequence[int], past: int) -> Array:
-        """What is in the cache from position `past` on goes first."""
+        """Remove the cache from position `past` on, then read the tokens."""
         positions = tuple(range(past, past + len(tokens)))
         self.decode(
             self.library,
@@ -221,6 +222,6 @@ class LlamaCpp:
             Run(run="bench", op="chunk", sequence=0, tokens=tuple(tokens), positions=positions, past=past),
             0,
         )
-        # waits until all is computed
+        # waits until the computation is complete
         logits = self.library.llama_get_logits(self.context)
         return np.ctypeslib.as_array(logits, (len(tokens), self.vocab)).copy()

@@ -1,4 +1,4 @@
-"""One engine in a process of its own, asked by `bench.peers` in JSON lines: what to do, then what it took.
+"""One engine in a process of its own. It reads actions from `bench.peers` as JSON lines and writes the measurements.
 
 python -m bench.peer_worker ENGINE '{"config": {...}, "threads": 2, "clock": "wall", "tokens": [...], ...}'
 """
@@ -37,13 +37,13 @@ class Worker:
     """Times an engine on one prompt and the tokens after it."""
 
     def __init__(self, engine: engines.Engine, tokens: list[int], prompt: int, clock: Callable[[], float]) -> None:
-        """tokens: those of the prompt and those to decode.   clock: returns seconds."""
+        """tokens: the prompt's, then those to decode.   prompt: length of the prompt.   clock: returns seconds."""
         self.engine, self.tokens, self.prompt, self.clock = engine, tokens, prompt, clock
         self.kept: list[Any] | None = None
-        """Logits of every call, while they are wanted."""
+        """Logits of every call, while `save` runs; else None."""
 
     def prefill(self) -> dict[str, Any]:
-        """Seconds of the prompt in one call, and how much of it in matrix products where that is known."""
+        """Seconds of the prompt in one call, and the seconds in matrix products where they are known."""
         return self._timed(lambda: self.engine.prefill(self.tokens[: self.prompt]))
 
     def decode(self) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class Worker:
 
 def main() -> None:
     name, task = sys.argv[1], json.loads(sys.argv[2])
-    # what engines print on standard output must not come between the answers
+    # output that engines print must not mix with the answers on standard output
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     if name == "write":

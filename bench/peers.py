@@ -1,18 +1,17 @@
-"""Speed against other engines on the CPU: float32, same weights, same tokens, same number of threads, side by side.
+"""Speed against other engines on the CPU: float32, with equal weights, tokens and numbers of threads.
 
-The weights are numbers of bfloat16. refmoe has them as a published checkpoint has, or in float32 (`--stored`); the
-others have them in float32.
+The weights are numbers of bfloat16. refmoe stores them in bfloat16, as published checkpoints do, or in float32
+(`--stored`). The other engines store them in float32.
 
-Prefill is one call that returns the logits of all tokens, decode one token at a time after it. Each engine is a
-process of its own, its weights loaded and converted before any clock starts, and each round times all engines one
-after another. A ratio is the median over rounds of the ratio in a round, so that a machine that slows down or is
-shared slows both sides; of a round's several prefills and decode steps the median counts. Whoever returns other logits
-than refmoe stops the run: nobody is fast by doing less. The middle model's engines run at the same time and wait for
-their turn; the full-size layer's, 5.8 GB each, are started anew every round.
+Prefill is one call that returns the logits of all tokens. Decode reads one token at a time after it. Each engine is a
+process of its own, its weights loaded and converted before any clock starts. Each round times all engines one after
+another, with the median of several prefills and decode steps. A ratio is the median over rounds of the ratio in a
+round, so that a change of the machine's speed affects both sides. An engine whose logits differ from refmoe's stops the
+run, so that no engine is fast by computing less. The middle model's engines stay in memory and take turns. Those of the
+full-size layer, 5.8 GB each, are started anew every round.
 
-With one thread the clock counts what the engine's process computes and not what others do meanwhile: the one way to
-compare on a machine that is busy. With more, a thread that waits for one that was interrupted counts too, and the
-machine should be idle.
+With one thread the clock counts the CPU time of the engine's process, which allows a comparison on a busy machine. With
+more threads, waiting for an interrupted thread counts too, so the machine should be idle.
 
     python -m bench.peers --llama-python /path/to/venv/bin/python --json bench/results/peers.json
     python -m bench.peers --only middle --stored float32
@@ -44,18 +43,20 @@ MIDDLE = Config(
 LAYER = replace(PRESETS["mixtral-8x7b"], layers=1, vocab=4096)
 MODELS = {"middle": MIDDLE, "8x7B layer": LAYER}
 OURS = ("refmoe numpy", "refmoe mkl")
-"""Both ways to multiply: NumPy's own BLAS, and oneMKL (extra `mkl`)."""
+"""refmoe with NumPy's own BLAS, and with oneMKL (extra `mkl`)."""
 PEERS = ("transformers eager", "transformers grouped_mm", "llama.cpp")
 TIMED = {name: f"{name} timed" for name in OURS}
-"""The same once more with a clock around every matrix product, for the share of time in them."""
+"""Both again with a clock around every matrix product, for the share of time in products."""
 GOALS = {"prefill": 1.2, "decode": 1.0}
 AGREEMENT = 1e-3
-"""How far a logit may be from refmoe's, of the largest: hundreds of times what float32 explains, and far below what a
-skipped expert or layer does."""
+"""The largest allowed difference of a logit from refmoe's, relative to the largest logit.
+
+It is hundreds of times the error of float32, and far below the effect of a skipped expert or layer.
+"""
 
 Call = Any
 Rounds = dict[str, dict[str, list[float]]]
-"""Phase to engine to seconds per round: of the whole prefill, of one decoded token."""
+"""By phase and engine, the seconds of each round: of the whole prefill, or of one decoded token."""
 
 
 # ---- measuring
@@ -63,7 +64,7 @@ Rounds = dict[str, dict[str, list[float]]]
 
 @contextmanager
 def started(name: str, task: dict[str, Any], python: str) -> Iterator[Call]:
-    """An engine's process, ready. Yields a function from an action and its arguments to the answer."""
+    """Start an engine's process. Yields a function from an action and its arguments to the answer."""
     threads = str(task["threads"])
     limits = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), threads)
     command = [python, "-m", "bench.peer_worker", name, json.dumps(task)]
@@ -91,7 +92,7 @@ def started(name: str, task: dict[str, Any], python: str) -> Iterator[Call]:
 
 
 def time_round(call: Call, repeats: int) -> dict[str, Any]:
-    """Seconds and seconds in matrix products by phase: medians of `repeats` prefills, and of all steps after them."""
+    """By phase, seconds and seconds in matrix products: medians of `repeats` prefills, and of all steps after them."""
     prefills = [call("prefill") for _ in range(repeats)]
     steps = call("decode")
     return {
@@ -101,7 +102,7 @@ def time_round(call: Call, repeats: int) -> dict[str, Any]:
 
 
 def measure(config: Config, options: argparse.Namespace, folder: Path, together: bool) -> dict[str, Any]:
-    """All engines on one model. together: all are in memory at once, else one after another in every round."""
+    """Measure all engines on one model. together: all are in memory at once, else one after another in each round."""
     tokens = np.random.default_rng(1).integers(0, config.vocab, options.prefill + options.decode).tolist()
     task = {"config": asdict(config), "threads": options.threads, "tokens": tokens, "prompt": options.prefill}
     task["stored"] = options.stored
@@ -119,7 +120,7 @@ def measure(config: Config, options: argparse.Namespace, folder: Path, together:
             calls = {name: stack.enter_context(started(name, task, pythons[name])) for name in names}
         for i in range(options.rounds):
             found.append({})
-            # who comes first in a round changes from one to the next
+            # the engine that comes first changes from round to round
             for name in names[i % len(names) :] + names[: i % len(names)]:
                 with ExitStack() as short:
                     call = calls.get(name) or short.enter_context(started(name, task, pythons[name]))
@@ -143,16 +144,17 @@ def shown(found: dict[str, Any]) -> Iterator[str]:
 
 
 def distance(ours: Any, theirs: Any) -> float:
-    """The largest difference of two arrays, as a part of the largest value."""
+    """The largest difference of two arrays, relative to the largest value."""
     if ours.shape != theirs.shape:
         return float("inf")
     return float(np.abs(ours - theirs).max() / np.abs(ours).max())
 
 
 def summary(names: Sequence[str], found: Sequence[dict[str, Any]], distances: dict[str, float]) -> dict[str, Any]:
-    """Medians, and of each way of ours the ratios of every peer's time to its: above 1, refmoe is the faster one.
+    """Medians, and for each of `OURS` the ratios of every peer's time to its own: above 1, refmoe is faster.
 
-    found: per round, of each engine and phase the seconds.   distances: of logits to those of the first way of ours.
+    found: per round, the seconds by engine and phase.   distances: of an engine's logits from those of the first of
+    `OURS`.
     """
     result: dict[str, Any] = {"rounds": len(found), "distance": distances}
     peers = [name for name in names if name in PEERS]
@@ -164,7 +166,7 @@ def summary(names: Sequence[str], found: Sequence[dict[str, Any]], distances: di
         }
         for ours in OURS:
             speed = {name: ratio(seconds[name], seconds[ours]) for name in peers}
-            # in each round the best of that round: no harder judge could be chosen
+            # each round counts the fastest peer of that round, which is the hardest comparison
             best = [min(seconds[name][i] for name in peers) for i in range(len(found))] if peers else []
             timed = [each[TIMED[ours]][phase] for each in found]
             result[phase][ours] = {

@@ -1,4 +1,4 @@
-"""What exactness costs: correctly rounded products beside native float64 ones, in turns on the same data.
+"""The cost of exactness: correctly rounded products and native float64 products, in turns on the same data.
 
 python bench/test_dot_cost.py     prints one line per case: milliseconds, the ratio, and the share of the exact path
 pytest bench/test_dot_cost.py     checks the goals: at most 4 times native for synthetic weights, 8 for Gaussian ones
@@ -45,12 +45,12 @@ def synthetic(rng: np.random.Generator, shape: tuple[int, int]) -> Array:
 
 
 def gaussian(rng: np.random.Generator, shape: tuple[int, int]) -> Array:
-    """bfloat16."""
+    """Normal variates in bfloat16."""
     return (rng.standard_normal(shape, np.float32) * np.float32(0.02)).astype(ml_dtypes.bfloat16)
 
 
 def compare(exact: Callable[[], Array], native: Callable[[], Array], rounds: int) -> Cost:
-    """Time two ways to the same values, in turns."""
+    """Time two computations of the same values, in turns."""
     taken = 0
     spent: tuple[list[float], list[float]] = ([], [])
     exact_dot = dot.exact_dot

@@ -1,6 +1,6 @@
-"""What verifying costs: `refmoe verify` of a whole trace against one exact run of the same calls, in turns in one run.
+"""The cost of verification: `refmoe verify` of a whole trace against one exact run of its calls, timed in turns.
 
-A trace holds every tap, in the dtype that it declares. Weights are prepared anew by both sides, as by the commands.
+A trace holds every tap, in the dtype that it declares. Both sides prepare the weights anew, as the commands do.
 
     python bench/verify_cost.py
     python bench/verify_cost.py --repeats 9 --json bench/results/verify_cost.json
@@ -39,7 +39,7 @@ MIDDLE = Config(
 
 
 def subjects() -> Iterator[tuple[str, Config, Callable[[], Parameters], tuple[Run, ...]]]:
-    """What is verified: name, model, calls."""
+    """The models to verify: name, configuration, parameters, calls."""
     for name in ("walking-skeleton", "mini-8x7b", "token-sweep"):
         case = read_case(ROOT / "golden" / name)
         yield f"golden case {name}", case.config, lambda case=case: case.checkpoint().parameters, case.runs()
@@ -50,7 +50,7 @@ def subjects() -> Iterator[tuple[str, Config, Callable[[], Parameters], tuple[Ru
 
 
 def ideal_trace(path: Path, config: Config, parameters: Parameters, runs: tuple[Run, ...], name: str) -> Trace:
-    """The trace of an engine that does what the policy says."""
+    """The trace of an engine that follows the policy exactly."""
     recorder = Recorder()
     execute(PolicyOps(policy(name), recorder), Model(config, parameters, CUT_STEPS), runs, recorder)
     write_trace(path, Header(runs, None, None, name), recorder.arrays)

@@ -1,4 +1,4 @@
-"""The weight formula's speed on one core, beside NumPy's PCG64 drawing as many raw 64-bit integers in the same run.
+"""The weight formula's speed on one core, compared with NumPy's PCG64 drawing as many raw 64-bit integers.
 
 python bench/weight_formula.py
 python bench/weight_formula.py --repeats 15 --json bench/results/weight_formula.json
@@ -26,7 +26,7 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def measure(size: int, repeats: int) -> dict[str, float]:
-    """Medians over the repeats; both are timed in turn, so that whatever else the machine does meets both."""
+    """Medians over the repeats. Both are timed in turns, so that other load on the machine affects both."""
     generator = np.random.PCG64(1)
     formula, pcg64 = [], []
     for _ in range(repeats):

@@ -1,1 +1,4 @@
-"""Routers other than Mixtral's: those of the literature, pictures of what they do, and the contract for any router."""
+"""Routers other than Mixtral's.
+
+`literature` has the routers of eight papers, `pictures` draws a routing, and `contract` has laws for anybody's router.
+"""

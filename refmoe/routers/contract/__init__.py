@@ -1,11 +1,13 @@
-"""The contract of routers: laws that anybody's router can be held against, as tests.
+"""The contract of routers: laws by which anybody's router can be tested.
 
     from refmoe.routers.contract import Declaration, contract
 
     TestMyRouter = contract(my_router, Declaration(experts=8, top_k=2))
 
-`docs/router-contract.md` is the manual. The names below are imported when they are used, because the pytest plugin of
-this package is loaded in runs that have nothing to do with routers.
+`docs/router-contract.md` is the manual. A `Declaration` states the claims of a router, and a `Subject` calls the
+router. `judge` checks one law of `LAWS` and returns a `Verdict`. `contract` makes a pytest class of all laws.
+
+The names are imported when they are first used, as pytest loads this package's plugin in every run.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The floating-point formats that a router may use, as numbers: what a rounding costs, what underflows, who is next.
+"""The floating-point formats that a router may use: the errors of rounding and underflow, and neighbouring numbers.
 
-Nothing here is a tolerance: `unit` and `underflow` follow from the format. The error of an engine's exp does not, and
-is stated data with its source, `ExpBudget`.
+`unit` and `underflow` are no tolerances: they follow from the format. The error of an engine's exp does not follow from
+it, so `ExpBudget` states it with its source.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Format:
     precision: int
     """Bits of the significand, the leading one included."""
     underflow: float
-    """What is lost near zero: engines may flush to zero what lies below the smallest normal number; of float16 they
-    keep the subnormals, so half the smallest one is lost."""
+    """The largest error near zero. Engines may flush numbers below the smallest normal one to zero, except in float16,
+    where the error is half the smallest subnormal number."""
 
     @property
     def _limits(self) -> Any:
@@ -63,12 +63,12 @@ FORMATS = {
     )
 }
 REFERENCE_UNIT = 2.0**-53
-"""Reference values are computed in float64, by `refmoe.arithmetic.exact.elementary`: their roundings count as well."""
+"""The unit of the reference values, which `refmoe.arithmetic.exact.elementary` computes in float64. It counts too."""
 
 
 @dataclass(frozen=True)
 class ExpBudget:
-    """An engine's exp(x) is within (constant + linear |x|) units of the arithmetic, relative. Data: a tolerance."""
+    """A tolerance: the relative error of an engine's exp(x) is at most constant + linear |x| units of rounding."""
 
     constant: float
     linear: float
@@ -78,7 +78,7 @@ class ExpBudget:
 MEASURED_EXP = ExpBudget(
     8.0, 2.0, "worst relative error on [-88, 0] in units of float32: torch 1.9, NumPy 4.2, exp2(x log2 e) 0.75 |x|"
 )
-"""Covers these three with room; see the source. An engine with another exp declares its own budget."""
+"""Larger than the three measured errors that its source names. An engine with another exp declares its own budget."""
 
 
 def rounded(values: Any, form: Format) -> Floats:
@@ -88,7 +88,7 @@ def rounded(values: Any, form: Format) -> Floats:
 
 
 def neighbour(values: Any, steps: Any, form: Format) -> Floats:
-    """The numbers of a format that are so many places above (below, for negative steps), as float64; finite ones."""
+    """The finite numbers of a format `steps` places above the values (below, for negative steps), as float64."""
     integer = np.dtype(f"i{form.dtype.itemsize}")
     sign = np.int64(np.iinfo(integer).min)
     stored = (

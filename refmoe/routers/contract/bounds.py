@@ -1,19 +1,18 @@
-"""What a router of the declared arithmetic may return: enclosures of scores and weights, and the decisions they force.
+"""Enclosures of the scores and weights that a router of the declared arithmetic may return, and forced decisions.
 
-BOUND-1  exp(s) is computed from s within kappa = r + u (c0 + (1 + c1) |s|): r is what the logit itself may be off by,
-         u |s| the rounding of s = logit - largest, c0 + c1 |s| the budget of exp. For sigmoid, where nothing is
+BOUND-1  exp(s) is computed from s within kappa = r + u (c0 + (1 + c1) |s|). Here r is the error of the logit itself,
+         u |s| the rounding of s = logit - largest, and c0 + c1 |s| the budget of exp. For sigmoid, where nothing is
          subtracted, kappa = r + u (c0 + c1 |logit|).
 BOUND-2  The softmax of n numbers lies between e_i e^-kappa_i / (e_i e^-kappa_i + sum of the other e_j e^kappa_j) and
-         the same with the signs exchanged: each exp at its worst, numerator and sum moving apart.
+         this expression with exchanged signs: each exp has its largest error, in opposite directions.
 BOUND-3  Sums, divisions and the scale add a factor (1 + u)^m, m = E + k + 4: softmax over all experts (E - 1 additions,
-         a division), renormalisation (k - 1 additions, a division), scale, and three to spare for conversions. It
-         covers the softmax over the chosen alone as well, which needs fewer. Storing the weight adds one rounding of
-         the format it is stored in.
-BOUND-4  A number that underflows is off by the `underflow` of the format, and a division by a share of at least 1 / E
-         makes that E times as much: (E + 3) of them in all.
+         a division), renormalisation (k - 1 additions, a division), scale, and three to spare for conversions. The
+         softmax over only the chosen experts needs fewer. Storing the weight adds one rounding to its stored format.
+BOUND-4  A number that underflows has the error `underflow` of the format. Division by a share of at least 1 / E
+         multiplies that error by up to E: (E + 3) such errors in all.
 BOUND-5  The reference computes in float64, so every u above is u + 2^-53.
 
-The rules are those of enclosures.md, section 3, "Softmax". Nothing here depends on the order in which a router adds.
+The rules are those of enclosures.md, section 3, "Softmax". No bound depends on the order in which a router adds.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from refmoe.routers.contract.subject import Routing
 
 @dataclass(frozen=True)
 class Enclosure:
-    """low <= what is legal <= high; `middle` is the value without any rounding but the reference's own."""
+    """Every legal value is in [low, high]. `middle` is the reference's value."""
 
     low: Floats
     middle: Floats
@@ -46,12 +45,12 @@ def unit(d: Declaration) -> float:
 
 
 def roundings(d: Declaration) -> float:
-    """BOUND-3 as a relative error, without the storing."""
+    """The relative error of BOUND-3, without that of storing the weight."""
     return float(np.expm1((d.experts + d.top_k + 4) * np.log1p(unit(d))))
 
 
 def exp_error(d: Declaration, size: Floats, radius: Floats) -> Floats:
-    """BOUND-1. size: |s| for softmax, |logit| otherwise."""
+    """kappa of BOUND-1. size: |s| for softmax, |logit| otherwise. radius: r"""
     linear = d.exp_budget.linear + (0.0 if d.scoring == "sigmoid" else 1.0)
     return radius + unit(d) * d.exp_budget.constant + unit(d) * linear * size  # the largest size must not overflow
 
@@ -65,9 +64,9 @@ def exponentials(d: Declaration, logits: Floats, radius: Floats) -> Enclosure:
 
 
 def shares(d: Declaration, parts: Enclosure, epsilon: float = 0.0) -> Enclosure:
-    """part_i / (sum of all parts + epsilon), by BOUND-2. An epsilon that underflows may be nothing.
+    """part_i / (sum of all parts + epsilon), by BOUND-2. An epsilon that underflows may count as zero.
 
-    Where all parts may be zero as well, nothing is known, which is written as a `high` of infinity.
+    Where the divisor may be zero, the share has no bound, and `high` is infinite.
     """
     least = epsilon if epsilon > d.working.underflow else 0.0
     others = 1.0 - np.eye(parts.middle.shape[-1])
@@ -80,12 +79,12 @@ def shares(d: Declaration, parts: Enclosure, epsilon: float = 0.0) -> Enclosure:
 
 
 def widened(e: Enclosure, relative: float, absolute: float) -> Enclosure:
-    """Room for roundings: a factor and a sum."""
+    """The enclosure extended by a relative and an absolute error."""
     return Enclosure(np.maximum(e.low / (1 + relative) - absolute, 0.0), e.middle, e.high * (1 + relative) + absolute)
 
 
 def sigmoids(d: Declaration, logits: Floats, radius: Floats) -> Enclosure:
-    """1 / (1 + exp(-logit)), with the addition's and the division's roundings."""
+    """1 / (1 + exp(-logit)), with the roundings of the addition and the division."""
     error = exp_error(d, np.abs(logits), radius)
     error = np.where(np.isinf(logits), 0.0, error)
     exact = Enclosure(*elementary.sigmoid(np.stack([logits - error, logits, logits + error])))
@@ -93,7 +92,7 @@ def sigmoids(d: Declaration, logits: Floats, radius: Floats) -> Enclosure:
 
 
 def weight_enclosure(d: Declaration, routing: Routing) -> Enclosure | None:
-    """The weights of the ids that were chosen, [T, k]; None where the scoring is not known."""
+    """The weights of the chosen experts, [T, k]; None where the scoring is not known."""
     pick = np.clip(routing.ids, 0, d.experts - 1)
     logits, radius = routing.logits, routing.radius
     if d.scoring == "other":
@@ -113,7 +112,7 @@ def weight_enclosure(d: Declaration, routing: Routing) -> Enclosure | None:
 
 
 def weight_slack(d: Declaration, routing: Routing) -> Floats:
-    """How far the weight may be from the true one, [T, k]: what two legal calls may differ by is the sum of theirs."""
+    """How far a weight may be from the true one, [T, k]. Two legal calls differ by at most the sum of their slacks."""
     known = weight_enclosure(d, routing)
     if known is not None:
         return known.width
@@ -124,7 +123,7 @@ def weight_slack(d: Declaration, routing: Routing) -> Floats:
 
 
 def keys(d: Declaration, logits: Floats, radius: Floats) -> Enclosure:
-    """What the selection compares, [T, E]: the logits, or scores that order the experts alike."""
+    """The values that the selection compares, [T, E]: the logits, or scores in the same order."""
     if d.selection == "logits" or d.scoring == "other":
         slack = radius
         if d.selection == "scores":
@@ -137,7 +136,7 @@ def keys(d: Declaration, logits: Floats, radius: Floats) -> Enclosure:
         scores = widened(
             shares(d, exponentials(d, logits, radius)), roundings(d), (d.experts + 3) * d.working.underflow
         )
-    else:  # all scores of a token are divided by one sum, and a correctly rounded division keeps their order
+    else:  # all scores of a token are divided by one sum, and correctly rounded division keeps their order
         rounds = float(np.expm1(2 * np.log1p(unit(d))))
         scores = widened(exponentials(d, logits, radius), rounds, (d.experts + 3) * d.working.underflow)
     if d.bias is None:
@@ -148,7 +147,7 @@ def keys(d: Declaration, logits: Floats, radius: Floats) -> Enclosure:
 
 
 def forced(d: Declaration, compared: Enclosure) -> Booleans:
-    """Which tokens have one legal set of experts only: booleans [T]."""
+    """Which tokens have only one legal set of experts: booleans [T]."""
     if d.top_k == d.experts:
         return np.ones(len(compared.low), dtype=bool)
     order = np.argsort(-compared.middle, axis=1, kind="stable")

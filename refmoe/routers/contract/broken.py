@@ -1,10 +1,10 @@
-"""What a check raises. None of them leaves this package: `checking` turns them into verdicts."""
+"""The exceptions of checks. `checking` turns them into verdicts, so none leaves this package."""
 
 from __future__ import annotations
 
 
 class LawBroken(Exception):
-    """The router breaks the law: what was found and expected, in words, and at which token."""
+    """The router breaks the law. words: the found and the expected result; token: where."""
 
     def __init__(self, words: str, token: int | None = None) -> None:
         super().__init__(words)
@@ -13,7 +13,7 @@ class LawBroken(Exception):
 
 
 class RouterRaised(LawBroken):
-    """The router raised where no exception was declared."""
+    """The router raised an exception that it did not declare."""
 
     def __init__(self, error: BaseException, tokens: int) -> None:
         lines = str(error).strip().splitlines()
@@ -21,4 +21,4 @@ class RouterRaised(LawBroken):
 
 
 class Malformed(LawBroken):
-    """The result is no ids [T, k] with weights [T, k]: the law of the ids fails, and no other can be judged."""
+    """The result is not ids [T, k] with weights [T, k]. The law of the ids fails, and no other law can be judged."""

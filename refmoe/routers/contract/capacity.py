@@ -17,14 +17,14 @@ from refmoe.routers.contract.subject import Routing, Subject
 
 
 def crowds(d: Declaration) -> Strategy:
-    """Enough tokens that one expert overflows, and no ties, so that who wants whom is known."""
+    """Enough tokens that one expert overflows, and no ties, so that each token's choices are known."""
     small = st.integers(1, 12)
     counts = st.one_of(small, small, small, st.sampled_from([n for n in BLOCK_COUNTS if n < 300]))
     return st.fixed_dictionaries({"logits": batches_of(d, (ranks,), counts, 12)})
 
 
 def kept_pairs(subject: Subject, logits: Floats) -> tuple[Routing, set[tuple[int, int]]]:
-    """One call with all tokens, and the (token, expert) that it keeps."""
+    """One call with all tokens, and the (token, expert) pairs that it keeps."""
     routing = subject.route(logits, together=True)
     inside = (routing.ids >= 0) & (routing.ids < subject.declaration.experts) & (routing.weights > 0)
     pairs = [(int(token), int(routing.ids[token, slot])) for token, slot in np.argwhere(inside)]
@@ -88,7 +88,7 @@ def capacity_prefix(subject: Subject, logits: Floats) -> None:
 
 
 def comes_first(d: Declaration, a: tuple[int, int], b: tuple[int, int], low: Floats, high: Floats) -> bool:
-    """Whether the choice a = (token, slot) has priority over b, for certain."""
+    """Whether the choice a = (token, slot) certainly has priority over b."""
     if d.priority == "weight":
         return bool(low[a] > high[b])
     return a < b if d.priority == "token" else (a[1], a[0]) < (b[1], b[0])

@@ -1,4 +1,4 @@
-"""Running a law on a router: examples, the first that breaks it, and the smallest one."""
+"""Running a law on a router: its examples, the first example that breaks it, and the smallest one."""
 
 from __future__ import annotations
 
@@ -25,26 +25,27 @@ SHAPE_LAW = "distinct-ids"
 
 @dataclass(frozen=True)
 class Verdict:
-    """One law on one router."""
+    """The result of one law on one router."""
 
     law: Law
     outcome: Outcome
     words: str
-    """What was found; why there is no verdict; or, of a law that passes, what else was seen."""
+    """The finding of a law that fails, the reason for no verdict, or the note of a law that passes."""
     examples: int = 0
+    """How many examples were tried."""
     example: Example | None = None
-    """The smallest that breaks the law."""
+    """The smallest example that breaks the law."""
     token: int | None = None
 
 
 def check(law: Law, subject: Subject, example: Example) -> None:
-    """One example. Infinite and undefined bounds are legal here and mean that nothing is known."""
+    """Try one example. Infinite and undefined bounds may occur; they mean that a value has no bound."""
     with np.errstate(all="ignore"):
         law.check(subject, **example)
 
 
 def first_broken(law: Law, subject: Subject, count: int = EXAMPLES) -> tuple[int, LawBroken] | None:
-    """The number (from 1) of the first example that breaks the law, and how; None where none does."""
+    """The number (from 1) of the first example that breaks the law, with the exception; None where no example does."""
     for number, example in enumerate(examples_of(law, subject.declaration, count), 1):
         try:
             check(law, subject, example)
@@ -75,7 +76,7 @@ def smallest(law: Law, subject: Subject, count: int) -> tuple[Example, LawBroken
 
 
 def hidden_by_shape(law: Law, error: LawBroken, subject: Subject, count: int) -> bool:
-    """Whether a law says no more than that the router returns no proper ids at all, which has a law of its own."""
+    """Whether a law fails only because the router returns no proper ids, which the law `SHAPE_LAW` reports."""
     if not isinstance(error, Malformed) or law.name == SHAPE_LAW:
         return False
     return first_broken(LAWS[SHAPE_LAW], subject, count) is not None

@@ -1,4 +1,4 @@
-"""What a router claims to be. A law is judged by the declaration, never by what most routers do."""
+"""The claims of a router. Laws are judged by this declaration, never by the behaviour of most routers."""
 
 from __future__ import annotations
 
@@ -22,54 +22,60 @@ Framework = Literal["numpy", "torch", "jax", "cupy"]
 
 @dataclass(frozen=True, kw_only=True)
 class Declaration:
-    """A router's claims. Only `experts` and `top_k` have no default.
-
-    scoring     how a weight follows from a logit: softmax; sigmoid; or other, some increasing function of each logit by
-                itself, up to a common factor of the token
-    normalised  the chosen weights sum to `scale`; else each keeps its share of all experts
-    scale       a factor of all weights (DeepSeek-V3: routed_scaling_factor)
-    epsilon     added to the sum that normalises (DeepSeek-V3: 1e-20)
-    selection   compares the logits themselves, or scores computed from them, where near logits may coincide
-    bias        added to each expert's score for the selection alone (DeepSeek-V3: e_score_correction_bias)
-    ties        of equal logits, the lower or the higher id is chosen (ROUTE-3: lower), or either
-    descending  each token's ids are in order of falling logit
-    nan, infinity, all_masked
-                a token with a NaN, with a +Inf, with nothing but -Inf: raise, propagate (a weight is NaN), unspecified
-    dtype       of the array that the router is given
-    arithmetic  it computes in, if not `dtype`; weights_dtype  it rounds the weights to, if not `arithmetic`
-    framework   whose arrays the router takes
-    gate        given, the router takes hidden states [T, D] and multiplies them by this gate [E, D] itself
-    capacity    tokens an expert takes of a batch: a number, or a function of the number of tokens. A dropped choice has
-                weight 0 or an id outside 0 .. E-1
-    priority    who is kept: token, the earlier token; choice, all first choices before all second ones, then the
-                earlier token; weight, the larger weight
-    shift_invariant
-                a constant added to a token's logits changes nothing. True of softmax; for other, it is a claim
-    exp_budget  what the engine's exp may be off by
-    """
+    """A router's claims. Only `experts` and `top_k` have no default."""
 
     experts: int
     top_k: int
     scoring: Scoring = "softmax"
+    """The function from logit to weight: softmax, sigmoid or other.
+
+    other: an increasing function of each logit by itself, up to a common factor of the token.
+    """
     normalised: bool = True
+    """The chosen weights sum to `scale`; else each keeps its share of all experts."""
     scale: float = 1.0
+    """A factor of all weights (DeepSeek-V3: routed_scaling_factor)."""
     epsilon: float = 0.0
+    """Added to the sum that normalises (DeepSeek-V3: 1e-20)."""
     selection: Selection = "scores"
+    """The selection compares the logits, or scores computed from them, where near logits may coincide."""
     bias: tuple[float, ...] | None = None
+    """Added to each expert's score for the selection only (DeepSeek-V3: e_score_correction_bias)."""
     ties: TieRule = "unspecified"
+    """Which of equal logits is chosen: that of the lower id (ROUTE-3), of the higher id, or of either."""
     descending: bool = True
+    """Each token's ids are in order of falling logit."""
     nan: Behaviour = "unspecified"
+    """The result of a token with a NaN: an exception (raise), a weight that is NaN (propagate), or any result."""
     infinity: Behaviour = "unspecified"
+    """The result of a token with a +Inf, as for `nan`."""
     all_masked: Behaviour = "unspecified"
+    """The result of a token with only -Inf, as for `nan`."""
     dtype: Dtype = "float32"
+    """The dtype of the array that the router is given."""
     arithmetic: Dtype | None = None
+    """The dtype that it computes in, if not `dtype`."""
     weights_dtype: Dtype | None = None
+    """The dtype that it rounds the weights to, if not `arithmetic`."""
     framework: Framework = "numpy"
+    """The framework of the arrays that the router takes."""
     gate: Any = None
+    """The router matrix [E, D]. The router then takes hidden states [T, D] and multiplies them by it."""
     capacity: int | Callable[[int], int] | None = None
+    """Tokens that an expert takes of a batch: a number, or a function of the number of tokens.
+
+    A dropped choice has weight 0 or an id outside 0 .. E-1.
+    """
     priority: Priority = "token"
+    """The choices that are kept.
+
+    token: of earlier tokens. choice: all first choices before all second ones, then of earlier tokens. weight: those of
+    larger weight.
+    """
     shift_invariant: bool | None = None
+    """A constant added to a token's logits does not change the result. Softmax implies it; other may claim it."""
     exp_budget: ExpBudget = MEASURED_EXP
+    """The error of the engine's exp."""
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -101,7 +107,7 @@ class Declaration:
 
     @property
     def working(self) -> Format:
-        """The format it computes in."""
+        """The format that the router computes in."""
         return FORMATS[self.arithmetic or self.dtype]
 
     @property
@@ -118,14 +124,14 @@ class Declaration:
         return self.scoring == "softmax" if self.shift_invariant is None else self.shift_invariant
 
     def capacity_of(self, tokens: int) -> int:
-        """How many tokens an expert takes of a batch of so many."""
+        """The number of tokens that an expert takes of a batch of `tokens`."""
         if self.capacity is None:
             return tokens
         return self.capacity if isinstance(self.capacity, int) else self.capacity(tokens)
 
 
 def choices(hint: Any) -> tuple[Any, ...]:
-    """The values that a Literal allows, None included where it is optional; none for another type."""
+    """The values that a Literal allows, with None where it is optional; no values for another type."""
     found: list[Any] = []
     for part in get_args(hint) or ():
         if get_args(part):

@@ -15,7 +15,7 @@ from refmoe.routers.contract.law import Law
 
 
 def settings(count: int, *phases: Phase) -> hypothesis.settings:
-    """The same examples at every run, and no files written."""
+    """Settings for Hypothesis under which every run has equal examples and writes no files."""
     return hypothesis.settings(
         max_examples=count, phases=phases, database=None, deadline=None, derandomize=False, print_blob=False,
         report_multiple_bugs=False, suppress_health_check=list(HealthCheck), verbosity=hypothesis.Verbosity.quiet,
@@ -29,7 +29,7 @@ def examples_of(law: Law, declaration: Declaration, count: int) -> tuple[Example
 
 @lru_cache(maxsize=4096)
 def sketch(d: Declaration) -> Declaration:
-    """What examples depend on. Routers that agree in it are tried on the same ones."""
+    """The part of a declaration that its examples depend on. Routers with equal sketches get equal examples."""
     return Declaration(
         experts=d.experts,
         top_k=1,
@@ -45,7 +45,7 @@ def sketch(d: Declaration) -> Declaration:
 def drawn_examples(
     strategy: Callable[[Declaration], Strategy], declaration: Declaration, count: int
 ) -> tuple[Example, ...]:
-    """Examples drawn once, the same at every run, and used for every router and law that ask for them."""
+    """Examples drawn once, equal at every run, and used for every router and law that ask for them."""
     drawn: list[Example] = []
 
     @hypothesis.seed(0)

@@ -1,6 +1,6 @@
-"""Hypothesis strategies: batches of logits that are numbers of the declared format, each kind with its own malice.
+"""Hypothesis strategies: batches of logits that are numbers of the declared format, in kinds for different mistakes.
 
-A batch is drawn as a block of bytes, because that is fast and shrinks to zeros; what a byte means is the kind's affair.
+A batch is drawn as a block of bytes, because that is fast and shrinks to zeros. Each kind maps bytes to logits.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from refmoe.routers.contract.arithmetic import Floats, Format, Ints, neighbour, 
 from refmoe.routers.contract.declaration import Declaration
 
 Example = dict[str, Any]
-"""The arguments of one check, by name; `logits` [T, E] is always among them, unless the law is about something else."""
+"""The arguments of one check, by name. They include `logits` [T, E], except for the law of dispatch and combine."""
 Strategy = st.SearchStrategy[Any]
 
 BLOCK_COUNTS = (31, 32, 33, 127, 128, 129, 255, 256, 257, 1023, 1024, 1025)
-"""Token counts around the sizes in which kernels work."""
+"""Token counts around the block sizes of kernels."""
 
 
 def zigzag(drawn: Ints) -> Floats:
@@ -33,12 +33,12 @@ def plain(drawn: Ints, form: Format) -> Floats:
 
 
 def coarse(drawn: Ints, form: Format) -> Floats:
-    """Integers within +-8: gaps that every format decides."""
+    """Integers within +-8, whose differences are clear in every format."""
     return zigzag(drawn % 17)
 
 
 def ties(drawn: Ints, form: Format) -> Floats:
-    """Three values only, so equal logits at every rank; 2 apart, which no format confuses."""
+    """Only three values, so logits tie at every rank. They are 2 apart, which is clear in every format."""
     return 2 * zigzag(drawn % 3)
 
 
@@ -59,14 +59,14 @@ def half_precision_neighbours(drawn: Ints, form: Format) -> Floats:
 
 
 def extreme(drawn: Ints, form: Format) -> Floats:
-    """The largest numbers of the format, and what lies where exp overflows and underflows."""
+    """The largest numbers of the format, and numbers at which exp overflows or underflows."""
     top, sizes = form.largest, (1.0, 11.5, 89.0, 104.0, 710.0, 746.0, 1e4)
     table = [0.0, 1.0, -1.0, *sizes, *(-size for size in sizes), top, -top, top / 2, -top / 2]
     return rounded(np.array(table)[drawn % len(table)], form)
 
 
 def subnormal(drawn: Ints, form: Format) -> Floats:
-    """Zero, the smallest normal numbers and subnormal ones: nearly equal, and yet not."""
+    """Zero, the smallest normal number and subnormal numbers: nearly equal, but different."""
     return np.where(drawn % 16 == 15, form.smallest_normal, zigzag(drawn % 9) * form.smallest_subnormal)
 
 
@@ -94,18 +94,18 @@ EVERYTHING: tuple[Kind, ...] = (*MODERATE, *CLOSE, extreme)
 
 
 def inputs(d: Declaration, kinds: tuple[Kind, ...]) -> tuple[Kind, ...]:
-    """Those of the kinds that the declaration has a say about: a function nobody knows may saturate where it likes."""
+    """The kinds that suit a declaration. A scoring of "other" may saturate, so it gets no extreme logits."""
     usable = tuple(kind for kind in kinds if kind is not extreme) if d.scoring == "other" else kinds
     return usable if d.gate is None else tuple(kind for kind in usable if kind in MODERATE) or (plain,)
 
 
 def batches(d: Declaration, kinds: tuple[Kind, ...], most: int = 4, least: int = 1) -> Strategy:
-    """Logits [T, E], `least` to `most` tokens. The kind is drawn last: shrinking keeps it longest."""
+    """Logits [T, E], `least` to `most` tokens. The kind is drawn last, so that shrinking changes it last."""
     return batches_of(d, kinds, st.integers(least, most), most)
 
 
 def batches_of(d: Declaration, kinds: tuple[Kind, ...], counts: Strategy, most: int) -> Strategy:
-    """Logits [T, E] for T of `counts`. Above `most` tokens the bytes are used again, mixed with their place."""
+    """Logits [T, E] for T drawn from `counts`. Beyond `most` tokens the bytes repeat, mixed with the token's number."""
 
     def build(drawn: tuple[int, bytes, Kind]) -> Floats:
         tokens, block, kind = drawn
@@ -121,7 +121,7 @@ def batches_of(d: Declaration, kinds: tuple[Kind, ...], counts: Strategy, most: 
 
 
 def frozen(values: Floats) -> Floats:
-    """Examples are shared between routers: nobody may write to one. (And no -0: a sum of products cannot make one.)"""
+    """A read-only array, as routers share examples. It has no -0, because a sum of products cannot give -0."""
     values = values + 0.0
     values.flags.writeable = False
     return values
@@ -133,7 +133,7 @@ def permutations(size: int) -> Strategy:
 
 
 def marks(size: int, one_in: int) -> Strategy:
-    """Booleans [size], one in so many true; none when shrunk."""
+    """Booleans [size], of which one in `one_in` is true on average, and none when shrunk."""
     return st.binary(min_size=size, max_size=size).map(lambda b: np.frombuffer(b, np.uint8) % one_in == 1)
 
 
@@ -148,7 +148,7 @@ def any_batch(d: Declaration) -> Strategy:
 
 
 def wide_batch(d: Declaration) -> Strategy:
-    """Logits of every kind that is not about neighbours."""
+    """Logits of every kind except those a few places apart."""
     return st.fixed_dictionaries({"logits": batches(d, (*MODERATE, extreme))})
 
 

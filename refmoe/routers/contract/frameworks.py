@@ -1,4 +1,4 @@
-"""NumPy arrays to a router's own framework, as copies, and back, through DLPack where it can be."""
+"""Copies of NumPy arrays in a router's own framework, and back, through DLPack where possible."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from refmoe.routers.contract.arithmetic import Floats, Format, Ints
 
 
 def to_framework(values: Floats | Ints, form: Format, framework: str) -> Any:
-    """An array of the framework with these values, which are numbers of the format, or integers; always a copy."""
+    """A new array of the framework with these values, which are numbers of the format, or integers."""
     array = np.array(values) if values.dtype.kind in "iu" else values.astype(form.dtype)
     if framework == "numpy":
         return array
@@ -20,7 +20,7 @@ def to_framework(values: Floats | Ints, form: Format, framework: str) -> Any:
         torch = require("torch", "engines", "a router of torch")
         if array.dtype.kind in "iu":
             return torch.from_dlpack(array)
-        # every number of the four formats is a float64, and NumPy's bfloat16 is unknown to DLPack
+        # float64 holds every number of the four formats, and DLPack does not know NumPy's bfloat16
         return torch.from_dlpack(values.astype(np.float64)).to(getattr(torch, form.name))
     if framework == "jax":
         jax = installed("jax")
@@ -45,7 +45,7 @@ def installed(module: str) -> Any:
 
 
 def to_numpy(array: Any) -> NDArray[Any]:
-    """The values as int64, float64 or booleans. Raises TypeError for what is no array of numbers."""
+    """The values as int64, float64 or booleans. Raises TypeError for anything but an array of numbers."""
     if type(array).__module__.startswith("torch"):
         array = array.detach().cpu()
         array = np.from_dlpack(array.double() if array.is_floating_point() else array.long())

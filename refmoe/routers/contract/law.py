@@ -1,4 +1,4 @@
-"""A law: a sentence about routers, where it comes from, what it needs, examples, and a check."""
+"""A law: a sentence about routers with its source, its needs, its examples and its check."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Check = Callable[..., None]
 
 @dataclass(frozen=True)
 class Need:
-    """What a law asks of a router or its declaration before it has anything to say."""
+    """A condition on a router or its declaration, without which a law does not apply."""
 
     words: str
     met: Callable[[Subject], bool]
@@ -23,7 +23,7 @@ class Need:
 
 @dataclass(frozen=True)
 class Law:
-    """One law. `words` states it, `source` says where it is stated; `needs` unmet make it not applicable."""
+    """One law, stated by `words`. Where one of `needs` is not met, it is not applicable."""
 
     name: str
     words: str
@@ -32,7 +32,7 @@ class Law:
     examples: Callable[[Declaration], Any]
     check: Check
     note: Callable[[Subject, int], str] | None = None
-    """What is worth saying about a router whatever the verdict, from so many examples."""
+    """From a router and a number of examples to a note, which is shown with every verdict."""
 
     def missing(self, subject: Subject) -> str | None:
         """The first need that is not met, in words."""
@@ -47,7 +47,7 @@ def law(
     name: str, words: str, source: str, examples: Callable[[Declaration], Any], *needs: Need,
     note: Callable[[Subject, int], str] | None = None,
 ) -> Callable[[Check], Law]:  # fmt: skip
-    """Make a check a law, and register it."""
+    """Decorates a check, which becomes a registered law."""
 
     def register(check: Check) -> Law:
         LAWS[name] = Law(name=name, words=words, source=source, needs=needs, examples=examples, check=check, note=note)

@@ -1,4 +1,4 @@
-"""All laws, in the order in which they are reported: importing a module registers its laws."""
+"""All laws, in the order of reports. Importing a module registers its laws."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of the auxiliary losses, for callables logits [T, E] -> a number."""
+"""Laws of the auxiliary losses, which are callables from logits [T, E] to a number."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ def probabilities(logits: Floats) -> Floats:
 
 
 def balanced(subject: Subject) -> float:
-    """The loss of a balanced load, by which a convention is recognised: k, unless declared otherwise."""
+    """The loss of a balanced load, which determines the convention: k, unless declared otherwise."""
     return float(subject.declaration.top_k) if subject.balanced is None else subject.balanced
 
 
 def balance_bound(d: Declaration, logits: Floats) -> float:
-    """Relative: every term is positive, so the worst exp and T + 2 E + 16 roundings bound it in any order of sums."""
+    """The relative error of the loss. As every term is positive, the worst exp and T + 2 E + 16 roundings bound it."""
     size = np.abs(logits - logits.max(axis=1, keepdims=True)).max()
     error = 2 * float(exp_error(d, size, np.zeros(())))
     return float(np.expm1(error + (len(logits) + 2 * d.experts + 16) * np.log1p(unit(d)))) + d.stored.unit
 
 
 def even_tables(d: Declaration) -> Strategy:
-    """Equal logits, which are ties; or every expert first choice of equally many tokens, in turn."""
+    """Equal logits, which are ties, or logits by which each expert is first choice of equally many tokens."""
 
     def turns(height: int) -> Floats:
         return np.array([np.roll(height * (d.experts - 1.0 - np.arange(d.experts)), t) for t in range(d.experts)])
@@ -75,7 +75,7 @@ def balance_loss_even(subject: Subject, logits: Floats) -> None:
 
 
 def distinct(drawn: Ints, form: Format) -> Floats:
-    """Rows without equal numbers, 2 apart, so that the choices are known."""
+    """Rows of different numbers, at least 2 apart, so that the choices are known."""
     order = np.argsort(np.argsort(drawn, axis=1, kind="stable"), axis=1, kind="stable")
     return np.asarray((2.0 * order) % 240, np.float64)
 

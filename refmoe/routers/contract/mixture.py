@@ -1,4 +1,4 @@
-"""The law of dispatch and combine: what goes out to the experts comes back to its token."""
+"""The law of dispatch and combine: a row sent to the experts comes back to its token."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOADS = ("spread", ONE_SET, ONE_EXPERT)
 
 
 def loads(d: Declaration) -> Strategy:
-    """Rows of small integers, and for each token an order of the experts, of every skew."""
+    """Rows of small integers, and for each token an order of the experts, with even and uneven loads."""
 
     def build(drawn: tuple[int, bytes, str]) -> Example:
         tokens, block, load = drawn
@@ -38,7 +38,7 @@ def loads(d: Declaration) -> Strategy:
 
 
 def dyadic(k: int) -> list[float]:
-    """k weights that sum to 1, with which no product or sum of small integers rounds in any format."""
+    """k weights that sum to 1. Their products with small integers, and sums of these, are exact in every format."""
     return {1: [1.0], 2: [0.75, 0.25]}.get(k, [0.5, 0.25, 0.25] + [0.0] * (k - 3))
 
 

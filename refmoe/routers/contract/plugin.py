@@ -1,7 +1,7 @@
 """The pytest plugin, by entry point: an option, the fixture `router_law`, and a line in the summary.
 
-PYTEST_DONT_REWRITE. It is loaded in every pytest run of an environment that has refmoe, so it imports nothing but
-pytest; the laws, NumPy and Hypothesis come in when a test asks for them.
+PYTEST_DONT_REWRITE. Every pytest run of an environment with refmoe loads it, so it imports only pytest. The laws, NumPy
+and Hypothesis are imported when a test asks for them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NOTE = "router contract"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """How many examples each law is tried on."""
+    """Add the option for the number of examples per law."""
     group = parser.getgroup("refmoe", "the contract of routers (refmoe.routers.contract)")
     group.addoption(
         "--router-examples", dest="router_examples", type=int, default=200, metavar="N",
@@ -26,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes `router_law` becomes one item per law."""
+    """Make a test that takes `router_law` one item per law."""
     if "router_law" in metafunc.fixturenames:
         from refmoe.routers.contract.laws import LAWS
 
@@ -42,7 +42,7 @@ def router_law(request: pytest.FixtureRequest) -> RouterLaw:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Which tie rule the routers of this run seem to follow."""
+    """Print the tie rule that each router of this run seems to follow."""
     lines = []
     for outcome in ("passed", "failed"):
         for report in terminalreporter.stats.get(outcome, ()):

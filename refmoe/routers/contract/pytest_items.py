@@ -55,7 +55,7 @@ def report(verdict: Verdict, node: pytest.Item) -> None:
 
 
 class RouterLaw:
-    """What the fixture `router_law` gives: one law, ready to be asked of a router."""
+    """The value of the fixture `router_law`: one law, which can be checked for a router."""
 
     def __init__(self, law: Law, request: pytest.FixtureRequest) -> None:
         self.law = law

@@ -1,4 +1,4 @@
-"""Laws of repetition: a router is a function, and leaves its argument alone."""
+"""Laws of repetition: a router is a function and does not change its argument."""
 
 from __future__ import annotations
 

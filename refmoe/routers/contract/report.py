@@ -1,4 +1,4 @@
-"""Verdicts in words, the same on the command line and in pytest."""
+"""Verdicts in words, for the command line and for pytest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MOST_ROWS = 6
 
 
 def explain(verdict: Verdict) -> str:
-    """A law that is broken: the law, what was found, and the smallest example."""
+    """The report of a broken law: the law, the finding, and the smallest example."""
     lines = [f"FAIL  {verdict.law.name}{at(verdict)}"]
     lines += block("law", verdict.law.words)
     lines += block("source", verdict.law.source)
@@ -26,7 +26,7 @@ def explain(verdict: Verdict) -> str:
 
 
 def at(verdict: Verdict) -> str:
-    """Which token of how many."""
+    """The number of the token at fault and of all tokens, for a heading."""
     example = verdict.example or {}
     batch = example.get("logits", example.get("x"))
     tokens = 0 if batch is None else len(batch)
@@ -44,7 +44,7 @@ def block(title: str, words: str, clip: bool = True) -> list[str]:
 
 
 def rows(value: Any) -> list[str]:
-    """A value, a table row by row; of a long one the first rows."""
+    """The lines of a value. A table takes a line per row, of which only the first are shown."""
     if not (isinstance(value, list) and value and isinstance(value[0], list)):
         return [f"= {value}"]
     shown = [f"{row}" for row in value[:MOST_ROWS]]
@@ -58,7 +58,7 @@ def rows(value: Any) -> list[str]:
 
 
 def summary(verdicts: Sequence[Verdict]) -> str:
-    """How many of each outcome."""
+    """The number of laws with each outcome."""
     counts = {outcome: sum(v.outcome == outcome for v in verdicts) for outcome in ("pass", "fail")}
     rest = len(verdicts) - sum(counts.values())
     return f"{len(verdicts)} laws: {counts['pass']} pass, {counts['fail']} fail, {rest} not applicable or not judged"

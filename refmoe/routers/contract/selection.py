@@ -10,7 +10,7 @@ from refmoe.routers.contract.broken import LawBroken
 from refmoe.routers.contract.declaration import Declaration
 from refmoe.routers.contract.examples import any_batch, close_batch, tied_batch, wide_batch
 from refmoe.routers.contract.law import NO_BIAS, SEVERAL, Need, law
-from refmoe.routers.contract.subject import Routing, Subject
+from refmoe.routers.contract.subject import Routing, Subject, right_inverse
 from refmoe.routers.contract.ties import describe, expected_ids, seeming_rule
 
 
@@ -25,7 +25,7 @@ def distinct_ids(subject: Subject, logits: Floats) -> None:
 
 
 def check_optimal(d: Declaration, routing: Routing) -> None:
-    """No expert that was left out is certainly better than one that was chosen."""
+    """Raises LawBroken where an expert that was left out is certainly better than one that was chosen."""
     compared = keys(d, routing.logits, routing.radius)
     for token, chosen in enumerate(routing.ids):
         out = np.setdiff1d(np.arange(d.experts), chosen)
@@ -42,7 +42,7 @@ def check_optimal(d: Declaration, routing: Routing) -> None:
 
 
 def value(d: Declaration, routing: Routing, compared: Enclosure, token: int, expert: int) -> str:
-    """An expert with what it is judged by."""
+    """An expert with its logit and the enclosure of its score, in words."""
     words = f"expert {expert} with logit {float(routing.logits[token, expert])!r}"
     if d.selection == "logits":
         return words
@@ -91,7 +91,7 @@ def falling_order(subject: Subject, logits: Floats) -> None:
 
 
 def seeming(subject: Subject, count: int) -> str:
-    """The note of the tie rule."""
+    """The note of the law `tie-rule`."""
     return describe(seeming_rule(subject, count), subject.declaration)
 
 
@@ -122,7 +122,5 @@ def tie_rule(subject: Subject, logits: Floats) -> None:
 
 
 def exact(d: Declaration) -> bool:
-    """Whether the router sees the very logits that were meant."""
-    from refmoe.routers.contract.subject import right_inverse
-
+    """Whether the router sees exactly the logits of the example."""
     return d.gate is None or right_inverse(d)[1]

@@ -1,4 +1,4 @@
-"""Laws of what is no number, or infinite: masked experts, NaN and infinity."""
+"""Laws of special logits: masked experts, NaN and infinity."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def masked_experts(subject: Subject, logits: Floats, masked: Booleans) -> None:
     d = subject.declaration
     given = np.where(masked, -np.inf, logits)
     routing = subject.route(given)
-    check_optimal(d, routing)  # whose enclosures know that the score of another may have underflowed to zero
+    check_optimal(d, routing)  # its enclosures allow that the score of an unmasked expert has underflowed to zero
     for token, chosen in enumerate(routing.ids):
         useless = masked[chosen]
         if (routing.weights[token, useless] != 0).any():
@@ -58,7 +58,7 @@ def with_special(d: Declaration) -> Strategy:
 
 
 def as_declared(subject: Subject, logits: Floats, row: Floats, name: str, behaviour: Behaviour) -> None:
-    """The last token is replaced by `row`: the router raises, or that token alone has a weight that is NaN."""
+    """With `row` as the last token, the router must raise, or give a NaN weight to that token only, as declared."""
     given, last = logits.copy(), len(logits) - 1
     given[last] = row
     try:
@@ -79,7 +79,7 @@ def as_declared(subject: Subject, logits: Floats, row: Floats, name: str, behavi
 
 
 def declared(field: str) -> Need:
-    """A behaviour that is declared."""
+    """The need of a declared behaviour."""
     get: Callable[[Subject], bool] = lambda s: getattr(s.declaration, field) != "unspecified"  # noqa: E731
     return Need(f"a declared behaviour: {field}", get)
 

@@ -1,4 +1,4 @@
-"""A router under examination: called with NumPy arrays, whatever its framework and whatever it takes."""
+"""A router under test: called with NumPy arrays, for every framework, and for logits or hidden states."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Router = Callable[[Any], tuple[Any, Any]]
 
 @dataclass(frozen=True)
 class Routing:
-    """One call: the router saw logits within `radius` of `logits` (0, if it was given them) and answered the rest."""
+    """One call. The router saw logits within `radius` of `logits` (0 if it was given them) and returned the rest."""
 
     logits: Floats
     radius: Floats
@@ -30,7 +30,7 @@ class Routing:
 
 @dataclass(frozen=True)
 class Subject:
-    """A router, its declaration, and what else of it there is to examine.
+    """A router, its declaration, and further functions to test.
 
     router        logits [T, E] (or hidden states, if a gate is declared) -> ids [T, k], weights [T, k]
     with_top_k    the same router for another k: k -> router
@@ -50,17 +50,17 @@ class Subject:
     balanced: float | None = None
 
     def array(self, values: Floats | Ints) -> Any:
-        """An array as the router is given one."""
+        """The values as an array of the router's framework and dtype."""
         return to_framework(values, self.declaration.given, self.declaration.framework)
 
     def at_top_k(self, k: int) -> Subject:
-        """The same router, choosing k."""
+        """This router with another k, if `with_top_k` is given."""
         if k == self.declaration.top_k or self.with_top_k is None:
             return self
         return replace(self, router=self.with_top_k(k), declaration=replace(self.declaration, top_k=k))
 
     def call(self, given: Any, tokens: int) -> tuple[Any, Any]:
-        """The router's own answer. Raises RouterRaised, or Malformed for what is no pair."""
+        """The router's own result. Raises RouterRaised, or Malformed for a result that is no pair."""
         try:
             with np.errstate(all="ignore"):
                 answer = self.router(given)
@@ -71,7 +71,7 @@ class Subject:
         return answer[0], answer[1]
 
     def route(self, logits: Floats, together: bool = False) -> Routing:
-        """Route a batch; with a capacity token by token, as tokens then compete, unless `together`."""
+        """Route a batch. With a capacity, tokens compete, so they are routed one by one unless `together`."""
         if self.declaration.capacity is not None and not together and len(logits) > 1:
             each = [self.route(row[None]) for row in logits]
             columns = zip(*((r.logits, r.radius, r.ids, r.weights) for r in each), strict=True)
@@ -81,7 +81,10 @@ class Subject:
         return Routing(seen, radius, *self.well_formed(ids, weights, len(logits), together))
 
     def input(self, logits: Floats) -> tuple[Floats, Floats, Floats]:
-        """What to give the router for these logits, what logits this makes, and how far its own may be from them."""
+        """The router's input for these logits, the exact logits of that input, and the radius around them.
+
+        The logits that the router itself computes from that input are within the radius.
+        """
         if self.declaration.gate is None:
             return logits, logits, self.conversion(logits)
         inverse, exact = right_inverse(self.declaration)
@@ -103,7 +106,7 @@ class Subject:
             return hidden, seen, radius + self.conversion(np.abs(seen) + radius)
 
     def conversion(self, logits: Floats) -> Floats:
-        """What a router rounds off its logits that computes in a coarser format than it is given, [T, E]."""
+        """The error [T, E] of converting logits to the router's arithmetic, where that is coarser than the input."""
         d = self.declaration
         if d.working.precision >= d.given.precision:
             return np.zeros_like(logits)
@@ -111,7 +114,7 @@ class Subject:
             return np.where(np.isfinite(logits), d.working.unit * np.abs(logits) + d.working.underflow, 0.0)
 
     def well_formed(self, ids: Any, weights: Any, tokens: int, drops: bool) -> tuple[Ints, Floats]:
-        """Ids and weights as NumPy arrays. Raises Malformed where no law but that of the ids can speak."""
+        """Ids and weights as NumPy arrays. Raises Malformed where only the law of the ids can be judged."""
         shape = (tokens, self.declaration.top_k)
         try:
             found, shares = to_numpy(ids), to_numpy(weights)
@@ -136,9 +139,9 @@ class Subject:
 
 @lru_cache(maxsize=64)
 def right_inverse(declaration: Declaration) -> tuple[Floats, bool]:
-    """What turns logits [T, E] into hidden states [T, D], and whether exactly.
+    """A matrix that turns logits [T, E] into hidden states [T, D], and whether the router then sees exactly the logits.
 
-    Exactly, where every expert has a column of the gate to itself that holds a power of two.
+    It does where every expert has a column of the router matrix to itself that holds a power of two.
     """
     gate = declaration.gate_matrix
     inverse = np.zeros_like(gate)

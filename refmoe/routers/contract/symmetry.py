@@ -1,4 +1,4 @@
-"""Laws of symmetry: what may be changed without changing the result, and what a change may do to it."""
+"""Laws of symmetry: changes of the input that do not change the result, or change it in a known direction."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def other_tokens(subject: Subject, logits: Floats, others: Floats, kept: int, po
         after = subject.route(changed)
     except LawBroken as broken:
         if poison and (isinstance(broken, RouterRaised) or broken.token not in (None, kept)):
-            return  # what happens to a token that is NaN itself is another law's affair
+            return  # another law judges the result of a token that is NaN itself
         raise
     pick = np.array([kept])
     same_routing(subject.declaration, rows(before, pick), rows(after, pick), "when the other tokens are changed")
@@ -122,7 +122,7 @@ SHIFTS = (1.0, -1.0, 16.0, -16.0, 128.0, -128.0, 1024.0, -1024.0)
 
 def with_shift(d: Declaration) -> Strategy:
     def exact(logits: Floats, shift: float) -> Example:
-        """The nearest shift to the one drawn that rounds nothing."""
+        """The drawn shift, made smaller until adding it to the logits is exact."""
         while (rounded(logits + shift, d.given) != logits + shift).any():
             shift /= 8
         return {"logits": logits, "shift": shift}
@@ -182,7 +182,7 @@ def monotone(subject: Subject, logits: Floats, slot: int, by: float) -> None:
 
 
 def check_falling_weights(d: Declaration, routing: Routing) -> None:
-    """Of two chosen experts the one with the larger logit has no smaller weight."""
+    """Raises LawBroken where, of two chosen experts, the one with the larger logit has the smaller weight."""
     chosen = np.take_along_axis(routing.logits, routing.ids, 1)
     order = np.argsort(-chosen, axis=1, kind="stable")
     sorted_logits = np.take_along_axis(chosen, order, 1)

@@ -1,4 +1,4 @@
-"""Which tie rule a router seems to follow."""
+"""The tie rule that a router seems to follow."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from refmoe.routers.contract.subject import Subject
 
 @dataclass(frozen=True)
 class SeemingRule:
-    """What was seen of one router on ties. `selection` is about who is chosen, `order` about who comes first."""
+    """The behaviour of one router on ties: which experts it chooses (`selection`) and which come first (`order`)."""
 
     selection: str
     order: str
     decided: Counter[str]
-    """How many tokens with a tie between chosen and left out went to the lower ids, the higher ids, or otherwise."""
+    """The number of tokens that chose the lower ids, the higher ids, or others, where a tie decides the set."""
     example: tuple[list[float], list[int]] | None
-    """Logits and ids of a token that went otherwise, or else against the majority."""
+    """Logits and ids of a token that chose other ids, or else decided against the majority."""
 
 
 def expected_ids(logits: Floats, k: int, rule: str) -> Ints:
-    """The k largest of each row, of equal ones the lower (higher) id first, [T, k]."""
+    """The ids [T, k] of the k largest logits of each row; of equal logits the lower (higher) id comes first."""
     if rule == "lower":
         return np.asarray(np.argsort(-logits, axis=1, kind="stable")[:, :k])
     experts = logits.shape[1]
@@ -37,7 +37,7 @@ def expected_ids(logits: Floats, k: int, rule: str) -> Ints:
 
 
 def seeming_rule(subject: Subject, count: int) -> SeemingRule:
-    """Route the examples of the law `tie-rule` and see who is chosen where a tie decides."""
+    """The rule that the router seems to follow on the examples of the law `tie-rule`."""
     k = subject.declaration.top_k
     sets: Counter[str] = Counter()
     orders: Counter[str] = Counter()
@@ -62,7 +62,7 @@ def seeming_rule(subject: Subject, count: int) -> SeemingRule:
 
 
 def only(counted: Counter[str]) -> str:
-    """The one rule that was seen."""
+    """The only rule that was counted, or "unknown" or "inconsistent"."""
     if not counted:
         return "unknown"
     return next(iter(counted)) if len(counted) == 1 and "other" not in counted else "inconsistent"
@@ -85,5 +85,5 @@ def describe(rule: SeemingRule, d: Declaration) -> str:
 
 
 def short(number: float) -> float | int:
-    """Integers without their point."""
+    """A number, as int where it is an integer."""
     return int(number) if number == int(number) else number

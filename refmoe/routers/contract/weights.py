@@ -1,4 +1,4 @@
-"""Laws of the weights: what an expert's output is multiplied by."""
+"""Laws of the weights, by which the experts' outputs are multiplied."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def weights_are_shares(subject: Subject, logits: Floats) -> None:
 
 
 def sum_slack(d: Declaration, routing: Routing, token: int) -> float:
-    """What the sum of a token's weights may be off by, relative.
+    """The relative error that the sum of a token's weights may have.
 
-    Errors of exp weigh as much as their weight and cancel where the weights are divided by their own sum, but not in
-    exp(logit - log sum exp), which is as legal.
+    An error of exp counts in proportion to its weight. Such errors cancel where the weights are divided by their own
+    sum, but not in exp(logit - log sum exp), which is legal too.
     """
     logits = routing.logits[token, routing.ids[token]]
     size = np.abs(logits - logits.max()) if d.scoring == "softmax" else np.abs(logits)
@@ -107,11 +107,11 @@ def unchosen_logits(subject: Subject, logits: Floats, by: float) -> None:
 
 
 def same_weights(d: Declaration, before: Routing, after: Routing, when: str) -> None:
-    """Where both calls chose the same experts, these have the same weights, as far as rounding lets them."""
+    """Raises LawBroken where both calls chose the same experts with weights that differ by more than rounding."""
     if np.array_equal(before.ids, after.ids) and np.array_equal(before.weights, after.weights):
         return
     first, second = (in_id_order(routing) for routing in (before, after))
-    same = (first.ids == second.ids).all(axis=1, keepdims=True)  # other sets: the laws of the selection judge them
+    same = (first.ids == second.ids).all(axis=1, keepdims=True)  # laws of the selection judge different sets
     differ = same & (first.weights != second.weights) & ~(np.isnan(first.weights) & np.isnan(second.weights))
     if not differ.any():
         return
@@ -123,14 +123,14 @@ def same_weights(d: Declaration, before: Routing, after: Routing, when: str) -> 
 
 
 def in_id_order(routing: Routing) -> Routing:
-    """The same call with each token's slots in order of id."""
+    """A call's result with each token's slots in order of id."""
     order = np.argsort(routing.ids, axis=1, kind="stable")
     ids, weights = np.take_along_axis(routing.ids, order, 1), np.take_along_axis(routing.weights, order, 1)
     return Routing(routing.logits, routing.radius, ids, weights)
 
 
 def same_routing(d: Declaration, before: Routing, after: Routing, when: str) -> None:
-    """Same experts where the decision is forced in both calls, and same weights where the experts are the same."""
+    """Raises LawBroken where experts differ though both decisions are forced, or equal experts differ in weight."""
     if np.array_equal(before.ids, after.ids):
         return same_weights(d, before, after, when)
     was, now = np.sort(before.ids, axis=1), np.sort(after.ids, axis=1)

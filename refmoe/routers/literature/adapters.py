@@ -1,9 +1,9 @@
 """Every router that decides from logits alone, as a plain function of NumPy arrays.
 
-Each is `logits [T, E] -> (ids [T, k], weights [T, k])`, float64 in and out, with the bits of `ExactOps`: a token's
-answer depends neither on the other tokens nor on how many there are, unless a capacity is given: a dropped slot then
-keeps its id and has weight 0. What a training adds (noise, chance) is left out. Expert choice has no adapter: how many
-experts a token gets depends on the other tokens (CHOICE-4).
+Each is `logits [T, E] -> (ids [T, k], weights [T, k])`, float64 in and out, with the bits of `ExactOps`. Without a
+capacity, a token's result does not depend on the other tokens or their number. With one, a dropped slot keeps its id
+and has weight 0. Noise and chance, which only training adds, are left out. Expert choice has no adapter, because a
+token's number of experts depends on the other tokens (CHOICE-4).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def mixtral(logits: Any, k: int = 2) -> Choice:
 
 
 def noisy_top_k(logits: Any, k: int = 2) -> Choice:
-    """NOISY-2 without noise: the same function as `mixtral`."""
+    """NOISY-2 without noise, which equals `mixtral`."""
     quiet = OPS.array(np.zeros(np.shape(logits)))  # not logits * 0, which is NaN where a logit is infinite
     return _plain(lambda x: noisy.noisy_top_k(OPS, x, quiet, quiet, k), logits)
 
@@ -51,12 +51,12 @@ def switch(logits: Any, capacity: int | None = None) -> Choice:
 
 
 def gshard(logits: Any, capacity: int | None = None) -> Choice:
-    """GSHARD-1, GSHARD-2, GSHARD-5, both experts always: k = 2, weights that sum to 1 where none is dropped. GLaM's."""
+    """GSHARD-1, GSHARD-2, GSHARD-5, always both experts, as in GLaM: k = 2, weights sum to 1 where none is dropped."""
     return _plain(lambda x: top_2.gshard(OPS, x, capacity), logits)
 
 
 def st_moe(logits: Any, k: int = 2, capacity: int | None = None) -> Choice:
-    """STMOE-1, STMOE-4, all choices always: weights that sum to 1 where none is dropped."""
+    """STMOE-1, STMOE-4, always all choices: weights that sum to 1 where none is dropped."""
     return _plain(lambda x: top_n.st_moe(OPS, x, capacity, k=k), logits)
 
 
@@ -65,8 +65,8 @@ def deepseek_v3(
 ) -> Choice:
     """DEEPSEEK-1 to DEEPSEEK-5: falling biased sigmoid, weights that sum to `scaling`.
 
-    Adding a constant to the logits changes it, and logits whose sigmoids round to the same float64 are ties (above 37
-    all are 1).
+    Adding a constant to the logits changes the result. Logits whose sigmoids round to one float64 are ties: above 37
+    all sigmoids are 1.
     """
     given = None if bias is None else OPS.array(bias)
     return _plain(lambda x: deepseek.deepseek_v3(OPS, x, k, given, groups, top_groups, scaling), logits)
@@ -80,4 +80,4 @@ ADAPTERS: dict[str, Callable[..., Choice]] = {
     "st-moe": st_moe,
     "deepseek-v3": deepseek_v3,
 }
-"""By the names of `refmoe.routers.literature.family.FAMILY`."""
+"""The adapters by the names of `refmoe.routers.literature.family.FAMILY`."""

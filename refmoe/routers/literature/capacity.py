@@ -1,4 +1,4 @@
-"""Capacity: how many slots an expert computes, and which ones when more ask."""
+"""Capacity: how many slots an expert computes, and which of them when too many ask."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def queue(ops: ArrayOps, ids: Array, experts: int, counted: Array | None = None)
     """The place of every slot in the queue of its expert.
 
     CAP-2  Priority: slot 0 of all tokens in token order, then slot 1 of all tokens, and so on. A slot's place is the
-           number of counted slots of the same expert before it. A slot that is not counted has no place: -1.
+           number of counted slots of the expert before it. A slot that is not counted has no place: -1.
 
     ids: integers [T, k]   counted: booleans [T, k]; None: all   returns: integers [T, k]
     Lepikhin et al. 2020, "GShard", algorithm 1, lines 4 to 23.
@@ -46,14 +46,14 @@ def admit(
     ops: ArrayOps, ids: Array, weights: Array, experts: int, capacity: int | None = None, asked: Array | None = None,
     refused_take_a_place: bool = False,
 ) -> Routing:  # fmt: skip
-    """Keep the slots that were asked for and find room.
+    """The routing of slots that are asked for, limited by the capacity.
 
-    CAP-3  A slot is kept when it is asked for and its place is below the capacity; the others are dropped, and the
-           layer adds nothing for them (the residual carries the token on).
-    CAP-4  The weights of the kept slots stay as the router gave them: what a dropped slot had is not shared out.
+    CAP-3  A slot is kept when it is asked for and its place is below the capacity. The others are dropped, and the
+           layer adds nothing for them: the residual alone carries the token on.
+    CAP-4  The weights of the kept slots stay as the router gave them. A dropped slot's weight is not redistributed.
 
     ids: integers [T, k]   weights: [T, k]   asked: booleans [T, k]; None: all
-    refused_take_a_place: whether a slot that is not asked for stands in the queue nevertheless (GSHARD-4)
+    refused_take_a_place: whether a slot that is not asked for still has a place in the queue (GSHARD-4)
     """
     everything = ids >= 0
     wanted = everything if asked is None else asked

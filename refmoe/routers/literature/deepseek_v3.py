@@ -1,4 +1,4 @@
-"""DeepSeek-V3: sigmoid scores, a bias that only selects, and selection limited to a few groups of experts."""
+"""DeepSeek-V3: sigmoid scores, a bias used only for selection, and selection limited to a few groups of experts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def deepseek_v3(
     ops: ArrayOps, logits: Array, k: int, bias: Array | None = None, groups: int = 1, top_groups: int = 1,
     scaling: float = 1.0,
 ) -> Routing:  # fmt: skip
-    """Choose k experts by biased score inside the best groups; weigh them by their scores without the bias.
+    """The k experts with the largest biased scores in the best groups, weighted by their scores without the bias.
 
     DEEPSEEK-1  s = sigmoid(logits): the score of an expert does not depend on the other experts.
     DEEPSEEK-2  The bias of an expert is added to its score for the selection of groups and of experts, and nowhere
@@ -22,7 +22,7 @@ def deepseek_v3(
                 largest biased scores; the experts of the `top_groups` best groups stay, of equal groups the lower one.
     DEEPSEEK-4  Of those, the k largest biased scores are chosen, largest first, of equal ones the lower id.
     DEEPSEEK-5  weight = scaling * s / (sum of s over the chosen). It is computed as the softmax of
-                log s = -softplus(-logit), which is the same number and stays defined where every s rounds to zero.
+                log s = -softplus(-logit), which is equal, and defined even where every s rounds to zero.
     DEEPSEEK-6  No token is dropped.
 
     logits: [T, E]   bias: [E]   k at most top_groups * E / groups
@@ -44,8 +44,8 @@ def deepseek_v3(
 def update_bias(ops: ArrayOps, bias: Array, counts: Array, speed: float = 0.001) -> Array:
     """The bias of the next training step.
 
-    DEEPSEEK-7  The bias falls by `speed` where an expert had more than the mean load of the step, rises by it where it
-                had less, and stays where it had the mean.
+    DEEPSEEK-7  The bias of an expert with more than the mean load of the step falls by `speed`. With less than the mean
+                load it rises by `speed`; with the mean load it stays.
 
     bias: [E]   counts: integers [E], slots per expert   returns: [E]
     DeepSeek-AI 2024, section 2.1.2.
@@ -59,8 +59,8 @@ def sequence_balance_loss(ops: ArrayOps, logits: Array, k: int) -> Array:
     """The complementary balance loss of one sequence, without its coefficient alpha.
 
     DEEPSEEK-8  loss = sum over experts of f_e * P_e; f_e = E / (k T) times how many tokens have e among their k largest
-                scores, without bias and groups; P_e = the mean of s_e / (sum of all s) of the token. It is 1 when
-                either is even.
+                scores, without bias and groups; P_e = the mean over tokens of s_e / (sum of all s). It is 1 when f or
+                P is even.
 
     logits: [T, E]   returns: a scalar
     DeepSeek-AI 2024, eq. 17 to 20.

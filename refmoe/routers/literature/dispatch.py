@@ -23,7 +23,7 @@ class Plan:
     """
 
     order: Array
-    """Integers [T k]: the slot of each row; entries from n on are the slots that are not kept."""
+    """Integers [T k]: the slot of each row. Entries from n on are the slots that are not kept."""
     rows: Array
     """Integers [T k]: the row of each slot, the inverse of `order`; n for a slot that is not kept."""
     counts: tuple[int, ...]
@@ -32,12 +32,12 @@ class Plan:
 
 
 def make_plan(ops: ArrayOps, routing: Routing) -> Plan:
-    """Where every kept slot goes.
+    """The row of every kept slot.
 
-    DISPATCH-1  Rows are grouped by expert, expert 0 first; within an expert they are in the order of the queue, which
+    DISPATCH-1  Rows are grouped by expert, expert 0 first. Within an expert they are in the order of the queue, which
                 the sort does not disturb. Every kept slot has exactly one row, a slot that is not kept none.
 
-    Nothing is padded; GShard pads to [E, C, D], which is `buffers`.
+    Batches are not padded; `buffers` pads them to [E, C, D], as GShard does.
     """
     k = routing.ids.shape[1]
     kept = ops.integers(routing.kept.reshape(-1))
@@ -61,7 +61,7 @@ def dispatch(ops: ArrayOps, plan: Plan, x: Array) -> list[Array]:
 
 
 def buffers(ops: ArrayOps, routing: Routing, batches: Sequence[Array]) -> Array:
-    """The same rows as one array of full buffers, unused places zero: what GShard's all-to-all carries.
+    """The experts' batches as one array of full buffers, unused places zero, as GShard's all-to-all sends them.
 
     DISPATCH-3  Place p of expert e holds row p of its batch; the places behind its n_e rows are zero.
 
@@ -76,7 +76,7 @@ def buffers(ops: ArrayOps, routing: Routing, batches: Sequence[Array]) -> Array:
 
 
 def combine(ops: ArrayOps, routing: Routing, plan: Plan, outputs: Sequence[Array]) -> Array:
-    """Bring the experts' rows back and add them up.
+    """The weighted sum of the experts' rows, for each token.
 
     DISPATCH-4  y_t = sum over the kept slots j of weights[t, j] times the output of that slot's row (COMBINE-1). A
                 token without a kept slot gets zero.
@@ -100,11 +100,11 @@ def mixture(ops: ArrayOps, routing: Routing, experts: Sequence[ExpertFunction], 
 
 
 def dense_mixture(ops: ArrayOps, routing: Routing, experts: Sequence[ExpertFunction], x: Array) -> Array:
-    """The same layer without moving a row: every expert on every token, and a mask. The check on `mixture`.
+    """The sparse layer without moving rows: every expert on every token, and a mask. It is a check of `mixture`.
 
     DISPATCH-5  y_t = sum over all experts e of g[t, e] * f_e(x_t), where g[t, e] is the weight of the kept slot of t
                 that has expert e, and zero where there is none. Under exact ops its bits are those of `mixture`: adding
-                a zero changes no correctly rounded sum. (It needs finite outputs: zero times infinity is no number.)
+                a zero changes no correctly rounded sum. (It needs finite outputs: zero times infinity is NaN.)
 
     x: [T, D]   returns: [T, D']
     """

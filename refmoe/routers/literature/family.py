@@ -1,4 +1,4 @@
-"""The routers by name, with the settings that their papers give them: what `refmoe route` runs."""
+"""The routers by name, with the settings of their papers, for `refmoe route`."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from refmoe.routers.literature.switch import switch, switch_loss
 
 @dataclass(frozen=True)
 class Settings:
-    """What a router is run with; None takes the router's own value."""
+    """The options of a run; None takes the router's own value."""
 
     k: int | None = None
     capacity_factor: float | None = None
     groups: int = 1
     top_groups: int = 1
     seed: int = 0
-    """Of the noise and the uniform numbers, for the routers that use any."""
+    """Seeds the noise and the uniform numbers, for the routers that use any."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One run, settled: what a router's function is given."""
+    """The arguments of a router's function, with all settings resolved."""
 
     ops: ArrayOps
     logits: Array
@@ -65,9 +65,9 @@ class Router:
     run: Callable[[Call], Outcome]
     k: int = 2
     any_k: bool = True
-    """Whether another k than `k` is the same router."""
+    """Whether the paper allows another k than `k`."""
     factor: float | None = None
-    """Its capacity factor; None: it has no capacity."""
+    """Its capacity factor; None for a router without capacity."""
 
 
 def _mixtral(call: Call) -> Outcome:
@@ -99,7 +99,7 @@ def _st_moe(call: Call) -> Outcome:
 
 
 def _noisy_top_k(call: Call) -> Outcome:
-    # the noise has a matrix of its own, which logits do not tell: its output is taken as 0, a deviation of log 2
+    # the noise has a matrix of its own, unknown here: its output is taken as 0, which gives a deviation of log 2
     inputs = (call.logits, call.logits * 0, call.normals(), call.k)
     routing = noisy_top_k(call.ops, *inputs)
     return routing, {"importance": importance_loss(call.ops, routing), "load": load_loss(call.ops, *inputs)}

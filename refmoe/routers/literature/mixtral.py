@@ -12,8 +12,7 @@ def mixtral(ops: ArrayOps, logits: Array, k: int = 2) -> Routing:
     """The router of `refmoe.spec.router`, from its logits on (ROUTE-2, ROUTE-3, ROUTE-4).
 
     G(x) = softmax(top-k(x Wg)): the k largest logits, of equal ones the lower expert id, weights that sum to 1.
-    Every token is computed by all k. In training Hugging Face adds
-    `refmoe.routers.literature.losses.load_balancing_loss`.
+    No token is dropped. In training, Hugging Face adds `refmoe.routers.literature.losses.load_balancing_loss`.
 
     logits: [T, E]
     Jiang et al. 2024, "Mixtral of Experts", section 2.1.

@@ -10,7 +10,7 @@ from refmoe.spec.softmax import softmax
 
 
 def noisy_logits(ops: ArrayOps, logits: Array, noise_logits: Array, noise: Array) -> Array:
-    """What the selection looks at.
+    """The noisy logits, by which experts are selected.
 
     NOISY-1  H = x Wg + noise * softplus(x Wnoise), noise independent and standard normal.
 
@@ -24,7 +24,7 @@ def noisy_top_k(ops: ArrayOps, logits: Array, noise_logits: Array, noise: Array,
     """Softmax over the k largest noisy logits.
 
     NOISY-2  G = softmax(keep-top-k(H, k)): all but the k largest of H become minus infinity, of equal ones the lower id
-             stays. The weights are those of the noisy logits and sum to 1.
+             stays. The weights come from the noisy logits and sum to 1.
 
     logits, noise_logits, noise: [T, E]
     Shazeer et al. 2017, "Outrageously Large Neural Networks", eq. 3 to 5.
@@ -60,8 +60,8 @@ def load(ops: ArrayOps, logits: Array, noise_logits: Array, noise: Array, k: int
     """A smooth estimate of how many tokens each expert gets.
 
     NOISY-5  P(x, e) = Phi((logit_e - kth_excluding(H, k, e)) / softplus(noise_logit_e)): the chance that e is among the
-             k, were its own noise drawn again. kth_excluding is the k-th largest of H without component e: the
-             (k+1)-th largest where e is among the k, else the k-th. With k = E it is 1.
+             k if its own noise is drawn again. kth_excluding is the k-th largest of H without component e: the
+             (k+1)-th largest where e is among the k, else the k-th. With k = E the chance is 1.
     NOISY-6  Load_e = the sum over tokens of P(x, e).
 
     logits, noise_logits, noise: [T, E]; noise_logits above -700, or the softplus is 0   returns: [E]

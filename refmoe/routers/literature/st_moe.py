@@ -23,8 +23,8 @@ def st_moe(
     """Top-k gating in which a later choice is computed with a probability that grows with its weight.
 
     STMOE-1  The experts of the k largest logits, of equal ones the lower id first; weights = softmax over them.
-    STMOE-2  The first choice is always asked for; a later one when weight > threshold * u, u uniform in [0, 1): with
-             probability min(1, weight / threshold). Without `uniforms` all are.
+    STMOE-2  The first choice is always asked for; a later one when weight > threshold * u, u uniform in [0, 1), so with
+             probability min(1, weight / threshold). Without `uniforms` all choices are asked for.
     STMOE-3  A choice that chance refused takes no place in the queue.
     STMOE-4  Capacity as in CAP-1 to CAP-4: factor 1.25 in training, 2 in evaluation, of T / E tokens (k = 1 in CAP-1).
 
@@ -41,10 +41,10 @@ def st_moe(
 
 
 def st_moe_loss(ops: ArrayOps, logits: Array) -> Array:
-    """What is added to the cross entropy.
+    """The auxiliary loss, with its coefficients, which training adds to the cross entropy.
 
     STMOE-5  loss = 0.01 * L_B + 0.001 * L_z: L_B the load-balancing loss of the first choices (SWITCH-4), L_z the
-             router z-loss (AUX-6), which keeps logits small where low precision would hurt them.
+             router z-loss (AUX-6), which keeps logits small for the sake of low precision.
 
     logits: [T, E]   returns: a scalar
     Zoph et al. 2022, eq. 5 and 6.

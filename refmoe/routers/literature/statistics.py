@@ -1,4 +1,4 @@
-"""What a routing does to the experts: load, evenness, drops."""
+"""Statistics of a routing: the load of the experts, its evenness, and the dropped slots."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from refmoe.routers.literature.record import Routing
 
 @dataclass(frozen=True)
 class LoadStatistics:
-    """The load of one routing. Counts are of slots, a slot being one token's wish for one expert."""
+    """The load of one routing. Counts are of slots; in a slot one token asks for one expert."""
 
     asked: tuple[int, ...]
     """[E]: slots that ask for each expert."""
     kept: tuple[int, ...]
     """[E]: slots that each expert computes."""
     entropy: Array
-    """Of the distribution of the asked slots over the experts, in nats: log E when even, 0 when all ask for one."""
+    """Entropy of the asked slots over the experts, in nats: log E when even, 0 when all ask for one expert."""
     variation: Array
-    """Coefficient of variation of the asked slots: 0 when even, sqrt(E - 1) when all ask for one."""
+    """Coefficient of variation of the asked slots: 0 when even, sqrt(E - 1) when all ask for one expert."""
     drop_rate: Array
     """The part of the asked slots that is not kept."""
     uncomputed: int
@@ -27,15 +27,15 @@ class LoadStatistics:
 
 
 def load_statistics(ops: ArrayOps, routing: Routing) -> LoadStatistics:
-    """Count what every expert is asked for and what it computes.
+    """Count the slots that ask for each expert, and those that it computes.
 
-    LOAD-1  Load is what is asked for, before capacity takes effect; kept <= asked, and kept <= the capacity.
+    LOAD-1  Load counts the asked slots, before capacity takes effect; kept <= asked, and kept <= the capacity.
     LOAD-2  entropy = -sum of p_e log p_e over the experts with load, p_e = asked_e / sum of asked.
     LOAD-3  variation = standard deviation over mean of the E loads, the deviation that of the population:
             sqrt(E * sum of asked_e^2 - n^2) / n with n = sum of asked, the integers exact.
     LOAD-4  drop rate = (asked - kept) / asked, of the sums.
 
-    A routing in which nothing is asked for has entropy, variation and drop rate 0.
+    A routing without asked slots has entropy, variation and drop rate 0.
     """
     asked, kept = (
         tuple(ops.group(routing.ids[mask], routing.experts)[1]) for mask in (routing.asked, routing.kept)

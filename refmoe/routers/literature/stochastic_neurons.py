@@ -1,8 +1,8 @@
-"""Stochastic neurons and their gradient estimators: where hard, learned choices of what to compute began.
+"""Stochastic neurons and their gradient estimators: the origin of hard, learned choices of which units to compute.
 
 Each has a forward function and the estimator of the gradient with respect to its input a. Chance is an argument: u is
-uniform in [0, 1), z standard normal. `upstream` is the gradient of the loss with respect to the output. A reference to
-read and to test against; the routers of this package need no gradient.
+uniform in [0, 1), z standard normal. `upstream` is the gradient of the loss with respect to the output. The functions
+are for reading and for tests; the routers of this package need no gradient.
 
 Bengio, Léonard and Courville 2013, "Estimating or Propagating Gradients Through Stochastic Neurons for Conditional
 Computation" (arXiv 1308.3432). All functions are elementwise.
@@ -24,16 +24,16 @@ def stochastic_binary(ops: ArrayOps, a: Array, u: Array) -> Array:
 
 
 def straight_through(ops: ArrayOps, a: Array, upstream: Array) -> Array:
-    """NEURON-3  The estimate is the upstream gradient itself, as if h had been a: biased, and with one layer of the
-    right sign.
+    """NEURON-3  The estimate is the upstream gradient itself, as if h were a: biased, but of the right sign for one
+    layer.
 
-    Introduced by Hinton in his lectures of 2012; for `hard_threshold` and `stochastic_binary` alike.
+    Introduced by Hinton in his lectures of 2012, for `hard_threshold` and for `stochastic_binary`.
     """
     return upstream + a * 0
 
 
 def straight_through_sigmoid(ops: ArrayOps, a: Array, upstream: Array) -> Array:
-    """NEURON-4  The variant: upstream times sigmoid'(a) = s (1 - s), as if h had been its expectation."""
+    """NEURON-4  The variant: upstream times sigmoid'(a) = s (1 - s), as if h were its expectation."""
     s = ops.sigmoid(a)
     return upstream * (s * (1 - s))
 
@@ -42,7 +42,7 @@ def unbiased(ops: ArrayOps, a: Array, h: Array, loss: Array, baseline: Array | f
     """NEURON-5  The estimate for `stochastic_binary` is (h - sigmoid(a)) * (loss - baseline).
 
     Its expectation over h is the derivative of the expected loss, s (1 - s) (loss at h=1 - loss at h=0), for every
-    baseline that does not depend on h. It needs the loss alone, no upstream gradient.
+    baseline that does not depend on h. It needs only the loss, no upstream gradient.
     """
     return (h - ops.sigmoid(a)) * (loss - baseline)
 
@@ -73,7 +73,7 @@ def stochastic_times_smooth(ops: ArrayOps, a: Array, u: Array) -> Array:
 
 
 def stochastic_times_smooth_gradient(ops: ArrayOps, a: Array, u: Array, upstream: Array) -> Array:
-    """NEURON-10  Through the smooth factor alone: upstream * b * d sqrt(p)/da, which is b sqrt(p) (1 - p) / 2.
+    """NEURON-10  Only through the smooth factor: upstream * b * d sqrt(p)/da, which is b sqrt(p) (1 - p) / 2.
 
     Its expectation is half the derivative of E[h], p (1 - p): the other half would go through b.
     """

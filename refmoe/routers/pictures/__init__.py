@@ -1,1 +1,4 @@
-"""Pictures of a routing: how many tokens each expert gets, and which, as text, SVG or PNG."""
+"""Pictures of a routing: which tokens each expert gets, and how many.
+
+`picture` makes the drawing, `svg` and `png` write it to a file, `terminal` prints it as text.
+"""

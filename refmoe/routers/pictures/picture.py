@@ -1,4 +1,4 @@
-"""A routing as a drawing: tokens x experts, and the load of every expert below. `svg` and `png` write it to a file."""
+"""A routing as a drawing: tokens by experts, and the load of every expert below."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EMPTY = "#eef1f4"
 
 @dataclass(frozen=True)
 class Box:
-    """A filled rectangle; `says` is shown by a viewer when it is pointed at."""
+    """A filled rectangle. A viewer shows `says` when the pointer is on it."""
 
     x: float
     y: float
@@ -83,8 +83,11 @@ def matrices(routing: Routing) -> tuple[Any, Any, Any]:
 
 
 def draw(title: str, routing: Routing, statistics: LoadStatistics, facts: str) -> Drawing:
-    """A heat map, a row per token and a column per expert, darker for more weight, a cross where a token was dropped;
-    below it a bar per expert, blue for what it computes, red for what it drops, a line at its capacity."""
+    """A heat map with a row per token and a column per expert, and below it a bar per expert.
+
+    A cell is darker for more weight and has a cross where the token was dropped. A bar is blue for computed slots and
+    red for dropped ones, with a line at the capacity.
+    """
     tokens = len(routing.ids)
     width = max(LEFT + CELL * routing.experts + 16, 16 + max(7.5 * len(title), 6 * len(facts)))
     height = TOP + CELL * tokens + 28 + BARS + 30

@@ -11,7 +11,7 @@ SCALE = 2
 """Pixels per unit of the drawing."""
 DPI = 100
 LONGEST = 30000
-"""Pixels that a side may have."""
+"""The most pixels of a side."""
 ALIGN = {"start": "left", "middle": "center", "end": "right"}
 
 

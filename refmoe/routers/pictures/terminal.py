@@ -13,13 +13,13 @@ SHADES = "░▒▓█"
 NARROW = 24
 """With more experts than this, a column is one character wide."""
 ROWS = 64
-"""Tokens that are shown."""
+"""The most tokens that are shown."""
 BAR = 40
 """The longest load bar."""
 
 
 def print_routing(console: Console, routing: Routing, statistics: LoadStatistics) -> None:
-    """The picture: darker for more weight, x for a token that was dropped, a dot where it does not go."""
+    """Print the picture: darker for more weight, x for a dropped token, a dot where a token does not go."""
     wide = routing.experts <= NARROW
     weight, asked, kept = matrices(routing)
     top = max(1.0, weight.max(initial=0.0))
@@ -29,7 +29,7 @@ def print_routing(console: Console, routing: Routing, statistics: LoadStatistics
         line = Text(f"{t:>5}  ")
         for e in range(routing.experts):
             if kept[t, e]:
-                # the quarter that the weight is in: 1 and what rounds above it are the last
+                # one shade per quarter of the weight; a weight of 1, or above by rounding, has the last shade
                 shade = SHADES[min(3, int(4 * weight[t, e] / top))]
                 line.append(f" {shade * 2}" if wide else shade, "blue")
             elif asked[t, e]:
