@@ -1,4 +1,4 @@
-"""What tests of commands share."""
+"""The type of the fixture that runs a command, for the tests of the command line."""
 
 from __future__ import annotations
 

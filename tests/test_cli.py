@@ -94,7 +94,7 @@ def test_emit_writes_what_the_taps_ask_for(refmoe: Refmoe, checkpoint: Path, tmp
 
 
 def test_emit_takes_text_and_chat(refmoe: Refmoe, text_checkpoint: Path, tmp_path: Path) -> None:
-    """Ids by Mixtral's own tokenizer.model: those that mistral-common's tests expect of it."""
+    """Ids by Mixtral's own tokenizer.model, equal to those in mistral-common's tests."""
     out = tmp_path / "trace"
     arguments = ("emit", "--checkpoint", text_checkpoint, "--taps", "logits", "--dtype", "float32", "--out", out)
     assert refmoe(*arguments, "--prompt", "Hello, my name is")[0] == 0
@@ -209,7 +209,7 @@ MISTAKES = {
 def test_a_mistake_is_one_sentence_and_status_2(
     refmoe: Refmoe, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """And nothing half-written is left."""
+    """No half-written file is left."""
     arguments, words = MISTAKES[name]
     monkeypatch.chdir(tmp_path)
     status, out, err = refmoe(*(word.replace("{checkpoint}", str(checkpoint)) for word in arguments.split()))
@@ -221,7 +221,7 @@ def test_a_mistake_is_one_sentence_and_status_2(
 
 
 def test_the_program_runs_and_is_silent_in_a_pipe() -> None:
-    """As a process: no progress, no colour."""
+    """In a pipe the program prints no progress bar and no colour."""
     done = subprocess.run(
         [sys.executable, "-m", "refmoe", "check", "golden/walking-skeleton"], cwd=ROOT, capture_output=True, check=True
     )

@@ -1,4 +1,4 @@
-"""The format document is true: its table of taps and its test vectors are those of the code."""
+"""The format document agrees with the code: its table of taps, and its test vectors."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def in_c(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_the_example_in_c_gives_the_same_bits(
     in_c: Any, seed: int, name: str, exponent: int | None, start: int
 ) -> None:
-    """Two hundred elements each, across 2^31 and 2^32 too."""
+    """Two hundred elements each, also across 2^31 and 2^32."""
     key = in_c.key(seed, hashlib.sha256(name.encode()).digest())
     span = range(start, start + 200)
     if exponent is None:

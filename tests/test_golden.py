@@ -1,4 +1,4 @@
-"""Goldens: recomputed to the bit, and whatever is changed on disk is named."""
+"""Goldens are recomputed to the bit, and every change on disk is reported."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CASE = "walking-skeleton"
 
 @pytest.fixture
 def case(tmp_path: Path) -> Path:
-    """A copy of the first case, to be spoilt."""
+    """A copy of the first case, for a test to damage."""
     return Path(shutil.copytree(REPOSITORY / CASE, tmp_path / CASE))
 
 
@@ -42,7 +42,7 @@ def test_every_golden_is_recomputed_to_the_bit(folder: Path) -> None:
 
 
 def test_emitting_a_case_again_changes_no_byte(case: Path) -> None:
-    """The certificate stays as well: what it certifies is the same."""
+    """The certificate stays, as the values are equal."""
     before = {path.name: path.read_bytes() for path in case.iterdir()}
     assert golden.read_manifest(case)["certificate"] is not None
     golden.emit(golden.read_case(case))
@@ -59,7 +59,7 @@ def test_a_changed_case_loses_its_certificate_and_the_old_trace(case: Path) -> N
 
 
 def test_a_changed_element_is_named_with_its_tensor_and_index(case: Path) -> None:
-    """One bit of one value, in a trace that is otherwise whole."""
+    """Change one bit of one value in a whole trace."""
     path = golden.trace_path(case)
     trace = read_trace(path)
     arrays = {key: tensor.map().copy() for key, tensor in trace.tensors.items()}
@@ -188,7 +188,7 @@ def assert_seen(found: list[golden.Difference]) -> None:
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_arithmetic_that_is_only_nearly_right_changes_the_golden(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check can fail: each of these is good to about an ulp, and each is seen."""
+    """The check can fail: each of these mistakes is about an ulp, and each is reported."""
     monkeypatch.setattr(ExactOps, *MISTAKES[name])
     assert_seen(golden.check(REPOSITORY / CASE))
 

@@ -21,7 +21,7 @@ NAMES = ("a", "b", "c")
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three cases, one of them a fingerprint, and a document; nothing is emitted."""
+    """A folder with three cases, one of them a fingerprint, and a document. Nothing is emitted yet."""
     for seed, name in enumerate(NAMES):
         write_case(tmp_path / name, seed, 'store = "fingerprint"' if name == "b" else "")
     (tmp_path / "FORMAT.md").write_text("text")
@@ -33,7 +33,7 @@ def run(*arguments: object) -> Result:
 
 
 def emitted(folder: Path, jobs: int = 1) -> list[str]:
-    """Emit what is not up to date; the names of those cases."""
+    """Emit the cases that are not up to date, and return their names."""
     done = run("emit", "--all", "--golden", folder, "--json", "--jobs", jobs)
     found: list[str] = json.loads(done.output)["emitted"]
     return found
@@ -53,7 +53,7 @@ def test_all_cases_are_emitted_and_then_none_is(folder: Path) -> None:
 
 
 def test_what_a_killed_emission_left_undone_is_all_that_is_done(folder: Path) -> None:
-    """One case never written, one changed since, one half written over; and its leftovers go."""
+    """One case was never written, one has changed since, one was half overwritten. Its left-over files go."""
     emitted(folder)
     whole = contents(folder)
     (folder / "a" / "manifest.json").unlink()

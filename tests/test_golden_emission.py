@@ -1,4 +1,4 @@
-"""Emission: killed at any moment, it leaves the old case or the new one; started again, it goes on."""
+"""An emission that is killed at any moment leaves the old case or the new one. Started again, it goes on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["refmoe.suite", "tests.test_golden_emission"])
 """Its processes begin with everything imported: a kill falls into the work and not into the start of Python."""
 STEPS = {"open", "os.rename", "os.remove", "os.chmod", "tempfile.mkstemp"}
-"""What changes files, as Python's audit events name it."""
+"""Python's audit events that change files."""
 
 
 @pytest.fixture(scope="module")
@@ -37,20 +37,20 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def new(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, emitted after the change."""
+    """The changed case, emitted again: the expected result."""
     folder = write_case(tmp_path_factory.mktemp("new") / "small", seed=2)
     golden.emit(golden.read_case(folder))
     return folder
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """What a manifest names, and the manifest."""
+    """The bytes of the manifest and of every file that it names."""
     named = golden.read_manifest(folder)["files"]
     return {name: (folder / name).read_bytes() for name in (*named, golden.MANIFEST_FILE)}
 
 
 def emit_in(folder: Path, stop_at: int | None = None, most_bytes: int | None = None) -> None:
-    """Emit; die before the given one of the steps that change files, or on writing past so many bytes of a file."""
+    """Emit, and die before the given step that changes files, or on writing past so many bytes of a file."""
     count = 0
 
     def audit(event: str, _arguments: Any) -> None:
@@ -71,7 +71,7 @@ def emit_in(folder: Path, stop_at: int | None = None, most_bytes: int | None = N
 
 
 def killed(folder: Path, after: float | None = None, **when: int) -> bool:
-    """Emit in another process, killed after some seconds or as `emit_in` says; whether it was, or had finished."""
+    """Emit in another process that is killed after some seconds or as `emit_in` says. Returns whether it was killed."""
     process = FORKSERVER.Process(target=emit_in, args=(folder,), kwargs=when)
     process.start()
     if after is not None:
@@ -83,7 +83,7 @@ def killed(folder: Path, after: float | None = None, **when: int) -> bool:
 
 
 def assert_old_or_new(folder: Path, old: Path, new: Path) -> bool:
-    """Every byte that counts is the old case's or the new one's, and the check says which. Returns: is it the new?"""
+    """Check that the case is the whole old one or the whole new one. Returns whether it is the new one."""
     found = files(folder)
     assert found in (files(old), files(new))
     differences = [difference.what for difference in golden.verify_case_files(folder)]
@@ -97,7 +97,7 @@ def assert_old_or_new(folder: Path, old: Path, new: Path) -> bool:
 
 
 def test_killed_at_random_moments_it_leaves_the_old_case_or_the_new_one(tmp_path: Path, old: Path, new: Path) -> None:
-    """Fifty moments from the start to a little after the end; the next emission then ends as if nothing had been."""
+    """Kill at fifty moments, from the start to a little after the end. The next emission then succeeds."""
     whole = Path(shutil.copytree(old, tmp_path / "whole" / "small"))
     killed(whole)  # the server starts
     begin = time.perf_counter()
@@ -118,7 +118,7 @@ def test_killed_at_random_moments_it_leaves_the_old_case_or_the_new_one(tmp_path
 def test_killed_before_every_single_step_it_leaves_the_old_case_or_the_new_one(
     tmp_path: Path, old: Path, new: Path
 ) -> None:
-    """No moment is left to chance: before each opening, renaming and removal of a file."""
+    """Kill before each opening, renaming and removal of a file, so that no moment is left to chance."""
     results = []
     for step in range(1000):
         folder = Path(shutil.copytree(old, tmp_path / str(step) / "small"))
@@ -134,7 +134,7 @@ def test_killed_before_every_single_step_it_leaves_the_old_case_or_the_new_one(
 def test_killed_in_the_middle_of_a_write_it_leaves_the_old_case(
     tmp_path: Path, old: Path, new: Path, most_bytes: int
 ) -> None:
-    """Changed or not since it was emitted."""
+    """A case that has changed since it was emitted, and one that has not."""
     for place in (old, new):
         folder = Path(shutil.copytree(place, tmp_path / place.parent.name / "small"))
         assert killed(folder, most_bytes=most_bytes)

@@ -1,4 +1,4 @@
-"""Integrity: whatever is changed in a golden folder, on any file of it, is seen and named."""
+"""Integrity: every change of any file in a golden folder is reported, with the name of the file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CASE = "walking-skeleton"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A golden folder with a case, documents and a manifest, to be spoilt."""
+    """A golden folder with a case, documents and a manifest, for a test to damage."""
     shutil.copytree(REPOSITORY / CASE, tmp_path / CASE)
     (tmp_path / "vectors").mkdir()
     for name in ("FORMAT.md", "vectors/table.json"):
@@ -45,7 +45,7 @@ def flip(path: Path, bit: int) -> None:
 
 
 def resealed(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change a manifest and write it with the digest that the changed one should have."""
+    """Change a manifest and give it the right digest of itself."""
     manifest = json.loads(path.read_bytes())
     change(manifest)
     golden.write_manifest(path.parent, manifest)
@@ -61,7 +61,7 @@ def test_the_repository_s_golden_folder_is_small() -> None:
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The repository's golden folder, to be spoilt and mended file by file."""
+    """A copy of the repository's golden folder, to damage and mend file by file."""
     made = Path(shutil.copytree(REPOSITORY, tmp_path_factory.mktemp("copy") / "golden"))
     golden.write_folder_manifest(made)  # what is not whole there, the test above says, and once is enough
     return made
@@ -69,7 +69,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", FILES, ids=str)
 def test_a_flipped_bit_anywhere_is_seen_and_its_file_is_named(copy: Path, name: Path) -> None:
-    """In every file, at random bits, the first and the last of them among these."""
+    """In every file, at its first, its last and at random bits."""
     path = copy / name
     whole, rng = path.read_bytes(), random.Random(str(name))
     verify = golden.verify_case_files if (path.parent / golden.CASE_FILE).exists() else golden.verify_documents
@@ -82,7 +82,7 @@ def test_a_flipped_bit_anywhere_is_seen_and_its_file_is_named(copy: Path, name: 
 
 
 def test_no_bit_of_a_manifest_can_change_unseen(folder: Path) -> None:
-    """Not all change a value (the case of an exponent's letter, the last digit of 5e-324), and all are seen."""
+    """Some flips change no value, as in an exponent's letter or the last digit of 5e-324. All are reported."""
     path = folder / golden.MANIFEST_FILE
     whole = path.read_bytes()
     for bit in range(8 * len(whole)):
@@ -175,7 +175,7 @@ def test_what_is_missing_or_too_much_is_named(folder: Path, name: str) -> None:
 
 
 def test_a_case_without_its_definition_is_missing(folder: Path) -> None:
-    """And what is left of it belongs to no case."""
+    """The files that are left of it belong to no case."""
     (folder / CASE / golden.CASE_FILE).unlink()
     found = [difference.what for difference in golden.verify_documents(folder)]
     assert f"{folder / CASE}: the case is missing" in found

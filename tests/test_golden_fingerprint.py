@@ -1,4 +1,4 @@
-"""Fingerprints: a case that is too large to keep is recomputed and held against a little of each tensor."""
+"""Fingerprints: a case that is too large to keep is recomputed and compared with digests of each tensor."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def content(case: Path) -> Path:
 
 
 def reseal(case: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the fingerprints, and every digest with them: what is left to see it is the recomputation."""
+    """Change the fingerprints and every digest of them, so that only the recomputation can tell."""
     stored, manifest = json.loads(content(case).read_bytes()), golden.read_manifest(case)
     change(stored["tensors"])
     old = content(case)
@@ -52,7 +52,7 @@ def test_a_fingerprint_case_is_emitted_and_checked(case: Path) -> None:
 
 
 def test_it_holds_what_the_format_says(case: Path) -> None:
-    """By the formula of FORMAT.md, in integers and fractions."""
+    """The projection by the formula of FORMAT.md, in integers and fractions."""
     arrays = golden.compute(golden.read_case(case))
     stored = json.loads(content(case).read_bytes())
     assert [run["run"] for run in stored["runs"]] == ["prefill", "decode1"]
@@ -111,7 +111,7 @@ def test_a_case_whose_weights_change_no_longer_fits(case: Path) -> None:
 
 
 def test_a_changed_element_changes_digest_and_projections() -> None:
-    """And where it is among the first, it is named; a sign of zero counts as well."""
+    """A change among the first elements is reported with its index; the sign of a zero counts too."""
     values = np.arange(60.0).reshape(5, 12)
     whole = fingerprint("a/b", values)
     for at, words in (((0, 3), "differs at [0, 3]"), ((4, 7), "beyond its first 8 elements: projection 0")):

@@ -1,4 +1,4 @@
-"""The published schemas: they take what the reader takes and refuse what it refuses, as far as a schema can say it."""
+"""The published schemas accept and refuse the same files as the reader, as far as a schema can."""
 
 from __future__ import annotations
 
@@ -121,11 +121,11 @@ BEYOND = {
     "keeping more than there is": ("tokens = [4]", "tokens = [4]\nkeep = 4"),
     "an edit of no parameter": ("seed = 1", 'seed = 1\nedits = [{parameter = "wx", value = 1.0}]'),
 }
-"""What relates several fields: refused by the reader alone."""
+"""Faults that relate several fields, which only the reader refuses."""
 
 
 def read_both(folder: Path, change: tuple[str, str]) -> tuple[bool, bool]:
-    """Whether the schema and the reader take the small case with that change."""
+    """Whether the schema and the reader accept the small case with this change."""
     text = TEXT.format(seed=1, more="")
     assert change[0] in text
     text = text.replace(change[0], change[1], 1)
@@ -138,7 +138,7 @@ def read_both(folder: Path, change: tuple[str, str]) -> tuple[bool, bool]:
 
 
 def reads(read: Callable[[Path], Any], folder: Path) -> bool:
-    """Whether the folder's file is taken; any other exception than InputError is a failure."""
+    """Whether the reader accepts the folder's file. Any exception but InputError is a failure."""
     try:
         read(folder)
     except InputError:

@@ -1,4 +1,4 @@
-"""Run scripts: names, positions, cuts, and what is refused."""
+"""Scripts: names of runs, positions, cuts of caches, and refused scripts."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def test_runs_are_named_and_counted() -> None:
 
 
 def test_several_sequences_get_a_suffix() -> None:
-    """And each counts its positions from 0, with what it has cached (ROPE-2)."""
+    """Each counts its positions from 0, its cached tokens included (ROPE-2)."""
     runs = plan([("prefill", 0, [1]), ("prefill", 1, [2, 3]), ("decode", 1, [4]), ("decode", 0, [5])], 10)
     assert [run.run for run in runs] == ["prefill.row0", "prefill.row1", "decode1.row1", "decode1.row0"]
     assert [run.positions for run in runs] == [(0,), (0, 1), (2,), (1,)]
 
 
 def test_a_request_that_keeps_a_prefix_goes_on_after_it() -> None:
-    """Only its first run: a decode after it feeds its tokens one by one as ever."""
+    """A cut belongs to the first run of a decode; the later runs feed their tokens one by one."""
     runs = plan([("prefill", 0, [1, 2, 3]), ("decode", 0, [4]), Call("decode", 0, [5, 6], keep=2)], 10, start=7)
     assert [run.run for run in runs] == ["prefill", "decode1", "decode2", "decode3"]
     assert [run.past for run in runs] == [0, 3, 2, 3]
@@ -44,7 +44,7 @@ def test_a_request_that_keeps_a_prefix_goes_on_after_it() -> None:
 
 
 def test_a_cut_cache_is_that_of_the_prefix_alone() -> None:
-    """Bit for bit: whatever the first request put behind the prefix is gone."""
+    """Bit for bit: no token of the first request behind the prefix is left in the cache."""
     shared = executed(plan([("prefill", 0, [1, 2, 3, 4, 5]), Call("chunk", 0, [6, 7], keep=3)], 37))
     alone = executed(plan([("prefill", 0, [1, 2, 3]), ("chunk", 0, [6, 7])], 37))
     chunk = [key for key in alone if key.startswith("chunk1/")]
@@ -92,6 +92,6 @@ def test_a_run_that_continues_more_than_was_seen_is_refused() -> None:
     ],
 )
 def test_a_bad_script_is_refused(calls: Any, words: str) -> None:
-    """INPUT-1 among others."""
+    """INPUT-1: tokens outside the vocabulary, and other faults of a script."""
     with pytest.raises(InputError, match=words):
         plan(calls, 10)

@@ -1,4 +1,4 @@
-"""Traces: what is written is read back, and what is not a trace is refused in a sentence."""
+"""Traces: a written trace is read back; a file that is not a trace is refused in one sentence."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def scale_options(command: Command) -> Command:
 
 
 @dataclass(frozen=True)
-class Scale:
+class ScaleOptions:
     """The values of `scale_options`."""
 
     synthetic: int | None
@@ -73,7 +73,7 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class Request:
+class EmitOptions:
     """The values of the other options of ``refmoe emit``."""
 
     checkpoint: Path | None
@@ -133,8 +133,8 @@ def emit_command(**options: Any) -> None:
     A checkpoint is run layer by layer, and its weights are read block by block. Finished layers are kept in TRACE.parts
     until the trace is written.
     """
-    script, scale = record_of(Input, options), record_of(Scale, options)
-    asked = Request(**options)
+    script, scale = record_of(Input, options), record_of(ScaleOptions, options)
+    asked = EmitOptions(**options)
     if asked.policy_name is not None:
         _check_policy(asked)
         rules = policy(asked.policy_name)
@@ -149,7 +149,7 @@ def emit_command(**options: Any) -> None:
     _emit_checkpoint(asked, asked.checkpoint, asked.out, script, scale)
 
 
-def _check_policy(asked: Request) -> None:
+def _check_policy(asked: EmitOptions) -> None:
     """Raises InputError for options that contradict --policy."""
     if asked.device.on_gpu:
         raise InputError("--policy is computed on the CPU, but --device cuda was given")
@@ -159,7 +159,7 @@ def _check_policy(asked: Request) -> None:
         raise InputError("--policy with --case writes a trace of its own, not the golden: --out TRACE was expected")
 
 
-def _emit_checkpoint(asked: Request, checkpoint: Path, out: Path, script: Input, scale: Scale) -> None:
+def _emit_checkpoint(asked: EmitOptions, checkpoint: Path, out: Path, script: Input, scale: ScaleOptions) -> None:
     """Run a script on a checkpoint and write the trace, or print its cost."""
     if scale.only_estimate and asked.device.on_gpu:
         raise cpu_only("--estimate", asked.device)
@@ -191,7 +191,7 @@ def _emit_checkpoint(asked: Request, checkpoint: Path, out: Path, script: Input,
     _report(asked.as_json, out, len(emission.runs), {"memory_bytes": needed.memory} if on_cpu else {})
 
 
-def _emit_goldens(asked: Request) -> None:
+def _emit_goldens(asked: EmitOptions) -> None:
     """Write the golden of one case, or of all cases."""
     if asked.checkpoint is not None or asked.out is not None or asked.taps != "*" or asked.dtype != "exact":
         raise InputError(
@@ -209,7 +209,7 @@ def _emit_goldens(asked: Request) -> None:
     _report(asked.as_json, path, len(case.runs()))
 
 
-def _emit_ideal_case(asked: Request, rules: Policy) -> None:
+def _emit_ideal_case(asked: EmitOptions, rules: Policy) -> None:
     """Write a trace of the ideal run of a case by a policy."""
     case = golden.read_case(asked.golden_folder / str(asked.case_name))
     runs = case.runs()

@@ -24,7 +24,7 @@ from refmoe.text.sampling import SamplingSettings
 from refmoe.text.stream import stream_text
 from refmoe.text.tokenizer import Tokenizer
 
-BLAS_HELP = """Whose matrix products on the CPU. mkl: Intel's, which packs weights once (pip install 'refmoe[mkl]').
+BLAS_HELP = """The library for products on the CPU. mkl: Intel's, weights packed once (pip install 'refmoe[mkl]').
 Faster from the second use of a weight on; much faster with bfloat16 weights on a processor with AMX."""
 
 
@@ -58,7 +58,7 @@ class OnDevice:
 
 
 @dataclass(frozen=True)
-class Request:
+class GenerateOptions:
     """The values of the options of ``refmoe generate`` beside its input."""
 
     checkpoint: Path
@@ -103,7 +103,7 @@ def generate_command(prompt: str | None, chat: Path | None, tokens: Any, **optio
     refmoe generate --checkpoint DIR --prompt 'Once upon a time' --max-new-tokens 20
     refmoe generate --checkpoint DIR --chat messages.json --temperature 0.7 --top-p 0.9 --seed 1
     """
-    asked = Request(**options)
+    asked = GenerateOptions(**options)
     loaded = load_checkpoint(asked.checkpoint, asked.layout)
     (prefill,) = Input(tokens, prompt, chat).calls(asked.checkpoint)
     start = prefill.tokens

@@ -117,9 +117,7 @@ class StoredTensor:
         rows = view(mapped)[start:stop]
         offset = rows.__array_interface__["data"][0] - mapped.__array_interface__["data"][0]
         if not (0 <= offset < mapped.nbytes and rows.flags.c_contiguous):
-            return np.ascontiguousarray(
-                rows
-            )  # reordered values have no contiguous place in the file
+            return np.ascontiguousarray(rows)  # reordered values have no contiguous place in the file
         values = np.empty(rows.shape, rows.dtype)
         try:
             with open(self.path, "rb", buffering=0) as file:

@@ -1,4 +1,4 @@
-"""`refmoe emit --checkpoint`: cut, resumed, estimated; and what cannot be done, in one sentence."""
+"""`refmoe emit --checkpoint`: cut by layers, resumed, estimated; a mistake is one sentence."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def start(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
 
 
 def test_killed_and_started_again_it_goes_on(tmp_path: Path) -> None:
-    """A real kill, in the middle of a layer; the trace is that of a run that was never stopped."""
+    """The process is killed in the middle of a layer. The final trace equals one from a run without a stop."""
     config = Config(
         dim=256, layers=6, heads=4, kv_heads=2, head_dim=64, hidden_dim=2048, vocab=64, experts=8, experts_per_token=2
     )
@@ -183,7 +183,7 @@ def test_killed_and_started_again_it_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path: Path) -> None:
-    """The limit on a file's size stands in for the disk's: the layers that fitted are kept, and are gone on from."""
+    """A limit on the size of files acts as a full disk. The layers that fit are kept; a second run goes on."""
     config = Config(
         dim=64, layers=3, heads=4, kv_heads=2, head_dim=16, hidden_dim=96, vocab=4000, experts=8, experts_per_token=2
     )
@@ -210,7 +210,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 @pytest.mark.parametrize("dtype", ["float32", "exact"])
 def test_memory_stays_under_what_is_stated_beforehand(tmp_path: Path, dtype: str) -> None:
-    """And well under the size of the weights: 360 MB in bfloat16, 720 MB and 1.4 GB converted."""
+    """The stated memory is well below the size of the weights: 360 MB in bfloat16, 720 MB and 1.4 GB converted."""
     config = Config(
         dim=1024,
         layers=1,

@@ -1,4 +1,4 @@
-"""The experts spread over processes and over a Dask cluster: the same bytes, also where a worker dies."""
+"""Experts spread over processes and over a Dask cluster give the same bytes, even if a worker dies."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("arithmetic", ["exact", "float64"])
 def test_processes_compute_the_same_bytes(tmp_path: Path, folder: Path, arithmetic: str) -> None:
-    """Exact ones whatever computes them; native ones as well here, where the blocks are the same."""
+    """Exact bytes never depend on the executor. Native bytes do not here, as the blocks are equal."""
     alone = values(scale.compute(job(Folder(folder), arithmetic), tmp_path / "alone", Recorder()))
     spread = values(scale.compute(job(Folder(folder), arithmetic, "processes:2"), tmp_path / "spread", Recorder()))
     assert spread.keys() == alone.keys()
@@ -58,7 +58,7 @@ def test_processes_compute_the_same_bytes(tmp_path: Path, folder: Path, arithmet
 
 
 def test_what_a_worker_cannot_read_is_told_by_the_worker(tmp_path: Path, folder: Path) -> None:
-    """A file that vanishes after the run began: the sentence comes through the process's border."""
+    """A file vanishes after the run began: the worker's error reaches the command as one sentence."""
     write_checkpoint(tmp_path / "ck", CONFIG, Formula(CONFIG, 3).load().parameters)
     work = job(Folder(tmp_path / "ck"), "exact", "processes:1")
 
@@ -80,7 +80,7 @@ def test_what_a_worker_cannot_read_is_told_by_the_worker(tmp_path: Path, folder:
 
 
 def test_a_process_that_dies_is_one_sentence_and_loses_nothing(tmp_path: Path, folder: Path) -> None:
-    """A real kill of the only worker; then the same command goes on."""
+    """The only worker is killed. The same command, started again, goes on."""
     work, killed = job(Folder(folder), "exact", "processes:1"), []
 
     class Killer(Recorder):
@@ -100,7 +100,7 @@ def test_a_process_that_dies_is_one_sentence_and_loses_nothing(tmp_path: Path, f
 
 @contextmanager
 def cluster(workers: int) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
-    """A real scheduler and workers, each a process of its own."""
+    """A scheduler and workers, each in its own process."""
     distributed = pytest.importorskip("distributed")
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     begin = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0"]
@@ -125,7 +125,7 @@ def cluster(workers: int) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]
 
 
 def test_a_dask_cluster_of_which_one_worker_is_killed(tmp_path: Path, folder: Path) -> None:
-    """A scheduler and two workers: the tasks of the dead one are computed by the other."""
+    """Of two workers one dies; the other computes its tasks."""
     expected = values(scale.compute(job(Folder(folder)), tmp_path / "alone", Recorder()))
     with cluster(2) as (address, workers):
         killed: list[int] = []
@@ -134,7 +134,7 @@ def test_a_dask_cluster_of_which_one_worker_is_killed(tmp_path: Path, folder: Pa
             def __call__(self, name: str, x: Any) -> None:
                 if name == "layers.1.router.weights" and not killed:
                     killed.append(workers[0].pid)
-                    # in the middle of what is submitted next
+                    # the kill falls into the tasks that are submitted next
                     threading.Timer(0.05, workers[0].kill).start()
                 super().__call__(name, x)
 

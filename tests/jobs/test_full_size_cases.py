@@ -1,4 +1,4 @@
-"""Cases of full size: recomputed when they are named, said to be left out otherwise, and resumed."""
+"""Cases of full size: recomputed only when named, else reported as skipped; resumed after a stop."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_no_interval_proof_is_begun_that_would_take_days(refmoe: Refmoe, folder:
 
 @pytest.mark.parametrize("name", ["mixtral-8x7b", "mixtral-8x22b-2-layers"])
 def test_the_published_sizes_are_there_whole(name: str) -> None:
-    """Recomputing them is `refmoe check golden/NAME`: minutes."""
+    """Only their files are checked. `refmoe check golden/NAME` recomputes one, in minutes."""
     from refmoe.spec.config import PRESETS
 
     found = golden.read_case(REPOSITORY / name)

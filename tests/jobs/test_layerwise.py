@@ -1,4 +1,4 @@
-"""Layer by layer: the bits of the same script call by call, each weight read once."""
+"""A script run layer by layer has the bits of the script run call by call, and reads each weight once."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run(ops: Any, model: Model, runs: Any, tap: Tap, layers: range | None = None
     "name", ["walking-skeleton", "shared-prefix", "packed", "experts-12", "window-chunks", "mini-8x7b"]
 )
 def test_every_tap_has_the_bits_of_a_run_call_by_call(name: str) -> None:
-    """With every weight streamed in blocks, too: several sequences, caches that are cut, experts without a token."""
+    """Several sequences, caches that are cut, experts without tokens; also with every weight streamed in blocks."""
     case = read_case(GOLDEN / name)
     expected, model = compute(case), Model(case.config, case.checkpoint().parameters)
     for memory in (1 << 30, 0):

@@ -1,5 +1,5 @@
-"""The layout of the published Mixtral-8x7B-v0.1 at reduced dimensions: 19 shards that cut through layers, an index, the
-real names, the real tokenizer.model, bfloat16; what happens when something of it is missing."""
+"""The layout of the published Mixtral-8x7B-v0.1 at reduced dimensions: 19 shards that cut through layers, an index,
+the real names and tokenizer.model, and bfloat16. A missing piece is reported in one sentence."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONFIG = Config(
     dim=32, layers=32, heads=8, kv_heads=2, head_dim=4, hidden_dim=112, vocab=32000, experts=8, experts_per_token=2,
     context=32768,
 )  # fmt: skip
-"""All counts are the published ones, all sizes smaller."""
+"""The counts of the published model, with smaller sizes."""
 
 SHARDS = 19
 PROMPT = "The capital of France is"
@@ -34,7 +34,7 @@ TOKENS = (1, 415, 5565, 302, 4843, 349)
 
 
 def published_order(name: str) -> tuple[int, str]:
-    """The embedding, the layers in order, the rest: as the published shards have them."""
+    """The order of tensors in the published shards: the embedding, the layers in order, the rest."""
     part = name.split(".")
     return (int(part[2]) if part[1] == "layers" else -1 if "embed" in name else CONFIG.layers, name)
 
@@ -60,7 +60,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_shard_holds_parts_of_several_layers(record: Path) -> None:
-    """Otherwise the test is of a simpler layout than the published one."""
+    """Checks the test data: a shard ends within a layer, as in the published checkpoint."""
     mapping = json.loads((record / "model.safetensors.index.json").read_text())["weight_map"]
     shards = {layer: {file for name, file in mapping.items() if f".layers.{layer}." in name} for layer in range(32)}
     assert max(map(len, shards.values())) == 2

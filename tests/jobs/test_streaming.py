@@ -1,4 +1,4 @@
-"""Weights in blocks: the same product, each block read once and ahead, and what goes wrong told in one sentence."""
+"""Weights in blocks: the same product, each block read once and ahead; a fault is one sentence."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.models import random_parameters
 
 
 def rows_of(values: Any) -> Any:
-    return Weight("w", values.shape, values.dtype, lambda: values, "test")
+    return Weight(name="w", shape=values.shape, dtype=values.dtype, source=lambda: values, origin="test")
 
 
 @pytest.fixture
@@ -44,7 +44,14 @@ def test_a_streamed_product_is_the_product(height: int) -> None:
 @pytest.mark.usefixtures("small_blocks")
 def test_each_block_is_read_once_in_order_and_the_next_before_one_is_used() -> None:
     w, seen, read_when_used = np.zeros((20, 16)), [], []
-    weight = Weight("w", w.shape, w.dtype, lambda: w, "test", lambda a, b: (seen.append((a, b)), w[a:b])[1])
+    weight = Weight(
+        name="w",
+        shape=w.shape,
+        dtype=w.dtype,
+        source=lambda: w,
+        origin="test",
+        read_block=lambda a, b: (seen.append((a, b)), w[a:b])[1],
+    )
     for start, stop, block in streaming.blocks(weight, lambda stored: stored + 1):
         assert block.shape == (stop - start, 16)
         assert (block == 1).all()
@@ -71,7 +78,7 @@ def test_rows_of_the_formula_are_those_of_the_whole() -> None:
 @pytest.mark.parametrize("layout", [{}, {"fused": True}, {"layout": "mistral"}, {"shards": True}])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_blocks_of_a_file_are_rows_of_the_parameter(tmp_path: Path, layout: dict[str, Any], dtype: str) -> None:
-    """Also where a parameter is a cut of a fused tensor, or is reordered when it is read."""
+    """Also for a parameter that is a part of a fused tensor, or is reordered when it is read."""
     write_checkpoint(tmp_path, UNEVEN, rounded(dtype), dtype, **layout)
     layer = load_checkpoint(tmp_path).parameters.layers[1]
     for weight in (layer.wq, layer.wk, layer.wo, *(getattr(layer.experts[3], w) for w in ("w1", "w2", "w3"))):
@@ -83,7 +90,7 @@ def test_blocks_of_a_file_are_rows_of_the_parameter(tmp_path: Path, layout: dict
 
 
 def rounded(dtype: str) -> Any:
-    """Random parameters that the dtype holds."""
+    """Random parameters that are exact in the dtype."""
     import ml_dtypes
 
     from refmoe.checkpoints.names import build_parameters
@@ -93,7 +100,7 @@ def rounded(dtype: str) -> Any:
 
     def weight(name: str) -> Weight:
         values = given[name].read().astype(kind).astype(np.float32)
-        return Weight(name, values.shape, np.float32, lambda: values, name)
+        return Weight(name=name, shape=values.shape, dtype=np.float32, source=lambda: values, origin=name)
 
     return build_parameters(UNEVEN, weight)
 
@@ -112,7 +119,7 @@ def test_a_file_that_is_cut_or_vanishes_while_it_is_read_is_told(tmp_path: Path)
 
 
 def test_a_file_cut_between_map_and_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bytes are read and not taken from the mapping, where their absence would kill the process."""
+    """The bytes are read, not mapped: a missing page of a mapping would kill the process."""
     path = tmp_path / "a.safetensors"
     save_file({"a": np.arange(1 << 16, dtype=np.float32).reshape(256, 256)}, path)
     from refmoe.files import safetensors_file

@@ -1,4 +1,4 @@
-"""Reports made by hand, one per kind of thing that a rendering has to show."""
+"""Reports made by hand, which together have every kind of finding that a report can show."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from refmoe.verify.findings import (
 )
 
 HOSTILE = "<script>document.title='owned'</script>\"'&amp;]]>{{ 7*7 }}[bold]:smile:\x1b[31m\x00\u202e\ud800"
-"""Everything that one of the formats could take for its own: tags, entities, templates, markup, control characters."""
+"""A name full of syntax: tags, entities, templates, markup, control characters."""
 
 WRONG = "layers.0.router.logits"
 
 
 def taps(layers: int) -> list[str]:
-    """Taps of one call in order of computation."""
+    """The taps of one call, in order of computation."""
     inner = [f"layers.{i}.{step}" for i in range(layers) for step in STEPS[1:-2]]
     return ["embedding", *inner, "final_norm", "logits"]
 
 
 def passing(run: str, tap: str, spread: int) -> Check:
-    """A check that passes, its numbers spread over what is legal."""
+    """A check that passes, with a number that depends on its place."""
     error, excess = 0.9 * ((7 * spread + 3) % 31) / 31, 5.0 * ((11 * spread + 5) % 29) / 29
     return Check(
         run=run,
@@ -64,7 +64,7 @@ def passing(run: str, tap: str, spread: int) -> Check:
 
 
 def decision(run: str, layer: int, token: int) -> Decision:
-    """A legal decision; some are ties, some contestable, and some of those deviate."""
+    """A legal decision. Some are ties, some are contestable, and some contestable ones deviate."""
     kind = TIE if (5 * layer + token) % 23 == 7 else CONTESTABLE if (3 * layer + token) % 17 == 4 else FORCED
     expected = ((token + layer) % 8, (token + 3 * layer + 5) % 8)
     found = (expected[1], (expected[0] + 1) % 8) if kind == CONTESTABLE and token % 2 else expected
@@ -83,7 +83,7 @@ def decision(run: str, layer: int, token: int) -> Decision:
 
 
 def conformant(layers: int = 2, runs: int = 3, tokens: int = 16) -> Report:
-    """A healthy engine with every tap."""
+    """The report of a healthy engine with every tap."""
     names = ["prefill", *(f"decode{i}" for i in range(1, runs))]
     checks = [passing(run, tap, i + 13 * r) for r, run in enumerate(names) for i, tap in enumerate(taps(layers))]
     spans = {run: tokens if run == "prefill" else max(1, tokens // 16) for run in names}
@@ -103,7 +103,7 @@ def conformant(layers: int = 2, runs: int = 3, tokens: int = 16) -> Report:
 
 
 def failing(layers: int = 2, runs: int = 3, tokens: int = 16) -> Report:
-    """Wrong router logits, what follows from them, an improbable step and one that cannot be decided."""
+    """Wrong router logits and their consequences, an improbable step, and an undecidable step."""
     report = conformant(layers, runs, tokens)
     impossible = Element(where=(11, 7), found=0.523, expected=0.3125, low=0.3115, high=0.3135, sigma=0.00021)
     slot = Element(where=(11, 1, 63), found=-1.75, expected=-1.7265625, low=-inf, high=inf, sigma=0.00075)
@@ -169,7 +169,7 @@ def failing(layers: int = 2, runs: int = 3, tokens: int = 16) -> Report:
 
 
 def undecidable() -> Report:
-    """A trace of which nothing could be decided, not even the routing."""
+    """A trace in which nothing could be decided, not even the routing."""
     reason = "no bound is finite: layers.0.moe_norm would have to be in the trace"
     checks = (
         Check(
@@ -216,7 +216,7 @@ def undecidable() -> Report:
 
 
 def empty() -> Report:
-    """A trace without a single tap."""
+    """A trace without taps."""
     headline = "The trace holds no tap that the specification knows."
     return Report(
         trace="empty.safetensors",
@@ -231,7 +231,7 @@ def empty() -> Report:
 
 
 def hostile() -> Report:
-    """Names and sentences that try to be code."""
+    """Names and sentences that look like code."""
     element = Element(where=(0, 0), found=nan, expected=1.0, low=0.5, high=1.5, sigma=nan)
     tap = f"layers.0.{HOSTILE}"
     bad = Check(
@@ -271,7 +271,7 @@ def hostile() -> Report:
 
 
 def not_finite() -> Report:
-    """Every number that may be NaN or infinite is, in every combination that a check can have."""
+    """Checks with NaN or infinity in every field that can hold them, in every combination."""
     elements = (
         Element(where=(0, 1), found=nan, expected=0.0, low=-inf, high=inf, sigma=nan),
         Element(where=(0, 1), found=inf, expected=1.0, low=0.9, high=1.1, sigma=0.1),
@@ -348,7 +348,7 @@ def large() -> Report:
 
 @cache
 def all_wrong() -> Report:
-    """A large report of which everything fails: nothing may be listed without end."""
+    """A large report in which everything fails. Every list must have an end."""
     report = large()
     checks = tuple(
         replace(c, verdict=FAIL, outside=1, worst_error=3.0 + i % 97, reason=f"{i} values lie outside")

@@ -1,4 +1,4 @@
-"""The HTML page as text: one file, nothing from outside, nothing that a name could smuggle in, and small."""
+"""The HTML page as text: one small file that needs nothing else, and in which no name acts as code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VOID = {"meta", "link", "br", "img", "input", "hr"}
 
 
 class Outline(HTMLParser):
-    """Start tags with their attributes, and whether every element that was opened was closed in order."""
+    """Start tags with their attributes, and whether all elements are closed in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)

@@ -1,4 +1,4 @@
-"""The page of the matrix: as text, and in a browser at the width of a telephone, in both colour schemes."""
+"""The page of the matrix, as text and in a browser: on a telephone's width, in both colour schemes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The words that all renderings share: exact about what is proven, and harmless whatever a trace calls its taps."""
+"""The words that all reports share: exact about proofs, and harmless for any name of a tap."""
 
 from __future__ import annotations
 
