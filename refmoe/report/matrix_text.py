@@ -11,7 +11,7 @@ from refmoe.suite.matrix.summary import Summary
 
 
 def summary_lines(summary: Summary) -> Iterable[str]:
-    """Who is killed, who lives and why, which cases do the killing; what must not be comes last."""
+    """The mutants killed, the mutants that live and why, and the cases that kill; the failures come last."""
     for policy in POLICIES:
         yield f"{policy:9} {summary.killed[policy]} of {summary.mutants} mutants killed"
         for name, reason in summary.unseen[policy].items():
@@ -44,5 +44,5 @@ def stale_lines(parts: Sequence[str]) -> Iterable[str]:
 
 
 def failures(problems: Sequence[str]) -> Iterable[str]:
-    """What must not be, a line each."""
+    """A line per problem."""
     return (f"FAIL  {problem}" for problem in problems)

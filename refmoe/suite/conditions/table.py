@@ -1,4 +1,4 @@
-"""The table of cases and conditions, and whether each case's declaration is true."""
+"""The table of cases and conditions, and the check of each case's declaration."""
 # ruff: noqa: I001  (the order of imports is the order of the table: each registers its conditions)
 
 from __future__ import annotations
@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
+from numpy.typing import NDArray
 
 from refmoe.suite.conditions import calls, shapes, windows, magnitudes, decisions  # noqa: F401
 from refmoe.suite.conditions.observed import CONDITIONS, Observed
@@ -24,17 +24,17 @@ NOT_OF_A_CASE = {
     "GEN": "choosing tokens from logits: vectors of their own",
     "LOSS": "auxiliary losses: vectors of their own",
 }
-"""Words of the catalogue that no forward pass can answer, and who does."""
+"""Needs of known bugs that no case can satisfy, and the harness or vectors that do."""
 
 
-def holding(case: Case, arrays: Mapping[str, np.ndarray[Any, Any]]) -> list[str]:
+def holding(case: Case, arrays: Mapping[str, NDArray[Any]]) -> list[str]:
     """The names of the conditions that hold, in the order of the table."""
     seen = Observed(case, arrays)
     return [each.name for each in CONDITIONS.values() if each.holds(seen)]
 
 
-def golden_arrays(case: Case) -> Mapping[str, np.ndarray[Any, Any]]:
-    """Every tap of a case: read where the golden holds them, else computed."""
+def golden_arrays(case: Case) -> Mapping[str, NDArray[Any]]:
+    """Every tap of a case by ``<run>/<tap>``: read from the golden trace, or else computed."""
     if case.store != "trace" or not is_emitted(case):
         return compute(case)
     return {key: tensor.map() for key, tensor in read_trace(trace_path(case.folder)).tensors.items()}
@@ -78,7 +78,7 @@ def summary(case: Case) -> str:
 
 
 def mistakes(case: Case) -> list[str]:
-    """How a case's declared conditions differ from those that hold, in words."""
+    """The differences between the conditions that a case declares and those that hold, in words."""
     holds = holding(case, golden_arrays(case))
     found = [f"{name} is declared but does not hold" for name in case.conditions if name not in holds]
     return found + [f"{name} holds but is not declared" for name in holds if name not in case.conditions]
