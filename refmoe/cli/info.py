@@ -114,7 +114,9 @@ def _print_device(console: Console, found: dict[str, Any]) -> None:
         f"on the device {gibibytes(found['free_bytes'])} are free; a prompt of {found['tokens']} tokens and "
         f"{found['max_new_tokens']} more, computed in float32, take"
     )
-    table = Table("weights in", "weights", "cache", "buffers", "in all", box=None)
+    table = Table("weights in", box=None)
+    for heading in ("weights", "cache", "buffers", "in all"):
+        table.add_column(heading)
     for dtype, need in found["needed"].items():
         table.add_row(dtype, *(gibibytes(need[part]) for part in ("weights", "cache", "buffers", "total")))
     console.print(table)
