@@ -75,7 +75,7 @@ def residual(ops: Any, given: Inputs) -> None:
 
 
 def inputs(step: Callable[..., None], rng: np.random.Generator, kind: str, p: Policy) -> Inputs:
-    """Whether an input of a step is an activation. Weights and integers are known exactly."""
+    """The inputs of a step: arrays are activations, weights and integers are known exactly."""
     f, T, D = p.storage, int(rng.integers(1, 7)), int(rng.choice([1, 2, 3, 8, 20, 48]))
     if step in (norm, expert, project, residual):
         other = str(rng.choice(KINDS)) if kind not in ("huge", "tiny", "subnormal") else "gaussian"
