@@ -18,7 +18,7 @@ Vector = list[float]
 
 
 def rounded(a: Vector, b: Vector) -> float:
-    """DOT-1 and DOT-2."""
+    """The value of DOT-1 and DOT-2."""
     products = [x * y for x, y in zip(a, b, strict=True) if not (math.isfinite(x) and math.isfinite(y))]
     if products:
         return math.nan if len({str(p) for p in products}) > 1 or math.isnan(products[0]) else products[0]
@@ -30,7 +30,7 @@ def rounded(a: Vector, b: Vector) -> float:
 
 
 def cases() -> dict[str, tuple[Vector, Vector]]:
-    """What is to be summed, by what it shows."""
+    """The factors to multiply and sum, by the property that they show."""
     draw = random.Random(1)
     inf, nan, big = math.inf, math.nan, 2.0**1023
 

@@ -1,4 +1,4 @@
-"""DOT-1 and DOT-2: every element is the exact sum, rounded once. `Fraction` and nothing else says what that is."""
+"""DOT-1 and DOT-2: every element is the exact sum, rounded once. `Fraction` alone computes the expected values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SPECIAL = [0.0, -0.0, 5e-324, -5e-324, 2.0**-1022, 1.0, -1.0, 1 + 2.0**-52, 2.0*
 
 
 def rounded(exact: Fraction) -> float:
-    """The nearest float64, ties to even: what Fraction's own conversion is documented to be."""
+    """The nearest float64, ties to even, as the conversion of Fraction is documented."""
     try:
         return float(exact)
     except OverflowError:
@@ -57,7 +57,7 @@ def random_floats(rng: np.random.Generator, shape: tuple[int, ...], spread: int,
 
 
 def check(x: Array, stored: Array) -> None:
-    """The law: linear and matmul are DOT-1 and DOT-2 on x [t, n] and stored [m, n]; so is the sum of x."""
+    """The law: linear, matmul and sum meet DOT-1 and DOT-2 for x [t, n] and stored [m, n]."""
     wide = stored.astype(np.float64)
     expected = expected_matmul(x, wide.T)
     assert same_bits(dot.linear(x, dot.prepare(stored)), expected)
@@ -275,7 +275,7 @@ def fixed_inputs() -> Iterator[tuple[Array, Array]]:
     for tail in (2.0**-130, -(2.0**-130)):
         for last in (2.0**-200, 2.0**-90):
             yield np.array([[1.0, 2.0**-53, tail, last * 2.0**-53]]), np.ones((1, 4))
-    # near a tie by less than the roundings of an ordinary sum of terms that the slices leave and that cancel
+    # nearer to a tie than the roundings of an ordinary sum of the remainders, which cancel
     left = np.ldexp(rng.standard_normal((200, 8)), -33)
     near = 2.0**-53 + np.ldexp(rng.standard_normal((200, 1)), -85)
     yield np.hstack([np.ones((200, 1)), left, near, -left[:, ::-1]]), np.ones((1, 18))
@@ -344,6 +344,6 @@ def test_one_digest_over_blas_kernels_and_threads() -> None:
             digests = run.stdout.split()
             exact.add(digests[0])
             plain.add(digests[1])
-    assert len(plain) > 1  # otherwise too few kernels ran to tell
+    assert len(plain) > 1  # otherwise too few kernels ran for a comparison
     print(f"\ndistinct digests over kernels and threads: exact {len(exact)}, a @ b {len(plain)}")
     assert len(exact) == 1

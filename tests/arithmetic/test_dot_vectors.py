@@ -1,4 +1,4 @@
-"""The published vectors of the sum of products: made by rational arithmetic, met by every way to compute one."""
+"""The published vectors of the sum of products: made by rational arithmetic, and met by every function that sums."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Double-double arithmetic: the error-free transforms are exact, and what is built on them keeps about 100 bits."""
+"""Double-double arithmetic: the error-free transforms are exact, and the other operations keep about 100 bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The elementary functions: as near to the real value as promised, and the same bits whoever computes them."""
+"""The elementary functions: as near to the real value as promised, and equal bits on every machine."""
 
 from __future__ import annotations
 

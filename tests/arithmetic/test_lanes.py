@@ -1,4 +1,4 @@
-"""Pieces side by side: each is run once, errors arrive, and the BLAS gets its threads back."""
+"""Pieces in parallel lanes: each piece runs once, errors are raised, and the BLAS gets its threads back."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from refmoe.checkpoints.weight import Weight
 
 
 def blas_threads() -> list[int]:
-    """Of NumPy's: oneMKL, where another test has loaded it, is told by those who call it."""
+    """The numbers of threads of NumPy's BLAS, without oneMKL, which another test may have loaded."""
     libraries = ThreadpoolController().select(user_api="blas").info()
     return [library["num_threads"] for library in libraries if library["internal_api"] != "mkl"]
 
@@ -85,7 +85,7 @@ def test_what_a_piece_raises_is_raised(two: Lanes, at: int) -> None:
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 64])
 def test_a_product_in_lanes_is_the_product(two: Lanes, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    """Exact in integers, whoever computes which rows of the weight."""
+    """Products of integers are exact, whichever lane computes which rows of the weight."""
     monkeypatch.setattr("refmoe.arithmetic.native.ops.lanes", lambda: two)
     monkeypatch.setattr("refmoe.arithmetic.native.ops.ALONE", 0)
     rng = np.random.default_rng(rows)
@@ -97,7 +97,7 @@ def test_a_product_in_lanes_is_the_product(two: Lanes, monkeypatch: pytest.Monke
 
 
 def test_a_streamed_weight_is_multiplied_by_all_threads(two: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It comes block by block and is not divided among lanes, each of which would have a BLAS of one thread."""
+    """The weight comes block by block and is not divided among lanes, each of which has a BLAS of one thread."""
     monkeypatch.setattr("refmoe.arithmetic.native.ops.lanes", lambda: two)
     monkeypatch.setattr(two, "run", lambda pieces: pytest.fail("in lanes"))
     x, matrix = np.ones((SIDE_BY_SIDE, 7), np.float32), np.arange(35, dtype=np.float32).reshape(5, 7)
@@ -115,7 +115,7 @@ def test_there_are_as_many_as_the_blas_has_threads() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_forked_process_makes_its_own() -> None:
-    """It inherits no threads: pieces handed to those of its parent would wait for ever."""
+    """A forked process inherits no threads, so pieces given to its parent's lanes would wait for ever."""
     code = """if True:
         import os, signal
         from refmoe.arithmetic.native import lanes as here

@@ -1,4 +1,4 @@
-"""oneMKL: exact where the arithmetic is, as near as float32 allows elsewhere, and never the memory of others."""
+"""oneMKL: exact for integers, as near as float32 allows elsewhere, and no write outside the result."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def stored(matrix: Array) -> Weight:
 def test_products_of_integers_are_exact(
     dtype: Any, rows: int, m: int, n: int, packed: bool, alone: bool, layout: str, seed: int
 ) -> None:
-    """Packed or not, by one thread or all; and what lies beside the result in memory stays as it is."""
+    """Packed or not, by one thread or all. Memory beside the result does not change."""
     library, rng = load_mkl(), np.random.default_rng(seed)
     x, matrix = (rng.integers(-8, 9, shape).astype(dtype) for shape in ((rows, n), (m, n)))
     expected = x.astype(np.int64) @ matrix.astype(np.int64).T
@@ -119,7 +119,7 @@ def test_a_library_that_cannot_be_loaded_is_one_sentence(monkeypatch: pytest.Mon
 
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=9))
 def test_slices_add_up_to_the_value(values: list[float]) -> None:
-    """Exactly, wherever the last bit of the value is a bfloat16: above 2^-109, below the largest bfloat16."""
+    """The sum is exact where the last bit of the value is a bfloat16: above 2^-109, below the largest bfloat16."""
     x = np.array([[v for v in values if 2.0**-109 <= abs(v) <= 3.3e38 or v == 0]], np.float32)
     slices = sliced(x)
     assert slices.dtype == BFLOAT16
@@ -131,7 +131,7 @@ def test_slices_add_up_to_the_value(values: list[float]) -> None:
 
 @pytest.fixture(params=["slices", "float32"])
 def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Weights in bfloat16 by slices, whatever the processor, or converted."""
+    """Multiply bfloat16 weights by slices, on any processor, or convert them."""
     monkeypatch.setattr(mkl_ops, "multiplies_bfloat16", lambda: request.param == "slices")
     monkeypatch.setattr(mkl_ops, "LARGE", 0)
     return str(request.param)
@@ -141,7 +141,7 @@ def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 @pytest.mark.parametrize("rows", [1, 2, SIDE_BY_SIDE - 1, SIDE_BY_SIDE, 70])
 @pytest.mark.parametrize("packed_bytes", [0, 1 << 30])
 def test_a_product_is_as_near_as_float32_allows(ways: str, rows: int, packed_bytes: int) -> None:
-    """Each time, the first as well as those with packed weights: within n units of the sum of the absolute terms."""
+    """The first product and those with packed weights are within n units of the sum of the absolute terms."""
     rng = np.random.default_rng(rows)
     ops, n = MklOps(np.float32, packed_bytes=packed_bytes), 300
     matrices = [rng.standard_normal((m, n)).astype(np.float32).astype(BFLOAT16) for m in (5, 64, 33)]
@@ -160,7 +160,7 @@ def test_a_product_is_as_near_as_float32_allows(ways: str, rows: int, packed_byt
 @pytest.mark.parametrize("calls", [(1, 1, 1), (40, 1, 1), (7, 40, 1)])
 @pytest.mark.parametrize("upcast_bytes", [1 << 30, 1 << 12])
 def test_the_model_is_the_spec(ways: str, calls: tuple[int, ...], upcast_bytes: int) -> None:
-    """Against float64, no farther than NumPy's float32 by more than twice; also where weights are streamed."""
+    """The distance from float64 is at most twice that of NumPy's float32, also where weights are streamed."""
     config = Config(
         dim=64, layers=2, heads=8, kv_heads=2, head_dim=16, hidden_dim=96, vocab=50, experts=4, experts_per_token=2
     )
@@ -191,7 +191,7 @@ def in_bfloat16(config: Config) -> Any:
 
 
 def logits(ops: NativeOps, model: Model, calls: tuple[int, ...]) -> Array:
-    """[T, V] of tokens in calls of so many."""
+    """Logits [T, V] of tokens. calls: tokens per call"""
     caches, past, found = None, 0, []
     for count in calls:
         positions = np.arange(past, past + count)

@@ -1,4 +1,4 @@
-"""What every kind of ops must do alike, and what one of them does alone."""
+"""The common behaviour of all kinds of ops, and the special behaviour of some."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_a_prepared_weight_is_prepared_once_while_it_fits() -> None:
 
 
 def test_balls_prove_only_the_decisions_that_they_separate() -> None:
-    """Disjoint balls prove; overlapping ones do not; equal exact ones fall under the tie rule."""
+    """Disjoint balls prove a decision and overlapping balls do not. Equal exact balls follow the tie rule."""
     ops = BallOps()
     arb = ops.flint.arb
     clear, near = [arb(3), arb(1), arb(2)], [arb(2, 1e-3), arb(1), arb(2)]
@@ -149,7 +149,7 @@ def test_balls_prove_only_the_decisions_that_they_separate() -> None:
 
 @given(st.lists(st.floats(-50, 50), min_size=2, max_size=6))
 def test_balls_contain_what_exact_ops_compute_to_an_ulp(values: list[float]) -> None:
-    """An enclosure is of the real number: the exact result lies within its rounding of it."""
+    """A ball encloses the real number, and the exact result lies within one rounding of that number."""
     ball, exact = BallOps(), ExactOps()
     x, y = ball.array(values), exact.array(values)
     for found, wanted in ((ball.exp(x), exact.exp(y)), (ball.sigmoid(x), exact.sigmoid(y))):
@@ -158,7 +158,7 @@ def test_balls_contain_what_exact_ops_compute_to_an_ulp(values: list[float]) -> 
 
 
 def test_exact_ops_split_a_weight_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many calls, and under however many prefixes, until it is pushed out."""
+    """A weight is split once for all calls and prefixes, until the cache drops it."""
     prepared = []
     prepare = dot.prepare
     monkeypatch.setattr(dot, "prepare", lambda *arguments: prepared.append(1) or prepare(*arguments))

@@ -1,4 +1,4 @@
-"""Slabs: a matrix of middle size keeps its values and gets memory of its own; others stay where they are."""
+"""Slabs: a matrix of middle size keeps its values and gets memory of its own; other matrices are not moved."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_small_and_large_arrays_are_left_where_they_are(size: int) -> None:
 @pytest.mark.parametrize("slab", [HUGE_BY_ITSELF + ALIGNMENT, 16 << 20])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_each_matrix_keeps_its_values(monkeypatch: pytest.MonkeyPatch, slab: int, dtype: type) -> None:
-    """Also when those after it are settled, in the same slab or in the next."""
+    """The values stay when later matrices are settled, in this slab or in the next."""
     monkeypatch.setattr(slabs, "SLAB", slab)
     rng, here = np.random.default_rng(1), Slabs()
     shapes = [(600, 129), (300, 999), (1, 130_001), (511, 512), (700, 700)]

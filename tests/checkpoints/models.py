@@ -16,10 +16,10 @@ UNEVEN = Config(
     dim=26, layers=2, heads=6, kv_heads=3, head_dim=8, hidden_dim=28, vocab=37, experts=5, experts_per_token=4,
     norm_eps=3e-5, rope_theta=3e4, window=11, context=99,
 )  # fmt: skip
-"""No two dimensions are the same, none is a default, and head_dim is not dim / heads."""
+"""All dimensions differ, none is a default, and head_dim is not dim / heads."""
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-"""Names of dtypes, and what safetensors calls them."""
+"""Names of dtypes, and their names in safetensors."""
 
 
 def all_values(parameters: Parameters) -> dict[str, np.ndarray[Any, Any]]:
@@ -28,7 +28,7 @@ def all_values(parameters: Parameters) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def assert_same_values(found: Parameters, expected: Parameters) -> None:
-    """Bit for bit, as float64."""
+    """Assert that two models have equal parameters, bit for bit, as float64."""
     left, right = all_values(found), all_values(expected)
     assert left.keys() == right.keys()
     for name, values in right.items():

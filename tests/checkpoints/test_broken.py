@@ -1,4 +1,4 @@
-"""Broken checkpoints, one of each kind: every one is refused with one sentence that says where and what."""
+"""Broken checkpoints, one of each kind: each is refused with one sentence that names the place and the fault."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Kind:
     """Which good checkpoint is broken."""
     damage: Break
     words: tuple[str, ...]
-    """What the sentence must contain; a `$` is its end."""
+    """Parts that the sentence must contain; a `$` is its end."""
 
 
 # Ways to break things
@@ -146,7 +146,7 @@ def values(name: str, dtype: Any, *found: float, file: str = SINGLE) -> Break:
 
 
 def cut(name: str, part: float) -> Break:
-    """Keep a part of a file; below zero, that many bytes fewer."""
+    """Keep a fraction of a file, or, if negative, remove that number of bytes."""
 
     def damage(folder: Path) -> None:
         raw = (folder / name).read_bytes()
@@ -268,7 +268,7 @@ KINDS = [
     Kind("theta infinite", "hf", config(rope_theta=float("inf")), ("'rope_theta' is Infinity, but a finite",)),
     Kind("theta beyond floats", "hf", config(rope_theta=10**400), ("'rope_theta' is 1000", "a float can hold")),
     Kind("epsilon NaN", "hf", config(rms_norm_eps=float("nan")), ("'rms_norm_eps' is NaN, but a finite number",)),
-    # config.json: numbers that are too large to list what they ask for
+    # config.json: numbers that are too large to list the expected tensors
     Kind("huge depth", "hf", config(num_hidden_layers=BIG), ("model.layers.2.", "num_hidden_layers = 1000000000")),
     Kind("huge expert count", "hf", config(num_local_experts=BIG), (f"[{BIG}, 26]", f"num_local_experts = {BIG}")),
     Kind("huge, fused", "fused", config(num_local_experts=BIG), (f"[{BIG}, 26]", f"num_local_experts = {BIG}")),
@@ -493,7 +493,7 @@ def test_there_are_enough_kinds() -> None:
 
 
 def test_non_finite_rows_are_found_when_they_are_used(tmp_path: Path, good: Path) -> None:
-    """Only rows that are used are looked at, and each time."""
+    """Only rows that are used are checked, at every use."""
     shutil.copytree(good / "hf", tmp_path, dirs_exist_ok=True)
     values("model.embed_tokens.weight", BFLOAT16, np.nan)(tmp_path)
     embedding = named_weights(load_checkpoint(tmp_path).parameters)["embedding"]

@@ -1,4 +1,4 @@
-"""Every layout on disk holds the same model, and none of them is read before it is used."""
+"""Every layout on disk gives an equal model, and no weight is read before it is used."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_a_value_that_a_dtype_cannot_hold_is_not_written(tmp_path: Path) -> None
 
 @given(heads=st.integers(1, 7), pairs=st.integers(1, 9), dim=st.integers(1, 5))
 def test_half_split_and_interleaved_are_inverse(heads: int, pairs: int, dim: int) -> None:
-    """ROPE-3, and where each row goes."""
+    """ROPE-3, with the new place of each row."""
     head_dim = 2 * pairs
     rows = np.arange(heads * head_dim * dim).reshape(heads * head_dim, dim)
     split = half_split(rows, head_dim)
@@ -166,7 +166,7 @@ def turned_in_halves(x: Floats, angles: Floats) -> Floats:
 
 
 def test_scores_are_those_of_mistrals_complex_rotation(tmp_path: Path) -> None:
-    """ROPE-3: on the rows as the file holds them, Mistral's rotation gives what the spec's gives on the loaded ones."""
+    """ROPE-3: Mistral's rotation of the rows in the file gives the scores of the spec's rotation of the loaded rows."""
     write_checkpoint(tmp_path, UNEVEN, SOURCE.parameters, "float32", "mistral")
     weights = named_weights(load_checkpoint(tmp_path).parameters)
     with safe_open(tmp_path / "consolidated.safetensors", framework="np") as file:
@@ -207,7 +207,7 @@ LARGE = Config(
 
 
 def owner(array: Any) -> Any:
-    """Whatever holds the memory that an array shows."""
+    """The object that owns the memory of an array."""
     while isinstance(array, np.ndarray) and array.base is not None:
         array = array.base
     return array

@@ -1,4 +1,4 @@
-"""The weight formula: the same numbers from ten lines of plain integers, any element without the others."""
+"""The weight formula: it equals ten lines on plain integers, and any element can be computed without the others."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_gains_follow_the_formula(seed: int, name: str) -> None:
 
 
 def test_known_values() -> None:
-    """Vectors for other languages; they may never change, or every golden does."""
+    """Vectors for other languages. They may never change, as every golden depends on them."""
     assert elements(0, "embedding", 0, 0, 6).tolist() == [-247, -5, 255, -119, -187, 1]
     assert (gains(1, "layers.0.moe_norm", 4) * 128).tolist() == [108, 112, 174, 146]
 
@@ -98,7 +98,7 @@ def test_values_are_exact_in_every_dtype() -> None:
 
 @pytest.mark.parametrize("kind", GAINS)
 def test_the_default_exponent_is_the_largest_that_keeps_the_gain(kind: str) -> None:
-    """Against the inequality of its docstring, in rational arithmetic."""
+    """The exponent meets the inequality of its docstring, in rational arithmetic."""
 
     def fits(exponent: int, fan_in: int) -> bool:
         return Fraction(4) ** exponent * 21845 * fan_in <= Fraction(4) ** GAINS[kind]
@@ -118,7 +118,7 @@ def test_names_and_seeds_give_other_values() -> None:
 
 
 def test_values_are_spread_evenly() -> None:
-    """Every value appears, the mean is near zero, neighbours and bytes of two streams do not go together."""
+    """Every value appears, the mean is near zero, and neighbours and bytes of two streams are not correlated."""
     n = 1 << 18
     values = elements(5, "layers.1.experts.3.w2", 0, 0, n).astype(np.float64)
     counts = np.unique(values, return_counts=True)[1]
@@ -199,7 +199,7 @@ def changed(x: Any, row: int, columns: Any, values: Any) -> Any:
 
 
 def test_an_exponent_for_a_row_is_the_formula_s_at_that_scale() -> None:
-    """Whatever was edited before."""
+    """Edits before it have no effect on the row."""
     found = edited(
         {"parameter": "embedding", "value": 1.0}, {"parameter": "embedding", "row": 5, "exponent": 3}
     )["embedding"].read()  # fmt: skip
@@ -229,7 +229,7 @@ def test_a_pattern_edits_every_parameter_that_it_matches() -> None:
 
 @given(st.data())
 def test_rows_of_an_edited_table_are_those_of_the_whole(data: st.DataObject) -> None:
-    """Chains of copies included."""
+    """Rows equal those of the whole table, also for chains of copies."""
     rows, columns = st.integers(0, 36), st.sampled_from([None, [0, 1], [3, 9]])
     actions = st.one_of(
         st.fixed_dictionaries({"copy": rows}), st.fixed_dictionaries({"value": st.integers(-9, 9)}),

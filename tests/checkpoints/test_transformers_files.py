@@ -1,4 +1,4 @@
-"""Files exchanged with transformers: what it writes is read here, what is written here is read there."""
+"""Files exchanged with transformers: refmoe reads its files, and it reads refmoe's."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def engine_config(config: Config) -> Any:
 
 
 def engine_values(model: Any) -> dict[str, np.ndarray[Any, Any]]:
-    """The engine's parameters by the spec's names, read from its modules: the map is written out here once more."""
+    """The engine's parameters by the spec's names, read from its modules by a second, independent map."""
     found = {"embedding": model.model.embed_tokens.weight, "final_norm": model.model.norm.weight}
     found["output"] = model.lm_head.weight
     for i, layer in enumerate(model.model.layers):
@@ -47,7 +47,9 @@ def engine_values(model: Any) -> dict[str, np.ndarray[Any, Any]]:
             found[f"{prefix}attention.w{name}"] = getattr(layer.self_attn, f"{name}_proj").weight
         found[prefix + "router.gate"] = layer.mlp.gate.weight
         for e in range(len(layer.mlp.experts.gate_up_proj)):
-            found[f"{prefix}experts.{e}.w1"] = layer.mlp.experts.gate_up_proj[e, :hidden]  # what goes through silu
+            found[f"{prefix}experts.{e}.w1"] = layer.mlp.experts.gate_up_proj[
+                e, :hidden
+            ]  # the gate, which goes through silu
             found[f"{prefix}experts.{e}.w3"] = layer.mlp.experts.gate_up_proj[e, hidden:]
             found[f"{prefix}experts.{e}.w2"] = layer.mlp.experts.down_proj[e]
     assert sum(value.numel() for value in found.values()) == sum(value.numel() for value in model.parameters())
@@ -65,7 +67,7 @@ def assert_equal(loaded: Checkpoint, model: Any) -> None:
 def model(request: pytest.FixtureRequest) -> Any:
     torch.manual_seed(11)
     model = transformers.MixtralForCausalLM(engine_config(CONFIG))
-    for parameter in model.parameters():  # norms begin as ones, which would hide one taken for another
+    for parameter in model.parameters():  # norms begin as ones, which would hide that two are exchanged
         parameter.data.normal_(1.0, 0.3)
     return model.to(getattr(torch, request.param))
 
@@ -73,7 +75,7 @@ def model(request: pytest.FixtureRequest) -> Any:
 @pytest.mark.parametrize("shard", ["1GB", "10KB"])
 @pytest.mark.parametrize("original", [True, False], ids=["published-names", "module-names"])
 def test_what_transformers_writes_is_read(tmp_path: Path, model: Any, original: bool, shard: str) -> None:
-    """In the names of published checkpoints (its default) and in those of its own modules."""
+    """Both with the names of published checkpoints (its default) and with those of its own modules."""
     model.save_pretrained(tmp_path, max_shard_size=shard, save_original_format=original)
     loaded = load_checkpoint(tmp_path)
     assert loaded.config == CONFIG
@@ -84,7 +86,7 @@ def test_what_transformers_writes_is_read(tmp_path: Path, model: Any, original: 
 
 @pytest.mark.parametrize("original", [True, False])
 def test_the_names_that_transformers_writes(tmp_path: Path, model: Any, original: bool) -> None:
-    """Apart under block_sparse_moe, or fused under mlp: should it change, this says so before a user does."""
+    """Experts are apart under block_sparse_moe, or fused under mlp. This test fails when transformers changes that."""
     model.save_pretrained(tmp_path, save_original_format=original)
     names = take_apart(tmp_path / "model.safetensors")[0].keys() - {"__metadata__"}
     experts = {name for name in names if "experts" in name}

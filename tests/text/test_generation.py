@@ -13,7 +13,7 @@ WARM = SamplingSettings(temperature=1.0)
 
 
 class Script:
-    """A model that says the given tokens, whatever it is told, and notes what it was told."""
+    """A model that returns the given tokens for any input, and records its inputs."""
 
     def __init__(self, tokens, vocab_size=10) -> None:
         self.tokens, self.vocab_size, self.told = list(tokens), vocab_size, []
@@ -30,7 +30,7 @@ def reply(step, prompt=(1,), settings=GREEDY, *, max_new_tokens=100, stop_ids=(2
 
 
 def test_the_step_is_given_the_prompt_and_then_each_new_token():
-    """GEN-1, GEN-2: and no step after the last token."""
+    """GEN-1, GEN-2: no step follows the last token."""
     step = Script([5, 6, 7, 8])
     assert reply(step, [1, 4, 3], max_new_tokens=3) == [5, 6, 7]
     assert step.told == [[1, 4, 3], [5], [6]]
@@ -70,7 +70,7 @@ def test_each_token_is_computed_when_it_is_asked_for():
 
 
 def test_the_penalty_counts_the_prompt_and_the_reply():
-    """GEN-3: always the same logits, so each token is taken once, and then the least penalised leads."""
+    """GEN-3: the logits never change, so each token is taken once, and then the least penalised token leads."""
 
     def step(new_tokens):
         return np.array([4.0, 3.0, 2.5, 0.5])
@@ -81,7 +81,7 @@ def test_the_penalty_counts_the_prompt_and_the_reply():
 
 
 def test_a_seed_fixes_the_reply():
-    """GEN-4: one generator for all of it, which is PCG64 of the seed."""
+    """GEN-4: one generator serves the whole reply, PCG64 of the seed."""
 
     def step(new_tokens):
         return np.zeros(50)
@@ -105,7 +105,7 @@ def test_a_seed_fixes_the_reply():
     ],
 )
 def test_a_bad_request_is_refused_at_the_call(changes, sentence):
-    """Before the first token is asked for."""
+    """InputError is raised before the first token is asked for."""
     arguments = {"prompt": [1], "max_new_tokens": 1, "seed": 0} | changes
     with pytest.raises(InputError, match=sentence):
         generate(Script([5]), settings=GREEDY, stop_ids=(), **arguments)

@@ -23,7 +23,7 @@ from refmoe.text.sampling import (
 
 
 class Fixed:
-    """A generator whose uniform numbers are given, and counted."""
+    """A generator that returns given uniform numbers and counts them."""
 
     def __init__(self, *numbers: float) -> None:
         self.numbers = list(numbers)
@@ -159,7 +159,7 @@ def test_the_order_is_penalty_temperature_top_k_top_p():
 
 
 def test_a_draw_inverts_the_cumulative_distribution_by_id():
-    """SAMPLE-7: weights 1 1 0 1 1 make the boundaries 1/4 2/4 2/4 3/4 exactly; u on one belongs to the next token."""
+    """SAMPLE-7: weights 1 1 0 1 1 give the exact boundaries 1/4 2/4 2/4 3/4; u on a boundary takes the next token."""
     logits = vector(0, 0, -inf, 0, 0)
     expected = {0.0: 0, 0.2499: 0, 0.25: 1, 0.4999: 1, 0.5: 3, 0.7499: 3, 0.75: 4, JUST_BELOW_1: 4}
     assert {u: draw(logits, u) for u in expected} == expected
@@ -213,7 +213,7 @@ def test_logits_of_any_floating_type_are_left_as_they_are(dtype):
     ],
 )
 def test_logits_that_no_choice_can_be_made_from_are_refused(logits, sentence):
-    """SAMPLE-8, greedily and not."""
+    """SAMPLE-8, for greedy and for random sampling."""
     for temperature in (0.0, 1.0):
         with pytest.raises(InputError, match=sentence):
             sample(logits, SamplingSettings(temperature=temperature), Fixed(0.5))

@@ -1,4 +1,4 @@
-"""STREAM-1 to STREAM-3 over the real vocabularies: what is streamed, joined, is what decoding at once gives."""
+"""STREAM-1 to STREAM-3 over the real vocabularies: the streamed pieces, joined, are the text decoded at once."""
 
 import pytest
 from hypothesis import example, given, settings
@@ -33,7 +33,7 @@ def test_the_stream_joined_is_the_whole_decoded(tokenizer, ids):
 @given(data=st.data())
 @settings(max_examples=500, deadline=None)
 def test_the_stream_joined_is_the_whole_decoded_for_bytes(tokenizer, data):
-    """STREAM-1 and TOK-8 where it is hard: valid, truncated, overlong and surrogate sequences, and tokens between."""
+    """STREAM-1 and TOK-8 for hard input: valid, truncated, overlong and surrogate sequences, and tokens between."""
     chunk = st.one_of(
         st.text(min_size=1, max_size=2).map(str.encode),
         st.lists(st.sampled_from(BYTES_OF_NOTE), min_size=1, max_size=5).map(bytes),
@@ -77,14 +77,14 @@ def test_bytes_that_nothing_completes_are_replaced_one_by_one(tokenizer):
 
 
 def test_text_that_cannot_change_does_not_wait(tokenizer):
-    """STREAM-3: a byte that ends a broken sequence lets go of it at once."""
+    """STREAM-3: a byte that ends a broken sequence releases it at once."""
     assert streamed(tokenizer, byte_tokens(tokenizer, b"\xe2A\xffB")) == ["", "\ufffdA", "\ufffd", "B", ""]
     ids = tokenizer.encode("one two", bos=False)
     assert streamed(tokenizer, ids) == ["one", " two", ""]
 
 
 def test_only_the_space_of_the_beginning_is_dropped(tokenizer):
-    """TOK-6: after BOS still, but neither twice nor after a byte."""
+    """TOK-6: the space is dropped after BOS too, but neither twice nor after a byte."""
     a, space = tokenizer.encode("a", bos=False)[0], tokenizer.encode(" a", bos=False)[0]
     assert streamed(tokenizer, [tokenizer.bos_id, a, a]) == ["", "a", " a", ""]
     assert streamed(tokenizer, [space, tokenizer.eos_id, space, a]) == ["", "", " ", " a", ""]
@@ -108,7 +108,7 @@ def test_an_id_outside_the_vocabulary_leaves_the_stream_as_it_was(v1):
 @example(data=b"a\xed\xa0")
 @settings(deadline=None)
 def test_at_most_three_bytes_are_kept_back(data):
-    """STREAM-3: a lead byte and what follows it; that they are kept back changes nothing in the end."""
+    """STREAM-3: a lead byte and the bytes after it wait, which does not change the complete text."""
     text, kept = decode_utf8(data, final=False)
     assert len(kept) <= 3
     assert not kept or kept[0] >= 0xC2

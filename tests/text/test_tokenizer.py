@@ -88,7 +88,7 @@ def pieces(tokenizer) -> tuple[dict[str, tuple[float, int]], list[int]]:
 
 
 def byte_pair_encoding(scores: dict[str, tuple[float, int]], byte_tokens: list[int], text: str) -> list[int]:
-    """TOK-1 to TOK-3 taken literally, one merge at a time. Knows the pieces and their scores, and nothing else."""
+    """TOK-1 to TOK-3 taken literally, one merge at a time, from only the pieces and their scores."""
     symbols = list("▁" + text.replace(" ", "▁")) if text else []
     while True:
         pairs = [(scores[a + b][0], -i) for i, (a, b) in enumerate(itertools.pairwise(symbols)) if a + b in scores]
@@ -263,7 +263,7 @@ def test_a_directory_is_refused(tmp_path):
 
 
 def test_a_truncated_file_is_refused_wherever_it_is_cut(tmp_path, v1_file):
-    """A file cut between two pieces parses: the promises are then checked against what it does."""
+    """A file cut between two pieces can be parsed, so its behaviour is checked."""
     content = v1_file.read_bytes()
     path = tmp_path / "tokenizer.model"
     cuts = {*range(0, len(content), len(content) // 12), *range(len(content) - 700, len(content), 20)}
@@ -276,7 +276,7 @@ def test_a_truncated_file_is_refused_wherever_it_is_cut(tmp_path, v1_file):
 
 
 def train(tmp_path, **changes):
-    """A small model of one's own, with Mixtral's conventions but for `changes`."""
+    """Train a small model with Mixtral's conventions except for `changes`."""
     import sentencepiece
 
     corpus = tmp_path / "corpus.txt"

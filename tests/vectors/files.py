@@ -16,7 +16,7 @@ def load(name: str) -> dict[str, Any]:
 
 
 def dumps(content: dict[str, Any]) -> str:
-    """A vector file's text: ASCII, one vector a line, so that a change shows as the vectors that changed."""
+    """A vector file's text: ASCII, one vector a line, so that a diff shows the changed vectors."""
     head = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items() if key != "vectors"]
     vectors = ",\n".join("  " + json.dumps(vector) for vector in content["vectors"])
     return "{\n" + "".join(f" {line},\n" for line in head) + ' "vectors": [\n' + vectors + "\n ]\n}\n"

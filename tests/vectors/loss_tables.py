@@ -30,7 +30,7 @@ class Table(NamedTuple):
     k: int = 0  # 0: a router z-loss
     mask: list[str] | None = None
     bugs: tuple[str, ...] = ()
-    exact: Fraction | None = None  # the value by an argument of `why`, which the balls must enclose
+    exact: Fraction | None = None  # the value that `why` derives, which the balls must enclose
 
 
 CONSTANT, REDUCTION = "aux-constant", "aux-wrong-reduction"

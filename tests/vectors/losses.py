@@ -36,7 +36,7 @@ def build() -> dict[str, Any]:
 
 
 def vector(table: Table) -> dict[str, Any]:
-    """One vector with its expected value, which must enclose the value that `why` argues for."""
+    """One vector with its expected value, which must enclose the exact value of the table."""
     pool = [
         [Fraction(value) for value in row]
         for layer in table.layers
@@ -83,7 +83,7 @@ def choices(row: Sequence[Fraction], k: int) -> list[int]:
 
 
 def load_balancing(pool: list[list[Fraction]], chosen: list[list[int]]) -> Any:
-    """E times the sum of f_e P_e over the rows of all layers together: a ball."""
+    """E times the sum of f_e P_e over the rows of all layers together, as a ball."""
     tokens, experts = len(pool), len(pool[0])
     probability = [flint.arb(0)] * experts
     for row in pool:
@@ -95,6 +95,6 @@ def load_balancing(pool: list[list[Fraction]], chosen: list[list[int]]) -> Any:
 
 
 def z_loss(pool: list[list[Fraction]]) -> Any:
-    """The mean square of log-sum-exp: a ball. Arb's exponents do not overflow."""
+    """The mean square of log-sum-exp, as a ball. Arb's exponents do not overflow."""
     logs = [sum((ball(value).exp() for value in row), flint.arb(0)).log() for row in pool]
     return sum((z * z for z in logs), flint.arb(0)) / len(pool)

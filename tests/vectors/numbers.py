@@ -1,4 +1,4 @@
-"""How the vector files write numbers: decimals that are exact, and proven enclosures of those that cannot be."""
+"""The numbers of vector files: exact decimals, and proven enclosures of numbers without an exact decimal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def ball(value: Fraction) -> Any:
 
 
 def decimal(value: Fraction) -> str:
-    """A dyadic rational as the decimal number that is exactly it."""
+    """A dyadic rational as the decimal number that equals it."""
     with localcontext() as context:
         context.prec = 1000
         text = format(Decimal(value.numerator) / Decimal(value.denominator), "f")
@@ -43,14 +43,14 @@ def enclosure(value: Any) -> Enclosure:
 
 
 def contains(stated: Enclosure, value: Fraction, slack: Fraction) -> bool:
-    """Is `value` within `slack` of the stated number?"""
+    """Whether `value` is within `slack` of the stated number."""
     if "exact" in stated:
         return abs(Fraction(stated["exact"]) - value) <= slack
     return abs(Fraction(stated["midpoint"]) - value) <= slack + Fraction(stated["radius"])
 
 
 def read(text: str) -> float:
-    """A decimal of a vector file, "-inf" included, as the float that is exactly it."""
+    """A decimal of a vector file, or "-inf", as the float that equals it."""
     value = float(text)
     assert text == "-inf" or Fraction(value) == Fraction(text)
     return value

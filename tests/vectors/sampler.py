@@ -1,7 +1,7 @@
 """`golden/vectors/sampler.json`: choosing a token, from hand-made logits, in rational numbers and ball arithmetic.
 
-A decision (is p reached, does the cumulative probability exceed u) is made by rational numbers where all kept tokens
-have one logit, and by balls that prove it elsewhere.
+A decision is whether p is reached, or whether the cumulative probability exceeds u. It is made by rational numbers
+where all kept tokens have one logit, and proven by balls elsewhere.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def build() -> dict[str, Any]:
 
 
 def vector(table: Table) -> dict[str, Any]:
-    """One vector with what each stage gives."""
+    """One vector with the result of each stage."""
     penalised = penalise(table)
     logits = {token: Fraction(text) for token, text in enumerate(penalised) if text != "-inf"}
     order = sorted(logits, key=lambda token: (-logits[token], token))
@@ -66,7 +66,7 @@ def vector(table: Table) -> dict[str, Any]:
 
 
 def penalise(table: Table) -> list[str]:
-    """The logits after the repetition penalty; those it leaves as they are keep their spelling."""
+    """The logits after the repetition penalty. Unchanged logits keep their spelling."""
     result = list(table.logits)
     penalty = Fraction(table.penalty)
     for token in set(table.seen):
@@ -77,7 +77,7 @@ def penalise(table: Table) -> list[str]:
 
 
 def filtered(table: Table, logits: dict[int, Fraction], order: list[int]) -> dict[str, Any]:
-    """What top-k and top-p keep, the probabilities of that, and the draws."""
+    """The tokens that top-k and top-p keep, their probabilities, and the draws."""
     first = order if table.top_k is None else order[: table.top_k]
     p = Fraction(table.top_p)
     sums = list(accumulate(probabilities(logits, first, table.temperature)))
@@ -102,7 +102,7 @@ def probabilities(logits: dict[int, Fraction], tokens: list[int], temperature: s
 
 
 def reaches(total: Probability, threshold: Fraction) -> bool:
-    """Is total >= threshold? Both answers are proven; the sum of all balls cannot be told from 1, and is not asked."""
+    """Whether total >= threshold, proven either way. No caller asks about the sum of all balls, which encloses 1."""
     if isinstance(total, Fraction):
         return total >= threshold
     above, below = bool(total > ball(threshold)), bool(total < ball(threshold))
@@ -127,4 +127,4 @@ def margin(value: Fraction, boundaries: list[Probability]) -> str:
     scaled = [distance * 10000 for distance in distances]
     units = min(int(d if isinstance(d, Fraction) else d.lower().floor().unique_fmpz()) for d in scaled)
     assert units > 0
-    return f"{units / 10000:.4f}"  # in binary64 the quotient is off by 2^-53, the text by nothing
+    return f"{units / 10000:.4f}"  # the quotient has an error of 2^-53 in binary64, the text has none

@@ -1,4 +1,4 @@
-"""The vector files are what their schema says, and what their generators give."""
+"""The vector files conform to their schema and equal the output of their generators."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def schema() -> Any:
 
 
 def without_versions(content: dict[str, Any]) -> dict[str, Any]:
-    """Another version of a generator's library may give the same vectors; a test says when it does not."""
+    """The content without library versions, as another version of a library may give equal vectors."""
     return {key: value for key, value in content.items() if key != "generator"}
 
 
@@ -40,7 +40,7 @@ def test_a_file_fits_the_schema(name: str, schema: Any) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_schema_refuses_a_vector_with_a_field_too_few_or_too_many(name: str, schema: Any) -> None:
-    """Every field of the first vector of each kind is needed, and so is every field of the file; no other is known."""
+    """Every field of the file and of the first vector of each kind is needed, and no other field is allowed."""
     content = load(name)
     first = {vector["kind"]: vector for vector in reversed(content["vectors"])}
     for vector in first.values():
@@ -71,6 +71,6 @@ def test_names_are_unique_and_every_clause_is_stated_in_the_code(name: str) -> N
 
 
 def test_the_files_have_no_other_neighbours() -> None:
-    """A file that nobody tests does not belong in the folder."""
+    """A file without a test does not belong in the folder."""
     expected = {*FILES, "vectors.schema.json", "FORMAT.md"}
     assert {path.name for path in FOLDER.iterdir()} == expected

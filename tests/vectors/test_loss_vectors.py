@@ -1,4 +1,4 @@
-"""`losses.json` against refmoe, in three arithmetics, and against mistakes that are near.
+"""`losses.json` against refmoe, in three arithmetics, and against plausible mistakes.
 
 The known bugs: `tests/bugs/test_outside.py`.
 """
@@ -58,7 +58,7 @@ def test_refmoe_gives_the_value_in_float64(vector: dict[str, Any], ops: Callable
 
 @pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: str(vector["name"]))
 def test_refmoe_encloses_the_value_in_balls(vector: dict[str, Any]) -> None:
-    """The balls of the spec's own arithmetic and the stated enclosures meet, and are both narrow."""
+    """The balls of `BallOps` and the stated enclosures overlap, and both are narrow."""
     ops = BallOps()
     ball, stated = refmoe_loss(ops, vector), vector["expected"]["loss"]
     value = Fraction(stated.get("exact", stated.get("midpoint")))
@@ -70,7 +70,7 @@ def test_refmoe_encloses_the_value_in_balls(vector: dict[str, Any]) -> None:
 @pytest.mark.engines
 @pytest.mark.parametrize("vector", [v for v in BALANCING if not v["ties"]], ids=lambda vector: str(vector["name"]))
 def test_transformers_gives_the_value_in_float32(vector: dict[str, Any]) -> None:
-    """The vectors as another framework reads them. At most 8 rows of 8 experts: 64 roundings of 2^-24 are enough."""
+    """transformers meets the vectors. With at most 8 rows of 8 experts, 64 roundings of 2^-24 are enough."""
     import torch
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
@@ -132,7 +132,7 @@ VARIATIONS: dict[str, tuple[Callable[[dict[str, Any]], float], str]] = {
 
 
 def catches(vector: dict[str, Any], value: float) -> bool:
-    """Is the value off by more than any float32 implementation could be: a thousandth?"""
+    """Whether the value is wrong by more than a thousandth, which exceeds any error of float32."""
     return not contains(vector["expected"]["loss"], Fraction(value), Fraction(1, 1000))
 
 
@@ -142,7 +142,7 @@ def test_the_variations_vary_from_the_right_value() -> None:
 
 @pytest.mark.parametrize("mistake", VARIATIONS)
 def test_each_near_mistake_is_caught(mistake: str) -> None:
-    """bugs.json does not have them."""
+    """Each mistake, which bugs.json does not have, gives a wrong value for some vector."""
     variation, name = VARIATIONS[mistake]
     (vector,) = (vector for vector in BALANCING if vector["name"] == name)
     assert catches(vector, variation(vector))
@@ -173,7 +173,7 @@ Z_VARIATIONS: dict[str, tuple[Callable[[dict[str, Any]], float], str]] = {
 
 
 def z_of(vector: dict[str, Any], rows: Array, mean: bool = False) -> float:
-    """The loss of these rows, all of them; with `mean`, log of the mean of exp."""
+    """The z-loss of all these rows. mean: use the log of the mean of exp, which is a mistake."""
     shift = np.log(rows.shape[-1]) if mean else 0.0
     largest = rows.max(axis=-1)
     return float(np.mean((largest + np.log(np.exp(rows - largest[:, None]).sum(axis=-1)) - shift) ** 2))
@@ -181,7 +181,7 @@ def z_of(vector: dict[str, Any], rows: Array, mean: bool = False) -> float:
 
 @pytest.mark.parametrize("mistake", Z_VARIATIONS)
 def test_each_mistake_of_a_z_loss_is_caught(mistake: str) -> None:
-    """bugs.json has none of the z-loss; these are the obvious ones."""
+    """The obvious mistakes of a z-loss, of which bugs.json has none."""
     variation, name = Z_VARIATIONS[mistake]
     (vector,) = (vector for vector in Z_LOSS if vector["name"] == name)
     value = variation(vector)

@@ -38,7 +38,7 @@ def settings_of(vector: Vector) -> SamplingSettings:
 
 
 class Uniform:
-    """A generator whose next number is known."""
+    """A generator that returns a given number."""
 
     def __init__(self, u: str) -> None:
         self.u = read(u)

@@ -64,7 +64,7 @@ def test_ids_are_decoded(tokenizer: Tokenizer, vector: Vector) -> None:
 
 @pytest.mark.parametrize(("tokenizer", "vector"), vectors("stream"))
 def test_ids_are_decoded_as_they_come(tokenizer: Tokenizer, vector: Vector) -> None:
-    """STREAM-1 to STREAM-3."""
+    """STREAM-1 to STREAM-3 for the vectors of streams."""
     stream = TextStream(tokenizer)
     assert [stream.feed(token) for token in vector["ids"]] == vector["expected"]["pieces"]
     assert stream.finish() == vector["expected"]["rest"]
@@ -73,6 +73,6 @@ def test_ids_are_decoded_as_they_come(tokenizer: Tokenizer, vector: Vector) -> N
 
 @pytest.mark.parametrize("version", FILES)
 def test_a_dialogue_with_genuine_eos_tokens_is_among_the_vectors(version: str) -> None:
-    """What gen-pad-eq-eos needs: EOS inside the context, which a mask `ids != eos` would hide."""
+    """The bug gen-pad-eq-eos shows only with an EOS inside the context, which a mask `ids != eos` would hide."""
     (ids,) = (v["expected"]["ids"] for v in CONTENT[version]["vectors"] if v["name"] == "chat-five-turns")
     assert ids.count(CONTENT[version]["tokenizer"]["eos_id"]) == 2

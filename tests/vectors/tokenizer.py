@@ -1,4 +1,4 @@
-"""`golden/vectors/tokenizer-*.json`: what mistral-common's tokenizers and templates make of texts and dialogues."""
+"""`golden/vectors/tokenizer-*.json`: texts and dialogues encoded by mistral-common's tokenizers and templates."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Theirs:
         self.pieces: dict[str, int] = {piece: token for token, piece in enumerate(self.plain.vocab())}
 
     def about(self) -> dict[str, Any]:
-        """Which file, and its conventions."""
+        """The name of the file, and its conventions."""
         return {
             "file": self.path.name,
             "sha256": hashlib.sha256(self.path.read_bytes()).hexdigest(),
@@ -65,7 +65,7 @@ class Theirs:
         }
 
     def text(self, case: Text) -> dict[str, Any]:
-        """The ids of a text, with BOS, and the text of those."""
+        """The ids of a text, with BOS, and the text decoded from them."""
         ids = self.plain.encode(case.text, bos=True, eos=False)
         result = {**head(case, "text"), "text": case.text, "utf8": case.text.encode().hex()}
         if case.parts:
@@ -91,7 +91,7 @@ class Theirs:
         return {**head(case, "decode"), "ids": ids, "expected": {"decoded": self.plain.decode(ids)}}
 
     def stream(self, case: Ids) -> dict[str, Any]:
-        """The text that each id adds: what no continuation can change any more, less what was handed out before."""
+        """The text that each id adds: the text that no continuation can change, less the text returned before."""
         ids, pieces, settled = self.ids(case), [], ""
         for count in range(1, len(ids) + 1):
             now = self.settled(ids[:count])

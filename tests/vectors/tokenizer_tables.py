@@ -17,16 +17,16 @@ class Text(NamedTuple):
     why: str
     clauses: tuple[str, ...]
     bugs: tuple[str, ...] = ()
-    parts: tuple[str, ...] = ()  # a prompt and its continuation: encoded apart they give other ids
+    parts: tuple[str, ...] = ()  # a prompt and its continuation, which encoded apart give other ids
 
 
 class Chat(NamedTuple):
-    """A dialogue to make a prompt of."""
+    """A dialogue to encode as a prompt."""
 
     name: str
     messages: list[tuple[str, str]]
     why: str
-    clauses: tuple[str, ...] = ("CHAT-2",)  # and that of the template
+    clauses: tuple[str, ...] = ("CHAT-2",)  # the template's clause is added
     bugs: tuple[str, ...] = ()
 
 
