@@ -136,7 +136,7 @@ def main() -> None:
             f"{row['sorted_radius_over_worst']:6.1f} {row['radius_in_ulps']:9.2g}   {row['rms']:5.2f} "
             f"{row['excess']:5.1f} {row['outside']:3d}   {cut['excess']:5.1f} {cut['outside']:3d}"
         )
-    print(f"\nFaults: share outside the hard interval / worst excess in sigma; limit {LIMIT:.1f}")
+    print(f"\nFaults: share outside the legal interval / worst excess in sigma; limit {LIMIT:.1f}")
     print(" " * 30 + "".join(f"{cell:>16}" for cell in tight))
     for fault, found in faults.items():
         text = ""

@@ -1,4 +1,4 @@
-"""For every kernel, fixed inputs that its law runs on: small, odd, and chosen so that a one-line bug shows."""
+"""For every kernel, fixed inputs for its law: small, of odd sizes, and chosen so that a one-line bug shows."""
 
 from __future__ import annotations
 

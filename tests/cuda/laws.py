@@ -1,8 +1,8 @@
-"""What each kernel must return: NumPy's bits where the arithmetic is stated, a proven bound where it is not.
+"""The law of each kernel: its result has NumPy's bits where the arithmetic is stated, and is within a bound elsewhere.
 
-Each law runs one kernel through `run`, which runs it in every order of threads, and asserts. Mutants are held to the
-same laws. Bounds: u = 2^-24 per float32 operation, and expf within 2 ulp (CUDA C++ Programming Guide, table of
-standard functions with the largest errors; glibc's is better).
+A law calls one kernel through `run`, which tries every order of threads, and asserts. The tests of mutants use these
+laws too. Bounds: u = 2^-24 per float32 operation, and expf within 2 ulp (CUDA C++ Programming Guide, table of standard
+functions with the largest errors; glibc's is better).
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def same_bits(found: Array, expected: Array) -> bool:
     """Equal bit for bit, all NaNs being one."""
     assert found.dtype == expected.dtype
     assert found.shape == expected.shape
-    with np.errstate(invalid="ignore"):  # a signalling NaN is one, too
+    with np.errstate(invalid="ignore"):  # signalling NaNs may occur
         nan, found_nan = np.isnan(expected), np.isnan(found)
     return np.array_equal(found_nan, nan) and found[~nan].tobytes() == expected[~nan].tobytes()
 
 
 def within(found: Array, expected: Array, relative: Any, absolute: Any = 0.0, dtype: str = "float32") -> None:
-    """Nearer to the float64 `expected` than these errors in float32 and one rounding to the dtype."""
+    """Assert that `found` is within these errors in float32, and one rounding to the dtype, of float64 `expected`."""
     assert np.isfinite(wide(found)).all()
     relative = relative + (0 if dtype == "float32" else HALF_STEP[dtype])
     bound = relative * np.abs(expected) + absolute + SMALLEST_NORMAL[dtype]
@@ -46,7 +46,7 @@ def within(found: Array, expected: Array, relative: Any, absolute: Any = 0.0, dt
 
 
 def route_law(run: Run, logits: Array, k: int) -> None:
-    """The ids are NumPy's; a weight is its softmax, up to rounding."""
+    """The ids are NumPy's, and the weights are the softmax up to rounding."""
     chosen, weights = run(lambda kernels: kernels.route(logits, k))
     values = wide(logits)
     expected = OPS.top_k(values, k)
@@ -56,7 +56,7 @@ def route_law(run: Run, logits: Array, k: int) -> None:
     below = below - below[:, :1]
     exponentials = np.exp(below)
     spread = np.abs(below).max(axis=-1, keepdims=True, initial=0)
-    # each exponential: its argument's rounding and its own; the sum: those of its terms and k - 1 more; the quotient
+    # errors: each exponential has its argument's and its own; the sum has its terms' and k - 1 more; the quotient one
     error = 2 * (spread * UNIT + EXP) + (k + 1) * UNIT
     within(weights[rows], exponentials / exponentials.sum(axis=-1, keepdims=True), error)
 
@@ -71,7 +71,7 @@ def sort_law(run: Run, chosen: Array, experts: int) -> None:
 
 
 def gather_law(run: Run, x: Array, order: Array, k: int) -> None:
-    """Bit for bit, NaNs too."""
+    """The rows are equal bit for bit, also NaNs."""
     out = run(lambda kernels: kernels.gather_rows(x, order, k))
     assert out.tobytes() == x[order // k].tobytes()
 
@@ -100,8 +100,8 @@ def products(w: Array, x: Array, chosen: Array) -> tuple[Array, Array]:
 def activation(gate: Array, up: Array) -> tuple[Array, float, Array]:
     """silu(gate) * up in float64, and the relative and absolute errors in float32.
 
-    Relative: exp, plus one, division, product. Absolute: exp overflows where the gate is below -88, and what is
-    subnormal may be flushed before it is multiplied by `up`.
+    Relative: exp, plus one, division, product. Absolute: exp overflows where the gate is below -88, and a subnormal
+    number may be flushed before it is multiplied by `up`.
     """
     gate, up = wide(gate), wide(up)
     lost = SMALLEST_NORMAL["float32"] * (1 + np.abs(gate)) * np.abs(up)
@@ -109,7 +109,7 @@ def activation(gate: Array, up: Array) -> tuple[Array, float, Array]:
 
 
 def expert_hidden_law(run: Run, w1: Array, w3: Array, x: Array, chosen: Array) -> None:
-    """Both products within the bound of their sums, and the activation of what they are."""
+    """Both products are within the bound of their sums, and the activation is that of the found products."""
     gate, up, hidden = run(lambda kernels: kernels.expert_hidden(w1, w3, x, chosen))
     rows = np.repeat(x[:, None], chosen.shape[1], axis=1)
     for found, w in ((gate, w1), (up, w3)):
@@ -125,7 +125,7 @@ def expert_output_law(run: Run, w2: Array, hidden: Array, chosen: Array) -> None
 
 
 def rms_norm_law(run: Run, x: Array, gain: Array, eps: float) -> None:
-    """The squares' sum is of one sign, so its relative error is bounded; half of it passes through the root."""
+    """The squares have one sign, so the relative error of their sum is bounded. The root halves it."""
     out = run(lambda kernels: kernels.rms_norm(x, gain, eps))
     mean = (wide(x) ** 2).mean(axis=-1, keepdims=True)
     expected = wide(x) / np.sqrt(mean + float(np.float32(eps))) * wide(gain)

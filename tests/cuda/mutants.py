@@ -1,4 +1,4 @@
-"""The bugs of `mutants.txt`: each is caught by a law of its kernel, or a test is missing."""
+"""The bugs of `mutants.txt`. A law of its kernel must catch each of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from refmoe.cuda.kernels.table import KERNELS
 
 @dataclass(frozen=True)
 class Mutant:
-    """kernel: whose law sees it.   name: the bug.   text: what is replaced.   by: what it becomes."""
+    """A one-line bug.   kernel: whose law catches it.   name: of the bug.   text: the old text.   by: the new text."""
 
     kernel: str
     name: str

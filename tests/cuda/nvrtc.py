@@ -1,4 +1,4 @@
-"""NVRTC through ctypes: CUDA text to a cubin or PTX on a machine with neither GPU nor driver.
+"""NVRTC through ctypes: compile CUDA text to a cubin or PTX on a machine with neither GPU nor driver.
 
 The library comes from the package nvidia-cuda-nvrtc of the extra 'kernels'.
 """
@@ -20,7 +20,7 @@ class CompileError(Exception):
 
 @dataclass(frozen=True)
 class Compiled:
-    """names: from name expression to the name in the binary.   log: with ptxas's figures, if asked for."""
+    """A compiled text.   names: name expressions to names in the binary.   log: with ptxas's figures, if asked for."""
 
     code: bytes
     names: dict[str, str]
@@ -60,7 +60,7 @@ def version() -> tuple[int, int]:
 
 
 def compile_text(text: str, architecture: str, options: Sequence[str], expressions: Sequence[str]) -> Compiled:
-    """architecture: ``sm_90`` for a cubin, ``compute_90`` for PTX.   expressions: what to instantiate."""
+    """Compile a text. architecture: ``sm_90`` for a cubin, ``compute_90`` for PTX.   expressions: to instantiate"""
     program = ctypes.c_void_p()
     _call("nvrtcCreateProgram", ctypes.byref(program), text.encode(), b"refmoe.cu", 0, None, None)
     try:
@@ -79,7 +79,7 @@ def compile_text(text: str, architecture: str, options: Sequence[str], expressio
 
 @dataclass(frozen=True)
 class Usage:
-    """What ptxas says that a kernel uses."""
+    """The resources of a kernel, as ptxas reports them."""
 
     registers: int
     spilled: int  # bytes, stores and loads
@@ -88,7 +88,7 @@ class Usage:
 
 
 def usage(log: str) -> dict[str, Usage]:
-    """Of every kernel in a log of ``--ptxas-options=-v``, by its name in the binary."""
+    """The resources of every kernel in a log of ``--ptxas-options=-v``, by its name in the binary."""
     found = {}
     for block in re.split(r"Compiling entry function '", log)[1:]:
         stack, stores, loads = (_number(rf"(\d+) bytes {what}", block) for what in ("stack", "spill st", "spill lo"))

@@ -1,4 +1,4 @@
-"""`Kernels` over NumPy and the CPU runner: in every order of threads, on poisoned outputs."""
+"""`Kernels` over NumPy and the CPU runner, in every order of threads and with poisoned outputs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SMALLEST_NORMAL = {"float32": 2.0**-126, "bfloat16": 2.0**-126, "float16": 2.0**
 
 
 class PoisonedNumpy:
-    """NumPy whose empty arrays hold a recognisable pattern, so that what a kernel does not write is seen."""
+    """NumPy whose empty arrays hold a recognisable pattern, so that elements that a kernel does not write show."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(np, name)
@@ -45,7 +45,7 @@ def module(file: str, flags: tuple[str, ...] = PLAIN) -> Module:
 
 
 def kernels(conditions: Conditions, flags: tuple[str, ...] = PLAIN) -> Kernels:
-    """All kernels, as they run under these conditions."""
+    """All kernels, run under these conditions."""
     return Kernels(PoisonedNumpy(), lambda file: module(file, flags).under(conditions))
 
 
@@ -54,7 +54,7 @@ def in_every_order(
     orders: Sequence[Conditions] = EVERY_ORDER,
     over: Callable[[Conditions], Kernels] = kernels,
 ) -> Any:
-    """What `call` returns, after checking that it returns the same bits in every order of threads."""
+    """The result of `call`, after a check that every order of threads gives equal bits."""
     first, *others = (call(over(conditions)) for conditions in orders)
     for other in others:
         for a, b in zip(arrays_of(first), arrays_of(other), strict=True):
@@ -67,16 +67,16 @@ def arrays_of(result: Any) -> Iterator[np.ndarray[Any, Any]]:
 
 
 def chain(n: int, threads: int = 32) -> int:
-    """Roundings on the way of one element into a sum by `threads` threads: its thread's pieces of 8, then the tree."""
+    """The most roundings of one element in a sum by `threads` threads: its thread's pieces of 8, then the tree."""
     pieces = -(-n // 8)
     return 8 * -(-pieces // threads) + 5 + (threads // 32 if threads > 32 else 0)
 
 
 def growth(roundings: int) -> float:
-    """Higham's gamma: the relative error of that many float32 roundings, at most."""
+    """Higham's gamma: the largest relative error of this number of float32 roundings."""
     return roundings * UNIT / (1 - roundings * UNIT)
 
 
 def stored(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> Any:
-    """Normal variates as stored."""
+    """Normal variates in a stored dtype."""
     return rng.standard_normal(shape).astype(DTYPES[dtype])

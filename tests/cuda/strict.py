@@ -1,7 +1,7 @@
-"""CuPy's place taken by NumPy, strictly: what CuPy refuses is refused, so that host code which passes here is ready.
+"""A strict stand-in for CuPy over NumPy: it refuses all that CuPy refuses, so that host code can be tested without one.
 
-An array never becomes one of NumPy's by itself and is mixed with none; reductions give arrays of no dimension and take
-no `initial` or `where`; memory that is not written holds a pattern. Kernels run through the CPU runner.
+An array is never converted to NumPy's implicitly, and cannot be mixed with NumPy's. Reductions return arrays of no
+dimension and take no `initial` or `where`. New memory holds a pattern. Kernels run through the CPU runner.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from tests.cuda.on_cpu import PoisonedNumpy
 from tests.cuda.runner.module import Conditions, Module
 
 FREE, TOTAL = 1 << 30, 2 << 30
-"""Bytes of the device that is none."""
+"""Bytes of the device that the stand-in claims to have."""
 CREATES = ("asarray", "array", "ascontiguousarray")
-"""What takes NumPy's arrays: the way to the device."""
+"""The functions that take NumPy's arrays and copy them to the device."""
 METHODS = (
     "all", "any", "argmax", "astype", "copy", "fill", "max", "min", "nonzero", "ravel", "reshape", "squeeze", "sum",
     "take", "transpose", "view",
@@ -30,7 +30,7 @@ TO_HOST = ("item", "tolist")
 
 
 def host(x: Any) -> Any:
-    """What is in a device array; TypeError for a host array, in whatever depth."""
+    """The values of device arrays, also nested ones. Raises TypeError for a host array."""
     if isinstance(x, DeviceArray):
         return x.values
     if isinstance(x, np.ndarray):
@@ -39,7 +39,7 @@ def host(x: Any) -> Any:
 
 
 def device(x: Any) -> Any:
-    """The result of NumPy as CuPy would give it."""
+    """A result of NumPy, as CuPy would return it."""
     if isinstance(x, np.ndarray | np.generic):
         return DeviceArray(np.asarray(x))
     return tuple(map(device, x)) if isinstance(x, list | tuple) else x
@@ -52,7 +52,7 @@ def refuse(keywords: Any) -> None:
 
 
 class DeviceArray(NDArrayOperatorsMixin):
-    """As cupy.ndarray, over an array of NumPy."""
+    """A stand-in for cupy.ndarray over an array of NumPy."""
 
     def __init__(self, values: Any) -> None:
         self.values = values
@@ -92,7 +92,7 @@ class DeviceArray(NDArrayOperatorsMixin):
 
     @property
     def data(self) -> Any:
-        """As a MemoryPointer of CuPy."""
+        """A stand-in for CuPy's MemoryPointer."""
 
         def copy_from_device_async(source: Any, size: int) -> None:
             self.values.reshape(-1).view(np.uint8)[:size] = source.bytes[:size]
@@ -126,7 +126,7 @@ def compiled(code: str, expressions: tuple[str, ...]) -> Module:
 
 
 class RawModule:
-    """As cupy.RawModule; the orders of threads are tested elsewhere."""
+    """A stand-in for cupy.RawModule. It runs one order of threads; other tests try all."""
 
     def __init__(self, code: str, options: Any, name_expressions: Any) -> None:
         self._module = compiled(code, tuple(name_expressions)).under(Conditions("random", guard=None))
@@ -141,11 +141,11 @@ class RawModule:
 
 
 class CudaError(RuntimeError):
-    """As cupy.cuda.runtime.CUDARuntimeError."""
+    """A stand-in for cupy.cuda.runtime.CUDARuntimeError."""
 
 
 class StrictCupy:
-    """As the module cupy on a machine with one device."""
+    """A stand-in for the module cupy on a machine with one device."""
 
     RawModule = RawModule
     ndarray = DeviceArray
@@ -179,13 +179,13 @@ class StrictCupy:
 
 
 def host_or_list(x: Any) -> Any:
-    """What CuPy's `asarray` takes beside its own arrays: NumPy's, numbers, and lists of numbers."""
+    """An argument of `asarray` other than CuPy's arrays: NumPy's arrays, numbers, and lists of numbers."""
     assert not isinstance(x, list | tuple) or not any(isinstance(item, DeviceArray) for item in x), "one by one"
     return x
 
 
 def install(monkeypatch: Any, free: int = FREE) -> StrictCupy:
-    """Let refmoe find this in place of CuPy, with steps run in place of graphs."""
+    """Let refmoe find the stand-in as CuPy. Steps are run instead of graphs."""
     from refmoe.cuda import cupy_ops, decode, place
 
     cupy = StrictCupy(free)

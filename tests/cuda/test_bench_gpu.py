@@ -1,4 +1,4 @@
-"""The GPU benchmark: what it counts, every section over a stand-in for CuPy, and what it leaves when one fails."""
+"""The GPU benchmark: its counts, every section over a stand-in for CuPy, and its results when a section fails."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_without_a_gpu_it_says_why(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
-    """A call takes 2 milliseconds, whatever it does."""
+    """A bench on which every call takes 2 milliseconds."""
 
     def gemm(rows: Any, weight: Any, out: Any) -> Any:
         out[...] = DeviceArray(rows.values.astype(np.float32) @ weight.values.astype(np.float32).T)
@@ -186,7 +186,7 @@ def test_tools_that_are_not_there_are_a_line(bench: Bench, monkeypatch: pytest.M
 
 @pytest.mark.engines
 def test_the_decoder_that_torch_compiles_is_a_decoder() -> None:
-    """Finite logits that depend on the token, its position and what was decoded before."""
+    """Its logits are finite and depend on the token, its position and the earlier tokens."""
     import torch
 
     torch.manual_seed(0)

@@ -41,7 +41,7 @@ def decoder(dtype: Any = ml_dtypes.bfloat16, capture: Any = None, **changes: Any
 
 
 def expected(dtype: Any = ml_dtypes.bfloat16) -> list[Any]:
-    """Logits [1, V] after the prompt and after each of what follows, in float64."""
+    """Logits [1, V] after the prompt and after each later token, in float64."""
     model, ops = Model(SMALL, parameters(SMALL, dtype), Steps()), NativeOps(np.float64)
     every = PROMPT + FOLLOWING
     logits, _ = forward(ops, model, np.array(every), np.arange(len(every)))
@@ -50,7 +50,7 @@ def expected(dtype: Any = ml_dtypes.bfloat16) -> list[Any]:
 
 @contextmanager
 def no_transfer(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing comes from the device, and no array goes there."""
+    """A context in which copies from the device, and of arrays to it, fail."""
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("a transfer, for which a step would wait")
@@ -95,7 +95,7 @@ def test_without_a_token_the_largest_logit_is_followed() -> None:
 
 @needs_compiler
 def test_recording_leaves_the_state_as_it_was() -> None:
-    """The step runs in recording, and then as often as it is launched."""
+    """Recording runs the step, and each launch runs it once more."""
     runs: list[str] = []
 
     def capture(step: Any) -> Any:
@@ -205,7 +205,7 @@ class Blas:
 
 
 class Pointed(np.ndarray):
-    """With `data.ptr`, as CuPy's arrays have it."""
+    """An array with `data.ptr`, as CuPy's arrays have it."""
 
     @property
     def data(self) -> Any:  # type: ignore[override]
@@ -243,7 +243,7 @@ def test_other_weights_are_refused() -> None:
 
 @needs_compiler
 def test_a_prompt_goes_through_the_products_that_are_given() -> None:
-    """Rounded to bfloat16 the logits are further off, by about its unit, and no more."""
+    """With rows rounded to bfloat16, the error of the logits grows by about the unit of bfloat16."""
     assert len(PROMPT) > FEW_TOKENS
     calls: list[Any] = []
 

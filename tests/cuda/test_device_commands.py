@@ -49,7 +49,7 @@ def no_cupy(name: str) -> Any:
 def test_without_a_gpu_every_command_says_why_in_one_sentence(
     refmoe: Refmoe, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
 ) -> None:
-    """Before anything is read: none of these files is there."""
+    """The check comes before any file is read: none of these files exists."""
     monkeypatch.setattr(device, "import_module", no_cupy)
     status, out, err = refmoe(*command, "--device", "cuda")
     assert (status, out) == (2, "")
@@ -107,7 +107,7 @@ def test_what_goes_with_the_cpu_alone_is_refused(
 
 
 def test_goldens_are_emitted_and_checked_there(refmoe: Refmoe, cuda: None, tmp_path: Path) -> None:
-    """What one place writes, the other confirms."""
+    """Goldens that the CPU or the device emits are confirmed by the other."""
     for seed, name in enumerate("ab"):
         write_case(tmp_path / name, seed, 'store = "fingerprint"' if name == "b" else "")
     for there, here in ((("--device", "cuda"), ()), ((), ("--device", "cuda"))):

@@ -31,7 +31,7 @@ def test_elements_are_those_of_the_formula(
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_every_parameter_is_the_hosts(dtype: Any) -> None:
-    """Matrices and gains; those that are edited, too."""
+    """Matrices and gains, with and without edits."""
     edits = [{"parameter": "layers.0.attention.wk", "row": 0, "value": 2.0}]
     checkpoint = synthetic_checkpoint(SMALL, 3, edits=edits)
     here = named_weights(checkpoint.parameters)

@@ -54,7 +54,7 @@ def test_activation_of_large_gates_is_zero_or_linear() -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("flush", [False, True])
 def test_every_stored_value_is_read_and_written_back(dtype: str, flush: bool) -> None:
-    """All 65536, turned by an angle of zero. Only bfloat16 has subnormals that float32 flushes."""
+    """All 65536 values, rotated by an angle of zero. Only bfloat16 has subnormals that float32 flushes."""
     bits = np.arange(1 << 16, dtype=np.uint16)
     x = np.concatenate([bits, np.zeros_like(bits)]).view(DTYPES[dtype]).reshape(1, 1, -1)
     cosine, sine = np.ones((1, 1 << 16), np.float32), np.zeros((1, 1 << 16), np.float32)

@@ -1,4 +1,4 @@
-"""The verifier's products on a device: the same verdicts, and bounds that differ by no more than rounding."""
+"""The verifier's products on a device: the CPU's verdicts, and bounds that differ by no more than rounding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The experts of a few tokens, read in place: within the bounds of float32 sums, and the same bits in every order."""
+"""The experts of a few tokens, read in place: within the bounds of float32 sums, and equal bits in every order."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_output_is_each_slots_own_expert(case: Any) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sums_of_small_integers_are_exact(dtype: str) -> None:
-    """Whatever the order: every element is taken once, and by its own partner."""
+    """In any order, every element is used once, with its own partner."""
     rng = np.random.default_rng(2)
     w = rng.integers(-4, 5, (3, 9, 777)).astype(DTYPES[dtype])
     x, chosen = rng.integers(-4, 5, (2, 3, 777)).astype(np.float32), np.array([[2, 0, 1], [1, 1, 2]], np.int32)
@@ -56,7 +56,7 @@ def test_sums_of_small_integers_are_exact(dtype: str) -> None:
 
 
 def test_weights_beyond_2_to_the_31_elements_are_reached() -> None:
-    """The second expert begins there; only its first rows are computed."""
+    """The second expert begins beyond that element, and only its first rows are computed."""
     w2 = far_rows(2 * 70_000, 1 << 15).reshape(2, 70_000, 1 << 15)
     w2[1, :8, ::1024] = 1
     hidden, chosen = np.ones((1, 1, 1 << 15), np.float32), np.ones((1, 1), np.int32)

@@ -1,4 +1,4 @@
-"""The host code of the GPU backend, over NumPy in CuPy's place and the CPU runner in the device's."""
+"""The host code of the GPU backend, over NumPy instead of CuPy, and the CPU runner instead of a device."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TOKENS = np.array([3, 1, 4, 1, 5, 9, 2, 6, 5])
 
 
 def parameters(config: Config, dtype: Any, other: Any = None) -> Parameters:
-    """Random weights stored in a dtype; with another for one expert's second matrix."""
+    """Random weights stored in a dtype. other: the dtype of one expert's second matrix"""
     rng = np.random.default_rng(11)
 
     def weight(name: str) -> Weight:
@@ -67,7 +67,7 @@ def prefill_and_decode(ops: Any, model: Model) -> list[Any]:
 @needs_compiler
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16, np.float64])
 def test_the_model_over_the_kernels_is_the_model(dtype: Any) -> None:
-    """As near to float64 as NumPy's float32 is, within a factor for another order of sums."""
+    """The error is that of NumPy's float32, within a factor for another order of sums."""
     assert len(TOKENS) - 2 > FEW_TOKENS, "both ways through the experts"
     model = Model(SMALL, parameters(SMALL, dtype))
     exact = np.concatenate(prefill_and_decode(NativeOps(np.float64), model))
@@ -97,7 +97,7 @@ def test_taps_are_the_specs_and_watching_changes_nothing() -> None:
 
 @needs_compiler
 def test_what_a_tap_returns_is_what_the_kernels_go_on_with() -> None:
-    """Another choice of experts, and other outputs of them."""
+    """The tap returns another choice of experts, and other outputs of them."""
     config = replace(SMALL, layers=1)
     model = Model(config, parameters(config, np.float32), CUPY_STEPS)
 
@@ -123,7 +123,7 @@ def test_what_a_tap_returns_is_what_the_kernels_go_on_with() -> None:
 @needs_compiler
 @pytest.mark.parametrize(("dtype", "other"), [(np.float64, None), (np.float32, ml_dtypes.bfloat16)])
 def test_where_kernels_do_not_apply_the_steps_are_the_grouped_ones(dtype: Any, other: Any) -> None:
-    """Float64, and experts that are not stored alike."""
+    """The kernels do not apply at float64, and to experts that are stored in different dtypes."""
     model = Model(SMALL, parameters(SMALL, np.float32, other), CUPY_STEPS)
     found = prefill_and_decode(on_cpu(dtype), model)
     expected = prefill_and_decode(NativeOps(dtype), replace(model, steps=GROUPED_STEPS))
@@ -155,7 +155,7 @@ IN_CUPY = {
     "empty", "empty_like", "exp", "frexp", "full_like", "ldexp", "log", "maximum", "moveaxis", "nonzero", "rint",
     "sign", "sqrt", "stack", "take_along_axis", "unique", "where", "zeros",
 }  # fmt: skip
-"""What the host code asks of an array module: looked up in CuPy 14.2. A new name belongs here once CuPy has it."""
+"""The names that the host code uses of an array module, looked up in CuPy 14.2. Add a new name only if CuPy has it."""
 
 
 def used(path: str, names: tuple[str, ...] = ("xp", "_xp")) -> set[str]:
@@ -171,7 +171,7 @@ def used(path: str, names: tuple[str, ...] = ("xp", "_xp")) -> set[str]:
 
 
 def test_what_is_asked_of_the_array_module_is_in_cupy() -> None:
-    """Importing CuPy needs no device; where it is not installed, the list speaks for it."""
+    """Importing CuPy needs no device. Where CuPy is not installed, the list above replaces it."""
     parts = (
         cupy_ops, calls, steps, arrays, exact, dot, elementary, slices, prepared_weight, double_double, enclosure,
     )  # fmt: skip
@@ -195,7 +195,7 @@ NAMED = {
     "cupy.cuda.using_allocator", "cupy.empty", "cupy.full", "cupy.get_default_memory_pool", "cupy.ones", "cupy.take",
     "cupy.zeros",
 }  # fmt: skip
-"""What is named of CuPy beside the functions of arrays."""
+"""The names of CuPy that are used, apart from functions of arrays."""
 METHODS = {
     "cupy.cuda.Stream": ("begin_capture", "end_capture", "synchronize", "__enter__"),
     "cupy.cuda.Graph": ("launch",),
@@ -208,7 +208,7 @@ METHODS = {
 
 
 def dotted(node: ast.AST) -> str | None:
-    """``a.b.c`` as it is written, or None for what is not such a name."""
+    """``a.b.c`` as it is written, or None for any other expression."""
     if isinstance(node, ast.Name):
         return node.id
     before = dotted(node.value) if isinstance(node, ast.Attribute) else None
@@ -254,7 +254,7 @@ def test_what_is_named_of_cupy_is_there() -> None:
 
 
 class CudaError(RuntimeError):
-    """As cupy.cuda.runtime.CUDARuntimeError."""
+    """A stand-in for cupy.cuda.runtime.CUDARuntimeError."""
 
 
 def fail(error: Exception) -> Any:

@@ -18,7 +18,7 @@ FLOATS, IDS = np.float32, np.int32
 
 
 def nothing(file: str) -> GetFunction:
-    """Where kernels would run; a call fails."""
+    """A module whose functions fail when they are called."""
 
     def get_function(expression: str) -> Callable[..., None]:
         raise AssertionError(f"{expression} was launched")
@@ -72,7 +72,7 @@ def test_shapes_are_read_and_evaluated() -> None:
 
 @pytest.mark.parametrize("kernel", table.KERNELS, ids=lambda kernel: kernel.name)
 def test_the_table_says_what_the_text_says(kernel: Kernel) -> None:
-    """Every parameter in order, its type, and whether it is an array; the block that the bounds allow."""
+    """Every parameter in order, its type, whether it is an array, and the block size of the launch bounds."""
     found = re.search(rf"__launch_bounds__\((\w+)\)\s+{kernel.name}\(([^)]*)\)", text(kernel.file))
     assert found
     names = {"PAIRS": table.PAIRS, "THREADS": 256}

@@ -1,4 +1,4 @@
-"""What a model takes on a device, by hand for a published size, and in the extremes."""
+"""The device memory of a model, by hand for a published size, and in the extremes."""
 
 from __future__ import annotations
 

@@ -28,9 +28,9 @@ def of(kernel: Kernel) -> tuple[Mutant, ...]:
 
 
 def compiled(kernel: Kernel, dtype: str) -> tuple[Module, list[str]]:
-    """The kernel as it is and all its mutants in one library, each in its own namespace; what each is called there.
+    """The kernel and all its mutants in one library, each in its own namespace, and their names there.
 
-    Raises CompileError where one does not compile: such a bug would be no use.
+    Raises CompileError where a mutant does not compile, as such a bug would be useless.
     """
     sources = [text(kernel.file), *(mutant.source() for mutant in of(kernel))]
     whole = "".join(f"namespace mutant_{i} {{\n{source}\n}}\n" for i, source in enumerate(sources))
@@ -40,7 +40,7 @@ def compiled(kernel: Kernel, dtype: str) -> tuple[Module, list[str]]:
 
 
 def run_with(changed: Module, changed_name: str, file: str, name: str) -> Run:
-    """As `in_every_order`, with one kernel, `name` of `file`, from the changed module and the others as they are."""
+    """`in_every_order`, with one kernel, `name` of `file`, taken from the changed module."""
 
     def changed_kernels(conditions: Conditions) -> Kernels:
         def functions(of_file: str) -> GetFunction:
@@ -57,7 +57,7 @@ def run_with(changed: Module, changed_name: str, file: str, name: str) -> Run:
 
 
 def caught(run: Run, kernel: Kernel, dtype: str) -> bool:
-    """Whether any example of the kernel notices."""
+    """Whether the law fails on any example of the kernel."""
     for law in examples(kernel.name, dtype):
         try:
             law(run)
@@ -67,7 +67,7 @@ def caught(run: Run, kernel: Kernel, dtype: str) -> bool:
 
 
 def caught_apart(run: Run, kernel: Kernel, dtype: str) -> bool:
-    """The same in a process of its own: a bug may write beyond all guards, and what it destroys shows much later.
+    """`caught` in a process of its own, as a bug may write beyond all guards and destroy memory that is used later.
 
     A bug that kills its process is caught.
     """
@@ -105,6 +105,6 @@ def test_every_kernel_has_mutants() -> None:
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 @pytest.mark.parametrize("dtype", STORED)
 def test_the_kernel_itself_is_not(kernel: Kernel, dtype: str) -> None:
-    """In the build that traps undefined behaviour."""
+    """No law catches the unchanged kernel, in the build that traps undefined behaviour."""
     for law in examples(kernel.name, dtype):
         law(lambda call: in_every_order(call, EVERY_ORDER[:3], partial(kernels, flags=CHECKED)))

@@ -25,7 +25,7 @@ def compiled(file: str, architecture: str) -> Compiled:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("file", FILES)
 def test_every_kernel_compiles_within_its_registers(file: str, architecture: str) -> None:
-    """Nothing spilled, no stack, no warning; a binary for that architecture."""
+    """The result is a binary for that architecture, without spills, stack or warnings."""
     result = compiled(file, architecture)
     assert result.code[:4] == b"\x7fELF"
     assert "warning" not in result.log
@@ -42,14 +42,14 @@ def test_every_kernel_compiles_within_its_registers(file: str, architecture: str
 
 @pytest.mark.parametrize("expression", ["expert_hidden<bfloat16>", "expert_output<float16>", "expert_output<float>"])
 def test_weights_are_loaded_sixteen_bytes_at_a_time(expression: str) -> None:
-    """In the generated code, where the row is aligned."""
+    """The generated code has such loads, for aligned rows."""
     result = compile_text(text("experts.cu"), "compute_90", (*OPTIONS, *CUPY_OPTIONS), [expression])
     body = result.code.decode().partition(f".entry {result.names[expression]}(")[2]
     assert re.search(r"ld\.global\S*\.v4\.(u32|b32|f32)|ld\.global\S*\.v2\.(u64|b64)", body)
 
 
 def test_the_written_arithmetic_is_the_compiled_one() -> None:
-    """Rotation has products and sums and no contraction of them; subnormals are flushed, as CuPy asks."""
+    """The rotation has products and sums without contraction, and flushes subnormals, as CuPy asks."""
     result = compile_text(text("rotary.cu"), "compute_90", (*OPTIONS, *CUPY_OPTIONS), ["rotate<float>"])
     code = result.code.decode()
     assert "mul.rn.ftz.f32" in code

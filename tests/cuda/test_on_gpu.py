@@ -1,4 +1,4 @@
-"""The laws of the kernels on a real GPU, through CuPy: what the CPU runner promises, kept by the device."""
+"""The laws of the kernels on a real GPU, through CuPy: the device keeps the promises that the CPU runner tests."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def on_gpu() -> Any:
 
 
 def twice(call: Any) -> Any:
-    """What `call` returns on the device, the same bits each time."""
+    """The result of `call` on the device, after a check that two calls give equal bits."""
     first, second = call(on_gpu()), call(on_gpu())
     for a, b in zip(arrays_of(first), arrays_of(second), strict=True):
         assert a.tobytes() == b.tobytes(), "not deterministic"

@@ -1,4 +1,4 @@
-"""Ops by the name of a device: over a strict stand-in for CuPy they are the CPU's, to the bit where they are exact."""
+"""Ops by the name of a device: over a strict stand-in for CuPy they equal the CPU's, exact ops to the bit."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_native_ops_compute_the_model_in_every_place(monkeypatch: pytest.MonkeyP
 
 
 def test_equal_logits_go_to_the_lower_id_even_of_zeros_with_signs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ROUTE-3, whatever a sort by bits makes of -0."""
+    """ROUTE-3, though a sort by bits would put -0 first."""
     install(monkeypatch)
     ops = CUDA.exact()
     seen: list[Any] = []
@@ -106,7 +106,7 @@ def test_emulated_float64_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_stand_in_refuses_what_cupy_refuses() -> None:
-    """Else what passes over it would prove little."""
+    """Otherwise tests over the stand-in would prove little."""
     xp = StrictCupy()
     x = xp.ones((2, 3))
     refused: list[Any] = [

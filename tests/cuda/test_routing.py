@@ -1,4 +1,4 @@
-"""Routing and permutation: integers, so NumPy's to the last one."""
+"""Routing and permutation: the integers equal NumPy's exactly."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = needs_compiler
 
 @st.composite
 def logits(draw: Any) -> tuple[Any, int]:
-    """Any number of experts; few different values, so that ties are everywhere, or any values."""
+    """Logits of any number of experts: of few different values, so that ties are frequent, or of any values."""
     experts = draw(st.integers(1, 256))
     k = draw(st.integers(1, min(8, experts)))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
@@ -36,7 +36,7 @@ def test_routing_is_the_specs(case: tuple[Any, int]) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_special_logits_are_ordered_as_numpy_orders_them(dtype: str) -> None:
-    """Signed zeros tie, subnormals do not even where they are flushed, NaN is last, infinities are numbers."""
+    """Signed zeros tie. Subnormals do not, even where they are flushed. NaN is last, and infinities are numbers."""
     tiny = float(ml_dtypes.finfo(DTYPES[dtype]).smallest_subnormal)
     rows = [
         [0.0, -0.0, 0.0, -0.0, -1.0],
@@ -52,7 +52,7 @@ def test_special_logits_are_ordered_as_numpy_orders_them(dtype: str) -> None:
 
 
 def test_more_slots_than_the_models_have() -> None:
-    """Up to a slot per lane."""
+    """Up to one slot per lane."""
     route_law(in_every_order, np.random.default_rng(1).standard_normal((3, 40)).astype(np.float32), 32)
 
 
@@ -69,7 +69,7 @@ def choices(draw: Any) -> tuple[Any, int]:
 @given(choices())
 @settings(max_examples=40)
 def test_pairs_are_sorted_stably(case: tuple[Any, int]) -> None:
-    """The same order, inverse and offsets as `group` and `inverse` of the ops."""
+    """Order, inverse and offsets equal those of `group` and `inverse` of the ops."""
     sort_law(in_every_order, *case)
 
 

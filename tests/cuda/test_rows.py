@@ -1,4 +1,4 @@
-"""Gather and combine: bits."""
+"""Gather and combine, bit for bit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def routed(draw: Any) -> tuple[Any, Any, Any, int, Any]:
 @settings(max_examples=30)
 def test_rows_are_gathered_bit_for_bit(case: Any) -> None:
     rng, x, order, k, _ = case
-    bits = rng.integers(0, 256, x.nbytes, dtype=np.uint8)  # any bits: a copy knows no numbers
+    bits = rng.integers(0, 256, x.nbytes, dtype=np.uint8)  # any bits, as a gather only copies
     gather_law(in_every_order, bits.view(x.dtype).reshape(x.shape), order, k)
 
 
@@ -46,7 +46,7 @@ def test_combining_is_the_stated_float32_sum(case: Any) -> None:
 
 
 def far_rows(rows: int, columns: int) -> Any:
-    """An array of more than 2^31 elements in which only what is touched takes memory."""
+    """An array of more than 2^31 elements in which only touched pages take memory."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
     return np.frombuffer(mmap.mmap(-1, rows * columns * 2, flags=flags), np.float16).reshape(rows, columns)
 

@@ -1,4 +1,4 @@
-"""The CPU runner sees what goes wrong on a device: one small wrong kernel for each kind of bug."""
+"""The CPU runner detects the errors of a device: one small wrong kernel for each kind of bug."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_a_bug_is_an_error(name: str) -> None:
     block, arguments, sentence = CAUGHT[name]
     with pytest.raises(LaunchError, match=sentence):
         launch(WRONG, name, block, *arguments)
-    launch(WRONG, "scaled", 32, floats(32), np.float32(2))  # and the next launch is as if nothing had been
+    launch(WRONG, "scaled", 32, floats(32), np.float32(2))  # the next launch is not affected
 
 
 def test_a_write_before_the_start_is_a_fault_on_that_side() -> None:

@@ -1,9 +1,9 @@
-"""Routers that are wrong, each in one way: bugs of the field and others that a law must see.
+"""Routers that are wrong, each in one way: known bugs, and others that a law must detect.
 
 ``python -m tests.routers.router_mutants`` prints the table law x mutant.
 
-A mutant that only one law can see often declares scoring 'other': with a known scoring, right selections, right weights
-and the tie rule imply every other law for the batches that were tried.
+A mutant that only one law can detect often declares scoring 'other'. With a known scoring, correct selections, weights
+and ties imply every other law for the batches that are tried.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ OTHER = replace(BASE, scoring="other", nan="unspecified", infinity="unspecified"
 LOSSES = replace(BASE, dtype="float64")
 
 
-# --- honest pieces
+# --- correct pieces
 
 
 def top(x: Any, k: int = K) -> Any:
@@ -103,10 +103,10 @@ def z_loss(x: Any) -> Any:
 class Mutant:
     name: str
     subject: Callable[[], Subject]
-    """Makes it anew, for those that remember."""
+    """Makes a new subject, as some routers have state."""
     source: str
     only: str | None = None
-    """The law that alone kills it."""
+    """The only law that kills it."""
     honest_router: bool = False
     """The mistake is in another part, so only the laws that need the part are tried."""
 
@@ -117,7 +117,7 @@ MUTANTS: list[Mutant] = []
 def mutant(
     name: str, source: str = "obvious", declared: Declaration = BASE, only: str | None = None, **parts: Any
 ) -> Callable[[Any], Any]:
-    """A router with a mistake."""
+    """Decorates a wrong router, which becomes a registered mutant."""
 
     def register(router: Any) -> Any:
         MUTANTS.append(Mutant(name, lambda: Subject(router, declared, **parts), source, only))
@@ -382,7 +382,7 @@ def partitioned(x: Any, k: int = K) -> Any:
 
 @mutant("remainder-of-four", "expert-token-index-drift", OTHER, only="token-permutation")
 def remainder_of_four(x: Any) -> Any:
-    """Small batches go four tokens at a time, and the code for the rest is another."""
+    """Batches go four tokens at a time, and the code for the remaining tokens is wrong."""
     ids, w = honest_other(x)
     if 4 < len(x) < 16:
         w[4:] = normalised(w[4:] ** 2)
@@ -433,7 +433,7 @@ def masked_becomes_zero(x: Any) -> Any:
 
 
 class Remembering:
-    """A bias against the experts that were used, updated at inference as well."""
+    """A bias against experts that were used, which is updated at inference too."""
 
     def __init__(self) -> None:
         self.bias = np.zeros(E, np.float32)
@@ -445,7 +445,7 @@ class Remembering:
 
 
 class Stale:
-    """An output buffer per shape, that is handed out again while it is still in use."""
+    """An output buffer per shape, which is returned again while it is still in use."""
 
     def __init__(self) -> None:
         self.buffers: dict[int, Any] = {}
@@ -485,7 +485,7 @@ def tokens_for_choices(x: Any) -> Any:
 
 
 def parts(name: str, source: str, only: str, declared: Declaration = BASE, **changed: Any) -> None:
-    """An honest router with a part that is not."""
+    """Register a correct router with a wrong part."""
     MUTANTS.append(Mutant(name, lambda: Subject(honest, declared, **changed), source, only, honest_router=True))
 
 
@@ -550,7 +550,7 @@ HONEST = {
     "capacity": Subject(lambda x: with_capacity(x, 2), CAP),
     "hidden states": Subject(lambda h: honest(h @ HIDDEN.gate_matrix.T.astype(np.float32)), HIDDEN),
 }
-"""What the mutants are mutants of: without the mistake every law passes."""
+"""The correct routers that the mutants change. Every law passes for them."""
 
 
 # --- the table
@@ -558,7 +558,7 @@ HONEST = {
 
 @dataclass(frozen=True)
 class Row:
-    """One mutant: the laws that kill it, each with the number of the example that did."""
+    """One mutant, and the laws that kill it with the number of the first example that does."""
 
     mutant: Mutant
     kills: dict[str, int] = field(default_factory=dict)
@@ -579,7 +579,7 @@ def row(wrong: Mutant, count: int = EXAMPLES) -> Row:
 
 
 def table(rows: list[Row]) -> str:
-    """Laws across, mutants down: the example that killed it, or a dot."""
+    """The table with laws across and mutants down: the number of the killing example, or a dot."""
     names = list(LAWS)
     lines = [f"{number:>3} {name}" for number, name in enumerate(names, 1)]
     lines.append(" " * 28 + "".join(f"{number:>4}" for number in range(1, len(names) + 1)))

@@ -1,4 +1,4 @@
-"""The contract is able to fail: every mutant is killed, every law has a mutant of its own, honest routers pass."""
+"""The contract can fail: every mutant is killed, every law has a mutant of its own, and correct routers pass."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ROUTER_BUGS = {
     "router-wrong-k", "router-jitter-at-eval", "router-jitter-leaks-to-experts", "router-weights-order-mismatch",
     "router-index-off-by-one", "router-input-unnormalised",
 }  # fmt: skip
-"""The class `router` of the field's bugs, all of it."""
+"""All known bugs of the class `router`."""
 
 
 # --- mutants
@@ -41,7 +41,7 @@ ROUTER_BUGS = {
 
 @pytest.mark.parametrize("count", [80, pytest.param(EXAMPLES, marks=pytest.mark.slow)])
 def test_every_mutant_is_killed_and_every_law_has_one_of_its_own(count: int) -> None:
-    """Within 80 examples, those that many laws kill within 30; slow: the same with 200 each. -s prints the table."""
+    """Each mutant dies within 80 examples, or 30 if many laws kill it; the slow test uses 200. -s prints the table."""
     rows = [row(mutant, count if mutant.only or count == EXAMPLES else 30) for mutant in MUTANTS]
     print("\n" + table(rows))
     assert [each.mutant.name for each in rows if not each.kills] == []
@@ -62,7 +62,7 @@ def test_without_the_mistake_every_law_passes(name: str) -> None:
 
 
 def test_a_bfloat16_router_that_declares_float32_is_found_out() -> None:
-    """And the same router passes under the declaration that is true."""
+    """The router passes under its true declaration."""
 
     def router(x: Any) -> Any:
         ids, weights = honest(x.astype(ml_dtypes.bfloat16).astype(np.float32))
@@ -131,7 +131,7 @@ def test_what_is_no_routing(answer: Any, words: str) -> None:
 
 @pytest.mark.parametrize("field", ["nan", "infinity", "all_masked"])
 def test_a_router_that_raises(field: str) -> None:
-    """Right if it is declared; else a law is broken that says who raised."""
+    """Raising is right if it is declared. Otherwise a law fails and names the exception."""
 
     def careful(x: Any) -> Any:
         if not np.isfinite(x).all():
@@ -178,7 +178,7 @@ def test_examples_are_numbers_of_the_format_and_of_every_kind() -> None:
 
 
 def test_skewed_loads_empty_and_full_experts() -> None:
-    """Among what dispatch is tried on: all tokens on one set of experts, and nearly even ones."""
+    """The loads for dispatch include all tokens on one set of experts, and nearly even loads."""
     loads = [
         np.bincount(e["order"][:, :2].reshape(-1), minlength=8)
         for e in examples_of(LAWS["dispatch-combine"], BASE, 200)
@@ -201,7 +201,7 @@ def test_neighbours(name: str) -> None:
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("normalised", [True, False])
 def test_enclosures_hold_the_real_numbers_and_little_else(scoring: Any, normalised: bool) -> None:
-    """BOUND-1 to BOUND-5 against Arb; 64 units away is outside, at float64 as at bfloat16."""
+    """BOUND-1 to BOUND-5 against Arb. A value 64 units away is outside, at float64 and at bfloat16."""
     balls = BallOps()
     rng = np.random.default_rng(5)
     logits = np.round(rng.uniform(-4, 4, (20, 6)) * 64) / 64
@@ -225,7 +225,7 @@ def test_enclosures_hold_the_real_numbers_and_little_else(scoring: Any, normalis
 
 
 def test_float32_routers_fill_a_tenth_of_the_enclosure_or_more() -> None:
-    """The bound is no formality: NumPy's float32 softmax comes within a few per cent to a half of it."""
+    """The bound is tight: NumPy's float32 softmax uses a few per cent to a half of it."""
     rng = np.random.default_rng(6)
     logits = rng.uniform(-8, 8, (4000, 8)).astype(np.float32)
     ids, weights = honest(logits)
@@ -237,7 +237,7 @@ def test_float32_routers_fill_a_tenth_of_the_enclosure_or_more() -> None:
 
 
 def test_decisions_that_scores_cannot_tell() -> None:
-    """Neighbours in float32 are told apart by their logits, and not by scores in float32 or bfloat16."""
+    """Neighbours in float32 differ as logits, but not as scores in float32 or bfloat16."""
     logits = np.array([[1.0, 1.0 + 2.0**-23, 0.0]])
     for selection, arithmetic, apart in (("logits", None, True), ("scores", None, False), ("scores", "float64", True)):
         declared = Declaration(experts=3, top_k=1, selection=selection, arithmetic=arithmetic)  # type: ignore[arg-type]
@@ -296,7 +296,7 @@ def test_a_capacity_may_depend_on_the_batch() -> None:
 
 
 def test_priority_by_weight() -> None:
-    """Who is surer comes first; by token, as most implement it, is another rule."""
+    """Larger weights come first. Priority by token, which most routers have, is another rule."""
     from tests.routers.router_mutants import CAP, E, normalised, top, with_capacity
 
     def surest_first(x: Any) -> Any:
@@ -365,7 +365,7 @@ def test_bad_input_is_one_sentence(arguments: tuple[str, ...], words: str, tmp_p
 
 
 def test_unused_names_of_the_mutants_are_honest() -> None:
-    """The pieces that mutants are made of are right themselves."""
+    """The pieces that mutants are made of pass every law."""
     x = np.array([[0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]])
     assert softmax(x).sum() == pytest.approx(1)
     assert honest(x)[0].tolist() == honest_other(x)[0].tolist() == [[7, 6]]

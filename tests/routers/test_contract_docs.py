@@ -1,4 +1,4 @@
-"""docs/router-contract.md says what happens: its files are written, its commands run, their output compared."""
+"""docs/router-contract.md is true: its files are written, its commands run, and their output compared."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COMMANDS = re.findall(r"```console\n\$ (.*?)\n(.*?)```", PAGE, re.DOTALL)
 
 
 def matches(shown: str, printed: str) -> bool:
-    """The page shows what was printed, without spaces at the ends of lines; … is anything in a line, or whole lines."""
+    """Whether the page shows the printed text. Spaces at line ends do not count; … matches part of a line or lines."""
     lines = "".join(line.rstrip() + "\n" for line in printed.strip().splitlines())
     pattern = ""
     for line in shown.strip().splitlines():
@@ -51,7 +51,7 @@ def test_the_page_has_all_files_and_commands() -> None:
 
 
 def test_the_table_of_laws_is_the_laws() -> None:
-    """With a mutant of its own for each."""
+    """The table lists every law with its own mutant."""
     own = {mutant.name: mutant.only for mutant in MUTANTS if mutant.only}
     rows = re.findall(r"^\| `([\w-]+)` \| (.*?) \| (.*?) \| (.*?) \| ([\w-]+) \|$", PAGE, re.MULTILINE)
     assert [row[0] for row in rows] == list(LAWS)

@@ -1,4 +1,4 @@
-"""The contract inside somebody else's pytest, in processes of their own."""
+"""The contract in a user's pytest, in separate processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PLUGIN = "refmoe.routers.contract.plugin"
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A pytest that has this plugin only: as an entry point would load it, installed or not."""
+    """Run a pytest with only this plugin, loaded as by its entry point."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "COLUMNS": "200"}
     command = [
         sys.executable,
@@ -72,7 +72,7 @@ def test_a_failure_is_words_and_the_smallest_example(tmp_path: Path) -> None:
 
 
 def test_a_fixture_asks_for_the_laws_one_by_one(tmp_path: Path) -> None:
-    """For routers that a fixture of the user's makes."""
+    """The fixture works for routers that a user's fixture makes."""
     (tmp_path / "test_mine.py").write_text(
         ROUTER
         + """
@@ -98,7 +98,7 @@ def test_the_class_needs_no_plugin(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("heavy", ["numpy", "hypothesis", "ml_dtypes", "torch", "rich"])
 def test_other_peoples_runs_load_nothing_heavy(tmp_path: Path, heavy: str) -> None:
-    """The plugin is loaded in every run of the environment; a run without routers imports pytest's own modules only."""
+    """Every run of the environment loads the plugin. A run without routers imports only pytest's own modules."""
     (tmp_path / "test_theirs.py").write_text(
         f"import sys\ndef test_theirs():\n    assert {heavy!r} not in sys.modules\n"
     )

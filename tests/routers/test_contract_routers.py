@@ -1,4 +1,4 @@
-"""The contract on routers that are right: refmoe's own, and those of others, which pass or are explained."""
+"""The contract on correct routers: refmoe's own, and those of libraries, which pass or fail for a stated reason."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXAMPLES = 25
 
 
 class Matrix:
-    """A weight as the spec's ops want one."""
+    """A weight as the spec's ops take it."""
 
     def __init__(self, values: Any) -> None:
         self.values = np.array(values)
@@ -32,7 +32,7 @@ class Matrix:
 
 
 def broken(verdicts: list[Verdict]) -> str:
-    """The laws that do not hold, in words."""
+    """The broken laws, in words."""
     return "\n\n".join(explain(verdict) for verdict in verdicts if verdict.outcome not in ("pass", "not applicable"))
 
 
@@ -48,8 +48,11 @@ def passed(verdicts: list[Verdict]) -> set[str]:
     ids=["native-float32", "native-float64", "exact"],
 )  # fmt: skip
 def test_the_router_of_the_spec(ops: Any, dtype: Any) -> None:
-    """ROUTE-1 to ROUTE-4, hidden states in: one that is NaN makes all logits NaN. (A single logit that is NaN cannot be
-    made by a gate; given one, the spec would not choose it.)"""
+    """ROUTE-1 to ROUTE-4 from hidden states.
+
+    A hidden state that is NaN makes all logits NaN. A router matrix cannot give a single NaN logit, which the spec
+    would not choose.
+    """
     gate = np.eye(8, 11, 1)
     declared = Declaration(
         experts=8, top_k=2, ties="lower", selection="logits", dtype=dtype, gate=gate, nan="propagate"
@@ -61,7 +64,7 @@ def test_the_router_of_the_spec(ops: Any, dtype: Any) -> None:
 
 
 def test_the_router_of_the_spec_behind_a_gate_like_any_other() -> None:
-    """The logits are known to within the rounding of a dot product only, and so are the decisions."""
+    """The logits are known only within the rounding of a dot product, and so are the decisions."""
     gate = np.random.default_rng(3).standard_normal((6, 16)).astype(np.float32)
     declared = Declaration(experts=6, top_k=2, ties="lower", gate=gate)
     verdicts = judge_all(Subject(lambda x: route(NativeOps(np.float32), x, Matrix(gate), 2), declared), EXAMPLES)
@@ -104,7 +107,7 @@ def test_a_bias_that_only_selects() -> None:
     assert broken(judge_all(Subject(router, declared), EXAMPLES // 2)) == ""
 
 
-# --- those of others
+# --- routers of other libraries
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -122,7 +125,7 @@ def one_thread() -> Iterator[None]:
 
 
 def torch_top_k(logits: Any) -> Any:
-    """The router as everybody writes it."""
+    """The most common router."""
     import torch
 
     weights, ids = torch.topk(torch.softmax(logits, dim=-1), 2, dim=-1)
@@ -132,7 +135,7 @@ def torch_top_k(logits: Any) -> Any:
 @pytest.mark.engines
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_top_k_softmax_in_plain_torch(dtype: Any) -> None:
-    """Every law holds in every dtype, and the tie rule of torch.topk is told: it has none."""
+    """Every law holds in every dtype, and the note says that torch.topk has no tie rule."""
     declared = Declaration(
         experts=8,
         top_k=2,
@@ -154,7 +157,7 @@ def test_top_k_softmax_in_plain_torch(dtype: Any) -> None:
 @pytest.mark.engines
 @pytest.mark.parametrize(("rule", "example"), [("lower", 1), ("higher", 1)])
 def test_a_tie_rule_that_torch_does_not_keep(rule: Any, example: int) -> None:
-    """Declared, it is broken, and the failure says what is seen instead; no other law minds."""
+    """A declared tie rule fails, and the failure names the seeming rule. No other law fails."""
     declared = Declaration(experts=8, top_k=2, dtype="bfloat16", framework="torch", ties=rule)
     verdict = judge(LAWS["tie-rule"], Subject(torch_top_k, declared), EXAMPLES)
     assert verdict.outcome == "fail"
@@ -182,7 +185,7 @@ def test_a_stable_sort_in_torch_has_the_tie_rule_of_the_spec() -> None:
 @pytest.mark.engines
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_router_of_transformers(dtype: Any) -> None:
-    """MixtralTopKRouter: logits in the model's dtype, softmax and weights in float32, ties as torch.topk has them."""
+    """MixtralTopKRouter: logits in the model's dtype, softmax and weights in float32, ties by torch.topk."""
     import torch
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
@@ -245,7 +248,7 @@ def deepseek_module() -> Any:
 
 @pytest.mark.engines
 def test_the_router_of_deepseek_v3_in_transformers() -> None:
-    """Sigmoid, a bias that only selects, a scale, ids in no order, 1e-20 in the sum: all of it declared."""
+    """Declared: sigmoid, a bias for selection only, a scale, ids in no order, and 1e-20 in the sum."""
     module = deepseek_module()
 
     def router(hidden: Any) -> Any:
@@ -259,8 +262,8 @@ def test_the_router_of_deepseek_v3_in_transformers() -> None:
 
     undeclared = Declaration(experts=8, top_k=2, framework="torch", gate=np.eye(8), **claims)
     verdicts = {verdict.law.name: verdict for verdict in judge_all(Subject(router, undeclared), EXAMPLES)}
-    assert verdicts["optimal-selection"].outcome == "fail"  # the bias, seen where it was not declared
-    assert verdicts["weight-values"].outcome == "pass"  # and not in the weights
+    assert verdicts["optimal-selection"].outcome == "fail"  # the bias shows when it is not declared
+    assert verdicts["weight-values"].outcome == "pass"  # the bias does not enter the weights
 
 
 @pytest.mark.engines
@@ -308,7 +311,7 @@ def test_the_losses_of_transformers() -> None:
 @pytest.mark.parametrize(("experts", "k"), [(8, 2), (3, 2), (1, 1), (4, 4), (64, 8), (256, 8), (16, 1)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 def test_no_false_alarm(experts: int, k: int, dtype: Any) -> None:
-    """Eight honest ways to write a router, each step in the dtype, over sizes and dtypes."""
+    """Eight correct ways to write a router pass every law, each step in the dtype, over sizes and dtypes."""
     import torch
 
     def chosen(scores: Any, after: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -352,7 +355,7 @@ def test_no_false_alarm(experts: int, k: int, dtype: Any) -> None:
 
 
 def test_jax_through_dlpack() -> None:
-    """bfloat16 there and back."""
+    """bfloat16 arrays reach jax and come back."""
     jax = pytest.importorskip("jax", reason="jax not installed")
 
     def router(logits: Any) -> Any:

@@ -35,7 +35,7 @@ BALLS = BallOps()
 
 @st.composite
 def routings(draw: st.DrawFn, full: bool = False) -> Routing:
-    """Any routing: any wishes, refused or not, any capacity; full: nothing refused, nothing dropped."""
+    """Any routing: any ids, refused or not, any capacity. full: no slot refused or dropped"""
     experts = draw(st.integers(1, 5))
     k = draw(st.integers(1, experts))
     tokens = draw(st.integers(0 if not full else 1, 12))
@@ -79,7 +79,7 @@ def random_experts(count: int) -> list[Any]:
 
 @given(routings())
 def test_capacity_is_never_exceeded_and_the_dropped_are_the_last(routing: Routing) -> None:
-    """CAP-2, CAP-3, LOAD-1: per expert, in priority order, the kept of those that asked come before the dropped."""
+    """CAP-2, CAP-3, LOAD-1: for each expert, kept slots come before dropped ones in priority order."""
     tokens, k = routing.ids.shape
     for e in range(routing.experts):
         line = [(t, j) for j in range(k) for t in range(tokens) if routing.ids[t, j] == e and routing.asked[t, j]]
@@ -150,7 +150,7 @@ def test_identity_experts_scale_by_the_weight_that_is_kept(routing: Routing) -> 
 
 @given(routings())
 def test_what_is_not_kept_has_no_weight_whatever_the_record_says(routing: Routing) -> None:
-    """DISPATCH-4, DISPATCH-5: a record made by hand, its weights not cleared, gives the same layer, both ways."""
+    """DISPATCH-4, DISPATCH-5: a record with weights that are not cleared gives the layer of the cleared record."""
     careless = replace(routing, weights=np.where(routing.kept, routing.weights, 7.0))
     x = random_rows(len(routing.ids))
     experts = [identity] * routing.experts
@@ -212,14 +212,14 @@ def test_combine_takes_outputs_of_another_width() -> None:
     x = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
     plan = make_plan(OPS, routing)
     outputs = [np.array([[float(e), sum(row), 0.0] for row in rows]) for e, rows in enumerate(dispatch(OPS, plan, x))]
-    # token 0 first wishes 1, token 1 wishes 0, token 2 wishes 1; then token 0 wishes 0; there is room for no more
+    # token 0 first asks for 1, token 1 for 0, token 2 for 1; then token 0 asks for 0; there is room for no more
     expected = [[1 * 1 + 2 * 0, 3 + 2 * 3, 0], [0, 7, 0], [1, 11, 0]]
     assert combine(OPS, routing, plan, outputs).tolist() == expected
 
 
 @given(routings())
 def test_statistics_are_counts(routing: Routing) -> None:
-    """LOAD-1 to LOAD-4, by a loop; no digit of the entropy is worth more than 16 roundings."""
+    """LOAD-1 to LOAD-4, by a loop. The entropy may differ by 16 roundings."""
     found = load_statistics(OPS, routing)
     slots = [(t, j) for t, row in enumerate(routing.ids.tolist()) for j in range(len(row))]
     asked = Counter(int(routing.ids[s]) for s in slots if routing.asked[s])
@@ -251,7 +251,7 @@ def test_statistics_at_their_ends() -> None:
 
 @pytest.mark.parametrize("ops", [NativeOps("float32"), NativeOps(), ExactOps(), BALLS])
 def test_the_toy_of_the_article(ops: Any) -> None:
-    """Integers, two experts, x * 2 for the even and x + 10 for the odd: 5 gives 15, exactly, in every arithmetic."""
+    """Two experts, x * 2 for even and x + 10 for odd integers: 5 gives exactly 15 in every arithmetic."""
     x = ops.array(np.array([[5.0], [4.0], [7.0], [0.0]]))
     parity = ops.array(np.array([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]))
     routing = mixtral(ops, parity, 1)

@@ -55,7 +55,7 @@ def logarithms(table: Table) -> Any:
 
 
 def largest(values: Any, k: int) -> list[int]:
-    """The k largest, largest first, of equal ones the lower index: by a scan, not by a sort."""
+    """The k largest, largest first, of equal ones the lower index, by a scan and not by a sort."""
     found: list[int] = []
     for _ in range(k):
         best = None
@@ -135,8 +135,8 @@ def algorithm_1(table: Table, capacity: int, chance: list[Fraction]) -> Any:
 
 @given(st.data(), tables(least=2), st.integers(1, 6))
 def test_gshard_is_its_algorithm_1(data: st.DataObject, table: Table, capacity: int) -> None:
-    """GSHARD-1 to GSHARD-5; chance in sixty-fourths, and the one tie 2 * weight = chance left out, which balls cannot
-    decide."""
+    """GSHARD-1 to GSHARD-5, with chance in sixty-fourths. The tie 2 * weight = chance, which balls cannot decide, is
+    left out."""
     chance = data.draw(st.lists(st.integers(0, 63), min_size=len(table), max_size=len(table)))
     exact = [Fraction(u, 64) for u in chance]
     for row, u in zip(table, exact, strict=True):
@@ -221,7 +221,7 @@ def test_expert_choice_is_the_rational_number(data: st.DataObject, table: Table)
 
 @given(st.data(), st.sampled_from([(4, 1), (4, 2), (6, 3), (6, 2), (3, 3), (8, 4)]))
 def test_deepseek_v3_is_the_rational_number(data: st.DataObject, shape: tuple[int, int]) -> None:
-    """DEEPSEEK-1 to DEEPSEEK-6. Biases are sixty-fourths; fractions that are equal by accident are left out."""
+    """DEEPSEEK-1 to DEEPSEEK-6. Biases are sixty-fourths. Examples with accidentally equal fractions are left out."""
     experts, groups = shape
     per_group = experts // groups
     table = data.draw(st.lists(st.lists(st.integers(1, 9), min_size=experts, max_size=experts), min_size=1, max_size=4))
@@ -248,7 +248,7 @@ def test_deepseek_v3_is_the_rational_number(data: st.DataObject, shape: tuple[in
 
 
 def test_deepseek_v3_stays_in_its_groups_when_every_biased_score_is_negative() -> None:
-    """DEEPSEEK-3: an expert of another group is out, not at score 0."""
+    """DEEPSEEK-3: an expert of another group is excluded, and does not have score 0."""
     logits = np.array([[0.5, -1.0, 2.0, 1.0]])
     assert deepseek_v3(ExactOps(), logits, 2, np.full(4, -2.0), 2, 1).ids.tolist() == [[2, 3]]
 
@@ -261,14 +261,14 @@ def test_deepseek_v3_weighs_where_every_sigmoid_rounds_to_zero() -> None:
 
 
 def test_the_bias_of_deepseek_v3_moves_against_the_load() -> None:
-    """DEEPSEEK-7: down above the mean load, up below it, still at it."""
+    """DEEPSEEK-7: the bias falls above the mean load, rises below it, and stays at it."""
     moved = update_bias(ExactOps(), np.zeros(4), np.array([7, 3, 5, 5]), 0.25)
     assert moved.tolist() == [-0.25, 0.25, 0.0, 0.0]
 
 
 @given(tables(), st.data())
 def test_noisy_top_k_looks_at_the_noisy_logits(table: Table, data: st.DataObject) -> None:
-    """NOISY-1, NOISY-2: softplus(0) is log 2, so noise n on log m gives log(m 2^n), a rational weight once more."""
+    """NOISY-1, NOISY-2: softplus(0) is log 2, so noise n on log m gives log(m 2^n), whose weight is rational too."""
     experts = len(table[0])
     k = data.draw(st.integers(1, experts))
     noise = data.draw(grid(len(table), experts, st.integers(-3, 3)))
@@ -359,7 +359,7 @@ def test_every_arithmetic_routes_alike(name: str, run: Any) -> None:
 
 @pytest.mark.parametrize(("name", "run"), cases(), ids=[name for name, _ in cases()])
 def test_every_record_is_consistent(name: str, run: Any) -> None:
-    """What `Routing` promises of its fields."""
+    """The fields of `Routing` are as its docstrings promise."""
     rng = np.random.default_rng(8)
     ops = ExactOps()
     routing = run(ops, rng.standard_normal((20, 6)), rng.random((20, 6)))
@@ -380,7 +380,7 @@ def test_every_record_is_consistent(name: str, run: Any) -> None:
 
 @pytest.mark.parametrize("name", [*ADAPTERS])
 def test_an_adapter_is_a_plain_function(name: str) -> None:
-    """NumPy in, ids and weights out, a token alone as in company; float32 and bfloat16 logits are taken as they are."""
+    """NumPy in, ids and weights out. A token's result does not depend on others; float32 and bfloat16 are taken too."""
     logits = np.random.default_rng(9).standard_normal((33, 8)).astype(np.float32)
     ids, weights = ADAPTERS[name](logits)
     assert ids.dtype == np.int64
@@ -392,7 +392,7 @@ def test_an_adapter_is_a_plain_function(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["switch", "gshard", "st-moe"])
 def test_an_adapter_with_a_capacity_clears_the_weights_of_the_dropped(name: str) -> None:
-    """CAP-3: the ids stay, at most C weights of an expert do."""
+    """CAP-3: all ids stay, and at most C weights of an expert."""
     logits = np.random.default_rng(11).standard_normal((40, 4))
     free, limited = ADAPTERS[name](logits), ADAPTERS[name](logits, capacity=9)
     assert (free[0] == limited[0]).all()
@@ -410,7 +410,7 @@ def test_ties_go_to_the_lower_id_in_every_router() -> None:
 
 
 def test_an_expert_leaves_a_token_for_a_later_one() -> None:
-    """CHOICE-4. Each expert takes one of two tokens: the second, when it is likelier, changes who has the first."""
+    """CHOICE-4. Each expert takes one of two tokens. A likelier second token changes the experts of the first."""
     first = [3, 2]  # likelier with expert 0 than the other where that is [1, 1], less likely where it is [4, 1]
     for second, taken in (([1, 1], [True, False]), ([4, 1], [False, True])):
         routing = expert_choice(BALLS, logarithms([first, second]), 1)
@@ -420,7 +420,7 @@ def test_an_expert_leaves_a_token_for_a_later_one() -> None:
 
 @pytest.mark.parametrize("name", [*FAMILY])
 def test_the_family_runs_by_name_and_repeats_itself(name: str) -> None:
-    """The seed is all the chance there is."""
+    """Equal seeds give equal results."""
     logits = np.random.default_rng(10).standard_normal((30, 4)) * 3
     first, second, third = (run_router(name, ExactOps(), logits, Settings(seed=seed)) for seed in (1, 1, 2))
     assert (first[0].weights == second[0].weights).all()
@@ -430,7 +430,7 @@ def test_the_family_runs_by_name_and_repeats_itself(name: str) -> None:
 
 
 def test_the_noiseless_adapter_masks_experts_as_mixtral_does() -> None:
-    """NOISY-2: a logit of -inf is an expert never chosen before another, and gives no NaN."""
+    """NOISY-2: an expert with logit -inf is never chosen before another, and gives no NaN."""
     logits = np.array([[1.0, -np.inf, 3.0, 2.0], [-np.inf, 0.0, -np.inf, 1.0]])
     for found, expected in zip(ADAPTERS["noisy-top-k"](logits), ADAPTERS["mixtral"](logits), strict=True):
         assert np.array_equal(found, expected)

@@ -20,19 +20,19 @@ from refmoe.routers.literature.switch import switch
 pytestmark = pytest.mark.engines
 OPS: Any = ExactOps()
 
-# Their weights are float32: a softmax or a normalised sigmoid over at most 16 experts is a chain of exp, a sum and two
-# divisions, within 32 roundings in any order.
+# transformers' weights are float32: a softmax or a normalised sigmoid over at most 16 experts is a chain of exp, a sum
+# and two divisions, within 32 roundings in any order.
 FLOAT32 = 32 * 2.0**-24
 
 
 def random_logits(seed: int, tokens: int, experts: int) -> Any:
-    """Exact in float32, and far enough apart that float32 decides as float64 does: multiples of 2^-8, distinct."""
+    """Distinct multiples of 2^-8: exact in float32, and far enough apart that float32 decides as float64 does."""
     rng = np.random.default_rng(seed)
     return np.stack([rng.permutation(np.arange(-400, 400))[:experts] for _ in range(tokens)]) / 256.0
 
 
 def by_expert(ids: Any, weights: Any, experts: int) -> Any:
-    """Weights [T, E], as engines do not promise an order of the slots."""
+    """Weights [T, E] by expert, as engines do not promise an order of the slots."""
     table = np.zeros((len(ids), experts))
     np.put_along_axis(table, np.asarray(ids), np.asarray(weights, np.float64), axis=1)
     return table

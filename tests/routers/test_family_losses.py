@@ -1,4 +1,4 @@
-"""The losses of the family at their known values, the normal distribution, stochastic neurons; clauses stated once."""
+"""The losses of the family at known values, the normal distribution, stochastic neurons, and the ids of clauses."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ HALF_ULP = 2.0**-53
 
 
 def arb(value: float) -> Any:
-    """The real number that a float64 is, with enough bits for what follows."""
+    """A float64 as a ball, at enough bits for the tests."""
     flint = BallOps(precision=2400).flint
     return flint.arb(value)
 
 
 @pytest.fixture(autouse=True)
 def usual_precision() -> Any:
-    """Balls have one global precision; leave it as `BallOps` has it."""
+    """Restore the global precision of balls to that of `BallOps`."""
     yield
     BallOps()
 
 
 def test_every_clause_of_the_family_is_stated_once() -> None:
-    """As in the spec: an id at the start of a docstring's line, each family numbered from 1 without a gap."""
+    """As in the spec, an id starts a docstring's line, and each family is numbered from 1 without gaps."""
     text = "\n".join(path.read_text() for path in ROUTING.glob("*.py"))
     stated = Counter(re.findall(r'^    (?:""")?([A-Z]+-\d+)  ', text, re.MULTILINE))
     assert set(stated.values()) == {1}
@@ -59,7 +59,7 @@ def test_every_clause_of_the_family_is_stated_once() -> None:
 
 @pytest.mark.parametrize("ops", OPS)
 def test_normal_cdf_is_within_a_few_roundings_of_one(ops: Any) -> None:
-    """Against Arb's erfc: 8 half-ulps of 1 absolutely; relatively what exp makes of a rounded square, far out."""
+    """The error against Arb's erfc is 8 half-ulps of 1. Far out, it is relative: that of exp of a rounded square."""
     x = np.concatenate([np.linspace(-37, 9, 4001), [2.5, -2.5, np.nextafter(2.5, 3), 0.0, -0.0, 300.0, -300.0, 1e300]])
     for value, found in zip(x.tolist(), normal_cdf(ops(), x).tolist(), strict=True):
         true = (-arb(value) / arb(2).sqrt()).erfc() / 2 if abs(value) < 1000 else arb(float(value > 0))
@@ -79,7 +79,7 @@ def test_softplus_is_within_a_few_ulp(ops: Any) -> None:
 
 @pytest.mark.parametrize("ops", OPS)
 def test_squared_variation_at_its_ends(ops: Any) -> None:
-    """NOISY-3: nothing when all are equal, n - 1 when one has all."""
+    """NOISY-3: 0 when all are equal, n - 1 when all but one are 0."""
     assert squared_variation(ops(), np.full(8, 0.375)) == 0
     assert squared_variation(ops(), np.array([0.0, 0.0, 3.0, 0.0])) == 3
 
@@ -98,7 +98,7 @@ def test_importance_is_the_rational_number(row: list[int], tokens: int) -> None:
 @pytest.mark.parametrize("ops", OPS)
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
 def test_load_is_its_definition(ops: Any, k: int) -> None:
-    """NOISY-5, NOISY-6, by removing the component and sorting what is left."""
+    """NOISY-5, NOISY-6, by removing the component and sorting the others."""
     rng = np.random.default_rng(k)
     logits, noise_logits, noise = (rng.standard_normal((9, 5)) for _ in range(3))
     expected = np.zeros(5)
@@ -115,7 +115,7 @@ def test_load_is_its_definition(ops: Any, k: int) -> None:
 
 
 def test_load_and_importance_vanish_when_experts_are_alike() -> None:
-    """NOISY-4, NOISY-7: each of three tokens prefers another of three experts, in the same way."""
+    """NOISY-4, NOISY-7: each of three tokens prefers another of three experts, by the same logits."""
     logits = np.array([[1.0, 0.5, 0.0], [0.5, 0.0, 1.0], [0.0, 1.0, 0.5]])
     routing = noisy_top_k(ExactOps(), logits, logits * 0, logits * 0, 2)
     assert importance_loss(ExactOps(), routing) < 1e-30
@@ -164,7 +164,7 @@ def test_st_moe_adds_its_two_losses(ops: Any) -> None:
 
 
 def test_the_switch_loss_is_that_of_mixtral_with_one_choice() -> None:
-    """SWITCH-4 counts what the router chooses."""
+    """SWITCH-4 counts the router's choices."""
     logits = np.random.default_rng(4).standard_normal((40, 5))
     ids = mixtral(ExactOps(), logits, 1).ids[:, 0]
     p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)

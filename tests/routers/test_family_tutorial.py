@@ -1,4 +1,4 @@
-"""`docs/routers.md`: every Python block and every command of it gives what the page prints."""
+"""`docs/routers.md`: every Python block and every command gives the output that the page shows."""
 
 from __future__ import annotations
 
@@ -44,6 +44,6 @@ def test_every_command_prints_what_the_page_says(
 
 
 def test_the_page_has_its_blocks() -> None:
-    """The pattern found them: a page whose fences are misspelt would pass the tests above with nothing in them."""
+    """The pattern finds the blocks. Without this check, a page with misspelt fences would pass the tests above."""
     assert PAGE.read_text(encoding="utf-8").count("```") == 2 * len(BLOCKS)
     assert len(COMMANDS) >= 5

@@ -19,24 +19,24 @@ from refmoe.arithmetic.exact.ops import ExactOps
 from refmoe.arithmetic.native.ops import NativeOps
 from refmoe.routers.literature.losses import load_balancing_loss, router_z_loss
 
-native: Any = NativeOps  # each kind of ops, as a duck: its own annotations name its own weights
+native: Any = NativeOps  # typed as Any, because each kind of ops annotates its own weights
 balls: Any = BallOps
 OPS: list[Any] = [NativeOps, ExactOps]
 
 
 def random_layers(seed: int, layers: int, tokens: int, experts: int) -> list[Array]:
-    """Distinct logits, exact in float32."""
+    """Distinct logits that are exact in float32."""
     rng = np.random.default_rng(seed)
     return [rng.standard_normal((tokens, experts)).astype(np.float32).astype(np.float64) for _ in range(layers)]
 
 
 def random_mask(seed: int, sequences: int, positions: int) -> Array:
-    """Right padding: each sequence has a length of its own, 1 or more."""
+    """A mask of right padding, in which each sequence has a length of its own, 1 or more."""
     lengths = np.random.default_rng(seed).integers(1, positions + 1, sequences)
     return np.asarray(np.arange(positions) < lengths[:, None])
 
 
-# What float32 may be off by, relative to a loss whose terms are all positive. Every number is a sum of at most n = 240
+# The relative error of float32 for a loss whose terms are all positive. Every number is a sum of at most n = 240
 # rows, so n + 8 roundings of 2^-24 bound it in any order of summation: exp and the division of the softmax are within
 # 2 ulp each, and f, P, their product and the sum over the experts round once each.
 def float32_bound(rows: int, experts: int) -> float:
@@ -59,14 +59,14 @@ def test_load_balancing_is_that_of_transformers(layers: int, experts: int, k: in
         theirs = load_balancing_loss_func(in_torch, experts, k, torch_mask)
         ours = load_balancing_loss(native(), tables, k, None if mask is None else mask.ravel())
         assert abs(float(theirs) - ours) <= float32_bound(layers * 60, experts) * ours
-        if masked:  # and the mask matters by more than the bound
+        if masked:  # the mask changes the loss by more than the bound
             unmasked = load_balancing_loss(native(), tables, k)
             assert abs(unmasked - ours) > float32_bound(layers * 60, experts) * ours or k == experts
 
 
 @pytest.mark.engines
 def test_with_one_choice_it_is_the_loss_of_switch() -> None:
-    """Fedus et al. 2021, eq. 4 to 6, as transformers has it for Switch Transformers."""
+    """Fedus et al. 2021, eq. 4 to 6, as transformers computes it for Switch Transformers."""
     import torch
     from transformers.models.switch_transformers.modeling_switch_transformers import load_balancing_loss_func
 
@@ -75,7 +75,7 @@ def test_with_one_choice_it_is_the_loss_of_switch() -> None:
         probabilities = torch.softmax(torch.tensor(table), dim=-1)
         theirs = load_balancing_loss_func(probabilities[None], probabilities.argmax(dim=-1)[None])
         ours = load_balancing_loss(native(), [table], 1)
-        assert abs(float(theirs) - ours) <= float32_bound(40, 6) * ours  # theirs counts in float32
+        assert abs(float(theirs) - ours) <= float32_bound(40, 6) * ours  # transformers counts in float32
 
 
 @pytest.mark.engines
@@ -135,7 +135,7 @@ def test_z_loss_is_the_square_of_the_logarithm_of_the_sum(table: list[list[int]]
 @pytest.mark.parametrize("ops", OPS)
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_both_losses_lie_in_the_balls(ops: Any, k: int) -> None:
-    """The float64 arithmetics stay within their roundings of the proven values: 100 where some 60 are made."""
+    """The float64 arithmetics are within 100 roundings of the proven values; they make about 60."""
     arb = balls()
     layers = random_layers(k, 2, 12, 5)
     mask = random_mask(k, 3, 4).ravel()
@@ -149,13 +149,13 @@ def test_both_losses_lie_in_the_balls(ops: Any, k: int) -> None:
 @pytest.mark.parametrize("ops", [*OPS, balls])
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 def test_uniform_probabilities_give_k_exactly(ops: Any, k: int) -> None:
-    """AUX-1: with E a power of two nothing rounds; the tie rule sends all tokens to the first k experts."""
+    """AUX-1: with E a power of two no operation rounds. The tie rule sends all tokens to the first k experts."""
     made = ops()
     assert load_balancing_loss(made, [made.array(np.full((6, 4), 1.5))], k) == k
 
 
 def test_balanced_counts_give_k() -> None:
-    """AUX-1: P may be far from uniform, as f is uniform: expert 0 is certain where chosen, expert 1 barely chosen."""
+    """AUX-1: as f is uniform, P need not be: expert 0 is chosen with certainty, expert 1 barely."""
     loss = load_balancing_loss(balls(), [balls().array([[9.0, 0.0], [0.0, 0.0625]])], 1)
     assert loss.contains(1)
     assert float(loss.rad()) < 1e-30
@@ -170,7 +170,7 @@ def test_k_is_no_lower_bound_and_seven_eighths_is_approached() -> None:
 
 @given(st.lists(st.floats(-20, 20), min_size=2, max_size=6), st.data())
 def test_one_token_alone_has_a_loss_of_k_or_more(row: list[float], data: st.DataObject) -> None:
-    """f and P are ordered alike then (Chebyshev), and E bounds every loss; 1e-12 covers the roundings of float64."""
+    """For one token f and P have the same order (Chebyshev). E bounds every loss; 1e-12 covers float64's roundings."""
     k = data.draw(st.integers(1, len(row)))
     loss = load_balancing_loss(native(), [np.array([row])], k)
     assert k * (1 - 1e-12) <= loss <= len(row) * (1 + 1e-12)
@@ -184,7 +184,7 @@ def test_all_tokens_certain_of_the_same_experts_tend_to_e() -> None:
 
 @pytest.mark.parametrize("ops", OPS)
 def test_a_constant_added_moves_the_z_loss_alone(ops: Any) -> None:
-    """AUX-6, AUX-7. Integers and a shift by 1024 are exact, so the balancing loss keeps its bits."""
+    """AUX-6, AUX-7. Integers and a shift by 1024 are exact, so the load-balancing loss keeps its bits."""
     table = np.array([[3.0, 1.0, 0.0], [-2.0, 4.0, 5.0]])
     before, after = (load_balancing_loss(ops(), [table + shift], 2) for shift in (0.0, 1024.0))
     assert before == after

@@ -186,7 +186,7 @@ def test_json_is_the_whole_routing(refmoe: Refmoe) -> None:
 
 
 def test_logits_of_a_file_and_of_a_trace(refmoe: Refmoe, tmp_path: Path) -> None:
-    """The same numbers as .npy in float32, and as a bfloat16 tap of the second layer of the second run."""
+    """Equal logits as .npy in float32, and as a bfloat16 tap of the second layer of the second run."""
     table = np.array([[1.0, 0.0, 2.0], [3.0, 0.5, 0.0]], np.float32)
     np.save(tmp_path / "logits.npy", table)
     runs = (

@@ -1,4 +1,4 @@
-"""From CUDA text to a shared library, once: what was built is kept under its hash."""
+"""From CUDA text to a shared library, which is built once and kept under its hash."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ COMPILER = os.environ.get("CXX", "g++")
 
 PLAIN = ("-O1",)
 CHECKED = ("-O1", "-fsanitize=undefined", "-fno-sanitize=vptr", "-fsanitize-undefined-trap-on-error")
-"""Undefined behaviour (an index past a shared array, a misaligned vector, signed overflow) traps; no library needed."""
+"""Undefined behaviour (an index past a shared array, a misaligned vector, signed overflow) traps without a library."""
 ALWAYS = (
     "-std=c++17", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-clobbered",
     "-Wno-unused-variable", "-ffp-contract=off", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-fvisibility=hidden",
     "-fno-gnu-unique", "-fstack-clash-protection",
 )  # fmt: skip
 """No contraction: the text says where a fused multiply-add is. No fortification: it forbids longjmp between stacks.
-Hidden and not unique: each library has its own fibers and its own shared memory, templates' too. Stacks are probed, so
-that a large frame cannot step over the inaccessible page."""
+
+Symbols are hidden and not unique, so each library has its own fibers and shared memory, also in templates. Stacks are
+probed, so that a large frame cannot skip the inaccessible page.
+"""
 
 
 class CompileError(Exception):
@@ -34,7 +36,7 @@ class CompileError(Exception):
 
 
 def missing_compiler() -> str | None:
-    """Why nothing can be compiled, or None."""
+    """Why this machine cannot compile, or None if it can."""
     return None if shutil.which(COMPILER) else f"no C++ compiler: {COMPILER} is not on the PATH"
 
 
@@ -44,7 +46,7 @@ def runner_text() -> bytes:
 
 
 def shared_library(text: str, expressions: Sequence[str], flags: Sequence[str] = PLAIN) -> ctypes.CDLL:
-    """The text with one `launch_<i>` for each expression, built unless it is there already."""
+    """The library of the text, with one `launch_<i>` for each expression, built unless it exists already."""
     exports = "".join(f"EXPORT({i}, {expression})\n" for i, expression in enumerate(expressions))
     whole = f'{text}\n#line 1 "exports"\n{exports}'
     command = (COMPILER, *ALWAYS, *flags, "-include", str(HERE / "cuda.h"), "-x", "c++", "-", "-o")

@@ -40,11 +40,11 @@ class Guarded:
         return int(self._base + self._start)
 
     def offset(self, address: int) -> int | None:
-        """Where an address is relative to the array, if it is in this memory at all."""
+        """The offset of an address from the array's start; None if it is outside this memory."""
         return address - self.address if self._base <= address < self._base + self.body + 2 * PAGE else None
 
     def finish(self) -> bool:
-        """Copy what the kernel has written into the array; whether it wrote outside, too."""
+        """Copy the kernel's results into the array. Returns whether the kernel also wrote outside it."""
         self._protect(mmap.PROT_READ | mmap.PROT_WRITE)
         outside = (self._bytes[PAGE : self._start], self._bytes[self._stop : PAGE + self.body])
         self.array.reshape(-1).view(np.uint8)[:] = self._bytes[self._start : self._stop]

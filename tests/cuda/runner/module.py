@@ -17,14 +17,14 @@ SECONDS = 60
 
 
 class LaunchError(Exception):
-    """What a kernel did wrong, with its block and thread."""
+    """The error of a kernel, with its block and thread."""
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """How a launch is run: the order of threads and blocks, the side that arrays are guarded on, flushed subnormals.
+    """The conditions of a launch: the order of threads and blocks, the guarded side of arrays, flushed subnormals.
 
-    guard: see `Guarded`; None: the arrays themselves, unguarded.
+    guard: a side as in `Guarded`; None: the arrays themselves, unguarded.
     """
 
     order: str = "abreast"
@@ -39,7 +39,7 @@ EVERY_ORDER = (
     Conditions("random", "start", seed=1),
     Conditions("random", "end", seed=2, flush=True),
 )
-"""Each order, each guard, and flushing as on the device."""
+"""Each order and each guard, with subnormals flushed as on the device."""
 
 
 class _Argument(ctypes.Structure):
@@ -55,14 +55,14 @@ class _Launch(ctypes.Structure):
 
 
 class Module:
-    """Compiled text; `get_function` of it under given conditions is what CuPy's RawModule has."""
+    """Compiled text. Under given conditions it has the `get_function` of CuPy's RawModule."""
 
     def __init__(self, text: str, expressions: Sequence[str], flags: Sequence[str] = PLAIN) -> None:
         self._library = shared_library(text, expressions, flags)
         self._expressions = tuple(expressions)
 
     def under(self, conditions: Conditions) -> Callable[[str], Callable[..., None]]:
-        """get_function: from a name expression to a function of (grid, block, arguments)."""
+        """`get_function`, from a name expression to a function of (grid, block, arguments)."""
 
         def get_function(expression: str) -> Callable[..., None]:
             symbol = self._library[f"launch_{self._expressions.index(expression)}"]
@@ -103,7 +103,7 @@ def _launch(
 
 
 def as_cupy_passes(argument: Any) -> Any:
-    """CuPy passes a Python int as int64 and a float as float64, whatever the kernel's parameter is."""
+    """An argument as CuPy passes it: a Python int as int64, a float as float64, for any parameter."""
     if isinstance(argument, np.ndarray):
         if not argument.flags.c_contiguous:
             raise LaunchError("an array that is not contiguous: CuPy would pass its address and ignore its strides")
