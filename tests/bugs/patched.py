@@ -1,4 +1,4 @@
-"""Known bugs patched into transformers: what they are, what they are to be called, and what they share.
+"""Known bugs patched into transformers: the patches, the names that a diagnosis must give, and shared code.
 
 Beside the faults of `tests.verify.faults`, to which `patched_names` gives their names, these are the bugs of the
 catalogue that are not among them. A patch is written as the bug comes about in an engine, not as the mutant has it.
@@ -23,7 +23,7 @@ def as_it_is(arrays: Arrays) -> Arrays:
 
 @dataclass(frozen=True)
 class Patched:
-    """A bug in transformers, and what a diagnosis has to call it."""
+    """A bug in transformers, and the names that a diagnosis must give it."""
 
     name: str
     model: str
@@ -31,22 +31,22 @@ class Patched:
     called: tuple[str, ...]
     """The mutants that compute the same function on this trace, any of them; none where the catalogue has none."""
     why: str
-    """Why the catalogue has none."""
+    """The reason why the catalogue has no such mutant."""
     apply: Apply
     dump: Callable[[Arrays], Arrays] = as_it_is
-    """What the engine writes of what it has computed."""
+    """The arrays that the engine writes, from the arrays that it has computed."""
     rules: str = ""
     """Changes to the policy that state the rule that it breaks."""
     quantised: bool = False
     """Whether it runs, and is judged, on the dequantised weights of a quantised checkpoint."""
     kin: str = ""
-    """A mutant that is the same mistake with another effect: where nothing has to be named, naming it is not wrong."""
+    """A mutant with the same mistake but another effect. If no name is required, this name is not wrong."""
     elsewhere: bool = True
     """Whether the patch is the bug on any model."""
 
 
 PATCHED: dict[str, Patched] = {}
-"""By the id of the mutant that each is."""
+"""The patches by the id of their mutant."""
 
 
 def patched(
@@ -140,7 +140,7 @@ Rows = Callable[[Any, Any, Any], Any]
 
 
 def as_read(x: Any, ids: Any, weights: Any) -> Any:
-    """What each slot's expert reads. x: [T, D]   ids, weights: [T, k]   returns: [T, k, D]"""
+    """The input of each slot's expert. x: [T, D]   ids, weights: [T, k]   returns: [T, k, D]"""
     return x[:, None].expand(*ids.shape, x.shape[-1])
 
 

@@ -1,4 +1,4 @@
-"""What the faults of `tests.verify.faults` are called in the catalogue, and why some have no name there."""
+"""The names of the faults of `tests.verify.faults` in the catalogue, and the reasons why some have none."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from tests.verify import faults_of_attention, faults_of_cache, faults_of_experts
 from tests.verify.faults import FAULTS, Fault
 
 PARTS = (faults_of_attention, faults_of_cache, faults_of_experts, faults_of_norms, faults_of_rope)
-"""Loaded for what they register."""
+"""Imported because they register faults."""
 
 NAMES: dict[str, str] = {
     # attention
@@ -44,7 +44,7 @@ NAMES: dict[str, str] = {
     "rope-positions-restart": "rope-decode-position-zero",
     "rope-angles-in-the-storage-type": "rope-tables-lowprec",
 }  # fmt: skip
-"""Fault to mutant: the same bug."""
+"""The mutant of each fault that is the same bug."""
 
 UNKNOWN: dict[str, str] = {
     "key-heads-swapped": "no bug of the catalogue reverses heads",
@@ -88,7 +88,7 @@ UNKNOWN: dict[str, str] = {
     "rope-table-in-bfloat16": "the catalogue's rounds positions and frequencies too",
     "rope-turns-values": "not in the catalogue",
 }
-"""Fault to why nothing is to be named: no bug of the catalogue computes the same function."""
+"""The faults without a name, each with the reason: no bug of the catalogue computes the same function."""
 
 KIN: dict[str, tuple[str, str]] = {
     "mask-hides-the-token-itself": ("attn-causal-strict", "calls with several tokens only: a single one sees itself"),
@@ -99,8 +99,9 @@ KIN: dict[str, tuple[str, str]] = {
     "norm-in-float16": ("norm-lowprec-variance", "in float16, where the storage type is bfloat16"),
     "rope-positions-in-bfloat16": ("rope-tables-lowprec", "positions alone: frequencies and angles are float32"),
 }
-"""Fault to the mutant that is the same mistake with another effect, and what is other about it: as no bug of the
-catalogue computes this function, nothing has to be named, but that name is not wrong."""
+"""The faults that are the same mistake as a mutant, with another effect; the difference in words. No bug of the
+catalogue
+computes this function, so no name is required, but the name of the mutant is not wrong."""
 
 
 BOUND = ("window-on",)
@@ -108,14 +109,14 @@ BOUND = ("window-on",)
 
 
 def known_faults() -> list[Patched]:
-    """The faults, with what they are called."""
+    """The faults, with their names."""
     names = (*NAMES, *UNKNOWN, *KIN)
     assert sorted(names) == sorted(FAULTS), "a fault has no name, or two"
     return [known(each) for each in FAULTS.values()]
 
 
 def known(fault: Fault) -> Patched:
-    """A fault with what it is called."""
+    """A fault with its name."""
     kin, other = KIN.get(fault.name, ("", ""))
     why = UNKNOWN.get(fault.name, other)
     called = (NAMES[fault.name],) if fault.name in NAMES else ()

@@ -1,4 +1,4 @@
-"""Diagnose a patched engine: what is named first, and where the right name comes."""
+"""The diagnosis of a patched engine: the first name, and the rank of the right name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.bugs.patched_names import known_faults
 from tests.verify.engines import GOLDEN, Arrays, captured, loaded, model_named
 
 PARTS = (patched_attention, patched_experts, patched_positions, patched_router, patched_weights)
-"""Loaded for what they register."""
+"""Imported because they register bugs."""
 
 LEFT_OUT = {
     "prec-combine-lowprec": "transformers itself weighs and adds in the storage type: there is nothing to patch",
@@ -48,7 +48,7 @@ def everything() -> list[Patched]:
 
 
 def elsewhere(bugs: Iterable[Patched]) -> list[Patched]:
-    """The same bugs on every other golden case that is aimed at them."""
+    """The patched bugs on every other golden case that is aimed at them."""
     aimed = {folder.name: read_case(folder).bugs for folder in find_cases(GOLDEN)}
     return [
         replace(bug, model=name, called=(*bug.called, *alike(bug, name)))
@@ -60,7 +60,7 @@ def elsewhere(bugs: Iterable[Patched]) -> list[Patched]:
 
 
 SELF_INVERSE = ("load-qk-permute-missing", "load-sanitise-twice")
-"""With heads of four, interleaving and its inverse are one permutation."""
+"""Cases with head_dim 4, where interleaving and its inverse are the same permutation."""
 
 
 def alike(bug: Patched, name: str) -> tuple[str, ...]:
@@ -71,13 +71,13 @@ def alike(bug: Patched, name: str) -> tuple[str, ...]:
 
 
 def healthy(name: str) -> Patched:
-    """transformers as it is."""
+    """Unpatched transformers."""
     return Patched("healthy", name, (), "no bug is there", lambda patch, model: None)
 
 
 @dataclass(frozen=True)
 class Naming:
-    """What a diagnosis says of one patched engine."""
+    """The diagnosis of one patched engine."""
 
     bug: str
     model: str
@@ -93,14 +93,14 @@ class Naming:
     explains: bool
     """Whether it explains the trace: only then it is named."""
     rank: int | None
-    """Where the best right name comes, from 1."""
+    """The rank of the best right name, from 1."""
     seconds: float
     considered: tuple[str, ...]
     """The first five: a star where it explains, checks that fail still and newly, the part of the error left."""
 
     @property
     def named(self) -> str:
-        """What is named first; empty where nothing is."""
+        """The first name; empty if none is given."""
         return self.first if self.explains else ""
 
     @property
@@ -115,14 +115,14 @@ class Naming:
 
 
 def dumped(bug: Patched, dtype: str, attention: str = "eager") -> Arrays:
-    """What the engine with this bug writes."""
+    """The arrays that the engine with this bug writes."""
     with pytest.MonkeyPatch.context() as patch:
         bug.apply(patch, loaded(bug.model, dtype))
         return bug.dump(captured(bug.model, dtype, attention))
 
 
 def checkpoint_of(bug: Patched) -> Checkpoint:
-    """What its trace is held against."""
+    """The model that its trace is held against."""
     right = model_named(bug.model).checkpoint
     return replace(right, parameters=quantised(right.parameters, INT8)) if bug.quantised else right
 

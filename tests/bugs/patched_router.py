@@ -89,7 +89,7 @@ def _(patch: Patch, model: Any) -> None:
 
 
 def first_slots(arrays: Arrays) -> Arrays:
-    """What an engine shows that has room for as many experts as are configured, which is two."""
+    """The taps of an engine that has room only for the configured number of experts, which is two."""
 
     def per_slot(key: str) -> bool:
         return ".expert." in key or key.endswith(("router.experts", "router.weights"))

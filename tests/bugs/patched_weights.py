@@ -1,4 +1,4 @@
-"""Bugs of loading, of norms, and of what is written, patched into transformers."""
+"""Bugs of loading, of norms, and of the written trace, patched into transformers."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def _(patch: Patch, model: Any) -> None:
 
 @patched("quant-smoothing-skips-router", "mini-8x7b", quantised=True)
 def _(patch: Patch, model: Any) -> None:
-    """The gate of the file, whose input was divided."""
+    """The router matrix of the file, although its input was divided."""
     import torch
 
     load(patch, model, held("mini-8x7b"))

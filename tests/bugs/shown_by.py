@@ -231,7 +231,7 @@ HIDDEN = [
     ("norm-eps-1e-6", "TINYMAG", "mini-8x7b"),
     ("norm-eps-outside-sqrt", "TINYMAG", "mini-8x7b"),
 ]
-"""The same table for bugs that change less than bfloat16 can tell: a part in 10^5 of rows of ordinary size."""
+"""Bug, condition and case, for bugs that change less than bfloat16 resolves: 10^-5 of rows of ordinary size."""
 
 
 def bugs() -> list[Mutant]:

@@ -1,4 +1,4 @@
-"""Diagnosis beyond single bugs: pairs, structures, NaN, and nothing where nothing fits."""
+"""Diagnosis beyond single bugs: pairs, structures, NaN, and no name if nothing fits."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def held(trace: Trace) -> dict[str, Any]:
 
 
 def found_in(trace: Trace, name: str, dtype: str) -> tuple[Explanation, ...]:
-    """What a report says explains the trace."""
+    """The explanations in a report."""
     report = judged(trace, name, dtype)
     assert report.verdict == NOT_CONFORMANT
     explanations = explained(report, diagnosed(trace, name, dtype, report, MUTANTS.values())).explanations
@@ -215,7 +215,7 @@ def test_the_filter_is_one_for_the_error_itself_and_zero_beside_it() -> None:
     ],
 )
 def test_another_setting_is_named(name: str, field: str, value: Any, words: str | None, dtype: str) -> None:
-    """Window ignored as in mlx-lm 0.32; a value that nobody has as its default is not guessed."""
+    """An ignored window, as in mlx-lm 0.32, is named. A setting that is no common default is not guessed."""
     case = case_named(name)
     trace = run(None, replace(case.config, **{field: value}), parameters_of(name), case.runs(), policy(dtype))
     found = found_in(trace, name, dtype)

@@ -1,4 +1,4 @@
-"""What engines do differently and rightly is never flagged, by the generic policy of its dtype."""
+"""Legal variants are never flagged by the generic policy of their dtype."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from refmoe.verify.findings import CANNOT_JUDGE, CONFORMANT
 from tests.bugs.judging import DTYPES, case_named, explained, judged, parameters_of, traced
 
 OVERFLOWS = ("huge-activations", "float16")
-"""There gate times up is infinite, and all that follows is lost (`why` of the case): nothing is left to judge."""
+"""The case and dtype where gate times up is infinite (`why` of the case), so that no later value can be judged."""
 
 NOW = ("walking-skeleton", "top-3", "window-chunks")
-"""Pieces and steps with a cache; more than two experts to add; a window whose calls it cuts."""
+"""Cases with pieces and steps, with more than two experts to add, and with a window."""
 LATER = (
     "router-underflow", "attention-underflow", "huge-embedding", "huge-activations", "tie-first-second",
     "tie-second-third", "near-tie", "positions-32768", "top-all", "head-dim-64", "tiny-embedding", "square",
@@ -28,17 +28,17 @@ LATER = (
 )  # fmt: skip
 
 WITHOUT_A_TRACE = ("no-cache", "experts-last-first")
-"""Variants that differ in the order of sums and calls alone: where sums are exact, as here, no bit shows it."""
+"""Variants that differ only in the order of sums and calls. If sums are exact, as here, no bit differs."""
 
 
 def run_variant(variant: str, name: str, dtype: str) -> Trace:
-    """The trace of a golden case by an engine that does it this way."""
+    """The trace of a golden case by an engine with this variant."""
     case = case_named(name)
     return LEGAL[variant].run(case.config, parameters_of(name), case.runs(), policy(dtype))
 
 
 def every_case() -> list[Any]:
-    """A few cases now, each dtype in turn; the others are slow."""
+    """The parameters: a few cases in the default run, each dtype in turn; the others are slow."""
     found = []
     for i, variant in enumerate(LEGAL):
         for j, name in enumerate((*NOW, *LATER)):
@@ -64,7 +64,7 @@ def test_a_variant_leaves_out_what_it_has_no_value_for_and_nothing_else(variant:
 
 @pytest.mark.parametrize("variant", [variant for variant in LEGAL if variant not in WITHOUT_A_TRACE])
 def test_a_variant_does_vary(variant: str) -> None:
-    """In float32 or bfloat16 some bit is another, or some tap is missing: it is not the specification once more."""
+    """In float32 or bfloat16 some bit differs, or some tap is missing: the variant is not the specification itself."""
     varied = [not same(run_variant(variant, NOW[0], dtype), traced(None, NOW[0], dtype)) for dtype in DTYPES[:2]]
     assert any(varied)
 

@@ -1,4 +1,4 @@
-"""What of the matrix has to be computed again after a change, what that says of the record; the recorded matrix."""
+"""The parts of the matrix to compute again after a change, the currency of the record, and the recorded matrix."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def cases(golden: Path) -> dict[str, Case]:
 
 
 def pairs(work: Collection[Work]) -> set[tuple[str, str, str]]:
-    """What is run: mutant, case, policy."""
+    """The runs: mutant, case, policy."""
     return {(name, each.case.name, each.policy) for each in work for name in each.mutants}
 
 

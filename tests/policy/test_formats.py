@@ -116,7 +116,7 @@ def test_ulp_is_the_distance_to_the_next_value(data: Any, format: Format) -> Non
 
 
 def check_cells(y: Any, format: Format) -> None:
-    """Just inside both ends the value, just outside another; an end itself goes to the even one of the two."""
+    """Just inside both ends lies the value, just outside another. An end itself goes to the even neighbour."""
     for ends, outwards in zip(cell(y, format), (-np.inf, np.inf), strict=True):
         assert (nearest(np.nextafter(ends, -outwards), format) == y).all()
         beyond, tie = nearest(np.nextafter(ends, outwards), format), nearest(ends, format)

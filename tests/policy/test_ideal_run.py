@@ -61,7 +61,7 @@ def test_without_a_tap_the_logits_are_the_same() -> None:
 
 @pytest.mark.parametrize("rules", policies(), ids=lambda each: each.name)
 def test_a_tap_has_the_dtype_of_its_cut_point(rules: Policy) -> None:
-    """In every policy, and a float64 model's own values are near: 2^-8 is the coarsest rounding there is."""
+    """The values of a float64 model are near under every policy: 2^-8 is the coarsest rounding."""
     found, exact = run(rules), run(policy("float64"))
     for key, array in found.items():
         name = key.partition("/")[2]
@@ -74,7 +74,7 @@ def test_a_tap_has_the_dtype_of_its_cut_point(rules: Policy) -> None:
 
 
 def test_each_cut_point_inside_a_step_is_one() -> None:
-    """Changed to bfloat16 alone it changes some tap, and none before the step that it is in."""
+    """A cut point changed to bfloat16 changes some tap, and no tap before its own step."""
     base = policy("hf-float32")
     before = run(base)
     first = {

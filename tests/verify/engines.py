@@ -1,4 +1,5 @@
-"""What tests of the verifier share: models, transformers loaded once per model and dtype, captures and judgements."""
+"""The models, captures and verdicts that the tests of the verifier share. transformers is loaded once per model
+and dtype."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ class Model:
 
 
 def tokens(count: int, vocab: int) -> list[int]:
-    """Different tokens in no order, as far as the vocabulary goes. vocab: not a multiple of 29"""
+    """Tokens that differ as far as the vocabulary goes, in no order. vocab: not a multiple of 29"""
     return [(7 + 29 * i) % vocab for i in range(count)]
 
 
@@ -59,7 +60,7 @@ DEEP = Config(
     dim=48, layers=6, heads=6, kv_heads=3, head_dim=8, hidden_dim=40, vocab=97, experts=7, experts_per_token=2,
     rope_theta=3e4,
 )  # fmt: skip
-"""More layers than any golden case, for what rounding does to choices."""
+"""A model with more layers than any golden case, so that rounding can change choices."""
 
 SYNTHETIC: dict[str, tuple[Config, dict[str, int], list[AnyCall]]] = {
     "wide": (WIDE, {}, [("prefill", 0, tokens(48, 97)), ("decode", 0, [5])]),
@@ -85,7 +86,7 @@ def model_named(name: str) -> Model:
 
 @cache
 def loaded(name: str, dtype: str) -> Any:
-    """The model in transformers. Whoever patches it takes the patch back."""
+    """The model in transformers, shared by all tests: a test must undo its patches."""
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = model_named(name).checkpoint
         write_checkpoint(Path(folder) / "model", checkpoint.config, checkpoint.parameters, "float32")
@@ -94,7 +95,7 @@ def loaded(name: str, dtype: str) -> Any:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """torch on one thread: its threads wait for each other longer than they work on matrices this small."""
+    """torch on one thread, because on matrices this small its threads mostly wait for each other."""
     import torch
 
     before = torch.get_num_threads()
@@ -106,7 +107,7 @@ def one_thread() -> Iterator[None]:
 
 
 def captured(name: str, dtype: str, attention: str = "eager") -> Arrays:
-    """Every tap that hooks see, of the model as it is now, patches included."""
+    """Every tap that hooks see, with the model's current patches."""
     model = loaded(name, dtype)
     model.set_attn_implementation(attention)
     recorder = Recorder()
@@ -117,12 +118,12 @@ def captured(name: str, dtype: str, attention: str = "eager") -> Arrays:
 
 @cache
 def honest(name: str, dtype: str, attention: str = "eager") -> Arrays:
-    """`captured` from transformers as it is; not to be changed."""
+    """The arrays of `captured` from unpatched transformers. They are shared and must not be changed."""
     return captured(name, dtype, attention)
 
 
 def judged(name: str, arrays: Mapping[str, Any], rules: str, runs: tuple[Run, ...] | None = None) -> Report:
-    """The verdict about a trace with these arrays.   rules: the policy.   runs: what the trace says it ran."""
+    """The verdict about a trace with these arrays.   rules: the policy   runs: the runs in the header of the trace"""
     model = model_named(name)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.safetensors"
@@ -137,18 +138,18 @@ def only(arrays: Mapping[str, Any], wanted: Callable[[str], bool]) -> Arrays:
 
 
 def failed_steps(report: Report) -> set[str]:
-    """The steps, without run and layer, whose checks fail. None fails in a conformant trace, some do in another."""
+    """The failed steps, without run and layer. Asserts that some check fails exactly if the trace is not conformant."""
     steps = {check.step for check in report.checks if check.verdict == FAIL}
     assert bool(steps) == (report.verdict == NOT_CONFORMANT), report.headline
     return steps
 
 
 def first_wrong_step(report: Report) -> str | None:
-    """The step that the report blames first, without run and layer."""
+    """The first failed step of the report, without run and layer."""
     return None if report.first_wrong is None else step_of(report.first_wrong[1])
 
 
 def explained(report: Report) -> str:
-    """What an assertion shows when a report is not as expected."""
+    """The headline and the first failed checks, for the message of an assertion."""
     checks = [check for check in report.checks if check.verdict == FAIL]
     return "\n".join([report.headline, *(f"{c.run}/{c.tap} {c.rung}: {c.reason}; {c.worst}" for c in checks[:8])])

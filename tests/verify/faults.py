@@ -1,9 +1,9 @@
-"""One-line faults of the field, patched into transformers itself: what they are, where they show, where they cannot.
+"""One-line faults of real engines, patched into transformers: the fault, the model that shows it, and where none can.
 
 A fault is a function that takes a `pytest.MonkeyPatch` and a loaded model. `breaks` names the steps that are wrong
-given their own inputs, the first one first: no other may be blamed. A hook cannot see the scores, so what is wrong with
-them shows in the probabilities. `unseen` says of a dtype why the fault cannot be told from a legal engine there: either
-its bits do not change, or the policy allows what it does.
+given their own inputs, the first one first; no other step may fail. A hook cannot see the scores, so errors of scores
+show in the probabilities. `unseen` gives, for a dtype, the reason why the fault looks like a legal engine there: its
+bits do not change, or the policy allows them.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ DTYPES = ("float32", "bfloat16", "float16")
 SAME_BITS = "no bit changes"
 
 ATTENDED = ("attention.probs", "attention.context")
-"""What reads the cache, as far as hooks can see."""
+"""The steps that read the cache, as far as hooks can see."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault and what is expected of the verifier."""
+    """A fault, and the verdict expected of the verifier."""
 
     name: str
     why: str
-    """How it comes about."""
+    """The cause of the fault."""
     model: str
     """The golden case, or model of `engines.SYNTHETIC`, that shows it."""
     breaks: tuple[str, ...]
-    """The steps that fail, the first wrong one first."""
+    """The steps that fail, in order of computation."""
     apply: Callable[[Patch, Any], None]
     unseen: Mapping[str, str] = field(default_factory=dict)
-    """Dtype to why it cannot be seen there."""
+    """The dtypes at which it cannot be seen, each with the reason."""
 
 
 FAULTS: dict[str, Fault] = {}
@@ -178,7 +178,7 @@ def truncated(x: Any, dtype: Any) -> Any:
 
 
 def set_cache(patch: Patch, change: Callable[[Any, int], Any], values_too: bool = True) -> None:
-    """What a cache gives back.   change(keys or values [1, K, S, d], number of old tokens)"""
+    """Patch the result of a cache.   change(keys or values [1, K, S, d], number of old tokens)"""
     from transformers import DynamicCache
 
     update = DynamicCache.update

@@ -130,7 +130,7 @@ def _(patch: Patch, model: Any) -> None:
     import torch
 
     class Gate(torch.Tensor):
-        """What silu(gate) is replaced by: the gate, which multiplies by silu(up)."""
+        """The replacement of silu(gate): the gate itself, which later multiplies silu(up)."""
 
         def __mul__(self, up: Any) -> Any:
             return self.as_subclass(torch.Tensor) * functional().silu(up)

@@ -1,8 +1,8 @@
-"""Hostile traces: files that strangers may hand to ``refmoe verify``, and what must become of each.
+"""Hostile traces: files that strangers may give to ``refmoe verify``, and the expected end of each.
 
-Every function below makes one. It is given the parts of an honest trace of the case walking-skeleton and changes
-them, or returns the bytes of the whole file, or writes at `draft.path` itself. Its decorator says the exit status and
-the words that the sentence or the verdict must contain. Status 0 stands for what looks odd and is legal.
+Every function below makes one hostile trace. It gets the parts of an honest trace of the case walking-skeleton. It
+changes these parts, or returns the bytes of the whole file, or writes at `draft.path` itself. Its decorator gives the
+exit status, and the words that the sentence or the verdict must contain. Status 0: the trace looks odd but is legal.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Draft:
     header: dict[str, Any]
     tensors: dict[str, Tensor]
     metadata: dict[str, str] = field(default_factory=dict)
-    """Besides, or in place of, the entry made from `header`."""
+    """Metadata entries beside the one made from `header`, or in its place."""
 
     def run(self, i: int) -> dict[str, Any]:
         """One run of the header."""
@@ -65,13 +65,13 @@ class Draft:
         self.tensors[key] = tensor(array)
 
     def change(self, change: Callable[[Any], Any], end: str = "") -> None:
-        """Apply a function to every float tensor whose key ends so."""
+        """Apply a function to every float tensor whose key has this end."""
         for key in self.tensors:
             if key.endswith(end) and not key.endswith("router.experts"):
                 self.put(key, change(self.array(key)))
 
     def keep(self, *ends: str) -> None:
-        """Drop every tensor whose key ends otherwise."""
+        """Drop every tensor whose key has another end."""
         self.tensors = {key: found for key, found in self.tensors.items() if key.endswith(ends)}
 
     def text(self) -> str:
@@ -97,7 +97,7 @@ def tensor(array: Any) -> Tensor:
 
 
 def file(text: str | bytes, data: bytes, length: int | None = None) -> bytes:
-    """A safetensors file of a header and data.   length: what it says of its header, in place of the truth."""
+    """A safetensors file of a header and data.   length: a false length of the header"""
     text = text.encode() if isinstance(text, str) else text
     return struct.pack("<Q", len(text) if length is None else length % 2**64) + text + data
 
@@ -127,17 +127,17 @@ def draft(path: Path, arithmetic: str) -> Draft:
 
 @dataclass(frozen=True)
 class Hostile:
-    """A hostile trace and what must become of it."""
+    """A hostile trace and its expected end."""
 
     name: str
     make: Callable[[Draft], bytes | None]
     status: int
     words: tuple[str, ...]
-    """What the sentence or the report must contain."""
+    """The words that the sentence or the report must contain."""
     arithmetic: str
     """Of the honest trace that it is made of."""
     against: str
-    """What it is held against; empty: the case that it names, ``{checkpoint}``: the same model as a checkpoint."""
+    """The subject; empty: the case that the trace names, ``{checkpoint}``: the same model as a checkpoint."""
 
     def write(self, path: Path) -> None:
         parts = draft(path, self.arithmetic)
@@ -256,7 +256,7 @@ def header_is_not_text(draft: Draft) -> bytes:
 
 @hostile(REFUSED, "'prefill/logits' is there more than once")
 def tap_given_twice(draft: Draft) -> bytes:
-    """With one place in the file: whichever reading wins, another reader may take the other."""
+    """A key that stands twice in the file: readers differ in the entry that they take."""
     draft.keep("prefill/logits")
     entry = draft.text().partition('"prefill/logits": ')[2][:-1]
     other = entry.replace("F64", "I64")
@@ -341,7 +341,7 @@ def metadata_nested_without_end(draft: Draft) -> None:
 
 @hostile(REFUSED, "'runs[0]' is")
 def metadata_nested_to_the_brink(draft: Draft) -> None:
-    """As deep as a parser goes whose stack has more room than that of whoever writes it out again."""
+    """JSON as deep as a parser can read it, but deeper than a writer can write it."""
     draft.metadata["refmoe"] = json.dumps(draft.header | {"runs": "?"}).replace('"?"', "[" * 900 + "]" * 900)
 
 
@@ -373,7 +373,7 @@ def escape_sequences_in_the_policy(draft: Draft) -> None:
 
 @hostile(REFUSED, "'producer.name'", "printable", "ud800")
 def lone_surrogate_in_the_producer(draft: Draft) -> None:
-    """No encoding has it, so whoever prints it fails."""
+    """A lone surrogate has no encoding, so printing it fails."""
     draft.header["producer"]["name"] = "\ud800"
 
 
@@ -429,7 +429,7 @@ def policy_with_an_impossible_change(draft: Draft) -> None:
 
 @hostile(REFUSED, "metadata field 'policy'", "given with --policy")
 def policy_of_its_own_making(draft: Draft) -> None:
-    """A file beside the trace that allows anything."""
+    """A policy file beside the trace that allows everything."""
     draft.path.with_name("lenient.toml").write_text(
         '[lenient]\nbase = "bfloat16"\nabout = ""\nsource = ""\nexp = {constant = 1e300, slope = 0, source = ""}\n'
     )
@@ -444,7 +444,7 @@ def unknown_case(draft: Draft) -> None:
 
 @hostile(REFUSED, "'case' is", "the name of a case was expected", against="")
 def case_elsewhere(draft: Draft) -> None:
-    """A case of the stranger's own, with a model that his trace fits."""
+    """A forged case, with a model that fits the trace."""
     draft.header["case"] = f"../golden/{CASE}"
 
 
@@ -779,7 +779,7 @@ def other_experts(draft: Draft) -> None:
 
 @hostile(CONFORMANT)
 def slots_in_another_order(draft: Draft) -> None:
-    """All that follows the expert ids follows them: the order of slots is the engine's own."""
+    """The order of slots is the engine's own: all later taps follow the order of the ids."""
     for key in draft.tensors:
         if key.endswith(("router.experts", "router.weights")) or ".expert." in key:
             draft.put(key, draft.array(key)[:, ::-1])
@@ -815,7 +815,7 @@ def all_infinite(draft: Draft) -> None:
 
 @hostile(WRONG, "prefill/logits", "not finite", arithmetic="bfloat16")
 def nan_logits_alone(draft: Draft) -> None:
-    """Nothing bounds them where rounding can decide the choice of experts; still no engine may give NaN."""
+    """Values without a bound, because rounding can decide the choice of experts, still may not be NaN."""
     draft.keep("logits")
     draft.tensors = {key: found for key, found in draft.tensors.items() if "router" not in key}
     draft.change(lambda x: np.full_like(x, np.nan))
@@ -823,7 +823,7 @@ def nan_logits_alone(draft: Draft) -> None:
 
 @hostile(WRONG, "prefill/logits", arithmetic="bfloat16")
 def zero_logits_behind_a_right_embedding(draft: Draft) -> None:
-    """However many values before them are right."""
+    """One wrong value fails, however many values are right."""
     draft.tensors = {
         key: found for key, found in draft.tensors.items() if "layers.1" not in key and "router" not in key
     }
@@ -965,14 +965,14 @@ def float32_declared_exact(draft: Draft) -> None:
 
 @hostile(WRONG, "policy float32", arithmetic="bfloat16")
 def bfloat16_in_float32_declared_float32(draft: Draft) -> None:
-    """What an engine dumps that computes in bfloat16 and converts its dump."""
+    """The dump of an engine that computes in bfloat16 and converts its dump."""
     draft.header["policy"] = "float32"
     draft.change(lambda x: x.astype(np.float32))
 
 
 @hostile(WRONG, "first wrong step: layers.0.attention.probs", arithmetic="float16")
 def float16_declared_bfloat16(draft: Draft) -> None:
-    """Its values are finer, but probabilities that bfloat16 holds have become zero."""
+    """float16 has finer values, but small probabilities that bfloat16 holds become zero in it."""
     draft.header["policy"] = "bfloat16"
 
 
@@ -986,7 +986,7 @@ def bfloat16_declared_float16(draft: Draft) -> None:
 
 @hostile(CONFORMANT, "keys that name no tap")
 def ten_gigabytes_of_something_else(draft: Draft) -> None:
-    """Sparse, so that the disk holds a few kilobytes; nobody reads it."""
+    """A sparse file: it takes a few kilobytes of disk, and is never read."""
     table = json.loads(draft.text())
     size = len(draft.data())
     table["prefill/padding"] = {"dtype": "U8", "shape": [10 << 30], "data_offsets": [size, size + (10 << 30)]}

@@ -1,4 +1,4 @@
-"""Each fault of `faults` in transformers: caught where arithmetic lets it be seen, and blamed on its own step."""
+"""Each fault of `faults` in transformers: caught wherever arithmetic allows it, and only its own steps fail."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.verify.faults import DTYPES, FAULTS, SAME_BITS, Fault
 pytestmark = pytest.mark.engines
 
 PARTS = (faults_of_attention, faults_of_cache, faults_of_experts, faults_of_norms, faults_of_rope)
-"""Loaded for what they register."""
+"""Imported because they register faults."""
 
 SEEN = [(fault, dtype) for fault in FAULTS.values() for dtype in DTYPES if dtype not in fault.unseen]
 UNSEEN = [(fault, dtype) for fault in FAULTS.values() for dtype in fault.unseen]
@@ -39,7 +39,7 @@ ENGINES = sorted({(fault.model, dtype) for fault in FAULTS.values() for dtype in
 
 
 def named(pairs: list[tuple[Fault, str]]) -> list[Any]:
-    """As parameters. The default run has float32, and by turns bfloat16 or float16; the rest is slow."""
+    """The parameters. The default run has float32, and bfloat16 or float16 in turn; other dtypes are slow."""
     order = list(FAULTS.values())
     return [
         pytest.param(
@@ -53,7 +53,7 @@ def named(pairs: list[tuple[Fault, str]]) -> list[Any]:
 
 
 def patched(fault: Fault, dtype: str, attention: str = "eager") -> Arrays:
-    """What the engine computes with the fault in it."""
+    """The arrays of the engine with the fault."""
     with pytest.MonkeyPatch.context() as patch:
         fault.apply(patch, loaded(fault.model, dtype))
         return captured(fault.model, dtype, attention)
@@ -80,7 +80,7 @@ def test_the_faults_are_many_and_come_from_every_part() -> None:
 
 @pytest.mark.parametrize(("fault", "dtype"), named(SEEN))
 def test_a_fault_is_caught_where_it_is_and_nowhere_else(fault: Fault, dtype: str) -> None:
-    """The steps that are wrong given their own inputs fail; those that only inherit a wrong value pass."""
+    """Steps that are wrong given their own inputs fail. Steps that only inherit a wrong value pass."""
     report = judged(fault.model, patched(fault, dtype), f"hf-{dtype}")
     assert failed_steps(report) == set(fault.breaks), explained(report)
     assert first_wrong_step(report) == fault.breaks[0]
@@ -88,7 +88,7 @@ def test_a_fault_is_caught_where_it_is_and_nowhere_else(fault: Fault, dtype: str
 
 @pytest.mark.parametrize(("fault", "dtype"), named(UNSEEN))
 def test_what_a_dtype_cannot_show_is_no_fault_there(fault: Fault, dtype: str) -> None:
-    """No guessing: where the engine's bits are those of a legal one, the verdict is that of a legal one."""
+    """If the bits are those of a legal engine, the verdict is that of a legal engine."""
     found = patched(fault, dtype)
     assert same(found, honest(fault.model, dtype)) == (fault.unseen[dtype] == SAME_BITS)
     report = judged(fault.model, found, f"hf-{dtype}")
@@ -97,7 +97,7 @@ def test_what_a_dtype_cannot_show_is_no_fault_there(fault: Fault, dtype: str) ->
 
 @pytest.mark.parametrize(("model", "dtype"), ENGINES)
 def test_without_the_patch_nothing_is_caught(model: str, dtype: str) -> None:
-    """The control: the same model, the same path, no fault; after every patch has been taken back."""
+    """The control: the same model and path without a fault, after all patches are undone."""
     found = captured(model, dtype)
     assert same(found, honest(model, dtype))
     report = judged(model, found, f"hf-{dtype}")
@@ -109,7 +109,7 @@ THROUGH_SDPA = {
     "window-one-too-long": ("attention.context",), "cache-drops-the-oldest": ("attention.context",),
     "rope-sign": ("attention.q_rope", "attention.k_rope"), "weights-swapped": ("moe.output",),
 }  # fmt: skip
-"""Some faults and where they show when scores and probabilities are seen by nobody."""
+"""Some faults, and the steps that show them if scores and probabilities are not in the trace."""
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -124,7 +124,7 @@ def test_a_fault_is_caught_through_a_fused_kernel_too(name: str, dtype: str) -> 
 
 
 def interleaved(x: Any) -> Any:
-    """Pairs of elements side by side in the place of halves apart."""
+    """The rotation of interleaved pairs instead of half-split pairs."""
     half = x.shape[-1] // 2
     return np.stack((x[..., :half], x[..., half:]), -1).reshape(x.shape)
 
@@ -141,12 +141,12 @@ MISWRITTEN: dict[str, tuple[tuple[str, ...], Callable[[Any], Any]]] = {
     "hidden state one layer's scale off": (("residual",), lambda x: x * np.asarray(2, x.dtype)),
     "the final norm of the tokens in reverse": (("final_norm",), lambda x: x[::-1]),
 }
-"""What is done to the dumped values of some steps, after the engine has gone on with the right ones."""
+"""Changes to the dumped values of some steps. The engine itself goes on with the right values."""
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", MISWRITTEN)
-def test_a_tap_that_is_written_wrongly_is_blamed_alone(name: str, dtype: str) -> None:
+def test_a_tap_that_is_written_wrongly_fails_alone(name: str, dtype: str) -> None:
     steps, change = MISWRITTEN[name]
     model = "dims-distinct"
     found = {

@@ -1,7 +1,7 @@
-"""transformers as it is must never be called wrong, and must be called wrong by policies that it does not follow.
+"""Unpatched transformers must pass under the policies that it follows, and fail under policies that it does not follow.
 
-What is expected follows from what transformers' source does: MixtralRMSNorm, the eager softmax and the router's softmax
-compute in float32 whatever the model's dtype, and the router takes softmax first and the largest probabilities after.
+The expected verdicts follow from the source of transformers. MixtralRMSNorm, the eager softmax and the router's softmax
+compute in float32 at every dtype of the model. The router takes softmax first, and then the largest probabilities.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 ATTENTIONS = ("eager", "sdpa")
 
 OVERFLOWS = ("huge-activations", "float16")
-"""There gate times up is infinite, and all that follows is lost (`why` of the case): nothing is left to judge."""
+"""The case and dtype where gate times up is infinite (`why` of the case), so that no later value can be judged."""
 
 
 def assert_not_wrong(name: str, dtype: str, attention: str, rules: str) -> None:
-    """Conformant, or where float16 overflows not judged."""
+    """Assert that the trace is conformant, or cannot be judged where float16 overflows."""
     report = judged(name, honest(name, dtype, attention), rules)
     assert report.verdict == (CANNOT_JUDGE if (name, dtype) == OVERFLOWS else CONFORMANT), explained(report)
 
 
 def by_default(number: int, dtype: str, attention: str) -> bool:
-    """Every case in every dtype once in the default run, eager and sdpa by turns; the rest is slow."""
+    """The marks: the default run has every case and dtype once, with eager and sdpa in turn; the rest is slow."""
     return (number + DTYPES.index(dtype) + ATTENTIONS.index(attention)) % 2 == 0
 
 
 def every(dtypes: tuple[str, ...], generic: bool) -> list[Any]:
-    """All cases, dtypes and kinds of attention.   generic: in the default run one dtype of each case only"""
+    """All cases, dtypes and kinds of attention.   generic: whether the default run has only one dtype of each case"""
     found = []
     for number, name in enumerate(case_names()):
         for dtype in dtypes:
@@ -69,7 +69,8 @@ def test_its_own_profile_never_fails_it(name: str, dtype: str, attention: str) -
 
 @pytest.mark.parametrize(("name", "dtype", "attention"), every(("float32", "bfloat16", "float16"), generic=True))
 def test_the_policy_of_its_dtype_never_fails_it(name: str, dtype: str, attention: str) -> None:
-    """But where its softmax underflows: then it chooses among equal zeros, and no rounding of a logit explains that."""
+    """The exception is a softmax that underflows: it chooses among equal zeros, which no rounding of a logit
+    explains."""
     if name != "router-underflow":
         assert_not_wrong(name, dtype, attention, dtype)
 
@@ -146,7 +147,7 @@ def _float16_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["walking-skeleton", "shared-prefix", "window-chunks", "positions-2048"])
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_a_float16_cache_is_legal_where_the_policy_says_so_and_nowhere_else(name: str, attention: str) -> None:
-    """Keys show in the probabilities, values in the context; sdpa's probabilities are seen by nobody."""
+    """Keys show in the probabilities, values in the context. Probabilities of sdpa are not in the trace."""
     found = captured(name, "float32", attention)
     report = judged(name, found, "hf-float32+cache=float16")
     assert report.verdict == CONFORMANT, explained(report)

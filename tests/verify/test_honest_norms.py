@@ -1,6 +1,6 @@
-"""The errors of a float32 norm lean: adding eps to rounded means errs alike in every row, and nobody is to blame.
+"""The errors of a float32 norm lean, in a legal way: adding eps to rounded means errs alike in every row.
 
-Found with llama.cpp on a model of dim 256: its norm has the bits of the plain formula, and was said to truncate.
+llama.cpp showed this on a model of dim 256. Its norm has the bits of the plain formula, but seemed to truncate.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from tests.command_line import Refmoe
 from tests.verify.hostile import CASE, CONFORMANT, GOLDEN, REFUSED, TRACES, WRONG, draft
 
 SECONDS = 60.0
-"""Far more than any of them needs, and far less than for ever."""
+"""Seconds: far more than any of these traces needs."""
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def harmless(text: str) -> bool:
-    """Whether a terminal only prints it."""
+    """Whether a terminal prints the character without acting on it."""
     return all(c.isprintable() or c == "\n" for c in text)
 
 
@@ -87,8 +87,8 @@ def test_hostile_names_and_values_harm_no_report(refmoe: Refmoe, tmp_path: Path,
 
 
 def test_a_trace_that_shrinks_after_it_was_opened_is_refused(tmp_path: Path) -> None:
-    """Sizes are looked at again whenever a tap is mapped. Between that and the last read of a block a kernel that finds
-    the pages gone can only end the process (SIGBUS), which no Python code can turn into a sentence."""
+    """Sizes are checked again whenever a tap is mapped. If the file shrinks between this and the last read of a block,
+    the kernel ends the process (SIGBUS). No Python code can turn that into a sentence."""
     case, path = read_case(GOLDEN / CASE), tmp_path / "shrinking.safetensors"
     path.write_bytes(draft(path, "exact").whole())
     trace = read_trace(path)

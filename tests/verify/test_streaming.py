@@ -1,7 +1,7 @@
-"""Long traces: read piece by piece, judged as if they had been read at once, in memory that does not grow with them.
+"""Long traces are read in pieces and judged as if read at once, in memory that does not grow with them.
 
 As a module, ``python -m tests.verify.test_streaming TRACE LAYERS HEADS TOKENS BLOCK_BYTES`` verifies a trace made by
-`zeros` and prints the verdict and the peak of its own memory, the pages of the mapped file included.
+`zeros`. It prints the verdict and the peak of its own memory, with the pages of the mapped file.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def peak() -> int:
 
 
 def main() -> None:
-    """Verify a trace of zeros, and say what came of it."""
+    """Verify a trace of zeros, and print verdict, counts and memory as JSON."""
     path, (layers, heads, tokens, block_bytes) = Path(sys.argv[1]), map(int, sys.argv[2:])
     blocks.BLOCK_BYTES = block_bytes
     config, runs = model(layers, heads, tokens)
@@ -248,7 +248,7 @@ def test_a_probability_after_the_last_block_of_its_row_is_found(
 
 
 def test_three_thousand_tokens_conform(tmp_path: Path) -> None:
-    """Without scores and probabilities, whose size would be all that this measures."""
+    """The trace has no scores and probabilities: their size would hide all else."""
     config = replace(SMALL, layers=1, heads=2)
     taps = "logits,embedding,*norm,*residual,*.q,*.k,*.v,*rope,*context,*output,router.*,*router.*,*expert.*"
     emitted = emit(tmp_path / "t", config, [("prefill", 0, range(3000))], "float32", taps)

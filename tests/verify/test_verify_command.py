@@ -210,7 +210,7 @@ def test_a_mistake_is_one_sentence_and_status_2(
 
 
 def test_unknown_policies_are_answered_with_the_known_ones(refmoe: Refmoe) -> None:
-    """Those that resemble it first."""
+    """Known policies that resemble the unknown one come first."""
     _, _, err = refmoe("verify", HONEST, "--golden", GOLDEN, "--policy", "hf-bf16")
     known = err.partition("one of ")[2].strip().split(", ")
     assert known[0] in ("hf-bfloat16", "hf-float16")

@@ -18,7 +18,7 @@ KINDS = ("gaussian", "outliers", "lognormal", "one-signed", "blocks", "tiny", "h
 
 
 def draw(rng: np.random.Generator, kind: str, shape: Any, format: Any) -> Any:
-    """Values of the format, of many kinds. float64 arrays."""
+    """Random values of the format, of one kind, as a float64 array."""
     x = rng.standard_normal(shape)
     if kind == "outliers":
         x = rng.standard_t(2, shape)
@@ -40,7 +40,8 @@ def draw(rng: np.random.Generator, kind: str, shape: Any, format: Any) -> Any:
 
 
 def truncated_sum(terms: Any, block: int) -> Any:
-    """As tensor cores: align a block and what is summed to the largest exponent, cut, add, cut. terms: [n, ...]"""
+    """A sum as in tensor cores: align a block and the sum so far to the largest exponent, cut, add, cut. terms:
+    [n, ...]"""
     total = np.zeros(terms.shape[1:])
     for start in range(0, len(terms), block):
         part = np.concatenate([total[None], terms[start : start + block]])

@@ -67,7 +67,7 @@ SCALES = {"exp": 20.0, "sigmoid": 100.0, "silu": 100.0, "softmax": 100.0}
 
 
 def exact(points: Any) -> Any:
-    """Balls of radius zero. points: [..., 2], a midpoint and what is added to it."""
+    """Balls of radius zero. points: [..., 2], a midpoint and an offset, which are added."""
     total = np.frompyfunc(lambda a, b: flint.arb(a) + flint.arb(b), 2, 1)(*points)
     return np.asarray(total, object).reshape(points[0].shape)
 

@@ -1,4 +1,4 @@
-"""Long sums: legal ones are inside and improbable to no one, faults of an accumulator are seen."""
+"""Long sums: legal ones are inside and not improbable, and faults of an accumulator are seen."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_no_order_of_summation_fails(storage: str, kind: str, n: int) -> None:
 
 @pytest.mark.parametrize("storage", bench.POLICIES)
 def test_the_excess_sees_one_dropped_term_of_14336_and_a_float16_accumulator(storage: str) -> None:
-    """Where the hard radius sees neither: it is a thousand times the error of legal sums."""
+    """The excess sees faults that the radius does not: it is a thousand times the error of legal sums."""
     for fault in ("one term dropped", "float16 accumulator, per 32", "float16 accumulator, per term"):
         found = bench.fault_row(fault, storage, 14336)
         assert found is not None

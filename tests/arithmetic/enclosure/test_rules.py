@@ -1,4 +1,5 @@
-"""Each rule against mathematics: Arb says what a function of any point of the inputs' intervals is; it lies inside."""
+"""Each rule against mathematics: Arb computes the function at points of the input intervals, and the results lie
+inside."""
 
 from __future__ import annotations
 
@@ -50,8 +51,9 @@ def test_a_rule_contains_the_function_of_every_point(name: str, rule: str, seed:
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_rule_contains_its_own_rounding_and_gives_it_a_spread(name: str, rule: str, kind: str) -> None:
-    """In the accumulator's arithmetic, nothing stored: the roundings that a storage dtype would hide. And never a
-    radius without a variance: errors stay within a few standard deviations, whatever they come from."""
+    """The arithmetic of the accumulator, without storage, whose roundings would hide others. Every radius has a
+    variance:
+    errors stay within a few standard deviations, whatever their source."""
     p, rng = policy(name), np.random.default_rng(1)
     scale = SCALES.get(rule)
     for _ in range(4):
@@ -75,7 +77,7 @@ def test_a_rule_contains_its_own_rounding_and_gives_it_a_spread(name: str, rule:
 @pytest.mark.parametrize("relative", [1e-4, 0.02])
 @pytest.mark.parametrize("rule", RULES)
 def test_a_variance_is_no_less_than_that_of_normal_errors(rule: str, relative: float) -> None:
-    """A thousand draws of the inputs, in float64, whose own roundings are nothing beside these."""
+    """A thousand draws of the inputs, in float64, whose own roundings are negligible."""
     p, rng = policy("float64"), np.random.default_rng(1)
     x, y = rng.standard_normal((2, 3, 5)) * 2
     x[0, 0] = -1.2784645427610738  # the slope of silu is 0 there
