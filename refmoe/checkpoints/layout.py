@@ -215,10 +215,3 @@ def _weight(name: str, shape: tuple[int, ...], tensor: StoredTensor, view: View)
 def whole(stored: NDArray[Any]) -> NDArray[Any]:
     """A tensor that is one parameter."""
     return stored
-
-
-def to_checkpoint(
-    config: Config, layout: str, files: list[Path], tensors: dict[str, StoredTensor], weights: dict[str, Weight]
-) -> Checkpoint:
-    dtypes = tuple(sorted({tensor.dtype for tensor in tensors.values()}))
-    return Checkpoint(config, build_parameters(config, weights.__getitem__), layout, tuple(files), dtypes)

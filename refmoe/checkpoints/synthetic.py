@@ -22,7 +22,9 @@ class SyntheticWeight(Weight):
     def __init__(
         self, seed: int, name: str, shape: tuple[int, ...], exponent: int, edits: tuple[Edit, ...] = ()
     ) -> None:
-        super().__init__(name, shape, np.float32, self._values, f"synthetic parameter '{name}'")
+        super().__init__(
+            name=name, shape=shape, dtype=np.float32, source=self._values, origin=f"synthetic parameter '{name}'"
+        )
         self.seed = seed
         self.exponent = exponent
         self.edits = edits

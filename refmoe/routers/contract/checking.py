@@ -6,13 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import hypothesis
 import numpy as np
-from hypothesis import Phase
 from hypothesis.errors import Flaky
 
 from refmoe.routers.contract.broken import LawBroken, Malformed
-from refmoe.routers.contract.drawing import examples_of, settings, sketch
+from refmoe.routers.contract.drawing import examples_of, sketch, visit_examples
 from refmoe.routers.contract.examples import Example
 from refmoe.routers.contract.law import Law
 from refmoe.routers.contract.laws import LAWS
@@ -58,9 +56,6 @@ def smallest(law: Law, subject: Subject, count: int) -> tuple[Example, LawBroken
     """The smallest example that breaks the law, as Hypothesis shrinks it."""
     found: list[tuple[Example, LawBroken]] = []
 
-    @hypothesis.seed(0)
-    @settings(count, Phase.generate, Phase.shrink)
-    @hypothesis.given(law.examples(sketch(subject.declaration)))
     def search(example: Example) -> None:
         try:
             check(law, subject, example)
@@ -69,7 +64,7 @@ def smallest(law: Law, subject: Subject, count: int) -> tuple[Example, LawBroken
             raise
 
     try:
-        search()
+        visit_examples(search, law.examples(sketch(subject.declaration)), count, shrink=True)
     except (LawBroken, Flaky):
         return found[-1]
     return None

@@ -1,9 +1,10 @@
-"""The examples that laws are tried on: drawn once for all routers, the same at every run."""
+"""The examples that laws are tried on: drawn once for all routers, and equal at every run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import hypothesis
 import numpy as np
@@ -14,12 +15,22 @@ from refmoe.routers.contract.examples import Example, Strategy
 from refmoe.routers.contract.law import Law
 
 
-def settings(count: int, *phases: Phase) -> hypothesis.settings:
-    """Settings for Hypothesis under which every run has equal examples and writes no files."""
-    return hypothesis.settings(
-        max_examples=count, phases=phases, database=None, deadline=None, derandomize=False, print_blob=False,
-        report_multiple_bugs=False, suppress_health_check=list(HealthCheck), verbosity=hypothesis.Verbosity.quiet,
+def visit_examples(visit: Callable[[Example], None], strategy: Strategy, count: int, shrink: bool = False) -> None:
+    """Call `visit` with examples that Hypothesis draws. Every run draws equal examples and writes no files.
+
+    shrink: after an exception of `visit`, try smaller examples. The last exception is raised.
+    """
+
+    def test(example: Example) -> None:
+        visit(example)
+
+    settings = hypothesis.settings(
+        max_examples=count, phases=(Phase.generate, Phase.shrink) if shrink else (Phase.generate,), database=None,
+        deadline=None, derandomize=False, print_blob=False, report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck), verbosity=hypothesis.Verbosity.quiet,
     )  # fmt: skip
+    run: Any = hypothesis.seed(0)(settings(hypothesis.given(strategy)(test)))
+    run()
 
 
 def examples_of(law: Law, declaration: Declaration, count: int) -> tuple[Example, ...]:
@@ -47,12 +58,5 @@ def drawn_examples(
 ) -> tuple[Example, ...]:
     """Examples drawn once, equal at every run, and used for every router and law that ask for them."""
     drawn: list[Example] = []
-
-    @hypothesis.seed(0)
-    @settings(count, Phase.generate)
-    @hypothesis.given(strategy(declaration))
-    def collect(example: Example) -> None:
-        drawn.append(example)
-
-    collect()
+    visit_examples(drawn.append, strategy(declaration), count)
     return tuple(drawn)

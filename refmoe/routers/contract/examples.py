@@ -6,7 +6,7 @@ A batch is drawn as a block of bytes, because that is fast and shrinks to zeros.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from hypothesis import strategies as st
@@ -16,7 +16,7 @@ from refmoe.routers.contract.declaration import Declaration
 
 Example = dict[str, Any]
 """The arguments of one check, by name. They include `logits` [T, E], except for the law of dispatch and combine."""
-Strategy = st.SearchStrategy[Any]
+Strategy: TypeAlias = st.SearchStrategy[Any]
 
 BLOCK_COUNTS = (31, 32, 33, 127, 128, 129, 255, 256, 257, 1023, 1024, 1025)
 """Token counts around the block sizes of kernels."""

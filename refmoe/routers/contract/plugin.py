@@ -33,12 +33,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("router_law", list(LAWS.values()), ids=list(LAWS), indirect=True)
 
 
-@pytest.fixture
-def router_law(request: pytest.FixtureRequest) -> RouterLaw:
+def _router_law(request: pytest.FixtureRequest) -> RouterLaw:
     """One law of routing: ``router_law.check(router, Declaration(...))`` passes, fails or skips the test by it."""
     from refmoe.routers.contract.pytest_items import RouterLaw
 
     return RouterLaw(request.param, request)
+
+
+# no decorator, so that mypy accepts this function where pytest is not installed
+router_law = pytest.fixture(_router_law, name="router_law")
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -88,9 +88,15 @@ def _launch(
             held[-1].ctypes.data, isinstance(argument, np.ndarray), ord(number.dtype.kind), number.itemsize
         )
     launch = _Launch(
-        (*grid, 1, 1)[:3], (*block, 1, 1)[:3], ORDERS.index(how.order), how.flush, how.seed, described, len(arguments),
-        SECONDS,
-    )  # fmt: skip
+        grid=(*grid, 1, 1)[:3],
+        block=(*block, 1, 1)[:3],
+        order=ORDERS.index(how.order),
+        flush=how.flush,
+        seed=how.seed,
+        arguments=described,
+        count=len(arguments),
+        seconds=SECONDS,
+    )
     symbol(ctypes.byref(launch))
     outside = [i for i, guard in guards.items() if guard.finish()]
     message = launch.message.decode()
