@@ -36,8 +36,8 @@ def audit_command(context: click.Context, golden: Path, tests: Path, as_json: bo
     refmoe audit
     refmoe audit --json
 
-    A clause is proven by a test that names it in its own source, or by a mutant of it that is killed, according to
-    golden/matrix.json, wherever anything can show it. Exit status 1 when a clause has neither, something names a
+    A clause is proven by a test that names it in its own source, or by a killed mutant of it: golden/matrix.json says
+    whether it is killed wherever a case can show it. Exit status 1 when a clause has neither, something names a
     clause that nobody states, a mutant lives without a known reason, or the specification itself fails.
     """
     if not tests.is_dir():
@@ -69,7 +69,7 @@ def audit_command(context: click.Context, golden: Path, tests: Path, as_json: bo
 
 
 def counts(rows: Sequence[Coverage]) -> dict[str, int]:
-    """How many clauses there are, and what proves them."""
+    """The number of clauses, by the kind of their proof."""
     return {
         "stated": len(rows),
         "with a killed mutant": sum(bool(row.killed) for row in rows),

@@ -90,7 +90,7 @@ def show_command(name: str, as_json: bool) -> None:
 @jobs_option
 @json_option
 @click.pass_context
-def matrix_command(context: click.Context, golden: Path, jobs: int | None, as_json: bool, **options: Any) -> None:
+def matrix_command(context: click.Context, /, golden: Path, jobs: int | None, as_json: bool, **options: Any) -> None:
     """Judge every mutant on every case in float32, bfloat16 and float16 as if it were a foreign engine.
 
     \b

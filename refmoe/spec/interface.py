@@ -1,4 +1,4 @@
-"""What the spec asks of an array and of `ops`.
+"""The operations that the spec needs, of an array and of `ops`.
 
 Plain ``+ - * /``, comparison, indexing and reshaping act on the arrays themselves. Every operation whose result depends
 on an arithmetic goes through `Ops`. So the same functions compute a golden, a certificate or a fast run: the `ops` that
@@ -94,4 +94,4 @@ class Ops(Protocol):
         """Offer a named intermediate to an observer. The caller goes on with the array that is returned."""
 
     def within(self, prefix: str) -> Ops:
-        """The same ops, with `prefix` before the name of every tap."""
+        """These ops, with `prefix` before the name of every tap."""

@@ -30,7 +30,7 @@ RANGE = re.compile(rf"({CLAUSE.pattern})(?: to |-)({CLAUSE.pattern})")
 
 @dataclass(frozen=True)
 class Coverage:
-    """One clause and all that speaks of it."""
+    """One clause, and everything that states, tests or breaks it."""
 
     clause: str
     text: str
@@ -41,7 +41,7 @@ class Coverage:
     mutants: tuple[str, ...]
     """Mutants that break it."""
     killed: tuple[str, ...]
-    """Those of them that are killed wherever anything can show them."""
+    """The mutants among them that are killed wherever a case can show them."""
     cases: tuple[str, ...]
     """Cases and files of vectors that name it."""
 
@@ -57,7 +57,7 @@ class Coverage:
 
     @property
     def gaps(self) -> tuple[str, ...]:
-        """What is lacking, in words. Naming it in a case proves nothing; a mutant that lives proves the opposite."""
+        """The missing proof, in words. A case that names the clause is no proof, and neither is a mutant that lives."""
         if self.tests or self.killed:
             return ()
         return ("no test names it, and " + ("no mutant of it is killed" if self.mutants else "no mutant breaks it"),)
@@ -81,7 +81,7 @@ def reading_order(path: Path) -> tuple[int, str]:
 
 
 def clauses_of(docstring: str) -> Iterator[tuple[str, str]]:
-    """The clauses that a docstring states: an id at the start of a line, two blanks and the text, then indented lines."""
+    """The clauses that a docstring states: an id at the start of a line, two blanks, the text, indented lines."""
     found: list[str] = []
     clause = ""
     for line in [*docstring.splitlines(), ""]:
@@ -152,12 +152,12 @@ def in_cases(golden: Path) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class Audit:
-    """The table, and what names clauses that are not in it."""
+    """The table of clauses, and the mentions of clauses that are not in it."""
 
     rows: tuple[Coverage, ...]
     """In the order in which the clauses are stated."""
     strays: tuple[str, ...]
-    """``ROUTE-9: mutant router-x``: what is named, and by whom, and stated nowhere."""
+    """``ROUTE-9: mutant router-x``: a clause that is named there and stated nowhere."""
 
     @property
     def gaps(self) -> tuple[Coverage, ...]:
@@ -167,9 +167,9 @@ class Audit:
 def audit(
     golden: Path, mutants: Mapping[str, Mutant], killed: Collection[str], tests: Path | None, package: Path = PACKAGE
 ) -> Audit:
-    """What proves each clause.
+    """The table of all clauses.
 
-    killed: the mutants that are, wherever anything can show them.   tests: their folder, or None where there is none.
+    killed: the mutants that are killed wherever a case can show them.   tests: the folder of tests, or None
     """
     by_tests = named_in(tests) if tests is not None else {}
     by_cases = in_cases(golden)
@@ -184,7 +184,10 @@ def audit(
             continue
         breaking, named = tuple(by_mutants.get(clause, ())), tuple(by_tests.get(clause, ()))
         seen = tuple(name for name in breaking if name in killed)
-        rows[clause] = Coverage(clause, text, place, named, breaking, seen, tuple(by_cases.get(clause, ())))
+        rows[clause] = Coverage(
+            clause=clause, text=text, code=place, tests=named, mutants=breaking, killed=seen,
+            cases=tuple(by_cases.get(clause, ())),
+        )  # fmt: skip
     families = {clause.rpartition("-")[0] for clause in rows}
     strays = [
         f"{clause}: mutant {name}" for clause, names in by_mutants.items() for name in names if clause not in rows

@@ -107,10 +107,12 @@ class Noise:
 def replicate(trace: Trace, subject: Subject, policy: Policy, findings: Findings, wanted: set[Key]) -> dict[Key, Noise]:
     """The noise at the wanted taps, from `REPLICAS` replicas."""
     choices = findings.open_choices
-    centre = Replica(trace, subject, policy, choices, wanted, None).arrays()
+    centre = Replica(trace, subject, policy, open_choices=choices, wanted=wanted, generator=None).arrays()
     squares = {key: np.zeros(array.shape) for key, array in centre.items()}
     for seed in range(REPLICAS):
-        drawn = Replica(trace, subject, policy, choices, wanted, np.random.default_rng(seed)).arrays()
+        drawn = Replica(
+            trace, subject, policy, open_choices=choices, wanted=wanted, generator=np.random.default_rng(seed)
+        ).arrays()
         with np.errstate(all="ignore"):
             for key, array in drawn.items():
                 array -= centre[key]

@@ -101,7 +101,7 @@ def judge_segment(work: Work) -> Findings:
     """The findings of one segment, in any process that can read the trace and the model."""
     loaded = _loaded(work.source)
     subject = Subject(loaded.config, loaded.parameters, work.runs)
-    judging = Pass(_opened(work.trace), subject, work.policy, work.spreads, work.reading)
+    judging = Pass(_opened(work.trace), subject, work.policy, spreads=work.spreads, reading=work.reading)
     return judging.go(work.layers)
 
 
@@ -132,7 +132,7 @@ def judge_all(
     pieces = segments(subject.config, present, reading.recomputed)
     if spread is None:
         layers = range(pieces[0].start, pieces[-1].stop)
-        return Pass(trace, subject, policy, spreads, reading, progress).go(layers)
+        return Pass(trace, subject, policy, spreads=spreads, reading=reading, progress=progress).go(layers)
     items = [
         Work(
             trace=trace.path,

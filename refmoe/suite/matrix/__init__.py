@@ -1,5 +1,6 @@
 """The matrix: each known bug on each case at each dtype, judged as if it were a foreign engine.
 
-`outcomes` computes it, `file` is golden/matrix.json, `summary` says what it proves, `dependencies` tells what it was
-computed from, and `changes` what a change makes necessary to compute again.
+`outcomes` computes the matrix, and `file` reads and writes golden/matrix.json. `summary` counts kills, `dependencies`
+has digests of the sources, and `changes` lists the runs that a change makes necessary. `surroundings` judges the
+mutants of tokenizer, sampler and loss.
 """

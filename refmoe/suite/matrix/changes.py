@@ -22,14 +22,14 @@ RENEW = "refmoe mutants matrix --changed"
 
 
 def cost(case: Case) -> int:
-    """How long a run of a case takes, in no unit: these models are so small that what counts is how many layers run."""
+    """The time of a run of a case, in no unit. The models are so small that only the number of layers counts."""
     return case.config.layers * len(case.runs())
 
 
 def witnesses(killers: Mapping[str, Collection[str]], costs: Mapping[str, int]) -> dict[str, str]:
-    """Per mutant one case that kills it, so chosen that few cases, and cheap ones, do for all mutants.
+    """Per mutant one case that kills it, chosen so that few and cheap cases serve all mutants.
 
-    Greedy: always the case that is cheapest per mutant that it adds, where the specification itself has to run too.
+    Greedy: the next case is the cheapest per mutant that it adds. The specification itself runs on each case too.
     killers: per mutant the cases that kill it.   costs: of each case.
     """
     found: dict[str, str] = {}
@@ -82,7 +82,7 @@ def to_work(wanted: Mapping[str, Mapping[str, Collection[str]]], cases: Mapping[
 
 @dataclass(frozen=True)
 class Loss:
-    """Something that was seen, and is not any more."""
+    """A mutant that was killed somewhere, and is not any more."""
 
     mutant: str
     where: str
@@ -95,7 +95,7 @@ class Loss:
 
 
 def revised_matrix(matrix: Matrix, outcomes: Sequence[Outcome], seen: Outside, sources: dict[str, str]) -> Matrix:
-    """The matrix with these outcomes in the place of the recorded ones.   seen: by vectors, of every mutant."""
+    """The matrix with these outcomes instead of the recorded ones.   seen: the failed vectors of every mutant"""
     again = {(each.mutant, each.policy, each.case) for each in outcomes}
     new = to_matrix(outcomes, seen, sources)
     for recorded, recomputed in ((matrix.kills, new.kills), (matrix.lives, new.lives)):

@@ -1,4 +1,4 @@
-"""The matrix as a file, ``golden/matrix.json``: what killed each mutant, and of which sources that was computed."""
+"""The matrix as a file, ``golden/matrix.json``: the kills of each mutant, and digests of the sources."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ Cells = dict[str, dict[str, dict[str, str]]]
 
 @dataclass(frozen=True)
 class Matrix:
-    """What is recorded."""
+    """The recorded outcomes of all mutants."""
 
     sources: dict[str, str]
-    """Digests of what it was computed of, as `refmoe.suite.matrix.dependencies` gives them."""
+    """Digests of its sources, as `refmoe.suite.matrix.dependencies` gives them."""
     kills: Cells
     """``attention.q_rope impossible local``: the first wrong step, one of `MANNERS`, the rung."""
     lives: Cells
@@ -84,7 +84,7 @@ def _lines(value: Any, depth: int = 0) -> str:
 
 
 def read_matrix(path: Path) -> Matrix:
-    """Raises InputError that names the field which is missing or not as expected."""
+    """Raises InputError that names a missing or wrong field."""
     if not path.exists():
         raise InputError(f"{path}: no such file; `refmoe mutants matrix` writes it")
     file = read_json(path)
@@ -101,7 +101,7 @@ def read_matrix(path: Path) -> Matrix:
 
 
 def _cells(file: JsonFile, leaf: Callable[[JsonFile, str], str]) -> Cells:
-    """Per mutant, policy and case what `leaf` makes of the field."""
+    """Per mutant, policy and case the value that `leaf` reads from the field."""
     found: Cells = {}
     for mutant in file.values:
         policies = file.within(mutant)

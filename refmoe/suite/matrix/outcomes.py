@@ -11,9 +11,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from refmoe.bugs.catalogue import MUTANTS
-from refmoe.bugs.run_engine import run, same
 from refmoe.bugs.mutant import PARALLEL, Mutant
 from refmoe.bugs.quantised_checkpoint import INT8, quantised
+from refmoe.bugs.run_engine import run, same
 from refmoe.bugs.sharded_mutant import ONE_DEVICE, on_ranks
 from refmoe.parallel import results
 from refmoe.policy.load import policy as named_policy
@@ -28,7 +28,7 @@ SPECIFICATION = "-"
 """The name under which the specification itself is run."""
 
 IMPOSSIBLE, IMPROBABLE, ROUTING = MANNERS = ("impossible", "improbable", "routing")
-"""What kills: a value outside its hard interval, a statistic, an illegal choice of experts."""
+"""The ways to be killed: a value outside its legal interval, a statistic, an illegal choice of experts."""
 INERT = "inert"
 """The verdict of a mutant that changes no bit of the trace."""
 
@@ -50,7 +50,7 @@ class Outcome:
     case: str
     policy: str
     verdict: str
-    """`INERT`, or that of the verification."""
+    """`INERT`, or the verdict of the verification."""
     step: str = ""
     """The first wrong step, where it is killed."""
     by: str = ""
@@ -93,7 +93,7 @@ def judge_case(work: Work) -> list[Outcome]:
 
 
 def judge_parallel(mutant: Mutant, case: Case, policy: str) -> Outcome:
-    """A mutant of the sharded run on a case: on the layouts that fit, until one shows it."""
+    """A mutant of the sharded run on a case: the first layout that kills it, or the last one that fits the model."""
     parameters, outcome = case.checkpoint().parameters, Outcome(mutant.id, case.name, policy, INERT)
     for layout in layouts(case.config):
         if layout == ONE_DEVICE:
@@ -115,12 +115,14 @@ def _right_run(folder: Path, policy: str, quantised_model: bool) -> Trace:
 
 
 def outcome_of(mutant: str, case: str, policy: str, report: Report) -> Outcome:
-    """What a verification says of a mutant."""
+    """The outcome of a mutant whose trace was verified."""
     if report.verdict != NOT_CONFORMANT or report.first_wrong is None:
         return Outcome(mutant, case, policy, report.verdict)
     check = next(check for check in report.checks if check.verdict == FAIL)
     by = ROUTING if check.step == "router.experts" else IMPOSSIBLE if check.outside else IMPROBABLE
-    return Outcome(mutant, case, policy, report.verdict, check.step, by, check.rung)
+    return Outcome(
+        mutant=mutant, case=case, policy=policy, verdict=report.verdict, step=check.step, by=by, rung=check.rung
+    )
 
 
 def compute_matrix(

@@ -1,4 +1,4 @@
-"""The matrix in short: who is killed, who lives, and which cases do the killing."""
+"""The matrix in short: the mutants that are killed, those that live, and the cases that kill them."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ REFUTED = "mutant {name} is killed in {policies}, where it is said that nothing 
 
 @dataclass(frozen=True)
 class Summary:
-    """What the catalogue as it is now and a matrix have to say of each other."""
+    """The counts of a matrix, for the catalogue as it is now."""
 
     mutants: int
-    """How many are variations of a forward pass."""
+    """The number of mutants that are variations of a forward pass."""
     killed: dict[str, int]
-    """Per policy, how many of them at least one case kills."""
+    """Per policy, the number of these that at least one case kills."""
     alive: dict[str, tuple[str, ...]]
-    """Per policy, those that no case kills, though nothing is known that hides them."""
+    """Per policy, the mutants that no case kills without a known reason."""
     unseen: dict[str, dict[str, str]]
-    """Per policy, those that no case kills, and the reason why none can."""
+    """Per policy, the mutants that no case can kill, and the reason."""
     refuted: dict[str, tuple[str, ...]]
-    """Per policy, those that a case kills in spite of such a reason."""
+    """Per policy, the mutants that a case kills in spite of such a reason."""
     outside: int
-    """How many are held against vectors or laws instead."""
+    """The number of mutants that are held against vectors or laws instead."""
     outside_alive: tuple[str, ...]
-    """Those of them that get all of these right."""
+    """The mutants among them that get every vector right."""
     false_alarms: tuple[str, ...]
     """Where the specification itself fails: a case and a policy, or a file of vectors."""
     unique: dict[str, int]
@@ -51,7 +51,7 @@ class Summary:
 
     @property
     def problems(self) -> list[str]:
-        """What must not be, a sentence each."""
+        """The faults of the proof, a sentence each."""
         found = [f"the specification itself fails: {place}" for place in self.false_alarms]
         for where, told in ((self.alive, LIVES), (self.refuted, REFUTED)):
             for name in MUTANTS:
@@ -62,7 +62,7 @@ class Summary:
 
 
 def summarise(matrix: Matrix, cases: Sequence[str]) -> Summary:
-    """cases: those that there are now. Mutants and cases that are no longer there count for nothing."""
+    """cases: the names of all present cases. Mutants and cases that are gone do not count."""
     names, existing = runnable(), set(cases)
     killers = {(name, policy): existing & matrix.killers(name, policy).keys() for name in names for policy in POLICIES}
     surviving = {policy: [name for name in names if not killers[name, policy]] for policy in POLICIES}

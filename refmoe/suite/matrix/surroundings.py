@@ -1,6 +1,6 @@
-"""Mutants of what surrounds the model: each held against the vectors of its kind, or against a law of generation.
+"""Mutants of tokenizer, sampler and loss: each is held against the vectors of its kind, or against a law of generation.
 
-They cost next to nothing beside a forward pass, so all of them are judged each time.
+They cost little beside a forward pass, so all of them are judged each time.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from refmoe.bugs.catalogue import MUTANTS
-from refmoe.bugs.mutant import LOSS, SAMPLER, TOKENIZER
 from refmoe.bugs.generation_session import Session, unchanged_by_router_logits
+from refmoe.bugs.mutant import LOSS, SAMPLER, TOKENIZER
 from refmoe.bugs.vector_checks import Sampler, Text, read_vectors, wrong
 from refmoe.checkpoints.synthetic import synthetic_checkpoint
 from refmoe.errors import InputError
@@ -23,16 +23,16 @@ from refmoe.spec.model import Model
 from refmoe.text.tokenizer import Tokenizer
 
 Outside = dict[str, dict[str, list[str]]]
-"""Per mutant, and file of vectors or law, the names of what it gets wrong."""
+"""Per mutant and file of vectors, the names of the vectors that it gets wrong. A law counts as a file."""
 
 FILES = {
     TOKENIZER: ("tokenizer-v1.json", "tokenizer-v3.json"), SAMPLER: ("sampler.json",), LOSS: ("losses.json",),
 }  # fmt: skip
-"""What a mutant is held against, by what it changes."""
+"""The files of vectors for a mutant, by the part that it changes."""
 RIGHT: Mapping[str, Callable[..., Any]] = {TOKENIZER: Text, SAMPLER: Sampler, LOSS: load_balancing_loss}
-"""What it should have been."""
+"""The right implementation of each part."""
 LAW = "generation"
-"""The law of `refmoe.bugs.generation_session`, for bugs that are no wrong value but one in a wrong place."""
+"""The law of `refmoe.bugs.generation_session`, for bugs that put a right value in a wrong place."""
 UNCHANGED = "router-logits-change-no-token"
 
 SMALL = Config(
@@ -43,14 +43,14 @@ NEW_TOKENS = 4
 
 
 def outside() -> tuple[str, ...]:
-    """The mutants that are judged here."""
+    """The ids of the mutants that are judged here."""
     return tuple(each.id for each in MUTANTS.values() if each.changes in FILES and not each.equivalent)
 
 
 def judge_outside(golden: Path) -> Outside:
-    """What each mutant gets wrong; under the name ``-`` what the specification itself does, which should be nothing.
+    """The vectors that each mutant gets wrong. The name ``-`` stands for the specification, which should have none.
 
-    Raises InputError for a file of vectors, or a vocabulary that they are over, that is missing or another one.
+    Raises InputError for a file of vectors, or its vocabulary, that is missing or not the right one.
     """
     found: Outside = {}
     for changes, names in FILES.items():
@@ -75,25 +75,25 @@ def _note(found: Outside, mutant: str, where: str, names: list[str]) -> None:
 
 
 def is_session(function: Callable[..., Any]) -> bool:
-    """Whether it is a generation, to be held against a law, and not an implementation of what vectors ask for."""
+    """Whether a function is a generation session, to be held against a law, and not an answer to vectors."""
     return isinstance(function, type) and issubclass(function, Session)
 
 
 def built(function: Any, changes: str, vocabulary: Tokenizer | None) -> Any:
-    """An implementation as `wrong` wants it: a tokenizer is built over a vocabulary."""
+    """An implementation in the form that `wrong` takes: a tokenizer is built over a vocabulary."""
     if changes == TOKENIZER:
         return function.over(vocabulary)
     return function() if changes == SAMPLER else function
 
 
 def broken_laws(session: Any) -> list[str]:
-    """The laws of generation that it breaks, on a small model."""
+    """The laws of generation that a session breaks, on a small model."""
     model = Model(SMALL, synthetic_checkpoint(SMALL, seed=1).parameters)
     return [] if unchanged_by_router_logits(session, model, PROMPT, NEW_TOKENS) else [UNCHANGED]
 
 
 def read_vocabulary(content: Mapping[str, Any], path: Path) -> Tokenizer:
-    """The tokenizer that a file of vectors is over, which mistral-common ships.   path: of that file, for messages."""
+    """The vocabulary of a file of vectors, which mistral-common ships.   path: of that file, for messages"""
     package = find_spec("mistral_common")
     if package is None or package.origin is None:
         raise InputError(

@@ -104,7 +104,7 @@ def middle(evidence: Evidence, subject: Subject, policy: Policy, wanted: set[Key
     """The results of exact arithmetic at the wanted taps, from the trace's own inputs."""
     subject = replace(subject, runs=until(subject.runs, {run for run, _ in wanted}))
     with np.errstate(all="ignore"):
-        return Exact(evidence.trace, subject, policy, {}, wanted, None).arrays()
+        return Exact(evidence.trace, subject, policy, open_choices={}, wanted=wanted, generator=None).arrays()
 
 
 class Exact(Replica):
