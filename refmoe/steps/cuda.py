@@ -41,11 +41,11 @@ def rotate(ops: Gpu, x: Array, table: tuple[Array, Array]) -> Array:
     return ops.kernels.rotate(ops.xp.ascontiguousarray(x), *table)
 
 
-def route(ops: Gpu, x: Array, gate: Weight, k: int) -> tuple[Array, Array]:
-    """`refmoe.spec.router.route`. x: [T, D]   gate: [E, D]   returns: expert ids [T, k], weights [T, k]"""
+def route(ops: Gpu, x: Array, router: Weight, k: int) -> tuple[Array, Array]:
+    """`refmoe.spec.router.route`. x: [T, D]   router: [E, D]   returns: expert ids [T, k], weights [T, k]"""
     if ops.kernels is None:
-        return spec_router.route(ops, x, gate, k)
-    logits = ops.tap("router.logits", ops.linear(x, gate))
+        return spec_router.route(ops, x, router, k)
+    logits = ops.tap("router.logits", ops.linear(x, router))
     chosen, weights = ops.kernels.route(ops.xp.ascontiguousarray(logits), k)
     experts = ops.tap("router.experts", chosen)
     if experts is not chosen:  # the tap has replaced the choice
@@ -119,7 +119,7 @@ def _by_expert(ops: Gpu, rows: Array, matrices: Array, bounds: list[int]) -> Arr
 
 
 def moe(ops: Gpu, model: Model, layer: Layer, x: Array) -> Array:
-    """`refmoe.spec.model.moe`, which combines each token's outputs without sorting them back. x, returns: [T, D]"""
+    """`refmoe.spec.experts.moe`, which combines each token's outputs without sorting them back. x, returns: [T, D]"""
     chosen, weights = model.steps.route(ops, x, layer.router, model.config.experts_per_token)
     ids = ops.xp.ascontiguousarray(chosen).astype(np.int32, copy=False)
     found = expert_outputs(ops, layer.experts, x, ids)

@@ -129,9 +129,9 @@ def run_experts(ops: Native, experts: tuple[Expert, ...], x: Array, chosen: Arra
 
 
 @unwatched(spec_router.route)
-def route(ops: Native, x: Array, gate: Any, k: int) -> tuple[Array, Array]:
-    """`refmoe.spec.router.route`. x: [T, D]   gate: [E, D]   returns: expert ids [T, k] and weights [T, k]"""
-    logits = ops.linear(x, gate)
+def route(ops: Native, x: Array, router: Any, k: int) -> tuple[Array, Array]:
+    """`refmoe.spec.router.route`. x: [T, D]   router: [E, D]   returns: expert ids [T, k] and weights [T, k]"""
+    logits = ops.linear(x, router)
     experts = ops.top_k(logits, k)
     weights = logits[np.arange(len(x))[:, None], experts]
     weights -= weights[:, :1].copy()  # the first logit is the largest

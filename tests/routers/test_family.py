@@ -318,7 +318,7 @@ def test_capacity_rounds_up_and_reads_decimals(tokens: int, experts: int, factor
 
 
 def test_mixtral_is_the_router_of_the_spec() -> None:
-    """One router, stated once: `refmoe.spec.router.route` on an identity gate."""
+    """One router, stated once: `refmoe.spec.router.route` on an identity router matrix."""
     logits = np.random.default_rng(5).standard_normal((40, 6))
     identity = Weight(name="gate", shape=(6, 6), dtype=np.float64, source=lambda: np.eye(6), origin="gate")
     for k in range(1, 7):

@@ -1,4 +1,4 @@
-"""The routers against those of transformers, each loaded with logits through an identity gate."""
+"""The routers against those of transformers, each loaded with logits through an identity router matrix."""
 
 from __future__ import annotations
 

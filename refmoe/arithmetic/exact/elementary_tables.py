@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from refmoe.arithmetic.formats import Floats
+from refmoe.arithmetic.arrays import Array
 
 
-def _table(text: str) -> Floats:
+def _table(text: str) -> Array:
     """[2, n]: leading parts and remainders, from pairs of hexadecimal floats."""
     return np.array([float.fromhex(word) for word in text.split()]).reshape(-1, 2).T.copy()
 

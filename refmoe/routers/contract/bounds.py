@@ -12,7 +12,7 @@ BOUND-4  A number that underflows has the error `underflow` of the format. Divis
          multiplies that error by up to E: (E + 3) such errors in all.
 BOUND-5  The reference computes in float64, so every u above is u + 2^-53.
 
-The rules are those of enclosures.md, section 3, "Softmax". No bound depends on the order in which a router adds.
+The rules of `refmoe.arithmetic.enclosure.functions` are similar. No bound depends on the order of additions.
 """
 
 from __future__ import annotations
