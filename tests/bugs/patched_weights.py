@@ -108,7 +108,7 @@ def load(patch: Patch, model: Any, parameters: Parameters) -> None:
         for kind in "qkvo":
             put(getattr(layer.self_attn, f"{kind}_proj"), "weight", getattr(p, f"w{kind}"))
         put(layer.post_attention_layernorm, "weight", p.moe_norm)
-        put(layer.mlp.gate, "weight", p.gate)
+        put(layer.mlp.gate, "weight", p.router)
         experts: list[Any] = list(p.experts)
         fused = [torch.tensor(np.concatenate([e.w1.read(), e.w3.read()])) for e in experts]
         set_weight(patch, layer.mlp.experts, "gate_up_proj", torch.stack(fused).to(model.dtype))
@@ -123,7 +123,7 @@ def _(patch: Patch, model: Any) -> None:
     parameters = held("mini-8x7b")
     load(patch, model, parameters)
     for layer, p in zip(model.model.layers, parameters.layers, strict=True):
-        gate: Any = p.gate
+        gate: Any = p.router
         values = torch.tensor(quantise_rows(gate.read(), INT8).values())
         set_weight(patch, layer.mlp.gate, "weight", values.to(model.dtype))
 
@@ -174,7 +174,7 @@ def _(patch: Patch, model: Any) -> None:
 
     load(patch, model, held("mini-8x7b"))
     for layer, p in zip(model.model.layers, model_named("mini-8x7b").checkpoint.parameters.layers, strict=True):
-        gate: Any = p.gate
+        gate: Any = p.router
         set_weight(patch, layer.mlp.gate, "weight", torch.tensor(gate.read().astype("float64")).to(model.dtype))
 
 
