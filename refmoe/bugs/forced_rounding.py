@@ -8,7 +8,7 @@ import numpy as np
 
 from refmoe.arithmetic.enclosure.array import Enclosure
 from refmoe.arithmetic.formats import BFLOAT16, FLOAT32, Format, nearest
-from refmoe.policy.policy import Policy
+from refmoe.profiles.policy import Policy
 
 
 def low_precision(policy: Policy) -> Format:

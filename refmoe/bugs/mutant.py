@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Required, TypedDict, TypeVar, Unpack
 
-from refmoe.policy.policy import Policy
+from refmoe.profiles.policy import Policy
 from refmoe.spec.config import Config
 from refmoe.spec.model import Model, Parameters
 from refmoe.steps.rounding import CUT_STEPS

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from refmoe.bugs.mutant import Mutant
-from refmoe.policy.policy import Policy
+from refmoe.profiles.policy import Policy
 from refmoe.spec.config import Config
 from refmoe.spec.model import Model, Parameters
 from refmoe.steps.policy_ops import PolicyOps

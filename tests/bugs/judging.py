@@ -11,14 +11,14 @@ from refmoe.bugs.catalogue import MUTANTS
 from refmoe.bugs.mutant import Mutant
 from refmoe.bugs.quantised_checkpoint import INT8, quantised
 from refmoe.bugs.run_engine import run
-from refmoe.policy.load import policy
-from refmoe.policy.policy import Policy
+from refmoe.profiles.load import policy
+from refmoe.profiles.policy import Policy
 from refmoe.spec.model import Parameters
 from refmoe.suite import Case, find_cases, read_case
 from refmoe.traces.trace import Trace
-from refmoe.verify.diagnosis import Explanation, diagnose
-from refmoe.verify.findings import FAIL, Report
-from refmoe.verify.verify import verify
+from refmoe.verifier.diagnosis import Explanation, diagnose
+from refmoe.verifier.findings import FAIL, Report
+from refmoe.verifier.verify import verify
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 DTYPES = ("float32", "bfloat16", "float16")

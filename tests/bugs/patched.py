@@ -1,6 +1,6 @@
 """Known bugs patched into transformers: the patches, the names that a diagnosis must give, and shared code.
 
-Beside the faults of `tests.verify.faults`, to which `patched_names` gives their names, these are the bugs of the
+Beside the faults of `tests.verifier.faults`, to which `patched_names` gives their names, these are the bugs of the
 catalogue that are not among them. A patch is written as the bug comes about in an engine, not as the mutant has it.
 """
 
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from tests.verify.engines import Arrays
-from tests.verify.faults import Patch, functional, modeling, scores_of, wrap
+from tests.verifier.engines import Arrays
+from tests.verifier.faults import Patch, functional, modeling, scores_of, wrap
 
 Apply = Callable[[Patch, Any], None]
 
@@ -58,7 +58,15 @@ def patched(
     def register(apply: Apply) -> Apply:
         assert mutant not in PATCHED
         PATCHED[mutant] = Patched(
-            mutant, model, (mutant,), "", apply, dump, rules, quantised, elsewhere=elsewhere and not quantised
+            name=mutant,
+            model=model,
+            called=(mutant,),
+            why="",
+            apply=apply,
+            dump=dump,
+            rules=rules,
+            quantised=quantised,
+            elsewhere=elsewhere and not quantised,
         )
         return apply
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from tests.bugs.patched import Served, attend, attend_to_more, patched, set_eager, set_mask
-from tests.verify.engines import model_named
-from tests.verify.faults import Patch, change_weight, modeling
+from tests.verifier.engines import model_named
+from tests.verifier.faults import Patch, change_weight, modeling
 
 PAGE = 4
 """Tokens to a page of the cache."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.bugs.patched import added, as_read, grouped, patched, set_experts
-from tests.verify.faults import Patch, change_weight, functional, is_down, set_linear, wrap
+from tests.verifier.faults import Patch, change_weight, functional, is_down, set_linear, wrap
 
 TILE = 32
 """Tokens of a tile."""

@@ -1,10 +1,10 @@
-"""The names of the faults of `tests.verify.faults` in the catalogue, and the reasons why some have none."""
+"""The names of the faults of `tests.verifier.faults` in the catalogue, and the reasons why some have none."""
 
 from __future__ import annotations
 
 from tests.bugs.patched import Patched
-from tests.verify import faults_of_attention, faults_of_cache, faults_of_experts, faults_of_norms, faults_of_rope
-from tests.verify.faults import FAULTS, Fault
+from tests.verifier import faults_of_attention, faults_of_cache, faults_of_experts, faults_of_norms, faults_of_rope
+from tests.verifier.faults import FAULTS, Fault
 
 PARTS = (faults_of_attention, faults_of_cache, faults_of_experts, faults_of_norms, faults_of_rope)
 """Imported because they register faults."""
@@ -120,4 +120,12 @@ def known(fault: Fault) -> Patched:
     kin, other = KIN.get(fault.name, ("", ""))
     why = UNKNOWN.get(fault.name, other)
     called = (NAMES[fault.name],) if fault.name in NAMES else ()
-    return Patched(fault.name, fault.model, called, why, fault.apply, kin=kin, elsewhere=fault.name not in BOUND)
+    return Patched(
+        name=fault.name,
+        model=fault.model,
+        called=called,
+        why=why,
+        apply=fault.apply,
+        kin=kin,
+        elsewhere=fault.name not in BOUND,
+    )

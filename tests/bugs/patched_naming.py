@@ -14,17 +14,17 @@ import pytest
 from refmoe.bugs.catalogue import MUTANTS
 from refmoe.bugs.quantised_checkpoint import INT8, quantised
 from refmoe.checkpoints.layout import Checkpoint
-from refmoe.policy.load import policy
+from refmoe.profiles.load import policy
 from refmoe.suite import find_cases, read_case
 from refmoe.traces.trace import Header, read_trace, write_trace
-from refmoe.verify.diagnosis import diagnose
-from refmoe.verify.diagnosis.arithmetic import ARITHMETIC
-from refmoe.verify.findings import FAIL, STRUCTURE
-from refmoe.verify.verify import verify
+from refmoe.verifier.diagnosis import diagnose
+from refmoe.verifier.diagnosis.arithmetic import ARITHMETIC
+from refmoe.verifier.findings import FAIL, STRUCTURE
+from refmoe.verifier.verify import verify
 from tests.bugs import patched_attention, patched_experts, patched_positions, patched_router, patched_weights
 from tests.bugs.patched import PATCHED, Patched
 from tests.bugs.patched_names import known_faults
-from tests.verify.engines import GOLDEN, Arrays, captured, loaded, model_named
+from tests.verifier.engines import GOLDEN, Arrays, captured, loaded, model_named
 
 PARTS = (patched_attention, patched_experts, patched_positions, patched_router, patched_weights)
 """Imported because they register bugs."""
@@ -72,7 +72,7 @@ def alike(bug: Patched, name: str) -> tuple[str, ...]:
 
 def healthy(name: str) -> Patched:
     """Unpatched transformers."""
-    return Patched("healthy", name, (), "no bug is there", lambda patch, model: None)
+    return Patched(name="healthy", model=name, called=(), why="no bug is there", apply=lambda patch, model: None)
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,12 @@ class Naming:
     bug: str
     model: str
     called: tuple[str, ...]
-    """The right names; none where no bug of the catalogue is the right one."""
+    """The right names; empty if the catalogue has no such bug."""
     kin: str
     visible: bool
-    """Whether verification fails: else there is nothing to explain."""
+    """Whether the verification fails, so that there is something to explain."""
     first: str
-    """The best of what was considered; empty where nothing was."""
+    """The best explanation that was considered; empty if there was none."""
     kind: str
     """`KNOWN_BUG`, `TWO_BUGS`, `STRUCTURE` or `ARITHMETIC`, of the first."""
     explains: bool
@@ -96,7 +96,7 @@ class Naming:
     """The rank of the best right name, from 1."""
     seconds: float
     considered: tuple[str, ...]
-    """The first five: a star where it explains, checks that fail still and newly, the part of the error left."""
+    """The first five: a star if it explains the trace, the checks still and newly failing, and the residual."""
 
     @property
     def named(self) -> str:
@@ -146,4 +146,16 @@ def name_it(bug: Patched, dtype: str = "bfloat16", attention: str = "eager") -> 
         f"{e.name}{'*' if e.explains else ''} {e.still_failing}+{e.newly_failing} {e.residual:.2g}" for e in found[:5]
     )
     visible = any(check.verdict == FAIL for check in report.checks)
-    return Naming(bug.name, bug.model, bug.called, bug.kin, visible, first, kind, explains, best, seconds, considered)
+    return Naming(
+        bug=bug.name,
+        model=bug.model,
+        called=bug.called,
+        kin=bug.kin,
+        visible=visible,
+        first=first,
+        kind=kind,
+        explains=explains,
+        rank=best,
+        seconds=seconds,
+        considered=considered,
+    )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from tests.bugs.patched import Served, patched
-from tests.verify.faults import Patch, modeling, set_table
-from tests.verify.faults_of_rope import angles, set_frequencies
+from tests.verifier.faults import Patch, modeling, set_table
+from tests.verifier.faults_of_rope import angles, set_frequencies
 
 TABLE = 4096
 SCALE = 8

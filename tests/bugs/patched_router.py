@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from tests.bugs.patched import patched
-from tests.verify.engines import Arrays
-from tests.verify.faults import Patch, set_router, wrap
+from tests.verifier.engines import Arrays
+from tests.verifier.faults import Patch, set_router, wrap
 
 JITTER = 0.01
 BIASES = (0.0, 0.125, 0.0625)

@@ -8,8 +8,8 @@ from refmoe.bugs.quantised_checkpoint import INT8, quantised
 from refmoe.bugs.quantised_checkpoint import quantise as quantise_rows
 from refmoe.spec.model import Parameters
 from tests.bugs.patched import patched
-from tests.verify.engines import Arrays, model_named
-from tests.verify.faults import Patch, change_weight, set_norm, set_weight, wrap
+from tests.verifier.engines import Arrays, model_named
+from tests.verifier.faults import Patch, change_weight, set_norm, set_weight, wrap
 
 PAD = 2
 

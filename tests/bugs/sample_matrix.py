@@ -9,7 +9,7 @@ from refmoe.suite.matrix.dependencies import digests
 from refmoe.suite.matrix.file import Cells, Matrix
 from refmoe.suite.matrix.outcomes import POLICIES, Outcome, runnable
 from refmoe.suite.matrix.surroundings import outside
-from refmoe.verify.findings import LOCAL, NOT_CONFORMANT
+from refmoe.verifier.findings import LOCAL, NOT_CONFORMANT
 from tests.bugs.judging import GOLDEN
 from tests.golden_cases import write_case
 
@@ -18,7 +18,7 @@ PLACE = "attention.q impossible local"
 
 def killed(mutant: str, case: str, policy: str = "float32") -> Outcome:
     """An outcome whose place is `PLACE`."""
-    return Outcome(mutant, case, policy, NOT_CONFORMANT, "attention.q", "impossible", LOCAL)
+    return Outcome(mutant, case, policy, NOT_CONFORMANT, step="attention.q", by="impossible", rung=LOCAL)
 
 
 def golden_folder(folder: Path, *cases: str) -> Path:

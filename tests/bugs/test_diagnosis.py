@@ -13,14 +13,14 @@ from refmoe.bugs.catalogue import MUTANTS
 from refmoe.bugs.changed_weights import mapped, with_layers
 from refmoe.bugs.run_engine import held_trace, run
 from refmoe.bugs.sharded_mutant import on_ranks
-from refmoe.policy.load import policy
+from refmoe.profiles.load import policy
 from refmoe.steps.sharded.layout import Layout
 from refmoe.traces.trace import Trace
-from refmoe.verify.diagnosis import explained
-from refmoe.verify.diagnosis.arithmetic import ARITHMETIC
-from refmoe.verify.diagnosis.known import Pair, matched_filter
-from refmoe.verify.diagnosis.weights import MATRICES
-from refmoe.verify.findings import KNOWN_BUG, NOT_CONFORMANT, STRUCTURE, TWO_BUGS, Explanation
+from refmoe.verifier.diagnosis import explained
+from refmoe.verifier.diagnosis.arithmetic import ARITHMETIC
+from refmoe.verifier.diagnosis.known import Pair, matched_filter
+from refmoe.verifier.diagnosis.weights import MATRICES
+from refmoe.verifier.findings import KNOWN_BUG, NOT_CONFORMANT, STRUCTURE, TWO_BUGS, Explanation
 from tests.bugs.judging import DTYPES, case_named, diagnosed, judged, parameters_of, traced
 
 Edit = Callable[[Any], Any]

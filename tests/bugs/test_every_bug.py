@@ -13,12 +13,12 @@ from refmoe.bugs.changed_weights import mapped, with_experts, with_layers
 from refmoe.bugs.mutant import prose_of
 from refmoe.bugs.quantised_checkpoint import INT8, quantised
 from refmoe.bugs.run_engine import run, same
-from refmoe.policy.load import policy
+from refmoe.profiles.load import policy
 from refmoe.spec.model import Layer, Parameters
 from refmoe.suite.conditions import CONDITIONS, NOT_OF_A_CASE
 from refmoe.traces.trace import Run
-from refmoe.verify.diagnosis import diagnose
-from refmoe.verify.findings import CONFORMANT, FAIL, NOT_CONFORMANT
+from refmoe.verifier.diagnosis import diagnose
+from refmoe.verifier.findings import CONFORMANT, FAIL, NOT_CONFORMANT
 from tests.bugs.judging import (
     DTYPES,
     assert_named,

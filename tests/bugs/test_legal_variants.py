@@ -10,9 +10,9 @@ import pytest
 from refmoe.bugs.legal import LEGAL
 from refmoe.bugs.legal.precision import SequentialOps
 from refmoe.bugs.run_engine import same
-from refmoe.policy.load import policy
+from refmoe.profiles.load import policy
 from refmoe.traces.trace import Trace
-from refmoe.verify.findings import CANNOT_JUDGE, CONFORMANT
+from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT
 from tests.bugs.judging import DTYPES, case_named, explained, judged, parameters_of, traced
 
 OVERFLOWS = ("huge-activations", "float16")

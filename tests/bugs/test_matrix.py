@@ -16,7 +16,7 @@ from refmoe.suite.matrix.file import MATRIX_FILE, read_matrix, to_matrix, write_
 from refmoe.suite.matrix.outcomes import INERT, POLICIES, SPECIFICATION, Outcome, compute_matrix, runnable, whole
 from refmoe.suite.matrix.summary import summarise
 from refmoe.suite.matrix.surroundings import broken_laws, judge_outside, outside
-from refmoe.verify.findings import CANNOT_JUDGE, CONFORMANT, LOCAL, NOT_CONFORMANT
+from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT, LOCAL, NOT_CONFORMANT
 from tests.bugs.judging import GOLDEN
 from tests.bugs.sample_matrix import PLACE, all_killed, golden_folder, killed
 
@@ -36,7 +36,7 @@ def test_a_case_is_judged_as_a_foreign_engine_would_be(golden: Path) -> None:
     assert found == [
         Outcome(SPECIFICATION, "tiny", "bfloat16", CONFORMANT),
         Outcome("attn-swa-off-by-one", "tiny", "bfloat16", INERT),
-        Outcome("emb-scale-sqrt-d", "tiny", "bfloat16", NOT_CONFORMANT, "embedding", "impossible", LOCAL),
+        Outcome("emb-scale-sqrt-d", "tiny", "bfloat16", NOT_CONFORMANT, step="embedding", by="impossible", rung=LOCAL),
     ]
 
 

@@ -15,7 +15,7 @@ from refmoe.bugs.vector_checks import read_vectors, wrong
 from refmoe.errors import InputError
 from refmoe.routers.literature.losses import load_balancing_loss
 from refmoe.suite.matrix.surroundings import FILES, RIGHT, built, outside, read_vocabulary
-from refmoe.verify.findings import NOT_CONFORMANT
+from refmoe.verifier.findings import NOT_CONFORMANT
 from tests.bugs.judging import (
     DTYPES,
     GOLDEN,

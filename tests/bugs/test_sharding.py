@@ -11,8 +11,8 @@ from refmoe.bugs.catalogue import MUTANTS
 from refmoe.bugs.run_engine import held_trace, same
 from refmoe.bugs.sharded_mutant import OnRanks, on_ranks
 from refmoe.errors import InputError
-from refmoe.policy.load import policy
-from refmoe.policy.policy import Policy
+from refmoe.profiles.load import policy
+from refmoe.profiles.policy import Policy
 from refmoe.spec.config import PRESETS, Config
 from refmoe.spec.model import Model
 from refmoe.spec.taps import step_of
@@ -23,7 +23,7 @@ from refmoe.steps.sharded.parameters import SplitTable
 from refmoe.steps.sharded.steps import all_reduce, attention_partials, received
 from refmoe.traces.script import execute
 from refmoe.traces.trace import Header, Recorder, Trace
-from refmoe.verify.findings import CONFORMANT, NOT_CONFORMANT
+from refmoe.verifier.findings import CONFORMANT, NOT_CONFORMANT
 from tests.bugs.judging import (
     DTYPES,
     case_named,

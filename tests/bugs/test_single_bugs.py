@@ -13,9 +13,9 @@ from refmoe.bugs.catalogue import MUTANTS
 from refmoe.bugs.changed_weights import with_layers
 from refmoe.bugs.quantised_checkpoint import FP8, INT8, quantised
 from refmoe.bugs.run_engine import held_trace, run, same
-from refmoe.policy.load import policy
-from refmoe.policy.policy import Policy
-from refmoe.verify.findings import CONFORMANT, FAIL
+from refmoe.profiles.load import policy
+from refmoe.profiles.policy import Policy
+from refmoe.verifier.findings import CONFORMANT, FAIL
 from tests.bugs.judging import (
     DTYPES,
     case_named,

@@ -95,7 +95,7 @@ def mask_misaligned(ops: Any, logits: Sequence[Any], k: int, mask: Any = None) -
 
 @mutant(
     "aux-double-softmax", breaks=["AUX-3"], touches=["loss"], severity="training-only", changes=LOSS,
-    fix="take the softmax once: of logits, not of what the router has already normalised",
+    fix="take the softmax once: of logits, not of probabilities that the router has normalised",
     sources=[
         "https://github.com/huggingface/transformers/issues/45120",
         "https://github.com/huggingface/transformers/pull/45111",

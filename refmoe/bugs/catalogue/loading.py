@@ -57,7 +57,7 @@ def rows_as_stored(config: Config, parameters: Parameters) -> Parameters:
 
 @mutant(
     "load-sanitise-twice", breaks=["ROPE-3"], touches=["attention.q", "attention.k"], needs=["LOAD"],
-    changes=PARAMETERS, fix="convert what is not converted: loading what was saved changes nothing",
+    changes=PARAMETERS, fix="convert only checkpoints that are not converted: saving and loading must change nothing",
     sources=[
         "https://github.com/Blaizzy/mlx-vlm/issues/1521",
         "https://github.com/Blaizzy/mlx-vlm/issues/1718",

@@ -8,7 +8,7 @@ from typing import Any
 from refmoe.arithmetic.formats import BFLOAT16, FLOAT16, Format
 from refmoe.bugs.forced_rounding import low_precision
 from refmoe.bugs.mutant import POLICY, mutant
-from refmoe.policy.policy import Policy
+from refmoe.profiles.policy import Policy
 
 ALLOWED = (
     "the policy itself stores {what} in {format}: in no golden case does it change one of the {count} values of {tap}, "

@@ -57,7 +57,7 @@ def tied(config: Config, parameters: Parameters) -> Parameters:
 
 @mutant(
     "hidden-tap-off-by-one", breaks=["LAYER-1"], touches=["residual"], step="decoder_layer",
-    fix="look at what is captured, not at the model: the hidden state of a layer is what leaves it", severity="low",
+    fix="look at the capture, not at the model: the hidden state of a layer is its output", severity="low",
     sources=[
         "https://github.com/lightseekorg/TorchSpec/issues/87",
         "https://github.com/vllm-project/speculators/pull/313",

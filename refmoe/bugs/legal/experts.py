@@ -10,7 +10,7 @@ import numpy as np
 from refmoe.bugs.forced_rounding import rounded
 from refmoe.bugs.legal.variant import Engine, legal, with_steps
 from refmoe.checkpoints.weight import Weight
-from refmoe.policy.policy import Policy
+from refmoe.profiles.policy import Policy
 from refmoe.spec.config import Config
 from refmoe.spec.model import Model, Parameters
 from refmoe.steps.rounding import CUT_STEPS, run_experts

@@ -7,7 +7,7 @@ from typing import Any
 
 from refmoe.arithmetic.formats import nearest
 from refmoe.bugs.legal.variant import Engine, legal, with_steps
-from refmoe.policy.policy import Policy
+from refmoe.profiles.policy import Policy
 from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters
 from refmoe.steps.policy_ops import PolicyOps

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refmoe.bugs.run_engine import held_trace
-from refmoe.policy.policy import Policy
+from refmoe.profiles.policy import Policy
 from refmoe.spec.config import Config
 from refmoe.spec.model import Model, Parameters
 from refmoe.spec.taps import step_of

@@ -11,7 +11,7 @@ import numpy as np
 
 from refmoe.arithmetic.arrays import ArrayOps
 from refmoe.arithmetic.formats import nearest
-from refmoe.policy.policy import STATISTICS, Policy
+from refmoe.profiles.policy import STATISTICS, Policy
 
 SCHEMES = ("blas", "sequential", "permuted", "fused", "lanes", "tree", "wide")
 KINDS = ("gaussian", "outliers", "lognormal", "one-signed", "blocks", "tiny", "huge", "subnormal", "zeros")

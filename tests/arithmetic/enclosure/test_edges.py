@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from refmoe.arithmetic.enclosure.array import Enclosure, concatenate
 from refmoe.arithmetic.formats import BFLOAT16, FLOAT32, FLOAT64, nearest, ulp
-from refmoe.policy.load import policy
+from refmoe.profiles.load import policy
 from refmoe.steps.enclosure_ops import EnclosureOps
 from tests.arithmetic.enclosure.legal import KINDS, LegalOps, draw
 from tests.arithmetic.enclosure.rules import BALL, FORMATS, NAMES, RULES, inside

@@ -14,9 +14,9 @@ from bench import accumulators
 from bench import enclosures as bench
 from refmoe.arithmetic.enclosure.array import Enclosure
 from refmoe.arithmetic.formats import BFLOAT16, FLOAT16, FLOAT32, FORMATS, nearest
-from refmoe.policy.load import policy
+from refmoe.profiles.load import policy
 from refmoe.steps.enclosure_ops import EnclosureOps
-from refmoe.verify.tally import Tally
+from refmoe.verifier.tally import Tally
 
 
 @pytest.mark.parametrize("kind", accumulators.KINDS)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from refmoe.arithmetic.enclosure.array import OWN, Enclosure
 from refmoe.arithmetic.formats import nearest
-from refmoe.policy.load import policy
+from refmoe.profiles.load import policy
 from refmoe.steps.enclosure_ops import EnclosureOps
 from tests.arithmetic.enclosure.legal import KINDS, LegalOps, draw
 from tests.arithmetic.enclosure.rules import BALL, NAMES, RULES, SCALES, exact, inside

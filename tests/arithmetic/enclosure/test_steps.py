@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from refmoe.arithmetic.enclosure.array import Enclosure
 from refmoe.arithmetic.formats import FORMATS, nearest
 from refmoe.checkpoints.weight import Weight
-from refmoe.policy.load import policy
-from refmoe.policy.policy import Policy
+from refmoe.profiles.load import policy
+from refmoe.profiles.policy import Policy
 from refmoe.spec.attention import Cache
 from refmoe.steps import rounding as steps
 from refmoe.steps.enclosure_ops import EnclosureOps
-from refmoe.verify.tally import Limits, Tally
+from refmoe.verifier.tally import Limits, Tally
 from tests.arithmetic.enclosure.legal import KINDS, LegalOps, draw
 
 POLICIES = (
@@ -31,7 +31,7 @@ Inputs = dict[str, Any]
 
 
 def weight(values: Any) -> Weight:
-    return Weight("w", values.shape, np.dtype(np.float64), lambda: values, "w")
+    return Weight("w", values.shape, np.dtype(np.float64), source=lambda: values, origin="w")
 
 
 def norm(ops: Any, given: Inputs) -> None:
