@@ -35,9 +35,9 @@ from bench.accumulators import (
 )
 from refmoe.arithmetic.enclosure.array import Enclosure
 from refmoe.arithmetic.formats import FLOAT32, FORMATS, nearest, ulp
-from refmoe.policy.load import policy
+from refmoe.profiles.load import policy
 from refmoe.steps.enclosure_ops import EnclosureOps
-from refmoe.verify.tally import Limits, Tally
+from refmoe.verifier.tally import Limits, Tally
 
 VALUES = 10_000_000
 LIMIT = Limits(1e-6, VALUES, 1000).excess

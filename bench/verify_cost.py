@@ -21,7 +21,7 @@ import numpy as np
 
 from refmoe.arithmetic.exact.ops import ExactOps
 from refmoe.checkpoints.synthetic import synthetic_checkpoint
-from refmoe.policy.load import policy
+from refmoe.profiles.load import policy
 from refmoe.spec.config import Config
 from refmoe.spec.model import Model, Parameters
 from refmoe.steps.policy_ops import PolicyOps
@@ -29,8 +29,8 @@ from refmoe.steps.rounding import CUT_STEPS
 from refmoe.suite import read_case
 from refmoe.traces.script import Call, execute, plan
 from refmoe.traces.trace import Header, Recorder, Run, Trace, read_trace, write_trace
-from refmoe.verify.findings import CONFORMANT
-from refmoe.verify.verify import verify
+from refmoe.verifier.findings import CONFORMANT
+from refmoe.verifier.verify import verify
 
 ROOT = Path(__file__).parent.parent
 MIDDLE = Config(

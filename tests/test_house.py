@@ -13,8 +13,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "refmoe"
 
 ROOMS = (
-    "errors", "files", "parallel", "arithmetic", "spec", "policy", "checkpoints", "traces", "text", "steps", "routers",
-    "cuda", "jobs", "bugs", "verify", "suite", "engines", "report", "cli", "__main__",
+    "errors", "files", "parallel", "arithmetic", "spec", "profiles", "checkpoints", "traces", "text", "steps",
+    "routers", "cuda", "jobs", "bugs", "verifier", "suite", "engines", "report", "cli", "__main__",
 )  # fmt: skip
 """A room imports only from the rooms before it."""
 ALONE = {"spec": set[str](), "arithmetic": {"errors"}}

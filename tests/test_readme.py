@@ -17,7 +17,7 @@ from refmoe.suite.conditions import CONDITIONS
 from refmoe.suite.matrix.file import read_matrix
 from refmoe.suite.matrix.outcomes import POLICIES
 from refmoe.suite.matrix.summary import summarise
-from refmoe.verify.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT
+from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT
 from tests.tour import console, run_tour
 
 ROOT = Path(__file__).parent.parent

@@ -25,10 +25,10 @@ from refmoe.engines.run_case import keep_folder
 from refmoe.engines.scaffold import SCAFFOLDS, usage, write_scaffold
 from refmoe.engines.scaffold.workflow import check_source, known_file, write_workflow
 from refmoe.errors import InputError
-from refmoe.policy.load import policy as named_policy
-from refmoe.policy.policy import Policy
+from refmoe.profiles.load import policy as named_policy
+from refmoe.profiles.policy import Policy
 from refmoe.suite import Case, find_cases, read_case
-from refmoe.verify.verify import SIGNIFICANCE
+from refmoe.verifier.verify import SIGNIFICANCE
 
 Names = tuple[str, ...]
 

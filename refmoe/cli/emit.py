@@ -34,8 +34,8 @@ from refmoe.jobs.estimate import Estimate
 from refmoe.jobs.job import POLICY
 from refmoe.jobs.source import find_source, loaded
 from refmoe.parallel import results
-from refmoe.policy.load import policy
-from refmoe.policy.policy import Policy
+from refmoe.profiles.load import policy
+from refmoe.profiles.policy import Policy
 from refmoe.traces.script import plan
 from refmoe.traces.trace import Header, Recorder, write_trace
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from refmoe.cli.options import json_option
-from refmoe.policy.load import BUDGETS, Difference, differences, policies, policy
-from refmoe.policy.policy import Policy
+from refmoe.profiles.load import BUDGETS, Difference, differences, policies, policy
+from refmoe.profiles.policy import Policy
 from refmoe.report.terminal import WIDE
 
 
@@ -28,7 +28,7 @@ def policies_command(names: tuple[str, ...], as_json: bool) -> None:
     refmoe policies hf-float32 hf-float32+cache=float16
 
     A policy says which dtype an engine may round to at each cut point. NAME is one of those listed, or a .toml file
-    with one table like those of refmoe/policy/profiles.toml; either may be followed by changes.
+    with one table like those of refmoe/profiles/profiles.toml; either may be followed by changes.
     """
     chosen = [policy(name) for name in names]
     if as_json:

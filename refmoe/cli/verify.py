@@ -30,14 +30,14 @@ from refmoe.files.atomic import replacing
 from refmoe.files.json_file import shown
 from refmoe.jobs.source import Source, find_source, loaded
 from refmoe.jobs.spread import open_executor, parse_executor
-from refmoe.policy.load import policy as named_policy
-from refmoe.policy.policy import Policy
+from refmoe.profiles.load import policy as named_policy
+from refmoe.profiles.policy import Policy
 from refmoe.suite import case_source, read_case, trace_path
 from refmoe.traces.trace import Run, Trace, read_trace
-from refmoe.verify.distances import compare_traces
-from refmoe.verify.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT, Report
-from refmoe.verify.segments import Spread
-from refmoe.verify.verify import SIGNIFICANCE, Settings, verify
+from refmoe.verifier.distances import compare_traces
+from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT, Report
+from refmoe.verifier.segments import Spread
+from refmoe.verifier.verify import SIGNIFICANCE, Settings, verify
 
 EXIT_STATUS = {CONFORMANT: 0, NOT_CONFORMANT: 1, CANNOT_JUDGE: 2}
 
@@ -277,7 +277,7 @@ def _verify(trace: Trace, against: Against, policy: Policy, judging: JudgingOpti
     if not judging.diagnosing or report.verdict != NOT_CONFORMANT:
         return report
     from refmoe.bugs.catalogue import MUTANTS
-    from refmoe.verify.diagnosis import diagnose, explained
+    from refmoe.verifier.diagnosis import diagnose, explained
 
     with progress_bar("diagnose", 2 * len(MUTANTS)) as advance:
         explanations = diagnose(trace, config, parameters, runs, policy, report, MUTANTS.values(), advance)

@@ -16,7 +16,7 @@ from refmoe.arithmetic.exact import dot
 from refmoe.arithmetic.exact.slices import on_host
 from refmoe.arithmetic.formats import Format, nearest, representable
 from refmoe.arithmetic.weight_cache import WeightCache
-from refmoe.policy.policy import Policy
+from refmoe.profiles.policy import Policy
 from refmoe.steps.enclosure_ops import EnclosureOps
 
 

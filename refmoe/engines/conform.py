@@ -17,14 +17,14 @@ from refmoe.engines.protocol import TAPS
 from refmoe.engines.results import SKIPPED, Cause, Engine, Outcome, Results
 from refmoe.engines.run_case import kept_file, lacks, materialised, run_case
 from refmoe.errors import InputError
-from refmoe.policy.load import policy as named_policy
-from refmoe.policy.policy import Policy
+from refmoe.profiles.load import policy as named_policy
+from refmoe.profiles.policy import Policy
 from refmoe.spec.model import Parameters
 from refmoe.suite import Case
 from refmoe.traces.trace import Trace
-from refmoe.verify.findings import FAIL, NOT_CONFORMANT, Report
-from refmoe.verify.intake import take_in
-from refmoe.verify.verify import SIGNIFICANCE, Settings, verify
+from refmoe.verifier.findings import FAIL, NOT_CONFORMANT, Report
+from refmoe.verifier.intake import take_in
+from refmoe.verifier.verify import SIGNIFICANCE, Settings, verify
 
 TRIED = 3
 """The smoke test tries this many cases, the smallest for which the harness has the abilities."""
@@ -65,7 +65,7 @@ class Judge:
 
     def _diagnosed(self, report: Report, case: Case, parameters: Parameters, trace: Trace, policy: Policy) -> Report:
         from refmoe.bugs.catalogue import MUTANTS
-        from refmoe.verify.diagnosis import diagnose, explained
+        from refmoe.verifier.diagnosis import diagnose, explained
 
         found = diagnose(trace, case.config, parameters, case.runs(), policy, report, MUTANTS.values())
         return explained(report, found)

@@ -22,7 +22,7 @@ from refmoe.engines.protocol import (
     wrong_field,
 )
 from refmoe.errors import InputError
-from refmoe.policy.load import policy as named_policy
+from refmoe.profiles.load import policy as named_policy
 from refmoe.traces.trace import Run
 
 START_FIELDS = ("protocol", "name", "version", "dtypes", "taps", "abilities", "policies", "layouts")

@@ -27,7 +27,7 @@ from refmoe.errors import InputError
 from refmoe.files.atomic import replacing
 from refmoe.files.json_file import shown
 from refmoe.files.safetensors_file import one_line, quoted
-from refmoe.verify.findings import CONFORMANT
+from refmoe.verifier.findings import CONFORMANT
 
 FORMAT_VERSION = "1"
 FIELDS = ("engine", "case", "dtype", "reason")

@@ -17,7 +17,7 @@ from refmoe.files.atomic import replacing
 from refmoe.files.json_file import JsonFile, read_json
 from refmoe.files.safetensors_file import quoted
 from refmoe.suite.case import is_list
-from refmoe.verify.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT
+from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT
 
 SKIPPED = "skipped"
 VERDICTS = (CONFORMANT, NOT_CONFORMANT, CANNOT_JUDGE, SKIPPED, CRASHED, TIMED_OUT, BROKEN)
@@ -28,7 +28,7 @@ GOOD = (CONFORMANT, SKIPPED)
 
 @dataclass(frozen=True)
 class Cause:
-    """An explanation of a failure: the part of a `refmoe.verify.findings.Explanation` that results keep."""
+    """An explanation of a failure: the part of a `refmoe.verifier.findings.Explanation` that results keep."""
 
     name: str
     kind: str

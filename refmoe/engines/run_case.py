@@ -24,7 +24,7 @@ from refmoe.spec.model import Parameters
 from refmoe.spec.taps import step_of, tap_names
 from refmoe.suite import Case
 from refmoe.traces.trace import Header, Run, Trace, write_trace
-from refmoe.verify.subject import shape_of
+from refmoe.verifier.subject import shape_of
 
 WIDEST = 8
 """Bytes of an element in the widest dtype."""

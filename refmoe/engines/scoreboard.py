@@ -13,7 +13,7 @@ from refmoe.engines.protocol import DTYPES, TAPS
 from refmoe.engines.results import SKIPPED, Cause, Outcome, Results, read_results
 from refmoe.errors import InputError
 from refmoe.spec.taps import step_of
-from refmoe.verify.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT
+from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT
 
 DEVIATES, UNDECIDABLE, UNSUPPORTED, FAILED = "deviates", "undecidable", "not supported", "crashed"
 KINDS = {

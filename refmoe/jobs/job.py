@@ -18,7 +18,7 @@ from refmoe.jobs.layerwise import Script, States, Tap, check_states
 from refmoe.jobs.parts import Parts
 from refmoe.jobs.source import Source, loaded
 from refmoe.jobs.spread import open_executor, parse_executor, spread_experts
-from refmoe.policy.load import policy
+from refmoe.profiles.load import policy
 from refmoe.spec.config import Config
 from refmoe.spec.model import Model
 from refmoe.steps.grouped import GROUPED_STEPS

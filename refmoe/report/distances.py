@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.table import Table
 
 from refmoe.report.terminal import WIDE, open_console
-from refmoe.verify.distances import Comparison
-from refmoe.verify.findings import as_set
+from refmoe.verifier.distances import Comparison
+from refmoe.verifier.findings import as_set
 
 
 def print_distances(comparison: Comparison, only: str | None = None) -> None:

@@ -8,7 +8,7 @@ from html import escape
 
 from refmoe.report.summary import excess_share, in_order
 from refmoe.report.wording import number, visible
-from refmoe.verify.findings import FAIL, Check, Element, Report
+from refmoe.verifier.findings import FAIL, Check, Element, Report
 
 COLUMN, TOP, HEIGHT, LEFT, FOOT = 44, 48, 300, 64, 140
 GRID = 2

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from refmoe.report.summary import excess_share, in_order, largest, run_names, share, worst_verdict
 from refmoe.report.wording import RUNGS, count, found_and_expected, number, place, visible, why
-from refmoe.verify.findings import FAIL, PASS, UNDECIDABLE, Check, Report
+from refmoe.verifier.findings import FAIL, PASS, UNDECIDABLE, Check, Report
 
 ROOMY = 8
 """The most layers at which a cell has room for a number."""

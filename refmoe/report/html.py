@@ -12,7 +12,7 @@ from refmoe.report.heat_map import LEVELS, heat_map
 from refmoe.report.page import render
 from refmoe.report.routing_strips import MARKS, routing_strips
 from refmoe.report.summary import run_names, summarise_routing, summarise_steps, wrong_choices
-from refmoe.verify.findings import CANNOT_JUDGE, CONFORMANT, FAIL, UNDECIDABLE, Check, Decision, Report, as_set
+from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT, FAIL, UNDECIDABLE, Check, Decision, Report, as_set
 
 LISTED = 100
 """The most failed checks, decisions and names that the page lists. The JSON report has all of them."""

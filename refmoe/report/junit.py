@@ -17,7 +17,7 @@ from refmoe.report.wording import (
     visible,
     why,
 )
-from refmoe.verify.findings import (
+from refmoe.verifier.findings import (
     CANNOT_JUDGE,
     CONFORMANT,
     FAIL,

@@ -14,7 +14,7 @@ from refmoe.suite.matrix.file import Matrix
 from refmoe.suite.matrix.outcomes import IMPOSSIBLE, IMPROBABLE, INERT, POLICIES, ROUTING, runnable
 from refmoe.suite.matrix.summary import Summary, summarise
 from refmoe.suite.matrix.surroundings import outside
-from refmoe.verify.findings import CANNOT_JUDGE, CONFORMANT
+from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT
 
 STATES = {
     IMPOSSIBLE: ("■", "killed: a value that the policy makes impossible"),

@@ -7,7 +7,7 @@ from itertools import groupby
 
 from refmoe.report.summary import deviates
 from refmoe.report.wording import visible
-from refmoe.verify.findings import CONTESTABLE, FORCED, TIE, Decision, Report
+from refmoe.verifier.findings import CONTESTABLE, FORCED, TIE, Decision, Report
 
 DRAWN = 20_000
 """The most tokens that a page draws, layers with illegal decisions first. The other layers show only counts."""

@@ -18,7 +18,7 @@ from refmoe.engines.scoreboard import (
 )
 from refmoe.report.page import render
 from refmoe.report.wording import count, number
-from refmoe.verify.findings import CONFORMANT
+from refmoe.verifier.findings import CONFORMANT
 
 MARKS = {
     CONFORMANT: ("good", "✓", "conformant"),

@@ -25,7 +25,7 @@ from refmoe.engines.scoreboard import (
 )
 from refmoe.report.terminal import WIDE
 from refmoe.report.wording import count, number, visible
-from refmoe.verify.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT
+from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT
 
 STYLES = {
     CONFORMANT: "green", NOT_CONFORMANT: "bold red", CANNOT_JUDGE: "yellow", SKIPPED: "dim", CRASHED: "bold red",

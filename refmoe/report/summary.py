@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from refmoe.spec.taps import LAYER_TAPS
-from refmoe.verify.findings import CONTESTABLE, FAIL, FORCED, PASS, TIE, UNDECIDABLE, Check, Decision, Report
+from refmoe.verifier.findings import CONTESTABLE, FAIL, FORCED, PASS, TIE, UNDECIDABLE, Check, Decision, Report
 
 STEPS = ("embedding", *LAYER_TAPS, "final_norm", "logits")
 """The steps in order of computation. A layer's steps occur once."""

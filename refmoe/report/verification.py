@@ -21,7 +21,7 @@ from refmoe.report.wording import (
     visible,
     why,
 )
-from refmoe.verify.findings import CANNOT_JUDGE, CONFORMANT, FAIL, UNDECIDABLE, Check, Decision, Report
+from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT, FAIL, UNDECIDABLE, Check, Decision, Report
 
 LISTED = 10
 """The most failures and decisions that are listed. Of the rest, the number is printed."""

@@ -1,4 +1,4 @@
-"""A verification as one JSON object, with the fields of `refmoe.verify.findings`.
+"""A verification as one JSON object, with the fields of `refmoe.verifier.findings`.
 
 JSON cannot write numbers that are not finite. They become the strings "NaN", "Infinity" and "-Infinity", as in the JSON
 form of Protocol Buffers. `float` of Python and `Number` of JavaScript read them. None becomes null.
@@ -13,7 +13,7 @@ from dataclasses import fields, is_dataclass
 from importlib.resources import files
 from typing import Any
 
-from refmoe.verify.findings import Report
+from refmoe.verifier.findings import Report
 
 FORMAT_VERSION = "1"
 

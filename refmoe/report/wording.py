@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS
-from refmoe.verify.findings import (
+from refmoe.verifier.findings import (
     FAIL,
     FREE,
     LOCAL,

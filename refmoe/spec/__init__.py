@@ -15,7 +15,7 @@ Commands that need cut points or speed run another statement of the same steps. 
 
     statement                executed by                                              held to the spec by
     refmoe.spec              check, certify, emit --case                              tests/spec/test_model.py
-    refmoe.steps.rounding    emit --policy, verify, conform, mutants matrix           tests/policy/test_ideal_run.py
+    refmoe.steps.rounding    emit --policy, verify, conform, mutants matrix           tests/profiles/test_ideal_run.py
     refmoe.steps.sharded     mutants matrix --mutant of several ranks                 tests/bugs/test_sharding.py
     refmoe.steps.grouped     emit --checkpoint, check of a case of full size          tests/steps/test_grouped.py
     refmoe.steps.native      generate                                                 tests/steps/test_native.py

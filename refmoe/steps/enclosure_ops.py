@@ -25,7 +25,7 @@ from refmoe.arithmetic.exact import dot, elementary
 from refmoe.arithmetic.formats import Format, nearest, ulp
 from refmoe.arithmetic.streaming import blocks
 from refmoe.arithmetic.weight_cache import WeightCache
-from refmoe.policy.policy import STATISTICS, Policy
+from refmoe.profiles.policy import STATISTICS, Policy
 
 MATRIX_BYTES = 256 << 20
 """The default memory for prepared weights."""

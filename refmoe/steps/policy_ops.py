@@ -12,7 +12,7 @@ from refmoe.arithmetic.arrays import StoredWeight, Tap
 from refmoe.arithmetic.exact import dot
 from refmoe.arithmetic.exact.ops import PREPARED_BYTES, ExactOps
 from refmoe.arithmetic.formats import FLOAT64, nearest
-from refmoe.policy.policy import Policy
+from refmoe.profiles.policy import Policy
 from refmoe.spec.softmax import softmax
 
 

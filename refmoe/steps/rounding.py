@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from refmoe.arithmetic.arrays import Array, ArrayOps
-from refmoe.policy.policy import Policy
+from refmoe.profiles.policy import Policy
 from refmoe.spec.attention import Cache
 from refmoe.spec.attention import extend_cache as spec_extend_cache
 from refmoe.spec.experts import Expert

@@ -17,7 +17,7 @@ from refmoe.errors import InputError
 from refmoe.jobs import job
 from refmoe.jobs.emission import compute_in_place
 from refmoe.jobs.source import Formula
-from refmoe.policy.policy import Policy
+from refmoe.profiles.policy import Policy
 from refmoe.spec.model import Model
 from refmoe.steps.policy_ops import PolicyOps
 from refmoe.steps.rounding import CUT_STEPS

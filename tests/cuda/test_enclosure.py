@@ -11,8 +11,8 @@ import pytest
 from refmoe.arithmetic.enclosure.array import Enclosure
 from refmoe.arithmetic.enclosure.products import Matrix
 from refmoe.cuda.enclosure import DeviceMatrix, EnclosureCupyOps, Factor
-from refmoe.policy.load import policy
-from refmoe.policy.policy import Policy
+from refmoe.profiles.load import policy
+from refmoe.profiles.policy import Policy
 from refmoe.spec.model import Model
 from refmoe.steps.enclosure_ops import EnclosureOps
 from refmoe.steps.policy_ops import PolicyOps
@@ -20,7 +20,7 @@ from refmoe.steps.rounding import CUT_STEPS
 from refmoe.suite import read_case
 from refmoe.traces.script import execute
 from refmoe.traces.trace import Header, Recorder, Trace, read_trace, write_trace
-from refmoe.verify.verify import Settings, verify
+from refmoe.verifier.verify import Settings, verify
 from tests.cuda.strict import StrictCupy
 
 GOLDEN = Path(__file__).parent.parent.parent / "golden"

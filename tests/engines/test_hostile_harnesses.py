@@ -13,7 +13,7 @@ from refmoe.engines.harness import HarnessUnusable
 from refmoe.engines.process import GRACE, KEPT, HarnessError, Process
 from refmoe.engines.results import Results
 from refmoe.errors import InputError
-from refmoe.verify.findings import CONFORMANT
+from refmoe.verifier.findings import CONFORMANT
 from tests.engines.harnesses.hostile import BROKEN, CRASHED, ENDS, HOSTILE, TIMED_OUT
 from tests.engines.running import LIMIT, hostile, ran, says
 

@@ -19,12 +19,12 @@ from refmoe.checkpoints.write import named_weights, write_checkpoint
 from refmoe.engines.adapter import Arrays, Skipped
 from refmoe.engines.adapters import llama_cpp, llama_cpp_library
 from refmoe.errors import InputError
-from refmoe.policy.load import policy
+from refmoe.profiles.load import policy
 from refmoe.suite import Case, read_case
 from refmoe.suite.manifest import trace_path
 from refmoe.traces.trace import Header, read_trace, write_trace
-from refmoe.verify.findings import CONFORMANT, NOT_CONFORMANT, Report
-from refmoe.verify.verify import verify
+from refmoe.verifier.findings import CONFORMANT, NOT_CONFORMANT, Report
+from refmoe.verifier.verify import verify
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 INSTALL = "not installed: pip install -e '.[llama-cpp]'"

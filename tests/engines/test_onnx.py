@@ -15,12 +15,12 @@ from refmoe.engines.adapter import Arrays
 from refmoe.engines.adapters import onnx
 from refmoe.engines.protocol import TAPS
 from refmoe.errors import InputError
-from refmoe.policy.load import policy
+from refmoe.profiles.load import policy
 from refmoe.spec.taps import step_of, tap_names
 from refmoe.suite import Case, read_case
 from refmoe.traces.trace import Header, read_trace, write_trace
-from refmoe.verify.findings import CONFORMANT, NOT_CONFORMANT, Report
-from refmoe.verify.verify import verify
+from refmoe.verifier.findings import CONFORMANT, NOT_CONFORMANT, Report
+from refmoe.verifier.verify import verify
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 MISSING = [name for name in ("onnxruntime", "onnxscript", "torch", "transformers") if find_spec(name) is None]

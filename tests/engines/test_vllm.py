@@ -19,13 +19,13 @@ from refmoe.checkpoints.write import named_weights, write_checkpoint
 from refmoe.engines.adapter import Skipped
 from refmoe.engines.adapters import vllm
 from refmoe.errors import InputError
-from refmoe.policy.load import policy
+from refmoe.profiles.load import policy
 from refmoe.spec.config import Config
 from refmoe.spec.taps import step_of
 from refmoe.suite import read_case
 from refmoe.traces.trace import Header, read_trace, write_trace
-from refmoe.verify.findings import CONFORMANT
-from refmoe.verify.verify import verify
+from refmoe.verifier.findings import CONFORMANT
+from refmoe.verifier.verify import verify
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 pytestmark = pytest.mark.engines

@@ -7,7 +7,7 @@ from functools import cache
 from math import inf, nan
 
 from refmoe.report.summary import STEPS
-from refmoe.verify.findings import (
+from refmoe.verifier.findings import (
     CANNOT_JUDGE,
     CONFORMANT,
     CONTESTABLE,

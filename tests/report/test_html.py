@@ -14,7 +14,7 @@ from refmoe.report.error_plot import error_plot, interval_plot
 from refmoe.report.heat_map import LEVELS, heat_map, level
 from refmoe.report.html import LISTED, to_html
 from refmoe.report.routing_strips import DRAWN, routing_strips
-from refmoe.verify.findings import FAIL, PASS, UNDECIDABLE, Element
+from refmoe.verifier.findings import FAIL, PASS, UNDECIDABLE, Element
 from tests.report.sample_pages import all_pages
 from tests.report.sample_reports import HOSTILE, SAMPLES, all_wrong, conformant, empty, failing, large
 

@@ -8,7 +8,7 @@ from xml.etree.ElementTree import Element
 import pytest
 
 from refmoe.report.junit import to_junit
-from refmoe.verify.findings import Report
+from refmoe.verifier.findings import Report
 from tests.report.sample_reports import SAMPLES, conformant, empty, failing, hostile, undecidable
 
 

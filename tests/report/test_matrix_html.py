@@ -16,7 +16,7 @@ from refmoe.suite import find_cases, read_case
 from refmoe.suite.matrix.dependencies import digests
 from refmoe.suite.matrix.file import Matrix
 from refmoe.suite.matrix.outcomes import POLICIES, SPECIFICATION, runnable
-from refmoe.verify.findings import CANNOT_JUDGE, CONFORMANT
+from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT
 from tests.bugs.judging import GOLDEN
 from tests.bugs.sample_matrix import all_killed, kills
 from tests.report.chromium import BROWSER, Chromium, Page

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from refmoe.report.verification import LISTED, print_report
-from refmoe.verify.findings import Report
+from refmoe.verifier.findings import Report
 from tests.report.sample_reports import SAMPLES, all_wrong, empty, failing, hostile, undecidable
 
 

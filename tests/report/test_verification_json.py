@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 
 from refmoe.report.verification_json import schema, to_json
-from refmoe.verify.findings import Check, Decision, Element, Explanation, Report
+from refmoe.verifier.findings import Check, Decision, Element, Explanation, Report
 from tests.report.sample_reports import SMALL, failing, hostile, not_finite
 
 

@@ -10,7 +10,7 @@ import pytest
 from refmoe.report.summary import share, summarise_routing, summarise_steps
 from refmoe.report.wording import legal, manner, number, place, preceding, visible
 from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS
-from refmoe.verify.findings import FAIL, LOCAL, PASS, Check, Element
+from refmoe.verifier.findings import FAIL, LOCAL, PASS, Check, Element
 from tests.report import sample_reports
 from tests.report.sample_reports import HOSTILE, WRONG
 

@@ -11,14 +11,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from refmoe.bugs.catalogue import MUTANTS
-from refmoe.policy.load import policy
+from refmoe.profiles.load import policy
 from refmoe.suite import find_cases
 from refmoe.suite.matrix.outcomes import POLICIES
 
 PACKAGE = Path(__file__).parents[2]
 
 CORE = (
-    "spec", "arithmetic", "policy", "verify", "steps", "traces", "suite/case.py", "suite/matrix/outcomes.py",
+    "spec", "arithmetic", "profiles", "verifier", "steps", "traces", "suite/case.py", "suite/matrix/outcomes.py",
     "checkpoints/configuration.py", "checkpoints/layout.py", "checkpoints/synthetic.py", "checkpoints/weight.py",
     "checkpoints/weight_edits.py", "checkpoints/weight_formula.py", "bugs/extra_cache_slots.py", "bugs/run_engine.py",
     "bugs/mutant.py", "bugs/quantised_checkpoint.py", "bugs/forced_rounding.py", "bugs/sharded_mutant.py",
@@ -28,7 +28,7 @@ CORE = (
 NOT_CORE = (
     "arithmetic/ball.py", "arithmetic/native/lanes.py", "arithmetic/native/mkl.py", "arithmetic/native/mkl_ops.py",
     "arithmetic/native/slabs.py", "steps/cuda.py", "steps/native.py", "steps/native_attention.py",
-    "steps/native_cache.py", "policy/profiles.toml", "verify/diagnosis", "verify/distances.py",
+    "steps/native_cache.py", "profiles/profiles.toml", "verifier/diagnosis", "verifier/distances.py",
 )  # fmt: skip
 """Files of these packages on which no such run depends. Of the profiles, only those of the judging policies count."""
 SURROUNDINGS = (

@@ -14,7 +14,7 @@ from refmoe.files.atomic import replacing
 from refmoe.files.json_file import JsonFile, read_json
 from refmoe.suite.matrix.outcomes import INERT, MANNERS, POLICIES, SPECIFICATION, Outcome
 from refmoe.suite.matrix.surroundings import Outside
-from refmoe.verify.findings import CANNOT_JUDGE, CONFORMANT
+from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT
 
 FORMAT_VERSION = "1"
 MATRIX_FILE = "matrix.json"

@@ -16,12 +16,12 @@ from refmoe.bugs.quantised_checkpoint import INT8, quantised
 from refmoe.bugs.run_engine import run, same
 from refmoe.bugs.sharded_mutant import ONE_DEVICE, on_ranks
 from refmoe.parallel import results
-from refmoe.policy.load import policy as named_policy
+from refmoe.profiles.load import policy as named_policy
 from refmoe.steps.sharded.layout import layouts
 from refmoe.suite import Case, read_case
 from refmoe.traces.trace import Trace
-from refmoe.verify.findings import FAIL, NOT_CONFORMANT, Report
-from refmoe.verify.verify import verify
+from refmoe.verifier.findings import FAIL, NOT_CONFORMANT, Report
+from refmoe.verifier.verify import verify
 
 POLICIES = ("float32", "bfloat16", "float16")
 SPECIFICATION = "-"

@@ -35,7 +35,7 @@ def load(checkpoint: Path, dtype: str) -> None:
 
 
 def run(runs: list[dict[str, Any]], taps: list[str]) -> Arrays:
-    from refmoe.policy.load import policy
+    from refmoe.profiles.load import policy
     from refmoe.spec.model import Model
     from refmoe.steps.policy_ops import PolicyOps
     from refmoe.steps.rounding import CUT_STEPS

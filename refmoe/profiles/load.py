@@ -1,0 +1,230 @@
+"""Policies by name: refmoe's own in `profiles.toml`, files of a user, and both with changes.
+
+hf-float32                          a policy of refmoe's own (``exact`` is another name of float64)
+my-engine.toml                      a file with one table, of the same format; its `base` may be one of refmoe's
+hf-float32+cache=float16            with changes, each a field or a cut point; ``cache`` is cache.k and cache.v
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import tomllib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from refmoe.errors import InputError
+from refmoe.profiles.policy import (
+    COMPARED,
+    CONSUMERS,
+    CUT_POINTS,
+    FORMATS,
+    ROUTER_ORDERS,
+    SCALES,
+    SIGMOIDS,
+    TIES,
+    Budget,
+    Policy,
+)
+
+TEXTS = ("about", "source")
+DTYPES = ("storage", "accumulation", "statistics")
+BUDGETS = ("exp", "angles", "circle")
+CHOICES = {
+    "scale": SCALES, "router_order": ROUTER_ORDERS, "compared": COMPARED, "ties": TIES, "consumers": CONSUMERS,
+    "sigmoid": SIGMOIDS,
+}  # fmt: skip
+FLAGS = ("truncates", "flushes")
+GROUPS = {"cache": ("cache.k", "cache.v")}
+"""The names in a change that stand for several cut points."""
+
+Refuse = Callable[[str, Any, str], InputError]
+"""The function that makes the error for a field, from its name, its value and the expected value in words."""
+
+
+def policy(text: str) -> Policy:
+    """The policy of a text: a name, a file, or either with changes. Its name is the text.
+
+    Raises InputError when the name, the file or a change is not known or not valid.
+    """
+    path = re.match(r".*\.toml(?=\+|$)", text)  # a path may have a '+' in it
+    name = path[0] if path else text.partition("+")[0]
+    changes = text[len(name) :].split("+")[1:]
+    found = _from_file(Path(name)) if path else _named("float64" if name == "exact" else name)
+    for change in changes:
+        found = _changed(found, change, text)
+    return replace(found, name="+".join([found.name, *changes]))
+
+
+def policies() -> tuple[Policy, ...]:
+    """Refmoe's own policies, in the order of `profiles.toml`."""
+    return tuple(_own().values())
+
+
+# ---- differences
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A field or cut point, and its value in each policy, in words."""
+
+    field: str
+    values: tuple[str, ...]
+
+
+def differences(compared: Iterable[Policy]) -> tuple[Difference, ...]:
+    """The fields and cut points in which policies differ. For a single policy, all fields and cut points."""
+    tables = [_in_words(each) for each in compared]
+    rows = (Difference(field, tuple(table[field] for table in tables)) for field in tables[0])
+    return tuple(row for row in rows if len(tables) == 1 or len(set(row.values)) > 1)
+
+
+def _in_words(policy: Policy) -> dict[str, str]:
+    words = {name: str(getattr(policy, name)) for name in DTYPES}
+    words |= {name: getattr(policy, name) for name in CHOICES}
+    words |= {name: "yes" if getattr(policy, name) else "no" for name in FLAGS}
+    words |= {name: budget_in_words(getattr(policy, name)) for name in BUDGETS}
+    return words | {cut: str(policy.at(cut)) for cut in CUT_POINTS}
+
+
+def budget_in_words(budget: Budget) -> str:
+    """A budget such as ``8 + 2 |x|``."""
+    return f"{budget.constant:g}" + (f" + {budget.slope:g} |x|" if budget.slope else "")
+
+
+# ---- tables
+
+
+@cache
+def _own_tables() -> dict[str, Any]:
+    return tomllib.loads(resources.files("refmoe.profiles").joinpath("profiles.toml").read_text())
+
+
+@cache
+def _own() -> dict[str, Policy]:
+    return {name: _build(name, _own_tables(), "profiles.toml") for name in _own_tables()}
+
+
+def _named(name: str) -> Policy:
+    if name in _own():
+        return _own()[name]
+    raise InputError(f"policy '{name}' is unknown, expected a .toml file or {_one_of((*_own(), 'exact'), name)}")
+
+
+def _from_file(path: Path) -> Policy:
+    try:
+        tables = tomllib.loads(path.read_bytes().decode())
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{path}: not a readable TOML file: {error}") from None
+    if len(tables) != 1 or not isinstance(next(iter(tables.values())), dict):
+        raise InputError(f"{path}: {sorted(tables)} was found, but one table with the name of the policy was expected")
+    name = next(iter(tables))
+    if name in _own_tables() or name == "exact" or "+" in name:
+        raise InputError(f"{path}: the name '{name}' is taken or has a '+', but a name of its own was expected")
+    return _build(name, _own_tables() | tables, str(path))
+
+
+def _build(name: str, tables: dict[str, Any], where: str) -> Policy:
+    def refuse(field: str, found: Any, expected: str) -> InputError:
+        return InputError(f"{where}: [{name}] {field} is {_shown(found)}, but {expected} was expected")
+
+    for field in TEXTS:
+        if not isinstance(tables[name].get(field), str):
+            raise refuse(field, tables[name].get(field), "a text of its own")
+    values = _with_base(name, tables, refuse)
+    for field in values.keys() - {*TEXTS, *DTYPES, *BUDGETS, *CHOICES, *FLAGS, "cuts"}:
+        known = (*TEXTS, "base", *DTYPES, *BUDGETS, *CHOICES, *FLAGS, "cuts")
+        raise InputError(f"{where}: [{name}] has a field '{field}', but only {_one_of(known, field)} was expected")
+    parts: dict[str, Any] = {field: " ".join(values[field].split()) for field in TEXTS}
+    for field in DTYPES:
+        parts[field] = _value(field, values.get(field), refuse)
+    for field in BUDGETS:
+        parts[field] = _budget(field, values.get(field), refuse)
+    for field in values.keys() & {*CHOICES, *FLAGS}:
+        parts[field] = _value(field, values[field], refuse)
+    for cut in values["cuts"].keys() - set(CUT_POINTS):
+        raise InputError(f"{where}: [{name}] has a cut point '{cut}', but only {_one_of(CUT_POINTS, cut)} was expected")
+    cuts = {cut: _value(cut, dtype, refuse) for cut, dtype in values["cuts"].items()}
+    return Policy(name=name, cuts=cuts, **parts)
+
+
+def _with_base(name: str, tables: dict[str, Any], refuse: Refuse) -> dict[str, Any]:
+    """The fields of a table over those of its base, and so on for the base of the base."""
+    own, chain = tables[name], [name]
+    layers = [own]
+    while "base" in own:
+        base = own["base"]
+        if base not in tables or base in chain:
+            raise refuse("base", base, _one_of([other for other in tables if other not in chain], str(base)))
+        own = tables[base]
+        chain.append(base)
+        layers.insert(0, own)
+    values: dict[str, Any] = {"cuts": {}}
+    for layer in layers:
+        cuts = layer.get("cuts", {})
+        if not isinstance(cuts, dict):
+            raise refuse("cuts", cuts, "a table of dtypes")
+        values = {**values, **layer, "cuts": {**values["cuts"], **cuts}}
+    values.pop("base", None)
+    return values
+
+
+def _value(field: str, found: Any, refuse: Refuse) -> Any:
+    """The value of a field or cut point: a dtype, a choice or a flag. Raises InputError for other values."""
+    if field in FLAGS:
+        if not isinstance(found, bool):
+            raise refuse(field, found, "true or false")
+        return found
+    known: Iterable[str] = CHOICES.get(field, FORMATS)
+    if found not in tuple(known):
+        raise refuse(field, found, _one_of(known, str(found)))
+    return found if field in CHOICES else FORMATS[found]
+
+
+def _budget(field: str, found: Any, refuse: Refuse) -> Budget:
+    expected = "a table of 'constant' and 'slope', numbers from 0, and 'source', a text,"
+    if not isinstance(found, dict) or found.keys() != {"constant", "slope", "source"}:
+        raise refuse(field, found, expected)
+    numbers = [found["constant"], found["slope"]]
+    if not all(isinstance(n, int | float) and not isinstance(n, bool) and 0 <= n < math.inf for n in numbers):
+        raise refuse(field, found, expected)
+    if not isinstance(found["source"], str):
+        raise refuse(field, found, expected)
+    return Budget(constant=float(numbers[0]), slope=float(numbers[1]), source=" ".join(found["source"].split()))
+
+
+def _changed(found: Policy, change: str, text: str) -> Policy:
+    """The policy with one change, ``field=value``."""
+
+    def refuse(field: str, value: Any, expected: str) -> InputError:
+        return InputError(f"policy '{text}': {field} is {_shown(value)}, but {expected} was expected")
+
+    field, equals, word = change.partition("=")
+    if not equals:
+        raise InputError(f"policy '{text}': '{change}' was found, but a change such as cache=float16 was expected")
+    if field not in (*DTYPES, *CHOICES, *FLAGS, *GROUPS, *CUT_POINTS):
+        known = (*DTYPES, *CHOICES, *FLAGS, *GROUPS, *CUT_POINTS)
+        raise InputError(f"policy '{text}': '{field}' cannot be changed, expected {_one_of(known, field)}")
+    value: Any = {"true": True, "false": False}.get(word, word) if field in FLAGS else word
+    if field in (*DTYPES, *CHOICES, *FLAGS):
+        return replace(found, **{field: _value(field, value, refuse)})
+    cuts = {cut: _value(cut, value, refuse) for cut in GROUPS.get(field, (field,))}
+    return replace(found, cuts={**found.cuts, **cuts})
+
+
+def _shown(found: Any) -> str:
+    return "missing" if found is None else repr(found)
+
+
+def _one_of(known: Iterable[str], found: str) -> str:
+    """The known names in words. Names that resemble the one found come first."""
+    known = list(known)
+    close = difflib.get_close_matches(found, known, n=3, cutoff=0.5)
+    return "one of " + ", ".join([*close, *(name for name in known if name not in close)])

@@ -1,0 +1,48 @@
+"""The blocks of tokens that a run is verified in: their size, and the index in a tap of an element of a block."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from refmoe.arithmetic.enclosure.array import Enclosure
+from refmoe.spec.config import Config
+from refmoe.spec.taps import LAYER_TAPS
+from refmoe.traces.trace import Run
+from refmoe.verifier.subject import shape_of
+from refmoe.verifier.tally import Place
+
+BLOCK_BYTES = 16 << 20
+"""The most bytes, in binary64, of the largest tap of a block. A pass holds about twenty arrays of that size."""
+
+
+def places(shape: tuple[int, ...], origin: tuple[int, ...], flat: Any = None) -> Place:
+    """The function from a position in a block to an index in the tap. The block begins at `origin`.
+
+    flat: the elements of the block that the positions count; None: all elements.
+    """
+
+    def place(at: int) -> tuple[int, ...]:
+        index = np.unravel_index(at if flat is None else int(flat[at]), shape)
+        first = (*origin, *[0] * (len(index) - len(origin)))
+        return tuple(int(i) + start for i, start in zip(index, first, strict=True))
+
+    return place
+
+
+def without_bound(x: Enclosure, tokens: Any) -> Enclosure:
+    """The enclosure with an infinite radius and variance in the rows of `tokens`."""
+    radius = np.array(np.broadcast_to(x.r, x.shape), np.float64)
+    variance = np.array(np.broadcast_to(x.v, x.shape), np.float64)
+    radius[tokens] = np.inf
+    variance[tokens] = np.inf
+    return Enclosure(x.mid, radius, variance, accumulation=x.accumulation, owed=x.owed)
+
+
+def block_size(config: Config, run: Run) -> int:
+    """The number of tokens that are verified together, so that memory does not grow with the run."""
+    taps = ["logits", *(f"layers.0.{name}" for name in LAYER_TAPS)]
+    per_token = max(math.prod(shape_of(tap, config, run)) for tap in taps) / len(run.tokens)
+    return max(1, min(len(run.tokens), int(BLOCK_BYTES / (8 * per_token))))

@@ -1,0 +1,6 @@
+"""The diagnosis of a failed verification: a known bug, two at once, or a structure such as permuted heads."""
+
+from refmoe.verifier.diagnosis.diagnose import diagnose, explained
+from refmoe.verifier.findings import Explanation
+
+__all__ = ["Explanation", "diagnose", "explained"]

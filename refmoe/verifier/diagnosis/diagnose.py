@@ -1,0 +1,69 @@
+"""The whole diagnosis of a failed verification: known bugs, two at once, structures, other arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from refmoe.bugs.mutant import PARALLEL, Mutant
+from refmoe.bugs.sharded_mutant import ONE_DEVICE, on_ranks
+from refmoe.profiles.policy import Policy
+from refmoe.spec.config import Config
+from refmoe.spec.model import Parameters
+from refmoe.steps.sharded.layout import layouts
+from refmoe.traces.trace import Run, Trace
+from refmoe.verifier.diagnosis.arithmetic import other_arithmetic
+from refmoe.verifier.diagnosis.evidence import gather
+from refmoe.verifier.diagnosis.known import candidates, explanations, pairs, rank, unrelated
+from refmoe.verifier.diagnosis.settings import of_settings
+from refmoe.verifier.diagnosis.structure import structural
+from refmoe.verifier.diagnosis.weights import of_weights
+from refmoe.verifier.findings import FAIL, Explanation, Report
+
+
+def diagnose(
+    trace: Trace,
+    config: Config,
+    parameters: Parameters,
+    runs: tuple[Run, ...] | None,
+    policy: Policy,
+    report: Report,
+    mutants: Iterable[Mutant],
+    progress: Callable[[], None] | None = None,
+) -> tuple[Explanation, ...]:
+    """The possible explanations of a failed trace, best first, those that explain all of it before the others.
+
+    A mutant that may explain only a part stays in the list, with `explains` false. Pairs, structures and other
+    arithmetic are tried only if no earlier explanation holds.
+
+    report: the report of `verify` for the same trace, config, parameters, runs and policy
+    progress: called for each mutant, and once more for each that touches a failed step
+    """
+    if not any(check.verdict == FAIL for check in report.checks):
+        return ()
+    evidence = gather(trace, config, parameters, runs, policy, report)
+    step = progress if progress is not None else lambda: None
+    known = tuple(mutants)
+    tried = candidates(evidence, known, step)
+    found = explanations(evidence, tried, step)
+    if not any(each.explains for each in found):
+        split = candidates(evidence, placed(known, config), lambda: None)
+        found += explanations(evidence, split, lambda: None)
+    if not any(each.explains for each in found):
+        found += pairs(evidence, tried)
+    if not any(each.explains and not unrelated(each) for each in found):
+        found += [*of_settings(evidence), *of_weights(evidence), *structural(evidence)]
+    if not any(each.explains for each in found):
+        found += other_arithmetic(evidence)
+    return tuple(sorted(found, key=rank))
+
+
+def placed(mutants: Iterable[Mutant], config: Config) -> list[Mutant]:
+    """The mutants of a sharded run, on every layout with several devices that the model fits."""
+    parallel = [each for each in mutants if each.changes == PARALLEL]
+    return [on_ranks(each, layout) for each in parallel for layout in layouts(config) if layout != ONE_DEVICE]
+
+
+def explained(report: Report, found: tuple[Explanation, ...]) -> Report:
+    """The report with the explanations that hold, and no others."""
+    return replace(report, explanations=tuple(each for each in found if each.explains))

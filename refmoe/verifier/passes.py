@@ -1,0 +1,243 @@
+"""One pass over a trace: the model in enclosures, each step computed from the trace's own values where it has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Set
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from refmoe.arithmetic.enclosure.array import Enclosure
+from refmoe.arithmetic.formats import OF_DTYPE, ulp
+from refmoe.profiles.policy import Policy
+from refmoe.spec.model import Caches, Model, embed, head, run_layers
+from refmoe.spec.taps import layer_of, step_of
+from refmoe.traces.script import cut
+from refmoe.traces.trace import Trace
+from refmoe.verifier.blocks import block_size, places, without_bound
+from refmoe.verifier.findings import CONTESTABLE, FORCED
+from refmoe.verifier.routing import Routing, judge, valid
+from refmoe.verifier.subject import Findings, Subject
+from refmoe.verifier.tally import Tally
+
+KEPT_DECISIONS = 50_000
+"""The number of decisions that are all kept. Beyond it only decisions that are not forced, or not legal, are kept."""
+
+AFTER_CHOICE = ("router.weights", "expert.gate", "expert.up", "expert.hidden", "expert.output", "moe.output")
+"""The taps whose values depend on the choice of experts."""
+
+Key = tuple[str, str]
+"""Run and tap."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The inputs that the steps of a pass read. By default each step reads the trace's values, as stored."""
+
+    recomputed: frozenset[Key] = frozenset()
+    """Taps whose values in the trace are tested but not read: later steps read refmoe's own enclosure."""
+    unrounded: bool = False
+    """Whether a step may have read its inputs before they were stored."""
+
+
+AS_STORED = Reading()
+
+
+class Pass:
+    """A forward pass. Each tap tests the trace's values, and later steps read them."""
+
+    def __init__(
+        self,
+        trace: Trace,
+        subject: Subject,
+        policy: Policy,
+        spreads: float,
+        reading: Reading = AS_STORED,
+        progress: Callable[[], None] | None = None,
+    ) -> None:
+        """spreads: standard deviations that count as certain   progress: called after each layer of each run"""
+        self.trace, self.subject, self.policy, self.spreads = trace, subject, policy, spreads
+        self.reading, self.progress = reading, progress
+        self.findings = Findings()
+        self.ops = subject.ops(policy, self._tap)
+        self._run = subject.runs[0]
+        self._start = 0
+        self._tokens = 0
+        self._present: Set[str] = frozenset()
+        self._logits: tuple[Enclosure, Any, bool] | None = None
+        self._unknown: Any = None
+
+    def go(self, layers: range | None = None) -> Findings:
+        """The findings of all runs in order. Each run goes in blocks of tokens, which MODEL-4 allows.
+
+        layers: the layers to compute; the trace must have the input of the first. None: the whole model.
+        """
+        model = Model(self.subject.config, self.subject.parameters, self.subject.steps)
+        layers = range(self.subject.config.layers) if layers is None else layers
+        caches: dict[int, Caches] = {}
+        ops: Any = self.ops
+        with np.errstate(all="ignore"):
+            for run in self.subject.runs:
+                self._run, self._present = run, frozenset(self.trace.names(run.run))
+                before = cut(caches.get(run.sequence), run)
+                size = block_size(self.subject.config, run)
+                for self._start in range(0, len(run.tokens), size):
+                    tokens = run.tokens[self._start : self._start + size]
+                    positions = run.positions[self._start : self._start + size]
+                    self._tokens = len(tokens)
+                    before = self._block(model, layers, tokens, ops.integers(positions), before)
+                assert before is not None
+                caches[run.sequence] = before
+        return self.findings
+
+    def _block(self, model: Model, layers: range, tokens: Any, positions: Any, before: Caches | None) -> Caches:
+        """Compute these layers for a block, from the trace's output of the layer before. Returns their caches."""
+        ops: Any = self.ops
+        if layers.start:
+            name = f"layers.{layers.start - 1}.residual"
+            x: Any = self._taken("residual", name, self._read(name, "residual"))
+        else:
+            x = embed(ops, model, ops.integers(tokens))
+        x, extended = run_layers(ops, model, layers, x, positions, before)
+        if layers.stop == model.config.layers:
+            head(ops, model, x)
+        return extended
+
+    def _tap(self, name: str, x: Any) -> Any:
+        step = step_of(name)
+        if step == "router.experts":
+            return self._choose(name, x)
+        if step == "residual" and self.progress is not None:
+            self.progress()
+        dumped = self._read(name, step) if name in self._present else None
+        if step in AFTER_CHOICE and self._unknown is not None:
+            x = without_bound(x, self._unknown)
+        outside = 0
+        if dumped is not None:
+            outside = self._test(name, step, x, dumped)
+            if self.findings.open_choices:
+                self._note_unbounded(name, step, x)
+        if step == "router.logits":
+            self._logits = (x, dumped, not outside)
+        if dumped is None or (self._run.run, name) in self.reading.recomputed:
+            return self.ops.cut(step, x)
+        return self._taken(step, name, dumped)
+
+    def _taken(self, step: str, name: str, dumped: Any) -> Enclosure:
+        """The trace's values as an enclosure, for the steps that follow."""
+        values = np.asarray(dumped, np.float64)
+        if step == "attention.scores":
+            values = np.where(self._visible()[None], values, 0.0)
+        if not np.isfinite(values).all():
+            self.ops.events.append(name)
+        # an embedding is a stored row, so that no unrounded value of it exists
+        if not self.reading.unrounded or step == "embedding":
+            return Enclosure(values, accumulation=self.policy.accumulation)
+        spacing = ulp(values, self.policy.at(step))
+        return Enclosure(values, spacing / 2, spacing**2 / 12, accumulation=self.policy.accumulation)
+
+    def _read(self, name: str, step: str) -> Any:
+        """The values of a tap in the trace, for the tokens of the block."""
+        array = self.trace.get(self._run.run, name)
+        stop = self._start + self._tokens
+        if step in ("attention.scores", "attention.probs"):
+            # keys after the block are masked, so the block does not need them
+            return array[:, self._start : stop, : self._run.past + stop]
+        return array[self._start : stop]
+
+    def _test(self, name: str, step: str, x: Enclosure, dumped: Any) -> int:
+        """Test a tap against its enclosure. Returns the number of values outside the legal interval."""
+        tally = self.findings.tallies.setdefault((self._run.run, name), Tally())
+        origin = (0, self._start, 0) if step in ("attention.scores", "attention.probs") else (self._start,)
+        flat = None
+        if step == "attention.scores":
+            # masked scores are never read, so an engine may leave anything there
+            seen = np.broadcast_to(self._visible()[None], x.shape)
+            flat = np.flatnonzero(seen)
+            x, values = x[seen], np.asarray(dumped[seen], np.float64)
+        else:
+            values = np.asarray(dumped, np.float64).reshape(-1)
+            shape = dumped.shape
+            x = x.map(lambda part: (part if part.shape == shape else np.broadcast_to(part, shape)).reshape(-1))
+        tally.rows += self._tokens
+        before = tally.outside
+        place = places(dumped.shape, origin, flat)
+        tally.add(x, values, self.policy.at(step), OF_DTYPE[dumped.dtype], place, bool(self.ops.events))
+        if step == "attention.probs":
+            self._test_masked(name, tally)
+        return tally.outside - before
+
+    def _test_masked(self, name: str, tally: Tally) -> None:
+        """Test that the probabilities of keys after the block are zero."""
+        array = self.trace.get(self._run.run, name)
+        stop = self._start + self._tokens
+        rest = array[:, self._start : stop, self._run.past + stop :]
+        if rest.size:
+            nothing = Enclosure(np.zeros(rest.size), accumulation=self.policy.accumulation)
+            place = places(rest.shape, (0, self._start, self._run.past + stop))
+            format = self.policy.at("attention.probs")
+            values = np.asarray(rest, np.float64).reshape(-1)
+            tally.add(nothing, values, format, OF_DTYPE[array.dtype], place, False)
+
+    def _note_unbounded(self, name: str, step: str, x: Enclosure) -> None:
+        """Record the tokens of a tap that have no finite variance at all."""
+        if x.variance is None or step in ("attention.scores", "attention.probs"):
+            return
+        nothing = ~np.isfinite(np.broadcast_to(x.variance, x.shape)).reshape(x.shape[0], -1).all(-1)
+        if nothing.any():
+            rows = self.findings.unbounded.setdefault((self._run.run, name), set())
+            rows.update(self._start + int(token) for token in np.flatnonzero(nothing))
+
+    def _visible(self) -> Any:
+        """The attention mask of the block: booleans [T, S]"""
+        stop = self._start + self._tokens
+        positions = np.asarray(self._run.positions[self._start : stop])
+        first = self._run.positions[0] - self._run.past
+        cached = np.arange(first, first + self._run.past + stop)
+        return self.subject.steps.visible(positions, cached, self.subject.config.window)
+
+    def _choose(self, name: str, expected: Any) -> Any:
+        """Judge the trace's choice of experts. Returns that choice, or refmoe's own where the trace has none."""
+        assert self._logits is not None
+        x, dumped, trusted = self._logits
+        config, run = self.subject.config, self._run.run
+        found = None
+        if name in self._present:
+            array = self.trace.get(run, name)
+            found = np.asarray(array[self._start : self._start + self._tokens]).astype(np.int64)
+            wrong = ~valid(found, config.experts)
+            if wrong.any():
+                token = int(np.flatnonzero(wrong)[0])
+                self.findings.invalid.setdefault(
+                    (run, name),
+                    f"{int(wrong.sum())} tokens have no {config.experts_per_token} different experts from 0 to "
+                    f"{config.experts - 1}: token {self._start + token} has {found[token].tolist()}",
+                )
+                found = np.where(wrong[:, None], expected, found)
+        routing = judge(x, dumped, trusted, found, config.experts_per_token, self.policy, self.spreads)
+        self._record(run, name, routing)
+        if found is not None:
+            self._unknown = None
+            return found
+        # the trace has no ids: they follow from its logits, and where rounding decides, later values are unknown
+        open_ = routing.kind != FORCED
+        if dumped is not None and self.policy.compared == "stored":
+            values = np.asarray(dumped, np.float64)
+            stored = Enclosure(values, accumulation=self.policy.accumulation)
+            routing = judge(stored, None, True, None, config.experts_per_token, self.policy, self.spreads)
+            open_ = routing.kind == CONTESTABLE
+        self._unknown = np.flatnonzero(open_) if open_.any() else None
+        either = np.flatnonzero(open_ & np.isfinite(routing.movable))
+        self.findings.open_choices.setdefault((run, name), set()).update(self._start + int(t) for t in either)
+        return routing.expected
+
+    def _record(self, run: str, name: str, routing: Routing) -> None:
+        """Count the decisions, and keep them as `KEPT_DECISIONS` says."""
+        layer = layer_of(name)
+        assert layer is not None
+        for decision in routing.decisions(run, layer, self._start):
+            key = (decision.kind, decision.legal)
+            self.findings.counts[key] = self.findings.counts.get(key, 0) + 1
+            if len(self.findings.decisions) < KEPT_DECISIONS or decision.kind != FORCED or not decision.legal:
+                self.findings.decisions.append(decision)

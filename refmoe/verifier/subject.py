@@ -1,0 +1,55 @@
+"""The subject that a trace is held against, and the findings of one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from refmoe.spec.config import Config
+from refmoe.spec.model import Parameters, Steps
+from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS, step_of
+from refmoe.steps.enclosure_ops import EnclosureOps
+from refmoe.steps.rounding import CUT_STEPS
+from refmoe.traces.trace import Run
+from refmoe.verifier.findings import Decision
+from refmoe.verifier.tally import Tally
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model and runs that a trace is held against."""
+
+    config: Config
+    parameters: Parameters
+    runs: tuple[Run, ...]
+    steps: Steps = CUT_STEPS
+    """The steps of the specification, or of a known bug that the trace may have."""
+    ops: Callable[..., EnclosureOps] = EnclosureOps
+    """Called with a policy and a tap. Products may be computed on another device, with the same results."""
+
+
+@dataclass
+class Findings:
+    """The tallies and decisions of a pass."""
+
+    tallies: dict[tuple[str, str], Tally] = field(default_factory=dict)
+    decisions: list[Decision] = field(default_factory=list)
+    counts: dict[tuple[str, bool], int] = field(default_factory=dict)
+    """The number of decisions per kind and legality."""
+    invalid: dict[tuple[str, str], str] = field(default_factory=dict)
+    """Per router tap, in words: ids that are out of range or repeated, and so no choice of experts."""
+    open_choices: dict[tuple[str, str], set[int]] = field(default_factory=dict)
+    """Per router tap that the trace lacks: the tokens whose experts rounding alone can decide."""
+    unbounded: dict[tuple[str, str], set[int]] = field(default_factory=dict)
+    """Per tap of the trace: the tokens without any bound, because rounding decided a choice in an earlier step."""
+
+
+def shape_of(tap: str, config: Config, run: Run) -> tuple[int, ...]:
+    """The shape of a tap in a run."""
+    sizes = {
+        "T": len(run.tokens), "S": run.past + len(run.tokens), "D": config.dim, "H": config.heads,
+        "K": config.kv_heads, "d": config.head_dim, "E": config.experts, "k": config.experts_per_token,
+        "F": config.hidden_dim, "V": config.vocab,
+    }  # fmt: skip
+    dimensions = MODEL_TAPS[tap] if tap in MODEL_TAPS else LAYER_TAPS[step_of(tap)]
+    return tuple(sizes[name] for name in dimensions.split())

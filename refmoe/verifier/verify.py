@@ -1,0 +1,255 @@
+"""Verify a trace: its checks, routing decisions, first wrong step and verdict."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from refmoe.profiles.policy import Policy
+from refmoe.spec.config import Config
+from refmoe.spec.model import Parameters
+from refmoe.spec.taps import layer_of, step_of, tap_names
+from refmoe.steps.enclosure_ops import EnclosureOps
+from refmoe.traces.trace import Run, Trace
+from refmoe.verifier.findings import (
+    CANNOT_JUDGE,
+    CONFORMANT,
+    FAIL,
+    FREE,
+    LOCAL,
+    NOT_CONFORMANT,
+    PASS,
+    UNDECIDABLE,
+    Check,
+    Decision,
+    Report,
+    as_set,
+)
+from refmoe.verifier.free_running import against_noise
+from refmoe.verifier.intake import Contents, take_in
+from refmoe.verifier.passes import Reading
+from refmoe.verifier.provenance import MIXING, Origin, origins
+from refmoe.verifier.segments import Spread, judge_all
+from refmoe.verifier.subject import Findings, Subject
+from refmoe.verifier.tally import LIKE_POINTWISE, Limits, Tally
+
+OPEN_CHOICE = "rounding can decide the choice of experts"
+NO_BOUND = "it may overflow, or rounding adds up over too many steps"
+"""The reasons for undecided values."""
+
+SIGNIFICANCE = 1e-6
+"""The probability that a healthy engine fails somewhere in a whole verification is less than this."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The way a verification runs. Only the significance can change a verdict."""
+
+    significance: float = SIGNIFICANCE
+    progress: Callable[[], None] | None = None
+    """Called after each layer of each run, in each pass."""
+    ops: Callable[..., EnclosureOps] = EnclosureOps
+    """The enclosure arithmetic, as in `Subject`."""
+    spread: Spread | None = None
+    """The processes that judge layers side by side; None: this process judges one layer after the other."""
+
+
+DEFAULTS = Settings()
+
+
+def verify(
+    trace: Trace,
+    name: str,
+    config: Config,
+    parameters: Parameters,
+    runs: tuple[Run, ...] | None,
+    policy: Policy,
+    settings: Settings = DEFAULTS,
+) -> Report:
+    """Judge a trace.
+
+    name: the case or checkpoint that the trace is held against, in words
+    runs: the runs of the case; None: the trace's own runs
+    Raises InputError when the runs, tokens, shapes or dtypes of the trace do not fit the model and the runs.
+    """
+    contents = take_in(trace, config, runs)
+    subject = Subject(config, parameters, contents.runs, ops=settings.ops)
+    limits = Limits(settings.significance, contents.values, contents.tensors)
+
+    def judge(reading: Reading) -> tuple[Findings, list[Check]]:
+        findings = judge_all(
+            trace, subject, policy, limits.excess, contents.present, reading, settings.progress, settings.spread
+        )
+        checks = assemble(findings, contents, config, policy, limits)
+        return findings, against_noise(checks, findings, trace, subject, policy, limits)
+
+    findings, checks = judge(Reading())
+    failed = frozenset((check.run, check.tap) for check in checks if check.verdict == FAIL)
+    if failed:
+        # a dumped tap may be wrong although the engine went on with the right values: recompute it for its consumers
+        _, again = judge(Reading(recomputed=failed))
+        checks = apply_second_pass(
+            checks, again, "the trace's value of its input is wrong, but was not what this step read"
+        )
+    if policy.consumers == "unrounded" and any(check.verdict == FAIL for check in checks):
+        _, again = judge(Reading(unrounded=True))
+        checks = apply_second_pass(checks, again, "this step read its input before it was stored")
+    return conclude(trace, name, policy, settings.significance, contents, findings, checks)
+
+
+def assemble(findings: Findings, contents: Contents, config: Config, policy: Policy, limits: Limits) -> list[Check]:
+    """The checks of a pass, in order of computation, run by run."""
+    checks = []
+    chosen = {(d.run, d.layer, d.token): d.found or d.expected for d in findings.decisions}
+    decisions: dict[tuple[str, int | None], list[Decision]] = {}
+    for decision in findings.decisions:
+        decisions.setdefault((decision.run, decision.layer), []).append(decision)
+    for run in contents.runs:
+        present = contents.present[run.run]
+        alike = max(Counter(run.tokens).values())
+        came_from = origins(config, present)
+        for tap in tap_names(config):
+            if tap not in present:
+                continue
+            origin = came_from[tap]
+            if step_of(tap) == "router.experts":
+                mine = decisions.get((run.run, layer_of(tap)), [])
+                checks.append(_routing_check(mine, findings.invalid.get((run.run, tap)), run.run, tap, origin))
+                continue
+            tally = findings.tallies.get((run.run, tap), Tally())
+            size = alike_values(tap, origin, alike)
+            # rows of a norm stored in the dtype of its statistic: adding eps to rounded means errs alike in every row
+            alike_rows = origin.normalises and policy.statistics.precision <= policy.at(step_of(tap)).precision
+            if size is not None and alike_rows:
+                size = max(size, tally.values / max(tally.rows, 1))
+            why = OPEN_CHOICE if origin.rung == FREE else NO_BOUND
+            check = tally.check(run.run, tap, origin, limits, size, not alike_rows, why)
+            checks.append(name_expert(check, chosen))
+    return checks
+
+
+def name_expert(check: Check, chosen: dict[tuple[str, int, int], tuple[int, ...]]) -> Check:
+    """The check with the expert of its worst element's slot. chosen: the experts per run, layer and token"""
+    if check.worst is None or check.layer is None or not check.step.startswith(("expert.", "router.weights")):
+        return check
+    token, slot, *_ = check.worst.where
+    experts = chosen.get((check.run, check.layer, token), ())
+    return replace(check, worst=replace(check.worst, expert=experts[slot])) if slot < len(experts) else check
+
+
+def alike_values(tap: str, origin: Origin, repeats: int) -> float | None:
+    """The number of values that err alike in the tests of size and filter; None where these tests do not apply.
+
+    repeats: the number of times that the most frequent token occurs
+    """
+    if step_of(tap) == "attention.scores":
+        return None  # all scores share the error of one constant, 1 / sqrt(head_dim)
+    if origin.spans == 1 and step_of(tap) in MIXING:
+        return float(repeats)  # equal tokens err alike
+    layers = {layer_of(name) for name in (tap, *origin.since)}
+    if origin.rung == FREE or len(layers) > 2 or not origin.since:
+        return None
+    return max(LIKE_POINTWISE, float(repeats))
+
+
+def _routing_check(mine: list[Decision], invalid: str | None, run: str, tap: str, origin: Origin) -> Check:
+    """The check of the choices of experts.   mine: the decisions   invalid: the ids that are no choice, in words"""
+    check = Check(
+        run=run,
+        tap=tap,
+        since=origin.since,
+        rung=origin.rung,
+        verdict=PASS,
+        reason="each choice is a top-k of legal logits",
+        values=len(mine),
+    )
+    illegal = [d for d in mine if not d.legal]
+    if invalid is not None:
+        return replace(check, verdict=FAIL, reason=invalid, outside=1)
+    if illegal:
+        d = illegal[0]
+        reason = (
+            f"{len(illegal)} of {len(mine)} decisions are illegal; token {d.token} found {as_set(d.found)}, expected "
+            f"{as_set(d.expected)}: {d.kind}, margin {d.margin:.3g} against {d.movable:.3g} that rounding can move"
+        )
+        return replace(check, verdict=FAIL, reason=reason, outside=len(illegal))
+    return check
+
+
+def apply_second_pass(checks: list[Check], again: list[Check], reason: str) -> list[Check]:
+    """The checks, where a failed check that does not fail in a second pass takes the verdict of that pass.
+
+    again: the checks of the second pass   reason: the reason of the checks that change
+    An undecidable check on the free-running rung changes nothing: there the second pass chose experts by itself.
+    """
+    found = {
+        (check.run, check.tap): check.verdict
+        for check in again
+        if check.verdict == PASS or (check.verdict == UNDECIDABLE and check.rung != FREE)
+    }
+    return [
+        replace(check, verdict=found[check.run, check.tap], reason=reason)
+        if check.verdict == FAIL and (check.run, check.tap) in found
+        else check
+        for check in checks
+    ]
+
+
+def conclude(
+    trace: Trace,
+    name: str,
+    policy: Policy,
+    significance: float,
+    contents: Contents,
+    findings: Findings,
+    checks: list[Check],
+) -> Report:
+    """The report, with verdict, headline and the first wrong step."""
+    failed = [check for check in checks if check.verdict == FAIL]
+    decided = sum(check.values - check.undecided for check in checks if check.verdict != UNDECIDABLE)
+    total = sum(check.values for check in checks)
+    if failed:
+        verdict = NOT_CONFORMANT
+        headline = f"not conformant with {policy.name}: {failed[0].run}/{failed[0].tap}: {failed[0].reason}"
+    elif 2 * decided <= total:
+        verdict = CANNOT_JUDGE
+        headline = f"cannot judge: {total - decided} of {total} values have no bound under {policy.name}"
+    else:
+        verdict = CONFORMANT
+        headline = (
+            f"conformant with {policy.name}: {decided} of {total} values tested, none is impossible or improbable"
+        )
+    producer = " ".join(trace.header.producer.get(key, "") for key in ("name", "version")).strip() or "unknown"
+    return Report(
+        trace=str(trace.path),
+        subject=name,
+        producer=producer,
+        policy=policy.name,
+        significance=significance,
+        verdict=verdict,
+        headline=headline,
+        checks=tuple(checks),
+        decisions=tuple(findings.decisions),
+        first_wrong=(failed[0].run, failed[0].tap) if failed else None,
+        missing=contents.missing,
+        unknown=contents.unknown,
+        notes=tuple(notes(contents, checks, findings)),
+    )
+
+
+def notes(contents: Contents, checks: list[Check], findings: Findings) -> list[str]:
+    """The limits of this verification and the taps that would lift them, one sentence each."""
+    said = list(contents.notes)
+    if contents.missing:
+        local = sum(check.rung == LOCAL for check in checks)
+        said.append(
+            f"{local} of {len(checks)} taps were checked from their direct inputs; the trace lacks "
+            f"{', '.join(contents.missing)}, so that faults between its taps show later, or less"
+        )
+    kinds = {kind: sum(n for (k, _), n in findings.counts.items() if k == kind) for kind, _ in findings.counts}
+    if "router.experts" in contents.missing and sum(kinds.values()) > kinds.get("forced", 0):
+        said.append(
+            "the choice of experts is not in the trace: where rounding can decide it, what follows has no bound"
+        )
+    return said

@@ -1,0 +1,156 @@
+"""Policies by name, by file, with changes; every mistake is one sentence that says where and what was expected."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from refmoe.arithmetic.formats import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
+from refmoe.errors import InputError
+from refmoe.profiles.load import Difference, differences, policies, policy
+from refmoe.profiles.policy import CUT_POINTS, STATISTICS
+
+FILE = """
+[my-engine]
+about = "Mine."
+source = "Its README."
+base = "hf-bfloat16"
+truncates = true
+[my-engine.cuts]
+"rope.table" = "float32"
+"""
+
+
+def test_every_policy_of_refmoe_s_own_loads_and_says_whose_it_is() -> None:
+    found = policies()
+    assert {each.name for each in found} >= {
+        "float64", "float32", "float16", "bfloat16", "hf-float64", "hf-float32", "hf-bfloat16", "hf-float16",
+        "mistral-bfloat16", "gpt-fast-bfloat16", "llama.cpp-float32", "llama.cpp-float32-cache-float16",
+    }  # fmt: skip
+    for each in found:
+        assert policy(each.name) == each
+        assert each.about
+        assert each.source
+        assert "\n" not in each.about + each.source
+        assert min(each.exp.constant, each.angles.constant, each.circle.constant) > 0
+        assert all(budget.source for budget in (each.exp, each.angles, each.circle))
+
+
+def test_generic_policies_round_everything_to_their_dtype_but_statistics() -> None:
+    for each, format in (("float64", FLOAT64), ("float32", FLOAT32), ("bfloat16", BFLOAT16), ("float16", FLOAT16)):
+        wide = FLOAT64 if each == "float64" else FLOAT32
+        assert {str(policy(each).at(cut)) for cut in CUT_POINTS if cut not in STATISTICS} == {str(format)}
+        assert {str(policy(each).at(cut)) for cut in STATISTICS} == {str(wide)}
+        assert policy(each).accumulation == wide
+        narrow = each in ("bfloat16", "float16")
+        assert policy(each).truncates == policy(each).flushes == narrow
+        assert policy(each).consumers == ("unrounded" if narrow else "stored")
+        assert (policy(each).compared, policy(each).ties) == ("unrounded", "any")
+
+
+def test_exact_is_float64() -> None:
+    assert policy("exact") == policy("float64")
+
+
+def test_changes() -> None:
+    found = policy("hf-float32+cache=float16+scale=query+truncates=true+statistics=float64+norm.normed=bfloat16")
+    plain = policy("hf-float32")
+    assert found.name == "hf-float32+cache=float16+scale=query+truncates=true+statistics=float64+norm.normed=bfloat16"
+    assert found.at("cache.k") == found.at("cache.v") == FLOAT16
+    assert (found.scale, found.truncates, found.statistics) == ("query", True, FLOAT64)
+    assert found.at("norm.normed") == BFLOAT16
+    assert (plain.scale, plain.truncates, plain.statistics, dict(plain.cuts)) == ("scores", False, FLOAT32, {})
+    assert policy(found.name) == found
+    assert policy("hf-bfloat16+storage=float16").at("attention.q") == FLOAT16
+
+
+def test_a_file_of_one_s_own(tmp_path: Path) -> None:
+    """With a base, with changes, in a folder whose name has a plus sign."""
+    (tmp_path / "a+b").mkdir()
+    path = tmp_path / "a+b" / "mine.toml"
+    path.write_text(FILE)
+    found, base = policy(str(path)), policy("hf-bfloat16")
+    assert (found.name, found.about, found.storage, found.exp) == ("my-engine", "Mine.", BFLOAT16, base.exp)
+    assert (found.truncates, base.truncates) == (True, False)
+    assert dict(found.cuts) == {**base.cuts, "rope.table": FLOAT32}
+    changed = policy(f"{path}+cache=float16")
+    assert (changed.name, changed.at("cache.v")) == ("my-engine+cache=float16", FLOAT16)
+
+
+def test_differences_are_the_fields_that_differ_by_what_holds_there() -> None:
+    """A cut point that is named in one policy and only implied in the other does not differ."""
+    found = differences([policy("hf-float32"), policy("hf-float32+cache=float16+attention.q=float32+ties=lower")])
+    assert found == (
+        Difference("ties", ("any", "lower")),
+        Difference("cache.k", ("float32", "float16")),
+        Difference("cache.v", ("float32", "float16")),
+    )
+    every = {row.field for row in differences([policy("float32")])}
+    assert every > {*CUT_POINTS, "storage", "exp", "flushes", "scale"}
+    budgets = {row.field: row.values for row in differences([policy("hf-float32"), policy("llama.cpp-float32")])}
+    assert budgets["angles"] == ("4 + 1 |x|", "4 + 16 |x|")
+
+
+MISTAKES = {
+    "hf-bf16": "policy 'hf-bf16' is unknown, expected a .toml file or one of hf-bfloat16, ",
+    "": "policy '' is unknown",
+    "hf-float32+chache=float16": "'chache' cannot be changed, expected one of cache, ",
+    "hf-float32+router.experts=float16": "'router.experts' cannot be changed, expected one of router.",
+    "hf-float32+cache": "'cache' was found, but a change such as cache=float16 was expected",
+    "hf-float32+cache=fp16": "cache.k is 'fp16', but one of ",
+    "hf-float32+ties=low": "ties is 'low', but one of lower, any was expected",
+    "hf-float32+truncates=1": "truncates is '1', but true or false was expected",
+    "nowhere.toml+cache=float16": "nowhere.toml: no such file",
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_name_that_means_nothing(name: str) -> None:
+    with pytest.raises(InputError) as caught:
+        policy(name)
+    assert MISTAKES[name] in str(caught.value)
+
+
+BUDGET = "a table of 'constant' and 'slope', numbers from 0, and 'source', a text, was expected"
+SPOILT = {
+    "not TOML": (lambda text: text + "[", "not a readable TOML file"),
+    "no table": (lambda text: "", "[] was found, but one table"),
+    "two tables": (lambda text: text + "[other]\n", "one table with the name of the policy was expected"),
+    "not a table": (lambda text: "storage = 'float32'", "one table"),
+    "a name that is taken": (lambda text: text.replace("my-engine", "float32"), "the name 'float32' is taken"),
+    "no source": (lambda text: text.replace("source", "sauce"), "[my-engine] source is missing, but a text"),
+    "an unknown field": (
+        lambda text: text.replace("truncates", "truncate"), "has a field 'truncate', but only one of truncates, ",
+    ),
+    "an unknown base": (lambda text: text.replace("hf-", "hg-"), "base is 'hg-bfloat16', but one of hf-bfloat16, "),
+    "its own base": (lambda text: text.replace("hf-bfloat16", "my-engine"), "base is 'my-engine', but one of "),
+    "no base": (lambda text: text.replace("base", "#"), "[my-engine] storage is missing, but one of float64, "),
+    "a wrong dtype": (lambda text: text.replace("float32", "fp32"), "rope.table is 'fp32', but one of "),
+    "a dtype that is a list": (lambda text: text.replace('"float32"', "[]"), "rope.table is [], but one of "),
+    "a wrong cut point": (
+        lambda text: text.replace("rope.table", "rope.tables"), "cut point 'rope.tables', but only one of rope.table, ",
+    ),
+    "cuts that are none": (
+        lambda text: text.partition("[my-engine.cuts]")[0] + "cuts = 3", "cuts is 3, but a table of dtypes",
+    ),
+    "a wrong flag": (lambda text: text.replace("true", "1"), "truncates is 1, but true or false was expected"),
+    "a wrong budget": (lambda text: text.replace("truncates = true", "exp = 3"), f"exp is 3, but {BUDGET}"),
+    "a budget without a source": (
+        lambda text: text.replace("truncates = true", "exp = { constant = 1, slope = 0 }"), BUDGET,
+    ),
+    "a negative budget": (
+        lambda text: text.replace("truncates = true", "exp = { constant = -1, slope = 0, source = '' }"), BUDGET,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", SPOILT)
+def test_a_file_that_cannot_be_used(tmp_path: Path, fault: str) -> None:
+    spoil, words = SPOILT[fault]
+    path = tmp_path / "mine.toml"
+    path.write_text(spoil(FILE))
+    with pytest.raises(InputError) as caught:
+        policy(str(path))
+    assert str(caught.value).startswith(f"{path}: ")
+    assert words in str(caught.value)
