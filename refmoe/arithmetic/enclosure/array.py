@@ -197,7 +197,8 @@ class Enclosure:
         if b.radius is None:
             return self._owing(mid, a.r / np.abs(b.mid) + OWN * size + UNDERFLOW, a.v / b.mid**2)
         room = np.abs(b.mid) - b.r
-        radius = np.where(room > 0, (a.r + size * b.r) / room, np.inf) + OWN * size + UNDERFLOW
+        # b.r is divided before it is multiplied: size * b.r may lose its digits below the smallest normal value
+        radius = np.where(room > 0, a.r / room + size * (b.r / room), np.inf) + OWN * size + UNDERFLOW
         # the spread is of first order, which holds only for a divisor far from zero
         variance = np.where(FAR**2 * b.v < b.mid**2, (a.v + mid**2 * b.v) / b.mid**2, np.inf)
         return self._owing(mid, radius, variance)
