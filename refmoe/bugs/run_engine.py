@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,40 +12,9 @@ from refmoe.spec.config import Config
 from refmoe.spec.model import Model, Parameters
 from refmoe.steps.policy_ops import PolicyOps
 from refmoe.steps.rounding import CUT_STEPS
+from refmoe.traces.held import held_trace
 from refmoe.traces.script import execute
 from refmoe.traces.trace import Header, Recorder, Run, Trace
-
-SAFETENSORS_NAMES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class HeldTensor:
-    """An array in memory, with the interface of a tensor in a trace file."""
-
-    name: str
-    array: np.ndarray[Any, Any]
-
-    @property
-    def dtype(self) -> str:
-        return SAFETENSORS_NAMES[str(self.array.dtype)]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.array.shape)
-
-    def map(self) -> np.ndarray[Any, Any]:
-        return self.array
-
-    def get(self, _file: bytes | None = None) -> np.ndarray[Any, Any]:
-        return self.array
-
-
-def held_trace(header: Header, arrays: dict[str, np.ndarray[Any, Any]], name: str = "memory") -> Trace:
-    """A trace that is held in memory and has no file."""
-    tensors: Any = {key: HeldTensor(key, array) for key, array in arrays.items()}
-    return Trace(Path(name), header, tensors)
 
 
 def run(mutant: Mutant | None, config: Config, parameters: Parameters, runs: tuple[Run, ...], policy: Policy) -> Trace:

@@ -11,10 +11,11 @@ import pytest
 
 from refmoe.bugs.catalogue import MUTANTS
 from refmoe.bugs.changed_weights import mapped, with_layers
-from refmoe.bugs.run_engine import held_trace, run
+from refmoe.bugs.run_engine import run
 from refmoe.bugs.sharded_mutant import on_ranks
 from refmoe.profiles.load import policy
 from refmoe.steps.sharded.layout import Layout
+from refmoe.traces.held import held_trace
 from refmoe.traces.trace import Trace
 from refmoe.verifier.diagnosis import explained
 from refmoe.verifier.diagnosis.arithmetic import ARITHMETIC

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from refmoe.bugs.catalogue import MUTANTS
-from refmoe.bugs.run_engine import held_trace, same
+from refmoe.bugs.run_engine import same
 from refmoe.bugs.sharded_mutant import OnRanks, on_ranks
 from refmoe.errors import InputError
 from refmoe.profiles.load import policy
@@ -21,6 +21,7 @@ from refmoe.steps.rounding import CUT_STEPS
 from refmoe.steps.sharded import Layout, block, layouts, shard
 from refmoe.steps.sharded.parameters import SplitTable
 from refmoe.steps.sharded.steps import all_reduce, attention_partials, received
+from refmoe.traces.held import held_trace
 from refmoe.traces.script import execute
 from refmoe.traces.trace import Header, Recorder, Trace
 from refmoe.verifier.findings import CONFORMANT, NOT_CONFORMANT

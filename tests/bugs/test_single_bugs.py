@@ -12,9 +12,10 @@ from refmoe.arithmetic.formats import FLOAT32
 from refmoe.bugs.catalogue import MUTANTS
 from refmoe.bugs.changed_weights import with_layers
 from refmoe.bugs.quantised_checkpoint import FP8, INT8, quantised
-from refmoe.bugs.run_engine import held_trace, run, same
+from refmoe.bugs.run_engine import run, same
 from refmoe.profiles.load import policy
 from refmoe.profiles.policy import Policy
+from refmoe.traces.held import held_trace
 from refmoe.verifier.findings import CONFORMANT, FAIL
 from tests.bugs.judging import (
     DTYPES,

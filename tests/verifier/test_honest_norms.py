@@ -8,10 +8,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from refmoe.bugs.run_engine import held_trace
 from refmoe.checkpoints.synthetic import synthetic_checkpoint
 from refmoe.profiles.load import policy
 from refmoe.spec.config import Config
+from refmoe.traces.held import held_trace
 from refmoe.traces.script import Call, plan
 from refmoe.traces.trace import Header
 from refmoe.verifier.findings import PASS

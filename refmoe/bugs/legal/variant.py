@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refmoe.bugs.run_engine import held_trace
 from refmoe.profiles.policy import Policy
 from refmoe.spec.config import Config
 from refmoe.spec.model import Model, Parameters
 from refmoe.spec.taps import step_of
 from refmoe.steps.policy_ops import PolicyOps
 from refmoe.steps.rounding import CUT_STEPS
+from refmoe.traces.held import held_trace
 from refmoe.traces.script import execute
 from refmoe.traces.trace import Header, Recorder, Run, Trace
 
