@@ -198,7 +198,7 @@ def _again(context: click.Context, golden: Path, mode: str, jobs: int | None, as
     work = plan(matrix, parts, cases) if mode == "changed" else sample(matrix, cases)
     with progress_bar("matrix", len(work)) as advance:
         outcomes = compute_matrix(work, jobs, advance)
-    seen = judge_outside(golden) if mode == "sample" or outside_changed(parts) else matrix.outside
+    seen = judge_outside(golden) if outside_changed(parts) else matrix.outside
     lost = losses(matrix, outcomes, seen)
     revised = revised_matrix(matrix, outcomes, seen, digests(golden) if mode == "changed" else matrix.sources)
     if mode == "changed" and parts:
