@@ -62,9 +62,12 @@ class Header:
     format_version: str = FORMAT_VERSION
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trace:
-    """An open trace file: its header, and its arrays, which are mapped on demand."""
+    """The taps of an engine's runs: a file whose arrays are mapped on demand, or arrays in memory.
+
+    ``trace["prefill", "layers.0.router.logits"]`` is one array, and ``trace["prefill"]`` the names of a run's taps.
+    """
 
     path: Path
     header: Header
@@ -73,6 +76,33 @@ class Trace:
     def names(self, run: str) -> list[str]:
         """The names of the taps that the trace holds of a run."""
         return self._by_run.get(run, [])
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """The calls of the engine, in order."""
+        return self.header.runs
+
+    def __getitem__(self, key: str | tuple[str, str]) -> Any:
+        """One array, by (run, tap), or the names of a run's taps. Raises InputError for a name that is not there."""
+        run, tap = key if isinstance(key, tuple) else (key, None)
+        if run not in {each.run for each in self.runs}:
+            raise InputError(
+                f"{self.path}: run {quoted(run)} is not there, expected {shown([r.run for r in self.runs])}"
+            )
+        if tap is None:
+            return self.names(run)
+        if f"{run}/{tap}" not in self.tensors:
+            raise InputError(f"{self.path}: run {quoted(run)} has no tap {quoted(tap)}; trace[{run!r}] lists its taps")
+        return self.get(run, tap)
+
+    def __repr__(self) -> str:
+        names = ", ".join(run.run for run in self.runs[:4]) + (", ..." if len(self.runs) > 4 else "")
+        return f"<refmoe.Trace {self.path}: {len(self.runs)} runs ({names}), {len(self.tensors)} arrays>"
+
+    def save(self, path: str | Path) -> None:
+        """Write the trace as a file. Raises InputError when that fails."""
+        arrays = {f"{run}/{tap}": self.get(run, tap) for run, taps in self._by_run.items() for tap in taps}
+        write_trace(Path(path), self.header, arrays)
 
     @cached_property
     def _small(self) -> bytes | None:
