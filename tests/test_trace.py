@@ -12,8 +12,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from refmoe.errors import InputError
+from refmoe.traces.held import held_trace
 from refmoe.traces.script import plan
-from refmoe.traces.trace import Header, Recorder, read_trace, write_trace
+from refmoe.traces.trace import Header, Recorder, Run, read_trace, write_trace
 
 RUNS = plan([("prefill", 0, [1, 2, 3]), ("decode", 0, [4])], 10)
 
@@ -147,3 +148,19 @@ def test_the_recorder_keeps_what_its_patterns_name() -> None:
     for name in ("logits", "embedding", "layers.0.residual", "layers.11.residual", "layers.0.attention_residual"):
         recorder(name, np.zeros(1))
     assert set(recorder.arrays) == {"prefill/logits", "prefill/layers.0.residual", "prefill/layers.11.residual"}
+
+
+def test_a_trace_is_indexed_by_run_and_tap(tmp_path: Path) -> None:
+    """Names that are not there are refused with the names that are."""
+    run = Run(run="prefill", op="prefill", sequence=0, tokens=(1, 2), positions=(0, 1), past=0)
+    logits = np.arange(6, dtype=np.float32).reshape(2, 3)
+    held = held_trace(Header((run,)), {"prefill/logits": logits}, "mine")
+    held.save(tmp_path / "trace.safetensors")
+    for trace in (held, read_trace(tmp_path / "trace.safetensors")):
+        assert trace["prefill"] == ["logits"]
+        assert np.array_equal(trace["prefill", "logits"], logits)
+        assert trace.runs == (run,)
+        assert repr(trace).endswith(": 1 runs (prefill), 1 arrays>")
+        for key, words in (("decode1", "expected"), (("prefill", "final_norm"), "lists its taps")):
+            with pytest.raises(InputError, match=words):
+                trace[key]
