@@ -6,6 +6,8 @@ picks one of several. The names of modules come from the engines' own source.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 HUGGING_FACE = {
     "model.embed_tokens:out": "embedding",
     "model.layers.{i}.input_layernorm:out": "attention_norm",
@@ -46,7 +48,7 @@ MISTRAL = {
 """Modules of mistral-inference, `Transformer`, to taps."""
 
 
-def tap_of(table: dict[str, str], name: str) -> str | None:
+def tap_of(table: Mapping[str, str], name: str) -> str | None:
     """The tap, with its layer, of an engine's name. None when the name is not in the table."""
     if name in table:
         return table[name]

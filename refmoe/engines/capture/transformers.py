@@ -6,7 +6,7 @@ the values inside experts only where experts run one by one (experts implementat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from refmoe.engines.capture.names import HUGGING_FACE, tap_of
 from refmoe.engines.capture.patching import replaced
 from refmoe.errors import InputError, require
+from refmoe.spec.taps import step_of
 from refmoe.traces.trace import Header, Recorder, Run
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -54,7 +55,12 @@ def capture(model: Any, runs: Sequence[Run], recorder: Recorder) -> None:
     torch = require("torch", "engines", "capturing from transformers")
     transformers = require("transformers", "engines", "capturing from transformers")
     caches: dict[int, Any] = {}
-    with torch.no_grad(), hooks(model, recorder):
+    width = head_dim(model)
+
+    def record(tap: str, value: NDArray[Any]) -> None:
+        recorder(tap, shaped(tap, value, width))
+
+    with torch.no_grad(), hooks(model, record):
         for run in runs:
             recorder.run = run.run
             # not made from the configuration: a cache that drops hidden tokens would also change S
@@ -80,15 +86,39 @@ def header(model: Any, runs: Sequence[Run], case: str | None = None, checkpoint:
     )
 
 
-@contextmanager
-def hooks(model: Any, recorder: Recorder) -> Iterator[None]:
-    """While the context lasts, every tap of `HUGGING_FACE` is recorded when its module runs."""
+def head_dim(model: Any) -> int:
+    """The size of a head, from the configuration of transformers."""
     config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+Receive = Callable[[str, NDArray[Any]], None]
+"""Called with a tap and its value, in the shape that the module gives it."""
+
+
+@contextmanager
+def hooks(model: Any, receive: Receive) -> Iterator[None]:
+    """While the context lasts, `receive` gets every tap of `HUGGING_FACE`, rotated heads and the inside of experts."""
 
     def record(tap: str, value: Any) -> None:
         if value is not None:
-            recorder(tap, shaped(tap, to_numpy(value), head_dim))
+            receive(tap, to_numpy(value))
+
+    with ExitStack() as stack:
+        stack.enter_context(module_hooks(model, HUGGING_FACE, record))
+        layers = {id(layer.self_attn): f"layers.{i}." for i, layer in enumerate(model.model.layers)}
+        stack.enter_context(_rotated(layers, model, record))
+        for i, layer in enumerate(model.model.layers):
+            stack.enter_context(_expert_internals(layer.mlp.experts, f"layers.{i}.", receive))
+        yield
+
+
+@contextmanager
+def module_hooks(model: Any, names: Mapping[str, str], record: Callable[[str, Any], None]) -> Iterator[None]:
+    """While the context lasts, `record` gets inputs and outputs of modules, as tensors.
+
+    names: modules to taps, in the notation of `refmoe.engines.capture.names`
+    """
 
     def leaving(tap: str, at: int | None, _module: Any, _args: Any, out: Any) -> None:
         record(tap, out if at is None else out[at])
@@ -99,18 +129,24 @@ def hooks(model: Any, recorder: Recorder) -> Iterator[None]:
             stack.callback(handle.remove)
 
         for name, module in model.named_modules():
-            entering = tap_of(HUGGING_FACE, f"{name}:in")
+            entering = tap_of(names, f"{name}:in")
             if entering:
                 add(module.register_forward_pre_hook(lambda _, args, tap=entering: record(tap, args[0])))
             for at in (None, 0, 1, 2):
-                tap = tap_of(HUGGING_FACE, f"{name}:out{'' if at is None else at}")
+                tap = tap_of(names, f"{name}:out{'' if at is None else at}")
                 if tap:
                     add(module.register_forward_hook(partial(leaving, tap, at)))
-        layers = {id(layer.self_attn): f"layers.{i}." for i, layer in enumerate(model.model.layers)}
-        stack.enter_context(_rotated(layers, model, record))
-        for i, layer in enumerate(model.model.layers):
-            stack.enter_context(_expert_internals(layer.mlp.experts, f"layers.{i}.", recorder))
         yield
+
+
+def by_row(tap: str, value: NDArray[Any], batch: int) -> list[NDArray[Any]]:
+    """The values of each row of a batch, each as a batch of one would give them.
+
+    value: [B, T, n] or [B, H, T, S]; of a router or experts [B T, ...]
+    """
+    if step_of(tap).startswith(("router.", "expert.")):
+        return [*value.reshape(batch, -1, *value.shape[1:])]
+    return [value[row : row + 1] for row in range(batch)]
 
 
 def shaped(tap: str, array: NDArray[Any], head_dim: int) -> NDArray[Any]:
@@ -118,10 +154,10 @@ def shaped(tap: str, array: NDArray[Any], head_dim: int) -> NDArray[Any]:
 
     array: [1, T, n], [1, H, T, S] or [T, n], from the module.
     """
-    name = tap.rpartition("layers.")[2].partition(".")[2]
+    name = step_of(tap)
     if name == "router.experts":
         return array.astype(np.int64)
-    if name.startswith("router."):
+    if name.startswith(("router.", "expert.")):
         return array
     array = array[0]
     if name in ("attention.q", "attention.k", "attention.v", "attention.context"):
@@ -165,7 +201,7 @@ def _rotated(layers: dict[int, str], model: Any, record: Callable[[str, Any], No
 
 
 @contextmanager
-def _expert_internals(experts: Any, prefix: str, recorder: Recorder) -> Iterator[None]:
+def _expert_internals(experts: Any, prefix: str, receive: Receive) -> Iterator[None]:
     """Record gate, up, hidden and unweighted output of each expert call, sorted into the slots of router.experts.
 
     The engine calls `linear` twice per chosen expert, in ascending order of experts. The rows of a call are the tokens
@@ -207,7 +243,7 @@ def _expert_internals(experts: Any, prefix: str, recorder: Recorder) -> Iterator
                     slots[name] = np.empty((*chosen.shape, rows.shape[-1]), rows.dtype)
                 slots[name][token, slot] = rows
         for name, array in slots.items():
-            recorder(f"{prefix}expert.{name}", array)
+            receive(f"{prefix}expert.{name}", array)
 
     handles = [
         experts.register_forward_pre_hook(entering),
