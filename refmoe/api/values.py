@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def to_trace(values: Mapping[Any, Any], runs: tuple[Run, ...], config: Config, p
     for run in runs:
         mine = [part for part in parts if part.run == run.run]
         bounds = sorted({0, len(run.tokens), *(part.start for part in mine), *(part.stop for part in mine)})
-        for start, stop in zip(bounds, bounds[1:], strict=False):
+        for start, stop in pairwise(bounds):
             piece = run if len(bounds) == 2 else piece_of(run, start, stop)
             pieces.append(piece)
             for part in mine:
