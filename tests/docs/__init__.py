@@ -1,0 +1,1 @@
+"""The documents of the project: what they show is what the code prints."""
