@@ -29,8 +29,11 @@
     const [error, excess, limit, rung, reason, amount] = data.numbers[run][index].split(" ");
     let words = `${data.taps[index]}, run ${data.runs[run]}: ${verdict(level)}.`;
     if (level !== "none") {
-      words += error === "-" ? "" : ` Error ${error} of what is allowed.`;
-      words += limit === "-" || limit === "0" ? "" : ` Excess ${excess} sigma, limit ${limit}.`;
+      if (error === "legal") words += " Largest error within what is allowed.";
+      else if (error !== "-") words += ` Largest error ${error} times what is allowed.`;
+      if (limit !== "-" && limit !== "0" && excess !== "-") {
+        words += ` Excess ${excess} standard deviations, improbable above ${limit}.`;
+      }
       words += data.texts[reason] ? ` Reason: ${data.texts[reason]}.` : "";
       words += data.texts[rung] ? ` (${data.texts[rung]})` : "";
     }

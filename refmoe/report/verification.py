@@ -1,4 +1,4 @@
-"""A verification as text on a terminal. The verdict comes first, then the first wrong step, then the details."""
+"""A verification as text on a terminal: what is wrong, the known bug that explains it, and then the numbers."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from refmoe.report.summary import Routing, StepSummary, summarise_routing, summarise_steps, wrong_choices
+from refmoe.report.summary import Routing, StepSummary, summarise_routing, summarise_steps
 from refmoe.report.terminal import open_console
 from refmoe.report.wording import (
     NOTHING_EXPLAINS,
     basis,
     choice,
     count,
+    error_text,
     explanation,
     found_and_expected,
+    in_short,
+    lead,
     number,
     place,
     preceding,
@@ -28,6 +31,8 @@ LISTED = 10
 
 STYLES = {CONFORMANT: "bold green", CANNOT_JUDGE: "bold yellow"}
 INDENT = " " * 6
+WHOLE_TABLE = 80
+"""Columns that the table of steps needs. A narrower terminal gets fewer columns."""
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
@@ -35,12 +40,13 @@ def print_report(report: Report, console: Console | None = None) -> None:
     if console is None:
         console = open_console()
     _headline(console, report)
-    _first_wrong(console, report)
     _explanations(console, report)
+    _first_wrong(console, report)
     _failures(console, report)
     _steps(console, summarise_steps(report))
     _routing(console, report, summarise_routing(report))
     _gaps(console, report)
+    _judged(console, report)
 
 
 def _print(console: Console, text: str, style: str = "") -> None:
@@ -50,10 +56,15 @@ def _print(console: Console, text: str, style: str = "") -> None:
 
 def _headline(console: Console, report: Report) -> None:
     _print(console, report.verdict.upper(), STYLES.get(report.verdict, "bold red"))
-    _print(console, INDENT + visible(report.headline))
+    _print(console, INDENT + lead(report), "bold")
+
+
+def _judged(console: Console, report: Report) -> None:
+    """Print the trace, the model that it was held against, and the rules."""
+    console.print()
     producer, policy = visible(report.producer), visible(report.policy)
     against = f"against {visible(report.subject)}, policy {policy}, significance {report.significance:g}"
-    _print(console, f"{INDENT}{visible(report.trace)}, written by {producer}, {against}")
+    _print(console, f"judged: {visible(report.trace)}, written by {producer}, {against}", "dim")
 
 
 def _first_wrong(console: Console, report: Report) -> None:
@@ -68,15 +79,15 @@ def _first_wrong(console: Console, report: Report) -> None:
             _print(console, INDENT + found_and_expected(check.worst))
         _print(console, INDENT + why(check, report))
         _print(console, f"{INDENT}{basis(check)}; {preceding(report, run, tap)}")
-    _decisions(console, report, wrong_choices(report, run, tap))
 
 
 def _explanations(console: Console, report: Report) -> None:
     if report.explanations is None:
         return
-    console.print()
     if not report.explanations:
-        _print(console, NOTHING_EXPLAINS)
+        _print(console, INDENT + NOTHING_EXPLAINS)
+        return
+    console.print()
     for found in report.explanations[:LISTED]:
         first, *rest = explanation(found)
         _print(console, f"explained by {first}", "bold")
@@ -85,16 +96,20 @@ def _explanations(console: Console, report: Report) -> None:
 
 
 def _failures(console: Console, report: Report) -> None:
+    """Print the failed checks after the first wrong step, in one line each, and the reasons of undecidable checks."""
     failed = [check for check in report.checks if check.verdict == FAIL]
-    if failed:
+    others = [check for check in failed if (check.run, check.tap) != report.first_wrong]
+    if others:
         console.print()
-    for check in failed[:LISTED]:
-        _print(console, f"FAIL  {visible(check.tap)}   {visible(check.run)}{_at(check)}", "red")
-        _print(console, INDENT + why(check, report))
-    if len(failed) > LISTED:
-        _print(console, f"and {count(len(failed) - LISTED, 'failed check')} more")
+        _print(console, f"{count(len(others), 'other failed check')}:")
+    for check in others[:LISTED]:
+        _print(console, f"FAIL  {visible(check.tap)}, {visible(check.run)}{_at(check)}: {in_short(check)}", "red")
+    if len(others) > LISTED:
+        _print(console, f"and {len(others) - LISTED} more")
     open_ones = [check for check in report.checks if check.verdict == UNDECIDABLE]
     reasons = dict.fromkeys(visible(check.reason) for check in open_ones)
+    if reasons:
+        console.print()
     for reason in list(reasons)[:LISTED]:
         same = sum(visible(check.reason) == reason for check in open_ones)
         _print(console, f"UNDECIDABLE  {count(same, 'check')}: {reason}", "yellow")
@@ -116,22 +131,23 @@ def _steps(console: Console, steps: list[StepSummary]) -> None:
     if not steps:
         _print(console, "no step was checked")
         return
-    headings = ["step", "fail", "undecidable", "worst error"]
-    if console.width >= 80:
-        headings = ["step", "checks", "pass", "fail", "undecidable", "worst error", "excess", "limit"]
+    headings = ["step", "fail", "undecidable", "largest error"]
+    if console.width >= WHOLE_TABLE:
+        headings = ["step", "pass", "fail", "undecidable", "largest error", "excess", "limit"]
     table = Table(box=None, pad_edge=False)
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "step" else "right", no_wrap=heading != "step")
     for s in steps:
         cells = {
-            "step": visible(s.step), "checks": str(s.checks), "pass": str(s.passed), "fail": str(s.failed),
-            "undecidable": str(s.undecidable), "worst error": number(s.error), "excess": number(s.excess),
-            "limit": number(s.excess_limit),
+            "step": visible(s.step), "pass": str(s.passed), "fail": str(s.failed), "undecidable": str(s.undecidable),
+            "largest error": error_text(s.error), "excess": number(s.excess), "limit": number(s.excess_limit),
         }  # fmt: skip
         style = "bold red" if s.failed else "yellow" if s.undecidable else None
         table.add_row(*(Text(cells[heading]) for heading in headings), style=style)
     console.print(table)
-    _print(console, "worst error: 1 is all that the policy allows; excess and its limit: in standard deviations", "dim")
+    _print(console, "largest error: legal, or in multiples of the error that the policy allows", "dim")
+    if "excess" in headings:
+        _print(console, "excess: standard deviations from exact arithmetic; improbable above its limit", "dim")
 
 
 def _routing(console: Console, report: Report, routing: Routing) -> None:

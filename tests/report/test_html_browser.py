@@ -117,15 +117,12 @@ def test_a_run_can_be_chosen(page: Page) -> None:
     assert choose(-1)[:2] == ("cell fail3 first", "✕ 214")
     name, text, words = choose(0)
     assert (name, text) == ("cell fail3 first", "✕ 214")
-    assert words.startswith(
-        "layers.0.router.logits, run prefill: fails. Error 214 of what is allowed. Excess 1003 sigma"
-    )
-    assert "impossible under the policy: 3 of 128" in words
-    assert "token 11, expert 7, found 0.523" in words
+    for said in ("layers.0.router.logits", "prefill", "214", "1003", "3 of 128 values", "0.523"):
+        assert said in words
     name, text, words = choose(1)
-    assert name == "cell pass4"
+    assert name == "cell pass1"
     assert text.startswith("· 0.")
-    assert words.startswith("layers.0.router.logits, run decode1: passes. Error ")
+    assert "layers.0.router.logits, run decode1" in words
     assert choose(-1)[0] == "cell fail3 first"
 
 
