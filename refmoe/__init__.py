@@ -37,8 +37,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from refmoe import testing
     from refmoe.api.capturing import capture
-    from refmoe.api.judging import policies, policy, verify
+    from refmoe.api.judging import verify
     from refmoe.api.models import Model, case, cases, load
+    from refmoe.api.policies import policies, policy
     from refmoe.api.report import Report
     from refmoe.errors import InputError
     from refmoe.traces.trace import Trace
@@ -53,7 +54,7 @@ __all__ = [
 _PLACES = {
     "InputError": "errors", "Model": "api.models", "Report": "api.report", "Trace": "traces.trace",
     "capture": "api.capturing", "case": "api.models", "cases": "api.models", "load": "api.models",
-    "policies": "api.judging", "policy": "api.judging", "verify": "api.judging",
+    "policies": "api.policies", "policy": "api.policies", "verify": "api.judging",
 }  # fmt: skip
 """The module of each name. It is imported when the name is first used: `import refmoe` costs next to nothing."""
 

@@ -11,7 +11,15 @@ from types import ModuleType
 
 
 class InputError(ValueError):
-    """The error for input that cannot be used. Its message is one sentence, complete without a traceback."""
+    """The error for input that cannot be used. Its message is one sentence, complete without a traceback.
+
+    >>> import refmoe
+    >>> try:
+    ...     refmoe.load("walking-skeleton").run([200])
+    ... except refmoe.InputError as error:
+    ...     print(error)
+    script: token 200 is outside the vocabulary of 97
+    """
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:

@@ -1,141 +1,202 @@
-"""Record a live PyTorch Mixtral: forward hooks while a context lasts, calls told apart by their caches."""
+"""Record a live PyTorch module: forward hooks while a context lasts."""
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from refmoe.api.arguments import kind, name_of, shown
+from refmoe.api.arrays import libraries_of, to_numpy
+from refmoe.api.calls import Call, CallReader
+from refmoe.api.values import BY_HEAD, HEADS, Part, divided
 from refmoe.engines.capture import transformers as engine
+from refmoe.engines.capture.names import tap_of
 from refmoe.errors import InputError
+from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS, step_of
 from refmoe.traces.held import HeldTensor, held_trace
 from refmoe.traces.trace import Header, Run, Trace
 
 
-@contextmanager
-def capture(module: Any, names: Mapping[str, str] | None = None) -> Iterator[Trace]:
+def capture(module: Any, names: Mapping[str, str] | None = None, *, taps: str = "*") -> AbstractContextManager[Trace]:
     """Record every call of a PyTorch module while the context lasts.
 
     module: a `MixtralForCausalLM` of transformers 5, on any device, or with `names` another module
-    names: the names of modules to taps, such as ``{"model.layers.{i}.mlp.gate:out0": "router.logits"}``; ``:in`` is the
-        input of a module, ``:out`` its output, ``:out1`` the second of several
-    Prefill, chunks and decode steps are told apart by the cache that a call is given. A call with a batch records a
-    sequence for each row. Afterwards the module is as it was before.
-    Raises InputError when a call cannot be recorded: padding, inputs without token ids, a cache from elsewhere.
+    names: modules to taps, such as ``{"layers.{i}.ffn_norm:out": "moe_norm", "output:out": "logits"}``. ``{i}`` is the
+        layer. ``:in`` is the input of a module, ``:out`` its output, ``:out1`` the second of several
+    taps: shell patterns of the taps to keep, separated by commas, such as ``logits,layers.0.*``
+    Prefill, chunks and decode steps are told apart by the cache that a call is given, or by its positions. A batch is a
+    sequence for each row, and padding on the left is left out. Afterwards the module is as it was before.
+    The probabilities of attention are recorded where attention is eager, the inside of experts where they run one by
+    one (``attn_implementation="eager"``, ``experts_implementation="eager"``).
+    Raises InputError for another module without names, and when a call cannot be recorded: inputs without token ids, a
+    cache from before the context, a beam search.
 
-    >>> import refmoe
+    >>> import refmoe, torch
+    >>> table = torch.nn.Embedding(97, 48)
+    >>> with refmoe.capture(table, {":out": "embedding"}) as trace:
+    ...     _ = table(torch.tensor([[1, 31, 41]]))
+    >>> trace["prefill", "embedding"].shape
+    (3, 48)
+
+    With a model of transformers:
+
     >>> with refmoe.capture(model) as trace:                              # doctest: +SKIP
-    ...     out = model(input_ids, use_cache=True)
-    ...     model(next_ids, past_key_values=out.past_key_values)
+    ...     model.generate(input_ids, max_new_tokens=8)
     >>> refmoe.verify(trace, refmoe.load("path/to/checkpoint"))           # doctest: +SKIP
     """
-    whole = names is None
-    calls = Calls(engine.header(module, ()) if whole else Header((), policy=policy_of(module)), engine.head_dim(module))
-    handles = [
-        module.register_forward_pre_hook(calls.enter, with_kwargs=True),
-        module.register_forward_hook(calls.leave, with_kwargs=True),
-    ]
-    taps = engine.hooks(module, calls) if names is None else engine.module_hooks(module, names, calls.receive)
-    try:
-        with taps:
-            yield calls.trace
-    finally:
-        for handle in handles:
-            handle.remove()
+    if "torch" not in libraries_of(module) or not callable(getattr(module, "named_modules", None)):
+        raise InputError(f"capture: is given {kind(module)}, but a module of PyTorch was expected")
+    name_of(taps, "taps", "patterns of taps such as 'logits,layers.0.*'")
+    if names is not None:
+        _refuse_names(names, module)
+    elif "MixtralForCausalLM" not in {base.__name__ for base in type(module).__mro__}:
+        raise InputError(
+            f"capture: is given {kind(module)}, but a MixtralForCausalLM, or names of its modules for the taps, were "
+            "expected"
+        )
+    return _recording(module, names, taps.split(","))
 
 
-def policy_of(module: Any) -> str:
-    """The generic policy of a module's dtype."""
-    return str(next(module.parameters()).dtype).removeprefix("torch.")
+@contextmanager
+def _recording(module: Any, names: Mapping[str, str] | None, patterns: list[str]) -> Iterator[Trace]:
+    recorder = CallRecorder(_header(module, names), _head_dim(module), patterns, CallReader(module))
+    with ExitStack() as stack:
+        stack.callback(module.register_forward_pre_hook(recorder.enter, with_kwargs=True, prepend=True).remove)
+        if names is None:
+            stack.enter_context(engine.hooks(module, recorder.receive))
+        else:
+            stack.enter_context(engine.module_hooks(module, names, recorder.receive))
+        stack.callback(module.register_forward_hook(recorder.leave, with_kwargs=True).remove)
+        yield recorder.trace
 
 
-@dataclass
-class Sequences:
-    """The sequences that share a cache, one for each row of a batch."""
+def _refuse_names(names: object, module: Any) -> None:
+    """Raises InputError for a table with a name that no module has, or with a tap that there is not."""
+    if not isinstance(names, Mapping) or not names:
+        raise InputError(f"names: is {shown(names)}, but a table from modules to taps was expected")
+    for name, tap in names.items():
+        if tap not in (*LAYER_TAPS, *MODEL_TAPS):
+            raise InputError(f"names[{shown(name)}] is {shown(tap)}, but a tap without its layer was expected")
+        if (tap in LAYER_TAPS) != (isinstance(name, str) and "{i}" in name):
+            raise InputError(
+                f"names[{shown(name)}] is {shown(tap)}, but '{{i}}' was expected in the names of modules of a layer, "
+                "and only there"
+            )
+    there = [f"{name}{end}" for name, _ in module.named_modules() for end in engine.ENDS]
+    for name, tap in names.items():
+        if not any(tap_of({name: tap}, each) for each in there):
+            raise InputError(f"names: no module is named by {shown(name)}, such as 'layers.{{i}}.ffn_norm:out'")
 
-    first: int
-    batch: int
-    past: int = 0
-    cache: Any = None
-    """Held, so that its identity is not given to another cache."""
+
+def _header(module: Any, names: Mapping[str, str] | None) -> Header:
+    if names is None:
+        return engine.header(module, ())
+    dtypes = [str(each.dtype).removeprefix("torch.") for each in module.parameters() if each.is_floating_point()]
+    return Header((), policy=dtypes[0] if dtypes else "float32", producer={"name": kind(module)})
 
 
-@dataclass
-class Calls:
-    """The calls made so far. It receives the taps of a call, and adds the call's runs to the trace."""
+def _head_dim(module: Any) -> int | None:
+    """The size of a head, if the module's configuration tells it."""
+    for config in (getattr(module, "config", None), getattr(module, "args", None)):
+        size = getattr(config, "head_dim", None)
+        if isinstance(size, int) and size > 0:
+            return size
+        if all(isinstance(getattr(config, name, None), int) for name in ("hidden_size", "num_attention_heads")):
+            return engine.head_dim(module) if config is getattr(module, "config", None) else None
+    return None
 
-    header: Header
-    head_dim: int
-    trace: Trace = field(init=False)
-    sequences: list[Sequences] = field(default_factory=list)
-    counts: dict[tuple[str, int], int] = field(default_factory=dict)
-    current: Sequences | None = None
-    tokens: NDArray[Any] | None = None
 
-    def __post_init__(self) -> None:
-        self.trace = held_trace(self.header, {}, "capture")
-        self.taps: dict[str, NDArray[Any]] = {}
+class CallRecorder:
+    """Receives the taps of a call, and adds the call's runs to a trace when it ends."""
 
-    def __call__(self, tap: str, value: NDArray[Any]) -> None:
-        """Keep a tap of the current call, in the shape that the module gives it."""
-        self.taps[tap] = value
+    def __init__(self, header: Header, head_dim: int | None, patterns: list[str], calls: CallReader) -> None:
+        """head_dim: the size of a head; None: it is not known   patterns: of the taps to keep"""
+        self.head_dim, self.patterns, self.calls = head_dim, patterns, calls
+        self.trace = held_trace(header, {}, "capture")
+        self._call: Call | None = None
+        self._taps: dict[str, NDArray[Any]] = {}
 
     def receive(self, tap: str, value: Any) -> None:
-        """Keep a tap that is still a tensor."""
-        if value is not None:
-            self(tap, engine.to_numpy(value))
+        """Keep a copy of a tap of the current call, in the shape that the module gives it."""
+        wanted = any(fnmatch.fnmatchcase(tap, pattern) for pattern in self.patterns)
+        if value is not None and self._call is not None and wanted:
+            self._taps[tap] = np.array(to_numpy(value, f"capture: {tap}"))
 
     def enter(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The beginning of a call: find its sequences."""
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if ids is None:
-            raise InputError("capture: a call has no input_ids, but token ids were expected")
-        mask = kwargs.get("attention_mask")
-        if mask is not None and getattr(mask, "ndim", 0) == 2 and not bool(mask.all()):
-            raise InputError(
-                "capture: a call has padding in its attention_mask, but sequences of equal length were expected"
-            )
-        self.tokens = engine.to_numpy(ids).astype(np.int64).reshape(-1, ids.shape[-1])
-        self.current, self.taps = self._sequences(kwargs.get("past_key_values"), len(self.tokens)), {}
-
-    def _sequences(self, cache: Any, batch: int) -> Sequences:
-        length = 0 if cache is None else int(cache.get_seq_length())
-        known = None if cache is None else next((each for each in self.sequences if each.cache is cache), None)
-        if known is None:
-            if length:
-                raise InputError(f"capture: a call has a cache of {length} tokens from before the capture began")
-            known = Sequences(sum(each.batch for each in self.sequences), batch, cache=cache)
-            self.sequences.append(known)
-        if known.batch != batch:
-            raise InputError(f"capture: a call has {batch} rows, but its cache was made by a call with {known.batch}")
-        known.past = length
-        return known
+        """The beginning of a call."""
+        self._call, self._taps = None, {}  # an earlier call may have failed
+        self._call = self.calls.begin(args, kwargs)
 
     def leave(self, _module: Any, _args: Any, _kwargs: Any, out: Any) -> None:
         """The end of a call: its runs and their taps go into the trace."""
-        assert self.current is not None
-        assert self.tokens is not None
-        if self.current.cache is None:
-            self.current.cache = getattr(out, "past_key_values", None)
-        runs = [self._run(row, tokens) for row, tokens in enumerate(self.tokens.tolist())]
-        tensors: dict[str, Any] = self.trace.tensors  # type: ignore[assignment]
-        for tap, value in self.taps.items():
-            for run, array in zip(runs, engine.by_row(tap, value, len(runs)), strict=True):
-                key = f"{run.run}/{tap}"
-                tensors[key] = HeldTensor(key, engine.shaped(tap, array, self.head_dim))
-        object.__setattr__(self.trace, "header", replace(self.trace.header, runs=(*self.trace.header.runs, *runs)))
-        self.trace.__dict__.pop("_by_run", None)
+        call, self._call = self._call, None
+        if call is None:
+            return
+        runs = self.calls.end(call, out)
+        parts = [part for tap, value in self._taps.items() for part in self._parts(tap, value, call, runs)]
+        pieces, arrays = divided([run for run in runs if run is not None], parts)
+        extend(self.trace, pieces, arrays)
+        self._taps = {}
 
-    def _run(self, row: int, tokens: list[int]) -> Run:
-        assert self.current is not None
-        sequence, past = self.current.first + row, self.current.past
-        op = "prefill" if not past else "decode" if len(tokens) == 1 else "chunk"
-        number = self.counts[op, sequence] = self.counts.get((op, sequence), 0) + 1
-        name = op if op == "prefill" else f"{op}{number}"
-        suffix = f".row{sequence}" if sequence or self.current.batch > 1 else ""
-        positions = tuple(range(past, past + len(tokens)))
-        return Run(run=name + suffix, op=op, sequence=sequence, tokens=tuple(tokens), positions=positions, past=past)
+    def _parts(self, tap: str, value: NDArray[Any], call: Call, runs: list[Run | None]) -> list[Part]:
+        """The parts of a tap, one for each sequence of the batch that has tokens in this call."""
+        rows = rows_of(tap, value, call.batch, call.count)
+        if rows is None or (tap == "logits" and not call.last_logits):
+            return []
+        parts = []
+        for run, array, pads in zip(runs, rows, call.pads, strict=True):
+            if run is None:
+                continue
+            if step_of(tap) in BY_HEAD:
+                array = columns(array, call.past + call.count)[:, call.count - len(run.tokens) :, pads:]
+                count = array.shape[1]
+            else:
+                array = array[max(len(array) - len(run.tokens), 0) :]
+                count = len(array)
+            if step_of(tap) in HEADS and array.ndim == 2 and self.head_dim and array.shape[1] % self.head_dim == 0:
+                array = array.reshape(len(array), -1, self.head_dim)
+            stop = len(run.tokens)
+            parts.append(Part(run=run.run, tap=tap, start=stop - count, stop=stop, array=array))
+        return parts
+
+
+def rows_of(tap: str, value: NDArray[Any], batch: int, count: int) -> list[NDArray[Any]] | None:
+    """The values of each sequence of a batch: [B, T, ...], [B T, ...] or [B, H, T, S]. None: there are no such.
+
+    count: the number of tokens, T. Logits may be of the last ones only.
+    """
+    rank = len((LAYER_TAPS | MODEL_TAPS)[step_of(tap)].split())
+    if value.ndim == rank + 1 and value.shape[0] == batch:
+        return [*value]
+    if step_of(tap) in BY_HEAD:
+        return [value] if batch == 1 and value.ndim == rank else None
+    if value.ndim == rank and step_of(tap) in HEADS and value.shape[:2] == (batch, count):
+        return [*value]
+    if value.ndim and value.shape[0] == batch * count:
+        return [*value.reshape(batch, count, *value.shape[1:])]
+    return [value] if batch == 1 and tap == "logits" and value.ndim == rank and len(value) <= count else None
+
+
+def columns(array: NDArray[Any], width: int) -> NDArray[Any]:
+    """Scores or probabilities, [H, T, S], with this many columns.
+
+    The unused part of a fixed cache is left out. Tokens that a cache of a window has dropped have zeros.
+    """
+    lacking = width - array.shape[2]
+    if lacking > 0:
+        return np.pad(array, ((0, 0), (0, 0), (lacking, 0)))
+    return array[:, :, :width]
+
+
+def extend(trace: Trace, runs: tuple[Run, ...], arrays: dict[str, NDArray[Any]]) -> None:
+    """Add runs to a trace in memory, which its owner may already hold."""
+    tensors: dict[str, Any] = trace.tensors
+    tensors.update({key: HeldTensor(key, array) for key, array in arrays.items()})
+    object.__setattr__(trace, "header", replace(trace.header, runs=(*trace.header.runs, *runs)))
+    trace.__dict__.pop("_by_run", None)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from refmoe.api.arguments import kind, writable_file
+from refmoe.errors import InputError
 from refmoe.files.atomic import replacing
 from refmoe.verifier.findings import CONFORMANT, Check, Explanation
 from refmoe.verifier.findings import Report as Findings
@@ -29,6 +32,8 @@ class Report:
     """
 
     def __init__(self, findings: Findings) -> None:
+        if not isinstance(findings, Findings):
+            raise InputError(f"Report: is made of {kind(findings)}, but refmoe.verify makes reports")
         self.findings = findings
 
     @property
@@ -76,12 +81,19 @@ class Report:
         return f"<refmoe.Report {self.findings.headline}>"
 
     def _repr_html_(self) -> str:
-        """The page in a frame of its own, so that its style does not change the notebook's."""
+        """The page in a frame of its own, so that its style does not change the notebook's.
+
+        Where the extra ``html`` is not installed, the text.
+        """
         from html import escape
 
+        try:
+            page = self._page()
+        except InputError:
+            return f"<pre>{escape(str(self))}</pre>"
         return (
             f'<iframe title="refmoe report" sandbox="allow-scripts" style="width:100%;height:40rem;border:0" '
-            f'srcdoc="{escape(self._page(), quote=True)}"></iframe>'
+            f'srcdoc="{escape(page, quote=True)}"></iframe>'
         )
 
     def _page(self) -> str:
@@ -96,15 +108,15 @@ class Report:
         values: dict[str, Any] = json.loads(to_json(self.findings))
         return values
 
-    def html(self, path: str | Path) -> None:
+    def html(self, path: str | os.PathLike[str]) -> None:
         """Write one page that needs no network. Raises InputError when it cannot be written."""
-        _write(Path(path), self._page())
+        _write(writable_file(path, "html"), self._page())
 
-    def junit(self, path: str | Path) -> None:
+    def junit(self, path: str | os.PathLike[str]) -> None:
         """Write JUnit XML. Raises InputError when it cannot be written."""
         from refmoe.report.junit import to_junit
 
-        _write(Path(path), to_junit(self.findings))
+        _write(writable_file(path, "junit"), to_junit(self.findings))
 
 
 def _write(path: Path, text: str) -> None:

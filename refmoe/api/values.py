@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from refmoe.api.arguments import kind, shown
 from refmoe.api.arrays import to_numpy
 from refmoe.errors import InputError
+from refmoe.files.safetensors_file import quoted
 from refmoe.spec.config import Config
 from refmoe.spec.taps import step_of, tap_names
-from refmoe.traces.held import held_trace
+from refmoe.traces.held import HeldTensor, held_trace
 from refmoe.traces.trace import Header, Run, Trace
 from refmoe.verifier.subject import shape_of
 
-KEY = re.compile(r"^(?:(?P<run>.+)/)?(?P<tap>[^/\[]+)(?:\[(?P<rows>[^\]]*)\])?$")
-ROWS = re.compile(r"^(-?\d{1,9})?(:)?(-?\d{1,9})?$", re.ASCII)
+KEY = re.compile(r"(?:(?P<run>.+)/)?(?P<tap>[^/\[]+)(?:\[(?P<rows>[^\]]*)\])?", re.DOTALL)
+TOKEN = re.compile(r"-?\d{1,9}", re.ASCII)
+TOKENS = re.compile(r"(-?\d{1,9})?:(-?\d{1,9})?", re.ASCII)
 BY_HEAD = ("attention.scores", "attention.probs")
 """Taps whose second axis is the token."""
+HEADS = ("attention.q", "attention.k", "attention.v", "attention.q_rope", "attention.k_rope", "attention.context")
+"""Taps with an axis of heads. An engine may have all heads of a token in one row."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """An array for some tokens of a run."""
+    """An array for the tokens [start, stop) of a run, in the shape of its tap."""
 
     run: str
     tap: str
@@ -37,37 +41,77 @@ class Part:
     array: NDArray[Any]
 
 
-def to_trace(values: Mapping[Any, Any], runs: tuple[Run, ...], config: Config, policy: str, model: str) -> Trace:
+@dataclass(frozen=True)
+class Key:
+    """A key of the values: the name of a run, a tap, and the tokens in brackets; the first and the last may be None."""
+
+    text: str
+    run: str | None
+    tap: str
+    rows: str | None
+
+    def refuse(self, found: str) -> InputError:
+        """The error about the array of this key."""
+        return InputError(f"values[{quoted(self.text)}]{found}")
+
+
+def to_trace(values: Mapping[Any, Any], runs: tuple[Run, ...], config: Config) -> Trace:
     """The trace of values in memory.
 
-    values: the name of a tap to its array. With several runs the key is ``run/tap`` or ``(run, tap)``.
-        ``logits[-1]`` and ``layers.0.residual[2:5]`` are arrays of some tokens only. Logits of shape [V] or [1, V] are
-        those of the last token.
+    values: the name of a tap to its array. With several runs the key is ``run/tap`` or ``(run, tap)``, or the values
+        of a run are a dictionary of their own. ``logits[-1]`` and ``layers.0.residual[2:5]`` are arrays of some tokens
+        only. Logits of shape [V] or [1, V] are those of the last token. Arrays of a batch are split into its sequences.
     runs: the calls that the engine made
     Raises InputError for an unknown run or tap, and for an array whose shape does not fit.
-
-    Where values are of some tokens only, a run is divided into runs of consecutive tokens. MODEL-4 says that a call
-    and its pieces compute the same function.
     """
-    if not values:
+    listed = [*_flat(values)]
+    if not listed:
         raise InputError("values: there are none, but at least one array was expected, such as values['logits']")
-    parts = [part_of(key, value, runs, config) for key, value in values.items()]
-    pieces, arrays = [], {}
+    parts = [part for text, value in listed for part in parts_of(text, value, runs, config)]
+    pieces, arrays = divided(runs, parts)
+    return held_trace(Header(pieces, producer={"name": "an engine"}), arrays, "values in memory")
+
+
+def _flat(values: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    """The keys as text, with the names of runs, and the arrays. Raises InputError for a key of another type."""
+    for key, value in values.items():
+        parts = key if isinstance(key, tuple) else (key,)
+        if not parts or not all(isinstance(part, str) for part in parts):
+            raise InputError(f"values: the key {shown(key)} is none of tap, run/tap, (run, tap) and tap[token]")
+        text = "/".join(parts)
+        if not isinstance(value, Mapping):
+            yield text, value
+            continue
+        for tap, each in value.items():
+            if not isinstance(tap, str):
+                raise InputError(f"values[{quoted(text)}]: the key {shown(tap)} is no text, but a tap was expected")
+            yield f"{text}/{tap}", each
+
+
+def divided(runs: Sequence[Run], parts: Sequence[Part]) -> tuple[tuple[Run, ...], dict[str, NDArray[Any]]]:
+    """The runs, divided where a part begins or ends, and the arrays of each piece as ``run/tap``.
+
+    MODEL-4 says that a call and its pieces compute the same function.
+    Raises InputError when two parts hold the same token of the same tap.
+    """
+    pieces: list[Run] = []
+    arrays: dict[str, NDArray[Any]] = {}
     for run in runs:
         mine = [part for part in parts if part.run == run.run]
         bounds = sorted({0, len(run.tokens), *(part.start for part in mine), *(part.stop for part in mine)})
         for start, stop in pairwise(bounds):
-            piece = run if len(bounds) == 2 else piece_of(run, start, stop)
+            piece = run if len(bounds) == 2 else _piece(run, start, stop)
             pieces.append(piece)
             for part in mine:
+                key = f"{piece.run}/{part.tap}"
                 if part.start <= start and stop <= part.stop:
-                    arrays[f"{piece.run}/{part.tap}"] = rows(part, start, stop, piece)
-    return held_trace(
-        Header(tuple(pieces), policy=policy, producer={"name": "values in memory"}), arrays, f"values for {model}"
-    )
+                    if key in arrays:
+                        raise InputError(f"values: {run.run}/{part.tap} of token {start} is there twice, expected once")
+                    arrays[key] = _rows(part, start, stop, piece)
+    return tuple(pieces), arrays
 
 
-def piece_of(run: Run, start: int, stop: int) -> Run:
+def _piece(run: Run, start: int, stop: int) -> Run:
     """Some consecutive tokens of a run, as a run of their own."""
     return replace(
         run, run=f"{run.run}[{start}:{stop}]", op=run.op if not start else "chunk", tokens=run.tokens[start:stop],
@@ -75,7 +119,7 @@ def piece_of(run: Run, start: int, stop: int) -> Run:
     )  # fmt: skip
 
 
-def rows(part: Part, start: int, stop: int, piece: Run) -> NDArray[Any]:
+def _rows(part: Part, start: int, stop: int, piece: Run) -> NDArray[Any]:
     """The rows of some tokens of a part."""
     first, last = start - part.start, stop - part.start
     if step_of(part.tap) in BY_HEAD:
@@ -83,95 +127,140 @@ def rows(part: Part, start: int, stop: int, piece: Run) -> NDArray[Any]:
     return np.ascontiguousarray(part.array[first:last])
 
 
-def part_of(key: Any, value: Any, runs: tuple[Run, ...], config: Config) -> Part:
-    """The part that a key and its value are. Raises InputError when they do not fit the runs."""
-    text = "/".join(key) if isinstance(key, tuple) else key
-    match = KEY.match(text) if isinstance(text, str) else None
-    if match is None:
-        raise InputError(f"values: the key {key!r} is none of tap, run/tap, (run, tap) and tap[token]")
-    run = named_run(match["run"], runs, text)
-    tap = match["tap"]
-    if tap not in {*tap_names(config)}:
-        raise InputError(f"values['{text}']: '{tap}' is no tap of this model, such as logits or layers.0.residual")
-    array = to_numpy(value, f"values['{text}']")
-    start, stop = token_range(match["rows"], len(run.tokens), text)
-    wanted = shape_of(tap, config, run)
-    if tap == "logits" and match["rows"] is None and len(run.tokens) > 1 and array.size == config.vocab:
-        start, array = len(run.tokens) - 1, array.reshape(1, -1)
-    if step_of(tap) in BY_HEAD:
-        wanted = (wanted[0], stop - start, wanted[2])
-    else:
-        wanted = (stop - start, *wanted[1:])
-        if array.ndim == len(wanted) + 1 and array.shape[0] == 1:
-            array = array[0]  # a batch of one
-        if array.shape == wanted[1:] and stop - start == 1:
-            array = array[None]
-    if array.shape != wanted:
-        raise InputError(
-            f"values['{text}'] has shape {list(array.shape)}, but {list(wanted)} was expected for {stop - start} tokens"
-        )
-    return Part(run.run, tap, start, stop, array)
+def parts_of(text: str, value: Any, runs: Sequence[Run], config: Config) -> list[Part]:
+    """The parts that a key and its array are: one, or for a batch one for each sequence.
 
-
-def named_run(name: str | None, runs: tuple[Run, ...], key: str) -> Run:
-    """The run of this name; without a name the only one. Raises InputError when it is not clear which."""
-    if name is None and len(runs) == 1:
-        return runs[0]
-    listed = ", ".join(run.run for run in runs[:8]) + (", ..." if len(runs) > 8 else "")
-    if name is None:
-        raise InputError(f"values['{key}']: there are several runs ({listed}), so 'run/{key}' was expected as the key")
-    for run in runs:
-        if run.run == name:
-            return run
-    raise InputError(f"values['{key}']: run '{name}' is unknown, expected one of {listed}")
-
-
-def token_range(text: str | None, count: int, key: str) -> tuple[int, int]:
-    """The tokens that ``[-1]`` or ``[2:5]`` names, of so many. Raises InputError when there are none."""
-    if text is None:
-        return 0, count
-    match = ROWS.match(text)
-    if match and (match[1] or match[2]):
-        first = int(match[1]) if match[1] else 0
-        last = (int(match[3]) if match[3] else count) if match[2] else (first + 1 or count)
-        start, stop, _ = slice(first, last).indices(count)
-        if start < stop:
-            return start, stop
-    raise InputError(f"values['{key}']: '[{text}]' names none of the {count} tokens; [-1] or [2:5] was expected")
-
-
-def read_values(path: Path) -> Mapping[str, Any] | None:
-    """The arrays of a ``.npz`` or ``.pt`` file; None for a file of another kind, which is a trace.
-
-    Neither is unpickled. Raises InputError when the file cannot be read that way.
+    Raises InputError when they do not fit the runs.
     """
-    if path.suffix == ".npz":
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                return {name: file[name] for name in file.files}
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{path}: not a readable .npz file without pickled objects: {error}") from None
-    if path.suffix in (".pt", ".pth"):
-        return flat(_weights_only(path), path)
-    return None
+    match = KEY.fullmatch(text)
+    if match is None:
+        raise InputError(f"values: the key {quoted(text)} is none of tap, run/tap, (run, tap) and tap[token]")
+    key = Key(text=text, run=match["run"], tap=match["tap"], rows=match["rows"])
+    targets = named_runs(key, runs)
+    if key.tap not in {*tap_names(config)}:
+        raise key.refuse(f": {quoted(key.tap)} is no tap of this model, such as logits or layers.0.residual")
+    array = to_numpy(value, f"values[{quoted(text)}]")
+    _refuse_dtype(key, array)
+    if len(targets) == 1:
+        return [_part(key, array, targets[0], config)]
+    counts = {(len(run.tokens), run.past) for run in targets}
+    if len(counts) > 1:
+        raise key.refuse(
+            f": the sequences have different lengths, so a key for each was expected, such as "
+            f"'{targets[0].run}/{key.tap}'"
+        )
+    rows = _sequences(key, array, targets, config)
+    return [_part(key, row, run, config) for row, run in zip(rows, targets, strict=True)]
 
 
-def _weights_only(path: Path) -> Any:
-    from refmoe.errors import require
-
-    torch: Any = require("torch", "engines", "reading a .pt file")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise InputError(f"{path}: torch cannot read it as tensors alone: {str(error).splitlines()[0]}") from None
+def _refuse_dtype(key: Key, array: NDArray[Any]) -> None:
+    """Raises InputError for integers where real numbers belong, and the reverse."""
+    wanted = "integers" if step_of(key.tap) == "router.experts" else "floating-point numbers"
+    if (array.dtype.kind == "i") != (wanted == "integers"):
+        raise key.refuse(f" has dtype {array.dtype}, but {wanted} were expected")
 
 
-def flat(content: Any, path: Path) -> dict[str, Any]:
-    """The tensors of a dictionary, or of a dictionary per run."""
-    if not isinstance(content, Mapping):
-        raise InputError(f"{path}: holds {type(content).__name__}, but a dictionary of tensors by tap was expected")
-    found: dict[str, Any] = {}
-    for name, value in content.items():
-        inner: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, Mapping) else [("", value)]
-        found |= {f"{name}/{tap}" if tap else str(name): each for tap, each in inner}
-    return found
+def named_runs(key: Key, runs: Sequence[Run]) -> list[Run]:
+    """The run that a key names, or the same call of several sequences. Raises InputError when it is not clear which."""
+    exact = [run for run in runs if run.run == key.run]
+    if exact:
+        return exact
+    calls = {re.sub(r"\.row\d+$", "", run.run) for run in runs}
+    if key.run in calls or (key.run is None and len(calls) == 1):
+        call = next(iter(calls)) if key.run is None else key.run
+        return [run for run in runs if re.sub(r"\.row\d+$", "", run.run) == call]
+    listed = ", ".join(run.run for run in runs[:8]) + (", ..." if len(runs) > 8 else "")
+    if key.run is None:
+        raise key.refuse(f": there are several runs ({listed}), so 'run/{key.tap}' was expected as the key")
+    raise key.refuse(f": run {quoted(key.run)} is unknown, expected one of {listed}")
+
+
+def _sequences(key: Key, array: NDArray[Any], targets: Sequence[Run], config: Config) -> list[NDArray[Any]]:
+    """The arrays of each sequence of a batch: [B, T, ...], [B, H, T, S], [B T, ...], or without T for one token."""
+    batch, count = len(targets), len(targets[0].tokens)
+    start, stop = token_range(key, count)
+    rank = len(shape_of(key.tap, config, targets[0]))
+    tokens = 1 if key.tap == "logits" and array.shape[:1] == (batch,) else stop - start
+    if array.ndim >= rank and array.shape[0] == batch and (array.ndim > rank or array.shape[1] == tokens):
+        return [*array]
+    if array.ndim and array.shape[0] == batch * tokens and step_of(key.tap) not in BY_HEAD:
+        return [*array.reshape(batch, tokens, *array.shape[1:])]
+    raise key.refuse(
+        f" has shape {list(array.shape)}, but {batch} sequences of {stop - start} tokens were expected, "
+        f"[{batch}, {stop - start}, ...]"
+    )
+
+
+def _part(key: Key, array: NDArray[Any], run: Run, config: Config) -> Part:
+    """The part of one run. Raises InputError for a shape that does not fit."""
+    count = len(run.tokens)
+    start, stop = token_range(key, count)
+    last_only = [(count - 1, count)] if key.tap == "logits" and key.rows is None else []
+    candidates = [array]
+    while candidates[-1].ndim > 1 and candidates[-1].shape[0] == 1:
+        candidates.append(candidates[-1][0])  # a batch of one
+    for tokens in ((start, stop), *last_only):
+        for each in candidates:
+            found = fitted(each, key.tap, run, tokens, config)
+            if found is not None:
+                return Part(run=run.run, tap=key.tap, start=tokens[0], stop=tokens[1], array=found)
+    wanted = [*_wanted(key.tap, run, (start, stop), config)]
+    raise key.refuse(f" has shape {[*array.shape]}, but {wanted} was expected for {stop - start} tokens")
+
+
+def _wanted(tap: str, run: Run, tokens: tuple[int, int], config: Config) -> tuple[int, ...]:
+    """The shape of a tap for the tokens [start, stop) of a run."""
+    shape, count = shape_of(tap, config, run), tokens[1] - tokens[0]
+    return (shape[0], count, shape[2]) if step_of(tap) in BY_HEAD else (count, *shape[1:])
+
+
+def fitted(
+    array: NDArray[Any], tap: str, run: Run, tokens: tuple[int, int], config: Config
+) -> NDArray[Any] | None:  # fmt: skip
+    """An array in the shape of its tap: with the axis of one token, and heads on an axis of their own. None: it cannot.
+
+    tokens: the tokens [start, stop) of the run that the array is of
+    """
+    wanted = _wanted(tap, run, tokens, config)
+    if array.shape == wanted:
+        return array
+    flat = (wanted[0], wanted[1] * wanted[2]) if step_of(tap) in HEADS else wanted
+    one = [wanted[1:], flat[1:]] if wanted[0] == 1 and step_of(tap) not in BY_HEAD else []
+    return array.reshape(wanted) if array.shape in (flat, *one) else None
+
+
+def fit_heads(trace: Trace, config: Config) -> None:
+    """Give arrays in memory that have all heads of a token in one row an axis of heads, where the sizes fit."""
+    for run in trace.runs:
+        for tap in trace.names(run.run):
+            tensor: Any = trace.tensors[f"{run.run}/{tap}"]
+            if isinstance(tensor, HeldTensor) and tap in {*tap_names(config)} and step_of(tap) in HEADS:
+                array = fitted(tensor.array, tap, run, (0, len(run.tokens)), config)
+                if array is not None:
+                    trace.tensors[f"{run.run}/{tap}"] = HeldTensor(tensor.name, array)  # type: ignore[assignment]
+
+
+def token_range(key: Key, count: int) -> tuple[int, int]:
+    """The tokens that ``[-1]`` or ``[2:5]`` names, of so many. Raises InputError when there are none."""
+    if key.rows is None:
+        return 0, count
+    if TOKEN.fullmatch(key.rows):
+        first = int(key.rows)
+        wanted = slice(first, first + 1 or count)
+    elif match := TOKENS.fullmatch(key.rows):
+        wanted = slice(int(match[1] or 0), int(match[2]) if match[2] else None)
+    else:
+        raise key.refuse(f": '[{key.rows}]' names no tokens, but one such as [-1] or some such as [2:5] were expected")
+    start, stop, _ = wanted.indices(count)
+    if start >= stop:
+        raise key.refuse(f": '[{key.rows}]' names none of the {count} tokens; [-1] or [2:5] was expected")
+    return start, stop
+
+
+def mapping(values: object) -> Mapping[Any, Any]:
+    """The values as a mapping. Raises InputError for another type."""
+    if isinstance(values, Mapping):
+        return values
+    raise InputError(
+        f"values: is {kind(values)}, but a dictionary of arrays, a Trace, or the path of a file was expected"
+    )

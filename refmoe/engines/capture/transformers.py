@@ -113,14 +113,28 @@ def hooks(model: Any, receive: Receive) -> Iterator[None]:
         yield
 
 
+ENDS = (":in", ":out", ":out0", ":out1", ":out2")
+"""The ends of names: the input of a module, its output, and the first, second and third of several outputs."""
+
+
 @contextmanager
 def module_hooks(model: Any, names: Mapping[str, str], record: Callable[[str, Any], None]) -> Iterator[None]:
     """While the context lasts, `record` gets inputs and outputs of modules, as tensors.
 
     names: modules to taps, in the notation of `refmoe.engines.capture.names`
+    A call raises InputError when a module gives one output where a name says several, or the reverse.
     """
 
+    def entering(tap: str, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        record(tap, args[0] if args else next(iter(kwargs.values()), None))
+
     def leaving(tap: str, at: int | None, _module: Any, _args: Any, out: Any) -> None:
+        several = isinstance(out, tuple | list)
+        if several == (at is None) or (at is not None and at >= len(out)):
+            found = f"{len(out)} outputs" if several else "one output"
+            raise InputError(
+                f"capture: the module of {tap} gives {found}, but ':out{'' if at is None else at}' names it"
+            )
         record(tap, out if at is None else out[at])
 
     with ExitStack() as stack:
@@ -129,24 +143,14 @@ def module_hooks(model: Any, names: Mapping[str, str], record: Callable[[str, An
             stack.callback(handle.remove)
 
         for name, module in model.named_modules():
-            entering = tap_of(names, f"{name}:in")
-            if entering:
-                add(module.register_forward_pre_hook(lambda _, args, tap=entering: record(tap, args[0])))
+            tap = tap_of(names, f"{name}:in")
+            if tap:
+                add(module.register_forward_pre_hook(partial(entering, tap), with_kwargs=True))
             for at in (None, 0, 1, 2):
                 tap = tap_of(names, f"{name}:out{'' if at is None else at}")
                 if tap:
                     add(module.register_forward_hook(partial(leaving, tap, at)))
         yield
-
-
-def by_row(tap: str, value: NDArray[Any], batch: int) -> list[NDArray[Any]]:
-    """The values of each row of a batch, each as a batch of one would give them.
-
-    value: [B, T, n] or [B, H, T, S]; of a router or experts [B T, ...]
-    """
-    if step_of(tap).startswith(("router.", "expert.")):
-        return [*value.reshape(batch, -1, *value.shape[1:])]
-    return [value[row : row + 1] for row in range(batch)]
 
 
 def shaped(tap: str, array: NDArray[Any], head_dim: int) -> NDArray[Any]:
@@ -184,14 +188,20 @@ def _rotated(layers: dict[int, str], model: Any, record: Callable[[str, Any], No
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         q, k = rotate(*args, **kwargs)
-        record(current[0] + "attention.q_rope", q.transpose(1, 2))
-        record(current[0] + "attention.k_rope", k.transpose(1, 2))
+        if current[0]:  # else a layer of another model calls
+            record(current[0] + "attention.q_rope", q.transpose(1, 2))
+            record(current[0] + "attention.k_rope", k.transpose(1, 2))
         return q, k
 
     def entering(module: Any, _args: Any, _kwargs: Any) -> None:
         current[0] = layers[id(module)]
 
-    handles = [layer.self_attn.register_forward_pre_hook(entering, with_kwargs=True) for layer in model.model.layers]
+    def leaving(_module: Any, _args: Any, _out: Any) -> None:
+        current[0] = ""
+
+    attention = [layer.self_attn for layer in model.model.layers]
+    handles = [module.register_forward_pre_hook(entering, with_kwargs=True) for module in attention]
+    handles += [module.register_forward_hook(leaving, always_call=True) for module in attention]
     try:
         with replaced(modeling_mixtral, "apply_rotary_pos_emb", wrapped):
             yield
@@ -227,8 +237,10 @@ def _expert_internals(experts: Any, prefix: str, receive: Receive) -> Iterator[N
         watch.calls.clear()
         watch.__enter__()
 
-    def leaving(_module: Any, args: Any, _out: Any) -> None:
+    def leaving(_module: Any, args: Any, out: Any) -> None:
         watch.__exit__(None, None, None)
+        if out is None:
+            return  # the call has failed
         chosen = args[1].cpu().numpy()  # [T, k]
         used = np.unique(chosen)
         if len(watch.calls) != 2 * len(used):
@@ -247,7 +259,7 @@ def _expert_internals(experts: Any, prefix: str, receive: Receive) -> Iterator[N
 
     handles = [
         experts.register_forward_pre_hook(entering),
-        experts.register_forward_hook(leaving),
+        experts.register_forward_hook(leaving, always_call=True),  # a mode that stays on would outlive the context
     ]
     try:
         yield
