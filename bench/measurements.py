@@ -12,6 +12,7 @@ import argparse
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,13 +97,16 @@ def known_bugs() -> str:
     ]
     return f"""## Known bugs that the cases catch
 
-The catalogue has {len(MUTANTS)} bugs that implementations really had. A forward pass can show {found.mutants} of them. Each of these is run on
+The catalogue has {len(MUTANTS)} bugs that implementations really had.
+A forward pass can show {found.mutants} of them. Each of these is run on
 every case in three dtypes, and judged as if it were somebody's engine (`refmoe mutants matrix`,
-[`golden/matrix.json`](../golden/matrix.json)). The specification itself runs beside them, with {_no(len(found.false_alarms))} failures.
+[`golden/matrix.json`](../golden/matrix.json)). The specification itself runs beside them,
+with {_no(len(found.false_alarms))} failures.
 
 {table(("dtype", "caught", "hidden by the dtype itself"), rows)}
 
-The other {found.outside} are bugs of tokenizers, samplers and losses. The vectors catch {found.outside - len(found.outside_alive)} of them."""
+The other {found.outside} are bugs of tokenizers, samplers and losses. The vectors catch
+{found.outside - len(found.outside_alive)} of them."""
 
 
 def _no(number: int) -> str:
@@ -168,8 +172,9 @@ def faults() -> str:
         rows.append((fault, *("-" if one is None else _fault(one) for one in cells)))
     return f"""## Faults that the verifier sees
 
-One product of {LONGEST} terms, as in an expert of 8x7B. Each cell has the share of outputs that `numpy.allclose` accepts
-(`rtol` and `atol` {found["tolerance"]}), the share outside the proven radius, and the largest distance in standard deviations.
+One product of {LONGEST} terms, as in an expert of 8x7B. Each cell has the share of outputs that
+`numpy.allclose` accepts (`rtol` and `atol` {found["tolerance"]}), the share outside the proven radius,
+and the largest distance in standard deviations.
 A distance of {found["limit"]:.1f} is the limit. A healthy engine exceeds it once in a million verifications.
 Command: `python -m bench.enclosures --json bench/results/enclosures.json`; file: {link("enclosures.json")}.
 
@@ -250,14 +255,17 @@ def full_size() -> str:
     whole = found["whole"]
     return f"""## Full size
 
-Two layers of 8x7B with embedding and head, a checkpoint of three shards in bfloat16 on disk, on two cores. The disk sets
+Two layers of 8x7B with embedding and head, a checkpoint of three shards in bfloat16 on disk, on two cores.
+The disk sets
 the time of the first rows. The share of matrix products is that of a run whose files are in memory. Commands:
 `python -m bench.full_size --folder DIR --json bench/results/full_size.json`, and again with `--tokens 256`; file:
 {link("full_size.json")}.
 
 {table(("computation", "peak GiB", "stated GiB", "read / needed", "in matrix products", "time"), rows)}
 
-`refmoe suite check golden/{whole["case"]}` recomputes all layers of 8x7B, every bit: {whole["seconds"] / 60:.0f} minutes on {whole["cores"]} cores, {whole["peak_of_a_process_gib"]:.1f} GiB
+`refmoe suite check golden/{whole["case"]}` recomputes all layers of 8x7B, every bit:
+{whole["seconds"] / 60:.0f} minutes on {whole["cores"]} cores,
+{whole["peak_of_a_process_gib"]:.1f} GiB
 in the largest process."""
 
 
@@ -275,18 +283,22 @@ def peers() -> str:
     prefill, decode = (float32["middle"][phase]["refmoe mkl"]["speed_against_best"] for phase in ("prefill", "decode"))
     return f"""## Speed beside other engines
 
-The time of other engines over that of refmoe: float32, the same CPU, the same weights, two threads, in turns in one run.
-The prefill has {found["prefill"]} tokens, and the first one is not counted: weights are packed when they come again. Command:
+The time of other engines over that of refmoe: float32, the same CPU, the same weights, two threads, in turns in one
+run. The prefill has {found["prefill"]} tokens, and the first one is not counted:
+weights are packed when they come again. Command:
 `python -m bench.peers --layer-rounds 3 --llama-python VENV/bin/python --json bench/results/peers.json`; file:
 {link("peers.json")}. The machine was shared: a ratio changes by a tenth from run to run.
 
 {table(head, rows)}
 
-The goal is {found["middle"]["prefill"]["goal"]} times the best of the others in prefill, and {found["middle"]["decode"]["goal"]} times in decode. With oneMKL (extra `mkl`) {reached["refmoe mkl"]} of {len(rows) // 2}
-rows reach it, with NumPy {reached["refmoe numpy"]}. oneMKL reads a weight stored in bfloat16 as it is where the processor multiplies such
+The goal is {found["middle"]["prefill"]["goal"]} times the best of the others in prefill, and
+{found["middle"]["decode"]["goal"]} times in decode. With oneMKL (extra `mkl`) 
+{reached["refmoe mkl"]} of {len(rows) // 2} rows reach it, with NumPy {reached["refmoe numpy"]}.
+oneMKL reads a weight stored in bfloat16 as it is where the processor multiplies such
 matrices (AMX). A float32 activation is the exact sum of three bfloat16 values, so the sums are those of float32. The
 other engines hold the same weights in float32. Where refmoe holds them in float32 as well
-(`--only middle --stored float32`, {link("peers_float32.json")}), the best of the others takes {prefill:.2f} times its time in
+(`--only middle --stored float32`, {link("peers_float32.json")}), the best of the others
+takes {prefill:.2f} times its time in
 prefill and {decode:.2f} in decode. No processor without AMX was tried."""
 
 
@@ -307,7 +319,8 @@ def weight_formula() -> str:
     found = results("weight_formula")
     return f"""## The weight formula
 
-Weights from the formula: {found["million_elements_per_second"]:.0f} million elements a second. NumPy's PCG64 makes {found["pcg64_million_integers_per_second"]:.0f} million integers.
+Weights from the formula: {found["million_elements_per_second"]:.0f} million elements a second.
+NumPy's PCG64 makes {found["pcg64_million_integers_per_second"]:.0f} million integers.
 Command: `python bench/weight_formula.py`; file: {link("weight_formula.json")}."""
 
 
@@ -315,6 +328,16 @@ SECTIONS = (
     goldens, known_bugs, diagnosis, engines, faults, verify_cost, invariance, exact_cost, full_size, peers, elementary,
     weight_formula,
 )  # fmt: skip
+
+
+def wrapped(text: str) -> str:
+    """Paragraphs in lines of at most 120 characters; tables, lists and titles as they are."""
+    return "\n\n".join(
+        part
+        if part[0] in "|#-<"
+        else textwrap.fill(" ".join(part.split()), 120, break_long_words=False, break_on_hyphens=False)
+        for part in text.split("\n\n")
+    )
 
 
 def page() -> str:
@@ -325,7 +348,7 @@ def page() -> str:
 
 `python -m bench.measurements` writes this page from the files that it links to. A test fails when it is not current.
 No benchmark ran on a GPU yet."""
-    return "\n\n".join([head, *(section() for section in SECTIONS)]) + "\n"
+    return wrapped("\n\n".join([head, *(section() for section in SECTIONS)])) + "\n"
 
 
 # ---- the blocks of README.md
@@ -345,13 +368,13 @@ def allclose() -> str:
 
 
 def counts() -> str:
-    """A sentence with the size of the suite."""
+    """A paragraph with the size of the suite."""
     found, named = summary(), results("diagnosis")
-    return (
-        f"{len(find_cases(GOLDEN))} golden cases catch {found.killed['float32']} of {found.mutants} known bugs in float32, "
-        f"and the report names {named['named_first']} of {named['engines_with_a_known_bug']} bugs planted in\n"
-        f"`transformers` and no healthy engine's ({named['healthy_given_a_name']} of {named['healthy']}): "
-        "[all measurements](docs/measurements.md)."
+    return wrapped(
+        f"{len(find_cases(GOLDEN))} golden cases catch {found.killed['float32']} of {found.mutants} known bugs in "
+        f"float32. The report names {named['named_first']} of {named['engines_with_a_known_bug']} bugs planted in "
+        f"`transformers`, and a bug in {named['healthy_given_a_name']} of {named['healthy']} healthy engines. "
+        "[All measurements](docs/measurements.md) come with their commands."
     )
 
 

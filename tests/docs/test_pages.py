@@ -1,0 +1,100 @@
+"""Every page is true: its commands run, in order, and print what it shows; every block of code on it is run."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.tour import BLOCK, ROOT, clone, files, run_tour, steps
+
+IN_A_CLONE = ("README.md", "docs/engine-in-c.md", "docs/ci.md", "docs/audit.md")
+"""Pages that begin in a clone of the repository. The others begin in an empty folder."""
+OTHERS = ("docs/routers.md", "docs/router-contract.md")
+"""Pages that tests/routers runs."""
+PAGES = [
+    str(path.relative_to(ROOT))
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    if steps(path.read_text(encoding="utf-8"))
+]
+NEEDS = {
+    "docs/pytorch.md": ["torch", "transformers"],
+    "docs/engine-in-c.md": ["cc"],
+    "docs/audit.md": ["flint"],
+}
+SHOWN = {
+    "README.md": ("main", "tests"),
+    "docs/install.md": None,
+    "docs/pytorch.md": None,
+    "CONTRIBUTING.md": None,
+    "docs/router-contract.md": None,
+}
+"""Pages with commands that a test does not run, since they install something or run the tests themselves."""
+
+
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def missing(page: str) -> list[str]:
+    """The programs and modules that a page needs and this machine lacks."""
+    return [
+        name
+        for name in NEEDS.get(page, [])
+        if not (shutil.which(name) if name == "cc" else importlib.util.find_spec(name))
+    ]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in OTHERS])
+def test_the_page_runs_and_prints_what_it_shows(page: str, tmp_path: Path) -> None:
+    if absent := missing(page):
+        pytest.skip(f"{page} needs {' and '.join(absent)}")
+    if page in IN_A_CLONE:
+        clone(tmp_path)
+    run_tour(text_of(page), tmp_path)
+
+
+def test_no_command_is_left_out() -> None:
+    """A block of shell is a console block, which is run, or it is one that installs or tests."""
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        page = str(path.relative_to(ROOT))
+        for mark, _, language, block in BLOCK.findall(path.read_text(encoding="utf-8")):
+            if language == "bash":
+                assert page in SHOWN, page
+                assert SHOWN[page] is None or mark in SHOWN[page], page
+            elif language == "python" and page not in OTHERS:
+                assert mark == "file" or ">>> " in block, (page, block)
+
+
+def test_the_two_engines_of_the_pages_are_small() -> None:
+    lengths = {
+        page: len(files(text_of(page))["my_engine.py"].splitlines())
+        for page in PAGES
+        if "my_engine.py" in files(text_of(page))
+    }
+    assert lengths.keys() == {"docs/quickstart.md", "docs/adapters.md"}
+    said = re.search(r"(\d+) lines, and one of them is wrong", text_of("docs/quickstart.md"))
+    assert said is None or int(said[1]) == lengths["docs/quickstart.md"]
+    assert max(lengths.values()) < 80
+
+
+def test_every_extra_is_on_the_page_about_installing() -> None:
+    import tomllib
+
+    extras = tomllib.loads(text_of("pyproject.toml"))["project"]["optional-dependencies"]
+    told = {
+        name
+        for row in re.findall(r"^\| (`.*?) \|", text_of("docs/install.md"), re.MULTILINE)
+        for name in re.findall(r"`([\w-]+)`", row)
+    }
+    assert told == {*extras}
+
+
+def test_functions_that_a_page_names_are_in_the_c_example() -> None:
+    source = text_of("examples/mixtral.c")
+    for cell in re.findall(r"^\|[^|]*\|[^|]*\|([^|]*)\|$", text_of("docs/engine-in-c.md"), re.MULTILINE):
+        for name in re.findall(r"`(\w+)`", cell):
+            assert re.search(rf"\b{name}\(", source), name
