@@ -10,7 +10,7 @@ from refmoe.report.summary import excess_share, in_order
 from refmoe.report.wording import number, visible
 from refmoe.verifier.findings import FAIL, Check, Element, Report
 
-COLUMN, TOP, HEIGHT, LEFT, FOOT = 44, 48, 300, 84, 140
+COLUMN, TOP, HEIGHT, LEFT, FOOT = 42, 48, 300, 84, 140
 AXIS = "multiples of the limit"
 GRID = 2
 """The grid, in pixels, that marks are moved to. It is finer than a mark; of marks on one point, one is drawn."""

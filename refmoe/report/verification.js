@@ -30,6 +30,7 @@
     let words = `${data.taps[index]}, run ${data.runs[run]}: ${verdict(level)}.`;
     if (level !== "none") {
       if (error === "legal") words += " Largest error within what is allowed.";
+      else if (error === "inf") words += " Largest error infinite.";
       else if (error !== "-") words += ` Largest error ${error} times what is allowed.`;
       if (limit !== "-" && limit !== "0" && excess !== "-") {
         words += ` Excess ${excess} standard deviations, improbable above ${limit}.`;

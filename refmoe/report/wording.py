@@ -100,13 +100,16 @@ def lead(report: Report) -> str:
     check = report.check(run, tap)
     unseen = check is not None and check.rung != LOCAL
     step = f"{tap}, or a step before it that is not in the trace," if unseen else tap
-    return visible(f"{step} is wrong in run {run}: {_value(report, check, run, tap)}")
+    value = _value(report, check, run, tap)
+    return visible(f"{step} is wrong in run {run}" + (f": {value}" if value else ""))
 
 
 def _value(report: Report, check: Check | None, run: str, tap: str) -> str:
-    """The worst value of a step in words: ``the rotated query of token 2, head 0``."""
+    """The worst value of a step in words: ``the rotated query of token 2, head 0``. Empty for an unknown step."""
     step = step_of(tap)
-    noun = NOUNS.get(step, "a value")
+    if step not in NOUNS:
+        return ""
+    noun = NOUNS[step]
     choices = wrong_choices(report, run, tap)
     if choices:
         return f"{noun} of token {choices[0].token}"
@@ -150,6 +153,8 @@ def error_text(error: float) -> str:
     """
     if math.isnan(error):
         return "-"
+    if math.isinf(error):
+        return "infinite"
     return "legal" if error <= 1 else f"{_above_one(error)}x"
 
 
@@ -157,6 +162,8 @@ def error_words(error: float) -> str:
     """The largest error of a check, in a sentence."""
     if math.isnan(error):
         return "not known"
+    if math.isinf(error):
+        return "infinite"
     return "within what is allowed" if error <= 1 else f"{_above_one(error)} times what is allowed"
 
 

@@ -94,6 +94,25 @@ def test_a_telephone_shows_it_without_scrolling_sideways(browser: Chromium, file
         page.close()
 
 
+@pytest.mark.parametrize("name", ["failing", "conformant"])
+def test_at_a_desk_no_table_needs_scrolling_sideways(browser: Chromium, files: dict[str, Path], name: str) -> None:
+    page = browser.open(files[name], 1300)
+    try:
+        page.evaluate('document.querySelectorAll("details").forEach((d) => { d.open = true; })')
+        wide = """Array.from(document.querySelectorAll(".scroll")).filter((e) => e.scrollWidth > e.clientWidth)
+          .map((e) => e.ariaLabel)"""
+        assert page.evaluate(wide) == []
+    finally:
+        page.close()
+
+
+def test_a_term_leads_to_its_definition(page: Page) -> None:
+    page.evaluate('document.querySelector("a.term").click()')
+    place = 'document.querySelector(":target").getBoundingClientRect()'
+    assert 0 <= page.evaluate(f"{place}.top") < page.evaluate("innerHeight")
+    assert len(page.requests()) == 1
+
+
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("name", ["failing", "hostile", "undecidable"])
 def test_text_stands_out_from_its_background(browser: Chromium, files: dict[str, Path], name: str, dark: bool) -> None:

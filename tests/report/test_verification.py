@@ -88,6 +88,20 @@ def test_names_cannot_command_the_terminal() -> None:
         text.encode()
 
 
+@pytest.mark.parametrize("name", ["failing", "conformant", "undecidable"])
+@pytest.mark.parametrize("width", [80, 160])
+def test_a_terminal_gets_whole_words_and_a_pipe_whole_lines(name: str, width: int) -> None:
+    report = SAMPLES[name]()
+    plain = [line.rstrip() for line in printed(report, width).splitlines()]
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None, highlight=False)
+    print_report(report, console)
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    assert max(map(len, shown.splitlines())) <= width
+    assert shown.split() == " ".join(plain).split()
+    assert any(line.startswith("judged: ") and report.trace in line and report.subject in line for line in plain)
+
+
 def test_nothing_checked_and_nothing_judged_are_said() -> None:
     assert printed(empty()).startswith("CANNOT JUDGE\n")
     assert "no step was checked\n" in printed(empty())

@@ -118,7 +118,7 @@ def test_only_a_web_address_becomes_a_link(source: str, expected: bool) -> None:
 
 def test_an_error_is_a_number_only_beyond_what_is_allowed() -> None:
     assert [error_text(x) for x in (0.0, 0.97, 1.0, 1.001, 150.2, inf, nan)] == [
-        "legal", "legal", "legal", "1.01x", "150x", "infx", "-",
+        "legal", "legal", "legal", "1.01x", "150x", "infinite", "-",
     ]  # fmt: skip
 
 
