@@ -1,6 +1,19 @@
 // Shows one run in the heat map and a cell's findings in words. The page is complete without it: the map then shows all
 // runs, and each cell has its words as a title.
 "use strict";
+// In a notebook the page is the document of a frame, where "#..." would be an address of the notebook itself.
+(() => {
+  if (location.protocol !== "about:") return;
+  document.addEventListener("click", (event) => {
+    const link = event.target.closest('a[href^="#"]');
+    const place = link && document.getElementById(link.getAttribute("href").slice(1));
+    if (!place) return;
+    event.preventDefault();
+    place.tabIndex = -1;
+    place.focus();
+    place.scrollIntoView();
+  });
+})();
 (() => {
   const holder = document.getElementById("heat-data");
   if (!holder) return;

@@ -103,10 +103,9 @@ def test_a_terminal_gets_whole_words_and_a_pipe_whole_lines(name: str, width: in
 
 
 def test_nothing_checked_and_nothing_judged_are_said() -> None:
-    assert printed(empty()).startswith("CANNOT JUDGE\n")
-    assert "no step was checked\n" in printed(empty())
-    assert "routing: no decision could be judged\n" in printed(empty())
-    assert "4 not in the trace" in printed(undecidable())
+    assert printed(empty()).startswith(f"CANNOT JUDGE\n      {empty().headline}\n")
+    assert not [line for line in printed(empty()).splitlines() if line.startswith("step ")]
+    assert [line for line in printed(undecidable()).splitlines() if line.startswith("routing: ") and "4 not" in line]
 
 
 @pytest.mark.parametrize("name", SAMPLES)
