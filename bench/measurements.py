@@ -263,7 +263,7 @@ the time of the first rows. The share of matrix products is that of a run whose 
 
 {table(("computation", "peak GiB", "stated GiB", "read / needed", "in matrix products", "time"), rows)}
 
-`refmoe suite check golden/{whole["case"]}` recomputes all layers of 8x7B, every bit:
+`refmoe suite check {whole["case"]}` recomputes all layers of 8x7B, every bit:
 {whole["seconds"] / 60:.0f} minutes on {whole["cores"]} cores,
 {whole["peak_of_a_process_gib"]:.1f} GiB
 in the largest process."""

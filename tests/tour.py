@@ -96,6 +96,7 @@ def run_tour(text: str, folder: Path, told: bool = False) -> None:
     environment = {
         **os.environ,
         "PATH": os.pathsep.join([str(_programs(folder)), os.environ["PATH"]]),
+        "PYTHONPATH": str(ROOT),  # the commands of this tree, also where another one is installed
         "COLUMNS": "100",
     }
     for name, content in files(text).items():
@@ -199,7 +200,6 @@ def clone(folder: Path) -> None:
 
 
 def main() -> None:
-    os.environ.setdefault("PYTHONPATH", str(ROOT))
     for page in sys.argv[1:]:
         with tempfile.TemporaryDirectory() as folder:
             clone(Path(folder))
