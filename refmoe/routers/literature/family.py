@@ -1,4 +1,4 @@
-"""The routers by name, with the settings of their papers, for `refmoe route`."""
+"""The routers by name, with the settings of their papers, for `refmoe router show`."""
 
 from __future__ import annotations
 

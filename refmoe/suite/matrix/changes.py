@@ -17,7 +17,7 @@ from refmoe.suite.matrix.file import Matrix, to_matrix
 from refmoe.suite.matrix.outcomes import POLICIES, SPECIFICATION, Outcome, Work, runnable
 from refmoe.suite.matrix.surroundings import Outside, outside
 
-RENEW = "refmoe mutants matrix --changed"
+RENEW = "refmoe mutants matrix --changed --golden golden"
 """The command that makes the recorded matrix current."""
 
 
