@@ -137,7 +137,7 @@ def _key_line(y: float, marks: tuple[Shape, ...], words: str) -> Iterator[Shape]
         if isinstance(mark, Box):
             yield replace(mark, x=mark.x + 8, y=mark.y + y)
         elif isinstance(mark, Line):
-            yield Line(mark.x1 + 8, mark.y1 + y, mark.x2 + 8, mark.y2 + y, mark.color)
+            yield replace(mark, x1=mark.x1 + 8, y1=mark.y1 + y, x2=mark.x2 + 8, y2=mark.y2 + y)
     yield Label(LEFT, y + 10, words)
 
 
