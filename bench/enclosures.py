@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How tight the enclosure of a matrix product is, and which faults of an accumulator it detects.
 
 One row of n values is multiplied by n x 384 weights. Legal sums come in many orders, trees, blockings and, where the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The cost of a run at full size: memory against the estimate, time, and bytes read from disk against bytes needed.
 
 The model has two layers of the shape of Mixtral 8x7B, the embedding and the head. It is a checkpoint in bfloat16 of

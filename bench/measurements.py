@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """All measurements on one page, from the files that the benchmarks wrote.
 
     python -m bench.measurements            # writes docs/measurements.md and the measured blocks of README.md

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The site of the documents: ``python -m sphinx -W -n -c docs . build/site``, with the extra ``docs``.
 
 The source folder is the repository, so a relative link works on the site as it does in the repository.

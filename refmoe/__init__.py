@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """refmoe: check whether an implementation of Mixtral is right, and if it is not, learn which step is wrong and why.
 
 Start here:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The one exception for a user's mistake.
 
 All code that reads a checkpoint, a trace, a case or an option raises `InputError` when the input cannot be used. Its

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Assertions for tests of engines, and a fixture over the cases.
 
 >>> import refmoe

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``refmoe suite audit``: every clause of this repository is proven, and a clause that is not is reported.
 
 The clauses of these tests are made up: what a test of the audit names must not count as proof of anything.

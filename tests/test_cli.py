@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line as its users meet it: status, output, and one sentence for every mistake."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``refmoe suite``: ``emit``, ``check`` and ``certify`` over a whole golden folder."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The published schemas accept and refuse the same files as the reader, as far as a schema can."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The layout of the package, read from its own source: imports run downwards, and nothing is built by position."""
 
 from __future__ import annotations

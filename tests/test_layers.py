@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line is a layer over the API: a program can do all that a command does."""
 
 from __future__ import annotations

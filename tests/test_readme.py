@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """README.md fits a screen or two, its two commands work, and CI runs the second of them."""
 
 from __future__ import annotations

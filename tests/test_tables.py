@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tables of commands: whole lines in a pipe, and no line longer than the terminal."""
 
 from __future__ import annotations

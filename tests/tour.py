@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Documents whose commands are run: the commands and the Python sessions of a page, in order, in a folder of its own.
 
 python -m tests.tour docs/quickstart.md      # prints each command of a page with all that it prints now

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks of arguments, at the moment that they are passed: paths, token ids, numbers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Arrays of other libraries as NumPy arrays, with their dtype and without a copy where that is possible."""
 
 from __future__ import annotations

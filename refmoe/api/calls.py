@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The calls of a live PyTorch module: their tokens, and the sequences that they continue."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Record a live PyTorch module: forward hooks while a context lasts."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Conformance: run an engine on the golden cases and judge each; put the results of several side by side."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Values in files: ``.npz``, ``.pt``, and safetensors with or without the header of a trace. Nothing is unpickled."""
 
 from __future__ import annotations

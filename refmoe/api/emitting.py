@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Traces written to a file: of a checkpoint of any size, or of a case."""
 
 from __future__ import annotations

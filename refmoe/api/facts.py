@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Facts that follow from a configuration, a checkpoint or a case: sizes, memory, and the reason for the case."""
 
 from __future__ import annotations

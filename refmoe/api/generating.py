@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Generation: continue a prompt with a checkpoint."""
 
 from __future__ import annotations

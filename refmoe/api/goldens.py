@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The golden folder: check it, certify it, emit it, audit it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Verification of an engine's values against a model."""
 
 from __future__ import annotations

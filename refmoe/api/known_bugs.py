@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The catalogue of known bugs, and the matrix that proves the suite can fail."""
 
 from __future__ import annotations

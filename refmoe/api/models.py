@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models: loaded from a checkpoint, a case or the weight formula, and run."""
 
 from __future__ import annotations

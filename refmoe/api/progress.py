@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Progress of long work: the type of a function that opens a bar, and the one that shows nothing."""
 
 from __future__ import annotations

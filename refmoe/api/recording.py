@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Traces of transformers, from a checkpoint or a case; and checkpoints of cases, for any other engine."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The result of a verification, as a person and a program read it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Routers: what one of the literature does with tokens, and whether one of your own keeps the laws of routing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Values of an engine, as its author has them, put into a trace."""
 
 from __future__ import annotations

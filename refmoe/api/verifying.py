@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Verification of a file: a trace, or the arrays of a ``.npz`` or ``.pt`` file, held against a case or a checkpoint."""
 
 from __future__ import annotations

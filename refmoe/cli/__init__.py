@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line: a thin layer over `refmoe.api`. No other room imports it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``refmoe capture``: run a checkpoint or a case in transformers, and record its values."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``refmoe cases``: the golden cases, and one of them in full."""
 
 from __future__ import annotations

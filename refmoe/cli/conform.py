@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``refmoe conform``: run an engine on the golden cases and judge each."""
 
 from __future__ import annotations

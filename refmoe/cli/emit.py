@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``refmoe emit``: the values of a checkpoint or a case, at every step of the model."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``refmoe generate``: stream text from a checkpoint."""
 
 from __future__ import annotations

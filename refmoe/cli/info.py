@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``refmoe info``: the configuration, parameters and memory of a checkpoint, a case or a published size."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``refmoe materialise``: the model of a case as an ordinary checkpoint."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``refmoe mutants``: the catalogue of known bugs, and the matrix that proves the suite can fail."""
 
 from __future__ import annotations

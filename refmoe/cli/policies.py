@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``refmoe policies``: the numeric policies, and the fields in which they differ."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``refmoe router``: show what a router does with tokens, and check any router by the laws of routing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A group of commands whose help lists them in sections, by who asks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``refmoe suite``: check, certify, audit and emit the golden cases."""
 
 from __future__ import annotations

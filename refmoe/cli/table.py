@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tables of commands: a row is a line. A terminal cuts long cells, or wraps them; a pipe gets whole lines."""
 
 from __future__ import annotations

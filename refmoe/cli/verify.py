@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``refmoe verify``: judge values by a policy and find the first wrong step, or print distances from a reference."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A check that a file can be written, before hours of work rather than after them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Emit a trace of a checkpoint of any size: estimate it, compute it layer by layer, write it."""
 
 from __future__ import annotations

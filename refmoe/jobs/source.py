@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The origin of a model, a record small enough to send to another process, which then loads the weights itself."""
 
 from __future__ import annotations

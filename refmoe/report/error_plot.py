@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plots of a verification as SVG text: all checks against their limits, and a value against its legal interval."""
 
 from __future__ import annotations

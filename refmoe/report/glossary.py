@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The terms that a report uses, each with a short definition. docs/glossary.md has them in the same words."""
 
 from __future__ import annotations

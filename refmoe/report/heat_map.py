@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The heat map of a verification: a row per step, a column per layer. A cell shows one run, or all runs together."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Self-contained HTML pages: style and script are inside, and no name from a file can act as markup or code."""
 
 from __future__ import annotations

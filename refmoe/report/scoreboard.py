@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scoreboard as one HTML page that needs no network and no other file, and can be read without script."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The results of an engine, and the scoreboard, on a terminal."""
 
 from __future__ import annotations

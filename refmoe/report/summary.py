@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Counts of the findings: by step, by run, and over all routing decisions."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The console of a report: a terminal has its own width, a pipe gets room for the whole table and whole lines."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Shows one run in the heat map and a cell's findings in words. The page is complete without it: the map then shows all
 // runs, and each cell has its words as a title.
 "use strict";

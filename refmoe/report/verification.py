@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A verification as text on a terminal: what is wrong, the known bug that explains it, and then the numbers."""
 
 from __future__ import annotations

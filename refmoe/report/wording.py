@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The words that all forms of a report share, so that no two forms say different things."""
 
 from __future__ import annotations

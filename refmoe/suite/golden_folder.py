@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The folder of golden cases: inside the package, or in a clone of the repository."""
 
 from __future__ import annotations

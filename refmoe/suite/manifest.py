@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Manifests: the digests of all files of a case, or of the golden folder around the cases.
 
 A manifest also holds its own digest, so that no bit of it can change unseen. It names the file of the case's values by

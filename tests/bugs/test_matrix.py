@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The matrix: how it is computed, what it says in short, and its file."""
 
 from __future__ import annotations

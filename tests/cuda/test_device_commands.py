@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``--device cuda`` of every command: one sentence without a GPU, and over a stand-in for CuPy the CPU's results."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """docs/measurements.md and the measured blocks of README.md are those that the files of results give."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every page is true: its commands run, in order, and print what it shows; every block of code on it is run."""
 
 from __future__ import annotations

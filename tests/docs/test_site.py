@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The site builds without a warning, and every relative link and every anchor of a page exists."""
 
 from __future__ import annotations

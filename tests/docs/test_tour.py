@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The machinery that runs pages fails when a page is wrong."""
 
 from __future__ import annotations

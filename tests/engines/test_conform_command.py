@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``refmoe conform``: harnesses, adapters, other environments, known failures, files."""
 
 from __future__ import annotations

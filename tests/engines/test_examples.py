@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The two example engines conform, and bugs planted in them are named. tests/docs runs the pages about them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An adapter's name: a shipped one, a module, a file; and the error for any other name."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``refmoe conform --keep``: the arrays of an engine are kept as traces that the other commands read."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Harnesses to begin with: they run unchanged, obey the protocol, and show how a tap is written."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`refmoe emit --checkpoint`: cut by layers, resumed, estimated; a mistake is one sentence."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cases of full size: recomputed only when named, else reported as skipped; resumed after a stop."""
 
 from __future__ import annotations

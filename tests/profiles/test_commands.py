@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`refmoe policies` and `refmoe emit --policy` as their users meet them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reports made by hand, which together have every kind of finding that a report can show."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The HTML page as text: one small file that needs nothing else, and in which no name acts as code."""
 
 from __future__ import annotations

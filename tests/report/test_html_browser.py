@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The HTML page in a browser: at the width of a telephone, in both colour schemes, with and without script."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The page of the matrix, as text and in a browser: on a telephone's width, in both colour schemes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The page of the scoreboard in a browser, with the results of all engines that the repository has."""
 
 from __future__ import annotations

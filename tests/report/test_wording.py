@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The words that all reports share: exact about proofs, and harmless for any name of a tap."""
 
 from __future__ import annotations

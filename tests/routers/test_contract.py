@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The contract can fail: every mutant is killed, every law has a mutant of its own, and correct routers pass."""
 
 from __future__ import annotations

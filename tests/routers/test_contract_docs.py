@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """docs/router-contract.md is true: its files are written, its commands run, and their output compared."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The contract in a user's pytest, in separate processes."""
 
 from __future__ import annotations

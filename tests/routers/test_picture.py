@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``refmoe router show``: the picture in the terminal, as SVG and PNG, and one sentence for every mistake."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The table in `refmoe.spec`: each command runs the statement of the model that the table says."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hostile traces: files that strangers may give to ``refmoe verify``, and the expected end of each.
 
 Every function below makes one hostile trace. It gets the parts of an honest trace of the case walking-skeleton. It

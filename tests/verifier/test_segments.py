@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A trace judged in pieces of layers: the report of one pass, and no more computed than is needed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``refmoe verify`` as its users meet it: status, streams, files, and a sentence for each mistake."""
 
 from __future__ import annotations

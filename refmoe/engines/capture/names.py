@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names that engines give to the taps: one table per engine.
 
 `{i}` stands for the layer. ``:in`` after a module's name means its input, ``:out`` its output; a number after that

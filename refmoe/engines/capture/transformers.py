@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Record a trace from a loaded `transformers.MixtralForCausalLM` by forward hooks.
 
 Hooks do not see the scores, which no module returns. They see the probabilities only with eager attention. They see

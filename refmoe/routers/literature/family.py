@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The routers by name, with the settings of their papers, for `refmoe router show`."""
 
 from __future__ import annotations

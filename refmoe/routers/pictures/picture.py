@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A routing as a drawing: tokens by experts, and the load of every expert below."""
 
 from __future__ import annotations

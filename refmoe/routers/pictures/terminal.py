@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A routing in the terminal: the heat map and the load bars in characters, legible without colour."""
 
 from __future__ import annotations

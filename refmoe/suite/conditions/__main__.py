@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``python -m refmoe.suite.conditions``: check the declared conditions, and print the table or write it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The runs that a change makes necessary again, and what they say of the recorded matrix.
 
 A changed file of the catalogue can change its own mutants, everywhere. A changed case can change every mutant, there.

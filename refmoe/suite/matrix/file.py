@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The matrix as a file, ``golden/matrix.json``: the kills of each mutant, and digests of the sources."""
 
 from __future__ import annotations
