@@ -79,6 +79,14 @@ def files(text: str) -> dict[str, str]:
     return {name: block for kind, name, _, block in BLOCK.findall(text) if kind == "file"}
 
 
+def write_files(text: str, folder: Path) -> None:
+    """Write these files."""
+    for name, content in files(text).items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8")
+
+
 def marked(text: str, mark: str) -> str:
     """The block after the comment ``<!-- MARK -->``."""
     (block,) = (block for kind, _, _, block in BLOCK.findall(text) if kind == mark)
@@ -94,16 +102,8 @@ def run_tour(text: str, folder: Path, told: bool = False) -> None:
 
     told: print what the commands print, and compare nothing
     """
-    environment = {
-        **os.environ,
-        "PATH": os.pathsep.join([str(_programs(folder)), os.environ["PATH"]]),
-        "PYTHONPATH": str(ROOT),  # the commands of this tree, also where another one is installed
-        "COLUMNS": "100",
-    }
-    for name, content in files(text).items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content, encoding="utf-8")
+    environment = environment_in(folder)
+    write_files(text, folder)
     names: dict[str, Any] = {}
     with _working_in(folder):
         _run_steps(steps(text), folder, environment, names, told)
@@ -127,6 +127,18 @@ def _run_steps(
             assert done.returncode == wanted, (step.line, done.stdout, done.stderr)
             problem = difference(step.shown, done.stdout + (done.stderr if wanted == 2 else ""))
             assert not problem, (step.line, problem, done.stdout)
+
+
+def environment_in(folder: Path, columns: int = 100) -> dict[str, str]:
+    """The environment of the commands of a page: `python` and `refmoe` are those of this test."""
+    return {
+        **os.environ,
+        "PATH": os.pathsep.join([str(_programs(folder)), os.environ["PATH"]]),
+        "PYTHONPATH": str(ROOT),  # the commands of this tree, also where another one is installed
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "PYTEST_PLUGINS": "refmoe.api.pytest_plugin,refmoe.routers.contract.plugin",
+        "COLUMNS": str(columns),
+    }
 
 
 def _programs(folder: Path) -> Path:
