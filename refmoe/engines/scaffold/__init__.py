@@ -11,7 +11,7 @@ from refmoe.files.atomic import replacing
 
 SCAFFOLDS = {"python": "harness.py", "c": "harness.c"}
 """Per language a file of this folder."""
-LICENCE = "SPDX-License-" + "Identifier"
+LICENCE = "SPDX-License-Identifier"
 
 
 def write_scaffold(language: str, path: Path) -> None:
