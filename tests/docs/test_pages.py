@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import refmoe
 from tests.tour import BLOCK, ROOT, clone, files, run_tour, steps, write_files
 
 IN_A_CLONE = ("README.md", "docs/engine-in-c.md", "docs/ci.md", "docs/audit.md")
@@ -76,7 +77,14 @@ def test_no_command_is_left_out() -> None:
 
 def test_the_engine_of_the_quickstart_is_the_example() -> None:
     """A reader who has the package alone copies it from the page."""
-    assert files(text_of("docs/quickstart.md"))["first_engine.py"] == text_of("examples/first_engine.py")
+    licence, _, engine = text_of("examples/first_engine.py").partition("\n")
+    assert licence.startswith("# SPDX")
+    assert files(text_of("docs/quickstart.md"))["first_engine.py"] == engine
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    assert f"version: {refmoe.__version__}\n" in text_of("CITATION.cff")
+    assert f"\n## {refmoe.__version__}" in text_of("CHANGELOG.md")
 
 
 def test_every_extra_is_on_the_page_about_installing() -> None:
