@@ -1,19 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """refmoe: check whether an implementation of Mixtral is right, and if it is not, learn which step is wrong and why.
 
-Start here:
+Start here. A model comes from the folder of a checkpoint, from a case, or as "mixtral-8x7b" with seed=1:
 
-    import refmoe
+>>> import refmoe
+>>> model = refmoe.load("walking-skeleton")
+>>> trace = model.run([1, 31, 41], decode=[9, 79])      # exact; dtype="float32" is faster
+>>> trace["prefill", "layers.0.router.logits"].shape    # an array of NumPy
+(3, 5)
 
-    model = refmoe.load("path/to/checkpoint")            # or the name of a case, or "mixtral-8x7b" with seed=1
-    trace = model.run([1, 31, 41], decode=[9, 79])       # exact; dtype="float32" is faster
-    trace["prefill", "layers.0.router.logits"]           # a NumPy array
+Values of an engine are arrays of NumPy, PyTorch, JAX, CuPy or MLX, as many or as few as there are:
 
-    report = refmoe.verify({"logits": mine}, model, tokens=[1, 31, 41], policy="bfloat16")
-    if not report:                                       # false when the engine is wrong, or cannot be judged
-        print(report)                                    # which step is wrong, and the known bug that explains it
+>>> mine = {"final_norm": trace["prefill", "final_norm"], "logits": 2 * trace["prefill", "logits"]}
+>>> report = refmoe.verify(mine, model, [1, 31, 41], policy="float32")
+>>> bool(report)                                        # false as well when the engine cannot be judged
+False
+>>> report.first_wrong_step.tap                         # print(report) says what is wrong, and the bug that explains it
+'logits'
 
-    with refmoe.capture(torch_model) as trace:           # record a live PyTorch module
+A live PyTorch module is recorded by hooks:
+
+    with refmoe.capture(torch_model) as trace:
         torch_model(input_ids)
     refmoe.verify(trace, model)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,9 @@ def _with_bfloat16(array: Any) -> Any:
 def _weights_only(path: Path) -> Any:
     torch: Any = require("torch", "engines", "reading a file of PyTorch")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old pickles
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle.UnpicklingError, RuntimeError, EOFError, ...
         first = one_line(str(error).partition("\n")[0])
         raise InputError(

@@ -186,10 +186,10 @@ def load(path: str | os.PathLike[str], *, seed: int | None = None, layout: str |
         number = whole_number(seed, "seed")
         return Model(Formula(PRESETS[name], number), f"{name}, seed {number}")
     if not folder.exists():
-        if name in case_names():
-            return case(name).model
         if name in PRESETS:
             raise InputError(f"{name}: is a published size without weights, but seed= was expected for the formula")
+        if name in case_names():
+            return case(name).model
         raise InputError(
             f"{name}: no such folder, but a checkpoint's folder or the name of a case was expected{_similar(name)}"
         )

@@ -225,6 +225,7 @@ def _expert_internals(experts: Any, prefix: str, receive: Receive) -> Iterator[N
         def __init__(self) -> None:
             super().__init__()
             self.calls: list[tuple[Any, Any]] = []
+            self.on = False
 
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = func(*args, **(kwargs or {}))
@@ -237,9 +238,12 @@ def _expert_internals(experts: Any, prefix: str, receive: Receive) -> Iterator[N
     def entering(_module: Any, _args: Any) -> None:
         watch.calls.clear()
         watch.__enter__()
+        watch.on = True
 
     def leaving(_module: Any, args: Any, out: Any) -> None:
-        watch.__exit__(None, None, None)
+        if watch.on:
+            watch.on = False
+            watch.__exit__(None, None, None)
         if out is None:
             return  # the call has failed
         chosen = args[1].cpu().numpy()  # [T, k]
