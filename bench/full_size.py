@@ -140,7 +140,7 @@ def whole_model() -> dict[str, Any]:
 
     began = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-m", "refmoe", "check", "golden/mixtral-8x7b"], capture_output=True, text=True
+        [sys.executable, "-m", "refmoe", "suite", "check", "mixtral-8x7b"], capture_output=True, text=True
     )
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10
     return {
