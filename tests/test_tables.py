@@ -39,6 +39,15 @@ def test_on_a_terminal_no_line_is_longer_than_it(monkeypatch: pytest.MonkeyPatch
     """Cut, a row is one line with an ellipsis; wrapped, nothing is left out."""
     found = printed(monkeypatch, width, wrap=wrap, right=[2])
     assert max(map(len, found)) <= width
+    assert all(any(line.startswith(row[0]) for line in found) for row in ROWS)
     text = "\n".join(found)
     assert text.count("word") == 30 if wrap else (len(found), text.count("…")) == (3, 1)
     assert found[-1].endswith(" 14")
+
+
+@pytest.mark.parametrize(("width", "columns"), [(120, 3), (44, 2), (None, 3)])
+def test_a_narrow_terminal_does_without_what_is_optional(
+    monkeypatch: pytest.MonkeyPatch, width: int | None, columns: int
+) -> None:
+    heading = printed(monkeypatch, width, optional=[2])[0]
+    assert len(heading.split()) == columns

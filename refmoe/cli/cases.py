@@ -11,12 +11,12 @@ from typing import Any
 import click
 from rich.filesize import decimal
 
-from refmoe.api.facts import BYTES, case_facts, listed_cases, named_case
+from refmoe.api.facts import case_facts, listed_cases, named_case
 from refmoe.cli.options import golden_option, json_option
 from refmoe.cli.table import print_table
 
-WIDTHS = {size: [name for name, bytes_ in BYTES.items() if bytes_ == size] for size in (2, 4)}
-"""The sizes of a weight that engines have, and the dtypes of each."""
+LISTED = ("bfloat16", "float32")
+"""The dtypes whose sizes are listed; float16 takes as much as bfloat16."""
 MANY = 12
 """The most token ids of a call that are printed."""
 
@@ -41,9 +41,9 @@ def cases_command(name: str | None, golden: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found))
         return
-    sizes = ["/".join(names) for names in WIDTHS.values()]
     rows = [[each["name"], *cells(each), each["shows"]] for each in found]
-    print_table(["case", "dims", "layers", "experts", "tokens", *sizes, "what it shows"], rows, right=range(2, 7))
+    headings = ["case", "dims", "layers", "experts", "tokens", *LISTED, "what it shows"]
+    print_table(headings, rows, right=range(2, 7), optional=[4, 2, 6, 5, 3, 1])
 
 
 def cells(facts: dict[str, Any]) -> list[str]:
@@ -54,7 +54,7 @@ def cells(facts: dict[str, Any]) -> list[str]:
         str(config["layers"] if facts["layers"] is None else facts["layers"][1]),
         f"{config['experts_per_token']} of {config['experts']}",
         str(facts["tokens"]),
-        *(decimal(facts["weight_bytes"][names[0]]) for names in WIDTHS.values()),
+        *(decimal(facts["weight_bytes"][dtype]) for dtype in LISTED),
     ]
 
 

@@ -56,7 +56,7 @@ def list_command(as_json: bool) -> None:
         click.echo(json.dumps([mutant_facts(each) for each in mutants()]))
         return
     rows = [(each.id, each.kind, " ".join(each.breaks), " ".join(each.about.split())) for each in mutants()]
-    print_table(("mutant", "class", "breaks", "what it does"), rows)
+    print_table(("mutant", "class", "breaks", "what it does"), rows, optional=[1, 2])
 
 
 @mutants_command.command("show", short_help="One mutant in full.")

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.text import Text
 
 GAP = 2
-LEAST = 12
-"""A column is made no narrower than this, or than its longest cell."""
+LEAST, READABLE = 12, 32
+"""A column is made no narrower than the first, and its text is readable from the second on."""
 CUT = "…"
 
 
@@ -28,14 +28,20 @@ def print_table(
     title: str = "",
     styles: Sequence[str | None] = (),
     right: Sequence[int] = (),
+    optional: Sequence[int] = (),
     wrap: bool = False,
 ) -> None:
     """Print a table.
 
     headings: all empty: no line for them   styles: of the rows, names of Rich; empty: none
-    right: the columns that are aligned right   wrap: on a terminal, break long cells into lines instead of cutting them
+    right: the columns that are aligned right
+    optional: the columns that a narrow terminal does without, in this order
+    wrap: on a terminal, break long cells into lines instead of cutting them
     """
     out = console()
+    kept = columns(natural(headings, rows), optional, out.width if out.is_terminal else None)
+    headings, rows = [headings[i] for i in kept], [[row[i] for i in kept] for row in rows]
+    right = [kept.index(i) for i in right if i in kept]
     if title:
         out.print(Text(title, style="bold"))
     widths = fitting(natural(headings, rows), out.width if out.is_terminal else None)
@@ -51,11 +57,25 @@ def natural(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]
     return [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
 
 
+def columns(widths: list[int], optional: Sequence[int], room: int | None) -> list[int]:
+    """The columns to print: optional ones are left out while the others have no room for readable text."""
+    kept, left = [*range(len(widths))], [*optional]
+    while room is not None and left and sum(min(widths[i], READABLE) + GAP for i in kept) - GAP > room:
+        kept.remove(left.pop(0))
+    return kept
+
+
 def fitting(widths: list[int], room: int | None) -> list[int]:
-    """The widths, the widest column made narrower until a row fits.   room: columns of the terminal; None: any"""
+    """The widths, the widest column made narrower until a row fits; the first, which has names, comes last.
+
+    room: the columns of the terminal; None: any number
+    """
     widths = [*widths]
-    while room is not None and sum(widths) + GAP * (len(widths) - 1) > room and max(widths) > LEAST:
-        widths[max(range(len(widths)), key=lambda i: widths[i])] -= 1
+    while room is not None and sum(widths) + GAP * (len(widths) - 1) > room:
+        others = [i for i in range(1, len(widths)) if widths[i] > LEAST]
+        if not others and widths[0] <= LEAST:
+            break
+        widths[max(others, key=lambda i: widths[i]) if others else 0] -= 1
     return widths
 
 
