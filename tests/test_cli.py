@@ -81,6 +81,11 @@ def test_every_option_says_what_it_is_and_what_it_takes(name: str) -> None:
             assert kind is None or str(option.metavar) in kind.split(), option.opts
 
 
+def test_every_command_answers_in_json() -> None:
+    options = {name: {word for option in command.params for word in option.opts} for name, command in COMMANDS.items()}
+    assert [name for name, words in options.items() if "--json" not in words] == []
+
+
 def test_the_commands_are_listed_by_who_asks(refmoe: Refmoe) -> None:
     """Each of them once, and every one is in a section."""
     out = refmoe("--help")[1]

@@ -13,7 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from refmoe.engines.results import read_results
+from refmoe.api.conforming import whole_verdict
+from refmoe.engines.known import sort_failures
+from refmoe.engines.process import CRASHED
+from refmoe.engines.results import SKIPPED, Engine, Outcome, Results, read_results
+from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT
 from tests.command_line import Refmoe
 from tests.engines.running import HONEST, hostile
 
@@ -180,3 +184,25 @@ def test_the_adapter_runs_in_another_environment(
     status, out, err = refmoe("conform", "--adapter", "mine.where", "--python", python, *CASES, *FLOAT32)
     assert status == 0, err
     assert str(tmp_path / "venv") in out
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "whole"),
+    [
+        ([CONFORMANT, SKIPPED], CONFORMANT),
+        ([CONFORMANT, CANNOT_JUDGE], CANNOT_JUDGE),
+        ([NOT_CONFORMANT, CANNOT_JUDGE], NOT_CONFORMANT),
+        ([CONFORMANT, CRASHED], NOT_CONFORMANT),
+        ([SKIPPED, SKIPPED], CANNOT_JUDGE),
+    ],
+)
+def test_the_verdict_of_a_run_is_the_worst_that_is_sure(verdicts: list[str], whole: str) -> None:
+    outcomes = [
+        Outcome(case=f"case{i}", dtype="float32", policy="float32", verdict=verdict, reason="")
+        for i, verdict in enumerate(verdicts)
+    ]
+    results = Results(
+        engine=Engine("mine", "1", {}), platform={}, refmoe="0", significance=1e-6, cases={}, smoke="",
+        outcomes=tuple(outcomes), notes=(),
+    )  # fmt: skip
+    assert whole_verdict(results, sort_failures(results, [])) == whole
