@@ -31,6 +31,7 @@ def capture(module: Any, names: Mapping[str, str] | None = None, *, taps: str = 
     names: modules to taps, such as ``{"layers.{i}.ffn_norm:out": "moe_norm", "output:out": "logits"}``. ``{i}`` is the
         layer. ``:in`` is the input of a module, ``:out`` its output, ``:out1`` the second of several
     taps: shell patterns of the taps to keep, separated by commas, such as ``logits,layers.0.*``
+
     Prefill, chunks and decode steps are told apart by the cache that a call is given, or by its positions. A batch is a
     sequence for each row, and padding on the left is left out. Afterwards the module is as it was before.
     The probabilities of attention are recorded where attention is eager, the inside of experts where they run one by

@@ -127,7 +127,7 @@ def runs_of(
             f"{trace.path}: metadata field 'checkpoint' is {shown(digest)}, but {shown(model.digest())} was expected, "
             f"the digest of {model.name}"
         )
-    if tokens is not None or decode is not None or len(chunks):
+    if tokens is not None or decode is not None or not isinstance(chunks, Sequence) or len(chunks):
         return model.runs(tokens, decode, chunks)
     case = model.case
     if case is None:

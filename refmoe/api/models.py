@@ -28,7 +28,7 @@ from refmoe.spec.model import Parameters
 from refmoe.steps.grouped import GROUPED_STEPS
 from refmoe.steps.policy_ops import PolicyOps
 from refmoe.steps.rounding import CUT_STEPS
-from refmoe.suite import Case, case_source, find_cases, find_full_size_cases, read_case, trace_path
+from refmoe.suite import CASE_FILE, Case, case_source, find_cases, read_case, trace_path
 from refmoe.suite.golden_folder import golden_folder
 from refmoe.traces.held import held_trace
 from refmoe.traces.script import execute, plan
@@ -262,5 +262,4 @@ def small_cases() -> list[str]:
 
 def case_names() -> Mapping[str, Path]:
     """The folder of each case, by its name."""
-    golden = golden_folder()
-    return {path.name: path for path in sorted([*find_cases(golden), *find_full_size_cases(golden)])}
+    return {path.parent.name: path.parent for path in sorted(golden_folder().glob(f"*/{CASE_FILE}"))}

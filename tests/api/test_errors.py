@@ -21,6 +21,7 @@ from tests.command_line import Refmoe
 MODEL = refmoe.load("walking-skeleton")
 TOKENS = [1, 31]
 VALUES = {"logits": MODEL.run(TOKENS, taps="logits")["prefill", "logits"].astype(np.float32)}
+TRACE = MODEL.run(TOKENS, dtype="float32")
 
 
 def message(call: Any) -> str:
@@ -177,13 +178,27 @@ def result_or_refusal(call: Any, kind: Any) -> None:
 
 
 @QUICK
-@given(values=st.one_of(JUNK, st.just(VALUES)), model=st.one_of(st.just(MODEL), LEAVES), **OR_GOOD,
-       significance=st.one_of(JUNK, st.just(1e-6)))  # fmt: skip
+@given(
+    values=st.one_of(JUNK, st.just(VALUES), st.just(TRACE)),
+    model=st.one_of(st.just(MODEL), LEAVES),
+    significance=st.one_of(JUNK, st.just(1e-6)),
+    **OR_GOOD,
+)
 def test_junk_for_verify(
     values: Any, model: Any, tokens: Any, decode: Any, chunks: Any, policy: Any, significance: Any
 ) -> None:
     options = {"decode": decode, "chunks": chunks, "policy": policy, "significance": significance}
     result_or_refusal(lambda: refmoe.verify(values, model, tokens, diagnose=False, **options), Report)
+
+
+@pytest.mark.parametrize("values", [VALUES, TRACE], ids=["arrays", "trace"])
+@pytest.mark.parametrize("name", ["model", "tokens", "decode", "chunks", "policy", "diagnose", "significance"])
+@QUICK
+@given(junk=JUNK)
+def test_junk_for_one_argument_of_verify(values: Any, name: str, junk: Any) -> None:
+    """The others are right, so that it is read."""
+    arguments = {"model": MODEL, "tokens": TOKENS, "diagnose": False, name: junk}
+    result_or_refusal(lambda: refmoe.verify(values, **arguments), Report)
 
 
 @QUICK
