@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""refmoe: check whether an implementation of Mixtral is right, and if it is not, learn which step is wrong and why.
+"""Check whether an implementation of Mixtral is right, and if it is not, learn which step is wrong and why.
 
 Start here. A model comes from the folder of a checkpoint, from a case, or as "mixtral-8x7b" with seed=1:
 
