@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sums of products as kernels compute them: legal sums in many orders, and sums of faulty accumulators.
 
 Each function takes the terms of 384 sums, float64 [n, 384], which hold the products exactly. It returns the sums [384].

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How often does the diagnosis name the right bug of another engine? The engine is transformers, patched, at bfloat16.
 
 It runs every bug of the catalogue that is a variation of a forward pass, on a golden case that shows it. It also runs

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measure the largest error of refmoe's elementary functions against ball arithmetic, in units in the last place."""
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
 """How tight the enclosure of a matrix product is, and which faults of an accumulator it detects.
 
 One row of n values is multiplied by n x 384 weights. Legal sums come in many orders, trees, blockings and, where the
 policy allows it, from truncating accumulators. The faults are those of kernels that should accumulate in float32.
 For each fault the table has the share of outputs outside the legal interval, and the worst excess. The excess is the
 distance of an output's cell from the exact value in standard deviations. The limit is that of a verification of ten
-million values.
+million values. Beside them stands the share of outputs that `numpy.allclose` accepts at a common tolerance.
 
     python -m bench.enclosures
     python -m bench.enclosures --json bench/results/enclosures.json
@@ -44,6 +45,8 @@ LIMIT = Limits(1e-6, VALUES, 1000).excess
 POLICIES = {"bfloat16": "hf-bfloat16", "float16": "hf-float16", "float32": "float32"}
 TRUNCATING = {"bfloat16": "bfloat16", "float16": "float16", "float32": "float32+truncates=true"}
 SIZES = (64, 4096, 14336)
+TOLERANCE = 2e-2
+"""`rtol` and `atol` of a common test of kernels in bfloat16, for comparison."""
 
 
 # ---- measuring
@@ -75,12 +78,13 @@ def fault_row(fault: str, storage: str, n: int, kind: str = "gaussian", seed: in
     if np.array_equal(found, honest):
         return None
     tally = hold(enclose(x, w, POLICIES[storage]), found, storage)
-    return {"outside": tally.outside / OUTPUTS, "excess": tally.excess}
+    close = np.isclose(found, honest, rtol=TOLERANCE, atol=TOLERANCE)
+    return {"outside": tally.outside / OUTPUTS, "excess": tally.excess, "allclose": float(np.mean(close))}
 
 
 def tightness(storage: str, n: int) -> dict[str, Any]:
     """Radius over the worst error, and error over standard deviation, for legal sums of every kind of data."""
-    row: dict[str, Any] = {"excess": 0.0, "outside": 0, "rms": 0.0, "radius_over_worst": math.inf}
+    row: dict[str, Any] = {"excess": 0.0, "outside": 0, "rms": 0.0, "radius_over_worst": math.inf, "allclose": 1.0}
     sorted_ratio, ulps, truncated = math.inf, 0.0, {"excess": 0.0, "outside": 0}
     for kind in KINDS:
         x, w = data(kind, n, storage)
@@ -93,7 +97,10 @@ def tightness(storage: str, n: int) -> dict[str, Any]:
             error = np.abs(sums - plain.mid[0])
             worst = max(worst, float((error / radius).max()))
             row["rms"] = max(row["rms"], float(np.sqrt(np.mean((error / sigma) ** 2))))
-            tally = hold(plain, nearest(sums, FORMATS[storage]), storage)
+            stored = nearest(sums, FORMATS[storage])
+            close = np.isclose(stored, nearest(plain.mid[0], FORMATS[storage]), rtol=TOLERANCE, atol=TOLERANCE)
+            row["allclose"] = min(row["allclose"], float(np.mean(close)))
+            tally = hold(plain, stored, storage)
             row["excess"] = max(row["excess"], tally.excess, float((error / sigma).max()))
             row["outside"] += tally.outside
         row["radius_over_worst"] = min(row["radius_over_worst"], 1 / worst)
@@ -126,7 +133,9 @@ def main() -> None:
     }
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"limit": LIMIT, "legal": tight, "faults": faults}, indent=1) + "\n")
+        options.json.write_text(
+            json.dumps({"limit": LIMIT, "tolerance": TOLERANCE, "legal": tight, "faults": faults}, indent=1) + "\n"
+        )
     print("Legal sums, six kinds of data: radius / worst error (Gaussian data; all; sorted by value), radius in ulps,")
     print("rms error / sigma, worst |error| / sigma and number outside; the same of truncating accumulators after bias")
     for cell, row in tight.items():

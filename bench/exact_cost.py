@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The cost of exactness: exact ops against native float64 on the same input, in one run.
 
 Weights are prepared (exact) or converted (native) once, before the clock starts, as in use. Both are timed in turns.

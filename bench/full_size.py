@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The cost of a run at full size: memory against the estimate, time, and bytes read from disk against bytes needed.
 
 The model has two layers of the shape of Mixtral 8x7B, the embedding and the head. It is a checkpoint in bfloat16 of
@@ -139,7 +140,7 @@ def whole_model() -> dict[str, Any]:
 
     began = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-m", "refmoe", "check", "golden/mixtral-8x7b"], capture_output=True, text=True
+        [sys.executable, "-m", "refmoe", "suite", "check", "mixtral-8x7b"], capture_output=True, text=True
     )
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10
     return {

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """All checks and measurements for a GPU in one command: correctness, rates against measured ceilings, other engines.
 
     python -m bench.gpu --json bench/results/gpu.json

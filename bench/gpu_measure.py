@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measurements on the device, each a function from a `Bench` to results. `gpu_report` counts bytes and operations."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Counts and reports of the GPU benchmark: bytes, operations, shares of the ceilings, the table, the JSON."""
 
 from __future__ import annotations

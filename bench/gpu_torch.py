@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The measured shapes through torch: transformers in bfloat16, a decoder that torch compiles, and row operations."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How many different results do the goldens have on different machines? One digest per setting, exact and float64.
 
 Every setting runs in its own process and hashes all taps of all golden cases: once with exact ops, once with plain

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Three engines behind one interface, each on the same weights from the formula, for `bench.peers`.
 
 An engine's package is imported when the engine is made. Each engine runs in a process of its own, whose Python may lack

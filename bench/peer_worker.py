@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One engine in a process of its own. It reads actions from `bench.peers` as JSON lines and writes the measurements.
 
 python -m bench.peer_worker ENGINE '{"config": {...}, "threads": 2, "clock": "wall", "tokens": [...], ...}'

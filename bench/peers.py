@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Speed against other engines on the CPU: float32, with equal weights, tokens and numbers of threads.
 
 The weights are numbers of bfloat16. refmoe stores them in bfloat16, as published checkpoints do, or in float32

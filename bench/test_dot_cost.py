@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The cost of exactness: correctly rounded products and native float64 products, in turns on the same data.
 
 python bench/test_dot_cost.py     prints one line per case: milliseconds, the ratio, and the share of the exact path

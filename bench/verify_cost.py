@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The cost of verification: `refmoe verify` of a whole trace against one exact run of its calls, timed in turns.
 
 A trace holds every tap, in the dtype that it declares. Both sides prepare the weights anew, as the commands do.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The weight formula's speed on one core, compared with NumPy's PCG64 drawing as many raw 64-bit integers.
 
 python bench/weight_formula.py

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* A small Mixtral in C11 and float32, with libc and libm alone: easy to read, not fast.
 
    It grew out of `refmoe conform --scaffold c`: the reader of JSON and `main` are the scaffold's, the model is new.

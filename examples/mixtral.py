@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small Mixtral in NumPy float32: one file, easy to read, not fast.
 
 It reads a Hugging Face checkpoint, `config.json` and `model.safetensors`, and needs nothing of refmoe. The class

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The one exception for a user's mistake.
 
 All code that reads a checkpoint, a trace, a case or an option raises `InputError` when the input cannot be used. Its
@@ -11,7 +12,15 @@ from types import ModuleType
 
 
 class InputError(ValueError):
-    """The error for input that cannot be used. Its message is one sentence, complete without a traceback."""
+    """The error for input that cannot be used. Its message is one sentence, complete without a traceback.
+
+    >>> import refmoe
+    >>> try:
+    ...     refmoe.load("walking-skeleton").run([200])
+    ... except refmoe.InputError as error:
+    ...     print(error)
+    script: token 200 is outside the vocabulary of 97
+    """
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Work on several items at once, in processes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The type of the fixture that runs a command, for the tests of the command line."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A golden case that takes milliseconds, for tests of what is done with cases."""
 
 from __future__ import annotations

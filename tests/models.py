@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small models for tests: nothing in them is a default, or half the mistakes would not show."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sentences in docstrings and comments that a stranger cannot read: too long, without an object, or a legal metaphor.
 
 ``python -m tests.prose [PATH ...]`` lists them.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`golden/arithmetic.md` is enough to reproduce a golden's bits: followed here with Python's floats and fractions.
 
 Nothing of `refmoe/spec` or `refmoe/arithmetic/exact/dot` is used. The elementary functions are taken from

@@ -1,4 +1,5 @@
-"""``refmoe audit``: every clause of this repository is proven, and a clause that is not is reported.
+# SPDX-License-Identifier: Apache-2.0
+"""``refmoe suite audit``: every clause of this repository is proven, and a clause that is not is reported.
 
 The clauses of these tests are made up: what a test of the audit names must not count as proof of anything.
 """
@@ -71,7 +72,7 @@ def audited(folder: Path, mutants: dict[str, Mutant], killed: set[str], tests: s
 def test_every_clause_of_this_repository_is_proven_if_every_mutant_is_killed(refmoe: Refmoe, golden: Path) -> None:
     """Whether they are, golden/matrix.json says."""
     write_matrix(golden / MATRIX_FILE, all_killed(golden))
-    status, out, _ = refmoe("audit", "--golden", golden, "--tests", TESTS, "--json")
+    status, out, _ = refmoe("suite", "audit", "--golden", golden, "--tests", TESTS, "--json")
     values = json.loads(out)
     assert values["problems"] == []
     assert status == 0
@@ -89,12 +90,12 @@ def test_every_clause_is_named_by_a_test_even_if_no_mutant_were_killed(golden: P
 
 
 @pytest.mark.skipif(
-    not MATRIX.exists(), reason="golden/matrix.json is not there yet: `refmoe mutants matrix` writes it"
+    not MATRIX.exists(), reason="golden/matrix.json is not there yet: `refmoe mutants matrix --golden golden` writes it"
 )
 def test_the_audit_of_this_repository(refmoe: Refmoe) -> None:
     """With the matrix as it was computed: after a change of the catalogue, what is new in it is not recorded yet."""
     matrix = read_matrix(MATRIX)
-    status, out, _ = refmoe("audit", "--golden", GOLDEN, "--tests", TESTS, "--json")
+    status, out, _ = refmoe("suite", "audit", "--golden", GOLDEN, "--tests", TESTS, "--json")
     values: dict[str, Any] = json.loads(out)
     if any(part.startswith(sources.CATALOGUE) for part in values["changed"]):
         known = {*summarise(matrix, [folder.name for folder in find_cases(GOLDEN)]).problems}
@@ -154,7 +155,7 @@ def test_a_living_mutant_fails_the_audit(refmoe: Refmoe, golden: Path) -> None:
         del matrix.kills["attn-gqa-tile"][policy]
     del matrix.outside["tok-double-bos"]
     write_matrix(golden / MATRIX_FILE, matrix)
-    status, out, _ = refmoe("audit", "--golden", golden, "--tests", TESTS)
+    status, out, _ = refmoe("suite", "audit", "--golden", golden, "--tests", TESTS)
     assert status == 1
     lines = out.splitlines()
     assert "FAIL  mutant attn-gqa-tile lives in float32, bfloat16, float16: no case kills it" in lines
@@ -163,16 +164,19 @@ def test_a_living_mutant_fails_the_audit(refmoe: Refmoe, golden: Path) -> None:
 
 
 def test_an_audit_without_tests_or_matrix_is_refused(refmoe: Refmoe, golden: Path, tmp_path: Path) -> None:
-    status, _, err = refmoe("audit", "--golden", golden, "--tests", tmp_path / "tests")
-    assert (status, err) == (2, f"refmoe: {golden / MATRIX_FILE}: no such file; `refmoe mutants matrix` writes it\n")
+    status, _, err = refmoe("suite", "audit", "--golden", golden, "--tests", tmp_path / "tests")
+    assert (status, err) == (
+        2,
+        f"refmoe: {golden / MATRIX_FILE}: no such file; `refmoe mutants matrix --golden {golden}` writes it\n",
+    )
     write_matrix(golden / MATRIX_FILE, all_killed(golden))
-    status, _, err = refmoe("audit", "--golden", golden, "--tests", tmp_path / "none")
+    status, _, err = refmoe("suite", "audit", "--golden", golden, "--tests", tmp_path / "none")
     assert (status, err) == (2, f"refmoe: {tmp_path / 'none'}: no such folder, but that of the tests was expected\n")
-    status, out, _ = refmoe("audit", "--golden", golden, "--tests", tmp_path / "tests")
+    status, out, _ = refmoe("suite", "audit", "--golden", golden, "--tests", tmp_path / "tests")
     assert status == 1
     assert "no test names it, and no mutant breaks it" in out
     (tmp_path / "tests" / "test_broken.py").write_text("def test_(:\n")
-    status, _, err = refmoe("audit", "--golden", golden, "--tests", tmp_path / "tests")
+    status, _, err = refmoe("suite", "audit", "--golden", golden, "--tests", tmp_path / "tests")
     assert status == 2
     assert "test_broken.py: is no Python file that can be read" in err
 

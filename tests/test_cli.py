@@ -1,14 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line as its users meet it: status, output, and one sentence for every mistake."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from importlib.resources import files
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 
@@ -49,11 +52,108 @@ def text_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", [*commands.commands])
-def test_every_command_has_help_with_an_example(refmoe: Refmoe, command: str) -> None:
-    status, out, _ = refmoe(command, "--help")
+def every_command(group: click.Group = commands, name: str = "") -> dict[str, click.Command]:
+    """Every command that is no group, by its words."""
+    found: dict[str, click.Command] = {}
+    for word, command in group.commands.items():
+        words = f"{name} {word}".strip()
+        found |= every_command(command, words) if isinstance(command, click.Group) else {words: command}
+    return found
+
+
+COMMANDS = every_command()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_an_example(refmoe: Refmoe, name: str) -> None:
+    status, out, _ = refmoe(*name.split(), "--help")
     assert status == 0
-    assert f"refmoe {command} " in out.partition("Options:")[0].partition("\n")[2] or command == "check"
+    assert f"refmoe {name}" in out.partition("Options:")[0].partition("\n")[2]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_says_what_it_is_and_what_it_takes(name: str) -> None:
+    """An option that takes one of a few values lists them; the word of a value never stands for two things."""
+    for option in COMMANDS[name].params:
+        if isinstance(option, click.Option):
+            assert option.help, option.name
+            kind = {"policy": "POLICY NAME", "case": "NAME", "golden": "DIR"}.get(option.opts[0].removeprefix("--"))
+            assert kind is None or str(option.metavar) in kind.split(), option.opts
+
+
+def test_every_command_answers_in_json() -> None:
+    options = {name: {word for option in command.params for word in option.opts} for name, command in COMMANDS.items()}
+    assert [name for name, words in options.items() if "--json" not in words] == []
+
+
+def test_the_commands_are_listed_by_who_asks(refmoe: Refmoe) -> None:
+    """Each of them once, and every one is in a section."""
+    out = refmoe("--help")[1]
+    listed = re.findall(r"^  (\w+) {2,}\S", out.partition("Judge an engine:")[2], re.MULTILINE)
+    assert listed == [*commands.commands]
+    assert "_REFMOE_COMPLETE" in out
+
+
+@pytest.mark.parametrize(
+    "arguments", [["verify", "nowhere"], ["info", "nowhere"], ["verify"], ["cases", "wolking-skeleton"]], ids=" ".join
+)
+def test_with_json_a_mistake_is_json_too(refmoe: Refmoe, arguments: list[str]) -> None:
+    status, out, err = refmoe(*arguments, "--json")
+    assert status == 2
+    assert [*json.loads(out)] == ["error"]
+    assert json.loads(out)["error"] in err
+
+
+def test_cases_are_listed_and_explained(refmoe: Refmoe) -> None:
+    lines = refmoe("cases")[1].splitlines()
+    facts = json.loads(refmoe("cases", "--json")[1])
+    assert len(lines) == 1 + len(facts)
+    assert {each["name"] for each in facts} == {path.parent.name for path in GOLDEN.glob("*/case.toml")}
+    (one,) = [each for each in facts if each["name"] == "near-tie"]
+    assert json.loads(refmoe("cases", "near-tie", "--json")[1]) == one
+    assert one["weight_bytes"]["float32"] == 4 * one["parameters"]
+    assert "router-jitter-at-eval" in one["bugs"]
+    text = refmoe("cases", "near-tie")[1]
+    assert all(word in text for word in ("ROUTE-2", "NEARTIE", "rope_theta", "22,46,50"))
+
+
+def test_goldens_are_found_from_any_folder(
+    refmoe: Refmoe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """An option comes before the environment variable, and that before the package's own."""
+    monkeypatch.chdir(tmp_path)
+    assert refmoe("suite", "check", "one-pair")[0] == 0
+    shutil.copytree(GOLDEN / "one-pair", tmp_path / "some" / "mine")
+    monkeypatch.setenv("REFMOE_GOLDEN", str(tmp_path / "some"))
+    assert [each["name"] for each in json.loads(refmoe("cases", "--json")[1])] == ["mine"]
+    assert refmoe("suite", "check", "one-pair")[0] == 2
+    assert refmoe("suite", "check", "one-pair", "--golden", GOLDEN)[0] == 0
+    monkeypatch.setenv("REFMOE_GOLDEN", str(tmp_path / "none"))
+    assert "REFMOE_GOLDEN" in refmoe("cases")[2]
+
+
+def test_arrays_in_a_file_are_judged(refmoe: Refmoe, checkpoint: Path, tmp_path: Path) -> None:
+    """The calls are those of the options; with a case, its own."""
+    calls = ("--tokens", "1,2,3", "--decode", "4")
+    trace = tmp_path / "t.safetensors"
+    assert refmoe("emit", "--checkpoint", checkpoint, *calls, "--dtype", "float32", "--out", trace)[0] == 0
+    found = read_trace(trace)
+    arrays = {
+        f"{run.run}/{tap}": found.get(run.run, tap) for run in found.header.runs for tap in ("logits", "final_norm")
+    }
+    np.savez(tmp_path / "right.npz", **arrays)
+    np.savez(tmp_path / "wrong.npz", **{key: value * np.float32(1.01) for key, value in arrays.items()})
+    judge = ("--checkpoint", checkpoint, *calls, "--no-diagnose", "--json")
+    assert refmoe("verify", tmp_path / "right.npz", *judge)[0] == 0
+    status, out, _ = refmoe("verify", tmp_path / "wrong.npz", *judge)
+    assert (status, json.loads(out)["verdict"]) == (1, "not conformant")
+    for more, words in (
+        (("--checkpoint", checkpoint), "--tokens IDS was expected"),
+        ((), "--case NAME or --checkpoint"),
+    ):
+        status, _, err = refmoe("verify", tmp_path / "right.npz", *more)
+        assert status == 2
+        assert words in err
 
 
 def test_info_derives_the_published_sizes(refmoe: Refmoe) -> None:
@@ -157,12 +257,12 @@ def test_distances_are_printed_without_a_verdict(refmoe: Refmoe, checkpoint: Pat
 
 
 def test_check_passes_and_fails(refmoe: Refmoe, tmp_path: Path) -> None:
-    status, out, _ = refmoe("check", GOLDEN / "walking-skeleton")
+    status, out, _ = refmoe("suite", "check", "walking-skeleton")
     assert (status, out.splitlines()[0]) == (0, "ok    walking-skeleton")
     copy = tmp_path / "walking-skeleton"
     shutil.copytree(GOLDEN / "walking-skeleton", copy)
     (copy / "case.toml").write_text((copy / "case.toml").read_text().replace("seed = 1", "seed = 4"))
-    status, out, _ = refmoe("check", tmp_path, "--json")
+    status, out, _ = refmoe("suite", "check", "--golden", tmp_path, "--json")
     assert status == 1
     assert not json.loads(out)["ok"]
 
@@ -192,9 +292,9 @@ MISTAKES = {
     "no tokenizer": (EMIT + "--prompt x --out t", "tokenizer.model"),
     "no such tap": (EMIT + "--tokens 1 --taps x --out t", "no tap"),
     "no folder for output": (EMIT + "--tokens 1 --out a/b/t", "a/b/t"),
-    "no such case": ("emit --case nothing", "nothing/case.toml: no such file"),
-    "case and output": ("emit --case walking-skeleton --out t", "do not apply"),
-    "nothing to check": ("check {checkpoint}", "no case is there"),
+    "no such case": ("emit --case nothing --out t", "case 'nothing' is unknown"),
+    "case and tokens": ("emit --case walking-skeleton --tokens 1 --out t", "do not apply"),
+    "nothing to check": ("suite check --golden {checkpoint}", "no case is there"),
     "nothing to measure": ("verify a --distances b", "a: no such file"),
     "a run without a reference": ("verify a --run prefill", "--distances"),
     "not a model": ("info mixtral-9x9b", "mixtral-9x9b: no such folder"),
@@ -223,7 +323,10 @@ def test_a_mistake_is_one_sentence_and_status_2(
 def test_the_program_runs_and_is_silent_in_a_pipe() -> None:
     """In a pipe the program prints no progress bar and no colour."""
     done = subprocess.run(
-        [sys.executable, "-m", "refmoe", "check", "golden/walking-skeleton"], cwd=ROOT, capture_output=True, check=True
+        [sys.executable, "-m", "refmoe", "suite", "check", "walking-skeleton"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
     )
     assert done.stderr == b""
     assert done.stdout.startswith(b"ok    walking-skeleton\n")

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The format document agrees with the code: its table of taps, and its test vectors."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Goldens are recomputed to the bit, and every change on disk is reported."""
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""``refmoe emit``, ``check`` and ``certify`` over a whole golden folder."""
+# SPDX-License-Identifier: Apache-2.0
+"""``refmoe suite``: ``emit``, ``check`` and ``certify`` over a whole golden folder."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ def run(*arguments: object) -> Result:
 
 def emitted(folder: Path, jobs: int = 1) -> list[str]:
     """Emit the cases that are not up to date, and return their names."""
-    done = run("emit", "--all", "--golden", folder, "--json", "--jobs", jobs)
+    done = run("suite", "emit", "--golden", folder, "--json", "--jobs", jobs)
     found: list[str] = json.loads(done.output)["emitted"]
     return found
 
@@ -49,7 +50,7 @@ def test_all_cases_are_emitted_and_then_none_is(folder: Path) -> None:
     assert emitted(folder) == []
     assert contents(folder) == whole
     assert golden.verify_files(folder) == []
-    assert run("check", folder, "--jobs", 1).exit_code == 0
+    assert run("suite", "check", "--golden", folder, "--jobs", 1).exit_code == 0
 
 
 def test_what_a_killed_emission_left_undone_is_all_that_is_done(folder: Path) -> None:
@@ -71,7 +72,7 @@ def test_check_says_the_same_in_one_process_and_in_several(folder: Path) -> None
     emitted(folder)
     write_case(folder / "c", 7)
     (folder / "FORMAT.md").write_text("other text")
-    one, two = (run("check", folder, "--jobs", jobs, "--json") for jobs in (1, 2))
+    one, two = (run("suite", "check", "--golden", folder, "--jobs", jobs, "--json") for jobs in (1, 2))
     assert (one.exit_code, one.output) == (two.exit_code, two.output)
     found = json.loads(one.output)
     assert one.exit_code == 1
@@ -79,7 +80,7 @@ def test_check_says_the_same_in_one_process_and_in_several(folder: Path) -> None
     assert found["cases"]["a"] == found["cases"]["b"] == found["leftovers"] == []
     assert any("'prefill/logits' differs at [0, 0]" in what for what in found["cases"]["c"])
     assert found["documents"] == [f"{folder / 'FORMAT.md'}: SHA-256 differs from the manifest's"]
-    text = run("check", folder).output.splitlines()
+    text = run("suite", "check", "--golden", folder).output.splitlines()
     assert text[0] == "ok    a"
     assert "FAIL  c" in text
     assert "FAIL  (documents)" in text
@@ -90,7 +91,7 @@ def test_a_case_that_cannot_be_read_does_not_hide_the_others(folder: Path) -> No
     emitted(folder)
     (folder / "a" / "case.toml").write_text("not toml")
     write_case(folder / "c", 7)
-    done = run("check", folder, "--jobs", 1, "--json")
+    done = run("suite", "check", "--golden", folder, "--jobs", 1, "--json")
     found = json.loads(done.output)["cases"]
     assert done.exit_code == 1
     assert any("not a readable TOML file" in what for what in found["a"])
@@ -101,43 +102,50 @@ def test_a_leftover_is_noted_and_is_no_failure(folder: Path) -> None:
     emitted(folder)
     path = folder / "a" / ".manifest.json.abcdefgh.tmp"
     path.write_text("half")
-    done = run("check", folder, "--jobs", 1)
+    done = run("suite", "check", "--golden", folder, "--jobs", 1)
     assert done.exit_code == 0
     assert f"note  {path}: left over" in done.output
-    assert json.loads(run("check", folder / "a", "--json").output)["leftovers"] == [str(path)]
+    assert json.loads(run("suite", "check", "a", "--golden", folder, "--json").output)["leftovers"] == [str(path)]
 
 
 def test_certify_goes_over_all_and_check_still_passes(folder: Path) -> None:
     emitted(folder)
-    assert [*json.loads(run("certify", folder, "--json", "--jobs", "2").output)] == [*NAMES]
+    assert [*json.loads(run("suite", "certify", "--golden", folder, "--json", "--jobs", "2").output)] == [*NAMES]
     assert all(golden.read_manifest(folder / name)["certificate"] for name in NAMES)
-    assert run("check", folder, "--jobs", 1).exit_code == 0
+    assert run("suite", "check", "--golden", folder, "--jobs", 1).exit_code == 0
     assert emitted(folder) == []
 
 
-@pytest.mark.parametrize(
-    ("more", "words"),
-    [
-        (["--case", "a"], "one of --case NAME and --all was expected, but both were given"),
-        (["--out", "t"], "--all writes a golden as it is defined"),
-        (["--taps", "logits"], "do not apply"),
-    ],
-)
-def test_options_that_do_not_go_with_all_are_refused(folder: Path, more: list[str], words: str) -> None:
-    done = run("emit", "--all", "--golden", folder, *more)
-    assert isinstance(done.exception, InputError)
-    assert words in str(done.exception)
+def test_nothing_is_written_unless_it_is_told_where(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment variable tells where to read, and never where to write."""
+    emitted(folder)
+    (folder / "a" / "trace-0123456789abcdef.safetensors").write_text("half")
+    write_case(folder / "b", 1, 'store = "fingerprint"\nstart = 5')
+    before = contents(folder)
+    monkeypatch.setenv("REFMOE_GOLDEN", str(folder))
+    assert run("suite", "check", "--jobs", 1).exit_code == 1
+    assert [*json.loads(run("suite", "certify", "a", "--json").output)] == ["a"]
+    assert run("suite", "emit").exit_code == 2
+    assert run("mutants", "matrix", "--case", "a", "--mutant", "rope-sign-flipped", "--jobs", 1).exit_code == 0
+    assert contents(folder) == before
+
+
+def test_an_unknown_case_is_answered_with_the_similar_ones(folder: Path) -> None:
+    (folder / "b").rename(folder / "bravo")
+    done = run("suite", "check", "brave", "--golden", folder)
+    assert "case 'brave' is unknown" in str(done.exception)
+    assert "did you mean bravo?" in str(done.exception)
 
 
 def test_all_of_a_single_case_is_refused(folder: Path) -> None:
-    done = run("emit", "--all", "--golden", folder / "a")
+    done = run("suite", "emit", "--golden", folder / "a")
     assert "is a case, but a folder of cases was expected" in str(done.exception)
 
 
 def test_emission_of_a_broken_case_names_it(folder: Path) -> None:
     shutil.copytree(folder / "a", folder / "d")
     (folder / "d" / "case.toml").write_text("")
-    done = run("emit", "--all", "--golden", folder)
+    done = run("suite", "emit", "--golden", folder)
     assert f"{folder / 'd' / 'case.toml'}: 'format_version' is missing" in str(done.exception)
 
 

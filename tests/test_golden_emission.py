@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An emission that is killed at any moment leaves the old case or the new one. Started again, it goes on."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Integrity: every change of any file in a golden folder is reported, with the name of the file."""
 
 from __future__ import annotations

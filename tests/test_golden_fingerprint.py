@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fingerprints: a case that is too large to keep is recomputed and compared with digests of each tensor."""
 
 from __future__ import annotations

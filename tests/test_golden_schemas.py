@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The published schemas accept and refuse the same files as the reader, as far as a schema can."""
 
 from __future__ import annotations
@@ -193,12 +194,12 @@ MANIFESTS: dict[str, Callable[[dict[str, Any]], object]] = {
 @pytest.fixture(scope="module")
 def emitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of one certified case."""
-    from refmoe.cli.certify import certify_folder
+    from refmoe.api.goldens import certify_goldens
 
     golden_folder = tmp_path_factory.mktemp("golden")
     folder = write_case(golden_folder / "small")
     golden.emit(golden.read_case(folder))
-    certify_folder(folder)
+    certify_goldens(golden_folder, write=True, jobs=1)
     golden.write_folder_manifest(golden_folder)
     return folder
 

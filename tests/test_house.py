@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The layout of the package, read from its own source: imports run downwards, and nothing is built by position."""
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ PACKAGE = Path(__file__).parents[1] / "refmoe"
 
 ROOMS = (
     "errors", "files", "parallel", "arithmetic", "spec", "profiles", "checkpoints", "traces", "text", "steps",
-    "routers", "cuda", "jobs", "bugs", "verifier", "suite", "engines", "report", "cli", "__main__",
+    "routers", "cuda", "jobs", "bugs", "verifier", "suite", "engines", "report", "api", "testing",
+    "cli", "__main__",
 )  # fmt: skip
 """A room imports only from the rooms before it."""
 ALONE = {"spec": set[str](), "arithmetic": {"errors"}}

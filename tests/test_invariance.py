@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """P2: the bits of a golden do not depend on the BLAS kernel, the thread count or NumPy's SIMD level.
 
 The whole table is made by `bench/invariance.py`; here three settings that are far apart, in processes of their own.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scripts: names of runs, positions, cuts of caches, and refused scripts."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Traces: a written trace is read back; a file that is not a trace is refused in one sentence."""
 
 from __future__ import annotations

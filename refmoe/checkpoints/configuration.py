@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The check of a configuration, wherever it comes from: a file, a case, or an argument."""
 
 from __future__ import annotations

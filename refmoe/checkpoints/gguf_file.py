@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Write a checkpoint as a GGUF file, the way llama.cpp's own converter writes a Mixtral."""
 
 from __future__ import annotations

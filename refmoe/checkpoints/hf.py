@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Hugging Face layout: config.json and model.safetensors, whole or in shards, experts apart or fused."""
 
 from __future__ import annotations

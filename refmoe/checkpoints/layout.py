@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The common part of all layouts on disk: making a configuration, and matching tensors with parameters."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Load a checkpoint in the layout that its folder holds."""
 
 from __future__ import annotations

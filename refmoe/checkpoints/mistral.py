@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mistral's own layout: params.json and consolidated*.safetensors, rotary rows interleaved."""
 
 from __future__ import annotations

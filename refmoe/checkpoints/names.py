@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The canonical names of parameters. Layouts map their tensors to them, and synthetic weights are hashed from them."""
 
 from __future__ import annotations

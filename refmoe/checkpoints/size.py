@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The number of parameters of a model, and of those that one token uses, derived from the shapes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model whose weights come from a formula: `weight_formula`, with deliberate changes by `weight_edits`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One parameter: where its values come from, and the check that they are numbers."""
 
 from __future__ import annotations

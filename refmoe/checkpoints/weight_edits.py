@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Edits: deliberate changes to synthetic weights, which their formula cannot produce.
 
 Two equal rows of a router matrix or an embedding of ones are examples. Edits are applied in order, each to the result

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The formula of synthetic weights, which replaces a download.
 
 Every element is an odd integer in [-255, 255] times a power of two fixed per parameter, so that it is exact in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Write a checkpoint that other engines load unchanged."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Options that several commands share, and the records that hold them."""
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from refmoe.api.verifying import LEAST_SIGNIFICANCE, SIGNIFICANCE
 from refmoe.cuda.place import DEVICES, Place
 from refmoe.errors import InputError
-from refmoe.jobs.source import SIZES
+from refmoe.spec.config import PRESETS
+from refmoe.suite.golden_folder import VARIABLE, golden_folder
 from refmoe.traces.script import Call
 
 if TYPE_CHECKING:
@@ -24,7 +27,8 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 Record = TypeVar("Record", bound="DataclassInstance")
 
 PATH = click.Path(path_type=Path)
-GOLDEN = Path("golden")
+LAYOUTS = ("hf", "mistral")
+TAPS_HELP = "The taps to keep: shell patterns separated by commas, such as logits,layers.0.*"
 
 
 def record_of(kind: type[Record], options: dict[str, Any]) -> Record:
@@ -66,6 +70,72 @@ def _place(_context: click.Context, _option: click.Parameter, name: str) -> Plac
     return place
 
 
+def _golden(_context: click.Context, _option: click.Parameter, given: Path | None) -> Path:
+    return golden_folder(given)
+
+
+def golden_option(command: Command) -> Command:
+    """Add ``--golden``: the folder of cases to read. The command gets a path in any case."""
+    return click.option(
+        "--golden", type=PATH, metavar="DIR", callback=_golden, show_default=f"the package's own, or {VARIABLE}",
+        help="The folder of golden cases.",
+    )(command)  # fmt: skip
+
+
+def written_golden_option(what: str, required: bool = False) -> Callable[[Command], Command]:
+    """Add ``--golden`` to a command that may write there: the command gets None unless it is told where.
+
+    what: the thing that is written, in words
+    """
+    return click.option(
+        "--golden", type=PATH, metavar="DIR", required=required,
+        help=f"The folder of golden cases, where {what} written" + ("." if required else "; else nothing is written."),
+    )  # fmt: skip
+
+
+def case_option(what: str) -> Callable[[Command], Command]:
+    """Add ``--case``: the golden case that is run.   what: the use of it, in words"""
+    return click.option("--case", "case_name", metavar="NAME", help=f"{what} (refmoe cases lists them).")
+
+
+def layout_option(command: Command) -> Command:
+    """Add ``--layout`` for reading."""
+    return click.option(
+        "--layout", type=click.Choice(LAYOUTS), show_default="by the files of DIR",
+        help="How DIR is laid out: as Hugging Face does, or Mistral.",
+    )(command)  # fmt: skip
+
+
+def taps_option(command: Command) -> Command:
+    """Add ``--taps``."""
+    return click.option("--taps", metavar="PATTERNS", default="*", show_default=True, help=TAPS_HELP)(command)
+
+
+def executor_option(what: str) -> Callable[[Command], Command]:
+    """Add ``--executor``.   what: the work that is spread, in words"""
+    return click.option(
+        "--executor", metavar="processes[:N]|dask:ADDRESS",
+        help=f"{what} in N processes of this machine (one per core if N is not given), or on a Dask cluster.",
+    )  # fmt: skip
+
+
+def _significance(_context: click.Context, _option: click.Parameter, value: float) -> float:
+    """The value, if it is one. Raises InputError if not."""
+    if not LEAST_SIGNIFICANCE <= value < 1:
+        raise InputError(
+            f"--significance is {value:g}, but a probability from {LEAST_SIGNIFICANCE:g} to below 1 was expected"
+        )
+    return value
+
+
+def significance_option(what: str) -> Callable[[Command], Command]:
+    """Add ``--significance``.   what: the event that has this probability, in words"""
+    return click.option(
+        "--significance", type=float, default=SIGNIFICANCE, show_default=True, callback=_significance,
+        help=f"The probability that {what}.",
+    )  # fmt: skip
+
+
 def device_option(what: str) -> Callable[[Command], Command]:
     """Add ``--device``: the command gets a `Place`.   what: the work that runs on the GPU, in words."""
     return click.option(
@@ -76,19 +146,15 @@ def device_option(what: str) -> Callable[[Command], Command]:
 
 def checkpoint_options(command: Command) -> Command:
     """Add ``--checkpoint`` and ``--layout``: the model."""
-    command = click.option(
-        "--layout", type=click.Choice(["hf", "mistral"]), help="How DIR is laid out; told by its files if not given."
-    )(command)
-    return click.option(
-        "--checkpoint", type=PATH, metavar="DIR", help="A checkpoint: Hugging Face's layout or Mistral's own."
-    )(command)
+    command = layout_option(command)
+    return click.option("--checkpoint", type=PATH, metavar="DIR", help="The folder of a checkpoint.")(command)
 
 
-def synthetic_option(command: Command) -> Command:
-    """Add ``--synthetic``: weights from the weight formula."""
+def seed_option(command: Command) -> Command:
+    """Add ``--seed``: weights from the weight formula."""
     return click.option(
-        "--synthetic", type=click.IntRange(0), metavar="SEED",
-        help=f"With --checkpoint {' or '.join(SIZES)}: weights from the formula, no download.",
+        "--seed", type=click.IntRange(0), metavar="SEED",
+        help=f"With --checkpoint {' or '.join(PRESETS)}: weights from the formula of this seed, no download.",
     )(command)  # fmt: skip
 
 
@@ -115,6 +181,11 @@ class Input:
     chunk: tuple[tuple[int, ...], ...] = ()
     decode: tuple[int, ...] | None = None
 
+    @property
+    def given(self) -> bool:
+        """Whether any of the options is given."""
+        return any(value not in (None, ()) for value in vars(self).values())
+
     def calls(self, folder: Path) -> list[Call]:
         """The script. Raises InputError when not exactly one prefill is given.
 
@@ -128,13 +199,9 @@ class Input:
     def _prefill(self, folder: Path) -> tuple[int, ...]:
         if self.tokens is not None:
             return self.tokens
-        from refmoe.text.chat import encode_chat, load_chat
-        from refmoe.text.tokenizer import Tokenizer
+        from refmoe.api.generating import prompt_tokens
 
-        tokenizer = Tokenizer.load(folder / "tokenizer.model")
-        if self.chat is not None:
-            return tuple(encode_chat(tokenizer, load_chat(self.chat)))
-        return tuple(tokenizer.encode(self.prompt or ""))
+        return prompt_tokens(folder, self.prompt or "", self.chat)
 
 
 @contextmanager

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``refmoe policies``: the numeric policies, and the fields in which they differ."""
 
 from __future__ import annotations
@@ -6,13 +7,11 @@ import json
 from collections.abc import Sequence
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from refmoe.cli.options import json_option
+from refmoe.cli.table import console, print_table
 from refmoe.profiles.load import BUDGETS, Difference, differences, policies, policy
 from refmoe.profiles.policy import Policy
-from refmoe.report.terminal import WIDE
 
 
 @click.command("policies", short_help="List the numeric policies, or print where some of them differ.")
@@ -34,38 +33,26 @@ def policies_command(names: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(as_data(chosen)))
         return
-    console = Console(highlight=False, soft_wrap=True)
     if not chosen:
-        print_rows(console, ("policy", "whose arithmetic"), [(each.name, each.about) for each in policies()])
+        print_table(("policy", "whose arithmetic"), [(each.name, each.about) for each in policies()], wrap=True)
         return
     if len(chosen) == 1:
-        print_one(console, chosen[0])
+        print_one(chosen[0])
     rows = differences(chosen)
     if not rows:
-        console.print("no difference")
+        click.echo("no difference")
         return
-    print_rows(console, ("", *(each.name for each in chosen)), [(row.field, *row.values) for row in rows])
+    print_table(("", *(each.name for each in chosen)), [(row.field, *row.values) for row in rows], wrap=True)
 
 
-def print_one(console: Console, chosen: Policy) -> None:
+def print_one(chosen: Policy) -> None:
     """Print the parts of a policy that its table of fields lacks: the engine, and the sources."""
-    console.print(f"{chosen.name}: {chosen.about}", style="bold", markup=False)
-    console.print(f"source: {chosen.source}", markup=False)
+    place = console()
+    place.print(f"{chosen.name}: {chosen.about}", style="bold", markup=False)
+    place.print(f"source: {chosen.source}", markup=False)
     for name in BUDGETS:
-        console.print(f"{name}: {getattr(chosen, name).source}", markup=False)
-    console.print()
-
-
-def print_rows(console: Console, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table. A terminal breaks long cells; a pipe gets one line per row."""
-    if not console.is_terminal:
-        console.width = max(WIDE, 2 + sum(max(map(len, column)) + 2 for column in zip(headings, *rows, strict=True)))
-    table = Table(box=None, pad_edge=False)
-    for i, heading in enumerate(headings):
-        table.add_column(heading, no_wrap=not i)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+        place.print(f"{name}: {getattr(chosen, name).source}", markup=False)
+    place.print()
 
 
 def as_data(chosen: Sequence[Policy]) -> dict[str, object]:

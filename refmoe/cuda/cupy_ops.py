@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ops on a GPU: the counterparts of `NativeOps` and `ExactOps`. `refmoe.steps.cuda` has the steps for the former.
 
 The classes take the array module as an argument. With NumPy and the CPU runner of the tests they run without a GPU.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decoding in preallocated memory: no step allocates, and no step waits for the host.
 
 The step is the specification's forward pass on one token, with the cache written in place. Token and position are

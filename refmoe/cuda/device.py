@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether this machine has a GPU that refmoe can use; if not, the reason in one sentence."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The verifier's ops with their products by weights on a GPU, which are most of the work.
 
 The rules bound the error of float64 sums in any order, and of fused products, so they hold on a GPU too.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Matrix products at the dtype that weights are stored in, with float32 sums: cuBLAS's `gemmEx`.
 
 CuPy's own `matmul` rounds a bfloat16 product to bfloat16, and cannot multiply stacks of bfloat16 matrices.

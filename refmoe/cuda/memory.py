@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The device memory that a model needs (weights, cache, buffers), and how much of it is missing."""
 
 from __future__ import annotations

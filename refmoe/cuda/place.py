@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where ops compute: the CPU, or a GPU through CuPy. Commands get their ops from a place and need no other detail."""
 
 from __future__ import annotations

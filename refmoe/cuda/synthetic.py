@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Synthetic weights computed on a device: the formula of `refmoe.checkpoints.weight_formula`, bit for bit.
 
 A device computes all weights of a large model in seconds, while sending them to it would take minutes.

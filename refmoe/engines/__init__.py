@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Conformance of real engines: a line protocol, adapters, golden cases at every dtype, the scoreboard.
 
 PROTOCOL.md specifies the protocol. Two sides speak it:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adapters: the interface of one, its name as a class, and the command that serves it.
 
 An adapter is a class named ``Adapter``. It lives in a module of `refmoe.engines.adapters`, in a file, or in any other

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The conformance run: first a smoke test of the harness, then every case at every dtype, and a verdict on each."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A harness as the runner sees it: its description, the models that it loads, the runs that it executes."""
 
 from __future__ import annotations

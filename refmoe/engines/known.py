@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Known failures: a TOML file that says which cases an engine fails today, and why.
 
     format_version = "1"

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A harness as a process: started, asked one request at a time within a time limit, and killed with all it started.
 
 No call here waits longer than its limit, whatever the process does. It may hang, flood its pipes, die in the middle of

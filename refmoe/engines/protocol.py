@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The conformance protocol: its vocabulary, and its messages, one JSON object on one line. PROTOCOL.md specifies it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Results of an engine: an outcome for each case and dtype, and their file, one JSON object with an outcome a line."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One case at one dtype on a harness: its abilities, its checkpoint, the file that comes back, the copy that is kept.
 
 The file comes from a program that may be wrong, and that still runs while refmoe reads it.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scoreboard: the results of several engines side by side, by case and dtype."""
 
 from __future__ import annotations

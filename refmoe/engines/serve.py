@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The engine's side of the protocol: requests on standard input, answers on standard output, for an adapter.
 
     python -m refmoe.engines.serve transformers attention=sdpa

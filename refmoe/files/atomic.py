@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Replace files atomically: a reader finds the old file or the whole new one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """JSON objects from users' files. Each field is fetched on its own, and a wrong one raises a sentence about it."""
 
 from __future__ import annotations

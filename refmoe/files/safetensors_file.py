@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tensors of a safetensors file, as read-only views of the mapped file.
 
 The safetensors library checks the file: header, offsets, overlaps, length. Its NumPy front end would then copy each

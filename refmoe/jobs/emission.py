@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Emit a trace of a checkpoint of any size: estimate it, compute it layer by layer, write it."""
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ class Emission:
     """The executor of the experts, as `open_executor` reads it; None: this process."""
     digest: bool = True
     """Whether the trace names the checkpoint by its SHA-256, which reads every byte once more."""
+    case: str | None = None
+    """The case whose model and calls these are, if it is one."""
 
     @property
     def model(self) -> Checkpoint:
@@ -56,6 +59,7 @@ class Emission:
         named = self.digest and self.model.files
         return Header(
             self.runs,
+            self.case,
             checkpoint=checkpoint_digest(self.model.files) if named else None,
             policy=self.arithmetic.removeprefix(POLICY),
         )

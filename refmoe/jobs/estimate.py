@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The cost of a run, estimated before it begins: memory, bytes of weights to read, bytes of the trace to write."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compute a script part by part: the embedding, each layer, the head. Finished parts are kept on disk."""
 
 from __future__ import annotations

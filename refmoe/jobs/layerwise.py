@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run a script layer by layer: every call through one layer, then every call through the next.
 
 `refmoe.traces.script.execute` runs call by call, and reads all weights once per call. Here each weight is read once per

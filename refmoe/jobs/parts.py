@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finished parts of a long run on disk, so that a run which was stopped does not compute them again.
 
 The folder holds `job.json`, the identity of the computation, and one safetensors file per part. Such a file has the

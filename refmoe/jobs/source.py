@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The origin of a model, a record small enough to send to another process, which then loads the weights itself."""
 
 from __future__ import annotations
@@ -13,9 +14,6 @@ from refmoe.checkpoints.load import load_checkpoint
 from refmoe.checkpoints.synthetic import synthetic_checkpoint
 from refmoe.errors import InputError
 from refmoe.spec.config import PRESETS, Config
-
-SIZES = {name.replace("mixtral-", "mixtral:"): config for name, config in PRESETS.items()}
-"""Published sizes by the name that `--checkpoint` takes instead of a folder: ``mixtral:8x7b``."""
 
 
 @dataclass(frozen=True)
@@ -67,16 +65,17 @@ def loaded(source: Source) -> Checkpoint:
 
 
 def find_source(checkpoint: Path, layout: str | None, seed: int | None) -> Source:
-    """The source that ``--checkpoint`` and ``--synthetic`` name. Raises InputError when they contradict each other."""
-    size = SIZES.get(str(checkpoint))
-    if size is not None and layout is None:
+    """The source that ``--checkpoint`` and ``--seed`` name. Raises InputError when they contradict each other.
+
+    checkpoint: a folder, or where there is none of this name a published size, ``mixtral-8x7b``
+    """
+    size = PRESETS.get(str(checkpoint))
+    if size is not None and layout is None and not checkpoint.exists():
         if seed is None:
             raise InputError(
-                f"--checkpoint {checkpoint}: is a size and no folder, so --synthetic SEED was expected for its weights"
+                f"--checkpoint {checkpoint}: is a size and no folder, so --seed SEED was expected for its weights"
             )
         return Formula(size, seed)
-    if str(checkpoint).startswith("mixtral:") and not checkpoint.exists():
-        raise InputError(f"--checkpoint {checkpoint}: unknown size, expected one of {', '.join(SIZES)} or a folder")
     if seed is not None:
-        raise InputError(f"--synthetic {seed} goes with --checkpoint {' or '.join(SIZES)}, but {checkpoint} was given")
+        raise InputError(f"--seed {seed} goes with --checkpoint {' or '.join(PRESETS)}, but {checkpoint} was given")
     return Folder(checkpoint, layout)

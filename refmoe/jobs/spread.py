@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Spread the experts of a layer over an executor. They are most of the work, and independent of each other."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The distances of a trace from a reference, on a terminal."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plots of a verification as SVG text: all checks against their limits, and a value against its legal interval."""
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from refmoe.report.summary import excess_share, in_order
 from refmoe.report.wording import number, visible
 from refmoe.verifier.findings import FAIL, Check, Element, Report
 
-COLUMN, TOP, HEIGHT, LEFT, FOOT = 44, 48, 300, 64, 140
+COLUMN, TOP, HEIGHT, LEFT, FOOT = 42, 48, 300, 84, 140
+AXIS = "multiples of the limit"
 GRID = 2
 """The grid, in pixels, that marks are moved to. It is finer than a mark; of marks on one point, one is drawn."""
 
@@ -22,8 +24,9 @@ DECADES = (-6, 6)
 
 
 def error_plot(report: Report) -> str:
-    """Plot all checks on a log scale: a dot at error / allowed error, a diamond at excess / limit.
+    """Plot all checks on a log scale: a dot at excess / limit, a cross at error / allowed error where that is above 1.
 
+    An error below 1 is legal and not drawn: every honest engine comes close to 1, since it rounds to nearest.
     Steps go from left to right in order of computation, and so do the layers within a step. Of marks at one point only
     one is drawn, so the size of the plot has a bound.
     """
@@ -32,8 +35,7 @@ def error_plot(report: Report) -> str:
         return ""
     shown = worst_of_each(report.checks) if crowded(report) else report.checks
     layers = sorted({check.layer for check in report.checks if check.layer is not None})
-    shares = [value for check in shown for value in (check.worst_error, excess_share(check))]
-    low, high = _decades(shares)
+    low, high = _decades(value for check in shown for value in (_impossible(check), excess_share(check)))
     width = LEFT + COLUMN * len(steps) + 16
     start = dict(zip(steps, range(LEFT, width, COLUMN), strict=False))
     offset = {layer: 18 * (i + 0.5) / len(layers) for i, layer in enumerate(layers)}
@@ -48,21 +50,27 @@ def error_plot(report: Report) -> str:
 
     def spots(*, failed: bool, excess: bool) -> Iterable[tuple[float, float]]:
         for check in shown:
-            value = excess_share(check) if excess else check.worst_error
+            value = excess_share(check) if excess else _impossible(check)
             if (check.verdict == FAIL) == failed and not math.isnan(value):
                 inside = 9 if check.layer is None else offset[check.layer]
-                yield start[check.step] + 3 + 20 * excess + inside, y(value)
+                yield start[check.step] + 3 + 20 * (not excess) + inside, y(value)
 
     marks = [
-        _marks("dot", spots(failed=False, excess=False), "h0"),
-        _marks("diamond", spots(failed=False, excess=True), "m0-3.5l3.5 3.5-3.5 3.5-3.5-3.5z"),
-        _marks("dot wrong", spots(failed=True, excess=False), "m-4-4l8 8m0-8l-8 8"),
+        _marks("dot", spots(failed=False, excess=True), "h0"),
         _marks("diamond wrong", spots(failed=True, excess=True), "m0-5l5 5-5 5-5-5z"),
+        _marks(
+            "dot wrong", (*spots(failed=True, excess=False), *spots(failed=False, excess=False)), "m-4-4l8 8m0-8l-8 8"
+        ),
     ]
     frame = [_frame(steps, low, high, width), _limit(y(1.0), width)]
     size = f'viewBox="0 0 {width} {TOP + HEIGHT + FOOT}" width="{width}" height="{TOP + HEIGHT + FOOT}"'
-    title = "Error and excess of every check, in units of what is allowed, by step in order of computation"
+    title = "Distance of every check from its limit, by step in order of computation"
     return f'<svg class="plot" role="img" aria-label="{title}" {size}>{"".join(frame + marks)}</svg>'
+
+
+def _impossible(check: Check) -> float:
+    """The error of a check in units of the allowed error where that is above 1; NaN where it is legal."""
+    return check.worst_error if check.worst_error > 1 else math.nan
 
 
 def crowded(report: Report) -> bool:
@@ -108,7 +116,7 @@ def _frame(steps: list[str], low: int, high: int, width: int) -> str:
         label = f"{10.0**power:g}" if -4 < power < 5 else f"1e{power}"
         lines.append(f'<path class="grid" d="M{LEFT} {at:.1f}H{width - 16}"/>')
         lines.append(f'<text class="tick" x="{LEFT - 10}" y="{at + 4:.1f}" text-anchor="end">{label}</text>')
-    edges = ((TOP - 20, "infinite"), (TOP + HEIGHT + 24, "below"))
+    edges = ((TOP - 20, "infinite"), (TOP + HEIGHT + 24, "0"))
     lines += [f'<text class="tick" x="{LEFT - 10}" y="{at}" text-anchor="end">{name}</text>' for at, name in edges]
     foot = TOP + HEIGHT + 44
     labels = []
@@ -117,11 +125,14 @@ def _frame(steps: list[str], low: int, high: int, width: int) -> str:
         name = name if len(name) <= 20 else name[:19] + "…"
         turn = f'transform="translate({x:g} {foot}) rotate(-55)"'
         labels.append(f'<text class="tick" text-anchor="end" {turn}>{escape(name)}</text>')
-    return "".join(bands + lines + labels)
+    middle = TOP + HEIGHT / 2
+    title = f'<text class="tick" text-anchor="middle" transform="translate(16 {middle:g}) rotate(-90)">{AXIS}</text>'
+    return "".join([*bands, *lines, *labels, title])
 
 
 def _limit(at: float, width: int) -> str:
-    return f'<path class="limit" d="M{LEFT} {at:.1f}H{width - 16}"/>'
+    label = f'<text class="tick" x="{width - 18}" y="{at - 6:.1f}" text-anchor="end">limit</text>'
+    return f'<path class="limit" d="M{LEFT} {at:.1f}H{width - 16}"/>{label}'
 
 
 def interval_plot(element: Element) -> str:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The heat map of a verification: a row per step, a column per layer. A cell shows one run, or all runs together."""
 
 from __future__ import annotations
@@ -7,8 +8,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from refmoe.report.summary import excess_share, in_order, largest, run_names, share, worst_verdict
-from refmoe.report.wording import RUNGS, count, found_and_expected, number, place, visible, why
+from refmoe.report.summary import in_order, largest, run_names, share, worst_verdict
+from refmoe.report.wording import (
+    RUNGS,
+    count,
+    error_words,
+    excess_words,
+    found_and_expected,
+    number,
+    place,
+    visible,
+    why,
+)
 from refmoe.verifier.findings import FAIL, PASS, UNDECIDABLE, Check, Report
 
 ROOMY = 8
@@ -18,14 +29,13 @@ EXPLAINED = 1000
 """The most checks whose reasons a page holds. The JSON report has the reasons of all checks."""
 
 LEVELS = {
-    "a": ("pass1", "·", "passes, up to 0.03"), "b": ("pass2", "·", "up to 0.1"), "c": ("pass3", "·", "up to 0.3"),
-    "d": ("pass4", "·", "up to 1 (all that is allowed)"), "e": ("fail1", "✕", "fails, up to 3"),
-    "f": ("fail2", "✕", "up to 30"), "g": ("fail3", "✕", "beyond 30"), "u": ("open", "?", "undecidable"),
-    "-": ("none", "", "no check"),
+    "a": ("pass1", "·", "passes"), "b": ("pass2", "·", "passes, with an excess above half of its limit"),
+    "e": ("fail1", "✕", "fails, up to 3 times the limit"), "f": ("fail2", "✕", "fails, up to 30 times"),
+    "g": ("fail3", "✕", "fails, beyond 30 times"), "u": ("open", "?", "undecidable"), "-": ("none", "", "no check"),
 }  # fmt: skip
 """Per code of a cell's state: its CSS class, the symbol of its verdict, and its words in the legend."""
 
-PASS_BOUNDS, FAIL_BOUNDS = (0.03, 0.1, 0.3), (3.0, 30.0)
+PASS_BOUNDS, FAIL_BOUNDS = (0.5,), (3.0, 30.0)
 
 
 @dataclass(frozen=True)
@@ -79,12 +89,12 @@ def heat_map(report: Report) -> HeatMap:
 
 
 def level(verdict: str | None, amount: float) -> str:
-    """The code of a cell's state.   amount: the largest share of the allowed error or excess"""
+    """The code of a cell's state.   amount: the largest distance in units of its limit, as `share` gives it"""
     if verdict is None:
         return "-"
     if verdict == UNDECIDABLE:
         return "u"
-    codes, bounds = ("efg", FAIL_BOUNDS) if verdict == FAIL else ("abcd", PASS_BOUNDS)
+    codes, bounds = ("efg", FAIL_BOUNDS) if verdict == FAIL else ("ab", PASS_BOUNDS)
     return codes[sum(amount > bound for bound in bounds)]
 
 
@@ -114,16 +124,16 @@ def _detail(checks: Sequence[Check], first: bool) -> str:
     else:
         words = [f"passes in {runs}"]
     worst = max(checks, key=lambda check: (check.verdict == FAIL, -1.0 if math.isnan(share(check)) else share(check)))
-    words += [f"closest to its limits or furthest beyond in {visible(worst.run)}: {_numbers(worst)}"]
+    if worst.verdict != UNDECIDABLE:
+        words += [f"{'worst' if failed else 'closest to a limit'} in run {visible(worst.run)}: {_numbers(worst)}"]
     if first:
         words += ["here is the first wrong step"]
     return f"{visible(checks[0].tap)}: {'; '.join(words)}."
 
 
 def _numbers(check: Check) -> str:
-    excess = f"excess {number(check.excess)} sigma, limit {number(check.excess_limit)}"
-    error = f"error {number(check.worst_error, 'not known')} of what is allowed"
-    return f"{error}, {excess}" if not math.isnan(excess_share(check)) else error
+    excess = excess_words(check)
+    return f"largest error {error_words(check.worst_error)}" + (f", excess {excess}" if excess else "")
 
 
 def _data(report: Report, shown: list[list[Check]], roomy: bool) -> str:
@@ -143,7 +153,8 @@ def _data(report: Report, shown: list[list[Check]], roomy: bool) -> str:
                 explained += check.verdict != PASS
                 reason = _reason(check, report)
             known = [texts.setdefault(text, len(texts)) for text in (RUNGS.get(check.rung, ""), reason)]
-            values = [number(check.worst_error), number(check.excess), number(check.excess_limit)]
+            error = "legal" if check.worst_error <= 1 else number(check.worst_error)
+            values = [error, number(check.excess), number(check.excess_limit)]
             amount = [_amount([check])] if roomy else []
             numbers[i][position] = " ".join([*values, *map(str, known), *amount])
     document = {

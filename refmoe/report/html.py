@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A verification as one self-contained HTML page. It needs no network, and can be read without script."""
 
 from __future__ import annotations
@@ -31,12 +32,13 @@ class CheckView:
     tap: str
     place: str
     found: str
+    """``-`` for a check without a worst element, and so are the next three."""
     expected: str
     legal: str
     sigma: str
     error: str
     excess: str
-    limit: str
+    """The excess and its limit; empty where the test does not apply."""
     manner: str
     reason: str
     basis: str
@@ -69,8 +71,10 @@ def to_html(report: Report) -> str:
         "the HTML report",
         report=report,
         verdict={"name": name, "symbol": symbol},
+        lead=wording.lead(report),
         first=_first_wrong(report),
-        explanations=[wording.explanation(found) for found in (report.explanations or ())[:LISTED]],
+        explanations=(report.explanations or ())[:LISTED],
+        fit=wording.fit,
         nothing_explains=wording.NOTHING_EXPLAINS,
         runs=run_names(report),
         map=heat_map(report),
@@ -89,6 +93,7 @@ def to_html(report: Report) -> str:
         every=[_decision(d) for d in report.decisions] if len(report.decisions) <= FEW_DECISIONS else [],
         listed=LISTED,
         number=wording.number,
+        error_text=wording.error_text,
         count=wording.count,
     )
 
@@ -105,7 +110,7 @@ def _first_wrong(report: Report) -> dict[str, object] | None:
         "plot": "" if check is None or check.worst is None else interval_plot(check.worst),
         "preceding": wording.preceding(report, run, tap),
         "choices": [
-            {"token": d.token, "text": wording.choice(d, report.policy)} for d in wrong_choices(report, run, tap)[:5]
+            {"token": d.token, "text": wording.choice(d, report.policy)} for d in wrong_choices(report, run, tap)[1:5]
         ],
     }
 
@@ -120,9 +125,8 @@ def _check(check: Check, report: Report) -> CheckView:
         expected=wording.value_text(worst.expected) if worst else "-",
         legal=wording.legal(worst) if worst else "-",
         sigma="-" if worst is None or math.isnan(worst.sigma) else wording.number(worst.sigma),
-        error=wording.number(check.worst_error),
-        excess=wording.number(check.excess),
-        limit=wording.number(check.excess_limit) if check.excess_limit > 0 else "-",
+        error=wording.error_words(check.worst_error),
+        excess=wording.excess_words(check),
         manner=wording.manner(check, report),
         reason=check.reason,
         basis=wording.basis(check),

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A verification as JUnit XML, for tools that show test results: a suite per run, a test case per check."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Filters the grid by class and text, and shows a cell in words. The page is complete without it: each cell has its
 // words as a title.
 "use strict";

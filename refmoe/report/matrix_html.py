@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The matrix as one self-contained HTML page. It needs no network, and can be read without script."""
 
 from __future__ import annotations

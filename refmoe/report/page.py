@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Self-contained HTML pages: style and script are inside, and no name from a file can act as markup or code."""
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any
 
 from refmoe.errors import require
 from refmoe.report import wording
+from refmoe.report.glossary import TERMS, anchor
 
 
 def render(template: str, styles: Sequence[str], script: str, what: str, **values: Any) -> str:
@@ -24,6 +26,7 @@ def render(template: str, styles: Sequence[str], script: str, what: str, **value
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, finalize=_printable
     )
+    environment.globals.update(is_link=wording.is_link, terms=TERMS, anchor=anchor)
     style, code = "\n".join(map(_read, styles)), _read(script)
     digests = {"style": _digest(style), "script": _digest(code)}
     page = environment.from_string(_read(template)).render(style=style, script=code, digests=digests, **values)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Routing decisions as strips of characters, one per token. They can be read without colour and script."""
 
 from __future__ import annotations

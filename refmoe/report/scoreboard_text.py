@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The results of an engine, and the scoreboard, on a terminal."""
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from refmoe.engines.scoreboard import (
     alike,
     places,
 )
-from refmoe.report.terminal import WIDE
+from refmoe.report.terminal import WIDE, open_console, print_text
 from refmoe.report.wording import count, number, visible
 from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT
 
@@ -38,43 +39,35 @@ LISTED = 10
 INDENT = "    "
 
 
-def console_for_reports() -> Console:
-    """The console for reports. In a pipe it is wide, so that tables do not wrap."""
-    console = Console(highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = WIDE
-    return console
-
-
 def print_results(results: Results, failures: Failures, logs: Mapping[tuple[str, str], str]) -> None:
     """Print a table, case by dtype, then the failures.
 
     logs: per case and dtype the end of the harness's standard error
     """
-    console = console_for_reports()
+    console = open_console()
     engine = results.engine
     options = " ".join(f"{key}={value}" for key, value in engine.options.items())
-    _print(console, visible(f"{engine.name} {engine.version}  {options}".strip()), "bold")
-    _print(console, visible(f"smoke test: {results.smoke}"))
+    print_text(console, visible(f"{engine.name} {engine.version}  {options}".strip()), "bold")
+    print_text(console, visible(f"smoke test: {results.smoke}"))
     console.print()
     console.print(_case_table(results))
     console.print()
     for outcomes in alike(failures.failing):
         _print_failures(console, outcomes, logs.get((outcomes[0].case, outcomes[0].dtype), ""))
     for outcome, entry in failures.known:
-        _print(console, f"{_place(outcome)}: known to fail: {visible(entry.reason)}{_issue(entry.issue)}", "dim")
+        print_text(console, f"{_place(outcome)}: known to fail: {visible(entry.reason)}{_issue(entry.issue)}", "dim")
     for outcome, entry in failures.passing:
-        _print(
+        print_text(
             console, f"{_place(outcome)}: conformant, but listed as known to fail: {visible(entry.reason)}", "bold red"
         )
     for reason, outcomes in _skips(results).items():
-        _print(console, f"skipped: {visible(reason)}: {_places(outcomes)}", "dim")
+        print_text(console, f"skipped: {visible(reason)}: {_places(outcomes)}", "dim")
     for note in results.notes:
-        _print(console, f"note: {visible(note)}")
+        print_text(console, f"note: {visible(note)}")
     counts = results.counts
     said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in STYLES if counts[verdict])
     known = f"; {count(len(failures.known), 'failure')} known" if failures.known else ""
-    _print(console, f"{count(len(results.outcomes), 'outcome')}: {said}{known}", "bold")
+    print_text(console, f"{count(len(results.outcomes), 'outcome')}: {said}{known}", "bold")
 
 
 def _case_table(results: Results) -> Table:
@@ -93,18 +86,18 @@ def _print_failures(console: Console, outcomes: Sequence[Outcome], log: str) -> 
     """Print the first of some outcomes that are alike, and the places of the others.   log: of the first"""
     outcome, others = outcomes[0], outcomes[1:]
     first = f": first wrong step {'/'.join(outcome.first_wrong)}" if outcome.first_wrong else ""
-    _print(console, visible(f"{_place(outcome)}: {outcome.verdict}{first}"), STYLES[outcome.verdict])
-    _print(console, INDENT + visible(outcome.reason))
+    print_text(console, visible(f"{_place(outcome)}: {outcome.verdict}{first}"), STYLES[outcome.verdict])
+    print_text(console, INDENT + visible(outcome.reason))
     for cause in outcome.explanations[:1]:
-        _print(console, visible(f"{INDENT}{cause.kind}: {cause.name}: {cause.about}"))
+        print_text(console, visible(f"{INDENT}{cause.kind}: {cause.name}: {cause.about}"))
         if cause.fix:
-            _print(console, visible(f"{INDENT}fix: {cause.fix}"))
+            print_text(console, visible(f"{INDENT}fix: {cause.fix}"))
     if others:
-        _print(console, f"{INDENT}the same in {len(others)} more: {_listed(places(others))}")
+        print_text(console, f"{INDENT}the same in {len(others)} more: {_listed(places(others))}")
     if log and outcome.verdict in (CRASHED, TIMED_OUT, BROKEN):
-        _print(console, f"{INDENT}the end of its standard error:")
+        print_text(console, f"{INDENT}the end of its standard error:")
         for line in log.splitlines()[-LISTED:]:
-            _print(console, f"{INDENT}  {visible(line)}", "dim")
+            print_text(console, f"{INDENT}  {visible(line)}", "dim")
 
 
 def _skips(results: Results) -> dict[str, list[Outcome]]:
@@ -138,20 +131,20 @@ def _issue(issue: str | None) -> str:
     return "" if issue is None else f" ({visible(issue)})"
 
 
-def _print(console: Console, text: str, style: str = "") -> None:
-    """Print plain text. Markup in a name is part of the name."""
-    console.print(Text(text, style=style), soft_wrap=True)
-
-
 # ---- the scoreboard
 
 
 def print_scoreboard(board: Scoreboard) -> None:
     """Print counts by engine and dtype, marks by case and engine, deviations, and the largest error of each step."""
-    console = console_for_reports()
-    console.print(_counts(board))
+    console = open_console()
+    narrow = console.width < WIDE
+    if narrow:
+        for name, entrant in zip(_names(board), board.entrants, strict=True):
+            print_text(console, visible(f"{name}  {entrant.label}"))
+        console.print()
+    console.print(_counts(board, labels=not narrow))
     console.print()
-    _print(
+    print_text(
         console,
         ", ".join(f"{mark} {kind}" for kind, mark in MARKS.items()) + "; a mark for each dtype, in the order above",
     )
@@ -160,14 +153,14 @@ def print_scoreboard(board: Scoreboard) -> None:
         groups = board.groups(kind)
         if groups:
             console.print()
-            _print(console, kind, "bold")
+            print_text(console, kind, "bold")
         for group in groups:
             _print_group(console, group)
     console.print()
-    _print(console, "largest error of each step, in units of the allowed error", "bold")
+    print_text(console, "largest error of each step, in units of the allowed error: above 1 is impossible", "bold")
     console.print(_errors(board))
     for note in board.notes:
-        _print(console, f"note: {visible(note)}")
+        print_text(console, f"note: {visible(note)}")
 
 
 def _names(board: Scoreboard) -> list[str]:
@@ -175,15 +168,17 @@ def _names(board: Scoreboard) -> list[str]:
     return [f"#{i}" for i in range(1, len(board.entrants) + 1)]
 
 
-def _counts(board: Scoreboard) -> Table:
+def _counts(board: Scoreboard, *, labels: bool) -> Table:
+    """The counts of each engine at each dtype.   labels: whether the table has room for the names of the engines"""
     table = Table(box=None, pad_edge=False)
     kinds = list(dict.fromkeys(KINDS.values()))
-    for heading in ("", "engine", "dtype", *kinds):
+    for heading in ("", *["engine"] * labels, "dtype", *kinds):
         table.add_column(heading, justify="right" if heading in kinds else "left")
     for name, entrant in zip(_names(board), board.entrants, strict=True):
         for dtype in entrant.dtypes:
             tally = entrant.tally(dtype)
-            table.add_row(name, Text(visible(entrant.label)), dtype, *(str(tally[kind]) for kind in kinds))
+            label = [Text(visible(entrant.label))] * labels
+            table.add_row(name, *label, dtype, *(str(tally[kind]) for kind in kinds))
     return table
 
 
@@ -201,8 +196,8 @@ def _marks(board: Scoreboard) -> Table:
 def _print_group(console: Console, group: Group) -> None:
     cause = f": {group.cause.kind}: {group.cause.name}" if group.cause else ""
     what = f"first wrong step {group.step}{cause}" if group.step else f"{group.reason}{_issue(group.issue)}"
-    _print(console, visible(f"  {group.label}: {what}"))
-    _print(console, f"{INDENT}{_listed(group.places)}", "dim")
+    print_text(console, visible(f"  {group.label}: {what}"))
+    print_text(console, f"{INDENT}{_listed(group.places)}", "dim")
 
 
 def _errors(board: Scoreboard) -> Table:

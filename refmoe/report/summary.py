@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Counts of the findings: by step, by run, and over all routing decisions."""
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class StepSummary:
     failed: int
     undecidable: int
     error: float
-    """The worst error, in units of the allowed error; NaN if none is known."""
+    """The worst error of the decided checks, in units of the allowed error; NaN if none is known."""
     excess: float
     """The excess with the largest share of its limit, in standard deviations; NaN if there is none."""
     excess_limit: float
@@ -53,10 +54,14 @@ def excess_share(check: Check) -> float:
 
 
 def share(check: Check) -> float:
-    """The larger of a check's error and excess, each in units of its limit.
+    """The distance of a check from its limits: 1 is at a limit. NaN where no limit applies.
 
-    If the legal interval is infinite, the error is 0 and only the excess counts.
+    For a check that passes it is the excess in units of its limit. Its error says nothing: rounding to nearest brings
+    every honest engine close to the end of the legal interval. For any other check it is the larger of error and
+    excess, each in units of its limit.
     """
+    if check.verdict == PASS:
+        return excess_share(check)
     return largest((check.worst_error, excess_share(check)))
 
 
@@ -95,7 +100,7 @@ def _summarise(step: str, checks: list[Check]) -> StepSummary:
         passed=verdicts.count(PASS),
         failed=verdicts.count(FAIL),
         undecidable=verdicts.count(UNDECIDABLE),
-        error=largest(check.worst_error for check in checks),
+        error=largest(check.worst_error for check in checks if check.verdict != UNDECIDABLE),
         excess=closest.excess if closest else math.nan,
         excess_limit=closest.excess_limit if closest else math.nan,
     )

@@ -1,6 +1,20 @@
+// SPDX-License-Identifier: Apache-2.0
 // Shows one run in the heat map and a cell's findings in words. The page is complete without it: the map then shows all
 // runs, and each cell has its words as a title.
 "use strict";
+// In a notebook the page is the document of a frame, where "#..." would be an address of the notebook itself.
+(() => {
+  if (location.protocol !== "about:") return;
+  document.addEventListener("click", (event) => {
+    const link = event.target.closest('a[href^="#"]');
+    const place = link && document.getElementById(link.getAttribute("href").slice(1));
+    if (!place) return;
+    event.preventDefault();
+    place.tabIndex = -1;
+    place.focus();
+    place.scrollIntoView();
+  });
+})();
 (() => {
   const holder = document.getElementById("heat-data");
   if (!holder) return;
@@ -29,8 +43,12 @@
     const [error, excess, limit, rung, reason, amount] = data.numbers[run][index].split(" ");
     let words = `${data.taps[index]}, run ${data.runs[run]}: ${verdict(level)}.`;
     if (level !== "none") {
-      words += error === "-" ? "" : ` Error ${error} of what is allowed.`;
-      words += limit === "-" || limit === "0" ? "" : ` Excess ${excess} sigma, limit ${limit}.`;
+      if (error === "legal") words += " Largest error within what is allowed.";
+      else if (error === "inf") words += " Largest error infinite.";
+      else if (error !== "-") words += ` Largest error ${error} times what is allowed.`;
+      if (limit !== "-" && limit !== "0" && excess !== "-") {
+        words += ` Excess ${excess} standard deviations, improbable above ${limit}.`;
+      }
       words += data.texts[reason] ? ` Reason: ${data.texts[reason]}.` : "";
       words += data.texts[rung] ? ` (${data.texts[rung]})` : "";
     }

@@ -1,4 +1,5 @@
-"""A verification as text on a terminal. The verdict comes first, then the first wrong step, then the details."""
+# SPDX-License-Identifier: Apache-2.0
+"""A verification as text on a terminal: what is wrong, the known bug that explains it, and then the numbers."""
 
 from __future__ import annotations
 
@@ -6,15 +7,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from refmoe.report.summary import Routing, StepSummary, summarise_routing, summarise_steps, wrong_choices
-from refmoe.report.terminal import open_console
+from refmoe.report.summary import Routing, StepSummary, summarise_routing, summarise_steps
+from refmoe.report.terminal import INDENT, open_console, print_text
 from refmoe.report.wording import (
     NOTHING_EXPLAINS,
     basis,
     choice,
     count,
+    error_text,
     explanation,
     found_and_expected,
+    in_short,
+    lead,
     number,
     place,
     preceding,
@@ -27,7 +31,8 @@ LISTED = 10
 """The most failures and decisions that are listed. Of the rest, the number is printed."""
 
 STYLES = {CONFORMANT: "bold green", CANNOT_JUDGE: "bold yellow"}
-INDENT = " " * 6
+WHOLE_TABLE = 80
+"""Columns that the table of steps needs. A narrower terminal gets fewer columns."""
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
@@ -35,25 +40,26 @@ def print_report(report: Report, console: Console | None = None) -> None:
     if console is None:
         console = open_console()
     _headline(console, report)
-    _first_wrong(console, report)
     _explanations(console, report)
+    _first_wrong(console, report)
     _failures(console, report)
     _steps(console, summarise_steps(report))
     _routing(console, report, summarise_routing(report))
     _gaps(console, report)
-
-
-def _print(console: Console, text: str, style: str = "") -> None:
-    """Print plain text: markup or an emoji code within a name is part of the name."""
-    console.print(Text(text, style=style), soft_wrap=True)
+    _judged(console, report)
 
 
 def _headline(console: Console, report: Report) -> None:
-    _print(console, report.verdict.upper(), STYLES.get(report.verdict, "bold red"))
-    _print(console, INDENT + visible(report.headline))
+    print_text(console, report.verdict.upper(), STYLES.get(report.verdict, "bold red"))
+    print_text(console, INDENT + lead(report), "bold")
+
+
+def _judged(console: Console, report: Report) -> None:
+    """Print the trace, the model that it was held against, and the rules."""
+    console.print()
     producer, policy = visible(report.producer), visible(report.policy)
     against = f"against {visible(report.subject)}, policy {policy}, significance {report.significance:g}"
-    _print(console, f"{INDENT}{visible(report.trace)}, written by {producer}, {against}")
+    print_text(console, f"judged: {visible(report.trace)}, written by {producer}, {against}", "dim")
 
 
 def _first_wrong(console: Console, report: Report) -> None:
@@ -62,44 +68,48 @@ def _first_wrong(console: Console, report: Report) -> None:
     run, tap = report.first_wrong
     check = report.check(run, tap)
     console.print()
-    _print(console, f"first wrong step: {visible(tap)}, run {visible(run)}{_at(check)}", "bold")
+    print_text(console, f"first wrong step: {visible(tap)}, run {visible(run)}{_at(check)}", "bold")
     if check is not None:
         if check.worst is not None:
-            _print(console, INDENT + found_and_expected(check.worst))
-        _print(console, INDENT + why(check, report))
-        _print(console, f"{INDENT}{basis(check)}; {preceding(report, run, tap)}")
-    _decisions(console, report, wrong_choices(report, run, tap))
+            print_text(console, INDENT + found_and_expected(check.worst))
+        print_text(console, INDENT + why(check, report))
+        print_text(console, f"{INDENT}{basis(check)}; {preceding(report, run, tap)}")
 
 
 def _explanations(console: Console, report: Report) -> None:
     if report.explanations is None:
         return
-    console.print()
     if not report.explanations:
-        _print(console, NOTHING_EXPLAINS)
+        print_text(console, INDENT + NOTHING_EXPLAINS)
+        return
+    console.print()
     for found in report.explanations[:LISTED]:
         first, *rest = explanation(found)
-        _print(console, f"explained by {first}", "bold")
+        print_text(console, f"explained by {first}", "bold")
         for line in rest:
-            _print(console, INDENT + line)
+            print_text(console, INDENT + line)
 
 
 def _failures(console: Console, report: Report) -> None:
+    """Print the failed checks after the first wrong step, in one line each, and the reasons of undecidable checks."""
     failed = [check for check in report.checks if check.verdict == FAIL]
-    if failed:
+    others = [check for check in failed if (check.run, check.tap) != report.first_wrong]
+    if others:
         console.print()
-    for check in failed[:LISTED]:
-        _print(console, f"FAIL  {visible(check.tap)}   {visible(check.run)}{_at(check)}", "red")
-        _print(console, INDENT + why(check, report))
-    if len(failed) > LISTED:
-        _print(console, f"and {count(len(failed) - LISTED, 'failed check')} more")
+        print_text(console, f"{count(len(others), 'other failed check')}:")
+    for check in others[:LISTED]:
+        print_text(console, f"FAIL  {visible(check.tap)}, {visible(check.run)}{_at(check)}: {in_short(check)}", "red")
+    if len(others) > LISTED:
+        print_text(console, f"and {len(others) - LISTED} more")
     open_ones = [check for check in report.checks if check.verdict == UNDECIDABLE]
     reasons = dict.fromkeys(visible(check.reason) for check in open_ones)
+    if reasons:
+        console.print()
     for reason in list(reasons)[:LISTED]:
         same = sum(visible(check.reason) == reason for check in open_ones)
-        _print(console, f"UNDECIDABLE  {count(same, 'check')}: {reason}", "yellow")
+        print_text(console, f"UNDECIDABLE  {count(same, 'check')}: {reason}", "yellow")
     if len(reasons) > LISTED:
-        _print(console, f"and {count(len(reasons) - LISTED, 'reason')} more")
+        print_text(console, f"and {count(len(reasons) - LISTED, 'reason')} more")
 
 
 def _at(check: Check | None) -> str:
@@ -114,45 +124,48 @@ def _at(check: Check | None) -> str:
 def _steps(console: Console, steps: list[StepSummary]) -> None:
     console.print()
     if not steps:
-        _print(console, "no step was checked")
+        print_text(console, "no step was checked")
         return
-    headings = ["step", "fail", "undecidable", "worst error"]
-    if console.width >= 80:
-        headings = ["step", "checks", "pass", "fail", "undecidable", "worst error", "excess", "limit"]
+    headings = ["step", "fail", "undecidable", "largest error"]
+    if console.width >= WHOLE_TABLE:
+        headings = ["step", "pass", "fail", "undecidable", "largest error", "excess", "limit"]
     table = Table(box=None, pad_edge=False)
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "step" else "right", no_wrap=heading != "step")
     for s in steps:
         cells = {
-            "step": visible(s.step), "checks": str(s.checks), "pass": str(s.passed), "fail": str(s.failed),
-            "undecidable": str(s.undecidable), "worst error": number(s.error), "excess": number(s.excess),
-            "limit": number(s.excess_limit),
+            "step": visible(s.step), "pass": str(s.passed), "fail": str(s.failed), "undecidable": str(s.undecidable),
+            "largest error": error_text(s.error), "excess": number(s.excess), "limit": number(s.excess_limit),
         }  # fmt: skip
         style = "bold red" if s.failed else "yellow" if s.undecidable else None
         table.add_row(*(Text(cells[heading]) for heading in headings), style=style)
     console.print(table)
-    _print(console, "worst error: 1 is all that the policy allows; excess and its limit: in standard deviations", "dim")
+    print_text(console, "largest error: legal, or in multiples of the error that the policy allows", "dim")
+    if "excess" in headings:
+        print_text(console, "excess: standard deviations from exact arithmetic; improbable above its limit", "dim")
 
 
 def _routing(console: Console, report: Report, routing: Routing) -> None:
     console.print()
     if not routing.decisions:
-        _print(console, "routing: no decision could be judged")
+        print_text(console, "routing: no decision could be judged")
         return
     kinds = ", ".join(f"{amount} {kind}" for kind, amount in routing.kinds.items())
     absent = f"; {routing.absent} not in the trace" if routing.absent else ""
-    _print(console, f"routing: {count(routing.decisions, 'decision')}: {kinds}{absent}")
-    _print(console, f"{INDENT}{len(routing.illegal)} illegal, {len(routing.deviating)} legal but not the exact choice")
+    print_text(console, f"routing: {count(routing.decisions, 'decision')}: {kinds}{absent}")
+    print_text(
+        console, f"{INDENT}{len(routing.illegal)} illegal, {len(routing.deviating)} legal but not the exact choice"
+    )
     _decisions(console, report, routing.illegal)
 
 
 def _decisions(console: Console, report: Report, illegal: tuple[Decision, ...]) -> None:
     for d in illegal[:LISTED]:
         where = f"layers.{d.layer}.router.experts   {visible(d.run)}, token {d.token}"
-        _print(console, f"FAIL  {where}", "red")
-        _print(console, INDENT + choice(d, report.policy))
+        print_text(console, f"FAIL  {where}", "red")
+        print_text(console, INDENT + choice(d, report.policy))
     if len(illegal) > LISTED:
-        _print(console, f"and {count(len(illegal) - LISTED, 'illegal decision')} more")
+        print_text(console, f"and {count(len(illegal) - LISTED, 'illegal decision')} more")
 
 
 def _gaps(console: Console, report: Report) -> None:
@@ -162,6 +175,6 @@ def _gaps(console: Console, report: Report) -> None:
     for title, names in (("not in the trace", report.missing), ("keys that name no tap", report.unknown)):
         if names:
             more = f" and {len(names) - 3 * LISTED} more" if len(names) > 3 * LISTED else ""
-            _print(console, f"{title}: {', '.join(map(visible, names[: 3 * LISTED]))}{more}")
+            print_text(console, f"{title}: {', '.join(map(visible, names[: 3 * LISTED]))}{more}")
     for note in report.notes:
-        _print(console, f"note: {visible(note)}")
+        print_text(console, f"note: {visible(note)}")

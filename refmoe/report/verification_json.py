@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A verification as one JSON object, with the fields of `refmoe.verifier.findings`.
 
 JSON cannot write numbers that are not finite. They become the strings "NaN", "Infinity" and "-Infinity", as in the JSON

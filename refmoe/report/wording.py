@@ -1,10 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
 """The words that all forms of a report share, so that no two forms say different things."""
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterable
 
-from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS
+from refmoe.report.summary import wrong_choices
+from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS, step_of
 from refmoe.verifier.findings import (
     FAIL,
     FREE,
@@ -25,6 +29,24 @@ AXES = {
     "F": "hidden unit", "D": "channel", "d": "channel", "V": "vocabulary entry",
 }  # fmt: skip
 """The noun for an index along each dimension of a tap."""
+
+NOUNS = {
+    "embedding": "the embedding", "attention_norm": "the normalised input of attention", "attention.q": "the query",
+    "attention.k": "the key", "attention.v": "the value", "attention.q_rope": "the rotated query",
+    "attention.k_rope": "the rotated key", "attention.scores": "the attention score",
+    "attention.probs": "the attention probability", "attention.context": "the weighted sum of values",
+    "attention.output": "the output of attention", "attention_residual": "the sum after attention",
+    "moe_norm": "the normalised input of the experts", "router.logits": "the router logit",
+    "router.experts": "the choice of experts", "router.weights": "the weight of an expert",
+    "expert.gate": "the gate projection (w1)", "expert.up": "the up projection (w3)",
+    "expert.hidden": "the hidden activation", "expert.output": "the output of an expert (w2)",
+    "moe.output": "the weighted sum of the experts", "residual": "the output of the layer",
+    "final_norm": "the final norm", "logits": "the logit",
+}  # fmt: skip
+"""Per step the noun for one value of it."""
+
+CHANNELS = "DdF"
+"""The dimensions that a sentence for a person leaves out: in a wrong row, which channel is the worst says little."""
 
 RUNGS = {
     LOCAL: "local, from the trace's own inputs of the step",
@@ -68,9 +90,44 @@ def place(step: str, where: tuple[int, ...], expert: int | None = None) -> str:
     shape = (LAYER_TAPS | MODEL_TAPS).get(step, "").split()
     if len(shape) != len(where):
         return f"element {list(where)}" if where else ""
-    named = sorted(zip(shape, where, strict=True), key=lambda pair: pair[0] != "T")
+    return _indices(zip(shape, where, strict=True), expert)
+
+
+def lead(report: Report) -> str:
+    """The verdict in one plain sentence: for a wrong trace the step, and the value that is furthest off."""
+    if report.first_wrong is None:
+        return visible(report.headline)
+    run, tap = report.first_wrong
+    check = report.check(run, tap)
+    unseen = check is not None and check.rung != LOCAL
+    step = f"{tap}, or a step before it that is not in the trace," if unseen else tap
+    value = _value(report, check, run, tap)
+    return visible(f"{step} is wrong in run {run}" + (f": {value}" if value else ""))
+
+
+def _value(report: Report, check: Check | None, run: str, tap: str) -> str:
+    """The worst value of a step in words: ``the rotated query of token 2, head 0``. Empty for an unknown step."""
+    step = step_of(tap)
+    if step not in NOUNS:
+        return ""
+    noun = NOUNS[step]
+    choices = wrong_choices(report, run, tap)
+    if choices:
+        return f"{noun} of token {choices[0].token}"
+    if check is None or check.worst is None:
+        return noun
+    shape = (LAYER_TAPS | MODEL_TAPS).get(step, "").split()
+    named = [(d, i) for d, i in zip(shape, check.worst.where, strict=False) if d not in CHANNELS]
+    if not named or len(shape) != len(check.worst.where):
+        return noun
+    return f"{noun} of {_indices(named, check.worst.expert)}"
+
+
+def _indices(named: Iterable[tuple[str, int]], expert: int | None) -> str:
+    """Indices along dimensions in words, the token first."""
     slot = None if expert is None else f"expert {expert}"
-    return ", ".join((dimension == "k" and slot) or f"{AXES[dimension]} {index}" for dimension, index in named)
+    token_first = sorted(named, key=lambda pair: pair[0] != "T")
+    return ", ".join((dimension == "k" and slot) or f"{AXES[dimension]} {index}" for dimension, index in token_first)
 
 
 def legal(element: Element) -> str:
@@ -87,6 +144,49 @@ def found_and_expected(element: Element) -> str:
     sigma = f", sigma {number(element.sigma)}" if not math.isnan(element.sigma) else ""
     values = f"found {value_text(element.found)}, expected {value_text(element.expected)}"
     return f"{values}, legal {legal(element)}{sigma}"
+
+
+def error_text(error: float) -> str:
+    """The largest error of a check, in a table: ``legal``, or ``150x``, in multiples of the allowed error.
+
+    Honest engines use nearly all of the allowed error, because rounding to nearest is a part of it. A number below 1
+    would look like a near miss.
+    """
+    if math.isnan(error):
+        return "-"
+    if math.isinf(error):
+        return "infinite"
+    return "legal" if error <= 1 else f"{_above_one(error)}x"
+
+
+def error_words(error: float) -> str:
+    """The largest error of a check, in a sentence."""
+    if math.isnan(error):
+        return "not known"
+    if math.isinf(error):
+        return "infinite"
+    return "within what is allowed" if error <= 1 else f"{_above_one(error)} times what is allowed"
+
+
+def _above_one(error: float) -> str:
+    return number(error) if number(error) != "1" else "1.01"
+
+
+def excess_words(check: Check) -> str:
+    """The excess of a check and its limit; empty where the test does not apply."""
+    if not check.excess_limit > 0 or math.isnan(check.excess):
+        return ""
+    return f"{number(check.excess)} standard deviations, improbable above {number(check.excess_limit)}"
+
+
+def in_short(check: Check) -> str:
+    """The reason of a failed check in a few words."""
+    parts = []
+    if check.outside and check.values and check.step != "router.experts":
+        parts.append(f"{check.outside} of {count(check.values, 'value')} impossible")
+    if 0 < check.excess_limit < check.excess:
+        parts.append(f"excess {number(check.excess)}, limit {number(check.excess_limit)}")
+    return ", ".join(parts) or visible(check.reason)
 
 
 def manner(check: Check, report: Report) -> str:
@@ -136,12 +236,28 @@ def choice(decision: Decision, policy: str) -> str:
     return f"{found}, expected {as_set(decision.expected)}: {decision.kind}, {margin}"
 
 
+def fit(found: Explanation) -> str:
+    """How well an explanation predicts the error; empty where that was not measured."""
+    if math.isnan(found.coefficient) or math.isnan(found.residual):
+        return ""
+    return (
+        f"coefficient {found.coefficient:.3f} (1 if it predicts the whole error), "
+        f"residual {found.residual:.3f} (the part of the error left over)"
+    )
+
+
 def explanation(found: Explanation) -> list[str]:
-    """An explanation as lines: its kind and name, a description, the fix, and the places where it was met."""
+    """An explanation as lines: its kind and name, a description, the fix, its sources, and how well it fits."""
     lines = [visible(f"{found.kind}: {found.name}"), visible(found.about.rstrip("."))]
     if found.fix:
         lines.append(visible(f"fix: {found.fix}"))
-    return lines + [visible(f"met in: {source}") for source in found.sources[:SOURCES]]
+    lines += [visible(f"met in: {source}") for source in found.sources[:SOURCES]]
+    return lines + [line for line in [fit(found)] if line]
+
+
+def is_link(text: str) -> bool:
+    """Whether a source can be the address of a link: http or https, and nothing but printable characters."""
+    return re.fullmatch(r"https?://[^\s<>\"']+", text) is not None and text.isprintable()
 
 
 NOTHING_EXPLAINS = "no known bug, no two of them, no structure and no other arithmetic explains it"

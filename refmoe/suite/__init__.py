@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Golden cases: compute them, write them, check them."""
 
 from refmoe.suite.activations import case_source, compute, compute_fingerprints, compute_ideal

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compute a case: every tap of every run, exactly, or rounded by a policy."""
 
 from __future__ import annotations

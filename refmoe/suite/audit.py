@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The proof of each clause: the code that states it, the tests and cases that name it, the mutants that break it."""
 
 from __future__ import annotations

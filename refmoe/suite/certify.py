@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The certificate of a case: a proven bound on the distance of each golden value from its real number."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Check a golden folder: compare every digest, and recompute every case."""
 
 from __future__ import annotations

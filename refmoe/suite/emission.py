@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Emit a case: compute it and write it, so that a reader finds the whole old case or the whole new one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fingerprints: digests of tensors that are too large to keep."""
 
 from __future__ import annotations

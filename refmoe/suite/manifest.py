@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Manifests: the digests of all files of a case, or of the golden folder around the cases.
 
 A manifest also holds its own digest, so that no bit of it can change unseen. It names the file of the case's values by
@@ -64,7 +65,7 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Read a case's manifest.json. Raises InputError when it is missing, was changed, or breaks the format."""
     path = folder / MANIFEST_FILE
-    manifest = _read(path, "`refmoe emit --case` writes it")
+    manifest = _read(path, "`refmoe suite emit CASE` writes it")
     content = [re.fullmatch(CONTENT, name) for name in manifest["files"].keys() - {CASE_FILE}]
     if CASE_FILE not in manifest["files"] or len(content) != 1 or not content[0]:
         raise InputError(f"{path}: 'files' must have {CASE_FILE} and one trace or fingerprint")
@@ -73,7 +74,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not is_digests(manifest.get("tensors")) or not manifest["tensors"]:
         raise InputError(f"{path}: 'tensors' is missing or not an object of SHA-256 digests")
     if not is_certificate(manifest.get("certificate", "")):
-        raise InputError(f"{path}: 'certificate' is missing or neither null nor what `refmoe certify` writes")
+        raise InputError(f"{path}: 'certificate' is missing or neither null nor what `refmoe suite certify` writes")
     _refuse_unknown(path, manifest, {"case", "tensors", "certificate"})
     return manifest
 
@@ -81,7 +82,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def read_folder_manifest(golden: Path) -> dict[str, Any]:
     """Read a golden folder's manifest.json. Raises InputError as `read_manifest` does."""
     path = golden / MANIFEST_FILE
-    manifest = _read(path, "`refmoe emit --all` writes it")
+    manifest = _read(path, "`refmoe suite emit` writes it")
     cases = manifest.get("cases")
     if not isinstance(cases, list) or not all(isinstance(name, str) for name in cases):
         raise InputError(f"{path}: 'cases' is missing or not a list of strings")

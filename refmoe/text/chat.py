@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mixtral's chat template: a dialogue becomes the token ids that the Instruct models were trained on.
 
 Source: `InstructTokenizerV1` and `InstructTokenizerV3` of mistralai/mistral-common, `tokens/tokenizers/instruct.py`.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Generate tokens one after another from any engine that turns new tokens into logits.
 
 The stop token is yielded, so that a caller sees why the reply ended and can continue from the complete reply. A control

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Choose the next token from logits: pure functions on a vector of V floats, computed in binary64.
 
 A logit of -inf excludes its token; every filter here excludes tokens in that way and returns a new array.

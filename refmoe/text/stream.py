@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decode token ids to text as they arrive, with the text that decoding all of them at once would give.
 
 `Tokenizer.decode` asks sentencepiece. This module implements the rules TOK-6 to TOK-8 itself, so that a test of

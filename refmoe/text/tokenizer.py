@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mixtral's tokenizer: byte-pair encoding over a SentencePiece `tokenizer.model`.
 
 The `sentencepiece` package does the merging. This module states promises about its result, and refuses a file that

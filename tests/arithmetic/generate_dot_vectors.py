@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Write golden/dot-vectors.json: sums of products with their correctly rounded values, by rational arithmetic alone.
 
 Run by hand, ``python -m tests.arithmetic.generate_dot_vectors``; nothing of refmoe is used. Numbers are hexadecimal

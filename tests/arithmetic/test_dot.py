@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DOT-1 and DOT-2: every element is the exact sum, rounded once. `Fraction` alone computes the expected values."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The published vectors of the sum of products: made by rational arithmetic, and met by every function that sums."""
 
 from __future__ import annotations

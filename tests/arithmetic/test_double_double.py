@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Double-double arithmetic: the error-free transforms are exact, and the other operations keep about 100 bits."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The elementary functions: as near to the real value as promised, and equal bits on every machine."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pieces in parallel lanes: each piece runs once, errors are raised, and the BLAS gets its threads back."""
 
 from __future__ import annotations

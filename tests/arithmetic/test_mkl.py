@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """oneMKL: exact for integers, as near as float32 allows elsewhere, and no write outside the result."""
 
 from __future__ import annotations

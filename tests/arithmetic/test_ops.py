@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The common behaviour of all kinds of ops, and the special behaviour of some."""
 
 from __future__ import annotations

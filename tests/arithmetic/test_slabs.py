@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Slabs: a matrix of middle size keeps its values and gets memory of its own; other matrices are not moved."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The golden cases, engines with a bug, and verdicts that the tests of mutants share."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Known bugs patched into transformers: the patches, the names that a diagnosis must give, and shared code.
 
 Beside the faults of `tests.verifier.faults`, to which `patched_names` gives their names, these are the bugs of the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bugs of the experts and of what is done with their outputs, patched into transformers."""
 
 from __future__ import annotations

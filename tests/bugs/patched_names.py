@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The names of the faults of `tests.verifier.faults` in the catalogue, and the reasons why some have none."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The diagnosis of a patched engine: the first name, and the rank of the right name."""
 
 from __future__ import annotations

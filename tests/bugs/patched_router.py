@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bugs of the router, patched into transformers."""
 
 from __future__ import annotations

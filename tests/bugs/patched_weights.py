@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bugs of loading, of norms, and of the written trace, patched into transformers."""
 
 from __future__ import annotations

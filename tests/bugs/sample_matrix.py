@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A golden folder of one tiny case, and a matrix in which that case kills all that can be killed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tables of the bugs of a forward pass: a golden case that shows each bug, and cases that do not.
 
 The bugs that no forward pass shows are tested in `test_outside` and `test_sharding`.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Diagnosis beyond single bugs: pairs, structures, NaN, and no name if nothing fits."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every bug of a forward pass is seen, fails first at its own step, is inert without what it needs, and is named."""
 
 from __future__ import annotations

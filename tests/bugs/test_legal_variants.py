@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Legal variants are never flagged by the generic policy of their dtype."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The matrix: how it is computed, what it says in short, and its file."""
 
 from __future__ import annotations
@@ -193,5 +194,5 @@ def test_kills_that_are_none_are_refused(golden: Path, kills: Any, sentence: str
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"matrix\.json: no such file; `refmoe mutants matrix` writes it"):
+    with pytest.raises(InputError, match=r"matrix\.json: no such file; `refmoe mutants matrix --golden .*` writes it"):
         read_matrix(tmp_path / MATRIX_FILE)

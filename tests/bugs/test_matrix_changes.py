@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The parts of the matrix to compute again after a change, the currency of the record, and the recorded matrix."""
 
 from __future__ import annotations

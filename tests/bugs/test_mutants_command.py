@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``refmoe mutants``: what it prints, what it writes, and when it fails."""
 
 from __future__ import annotations
@@ -8,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from refmoe.api import known_bugs as command
 from refmoe.bugs.catalogue import MUTANTS
-from refmoe.cli import mutants as command
 from refmoe.suite import MANIFEST_FILE, verify_documents, write_folder_manifest
 from refmoe.suite.matrix import changes
 from refmoe.suite.matrix.dependencies import digests
@@ -92,7 +93,7 @@ def test_results_of_a_file_that_cannot_be_used(refmoe: Refmoe, golden: Path, mat
         status, _, err = refmoe("mutants", *arguments, "--golden", golden)
         assert (status, err) == (
             2,
-            f"refmoe: {golden / MATRIX_FILE}: no such file; `refmoe mutants matrix` writes it\n",
+            f"refmoe: {golden / MATRIX_FILE}: no such file; `refmoe mutants matrix --golden {golden}` writes it\n",
         )
     (golden / MATRIX_FILE).write_text('{"format_version": "7"}')
     status, _, err = refmoe("mutants", "results", "--golden", golden)
@@ -132,7 +133,7 @@ def test_nothing_has_changed(refmoe: Refmoe, golden: Path, matrix: Matrix) -> No
 def test_a_changed_class_of_mutants_is_run_again_and_recorded(refmoe: Refmoe, golden: Path, matrix: Matrix) -> None:
     """The record then holds what happened, and is current."""
     record(golden, stale(matrix, "bugs/embedding"))
-    assert "changed since: bugs/embedding; `refmoe mutants matrix --changed`" in refmoe(
+    assert "changed since: bugs/embedding; `refmoe mutants matrix --changed --golden golden`" in refmoe(
         "mutants", "results", "--golden", golden
     )[1]  # fmt: skip
     status, out, _ = refmoe("mutants", "matrix", "--changed", "--golden", golden, "--jobs", 1)
@@ -188,9 +189,9 @@ def test_changed_vectors_are_asked_again(refmoe: Refmoe, golden: Path, matrix: M
 
 
 def test_changed_goes_with_no_choice_of_what_to_run(refmoe: Refmoe, golden: Path) -> None:
-    status, _, err = refmoe("mutants", "matrix", "--changed", "--golden", golden, "--policy", "float32")
+    status, _, err = refmoe("mutants", "matrix", "--changed", "--golden", golden, "--dtype", "float32")
     assert status == 2
-    assert "no --case, --mutant or --policy was expected beside it" in err
+    assert "no --case, --mutant or --dtype was expected beside it" in err
 
 
 # ---- computing it
@@ -198,7 +199,7 @@ def test_changed_goes_with_no_choice_of_what_to_run(refmoe: Refmoe, golden: Path
 
 def test_a_part_is_printed_and_nothing_is_written(refmoe: Refmoe, golden: Path) -> None:
     arguments = ["mutants", "matrix", "--golden", golden, "--jobs", 1, "--mutant", "emb-scale-sqrt-d"]
-    status, out, _ = refmoe(*arguments, "--policy", "float32")
+    status, out, _ = refmoe(*arguments, "--dtype", "float32")
     assert status == 0
     assert [line.split()[:4] for line in out.splitlines()] == [
         ["-", "tiny", "float32", "conformant"], ["emb-scale-sqrt-d", "tiny", "float32", "not"],

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bugs patched into transformers and dumped at bfloat16 are named: the right one first, none where there is none.
 
 `python -m bench.diagnosis` prints the whole table.

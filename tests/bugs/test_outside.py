@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bugs of tokenizers, samplers and losses against the vectors; of generation against its laws."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The sharded run is the specification (SHARD-1 to SHARD-12), and its known bugs are seen wherever they can be."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Facts about single bugs and about quantised checkpoints, beside those that hold for every bug."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An attribute that is replaced for a while."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The spec against `transformers.MixtralForCausalLM`, an independent engine, tap by tap.
 
 transformers computes norms, rotary tables, eager softmax and the router's softmax in float32 even in a float64

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Arithmetic that proves, sum by sum, that float32 gets it exactly in any order, or adds in an order of its own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The golden cases are what they say: their conditions hold, their clauses exist, nothing is left out."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every case through an engine that nobody here wrote: materialised, loaded by transformers, compared tap by tap.
 
 transformers computes norms, rotary tables, softmax and the router's softmax in float32 even in a float64 model. Each

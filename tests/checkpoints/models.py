@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small model whose dimensions all differ, and safetensors files taken apart without the library."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Broken checkpoints, one of each kind: each is refused with one sentence that names the place and the fault."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every layout on disk gives an equal model, and no weight is read before it is used."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The weight formula: it equals ten lines on plain integers, and any element can be computed without the others."""
 
 from __future__ import annotations

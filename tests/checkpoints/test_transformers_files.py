@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files exchanged with transformers: refmoe reads its files, and it reads refmoe's."""
 
 from __future__ import annotations

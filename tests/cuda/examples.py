@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """For every kernel, fixed inputs for its law: small, of odd sizes, and chosen so that a one-line bug shows."""
 
 from __future__ import annotations

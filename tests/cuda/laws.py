@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The law of each kernel: its result has NumPy's bits where the arithmetic is stated, and is within a bound elsewhere.
 
 A law calls one kernel through `run`, which tries every order of threads, and asserts. The tests of mutants use these

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The bugs of `mutants.txt`. A law of its kernel must catch each of them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NVRTC through ctypes: compile CUDA text to a cubin or PTX on a machine with neither GPU nor driver.
 
 The library comes from the package nvidia-cuda-nvrtc of the extra 'kernels'.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`Kernels` over NumPy and the CPU runner, in every order of threads and with poisoned outputs."""
 
 from __future__ import annotations

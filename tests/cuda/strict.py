@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A strict stand-in for CuPy over NumPy: it refuses all that CuPy refuses, so that host code can be tested without one.
 
 An array is never converted to NumPy's implicitly, and cannot be mixed with NumPy's. Reductions return arrays of no

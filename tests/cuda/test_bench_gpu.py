@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The GPU benchmark: its counts, every section over a stand-in for CuPy, and its results when a section fails."""
 
 from __future__ import annotations

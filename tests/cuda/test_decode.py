@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decoding in preallocated memory: the specification's logits, no transfer in a step, graphs in memory of their own."""
 
 from __future__ import annotations

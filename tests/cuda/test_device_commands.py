@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``--device cuda`` of every command: one sentence without a GPU, and over a stand-in for CuPy the CPU's results."""
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def no_cupy(name: str) -> Any:
 @pytest.mark.parametrize(
     "command",
     [
-        ("emit", "--checkpoint", "DIR", "--tokens", "1", "--out", "trace"), ("emit", "--all"), ("check", "golden"),
+        ("emit", "--checkpoint", "DIR", "--tokens", "1", "--out", "trace"),
+        ("suite", "emit", "--golden", "x"), ("suite", "check"),
         ("generate", "--checkpoint", "DIR", "--tokens", "1"), ("verify", "trace"), ("info", "mixtral-8x7b"),
     ],
     ids=lambda command: " ".join(command[:2]),
@@ -113,9 +115,9 @@ def test_goldens_are_emitted_and_checked_there(refmoe: Refmoe, cuda: None, tmp_p
     for there, here in ((("--device", "cuda"), ()), ((), ("--device", "cuda"))):
         for path in tmp_path.glob("*/manifest.json"):
             path.unlink()
-        assert refmoe("emit", "--all", "--golden", tmp_path, "--jobs", 1, *there)[0] == 0
-        assert refmoe("emit", "--case", "a", "--golden", tmp_path, *there)[0] == 0
-        status, out, _ = refmoe("check", tmp_path, "--json", "--jobs", 1, *here)
+        assert refmoe("suite", "emit", "--golden", tmp_path, "--jobs", 1, *there)[0] == 0
+        assert refmoe("suite", "emit", "a", "--golden", tmp_path, *there)[0] == 0
+        status, out, _ = refmoe("suite", "check", "--golden", tmp_path, "--json", "--jobs", 1, *here)
         assert status == 0
         assert json.loads(out)["cases"] == {"a": [], "b": []}
 

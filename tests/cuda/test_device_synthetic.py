@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The weight formula on a device: the host's bits."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Norm, rotation, activation, and the stored dtypes that all kernels share."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The verifier's products on a device: the CPU's verdicts, and bounds that differ by no more than rounding."""
 
 from __future__ import annotations

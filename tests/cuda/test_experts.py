@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The experts of a few tokens, read in place: within the bounds of float32 sums, and equal bits in every order."""
 
 from __future__ import annotations

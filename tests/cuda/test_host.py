@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The host code of the GPU backend, over NumPy instead of CuPy, and the CPU runner instead of a device."""
 
 from __future__ import annotations

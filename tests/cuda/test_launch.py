@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A launch is checked against the table, and the table against the text."""
 
 from __future__ import annotations

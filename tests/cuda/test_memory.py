@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The device memory of a model, by hand for a published size, and in the extremes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tests of the kernels can fail: every one-line bug compiles, and is caught by a law of its kernel."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NVIDIA's compiler accepts the text for every architecture, within the registers that the table allows."""
 
 from __future__ import annotations

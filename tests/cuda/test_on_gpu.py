@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The laws of the kernels on a real GPU, through CuPy: the device keeps the promises that the CPU runner tests."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ops by the name of a device: over a strict stand-in for CuPy they equal the CPU's, exact ops to the bit."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Routing and permutation: the integers equal NumPy's exactly."""
 
 from __future__ import annotations

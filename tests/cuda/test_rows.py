@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gather and combine, bit for bit."""
 
 from __future__ import annotations

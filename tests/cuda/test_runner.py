@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CPU runner detects the errors of a device: one small wrong kernel for each kind of bug."""
 
 from __future__ import annotations

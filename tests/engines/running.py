@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Shared by the tests of conformance: the harnesses of `tests/engines/harnesses` as commands, and runs of them."""
 
 from __future__ import annotations

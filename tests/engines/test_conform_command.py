@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``refmoe conform``: harnesses, adapters, other environments, known failures, files."""
 
 from __future__ import annotations
@@ -12,7 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from refmoe.engines.results import read_results
+from refmoe.api.conforming import whole_verdict
+from refmoe.engines.known import sort_failures
+from refmoe.engines.process import CRASHED
+from refmoe.engines.results import SKIPPED, Engine, Outcome, Results, read_results
+from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT
 from tests.command_line import Refmoe
 from tests.engines.running import HONEST, hostile
 
@@ -69,7 +74,7 @@ def test_the_smoke_test_is_at_a_dtype_that_is_run(refmoe: Refmoe) -> None:
 def test_another_policy_can_be_declared(refmoe: Refmoe) -> None:
     command = hostile("rounds_to_bfloat16", "*")
     for name, status in (("float32", 1), ("float32+logits=bfloat16", 0)):
-        arguments = ("conform", "--case", "top-1", *FLOAT32, "--policy", f"float32={name}", "--", *command)
+        arguments = ("conform", "--case", "top-1", *FLOAT32, "--policy", name, "--", *command)
         assert refmoe(*arguments)[0] == status, name
 
 
@@ -111,16 +116,16 @@ def test_a_harness_that_does_not_start_is_status_2_with_its_last_words(refmoe: R
         (("--option", "a=b", "--", "./x"), "--option and --python are about an adapter"),
         (("--adapter", "transformers", "--option", "eager"), "option 'eager': key=value was expected"),
         (("--case", "no-such", "--", "./x"), "case 'no-such' is unknown"),
-        (("--policy", "float32", "--", "./x"), "--policy is 'float32', but DTYPE=POLICY"),
-        (("--policy", "float32=nonsense", "--", "./x"), "policy 'nonsense' is unknown"),
+        (("--policy", "float32", "--policy", "hf-float32", "--", "./x"), "stores float32, as float32 does"),
+        (("--policy", "nonsense", "--", "./x"), "policy 'nonsense' is unknown"),
         (("--golden", "tests", "--", "./x"), "tests: no case is there"),
-        (("--golden", "tests", "--", "./x"), "--golden PATH says where they are"),
+        (("--golden", "tests", "--", "./x"), "--golden DIR says where they are"),
         (("--known", "no-such.toml", "--", "./x"), "no-such.toml: no such file"),
         (("--out", "no-such/folder.json", "--", "./x"), "no-such/folder.json: cannot be written"),
         (("--out", "tests", "--", "./x"), "tests: is a folder"),
         (("--", "./no-such-harness"), "'./no-such-harness' cannot be started: No such file or directory"),
         (("--dtype", "float64", "--", *HONEST), "dtype float64: honest 1.0 does not have it"),
-        (("--policy", "float16=float16", "--", *HONEST), "dtype float16: honest 1.0 does not have it"),
+        (("--policy", "float16", "--", *HONEST), "dtype float16: honest 1.0 does not have it"),
         (("--adapter", "nonesuch"), "adapter 'nonesuch' cannot be used: its own error at start: adapter 'nonesuch'"),
         (("--keep", "README.md", "--", "./x"), "README.md: is a file, but a folder to write traces to was expected"),
         (("--keep", "no-such/folder", "--", "./x"), "no-such/folder: cannot be made: No such file or directory"),
@@ -157,7 +162,7 @@ def test_an_adapter_that_prints_speaks_the_protocol_all_the_same(
 def test_a_run_that_skips_everything_is_no_success(refmoe: Refmoe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", ".")
     arguments = ("conform", "--adapter", "tests.engines.harnesses.loud", "--dtype", "float16", *CASES)
-    assert refmoe(*arguments)[0] == 2
+    assert refmoe(*arguments)[0] == 3
 
 
 def test_the_adapter_runs_in_another_environment(
@@ -179,3 +184,25 @@ def test_the_adapter_runs_in_another_environment(
     status, out, err = refmoe("conform", "--adapter", "mine.where", "--python", python, *CASES, *FLOAT32)
     assert status == 0, err
     assert str(tmp_path / "venv") in out
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "whole"),
+    [
+        ([CONFORMANT, SKIPPED], CONFORMANT),
+        ([CONFORMANT, CANNOT_JUDGE], CANNOT_JUDGE),
+        ([NOT_CONFORMANT, CANNOT_JUDGE], NOT_CONFORMANT),
+        ([CONFORMANT, CRASHED], NOT_CONFORMANT),
+        ([SKIPPED, SKIPPED], CANNOT_JUDGE),
+    ],
+)
+def test_the_verdict_of_a_run_is_the_worst_that_is_sure(verdicts: list[str], whole: str) -> None:
+    outcomes = [
+        Outcome(case=f"case{i}", dtype="float32", policy="float32", verdict=verdict, reason="")
+        for i, verdict in enumerate(verdicts)
+    ]
+    results = Results(
+        engine=Engine("mine", "1", {}), platform={}, refmoe="0", significance=1e-6, cases={}, smoke="",
+        outcomes=tuple(outcomes), notes=(),
+    )  # fmt: skip
+    assert whole_verdict(results, sort_failures(results, [])) == whole

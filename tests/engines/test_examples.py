@@ -1,9 +1,9 @@
-"""The two example engines conform, bugs planted in them are named, and the guide about them is true."""
+# SPDX-License-Identifier: Apache-2.0
+"""The two example engines conform, and bugs planted in them are named. tests/docs runs the pages about them."""
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -16,13 +16,9 @@ from refmoe.engines.protocol import TAPS
 from refmoe.engines.results import read_results
 from refmoe.suite import find_cases
 from tests.command_line import Refmoe
-from tests.tour import console, files, run_tour
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
-GUIDE = (ROOT / "docs" / "is-my-mixtral-right.md").read_text()
-FIRST, OWN = GUIDE.split("## In Python\n")
-"""The section that runs transformers, and the sections that run the examples."""
 COMPILER = shutil.which("cc")
 needs_cc = pytest.mark.skipif(COMPILER is None, reason="there is no C compiler, cc")
 
@@ -120,38 +116,6 @@ def test_the_c_example_answers_what_it_cannot_do(refmoe: Refmoe, tmp_path: Path)
     done = subprocess.run([program], input=requests, capture_output=True, text=True, check=True)
     assert [json.loads(line) for line in done.stdout.splitlines()] == list(exchange.values())
     assert load_file(tmp_path / "out").keys() == {"r/embedding", "r/logits"}
-
-
-# ---- the guide
-
-
-@pytest.mark.engines
-def test_the_guide_begins_with_a_verdict(tmp_path: Path) -> None:
-    assert len(console(FIRST)) == 1
-    assert re.findall(r"<!-- install -->\n```bash\n(.*)\n```", FIRST) == ["python -m pip install -e '.[engines]'"]
-    shutil.copytree(ROOT / "golden", tmp_path / "golden")
-    run_tour(FIRST, tmp_path)
-
-
-@needs_cc
-def test_the_guide_runs_and_prints_what_it_shows(tmp_path: Path) -> None:
-    assert len(console(OWN)) > 20
-    for name in ("golden", "examples"):
-        shutil.copytree(ROOT / name, tmp_path / name)
-    run_tour(OWN, tmp_path)
-
-
-def test_what_the_guide_shows_of_the_example_is_in_it() -> None:
-    (method,) = re.findall(r"```python\n(    def run.*?)```", GUIDE, re.DOTALL)
-    assert method in (EXAMPLES / "mixtral.py").read_text()
-    assert files(GUIDE).keys() == {"dump.py", "mine/adapter.py"}
-
-
-def test_functions_that_the_guide_names_are_in_the_c_example() -> None:
-    source = (EXAMPLES / "mixtral.c").read_text()
-    for cell in re.findall(r"^\|[^|]*\|[^|]*\|([^|]*)\|$", GUIDE, re.MULTILINE):
-        for name in re.findall(r"`(\w+)`", cell):
-            assert re.search(rf"\b{name}\(", source), name
 
 
 def test_the_python_example_runs_where_refmoe_is_not_installed() -> None:

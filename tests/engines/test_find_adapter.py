@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An adapter's name: a shipped one, a module, a file; and the error for any other name."""
 
 from __future__ import annotations
@@ -88,6 +89,6 @@ def test_the_command_takes_a_file(refmoe: Refmoe, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(ADAPTER)
     (tmp_path / "helper.py").write_text("NAME = 'beside it'")
     status, out, err = refmoe("conform", "--golden", GOLDEN, "--case", "top-1", "--adapter", tmp_path / "mine.py")
-    assert status == 2, err
+    assert status == 3, err
     assert "beside it 1" in out
     assert "skipped: needs decode" in out

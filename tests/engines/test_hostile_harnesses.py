@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Harnesses that misbehave: the case gets a verdict, and the run goes on."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``refmoe conform --keep``: the arrays of an engine are kept as traces that the other commands read."""
 
 from __future__ import annotations
@@ -57,6 +58,6 @@ def test_nor_does_yesterdays_stay_where_the_engine_lacks_an_ability(refmoe: Refm
     )
     (tmp_path / "top-1-float32.safetensors").write_text("of yesterday")
     status, out, _ = refmoe("conform", "--case", "top-1", "--keep", tmp_path, "--adapter", tmp_path / "mine.py")
-    assert status == 2
+    assert status == 3
     assert "needs decode" in out
     assert not (tmp_path / "top-1-float32.safetensors").exists()

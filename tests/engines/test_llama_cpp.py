@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """llama.cpp: the GGUF file that refmoe writes for it, and its taps, judged by its own profile."""
 
 from __future__ import annotations

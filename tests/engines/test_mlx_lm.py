@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """mlx-lm on a CPU, judged by its profile. Tests measure the errors that the profile allows beyond float32."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A Mixtral exported to ONNX and run by onnxruntime. Its sigmoid in float32 is less precise than policies allow."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The protocol: both sides, the schema and the document accept and refuse the same messages."""
 
 from __future__ import annotations

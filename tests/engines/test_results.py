@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Results, known failures and the scoreboard: their files, and the tables made from them."""
 
 from __future__ import annotations

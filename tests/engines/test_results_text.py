@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Results on a terminal: failures that are alike are printed once, with the fix."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The adapter of transformers: three cases in every dtype, with each attention."""
 
 from __future__ import annotations

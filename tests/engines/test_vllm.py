@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """vLLM's adapter, held to a stand-in, because vLLM itself was never run here.
 
 The stand-in has the modules, names, fused parameters and writes in place of vLLM 0.33.0's

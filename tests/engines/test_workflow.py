@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``refmoe conform --write-ci``: a workflow that runs unchanged, and a list of today's failures beside it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`refmoe emit --checkpoint`: cut by layers, resumed, estimated; a mistake is one sentence."""
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from refmoe.checkpoints.write import write_checkpoint
 from refmoe.jobs import job as scale
 from refmoe.jobs.estimate import estimate
 from refmoe.jobs.parts import Parts
-from refmoe.jobs.source import SIZES, Formula
-from refmoe.spec.config import Config
+from refmoe.jobs.source import Formula
+from refmoe.spec.config import PRESETS, Config
 from refmoe.traces.trace import Header, Recorder, read_trace
 from tests.command_line import Refmoe
 from tests.models import SMALL
@@ -32,7 +33,7 @@ TOKENS = ("--tokens", "1,2,3,4", "--decode", "5,6")
 
 @pytest.fixture
 def small_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SIZES, "mixtral:8x7b", CONFIG)
+    monkeypatch.setitem(PRESETS, "mixtral-8x7b", CONFIG)
 
 
 def bytes_of(path: Path) -> dict[str, bytes]:
@@ -42,7 +43,7 @@ def bytes_of(path: Path) -> dict[str, bytes]:
 
 @pytest.mark.usefixtures("small_size")
 def test_layers_cut_and_continued_are_those_of_the_whole(refmoe: Refmoe, tmp_path: Path) -> None:
-    given = ("emit", "--checkpoint", "mixtral:8x7b", "--synthetic", 7, *TOKENS)
+    given = ("emit", "--checkpoint", "mixtral-8x7b", "--seed", 7, *TOKENS)
     whole, first, rest = (tmp_path / f"{name}.safetensors" for name in ("whole", "first", "rest"))
     assert refmoe(*given, "--out", whole)[0] == 0
     assert refmoe(*given, "--out", first, "--layers", "0:1")[0] == 0
@@ -58,9 +59,7 @@ def test_a_checkpoint_and_its_formula_give_the_same(refmoe: Refmoe, tmp_path: Pa
     write_checkpoint(tmp_path / "ck", CONFIG, Formula(CONFIG, 7).load().parameters, shards=True)
     out, other = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     assert refmoe("emit", "--checkpoint", tmp_path / "ck", *TOKENS, *arithmetic, "--out", out)[0] == 0
-    assert (
-        refmoe("emit", "--checkpoint", "mixtral:8x7b", "--synthetic", 7, *TOKENS, *arithmetic, "--out", other)[0] == 0
-    )
+    assert refmoe("emit", "--checkpoint", "mixtral-8x7b", "--seed", 7, *TOKENS, *arithmetic, "--out", other)[0] == 0
     assert bytes_of(out) == bytes_of(other)
     assert read_trace(out).header.policy == arithmetic[1]
     assert str(read_trace(out).header.checkpoint).startswith("sha256:")
@@ -71,20 +70,20 @@ def test_a_checkpoint_and_its_formula_give_the_same(refmoe: Refmoe, tmp_path: Pa
 @pytest.mark.usefixtures("small_size")
 def test_what_does_not_go_together_is_one_sentence(refmoe: Refmoe, tmp_path: Path) -> None:
     out = ("--out", tmp_path / "t.safetensors", *TOKENS)
-    size = ("emit", "--checkpoint", "mixtral:8x7b", *out)
+    size = ("emit", "--checkpoint", "mixtral-8x7b", *out)
     write_checkpoint(tmp_path / "ck", CONFIG, Formula(CONFIG, 7).load().parameters)
     for command, expected in (
-        (size, "is a size and no folder, so --synthetic SEED was expected"),
-        (("emit", "--checkpoint", "mixtral:9x9b", "--synthetic", 1, *out), "unknown size, expected one of"),
-        (("emit", "--checkpoint", tmp_path / "ck", "--synthetic", 1, *out), "--synthetic 1 goes with --check"),
-        ((*size, "--synthetic", 1, "--layers", "2:9"), "--layers is '2:9', but A:B with 0 <= A < B <= 3 was expected"),
-        ((*size, "--synthetic", 1, "--layers", "x"), "--layers is 'x'"),
-        ((*size, "--synthetic", 1, "--layers", "1:2"), "a trace with the output of layer 0 was expected as --states"),
-        ((*size, "--synthetic", 1, "--states", "x"), "layer 0 begins with the embedding"),
-        ((*size, "--synthetic", 1, "--executor", "threads"), "processes, processes:N or dask:ADDRESS was expected"),
-        ((*size, "--synthetic", 1, "--executor", "processes:0"), "processes, processes:N or dask:ADDRESS"),
-        ((*size, "--synthetic", 1, "--layers", "0:1", "--taps", "logits"), "matches no tap of layers 0 to 0"),
-        ((*size, "--synthetic", 1, "--executor", "processes:1", "--policy", "bfloat16"), "computed in one process"),
+        (size, "is a size and no folder, so --seed SEED was expected"),
+        (("emit", "--checkpoint", "mixtral-9x9b", "--seed", 1, *out), "goes with --checkpoint mixtral-8x7b or"),
+        (("emit", "--checkpoint", tmp_path / "ck", "--seed", 1, *out), "--seed 1 goes with --check"),
+        ((*size, "--seed", 1, "--layers", "2:9"), "--layers is '2:9', but A:B with 0 <= A < B <= 3 was expected"),
+        ((*size, "--seed", 1, "--layers", "x"), "--layers is 'x'"),
+        ((*size, "--seed", 1, "--layers", "1:2"), "a trace with the output of layer 0 was expected as --states"),
+        ((*size, "--seed", 1, "--states", "x"), "layer 0 begins with the embedding"),
+        ((*size, "--seed", 1, "--executor", "threads"), "processes, processes:N or dask:ADDRESS was expected"),
+        ((*size, "--seed", 1, "--executor", "processes:0"), "processes, processes:N or dask:ADDRESS"),
+        ((*size, "--seed", 1, "--layers", "0:1", "--taps", "logits"), "matches no tap of layers 0 to 0"),
+        ((*size, "--seed", 1, "--executor", "processes:1", "--policy", "bfloat16"), "computed in one process"),
     ):  # fmt: skip
         status, printed, said = refmoe(*command)
         assert (status, printed) == (2, ""), command
@@ -248,7 +247,7 @@ except SystemExit:
 
 
 def test_what_it_takes_is_said_without_computing(refmoe: Refmoe, tmp_path: Path) -> None:
-    given = ("emit", "--checkpoint", "mixtral:8x7b", "--synthetic", 1, "--tokens", "1,2", "--out", tmp_path / "t")
+    given = ("emit", "--checkpoint", "mixtral-8x7b", "--seed", 1, "--tokens", "1,2", "--out", tmp_path / "t")
     status, printed, _ = refmoe(*given, "--estimate", "--json")
     facts = json.loads(printed)
     assert status == 0

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Experts spread over processes and over a Dask cluster give the same bytes, even if a worker dies."""
 
 from __future__ import annotations

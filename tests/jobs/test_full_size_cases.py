@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cases of full size: recomputed only when named, else reported as skipped; resumed after a stop."""
 
 from __future__ import annotations
@@ -37,25 +38,25 @@ def test_it_is_no_part_of_a_round_over_all_cases(refmoe: Refmoe, folder: Path) -
     assert [path.name for path in golden.find_cases(folder)] == ["small"]
     assert [path.name for path in golden.find_full_size_cases(folder)] == ["large"]
     assert golden.find_cases(folder / "large") == [folder / "large"]
-    assert refmoe("emit", "--case", "large", "--golden", folder)[0] == 0
-    assert refmoe("emit", "--all", "--golden", folder)[0] == 0
-    status, text, _ = refmoe("check", folder)
+    assert refmoe("suite", "emit", "large", "--golden", folder)[0] == 0
+    assert refmoe("suite", "emit", "--golden", folder)[0] == 0
+    status, text, _ = refmoe("suite", "check", "--golden", folder)
     assert status == 0
     assert "skip  large\n" in text
     assert "ok    small\n" in text
     assert "large: of full size, so only its files were compared" in text
     assert text.endswith("1 case recomputed, 0 differ\n")
-    assert json.loads(refmoe("check", folder, "--json")[1])["not_recomputed"] == ["large"]
-    status, text, _ = refmoe("check", folder / "large")
+    assert json.loads(refmoe("suite", "check", "--golden", folder, "--json")[1])["not_recomputed"] == ["large"]
+    status, text, _ = refmoe("suite", "check", "large", "--golden", folder)
     assert (status, text) == (0, "ok    large\n1 case recomputed, 0 differ\n")
 
 
 def test_its_files_are_compared_all_the_same(refmoe: Refmoe, folder: Path) -> None:
-    refmoe("emit", "--case", "large", "--golden", folder)
-    refmoe("emit", "--all", "--golden", folder)
+    refmoe("suite", "emit", "large", "--golden", folder)
+    refmoe("suite", "emit", "--golden", folder)
     content = folder / "large" / content_file(golden.read_manifest(folder / "large"))
     content.write_text(content.read_text().replace("0x1", "0x0", 1))
-    status, text, _ = refmoe("check", folder)
+    status, text, _ = refmoe("suite", "check", "--golden", folder)
     assert status == 1
     assert "FAIL  large\n" in text
     assert "SHA-256 differs" in text
@@ -86,7 +87,7 @@ def test_a_killed_emission_goes_on_and_leaves_nothing_behind(
         "embedding.safetensors", "job.json", "layers.0.safetensors",
     ]  # fmt: skip
     assert not (folder / "large" / "manifest.json").exists()
-    assert refmoe("emit", "--case", "large", "--golden", folder)[0] == 0
+    assert refmoe("suite", "emit", "large", "--golden", folder)[0] == 0
     assert seen == [0, 1, 1, 2]
     assert not Path("large.parts").exists()
     assert golden.check(folder / "large") == []
@@ -105,21 +106,21 @@ def test_a_case_of_the_first_layers_has_their_taps_alone(folder: Path) -> None:
 def test_layers_that_are_none_are_refused(refmoe: Refmoe, folder: Path, layers: str) -> None:
     path = folder / "large" / "case.toml"
     path.write_text(path.read_text().replace('store = "fingerprint"', f'store = "fingerprint"\nlayers = {layers}'))
-    status, _, said = refmoe("emit", "--case", "large", "--golden", folder)
+    status, _, said = refmoe("suite", "emit", "large", "--golden", folder)
     assert status == 2
     assert "'layers' is" in said
 
 
 def test_no_interval_proof_is_begun_that_would_take_days(refmoe: Refmoe, folder: Path) -> None:
-    refmoe("emit", "--case", "large", "--golden", folder)
-    status, _, said = refmoe("certify", folder / "large")
+    refmoe("suite", "emit", "large", "--golden", folder)
+    status, _, said = refmoe("suite", "certify", "large", "--golden", folder)
     assert status == 2
     assert "is of full size, and ball arithmetic at that size takes days" in said
 
 
 @pytest.mark.parametrize("name", ["mixtral-8x7b", "mixtral-8x22b-2-layers"])
 def test_the_published_sizes_are_there_whole(name: str) -> None:
-    """Only their files are checked. `refmoe check golden/NAME` recomputes one, in minutes."""
+    """Only their files are checked. `refmoe suite check NAME` recomputes one, in minutes."""
     from refmoe.spec.config import PRESETS
 
     found = golden.read_case(REPOSITORY / name)

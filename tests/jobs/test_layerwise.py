@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A script run layer by layer has the bits of the script run call by call, and reads each weight once."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The layout of the published Mixtral-8x7B-v0.1 at reduced dimensions: 19 shards that cut through layers, an index,
 the real names and tokenizer.model, and bfloat16. A missing piece is reported in one sentence."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights in blocks: the same product, each block read once and ahead; a fault is one sentence."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`refmoe policies` and `refmoe emit --policy` as their users meet them."""
 
 from __future__ import annotations
@@ -119,11 +120,10 @@ MISTAKES = {
     ),
     "no such file": ("policies float32 mine.toml", "mine.toml: no such file"),
     "emit by no policy": ("emit --case x --out t --policy float8", "policy 'float8' is unknown"),
-    "policy and dtype": ("emit --case x --out t --policy float32 --dtype float32", "--dtype do not apply"),
-    "policy and all": ("emit --all --policy float32", "--all and --dtype do not apply"),
-    "policy of two": ("emit --case x --checkpoint y --out t --policy float32", "either --checkpoint or --case"),
-    "nowhere to write": ("emit --case x --policy float32", "--out TRACE was expected"),
-    "no such case": ("emit --case x --out t --policy float32", "x/case.toml: no such file"),
+    "policy and dtype": ("emit --case x --out t --policy float32 --dtype float32", "but --dtype float32 was given"),
+    "policy of two": ("emit --case x --checkpoint y --out t --policy float32", "exactly one of --checkpoint DIR"),
+    "nowhere to write": ("emit --case x --policy float32", "--out"),
+    "no such case": ("emit --case x --out t --policy float32", "case 'x' is unknown"),
 }
 
 

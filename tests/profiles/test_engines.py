@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The profiles of transformers, held against what transformers computes, bit by bit.
 
 The ideal run takes the engine's own value at every tap, so that each step is compared alone. It rounds at the cut

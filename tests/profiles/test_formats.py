@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Formats against the casts of NumPy and ml_dtypes, bit by bit, and their own definitions."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ideal run of a policy: at float64 the specification itself, elsewhere values of each cut point's dtype."""
 
 from __future__ import annotations

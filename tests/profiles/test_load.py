@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Policies by name, by file, with changes; every mistake is one sentence that says where and what was expected."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The HTML page of every sample, made once."""
 
 from __future__ import annotations

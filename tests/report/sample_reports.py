@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reports made by hand, which together have every kind of finding that a report can show."""
 
 from __future__ import annotations
@@ -250,6 +251,19 @@ def hostile() -> Report:
         worst=element,
     )
     other = replace(bad, tap=HOSTILE, verdict=UNDECIDABLE)
+    sources = ("javascript:alert(1)", f"https://example.org/{HOSTILE}", "https://example.org/fine?a=1&b=2")
+    cause = Explanation(
+        name=HOSTILE,
+        kind=KNOWN_BUG,
+        about=HOSTILE,
+        fix=HOSTILE,
+        sources=sources,
+        explains=True,
+        still_failing=0,
+        newly_failing=0,
+        coefficient=nan,
+        residual=nan,
+    )
     choice = Decision(
         run=HOSTILE, layer=0, token=0, kind=FORCED, legal=False, found=(0, 1), expected=(2, 3), margin=1.0, movable=0.1
     )
@@ -267,6 +281,7 @@ def hostile() -> Report:
         missing=(HOSTILE,),
         unknown=(HOSTILE,),
         notes=(HOSTILE,),
+        explanations=(cause,),
     )
 
 

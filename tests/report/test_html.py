@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The HTML page as text: one small file that needs nothing else, and in which no name acts as code."""
 
 from __future__ import annotations
@@ -5,19 +6,24 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
 from refmoe.errors import InputError
 from refmoe.report.error_plot import error_plot, interval_plot
+from refmoe.report.glossary import TERMS
 from refmoe.report.heat_map import LEVELS, heat_map, level
 from refmoe.report.html import LISTED, to_html
 from refmoe.report.routing_strips import DRAWN, routing_strips
+from refmoe.report.wording import lead, place
 from refmoe.verifier.findings import FAIL, PASS, UNDECIDABLE, Element
 from tests.report.sample_pages import all_pages
-from tests.report.sample_reports import HOSTILE, SAMPLES, all_wrong, conformant, empty, failing, large
+from tests.report.sample_reports import HOSTILE, SAMPLES, WRONG, all_wrong, conformant, empty, failing, large
 
+GLOSSARY = Path(__file__).parents[2] / "docs" / "glossary.md"
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
 
@@ -52,17 +58,57 @@ def pages() -> dict[str, str]:
     return all_pages()
 
 
+def without_hostile(page: str) -> str:
+    """The page without the source that is no address, and so stays text."""
+    return re.sub(r"<li>https://example.org/&lt;script.*?</li>", "", page)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_link_leads_to_a_term_of_the_page_or_to_a_source(pages: dict[str, str], name: str) -> None:
+    outline = Outline(pages[name])
+    links = [attributes for tag, attributes in outline.tags if tag == "a"]
+    ids = {attributes.get("id") for _, attributes in outline.tags}
+    for link in links:
+        address = link["href"] or ""
+        if address.startswith("#"):
+            assert address[1:] in ids
+        else:
+            assert address.startswith("https://")
+            assert (link["rel"] or "").split() == ["noopener", "noreferrer"]
+    sources = {address for link in links if not (address := link["href"] or "").startswith("#")}
+    expected = {"failing": {"https://example.org/1"}, "hostile": {"https://example.org/fine?a=1&b=2"}}
+    assert sources == expected.get(name, expected["failing"] if name == "not_finite" else set())
+
+
+def test_a_legal_error_changes_nothing_on_the_page() -> None:
+    """Whether a healthy engine uses a tenth or nearly all of the allowed error, its page is the same."""
+    healthy = conformant()
+
+    def page(error: float) -> str:
+        return to_html(replace(healthy, checks=tuple(replace(check, worst_error=error) for check in healthy.checks)))
+
+    assert page(0.1) == page(0.999)
+    assert page(0.1) != page(1.5)
+
+
+def test_terms_have_the_words_of_the_glossary() -> None:
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", GLOSSARY.read_text(encoding="utf-8"), re.MULTILINE)
+    documented = {name: definition.replace("`", "") for name, definition in rows}
+    assert {name: documented.get(name) for name in TERMS} == TERMS
+
+
 @pytest.mark.parametrize("name", SAMPLES)
 def test_a_page_is_one_well_formed_document_without_anything_from_outside(pages: dict[str, str], name: str) -> None:
     outline = Outline(pages[name])
     assert outline.stack == []
     for tag, attributes in outline.tags:
         assert tag not in ("link", "img", "iframe", "object", "embed", "base", "form")
-        assert not {"src", "href", "style", "srcset", "action"} & set(attributes), (tag, attributes)
+        assert not {"src", "style", "srcset", "action", "ping", "background"} & set(attributes), (tag, attributes)
+        assert "href" not in attributes or tag == "a"
         assert not [key for key in attributes if key.startswith("on")]
-    # where a bug was met is text, not a link: the page asks nobody for anything
-    without_sources = re.sub(r"<li>met in: https?://[^<]*</li>", "", pages[name])
-    assert not re.search(r"url\(|@import|https?://", without_sources)
+    assert not re.search(
+        r"url\(|@import|https?://", re.sub(r"<a href=[^>]*>[^<]*</a>", "", without_hostile(pages[name]))
+    )
     assert [attributes for tag, attributes in outline.tags if tag == "html"] == [{"lang": "en"}]
     names = [attributes["id"] for _, attributes in outline.tags if "id" in attributes]
     assert len(names) == len(set(names))
@@ -95,21 +141,19 @@ def test_pages_stay_small_and_lists_end(pages: dict[str, str]) -> None:
 
 def test_the_page_says_what_the_report_says(pages: dict[str, str]) -> None:
     texts = " ".join(" ".join(Outline(pages["failing"]).texts).split())
+    first = failing().check("prefill", WRONG)
+    assert first is not None
+    assert lead(failing()) in texts
     for words in (
-        "Not conformant", failing().headline, "Impossible under the policy: 3 of 128 values",
-        "Improbable at significance 1e-06: the worst value", "everything before it passes (13 checks)",
-        "token 11, head 3, cached position 5", "no value has a finite bound", *failing().missing, *failing().unknown,
-        *failing().notes,
+        "router-input-unnormalised", "1.020", "0.010", first.reason, "1003", "12.1", "0.523", "0.3125",
+        place("attention.scores", (3, 11, 5)), *failing().missing, *failing().unknown, *failing().notes,
     ):  # fmt: skip
         assert words in texts, words
-    assert "No step was checked." in pages["empty"]
-    assert "No decision could be judged." in pages["empty"]
-    assert "Improbable" not in pages["conformant"]
-    assert "Impossible" not in pages["conformant"]
+    assert texts.index("router-input-unnormalised") < texts.index(first.reason)
 
 
 def test_a_cell_s_colour_and_symbol_follow_verdict_and_size() -> None:
-    assert [level(PASS, x) for x in (0.0, 0.03, 0.05, 0.3, 1.0)] == list("aabcd")
+    assert [level(PASS, x) for x in (0.0, 0.5, 0.6, 1.0, float("nan"))] == list("aabba")
     assert [level(FAIL, x) for x in (0.5, 3.0, 29.0, 31.0, float("inf"), float("nan"))] == list("eefgge")
     assert (level(UNDECIDABLE, 5.0), level(None, 5.0)) == ("u", "-")
     kinds = {"pass": "·", "fail": "✕", "open": "?", "none": ""}
@@ -123,26 +167,28 @@ def test_the_map_shows_the_worst_of_all_runs_and_keeps_each_run() -> None:
     wrong = rows["router.logits"].cells[0]
     assert wrong is not None
     assert (wrong.level, wrong.symbol, wrong.number, wrong.first) == ("fail3", "✕", "214", True)
-    assert "fails in 1 of 3 runs" in wrong.detail
-    assert "here is the first wrong step" in wrong.detail
     assert [cell.first for row in result.rows for cell in row.cells if cell].count(True) == 1
     unsure = rows["residual"].cells[1]
     assert unsure is not None
     assert (unsure.level, unsure.number) == ("open", "")
     data = json.loads(result.data)
     index = data["taps"].index("layers.0.router.logits")
-    assert [states[index] for states in data["states"]] == ["g", "d", "d"]
+    assert [states[index] for states in data["states"]] == ["g", "a", "a"]
     error, excess, limit, _, reason, amount = data["numbers"][0][index].split()
     assert (error, excess, limit, amount) == ("214", "1003", "12.1", "214")
-    assert data["texts"][int(reason)].startswith("impossible under the policy: 3 of 128")
+    first = failing().check("prefill", WRONG)
+    assert first is not None
+    assert first.reason in data["texts"][int(reason)]
     assert len(data["taps"]) == sum(cell is not None for row in result.rows for cell in row.cells)
 
 
 def test_every_check_has_its_dots_and_those_beyond_the_scale_their_edge() -> None:
     plot = error_plot(failing())
-    assert plot.count('class="dot"') == plot.count('class="dot wrong"') == 1
-    wrong = next(part for part in plot.split("<path") if 'class="dot wrong"' in part)
-    assert wrong.count("M") == 3
+    marks = {name: part.count("M") for name, part in re.findall(r'<path class="([^"]*)" d="(M[^"]*)"', plot)}
+    assert marks["diamond wrong"] == 3
+    assert marks["dot wrong"] == 1  # of the one impossible value
+    assert marks["dot"] > 60
+    assert "wrong" not in error_plot(conformant())
     edges = error_plot(SAMPLES["not_finite"]())
     assert "nan" not in edges.lower()
     assert "inf" not in edges.lower().replace(">infinite<", "")
@@ -153,7 +199,7 @@ def test_every_check_has_its_dots_and_those_beyond_the_scale_their_edge() -> Non
 def test_a_crowded_plot_keeps_every_failure() -> None:
     plot = error_plot(large())
     wrong = next(part for part in plot.split("<path") if 'class="dot wrong"' in part)
-    assert wrong.count("M") == 1
+    assert re.search(r'd="(M[^"]*)"', wrong)[1].count("M") == 1  # type: ignore[index]
 
 
 def test_a_value_beside_its_legal_interval() -> None:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A verification as JSON: valid, complete, and as its schema says."""
 
 from __future__ import annotations

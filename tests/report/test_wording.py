@@ -1,16 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
 """The words that all reports share: exact about proofs, and harmless for any name of a tap."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from math import inf, nan
+from math import inf, isnan, nan
 
 import pytest
 
 from refmoe.report.summary import share, summarise_routing, summarise_steps
-from refmoe.report.wording import legal, manner, number, place, preceding, visible
+from refmoe.report.wording import (
+    error_text,
+    fit,
+    is_link,
+    lead,
+    legal,
+    manner,
+    number,
+    place,
+    preceding,
+    visible,
+)
 from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS
-from refmoe.verifier.findings import FAIL, LOCAL, PASS, Check, Element
+from refmoe.verifier.findings import FAIL, LOCAL, PASS, Check, Element, Report
 from tests.report import sample_reports
 from tests.report.sample_reports import HOSTILE, WRONG
 
@@ -65,6 +77,52 @@ def test_a_legal_interval_says_when_it_is_none() -> None:
     assert legal(replace(element, low=nan)) == "not known"
 
 
+def test_the_lead_names_step_run_and_token() -> None:
+    for words in (WRONG, "prefill", "token 11", "expert 7"):
+        assert words in lead(REPORT)
+    for name, make in sample_reports.SAMPLES.items():
+        assert len(lead(make())) > 10, name
+        assert lead(make()).isprintable()
+    assert lead(sample_reports.conformant()) == sample_reports.conformant().headline
+    channels = {step: lead(one_failure(step)) for step in (LAYER_TAPS | MODEL_TAPS)}
+    assert all("channel" not in text and "hidden unit" not in text for text in channels.values())
+    assert all("token 0" in text for text in channels.values())
+
+
+def one_failure(step: str) -> Report:
+    """A report in which one value of this step is wrong."""
+    where = (0,) * len((LAYER_TAPS | MODEL_TAPS)[step].split())
+    worst = Element(where=where, found=1.0, expected=0.0, low=0.0, high=0.0, sigma=nan)
+    tap = step if step in MODEL_TAPS else f"layers.0.{step}"
+    check = replace(WRONG_CHECK, tap=tap, worst=worst)
+    return replace(REPORT, checks=(check,), decisions=(), first_wrong=("prefill", tap))
+
+
+def test_an_explanation_without_a_measured_fit_claims_none() -> None:
+    assert REPORT.explanations
+    found = REPORT.explanations[0]
+    assert "1.020" in fit(found)
+    assert fit(replace(found, coefficient=nan)) == fit(replace(found, residual=nan)) == ""
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("https://example.org/a?b=c#d", True), ("http://example.org", True), ("javascript:alert(1)", False),
+        ("https://example.org/<b>", False), ('https://example.org/"x', False), ("https://example.org/a b", False),
+        ("HTTPS", False), ("https://example.org/\u202e", False), ("", False), ("data:text/html,x", False),
+    ],
+)  # fmt: skip
+def test_only_a_web_address_becomes_a_link(source: str, expected: bool) -> None:
+    assert is_link(source) is expected
+
+
+def test_an_error_is_a_number_only_beyond_what_is_allowed() -> None:
+    assert [error_text(x) for x in (0.0, 0.97, 1.0, 1.001, 150.2, inf, nan)] == [
+        "legal", "legal", "legal", "1.01x", "150x", "infinite", "-",
+    ]  # fmt: skip
+
+
 def test_what_comes_before_the_first_wrong_step() -> None:
     assert preceding(REPORT, "prefill", WRONG) == "everything before it passes (13 checks)"
     assert preceding(REPORT, "prefill", "embedding") == "it is the first check"
@@ -87,6 +145,9 @@ def test_a_share_is_of_whichever_limit_is_nearer() -> None:
     assert share(replace(WRONG_CHECK, worst_error=0.5, excess=3.0, excess_limit=12.0)) == 0.5
     assert share(replace(WRONG_CHECK, worst_error=nan, excess=3.0, excess_limit=12.0)) == 0.25
     assert share(replace(WRONG_CHECK, worst_error=0.5, excess=3.0, excess_limit=0.0)) == 0.5
+    passes = replace(WRONG_CHECK, verdict=PASS, worst_error=0.97)
+    assert share(replace(passes, excess=3.0, excess_limit=12.0)) == 0.25
+    assert isnan(share(replace(passes, excess=0.0, excess_limit=0.0)))
 
 
 def test_routing_is_counted_by_kind_and_by_what_it_means() -> None:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Routers that are wrong, each in one way: known bugs, and others that a law must detect.
 
 ``python -m tests.routers.router_mutants`` prints the table law x mutant.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The contract can fail: every mutant is killed, every law has a mutant of its own, and correct routers pass."""
 
 from __future__ import annotations
@@ -318,7 +319,7 @@ def test_priority_by_weight() -> None:
 
 
 def refmoe(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "refmoe", "routers", "check", *arguments, "--experts", "8"]
+    command = [sys.executable, "-m", "refmoe", "router", "check", *arguments, "--experts", "8"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
 
@@ -337,7 +338,7 @@ def test_the_command(tmp_path: Path) -> None:
         "    ids, weights = route(x)\n"
         "    return ids[:, ::-1], weights\n"
     )
-    good = refmoe("mine:make", "--factory", "--top-k", "2", "--tie", "lower", "--examples", "20", folder=tmp_path)
+    good = refmoe("mine:make", "--factory", "--top-k", "2", "--ties", "lower", "--examples", "20", folder=tmp_path)
     assert (good.returncode, good.stderr) == (0, "")
     assert "dense-at-k-equals-E  pass" in good.stdout
     assert "27 laws: 18 pass, 0 fail, 9 not applicable or not judged" in good.stdout

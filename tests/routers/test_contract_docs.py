@@ -1,9 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
 """docs/router-contract.md is true: its files are written, its commands run, and their output compared."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import subprocess
 from pathlib import Path
@@ -12,6 +12,7 @@ import pytest
 
 from refmoe.routers.contract import LAWS
 from tests.routers.router_mutants import MUTANTS
+from tests.tour import environment_in
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "router-contract.md").read_text()
@@ -35,10 +36,7 @@ def test_the_page_shows_what_is_printed(command: str, shown: str, tmp_path: Path
         pytest.skip("torch not installed: pip install -e '.[engines]'")
     for name, body in FILES.items():
         (tmp_path / name).write_text(body)
-    environment = {
-        **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "118",
-        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_PLUGINS": "refmoe.routers.contract.plugin",
-    }  # fmt: skip
+    environment = {**environment_in(tmp_path, columns=118), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, shell=True, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
     )  # fmt: skip

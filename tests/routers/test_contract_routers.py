@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The contract on correct routers: refmoe's own, and those of libraries, which pass or fail for a stated reason."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The laws of dispatch and combine, of capacity, and of the load statistics."""
 
 from __future__ import annotations

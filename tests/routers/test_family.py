@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every router against an independent evaluation: plain Python, rational numbers where the equation allows.
 
 A logit that is the logarithm of an integer n has exp n and, as n / (n + 1), a rational sigmoid: the weights that balls

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The routers against those of transformers, each loaded with logits through an identity router matrix."""
 
 from __future__ import annotations

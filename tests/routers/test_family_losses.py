@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The losses of the family at known values, the normal distribution, stochastic neurons, and the ids of clauses."""
 
 from __future__ import annotations

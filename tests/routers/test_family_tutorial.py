@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`docs/routers.md`: every Python block and every command gives the output that the page shows."""
 
 from __future__ import annotations

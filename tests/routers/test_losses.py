@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """AUX-1 to AUX-8 against transformers, against rational numbers, between arithmetics, and at their known values.
 
 `tests/vectors/test_loss_vectors.py` holds the functions against the tables of `golden/vectors/losses.json`.

@@ -1,4 +1,5 @@
-"""``refmoe route``: the picture in the terminal, as SVG and PNG, and one sentence for every mistake."""
+# SPDX-License-Identifier: Apache-2.0
+"""``refmoe router show``: the picture in the terminal, as SVG and PNG, and one sentence for every mistake."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from refmoe.cli import main
 from refmoe.routers.literature.capacity import admit
 from refmoe.routers.literature.record import Routing
 from refmoe.routers.literature.statistics import load_statistics
-from refmoe.routers.pictures.picture import CELL, DROPPED, EMPTY, KEPT, LEFT, TOP, draw
+from refmoe.routers.pictures.picture import CELL, DROPPED, EMPTY, KEPT, LEFT, TOP, Box, Label, draw
 from refmoe.routers.pictures.png import png_bytes
 from refmoe.routers.pictures.svg import svg_bytes
 from refmoe.routers.pictures.terminal import print_routing
@@ -36,7 +37,7 @@ Refmoe = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def refmoe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refmoe:
     def run(*arguments: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["refmoe", "route", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["refmoe", "router", "show", *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:
             main()
         out, err = capsys.readouterr()
@@ -56,16 +57,43 @@ def test_the_terminal_shows_every_cell_and_bar() -> None:
     stream = io.StringIO()
     print_routing(Console(file=stream, width=80, color_system=None), example(), load_statistics(OPS, example()))
     assert [line.rstrip() for line in stream.getvalue().splitlines()] == [
+        "       expert",
         "token    0  1  2",
         "    0    ·  · ██",
         "    1    ·  ·  x",
         "    2   ▓▓ ▒▒  ·",
+        "░▒▓█ weight of the expert, small to large, x dropped, · not chosen",
         "",
-        "expert  load",
+        "expert  load: tokens that asked for the expert",
         "     0  █  1",
         "     1  █  1",
         "     2  █x  2, 1 dropped",
+        "█ computed, x dropped, · free up to the capacity",
     ]
+
+
+def test_a_key_explains_only_the_marks_that_are_there() -> None:
+    routing = admit(OPS, np.array([[0], [1]]), np.ones((2, 1)), 2)
+    stream = io.StringIO()
+    print_routing(Console(file=stream, width=80, color_system=None), routing, load_statistics(OPS, routing))
+    assert "drop" not in stream.getvalue()
+    shapes = draw("t", routing, load_statistics(OPS, routing), "f").shapes
+    assert not [shape for shape in shapes if isinstance(shape, Box) and shape.fill == DROPPED and shape.height]
+
+
+def test_the_axes_and_all_colours_are_named() -> None:
+    """Each axis has a title, and below the bars each colour of the picture is shown with words beside it."""
+    routing = example()
+    shapes = draw("t", routing, load_statistics(OPS, routing), "f").shapes
+    labels = [shape for shape in shapes if isinstance(shape, Label)]
+    assert [label.text for label in labels].count("expert") == 2
+    assert "token" in [label.text for label in labels]
+    foot = max(label.y for label in labels if label.text == "expert")
+    words = [label for label in labels if label.y > foot]
+    marks = [shape for shape in shapes if isinstance(shape, Box) and shape.y > foot]
+    assert {box.fill for box in marks} == {KEPT, DROPPED, EMPTY}
+    for box in marks:
+        assert [label for label in words if label.x >= box.x + box.width and 0 <= label.y - box.y <= box.height]
 
 
 def test_many_experts_get_narrow_columns_and_many_tokens_are_cut_off() -> None:
@@ -74,9 +102,9 @@ def test_many_experts_get_narrow_columns_and_many_tokens_are_cut_off() -> None:
     routing = admit(OPS, ids, np.ones((70, 1)), 30)
     print_routing(Console(file=stream, width=80, color_system=None), routing, load_statistics(OPS, routing))
     lines = stream.getvalue().splitlines()
-    assert lines[0] == "token  " + "0123456789" * 3
-    assert lines[5] == "    4  " + "·" * 4 + "█" + "·" * 25
-    assert lines[65] == "  and 6 more"
+    assert lines[1] == "token  " + "0123456789" * 3
+    assert lines[6] == "    4  " + "·" * 4 + "█" + "·" * 25
+    assert lines[66] == "  and 6 more"
 
 
 def boxes(root: Any, fill: str) -> list[tuple[float, float, str | None]]:
@@ -119,6 +147,10 @@ def test_nothing_is_drawn_outside_the_canvas() -> None:
         assert float(box.get("y", 0)) >= 0
         assert float(box.get("height", -1)) >= 0
         assert float(box.get("y", 0)) + float(box.get("height", 0)) <= drawing.height
+    for label in (shape for shape in drawing.shapes if isinstance(shape, Label)):
+        wide = {"start": 1.0, "middle": 0.5, "end": 0.0}[label.anchor] * 0.55 * label.size * len(label.text)
+        assert label.x + wide <= drawing.width
+        assert label.size <= label.y <= drawing.height
 
 
 def test_the_png_has_the_colours_where_the_svg_has_them() -> None:
@@ -263,7 +295,7 @@ MISTAKES = {
     "no folder": (("--out", "/nowhere/a.svg"), "/nowhere/a.svg: cannot be written"),
     "a layer of nothing": (("--layer", 1), "--logits TRACE was expected"),
     "too large": (("--tokens", 10**7), "exceed the 1048576 logits"),
-    "too long": (("--tokens", 900, "--out", "/tmp/a.png"), "32836 pixels long, but a PNG may be 30000: write a .svg"),
+    "too long": (("--tokens", 900, "--out", "/tmp/a.png"), "pixels long, but a PNG may be 30000: write a .svg"),
     "given twice": (("--logits", "a.npy", "--tokens", 3), "cannot be given with it"),
 }
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A second Mixtral, written from the papers with loops over plain Python floats: no array, no ops, no shared code.
 
 Slow and obvious. It is the independent engine that the spec is held against; where the two differ, one is wrong.

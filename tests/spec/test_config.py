@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Configurations: what is refused, and what the published sizes amount to."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The forward pass against an independent scalar one, and the laws that hold for every model."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The softmax of attention and router: its values from mathematics, its largest element, its mask."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The spec can be read in one sitting, knows no array library, and numbers its clauses once."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The table in `refmoe.spec`: each command runs the statement of the model that the table says."""
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ SHARED = {"steps.sharded": {"steps.rounding"}}
 CASE = "one-pair"
 Arguments = list[Any]
 COMMANDS: dict[str, Callable[[Path], Arguments]] = {
-    "check": lambda _: ["check", f"golden/{CASE}", "--jobs", 1],
-    "certify": lambda out: ["certify", out / "golden" / CASE],
-    "emit --case": lambda out: ["emit", "--case", CASE, "--golden", out / "golden"],
+    "check": lambda _: ["suite", "check", CASE, "--jobs", 1],
+    "certify": lambda out: ["suite", "certify", CASE, "--golden", out / "golden"],
+    "emit --case": lambda out: ["suite", "emit", CASE, "--golden", out / "golden"],
     "emit --policy": lambda out: ["emit", "--case", CASE, "--policy", "bfloat16", "--out", out / "ideal.safetensors"],
     "emit --checkpoint": lambda out: [
         "emit", "--checkpoint", out / "model", "--tokens", "1,2", "--out", out / "trace.safetensors"
@@ -40,14 +41,17 @@ COMMANDS: dict[str, Callable[[Path], Arguments]] = {
     "verify": lambda out: ["verify", out / "ideal.safetensors", "--case", CASE, "--no-diagnose"],
     "conform": lambda _: ["conform", "--case", CASE, "--dtype", "float32", "--no-diagnose", "--", *HONEST],
     "mutants matrix": lambda _: [
-        "mutants", "matrix", "--case", CASE, "--mutant", "rope-sign-flipped", "--policy", "float32", "--jobs", 1
+        "mutants", "matrix", "--case", CASE, "--mutant", "rope-sign-flipped", "--dtype", "float32", "--jobs", 1
     ],
     "mutants matrix --mutant of several ranks": lambda _: [
-        "mutants", "matrix", "--case", CASE, "--mutant", "tp-kv-replication-wrong", "--policy", "float32", "--jobs", 1
+        "mutants", "matrix", "--case", CASE, "--mutant", "tp-kv-replication-wrong", "--dtype", "float32", "--jobs", 1
     ],
     "generate": lambda out: ["generate", "--checkpoint", out / "model", "--tokens", "1,2", "--max-new-tokens", 2],
 }  # fmt: skip
-"""An invocation of each command of the table that needs neither a GPU nor a model of full size."""
+"""An invocation of each row of the table that needs neither a GPU nor a model of full size.
+
+The first three rows are commands of ``refmoe suite``.
+"""
 ELSEWHERE = {"check of a case of full size", "any of these with --device cuda, at float32"}
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The grouped statement of attention and experts has the bits of the spec, in exact arithmetic."""
 
 from __future__ import annotations

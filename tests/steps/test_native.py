@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The steps that save arrays: the spec's values where nobody watches, the spec's own bits where somebody does."""
 
 from __future__ import annotations

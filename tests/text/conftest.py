@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The real tokenizers, which mistral-common ships: V1 is Mixtral 8x7B's, V3 is Mixtral 8x22B Instruct's."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CHAT-1 to CHAT-6 against mistral-common's V1 and V3 templates, and what is refused."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GEN-1 to GEN-4, with a step function that records what it is given."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SAMPLE-1 to SAMPLE-8 against values by hand, exact arithmetic and the counts of many draws."""
 
 from fractions import Fraction

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """STREAM-1 to STREAM-3 over the real vocabularies: the streamed pieces, joined, are the text decoded at once."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TOK-1 to TOK-8 over the real vocabularies, against mistral-common and against byte-pair encoding written out."""
 
 import itertools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the vector files are, and how they are read and spelled."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Write `golden/vectors/`: `python -m tests.vectors.generate`, by hand. Needs the extra `test`.
 
 Nothing here uses refmoe: the tokenizers' values come from mistral-common, the samplers' and the losses' from

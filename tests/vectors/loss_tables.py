@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The hand-made router-logit tables of `golden/vectors/losses.json`.
 
 A table is [layer][sequence][position][expert], written as rows of numbers; a mask is a string for each sequence, "1" a

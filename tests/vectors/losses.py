@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`golden/vectors/losses.json`: the auxiliary losses of hand-made tables, in ball arithmetic.
 
 The equations are written out again for lists of balls; nothing of refmoe is used.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The numbers of vector files: exact decimals, and proven enclosures of numbers without an exact decimal."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`golden/vectors/sampler.json`: choosing a token, from hand-made logits, in rational numbers and ball arithmetic.
 
 A decision is whether p is reached, or whether the cumulative probability exceeds u. It is made by rational numbers

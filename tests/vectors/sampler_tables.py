@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The hand-made logits and settings of `golden/vectors/sampler.json`.
 
 FOUR are the logarithms of 0.4, 0.3, 0.2 and 0.1 to multiples of 1/1024, so that the logits are exact and the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The vector files conform to their schema and equal the output of their generators."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`losses.json` against refmoe, in three arithmetics, and against plausible mistakes.
 
 The known bugs: `tests/bugs/test_outside.py`.

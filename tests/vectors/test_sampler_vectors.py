@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sampler.json` against refmoe, stage by stage. The known bugs: `tests/bugs/test_outside.py`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`tokenizer-v1.json` and `tokenizer-v3.json` against refmoe. The known bugs: `tests/bugs/test_outside.py`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`golden/vectors/tokenizer-*.json`: texts and dialogues encoded by mistral-common's tokenizers and templates."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The texts, dialogues and token sequences of `golden/vectors/tokenizer-*.json`. The answers are mistral-common's."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The models, captures and verdicts that the tests of the verifier share. transformers is loaded once per model
 and dtype."""
 

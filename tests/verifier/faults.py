@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One-line faults of real engines, patched into transformers: the fault, the model that shows it, and where none can.
 
 A fault is a function that takes a `pytest.MonkeyPatch` and a loaded model. `breaks` names the steps that are wrong

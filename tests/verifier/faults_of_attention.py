@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Faults of attention: projections, scores, mask, softmax, context."""
 
 from __future__ import annotations

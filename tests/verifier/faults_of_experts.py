@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Faults of the router, the experts and their combination."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Faults of norms, of the residual stream, and of what comes before and after the layers."""
 
 from __future__ import annotations

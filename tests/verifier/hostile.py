@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hostile traces: files that strangers may give to ``refmoe verify``, and the expected end of each.
 
 Every function below makes one hostile trace. It gets the parts of an honest trace of the case walking-skeleton. It
@@ -31,7 +32,7 @@ from refmoe.traces.trace import Recorder, read_trace
 GOLDEN = Path(__file__).parents[2] / "golden"
 CASE = "walking-skeleton"
 CONFORMANT, WRONG, REFUSED = 0, 1, 2
-"""Exit statuses; 2 is also that of a trace that cannot be judged."""
+"""Exit statuses."""
 
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 Tensor = tuple[str, tuple[int, ...], bytes]
@@ -314,8 +315,9 @@ def tensors_at_odd_addresses(draft: Draft) -> None:
 # ---- metadata
 
 
-@hostile(REFUSED, "metadata entry 'refmoe' is missing")
+@hostile(CONFORMANT)
 def no_metadata(draft: Draft) -> bytes:
+    """The arrays of a file that is no trace, whose names are those of the runs and taps of the case."""
     table = json.loads(draft.text())
     del table["__metadata__"]
     return file(json.dumps(table), draft.data())
@@ -439,7 +441,7 @@ def policy_of_its_own_making(draft: Draft) -> None:
     draft.change(np.zeros_like)
 
 
-@hostile(REFUSED, "golden/nothing/case.toml: no such file", against="")
+@hostile(REFUSED, "case 'nothing' is unknown", against="")
 def unknown_case(draft: Draft) -> None:
     draft.header["case"] = "nothing"
 
@@ -748,7 +750,7 @@ def set_experts(draft: Draft, *ids: int, dtype: Any = np.int64) -> None:
     draft.put(key, array)
 
 
-@hostile(WRONG, "prefill/layers.0.router.experts", "from 0 to 4: token 5 has [0, 5]")
+@hostile(WRONG, "first wrong step: layers.0.router.experts, run prefill", "from 0 to 4: token 5 has [0, 5]")
 def expert_that_does_not_exist(draft: Draft) -> None:
     set_experts(draft, 0, 5)
 
@@ -773,7 +775,7 @@ def one_expert_twice(draft: Draft) -> None:
     set_experts(draft, 3, 3)
 
 
-@hostile(WRONG, "prefill/layers.0.router.experts", "decisions are illegal")
+@hostile(WRONG, "first wrong step: layers.0.router.experts, run prefill", "decisions are illegal")
 def other_experts(draft: Draft) -> None:
     key = "prefill/layers.0.router.experts"
     draft.put(key, (draft.array(key) + 1) % 5)
@@ -790,7 +792,7 @@ def slots_in_another_order(draft: Draft) -> None:
 # ---- values
 
 
-@hostile(WRONG, "prefill/embedding", "not finite")
+@hostile(WRONG, "first wrong step: embedding, run prefill", "not finite")
 def all_nan(draft: Draft) -> None:
     draft.change(lambda x: np.full_like(x, np.nan))
 
@@ -810,12 +812,12 @@ def one_infinity(draft: Draft) -> None:
     draft.put("decode2/logits", array)
 
 
-@hostile(WRONG, "prefill/embedding")
+@hostile(WRONG, "first wrong step: embedding, run prefill")
 def all_infinite(draft: Draft) -> None:
     draft.change(lambda x: np.full_like(x, -np.inf))
 
 
-@hostile(WRONG, "prefill/logits", "not finite", arithmetic="bfloat16")
+@hostile(WRONG, "first wrong step: logits, run prefill", "not finite", arithmetic="bfloat16")
 def nan_logits_alone(draft: Draft) -> None:
     """Values without a bound, because rounding can decide the choice of experts, still may not be NaN."""
     draft.keep("logits")
@@ -823,7 +825,7 @@ def nan_logits_alone(draft: Draft) -> None:
     draft.change(lambda x: np.full_like(x, np.nan))
 
 
-@hostile(WRONG, "prefill/logits", arithmetic="bfloat16")
+@hostile(WRONG, "first wrong step: logits, run prefill", arithmetic="bfloat16")
 def zero_logits_behind_a_right_embedding(draft: Draft) -> None:
     """One wrong value fails, however many values are right."""
     draft.tensors = {
@@ -832,33 +834,33 @@ def zero_logits_behind_a_right_embedding(draft: Draft) -> None:
     draft.change(np.zeros_like, "logits")
 
 
-@hostile(WRONG, "prefill/embedding")
+@hostile(WRONG, "first wrong step: embedding, run prefill")
 def subnormal(draft: Draft) -> None:
     draft.header["policy"] = "float32"
     draft.change(lambda x: np.full_like(x, 5e-324))
 
 
-@hostile(WRONG, "prefill/embedding")
+@hostile(WRONG, "first wrong step: embedding, run prefill")
 def largest_float(draft: Draft) -> None:
     draft.change(lambda x: np.full_like(x, np.finfo(x.dtype).max))
 
 
-@hostile(WRONG, "prefill/embedding", arithmetic="float32")
+@hostile(WRONG, "first wrong step: embedding, run prefill", arithmetic="float32")
 def largest_float32_of_either_sign(draft: Draft) -> None:
     draft.change(lambda x: np.where(np.arange(x.size).reshape(x.shape) % 2, 1, -1) * np.finfo(x.dtype).max)
 
 
-@hostile(WRONG, "prefill/embedding")
+@hostile(WRONG, "first wrong step: embedding, run prefill")
 def all_zero(draft: Draft) -> None:
     draft.change(np.zeros_like)
 
 
-@hostile(WRONG, "prefill/embedding", arithmetic="bfloat16")
+@hostile(WRONG, "first wrong step: embedding, run prefill", arithmetic="bfloat16")
 def all_zero_in_bfloat16(draft: Draft) -> None:
     draft.change(np.zeros_like)
 
 
-@hostile(WRONG, "prefill/embedding")
+@hostile(WRONG, "first wrong step: embedding, run prefill")
 def bytes_of_the_other_endianness(draft: Draft) -> None:
     draft.header["policy"] = "float32"
     draft.change(lambda x: x.byteswap())
@@ -926,7 +928,7 @@ def probs_that_sum_to_more_than_one(draft: Draft) -> None:
     draft.change(lambda x: (x * 1.01).astype(x.dtype), "attention.probs")
 
 
-@hostile(WRONG, "prefill/logits", arithmetic="bfloat16")
+@hostile(WRONG, "first wrong step: logits, run prefill", arithmetic="bfloat16")
 def logits_with_a_temperature(draft: Draft) -> None:
     draft.change(lambda x: (x.astype(np.float32) / 1.1).astype(x.dtype), "/logits")
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Comparing traces: distances by hand, and slots lined up."""
 
 from __future__ import annotations

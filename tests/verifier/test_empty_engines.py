@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Traces of engines that compute nothing, or something else: none may pass.
 
 Each is made of the golden of a case, or of a neighbour's, by throwing away what an engine has to do. No engine is

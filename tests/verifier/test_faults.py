@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each fault of `faults` in transformers: caught wherever arithmetic allows it, and only its own steps fail."""
 
 from __future__ import annotations

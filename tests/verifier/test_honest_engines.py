@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Unpatched transformers must pass under the policies that it follows, and fail under policies that it does not follow.
 
 The expected verdicts follow from the source of transformers. MixtralRMSNorm, the eager softmax and the router's softmax

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The errors of a float32 norm lean, in a legal way: adding eps to rounded means errs alike in every row.
 
 llama.cpp showed this on a model of dim 256. Its norm has the bits of the plain formula, but seemed to truncate.

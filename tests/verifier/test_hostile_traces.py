@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hostile traces: each ends in one clear sentence or in the right verdict, soon, and harms no terminal."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Promise P4: nothing in the verifier has a typed-in tolerance for rounding."""
 
 from __future__ import annotations

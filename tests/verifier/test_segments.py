@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A trace judged in pieces of layers: the report of one pass, and no more computed than is needed."""
 
 from __future__ import annotations
@@ -134,22 +135,22 @@ def test_streamed_products_bound_the_same(monkeypatch: pytest.MonkeyPatch, rules
 def test_the_command_judges_a_synthetic_model_side_by_side(
     refmoe: Refmoe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from refmoe.jobs.source import SIZES
+    from refmoe.spec.config import PRESETS
 
     case = read_case(GOLDEN / "four-layers")
-    monkeypatch.setitem(SIZES, "mixtral:8x7b", case.config)
+    monkeypatch.setitem(PRESETS, "mixtral-8x7b", case.config)
     out = tmp_path / "t.safetensors"
-    given = ("--checkpoint", "mixtral:8x7b", "--synthetic", 5)
+    given = ("--checkpoint", "mixtral-8x7b", "--seed", 5)
     assert refmoe("emit", *given, "--tokens", "1,2,3", "--decode", "4", "--out", out)[0] == 0
     status, text, said = refmoe("verify", out, *given, "--policy", "float64", "--executor", "processes:1")
     assert (status, said) == (0, ""), text
-    status, _, said = refmoe("verify", out, "--checkpoint", "mixtral:8x7b", "--policy", "float64")
+    status, _, said = refmoe("verify", out, "--checkpoint", "mixtral-8x7b", "--policy", "float64")
     assert status == 2
-    assert "so --synthetic SEED was expected" in said
+    assert "so --seed SEED was expected" in said
     status, _, said = refmoe("verify", out, *given, "--policy", "float64", "--executor", "dask")
     assert (status, "processes:N or dask:ADDRESS was expected" in said) == (2, True)
-    status, _, said = refmoe("verify", out, "--synthetic", 5, "--policy", "float64")
-    assert (status, "--synthetic 5 goes with --checkpoint" in said) == (2, True)
+    status, _, said = refmoe("verify", out, "--seed", 5, "--policy", "float64")
+    assert (status, "--seed 5 goes with --checkpoint" in said) == (2, True)
     arrays = {key: np.array(tensor.map()) for key, tensor in read_trace(out).tensors.items()}
     header = replace(read_trace(out).header, checkpoint="sha256:0")
     assert isinstance(header, Header)

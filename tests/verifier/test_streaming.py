@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Long traces are read in pieces and judged as if read at once, in memory that does not grow with them.
 
 As a module, ``python -m tests.verifier.test_streaming TRACE LAYERS HEADS TOKENS BLOCK_BYTES`` verifies a trace made by

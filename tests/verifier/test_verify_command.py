@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``refmoe verify`` as its users meet it: status, streams, files, and a sentence for each mistake."""
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def test_status_says_the_verdict(refmoe: Refmoe, wrong: Path, tmp_path: Path) ->
     assert (status, out) == (2, "")
 
 
-def test_what_cannot_be_judged_is_status_2_with_a_report(
+def test_what_cannot_be_judged_is_status_3_with_a_report(
     refmoe: Refmoe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A verdict like the others: on standard output, with what is missing; nothing on standard error."""
@@ -66,11 +67,11 @@ def test_what_cannot_be_judged_is_status_2_with_a_report(
     parts.tensors = {key: found for key, found in parts.tensors.items() if key.endswith("/logits")}
     path.write_bytes(parts.whole())
     status, out, err = refmoe("verify", path, "--golden", GOLDEN)
-    assert (status, err) == (2, "")
+    assert (status, err) == (3, "")
     assert out.startswith("CANNOT JUDGE\n")
     assert "router.experts" in out
     status, out, err = refmoe("verify", path, "--golden", GOLDEN, "--json")
-    assert (status, json.loads(out)["verdict"]) == (2, "cannot judge")
+    assert (status, json.loads(out)["verdict"]) == (3, "cannot judge")
 
 
 def test_the_golden_conforms_whatever_it_is_called(refmoe: Refmoe, checkpoint: Path, tmp_path: Path) -> None:
@@ -169,7 +170,7 @@ MISTAKES = {
     "both": ("{honest} --case walking-skeleton --checkpoint {checkpoint}", "but both were given"),
     "neither": ("{caseless}", "names no case, so --case NAME or --checkpoint DIR was expected"),
     "no trace": ("nowhere", "nowhere: no such file"),
-    "no case": ("{honest} --case nothing", "nothing/case.toml: no such file"),
+    "no case": ("{honest} --case nothing", "case 'nothing' is unknown"),
     "another case": ("{honest} --case dyadic", '\'case\' is "walking-skeleton", but --case is "dyadic"'),
     "no checkpoint": ("{honest} --checkpoint nowhere", "nowhere: no such folder"),
     "no policy": ("{honest} --policy int4", "policy 'int4' is unknown, expected a .toml file or one of"),
@@ -199,7 +200,7 @@ def test_a_mistake_is_one_sentence_and_status_2(
     whole = caseless.read_bytes()
     places = {"honest": HONEST, "checkpoint": checkpoint, "caseless": caseless}
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("refmoe.cli.verify.verify", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr("refmoe.api.verifying.verify", lambda *_: pytest.fail("work was done"))
     status, out, err = refmoe("verify", *(word.format(**places) for word in arguments.split()), "--golden", GOLDEN)
     assert (status, out) == (2, "")
     assert words in err
@@ -222,7 +223,7 @@ def test_help_has_an_example_and_the_statuses(refmoe: Refmoe) -> None:
     assert status == 0
     assert "refmoe verify engine.safetensors --case walking-skeleton" in out
     assert "--policy bfloat16 --html report.html" in out
-    assert "0: conformant. 1: not conformant. 2: cannot judge" in " ".join(out.split())
+    assert "0: conformant. 1: not conformant. 2: the input cannot be used. 3: cannot judge" in " ".join(out.split())
 
 
 def process(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[bytes]:

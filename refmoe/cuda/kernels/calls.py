@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernels as functions of arrays: outputs are allocated here, arguments checked by `Kernel.launch`.
 
 The kernels run wherever `xp` and `module` put them: CuPy and its RawModule, or NumPy and the CPU runner of the tests.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The chosen experts of a few tokens, straight from the weights of all: each weight is read once, nothing is copied.
 //
 // For decoding, where the time is that of reading the weights. Float32 sums. Rows of any length; 16-byte loads where a

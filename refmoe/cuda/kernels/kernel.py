@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The host's description of a kernel: a name in a file, its arguments, its launch and its limits.
 
 A launch is checked against that description, so that a wrong dtype, shape or layout is an error in Python and not a

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // NORM-1 to NORM-3: root-mean-square normalisation.
 
 constexpr int THREADS = 256;

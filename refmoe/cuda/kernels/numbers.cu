@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Put before the text of every other file: stored numbers, pieces of rows, the sum over a warp.
 //
 // Plain C++17 with no header, so that NVRTC and a host compiler read the same text. Float32 subnormals may be flushed

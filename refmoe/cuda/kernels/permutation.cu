@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The stable counting sort of (token, slot) pairs by expert, in three kernels: histogram, scan, scatter.
 //
 // Deterministic: every position is computed, none is handed out by an atomic operation on global memory.

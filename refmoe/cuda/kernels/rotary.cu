@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // ROPE-3 to ROPE-5: rotary position embedding.
 
 // x T[tokens, heads, 2 half]   cosine, sine float[tokens, half]   out T[tokens, heads, 2 half]

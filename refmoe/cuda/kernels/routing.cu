@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // ROUTE-2 to ROUTE-4: the k experts of every token and their weights.
 
 constexpr int MOST_EXPERTS = 256;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Rows into the order of experts, and the weighted sum back.
 
 // x T[tokens, columns]   order int[pairs]   out T[pairs, columns]

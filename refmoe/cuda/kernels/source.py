@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The text of the kernels, and the options that it is compiled with."""
 
 from __future__ import annotations

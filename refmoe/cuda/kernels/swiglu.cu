@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // EXPERT-2: the gated activation of rows that a matrix product has left.
 
 // gate, up, out T[n]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every kernel: its file, its arguments, its launch and its limit of registers.
 
 The contracts are in the `.cu` files. `tests/cuda` checks this table against them: it compiles each kernel for every

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adapters of real engines: one module each, with a class that implements `refmoe.engines.adapter.Adapter`."""
 
 SHIPPED = ("llama_cpp", "mlx_lm", "onnx", "transformers", "vllm")

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """llama.cpp on a CPU. Its evaluation callback shows every tensor of its graph."""
 
 from __future__ import annotations

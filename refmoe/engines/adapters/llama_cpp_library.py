@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The part of llama.cpp's C interface that the adapter needs, from the shared library in the wheel xllamacpp.
 
 The wheel's Python interface is a server: it neither takes tokens nor gives tensors. Its shared library exports all of

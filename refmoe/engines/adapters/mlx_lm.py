@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """mlx-lm's Mixtral on a CPU. Its modules are wrapped, so that inputs and outputs are recorded.
 
 Scores and probabilities stay inside `mx.fast.scaled_dot_product_attention` and are not seen. mlx-lm rotates by the

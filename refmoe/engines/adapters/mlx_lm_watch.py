@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Record the inputs and outputs of the modules of mlx-lm's Mixtral."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """transformers' Mixtral, exported to ONNX and run by onnxruntime on a CPU.
 
 Taps are outputs of the graph, and onnxruntime does not fuse operations across an output. With the option taps=logits it

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """transformers' Mixtral as an ONNX graph whose outputs are the taps and the new cache.
 
 `torch.onnx.export(dynamo=True)` writes it, with experts as one batched product of gathered weights ("batched_mm").

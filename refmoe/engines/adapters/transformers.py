@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """transformers' own Mixtral, watched by forward hooks.
 
 Options: `attention`, ``eager`` (the default) or ``sdpa``; `threads` of torch, by default 1, because sums over another

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """vLLM's Mixtral, watched by forward hooks in the engine's own process.
 
 This adapter never ran against the package. It is written from the source of vLLM 0.33.0 and uses its public names:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names that engines give to the taps: one table per engine.
 
 `{i}` stands for the layer. ``:in`` after a module's name means its input, ``:out`` its output; a number after that
@@ -5,6 +6,8 @@ picks one of several. The names of modules come from the engines' own source.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 HUGGING_FACE = {
     "model.embed_tokens:out": "embedding",
@@ -46,13 +49,15 @@ MISTRAL = {
 """Modules of mistral-inference, `Transformer`, to taps."""
 
 
-def tap_of(table: dict[str, str], name: str) -> str | None:
+def tap_of(table: Mapping[str, str], name: str) -> str | None:
     """The tap, with its layer, of an engine's name. None when the name is not in the table."""
     if name in table:
         return table[name]
-    head, dot, rest = name.partition("layers.")
-    index, *_ = rest.replace(":", ".").split(".")
-    if not dot or not index.isdigit():
-        return None
-    tap = table.get(f"{head}layers.{{i}}{rest.removeprefix(index)}")
-    return None if tap is None else f"layers.{index}.{tap}"
+    module, colon, end = name.rpartition(":")
+    parts = (module if colon else name).split(".")
+    for at, part in enumerate(parts):
+        if part.isascii() and part.isdigit():
+            tap = table.get(".".join([*parts[:at], "{i}", *parts[at + 1 :]]) + (f":{end}" if colon else ""))
+            if tap is not None:
+                return f"layers.{part}.{tap}"
+    return None

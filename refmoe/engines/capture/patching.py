@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Replace an attribute of another package's module for a while."""
 
 from __future__ import annotations

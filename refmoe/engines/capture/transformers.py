@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Record a trace from a loaded `transformers.MixtralForCausalLM` by forward hooks.
 
 Hooks do not see the scores, which no module returns. They see the probabilities only with eager attention. They see
@@ -6,7 +7,7 @@ the values inside experts only where experts run one by one (experts implementat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from refmoe.engines.capture.names import HUGGING_FACE, tap_of
 from refmoe.engines.capture.patching import replaced
 from refmoe.errors import InputError, require
+from refmoe.spec.taps import step_of
 from refmoe.traces.trace import Header, Recorder, Run
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -54,7 +56,12 @@ def capture(model: Any, runs: Sequence[Run], recorder: Recorder) -> None:
     torch = require("torch", "engines", "capturing from transformers")
     transformers = require("transformers", "engines", "capturing from transformers")
     caches: dict[int, Any] = {}
-    with torch.no_grad(), hooks(model, recorder):
+    width = head_dim(model)
+
+    def record(tap: str, value: NDArray[Any]) -> None:
+        recorder(tap, shaped(tap, value, width))
+
+    with torch.no_grad(), hooks(model, record):
         for run in runs:
             recorder.run = run.run
             # not made from the configuration: a cache that drops hidden tokens would also change S
@@ -80,17 +87,55 @@ def header(model: Any, runs: Sequence[Run], case: str | None = None, checkpoint:
     )
 
 
-@contextmanager
-def hooks(model: Any, recorder: Recorder) -> Iterator[None]:
-    """While the context lasts, every tap of `HUGGING_FACE` is recorded when its module runs."""
+def head_dim(model: Any) -> int:
+    """The size of a head, from the configuration of transformers."""
     config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+Receive = Callable[[str, NDArray[Any]], None]
+"""Called with a tap and its value, in the shape that the module gives it."""
+
+
+@contextmanager
+def hooks(model: Any, receive: Receive) -> Iterator[None]:
+    """While the context lasts, `receive` gets every tap of `HUGGING_FACE`, rotated heads and the inside of experts."""
 
     def record(tap: str, value: Any) -> None:
         if value is not None:
-            recorder(tap, shaped(tap, to_numpy(value), head_dim))
+            receive(tap, to_numpy(value))
+
+    with ExitStack() as stack:
+        stack.enter_context(module_hooks(model, HUGGING_FACE, record))
+        layers = {id(layer.self_attn): f"layers.{i}." for i, layer in enumerate(model.model.layers)}
+        stack.enter_context(_rotated(layers, model, record))
+        for i, layer in enumerate(model.model.layers):
+            stack.enter_context(_expert_internals(layer.mlp.experts, f"layers.{i}.", receive))
+        yield
+
+
+ENDS = (":in", ":out", ":out0", ":out1", ":out2")
+"""The ends of names: the input of a module, its output, and the first, second and third of several outputs."""
+
+
+@contextmanager
+def module_hooks(model: Any, names: Mapping[str, str], record: Callable[[str, Any], None]) -> Iterator[None]:
+    """While the context lasts, `record` gets inputs and outputs of modules, as tensors.
+
+    names: modules to taps, in the notation of `refmoe.engines.capture.names`
+    A call raises InputError when a module gives one output where a name says several, or the reverse.
+    """
+
+    def entering(tap: str, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        record(tap, args[0] if args else next(iter(kwargs.values()), None))
 
     def leaving(tap: str, at: int | None, _module: Any, _args: Any, out: Any) -> None:
+        several = isinstance(out, tuple | list)
+        if several == (at is None) or (at is not None and at >= len(out)):
+            found = f"{len(out)} outputs" if several else "one output"
+            raise InputError(
+                f"capture: the module of {tap} gives {found}, but ':out{'' if at is None else at}' names it"
+            )
         record(tap, out if at is None else out[at])
 
     with ExitStack() as stack:
@@ -99,17 +144,13 @@ def hooks(model: Any, recorder: Recorder) -> Iterator[None]:
             stack.callback(handle.remove)
 
         for name, module in model.named_modules():
-            entering = tap_of(HUGGING_FACE, f"{name}:in")
-            if entering:
-                add(module.register_forward_pre_hook(lambda _, args, tap=entering: record(tap, args[0])))
+            tap = tap_of(names, f"{name}:in")
+            if tap:
+                add(module.register_forward_pre_hook(partial(entering, tap), with_kwargs=True))
             for at in (None, 0, 1, 2):
-                tap = tap_of(HUGGING_FACE, f"{name}:out{'' if at is None else at}")
+                tap = tap_of(names, f"{name}:out{'' if at is None else at}")
                 if tap:
                     add(module.register_forward_hook(partial(leaving, tap, at)))
-        layers = {id(layer.self_attn): f"layers.{i}." for i, layer in enumerate(model.model.layers)}
-        stack.enter_context(_rotated(layers, model, record))
-        for i, layer in enumerate(model.model.layers):
-            stack.enter_context(_expert_internals(layer.mlp.experts, f"layers.{i}.", recorder))
         yield
 
 
@@ -118,10 +159,10 @@ def shaped(tap: str, array: NDArray[Any], head_dim: int) -> NDArray[Any]:
 
     array: [1, T, n], [1, H, T, S] or [T, n], from the module.
     """
-    name = tap.rpartition("layers.")[2].partition(".")[2]
+    name = step_of(tap)
     if name == "router.experts":
         return array.astype(np.int64)
-    if name.startswith("router."):
+    if name.startswith(("router.", "expert.")):
         return array
     array = array[0]
     if name in ("attention.q", "attention.k", "attention.v", "attention.context"):
@@ -148,14 +189,20 @@ def _rotated(layers: dict[int, str], model: Any, record: Callable[[str, Any], No
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         q, k = rotate(*args, **kwargs)
-        record(current[0] + "attention.q_rope", q.transpose(1, 2))
-        record(current[0] + "attention.k_rope", k.transpose(1, 2))
+        if current[0]:  # else a layer of another model calls
+            record(current[0] + "attention.q_rope", q.transpose(1, 2))
+            record(current[0] + "attention.k_rope", k.transpose(1, 2))
         return q, k
 
     def entering(module: Any, _args: Any, _kwargs: Any) -> None:
         current[0] = layers[id(module)]
 
-    handles = [layer.self_attn.register_forward_pre_hook(entering, with_kwargs=True) for layer in model.model.layers]
+    def leaving(_module: Any, _args: Any, _out: Any) -> None:
+        current[0] = ""
+
+    attention = [layer.self_attn for layer in model.model.layers]
+    handles = [module.register_forward_pre_hook(entering, with_kwargs=True) for module in attention]
+    handles += [module.register_forward_hook(leaving, always_call=True) for module in attention]
     try:
         with replaced(modeling_mixtral, "apply_rotary_pos_emb", wrapped):
             yield
@@ -165,7 +212,7 @@ def _rotated(layers: dict[int, str], model: Any, record: Callable[[str, Any], No
 
 
 @contextmanager
-def _expert_internals(experts: Any, prefix: str, recorder: Recorder) -> Iterator[None]:
+def _expert_internals(experts: Any, prefix: str, receive: Receive) -> Iterator[None]:
     """Record gate, up, hidden and unweighted output of each expert call, sorted into the slots of router.experts.
 
     The engine calls `linear` twice per chosen expert, in ascending order of experts. The rows of a call are the tokens
@@ -178,6 +225,7 @@ def _expert_internals(experts: Any, prefix: str, recorder: Recorder) -> Iterator
         def __init__(self) -> None:
             super().__init__()
             self.calls: list[tuple[Any, Any]] = []
+            self.on = False
 
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = func(*args, **(kwargs or {}))
@@ -190,9 +238,14 @@ def _expert_internals(experts: Any, prefix: str, recorder: Recorder) -> Iterator
     def entering(_module: Any, _args: Any) -> None:
         watch.calls.clear()
         watch.__enter__()
+        watch.on = True
 
-    def leaving(_module: Any, args: Any, _out: Any) -> None:
-        watch.__exit__(None, None, None)
+    def leaving(_module: Any, args: Any, out: Any) -> None:
+        if watch.on:
+            watch.on = False
+            watch.__exit__(None, None, None)
+        if out is None:
+            return  # the call has failed
         chosen = args[1].cpu().numpy()  # [T, k]
         used = np.unique(chosen)
         if len(watch.calls) != 2 * len(used):
@@ -207,11 +260,11 @@ def _expert_internals(experts: Any, prefix: str, recorder: Recorder) -> Iterator
                     slots[name] = np.empty((*chosen.shape, rows.shape[-1]), rows.dtype)
                 slots[name][token, slot] = rows
         for name, array in slots.items():
-            recorder(f"{prefix}expert.{name}", array)
+            receive(f"{prefix}expert.{name}", array)
 
     handles = [
         experts.register_forward_pre_hook(entering),
-        experts.register_forward_hook(leaving),
+        experts.register_forward_hook(leaving, always_call=True),  # a mode that stays on would outlive the context
     ]
     try:
         yield

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Harnesses to begin with, in Python and in C: they run, and skip every case until somebody adds an engine."""
 
 from __future__ import annotations
@@ -10,13 +11,18 @@ from refmoe.files.atomic import replacing
 
 SCAFFOLDS = {"python": "harness.py", "c": "harness.c"}
 """Per language a file of this folder."""
+LICENCE = "SPDX-License-Identifier"
 
 
 def write_scaffold(language: str, path: Path) -> None:
-    """Write the harness of a language, one of `SCAFFOLDS`. Raises InputError when `path` exists already."""
+    """Write the harness of a language, one of `SCAFFOLDS`. Raises InputError when `path` exists already.
+
+    The file becomes the user's own work, so refmoe's line about its licence is left out.
+    """
     if path.exists():
         raise InputError(f"{path}: is there already, but the name of a new file was expected")
     text = files("refmoe.engines.scaffold").joinpath(SCAFFOLDS[language]).read_text(encoding="utf-8")
+    text = "".join(line for line in text.splitlines(keepends=True) if LICENCE not in line)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     if language == "python":

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* A harness for refmoe: it answers requests about your engine, a line of JSON each (refmoe/engines/PROTOCOL.md).
 
    Unchanged, it writes one tap, `embedding`, as an example, and skips every case. Write your engine where it says

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """A harness for refmoe: it answers requests about your engine, a line of JSON each (refmoe/engines/PROTOCOL.md).
 
 It needs NumPy, ml_dtypes and safetensors. Unchanged, it writes one tap, `embedding`, as an example, and skips every

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A GitHub workflow that runs ``refmoe conform`` on every push and tolerates today's failures."""
 
 from __future__ import annotations

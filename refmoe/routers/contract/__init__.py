@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The contract of routers: laws by which anybody's router can be tested.
 
     from refmoe.routers.contract import Declaration, contract

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The floating-point formats that a router may use: the errors of rounding and underflow, and neighbouring numbers.
 
 `unit` and `underflow` are no tolerances: they follow from the format. The error of an engine's exp does not follow from

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Enclosures of the scores and weights that a router of the declared arithmetic may return, and forced decisions.
 
 BOUND-1  exp(s) is computed from s within kappa = r + u (c0 + (1 + c1) |s|). Here r is the error of the logit itself,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The exceptions of checks. `checking` turns them into verdicts, so none leaves this package."""
 
 from __future__ import annotations

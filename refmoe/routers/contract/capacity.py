@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Laws of capacity: how many tokens an expert keeps, and which."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Running a law on a router: its examples, the first example that breaks it, and the smallest one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The claims of a router. Laws are judged by this declaration, never by the behaviour of most routers."""
 
 from __future__ import annotations

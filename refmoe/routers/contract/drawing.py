@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The examples that laws are tried on: drawn once for all routers, and equal at every run."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hypothesis strategies: batches of logits that are numbers of the declared format, in kinds for different mistakes.
 
 A batch is drawn as a block of bytes, because that is fast and shrinks to zeros. Each kind maps bytes to logits.

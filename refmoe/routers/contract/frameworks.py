@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Copies of NumPy arrays in a router's own framework, and back, through DLPack where possible."""
 
 from __future__ import annotations

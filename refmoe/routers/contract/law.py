@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A law: a sentence about routers with its source, its needs, its examples and its check."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """All laws, in the order of reports. Importing a module registers its laws."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Laws of the auxiliary losses, which are callables from logits [T, E] to a number."""
 
 from __future__ import annotations

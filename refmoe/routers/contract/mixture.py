@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The law of dispatch and combine: a row sent to the experts comes back to its token."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pytest plugin, by entry point: an option, the fixture `router_law`, and a line in the summary.
 
 PYTEST_DONT_REWRITE. Every pytest run of an environment with refmoe loads it, so it imports only pytest. The laws, NumPy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Laws as pytest items: a class with one test method per law, or one parameter per law."""
 
 from __future__ import annotations

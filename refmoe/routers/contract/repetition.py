@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Laws of repetition: a router is a function and does not change its argument."""
 
 from __future__ import annotations

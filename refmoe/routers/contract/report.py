@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Verdicts in words, for the command line and for pytest."""
 
 from __future__ import annotations

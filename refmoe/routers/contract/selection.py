@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Laws of the selection: which experts a token goes to."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Laws of special logits: masked experts, NaN and infinity."""
 
 from __future__ import annotations

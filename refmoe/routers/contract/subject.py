@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A router under test: called with NumPy arrays, for every framework, and for logits or hidden states."""
 
 from __future__ import annotations

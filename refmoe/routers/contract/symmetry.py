@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Laws of symmetry: changes of the input that do not change the result, or change it in a known direction."""
 
 from __future__ import annotations

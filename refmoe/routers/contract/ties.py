@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tie rule that a router seems to follow."""
 
 from __future__ import annotations

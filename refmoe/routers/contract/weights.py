@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Laws of the weights, by which the experts' outputs are multiplied."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every router that decides from logits alone, as a plain function of NumPy arrays.
 
 Each is `logits [T, E] -> (ids [T, k], weights [T, k])`, float64 in and out, with the bits of `ExactOps`. Without a

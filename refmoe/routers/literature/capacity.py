@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Capacity: how many slots an expert computes, and which of them when too many ask."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DeepSeek-V3: sigmoid scores, a bias used only for selection, and selection limited to a few groups of experts."""
 
 from __future__ import annotations

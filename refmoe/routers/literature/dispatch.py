@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dispatch and combine: the sparse layer as explicit moves of rows."""
 
 from __future__ import annotations

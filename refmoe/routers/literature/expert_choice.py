@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Expert choice: the experts choose the tokens."""
 
 from __future__ import annotations

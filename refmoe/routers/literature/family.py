@@ -1,4 +1,5 @@
-"""The routers by name, with the settings of their papers, for `refmoe route`."""
+# SPDX-License-Identifier: Apache-2.0
+"""The routers by name, with the settings of their papers, for `refmoe router show`."""
 
 from __future__ import annotations
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GShard and GLaM: two experts per token, with capacity, the second one by chance."""
 
 from __future__ import annotations

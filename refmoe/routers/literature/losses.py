@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The auxiliary losses of a router: load balancing and router z-loss.
 
 They exist in training only. The coefficient of such a loss (transformers: `router_aux_loss_coef`) is left out.

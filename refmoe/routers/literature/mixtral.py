@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mixtral: softmax over the k largest logits, no capacity."""
 
 from __future__ import annotations

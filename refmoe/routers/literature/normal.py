@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Softplus and the normal distribution function, from the operations that every `ops` has."""
 
 from __future__ import annotations

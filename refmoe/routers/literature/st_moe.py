@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ST-MoE: top-n gating with a threshold for the later choices, and the router z-loss."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Statistics of a routing: the load of the experts, its evenness, and the dropped slots."""
 
 from __future__ import annotations

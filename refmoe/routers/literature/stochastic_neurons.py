@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stochastic neurons and their gradient estimators: the origin of hard, learned choices of which units to compute.
 
 Each has a forward function and the estimator of the gradient with respect to its input a. Chance is an argument: u is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Switch Transformers: one expert per token, with capacity."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A drawing as PNG, by matplotlib."""
 
 from __future__ import annotations

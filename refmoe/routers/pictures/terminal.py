@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A routing in the terminal: the heat map and the load bars in characters, legible without colour."""
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ def print_routing(console: Console, routing: Routing, statistics: LoadStatistics
     wide = routing.experts <= NARROW
     weight, asked, kept = matrices(routing)
     top = max(1.0, weight.max(initial=0.0))
+    console.print(Text("       expert"))
     heading = "".join(f"{e:>3}" if wide else str(e % 10) for e in range(routing.experts))
     console.print(Text(f"token  {heading}"))
     for t in range(min(len(weight), ROWS)):
@@ -39,6 +41,8 @@ def print_routing(console: Console, routing: Routing, statistics: LoadStatistics
         console.print(line)
     if len(weight) > ROWS:
         console.print(Text(f"  and {len(weight) - ROWS} more"))
+    dropped = ", x dropped" if (asked & ~kept).any() else ""
+    console.print(Text(f"{SHADES} weight of the expert, small to large{dropped}, · not chosen", "dim"))
     console.print()
     _print_bars(console, routing, statistics)
 
@@ -46,7 +50,7 @@ def print_routing(console: Console, routing: Routing, statistics: LoadStatistics
 def _print_bars(console: Console, routing: Routing, statistics: LoadStatistics) -> None:
     most = max(1, *statistics.asked, routing.capacity or 0)
     unit = 1 if most <= BAR else BAR / most
-    console.print(Text("expert  load"))
+    console.print(Text("expert  load: tokens that asked for the expert"))
     for e, (asked, kept) in enumerate(zip(statistics.asked, statistics.kept, strict=True)):
         line = Text(f"{e:>6}  ")
         line.append("█" * round(kept * unit), "blue")
@@ -55,3 +59,7 @@ def _print_bars(console: Console, routing: Routing, statistics: LoadStatistics) 
         line.append("·" * free, "dim")
         line.append(f"  {asked}" if asked == kept else f"  {asked}, {asked - kept} dropped")
         console.print(line)
+    parts = ["█ computed"] + ["x dropped"] * any(a != k for a, k in zip(statistics.asked, statistics.kept, strict=True))
+    parts += ["· free up to the capacity"] * (routing.capacity is not None)
+    scale = f"; a mark is {most / BAR:.3g} tokens" if most > BAR else ""
+    console.print(Text(f"{', '.join(parts)}{scale}", "dim"))

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Conditions of golden cases: predicates that a case.toml declares, and that the case's trace must satisfy.
 
 A known bug shows only under some condition: a decode step, a tie, a window that hides a token. A test checks that each

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Conditions of the calls: the runs and their tokens."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Conditions of the router's decisions."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The traces that conditions observe, and the registry of conditions."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The table of cases and conditions, and the check of each case's declaration."""
 # ruff: noqa: I001  (the order of imports is the order of the table: each registers its conditions)
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The matrix: each known bug on each case at each dtype, judged as if it were a foreign engine.
 
 `outcomes` computes the matrix, and `file` reads and writes golden/matrix.json. `summary` counts kills, `dependencies`

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The runs that a change makes necessary again, and what they say of the recorded matrix.
 
 A changed file of the catalogue can change its own mutants, everywhere. A changed case can change every mutant, there.
@@ -17,7 +18,7 @@ from refmoe.suite.matrix.file import Matrix, to_matrix
 from refmoe.suite.matrix.outcomes import POLICIES, SPECIFICATION, Outcome, Work, runnable
 from refmoe.suite.matrix.surroundings import Outside, outside
 
-RENEW = "refmoe mutants matrix --changed"
+RENEW = "refmoe mutants matrix --changed --golden golden"
 """The command that makes the recorded matrix current."""
 
 

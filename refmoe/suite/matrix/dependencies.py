@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Digests of everything that an outcome of the matrix depends on, to tell what has changed since it was computed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The matrix as a file, ``golden/matrix.json``: the kills of each mutant, and digests of the sources."""
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def _lines(value: Any, depth: int = 0) -> str:
 def read_matrix(path: Path) -> Matrix:
     """Raises InputError that names a missing or wrong field."""
     if not path.exists():
-        raise InputError(f"{path}: no such file; `refmoe mutants matrix` writes it")
+        raise InputError(f"{path}: no such file; `refmoe mutants matrix --golden {path.parent}` writes it")
     file = read_json(path)
     if file.need("format_version") != FORMAT_VERSION:
         raise file.refuse("format_version", file.values["format_version"], f'"{FORMAT_VERSION}" was expected')

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The matrix in short: the mutants that are killed, those that live, and the cases that kill them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mutants of tokenizer, sampler and loss: each is held against the vectors of its kind, or against a law of generation.
 
 They cost little beside a forward pass, so all of them are judged each time.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Legal runs of a policy in real float32, float64, bfloat16 and float16 arithmetic: any order, fusion and rounding.
 
 Each operation draws how it is done. Nothing here knows an enclosure.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rules by name, as functions of ops, so that balls, engines and enclosures compute the same."""
 
 from __future__ import annotations

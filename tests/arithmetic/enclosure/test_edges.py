@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cuts, exact values, what is not finite, what overflows, and the rotary table."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Long sums: legal ones are inside and not improbable, and faults of an accumulator are seen."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each rule against mathematics: Arb computes the function at points of the input intervals, and the results lie
 inside."""
 

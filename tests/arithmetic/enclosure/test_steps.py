@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each step under a policy: the results of a legal implementation are inside, and pass every test of the verifier."""
 
 from __future__ import annotations

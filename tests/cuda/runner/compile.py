@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From CUDA text to a shared library, which is built once and kept under its hash."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A copy of an array beside inaccessible memory, so that an access past its end or before its start is a fault."""
 
 from __future__ import annotations

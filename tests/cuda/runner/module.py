@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Launch compiled kernels on NumPy arrays, with the call signature of CuPy's RawModule and RawKernel."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An honest harness in plain Python: refmoe's own specification at the arithmetic of a dtype.
 
 It speaks the protocol without `refmoe.engines`, so that both sides are tested against the document. Other harnesses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Harnesses that misbehave: ``python hostile.py NAME CASE`` is honest except in one case (``*``: in every case).
 
 Every function below is one way to misbehave at the request `run`, which it is given. It writes an answer itself, or

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An adapter whose engine prints wherever it can, from its import on; refmoe's own specification does the work."""
 
 from __future__ import annotations

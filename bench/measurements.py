@@ -1,0 +1,404 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All measurements on one page, from the files that the benchmarks wrote.
+
+    python -m bench.measurements            # writes docs/measurements.md and the measured blocks of README.md
+    python -m bench.measurements --check    # fails when a page is not current
+
+The sources are `bench/results/`, `golden/matrix.json` and the manifests of the cases. No figure is typed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from refmoe.bugs.catalogue import MUTANTS
+from refmoe.engines.results import SKIPPED, Results, read_results
+from refmoe.suite import find_cases, find_full_size_cases
+from refmoe.suite.conditions import CONDITIONS
+from refmoe.suite.matrix.file import read_matrix
+from refmoe.suite.matrix.outcomes import POLICIES
+from refmoe.suite.matrix.summary import Summary, summarise
+from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT
+
+ROOT = Path(__file__).parents[1]
+RESULTS, GOLDEN = ROOT / "bench" / "results", ROOT / "golden"
+PAGE, README = ROOT / "docs" / "measurements.md", ROOT / "README.md"
+BLOCK = re.compile(r"(<!-- measured: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+"""A block of README.md that this program fills."""
+LONGEST = 14336
+"""The number of terms in the products of an expert of Mixtral 8x7B."""
+FAULTS = ("one term dropped", "last 32 dropped", "float16 accumulator, per 32", "TF32 inputs")
+DTYPES = ("bfloat16", "float16", "float32")
+MODELS = {"middle": "dim 512, 4 layers, hidden 1792, vocab 4096", "8x7B layer": "one layer of 8x7B"}
+PRODUCTS = {"refmoe numpy": "NumPy", "refmoe mkl": "oneMKL"}
+PEERS = ("transformers eager", "transformers grouped_mm", "llama.cpp")
+
+
+def results(name: str) -> Any:
+    """The content of a file of results."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def link(*names: str) -> str:
+    """Links to files of results, by name."""
+    return " and ".join(f"[`bench/results/{name}`](../bench/results/{name})" for name in names)
+
+
+# ---- the sections, each a text in Markdown
+
+
+def goldens() -> str:
+    small, full = find_cases(GOLDEN), find_full_size_cases(GOLDEN)
+    size = sum(path.stat().st_size for path in GOLDEN.rglob("*") if path.is_file())
+    certificates = [json.loads((folder / "manifest.json").read_bytes())["certificate"] for folder in small]
+    worst = max(certificate["worst"]["relative"] for certificate in certificates)
+    rows = [
+        ("cases with a small model", f"{len(small)}"),
+        ("cases at full size, as fingerprints", f"{len(full)}"),
+        ("conditions that some case fulfils", f"{len(CONDITIONS)}"),
+        ("size of all files", f"{size / 1e6:.1f} MB"),
+        ("worst proven distance from the real number, relative to the RMS of the tap", f"{worst:.1e}"),
+    ]
+    return f"""## The goldens
+
+[`golden/CASES.md`](../golden/CASES.md) has every case and the conditions that it fulfils. `refmoe suite certify` proves
+the distances. A routing decision that is not proven is an exact tie, made on purpose.
+
+{table(("goldens", ""), rows)}"""
+
+
+def summary() -> Summary:
+    """The matrix of known bugs and cases in short."""
+    matrix = read_matrix(GOLDEN / "matrix.json")
+    return summarise(matrix, matrix.cases)
+
+
+def known_bugs() -> str:
+    found = summary()
+    rows = [
+        (
+            policy,
+            f"{found.killed[policy]} of {found.mutants}",
+            ", ".join(f"`{name}`" for name in found.unseen[policy]) or "none",
+        )
+        for policy in POLICIES
+    ]
+    return f"""## Known bugs that the cases catch
+
+The catalogue has {len(MUTANTS)} bugs that implementations really had.
+A forward pass can show {found.mutants} of them. Each of these is run on
+every case in three dtypes, and judged as if it were somebody's engine (`refmoe mutants matrix`,
+[`golden/matrix.json`](../golden/matrix.json)). The specification itself runs beside them,
+with {_no(len(found.false_alarms))} failures.
+
+{table(("dtype", "caught", "hidden by the dtype itself"), rows)}
+
+The other {found.outside} are bugs of tokenizers, samplers and losses. The vectors catch
+{found.outside - len(found.outside_alive)} of them."""
+
+
+def _no(number: int) -> str:
+    return str(number or "no")
+
+
+def diagnosis() -> str:
+    found = results("diagnosis")
+    rows = [
+        ("engines with a bug of the catalogue", f"{found['engines_with_a_known_bug']}", "named first",
+         f"{found['named_first']}"),
+        ("engines with another fault", f"{found['engines_with_another_bug']}", "given a wrong name",
+         f"{found['given_a_wrong_name']}"),
+        ("healthy engines", f"{found['healthy']}", "given a name", f"{found['healthy_given_a_name']}"),
+    ]  # fmt: skip
+    return f"""## Known bugs that are named
+
+Each bug is patched into `transformers`, which is then run in bfloat16 and verified.
+Command: `python -m bench.diagnosis`; file: {link("diagnosis.json")}.
+
+{table(("engines", "number", "of these", "number"), rows)}"""
+
+
+def entrant(found: Results) -> str:
+    """The engine with its version and options."""
+    options = "".join(f" {key}={value}" for key, value in found.engine.options.items())
+    return f"{found.engine.name} {found.engine.version}{options}"
+
+
+def engines() -> str:
+    kinds = (CONFORMANT, NOT_CONFORMANT, CANNOT_JUDGE, SKIPPED)
+    rows = []
+    for file in sorted((RESULTS / "conform").glob("*.json")):
+        found = read_results(file)
+        for dtype in dict.fromkeys(each.dtype for each in found.outcomes):
+            verdicts = [each.verdict for each in found.outcomes if each.dtype == dtype]
+            rows.append((entrant(found), dtype, *(str(verdicts.count(kind)) for kind in kinds)))
+    return f"""## Real engines
+
+The number of cases with each verdict (`refmoe conform --adapter NAME --out FILE`; files:
+[`bench/results/conform/`](../bench/results/conform)). `refmoe scoreboard bench/results/conform` prints the same files.
+
+{table(("engine", "dtype", *kinds), rows)}
+
+- `transformers`: no deviation. In float16 the case `huge-activations` overflows by design, so nothing is left to judge.
+- llama.cpp: with float32 sums, no deviation. Its default is flash attention, which sums weighted values in float16 in
+  calls of fewer than 64 tokens. Only `attention.context` shows it. The source confirms it. Float16 sums reproduce 95 %
+  of the values to 2^-22. It has no sliding window for this architecture.
+- mlx-lm: its Mixtral has no sliding window. The first token beyond the window shows it. The source confirms it.
+- onnxruntime: in float32 `expert.hidden` deviates, and nothing else. Its sigmoid is precise in absolute terms, to 3
+  units of 2^-24. Where a gate is far below 0, few digits or none are right. The kernel alone shows it
+  ([related](https://github.com/microsoft/onnxruntime/issues/22557)
+  [reports](https://github.com/microsoft/onnxruntime/issues/26281)). In float16 there is no deviation.
+  With `taps=logits` it conforms. Logits alone say little: float32 allows thousands of times this error at the end of a
+  model. A step had to be seen."""
+
+
+def faults() -> str:
+    found = results("enclosures")
+    rows = []
+    for fault in FAULTS:
+        cells = [found["faults"][fault].get(f"{dtype} {LONGEST}") for dtype in DTYPES]
+        rows.append((fault, *("-" if one is None else _fault(one) for one in cells)))
+    return f"""## Faults that the verifier sees
+
+One product of {LONGEST} terms, as in an expert of 8x7B. Each cell has the share of outputs that
+`numpy.allclose` accepts (`rtol` and `atol` {found["tolerance"]}), the share outside the proven radius,
+and the largest distance in standard deviations.
+A distance of {found["limit"]:.1f} is the limit. A healthy engine exceeds it once in a million verifications.
+Command: `python -m bench.enclosures --json bench/results/enclosures.json`; file: {link("enclosures.json")}.
+
+{table(("fault", *DTYPES), rows)}
+
+A radius that no legal sum can leave grows with the number of terms. At {LONGEST} terms it is wider than one term. The
+second test, the distance in standard deviations, sees the fault."""
+
+
+def _fault(one: dict[str, float]) -> str:
+    return f"{_share(one['allclose'])} / {_share(one['outside'])} / {one['excess']:,.0f}"
+
+
+def _share(value: float) -> str:
+    """A share in percent, which is 0 or 100 only when it is so exactly."""
+    return f"{value:.0%}" if value in (0, 1) or 0.01 <= value <= 0.99 else f"{value:.1%}"
+
+
+def verify_cost() -> str:
+    found = results("verify_cost")
+    policies = ("float32", "bfloat16", "float16", "float64")
+    ratio = {(row["what"], row["policy"]): f"{row['ratio']:.1f}" for row in found}
+    rows = [(what, *(ratio[what, name] for name in policies)) for what in dict.fromkeys(row["what"] for row in found)]
+    return f"""## Cost of a verification
+
+The time of a whole verification over that of one exact run of the same calls. On the smallest models most of it is the
+overhead of calls. Command: `python bench/verify_cost.py`; file: {link("verify_cost.json")}.
+
+{table(("model", *policies), rows)}"""
+
+
+def invariance() -> str:
+    found = results("invariance")
+    digests = found["digests"]
+    rows = [
+        (each["setting"] if each["name"] in ("default", "another Python") else each["name"],
+         f"`{each['exact'][:8]}`", f"`{each['float64'][:8]}`")
+        for each in found["settings"]
+    ]  # fmt: skip
+    rows.append(
+        (f"**different digests in {len(rows)} settings**", f"**{digests['exact']}**", f"**{digests['float64']}**")
+    )
+    return f"""## The same bits everywhere
+
+One digest over all taps of all cases, beside the digest of plain float64 in the same setting.
+Command: `python bench/invariance.py --python PATH …`; file: {link("invariance.json")}.
+Every run of the tests repeats three settings that are far apart.
+
+{table(("setting", "exact", "plain float64"), rows)}"""
+
+
+def exact_cost() -> str:
+    rows = [
+        (
+            name,
+            f"{found['ratio']:.1f}",
+            ", ".join(f"{step} {part:.0%}" for step, part in found["shares"].items() if part >= 0.02),
+        )
+        for name, found in results("exact_cost").items()
+    ]
+    return f"""## Cost of exact arithmetic
+
+The time of exact arithmetic over that of NumPy's float64, in turns in one run on two cores. A weight is prepared once,
+which is not counted. Command: `python bench/exact_cost.py`; file: {link("exact_cost.json")}.
+
+{table(("computation", "exact / native", "shares of the exact time"), rows)}"""
+
+
+def full_size() -> str:
+    found = results("full_size")
+    rows = [
+        (f"{run['dtype']}, {tokens} + 2 tokens", f"{run['peak_gib']:.2f}", f"{run['stated_gib']:.2f}",
+         f"{run['read_over_needed']:.3f}", f"{run['matmul_share']:.0%}" if run["matmul_share"] else "-",
+         f"{run['seconds']:.0f} s")
+        for tokens in (8, 256)
+        for run in found[f"two_layers_{tokens}_tokens"]
+    ]  # fmt: skip
+    whole = found["whole"]
+    return f"""## Full size
+
+Two layers of 8x7B with embedding and head, a checkpoint of three shards in bfloat16 on disk, on two cores.
+The disk sets
+the time of the first rows. The share of matrix products is that of a run whose files are in memory. Commands:
+`python -m bench.full_size --folder DIR --json bench/results/full_size.json`, and again with `--tokens 256`; file:
+{link("full_size.json")}.
+
+{table(("computation", "peak GiB", "stated GiB", "read / needed", "in matrix products", "time"), rows)}
+
+`refmoe suite check {whole["case"]}` recomputes all layers of 8x7B, every bit:
+{whole["seconds"] / 60:.0f} minutes on {whole["cores"]} cores,
+{whole["peak_of_a_process_gib"]:.1f} GiB
+in the largest process."""
+
+
+def peers() -> str:
+    found, float32 = results("peers"), results("peers_float32")
+    rows, reached = [], dict.fromkeys(PRODUCTS, 0)
+    for model, name in MODELS.items():
+        for phase in ("prefill", "decode"):
+            for ours, products in PRODUCTS.items():
+                row = found[model][phase][ours]
+                against = (f"{row['speed_against'][peer]:.2f}" for peer in PEERS)
+                rows.append((name, phase, products, *against, f"{row['share_of_matmul']:.0%}"))
+                reached[ours] += row["speed_against_best"] >= found[model][phase]["goal"]
+    head = ("model", "phase", "refmoe's products", *PEERS, "in matrix products")
+    prefill, decode = (float32["middle"][phase]["refmoe mkl"]["speed_against_best"] for phase in ("prefill", "decode"))
+    return f"""## Speed beside other engines
+
+The time of other engines over that of refmoe: float32, the same CPU, the same weights, two threads, in turns in one
+run. The prefill has {found["prefill"]} tokens, and the first one is not counted:
+weights are packed when they come again. Command:
+`python -m bench.peers --layer-rounds 3 --llama-python VENV/bin/python --json bench/results/peers.json`; file:
+{link("peers.json")}. The machine was shared: a ratio changes by a tenth from run to run.
+
+{table(head, rows)}
+
+The goal is {found["middle"]["prefill"]["goal"]} times the best of the others in prefill, and
+{found["middle"]["decode"]["goal"]} times in decode. With oneMKL (extra `mkl`) 
+{reached["refmoe mkl"]} of {len(rows) // 2} rows reach it, with NumPy {reached["refmoe numpy"]}.
+oneMKL reads a weight stored in bfloat16 as it is where the processor multiplies such
+matrices (AMX). A float32 activation is the exact sum of three bfloat16 values, so the sums are those of float32. The
+other engines hold the same weights in float32. Where refmoe holds them in float32 as well
+(`--only middle --stored float32`, {link("peers_float32.json")}), the best of the others
+takes {prefill:.2f} times its time in
+prefill and {decode:.2f} in decode. No processor without AMX was tried."""
+
+
+def elementary() -> str:
+    rows = [
+        (row["function"], f"{row['max_ulp']:.4f}", f"{row['not_nearest']:,} of {row['arguments']:,}")
+        for row in results("elementary_accuracy")
+    ]
+    return f"""## Accuracy of the elementary functions
+
+The largest error in units in the last place, measured against Arb, hard arguments included.
+Command: `python bench/elementary_accuracy.py --arguments 10000000`; file: {link("elementary_accuracy.json")}.
+
+{table(("function", "ulp", "not the nearest float64"), rows)}"""
+
+
+def weight_formula() -> str:
+    found = results("weight_formula")
+    return f"""## The weight formula
+
+Weights from the formula: {found["million_elements_per_second"]:.0f} million elements a second.
+NumPy's PCG64 makes {found["pcg64_million_integers_per_second"]:.0f} million integers.
+Command: `python bench/weight_formula.py`; file: {link("weight_formula.json")}."""
+
+
+SECTIONS = (
+    goldens, known_bugs, diagnosis, engines, faults, verify_cost, invariance, exact_cost, full_size, peers, elementary,
+    weight_formula,
+)  # fmt: skip
+
+
+def wrapped(text: str) -> str:
+    """Paragraphs in lines of at most 120 characters; tables, lists and titles as they are."""
+    return "\n\n".join(
+        part
+        if part[0] in "|#-<"
+        else textwrap.fill(" ".join(part.split()), 120, break_long_words=False, break_on_hyphens=False)
+        for part in text.split("\n\n")
+    )
+
+
+def page() -> str:
+    """docs/measurements.md."""
+    head = """# Measurements
+
+<!-- This file is generated. Change bench/measurements.py or the files of results instead. -->
+
+`python -m bench.measurements` writes this page from the files that it links to. A test fails when it is not current.
+No benchmark ran on a GPU yet."""
+    return wrapped("\n\n".join([head, *(section() for section in SECTIONS)])) + "\n"
+
+
+# ---- the blocks of README.md
+
+
+def allclose() -> str:
+    """The table that compares `numpy.allclose` with the verifier."""
+    found = results("enclosures")
+    legal = found["legal"][f"bfloat16 {LONGEST}"]
+    accepted = f"accepts {_share(legal['allclose'])} of values"
+    rows = [("none: legal sums in many orders", accepted, f"accepts: at most {legal['excess']:.1f} sigma")]
+    for fault in ("one term dropped", "float16 accumulator, per 32"):
+        one = found["faults"][fault][f"bfloat16 {LONGEST}"]
+        rows.append((fault, f"accepts {_share(one['allclose'])} of values", f"rejects: {one['excess']:,.0f} sigma"))
+    tolerance = f"`allclose`, `rtol = atol = {found['tolerance']}`"
+    return table((f"fault in {LONGEST} bfloat16 terms", tolerance, f"refmoe, limit {found['limit']:.1f} sigma"), rows)
+
+
+def counts() -> str:
+    """A paragraph with the size of the suite."""
+    found, named = summary(), results("diagnosis")
+    return wrapped(
+        f"{len(find_cases(GOLDEN))} golden cases catch {found.killed['float32']} of {found.mutants} known bugs in "
+        f"float32. The report names {named['named_first']} of {named['engines_with_a_known_bug']} bugs planted in "
+        f"`transformers`, and a bug in {named['healthy_given_a_name']} of {named['healthy']} healthy engines. "
+        "[All measurements](docs/measurements.md) come with their commands."
+    )
+
+
+BLOCKS = {"allclose": allclose, "counts": counts}
+
+
+def readme(text: str) -> str:
+    """The text of README.md with its measured blocks filled."""
+    return BLOCK.sub(lambda match: f"{match[1]}{BLOCKS[match[2]]()}\n{match[3]}", text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing, and fail when a page is not current")
+    options = parser.parse_args()
+    pages = {PAGE: page(), README: readme(README.read_text(encoding="utf-8"))}
+    old = [path for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    for path in old:
+        if not options.check:
+            path.write_text(pages[path], encoding="utf-8")
+        print(f"{path.relative_to(ROOT)}: {'not current' if options.check else 'written'}")
+    sys.exit(bool(old and options.check))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Conformance: run an engine on the golden cases and judge each; put the results of several side by side."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from refmoe.api.progress import Bars, silent
+from refmoe.engines.adapter import adapter_command, options_of
+from refmoe.engines.adapters import SHIPPED
+from refmoe.engines.conform import Judge, Suite
+from refmoe.engines.conform import conform as run_suite
+from refmoe.engines.harness import Harness, HarnessUnusable
+from refmoe.engines.known import Failures, known_failures, read_known, sort_failures, write_known
+from refmoe.engines.protocol import DTYPES
+from refmoe.engines.results import SKIPPED, Outcome, Results, json_number, to_json, write_results
+from refmoe.engines.run_case import keep_folder
+from refmoe.engines.scaffold import SCAFFOLDS, usage, write_scaffold
+from refmoe.engines.scaffold.workflow import check_source, known_file, write_workflow
+from refmoe.engines.scoreboard import KINDS, Entrant, Scoreboard, result_files, scoreboard
+from refmoe.errors import InputError
+from refmoe.files.writable import refuse_output
+from refmoe.profiles.load import policy as named_policy
+from refmoe.profiles.policy import Policy
+from refmoe.suite import find_cases, read_case
+from refmoe.suite.golden_folder import case_folder, golden_folder
+from refmoe.verifier.findings import CANNOT_JUDGE
+from refmoe.verifier.verify import SIGNIFICANCE
+
+Names = Sequence[str]
+Logs = dict[tuple[str, str], str]
+"""Per case and dtype the end of standard error where the harness failed."""
+
+
+@dataclass(frozen=True)
+class Conformance:
+    """The engine, and how it is held against the cases."""
+
+    adapter: str | None = None
+    """The name of an adapter, a file or a module; None with a harness."""
+    harness: Names = ()
+    """The command of a harness and its arguments; empty with an adapter."""
+    options: Names = ()
+    """The adapter's, each ``key=value``."""
+    python: Path | None = None
+    """The Python in which the adapter runs; None: this one."""
+    cases: Names = ()
+    """The cases to run; empty: all."""
+    dtypes: Names = ()
+    """The dtypes to run; empty: all that the engine has."""
+    policies: Names = ()
+    """Each judges the dtype that it stores."""
+    timeout: float = 300.0
+    """Seconds for each request."""
+    significance: float = SIGNIFICANCE
+    diagnose: bool = True
+    golden: Path | None = None
+    keep: Path | None = None
+    """A folder for the traces that come back."""
+
+    def check(self) -> None:
+        """Raises InputError for fields that contradict each other, and a folder that cannot be made."""
+        if (self.adapter is None) != bool(self.harness):
+            raise InputError("exactly one of --adapter NAME and -- COMMAND was expected")
+        if self.adapter is None and (self.options or self.python is not None):
+            raise InputError("--option and --python are about an adapter, but no --adapter was given")
+        if self.keep is not None:
+            keep_folder(self.keep)
+
+    def suite(self) -> Suite:
+        """The cases and dtypes to run. Raises InputError."""
+        golden = golden_folder(self.golden)
+        try:
+            folders = find_cases(golden)
+        except InputError as error:
+            raise InputError(f"{error}; --golden DIR says where they are") from None
+        wanted = {case_folder(name, golden) for name in self.cases} or {*folders}
+        large = wanted - {*folders}
+        return Suite(
+            cases=[read_case(folder) for folder in [*folders, *sorted(large)] if folder in wanted],
+            smoke=[read_case(folder) for folder in folders],
+            dtypes=[*dict.fromkeys(self.dtypes)],
+            policies=policies_of(self.policies),
+            judge=Judge(self.significance, self.diagnose),
+            keep=self.keep,
+        )
+
+    def arguments(self) -> list[str]:
+        """The options of ``refmoe conform`` that a run on another machine needs too."""
+        repeated = {
+            "--option": self.options, "--case": self.cases, "--dtype": self.dtypes, "--policy": self.policies,
+        }  # fmt: skip
+        words = ["--adapter", self.adapter] if self.adapter is not None else []
+        for option, values in repeated.items():
+            words += [word for value in values for word in (option, value)]
+        return [*words, "--timeout", f"{self.timeout:g}"]
+
+
+def policies_of(names: Names) -> dict[str, Policy]:
+    """The policy of each dtype, which is the one that it stores. Raises InputError for two of one dtype."""
+    found: dict[str, Policy] = {}
+    for name in names:
+        rules = named_policy(name)
+        dtype = rules.storage.name
+        if dtype not in DTYPES:
+            raise InputError(f"--policy {name} stores {dtype}, but one of {', '.join(DTYPES)} was expected")
+        if dtype in found:
+            raise InputError(f"--policy {name} stores {dtype}, as {found[dtype].name} does, but one was expected")
+        found[dtype] = rules
+    return found
+
+
+def conform(asked: Conformance, bars: Bars = silent) -> tuple[Results, Logs]:
+    """Run an engine on the cases and judge each. Raises InputError when it cannot be run."""
+    asked.check()
+    suite = asked.suite()
+    logs: Logs = {}
+    with ExitStack() as stack:
+        variables: Mapping[str, str] = {}
+        if asked.adapter is None:
+            command, label = [*asked.harness], f"harness '{asked.harness[0]}'"
+            identity: Mapping[str, str] = {"command": shlex.join(command)}
+        else:
+            served = adapter_command(asked.adapter, asked.options, asked.python)
+            command, variables = stack.enter_context(served)
+            label, identity = f"adapter '{asked.adapter}'", options_of(asked.options)
+        harness = Harness(command, asked.timeout, variables, label)
+        dtypes = suite.dtypes or harness.description.dtypes
+        advance = stack.enter_context(bars("conform", len(suite.cases) * len(dtypes)))
+
+        def log(outcome: Outcome, said: str) -> None:
+            logs[outcome.case, outcome.dtype] = said
+            advance()
+
+        return run_suite(harness, identity, suite, log), logs
+
+
+# ---- known failures, and the verdict of the whole run
+
+WELL, FAILED, CANNOT = "conformant", "not conformant", "cannot judge"
+
+
+def whole_verdict(results: Results, failures: Failures) -> str:
+    """The verdict of a run: `FAILED` where a case fails or no longer does, `CANNOT` where nothing could be judged."""
+    if failures.passing or any(each.verdict != CANNOT_JUDGE for each in failures.failing):
+        return FAILED
+    if failures.failing or all(each.verdict == SKIPPED for each in results.outcomes):
+        return CANNOT
+    return WELL
+
+
+def run_facts(results: Results, failures: Failures) -> dict[str, Any]:
+    """The run as plain values."""
+
+    def places(outcomes: Iterable[Outcome]) -> list[dict[str, str]]:
+        return [{"case": each.case, "dtype": each.dtype} for each in outcomes]
+
+    return {
+        "failing": places(failures.failing),
+        "known": places(each for each, _ in failures.known),
+        "unexpected_passes": places(each for each, _ in failures.passing),
+        "results": json.loads(to_json(results)),
+    }
+
+
+# ---- files
+
+
+@dataclass(frozen=True)
+class Workflow:
+    """A GitHub workflow that repeats a run."""
+
+    path: Path
+    source: str
+    """``OWNER/REPOSITORY[@REF]`` of refmoe."""
+
+    def check(self) -> None:
+        """Raises InputError when a file cannot be written, or the source is none."""
+        check_source(self.source)
+        for path in (self.path, known_file(self.path)):
+            refuse_output(path)
+
+    def write(self, asked: Conformance, results: Results) -> None:
+        """Write the workflow, and beside it the list of today's failures."""
+        write_known(known_file(self.path), known_failures(results))
+        write_workflow(self.path, self.source, asked.arguments(), asked.harness, asked.adapter)
+
+
+def board_facts(board: Scoreboard) -> dict[str, Any]:
+    """A scoreboard as plain values."""
+    return {
+        "cases": list(board.cases),
+        "engines": [_engine(each) for each in board.entrants],
+        "notes": list(board.notes),
+    }
+
+
+def _engine(entrant: Entrant) -> dict[str, Any]:
+    results = entrant.results
+    outcomes = [
+        {
+            "case": each.case, "dtype": each.dtype, "kind": KINDS[each.verdict], "verdict": each.verdict,
+            "reason": each.reason, "issue": each.issue,
+            "first_wrong": None if each.first_wrong is None else "/".join(each.first_wrong),
+            "explanation": each.explanations[0].name if each.explanations else None,
+        }
+        for each in results.outcomes
+    ]  # fmt: skip
+    return {
+        "engine": entrant.label, "name": results.engine.name, "version": results.engine.version,
+        "options": {**results.engine.options}, "platform": {**results.platform},
+        "counts": {dtype: {kind: entrant.tally(dtype)[kind] for kind in KINDS.values()} for dtype in entrant.dtypes},
+        "worst_errors": {
+            dtype: {step: json_number(x) for step, x in entrant.worst_errors(dtype).items()}
+            for dtype in entrant.dtypes
+        },
+        "outcomes": outcomes,
+    }  # fmt: skip
+
+
+__all__ = [
+    "CANNOT", "DTYPES", "FAILED", "SCAFFOLDS", "SHIPPED", "WELL", "Conformance", "Failures", "HarnessUnusable",
+    "Results", "Scoreboard", "Workflow", "board_facts", "conform", "read_known", "refuse_output", "result_files",
+    "run_facts", "scoreboard", "sort_failures", "usage", "whole_verdict", "write_results", "write_scaffold",
+]  # fmt: skip

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The golden folder: check it, certify it, emit it, audit it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from refmoe import suite
+from refmoe.api.progress import Bars, silent
+from refmoe.bugs.catalogue import MUTANTS
+from refmoe.cuda.place import CPU, Place
+from refmoe.errors import InputError
+from refmoe.parallel import results
+from refmoe.suite import Case
+from refmoe.suite.audit import Audit, Coverage, audit
+from refmoe.suite.certify import Certificate, certify
+from refmoe.suite.golden_folder import PACKAGE, case_folder, golden_folder
+from refmoe.suite.matrix.dependencies import changed
+from refmoe.suite.matrix.file import MATRIX_FILE, read_matrix
+from refmoe.suite.matrix.summary import Summary, summarise
+
+Names = Sequence[str]
+
+
+def chosen(names: Names, golden: Path) -> list[Path]:
+    """The folders of these cases; without names, of all that are not of full size. Raises InputError."""
+    return [case_folder(name, golden) for name in names] if names else suite.find_cases(golden)
+
+
+# ---- check
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The differences between a golden folder and its manifests or its recomputed values."""
+
+    cases: dict[str, list[str]]
+    """Per case the differences, a sentence each."""
+    documents: list[str] | None
+    """The differences of the documents beside the cases; None when only some cases were checked."""
+    leftovers: list[str]
+    """Files that a killed emission left behind. They are harmless."""
+    not_recomputed: list[Path]
+    """The cases of full size, of which only the files were compared."""
+
+    @property
+    def ok(self) -> bool:
+        return not any(self.cases.values()) and not self.documents
+
+    @property
+    def recomputed(self) -> int:
+        return len(self.cases) - len(self.not_recomputed)
+
+
+def check_goldens(
+    golden: Path | None = None, names: Names = (), *, place: Place = CPU, jobs: int | None = None, bars: Bars = silent
+) -> Checked:
+    """Recompute golden cases, and compare every bit and the digest of every file.
+
+    golden: the folder of cases; None: the package's own.   names: of cases; empty: all, and the documents beside them
+    jobs: cases to work on at once; None: one per core.
+    Of a case of full size only the files are compared, unless it is named. Raises InputError for an unknown case.
+    """
+    golden = golden_folder(golden)
+    folders = chosen(names, golden)
+    whole = not names and folders != [golden]
+    large = suite.find_full_size_cases(golden) if whole else []
+    found = _recompute(folders, place, jobs, bars) | {case: suite.verify_case_files(case) for case in large}
+    return Checked(
+        cases={case.resolve().name: [each.what for each in found[case]] for case in [*folders, *large]},
+        documents=[each.what for each in suite.verify_documents(golden)] if whole else None,
+        leftovers=[
+            str(path) for folder in [golden, *folders][not whole :] for path in suite.leftovers(folder)
+        ],
+        not_recomputed=large,
+    )  # fmt: skip
+
+
+def _recompute(
+    folders: list[Path], place: Place, jobs: int | None, bars: Bars
+) -> dict[Path, list[suite.Difference]]:  # fmt: skip
+    """Recompute cases and return the differences of each. The bar counts layers of a single case, else cases."""
+    try:
+        alone = suite.read_case(folders[0]) if len(folders) == 1 else None
+    except InputError:
+        alone = None  # recomputing it says what is wrong
+    if alone is not None:
+        with bars(alone.name, len(alone.runs()) * len(alone.computed)) as advance:
+            return {alone.folder: suite.check(alone.folder, advance, place)}
+    check = partial(suite.check, place=place)
+    with bars("check", len(folders)) as advance, results(check, folders, place.jobs(jobs)) as checked:
+        found = {}
+        for case, differences in checked:
+            found[case] = differences
+            advance()
+    return found
+
+
+# ---- certify
+
+
+def certify_goldens(
+    golden: Path | None = None, names: Names = (), *, write: bool = False, jobs: int | None = None, bars: Bars = silent
+) -> dict[str, Certificate]:
+    """Prove for golden cases how close every value is to the real number. Needs python-flint.
+
+    write: whether the certificates are written into the manifests of the folder
+    Returns the certificate of each case, by its name. Raises InputError for an unknown case.
+    """
+    folders = chosen(names, golden_folder(golden))
+    found: dict[Path, Certificate] = {}
+    work = partial(_certify, write=write)
+    with bars("certify", len(folders)) as advance, results(work, folders, jobs) as certified:
+        for path, certificate in certified:
+            found[path] = certificate
+            advance()
+    return {path.resolve().name: found[path] for path in folders}
+
+
+def _certify(path: Path, write: bool) -> Certificate:
+    manifest = suite.read_manifest(path)
+    certificate = certify(suite.read_case(path))
+    if write:
+        suite.write_manifest(path, manifest | {"certificate": certificate.to_json()})
+    return certificate
+
+
+# ---- emit
+
+
+def emit_goldens(
+    golden: Path, names: Names = (), *, place: Place = CPU, jobs: int | None = None, bars: Bars = silent
+) -> list[Path]:
+    """Write golden values into a folder of cases.
+
+    names: of the cases to write; empty: all that are not written yet in their present form, and the manifest of the
+        folder; a case of full size must be named.
+    Returns the files of values that were written. Raises InputError for a case that cannot be read.
+    """
+    if names:
+        return [_emit_one(suite.read_case(folder), place, bars) for folder in chosen(names, golden)]
+    cases = [suite.read_case(path) for path in suite.find_cases(golden)]
+    if cases[0].folder == golden:
+        raise InputError(f"{golden}: is a case, but a folder of cases was expected")
+    for folder in [golden, *(case.folder for case in cases)]:
+        suite.remove_leftovers(folder)
+    wanted = [case for case in cases if not suite.is_emitted(case)]
+    work = partial(suite.emit, place=place)
+    written: dict[str, Path] = {}
+    with bars("emit", len(wanted)) as advance, results(work, wanted, place.jobs(jobs)) as emitted:
+        for case, path in emitted:
+            written[case.name] = path
+            advance()
+    suite.write_folder_manifest(golden)
+    return [written[case.name] for case in wanted]
+
+
+def _emit_one(case: Case, place: Place, bars: Bars) -> Path:
+    with bars(case.name, len(case.runs()) * len(case.computed)) as advance:
+        return suite.emit(case, advance, place)
+
+
+# ---- audit
+
+
+@dataclass(frozen=True)
+class Audited:
+    """Every clause with its proof, and the problems found."""
+
+    found: Audit
+    summary: Summary
+    problems: list[str]
+    stale: list[str]
+    """The parts that have changed since the matrix was computed."""
+
+    @property
+    def counts(self) -> dict[str, dict[str, int]]:
+        """The number of clauses by the kind of their proof: of all, and of those of the forward pass."""
+        rows = self.found.rows
+        return {"all": counts(rows), "forward pass": counts([row for row in rows if row.forward_pass])}
+
+
+def audit_suite(golden: Path | None = None, tests: Path | None = None) -> Audited:
+    """The proof of every clause of the specification: tests that name it, and killed mutants that break it.
+
+    tests: the folder of tests; None: that of the clone, since an installed package has none
+    Raises InputError when the folder of tests, or the matrix, is missing.
+    """
+    golden = golden_folder(golden)
+    tests = tests if tests is not None else PACKAGE.parent / "tests"
+    if not tests.is_dir():
+        raise InputError(f"{tests}: no such folder, but that of the tests was expected")
+    matrix = read_matrix(golden / MATRIX_FILE)
+    summary = summarise(matrix, [folder.name for folder in suite.find_cases(golden)])
+    found = audit(golden, MUTANTS, summary.dead, tests)
+    problems = [f"{row.clause} ({row.code}): {gap}" for row in found.gaps for gap in row.gaps]
+    problems += [f"{stray} names it, but nobody states it" for stray in found.strays]
+    problems += summary.problems
+    return Audited(found, summary, problems, sorted(changed(matrix.sources, golden)))
+
+
+def counts(rows: Sequence[Coverage]) -> dict[str, int]:
+    """The number of clauses, by the kind of their proof."""
+    return {
+        "stated": len(rows),
+        "with a killed mutant": sum(bool(row.killed) for row in rows),
+        "named by a test": sum(bool(row.tests) for row in rows),
+        "both": sum(bool(row.killed and row.tests) for row in rows),
+        "neither": sum(bool(row.gaps) for row in rows),
+    }

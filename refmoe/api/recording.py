@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Traces of transformers, from a checkpoint or a case; and checkpoints of cases, for any other engine."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from refmoe.api.facts import named_case
+from refmoe.api.progress import Bars, silent
+from refmoe.checkpoints.load import checkpoint_digest, load_checkpoint
+from refmoe.checkpoints.size import total_parameters
+from refmoe.checkpoints.write import DTYPE_NAMES, write_checkpoint
+from refmoe.engines.capture import transformers as engine
+from refmoe.errors import InputError
+from refmoe.traces.script import AnyCall, plan
+from refmoe.traces.trace import Recorder, write_trace
+
+DTYPES, ATTENTIONS = engine.DTYPES, ("eager", "sdpa")
+WRITTEN_DTYPES = tuple(DTYPE_NAMES)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """The engine and its model."""
+
+    out: Path
+    checkpoint: Path | None = None
+    layout: str | None = None
+    case: str | None = None
+    """The case whose model and calls are run instead of a checkpoint."""
+    golden: Path | None = None
+    taps: str = "*"
+    dtype: str = "float32"
+    """One of `DTYPES`."""
+    attention: str = "eager"
+    """One of `ATTENTIONS`."""
+
+
+def record(asked: Recording, calls: Callable[[], Sequence[AnyCall]], bars: Bars = silent) -> dict[str, int]:
+    """Load a checkpoint into transformers, run calls, and write the trace.
+
+    calls: gives those of a checkpoint; a case has its own
+    Returns the number of runs and of taps. Raises InputError when the model cannot be run.
+    """
+    if (asked.checkpoint is None) == (asked.case is None):
+        raise InputError("exactly one of --checkpoint DIR and --case NAME was expected")
+    with ExitStack() as stack:
+        if asked.checkpoint is None:
+            case = named_case(str(asked.case), asked.golden)
+            folder, runs, digest = Path(stack.enter_context(tempfile.TemporaryDirectory())), case.runs(), None
+            write_checkpoint(folder, case.config, case.checkpoint().parameters, "float32")
+        else:
+            loaded = load_checkpoint(asked.checkpoint, asked.layout)
+            if loaded.layout != "hf":
+                raise InputError(f"{asked.checkpoint}: transformers reads the Hugging Face layout only")
+            runs = plan(calls(), loaded.config.vocab)
+            folder, digest = asked.checkpoint, checkpoint_digest(loaded.files)
+        model = engine.load_model(folder, asked.dtype, asked.attention)
+        with bars("capture", len(runs) * model.config.num_hidden_layers) as advance:
+            recorder = Recorder(asked.taps, advance)
+            engine.capture(model, runs, recorder)
+    if not recorder.arrays:
+        raise InputError(f"--taps {asked.taps!r} matches no tap")
+    write_trace(asked.out, engine.header(model, runs, asked.case, digest), recorder.arrays)
+    return {"runs": len(runs), "taps": len(recorder.arrays)}
+
+
+def materialise(
+    name: str, folder: Path, golden: Path | None = None, dtype: str = "bfloat16", layout: str = "hf"
+) -> int:
+    """Write the model of a case as a checkpoint. Returns the number of parameters. Raises InputError."""
+    case = named_case(name, golden)
+    write_checkpoint(folder, case.config, case.checkpoint().parameters, dtype, layout)
+    return total_parameters(case.config)

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The result of a verification, as a person and a program read it."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from refmoe.api.arguments import kind, writable_file
+from refmoe.errors import InputError
+from refmoe.files.atomic import replacing
+from refmoe.verifier.findings import CONFORMANT, Check, Explanation
+from refmoe.verifier.findings import Report as Findings
+
+
+class Report:
+    """The verdict about an engine, with everything that led to it.
+
+    Its truth value is conformance: it is false when the engine is wrong, and when it cannot be judged. `str` gives the
+    text that the command line prints; a notebook shows the page.
+
+    >>> import refmoe
+    >>> model = refmoe.load("walking-skeleton")
+    >>> right = model.run([1, 31, 41], dtype="float32")
+    >>> report = refmoe.verify(right, model, policy="float32")
+    >>> bool(report), report.verdict
+    (True, 'conformant')
+    """
+
+    def __init__(self, findings: Findings) -> None:
+        if not isinstance(findings, Findings):
+            raise InputError(f"Report: is made of {kind(findings)}, but refmoe.verify makes reports")
+        self.findings = findings
+
+    @property
+    def verdict(self) -> str:
+        """``conformant``, ``not conformant`` or ``cannot judge``."""
+        return self.findings.verdict
+
+    @property
+    def policy(self) -> str:
+        """The name of the policy."""
+        return self.findings.policy
+
+    @property
+    def first_wrong_step(self) -> Check | None:
+        """The first failed check in order of computation, with its run, tap, reason and worst element."""
+        wrong = self.findings.first_wrong
+        return None if wrong is None else self.findings.check(*wrong)
+
+    @property
+    def explanations(self) -> tuple[Explanation, ...]:
+        """The known bugs and structures that explain the failure, the best first. Empty if none does."""
+        return self.findings.explanations or ()
+
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        """Every check, in order of computation."""
+        return self.findings.checks
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The limits of this verification, a sentence each."""
+        return self.findings.notes
+
+    def __bool__(self) -> bool:
+        return self.findings.verdict == CONFORMANT
+
+    def __str__(self) -> str:
+        from refmoe.report.verification import print_report
+
+        text = io.StringIO()
+        print_report(self.findings, Console(file=text, width=100, highlight=False, color_system=None))
+        return text.getvalue().rstrip("\n")
+
+    def __repr__(self) -> str:
+        return f"<refmoe.Report {self.findings.headline}>"
+
+    def _repr_html_(self) -> str:
+        """The page in a frame of its own, so that its style does not change the notebook's.
+
+        Where the extra ``html`` is not installed, the text.
+        """
+        from html import escape
+
+        try:
+            page = self._page()
+        except InputError:
+            return f"<pre>{escape(str(self))}</pre>"
+        return (
+            f'<iframe title="refmoe report" sandbox="allow-scripts" style="width:100%;height:40rem;border:0" '
+            f'srcdoc="{escape(page, quote=True)}"></iframe>'
+        )
+
+    def _page(self) -> str:
+        from refmoe.report.html import to_html
+
+        return to_html(self.findings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All findings as plain values, as ``refmoe verify --json`` prints them."""
+        from refmoe.report.verification_json import to_json
+
+        values: dict[str, Any] = json.loads(to_json(self.findings))
+        return values
+
+    def html(self, path: str | os.PathLike[str]) -> None:
+        """Write one page that needs no network. Raises InputError when it cannot be written."""
+        _write(writable_file(path, "html"), self._page())
+
+    def junit(self, path: str | os.PathLike[str]) -> None:
+        """Write JUnit XML. Raises InputError when it cannot be written."""
+        from refmoe.report.junit import to_junit
+
+        _write(writable_file(path, "junit"), to_junit(self.findings))
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``refmoe suite``: check, certify, audit and emit the golden cases."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+
+import click
+
+from refmoe.api.goldens import Audited, Checked, audit_suite, certify_goldens, check_goldens, emit_goldens
+from refmoe.api.known_bugs import mutants
+from refmoe.cli.options import (
+    PATH,
+    Command,
+    device_option,
+    golden_option,
+    jobs_option,
+    json_option,
+    progress_bar,
+    written_golden_option,
+)
+from refmoe.cli.sections import Sections
+from refmoe.cli.table import print_table
+from refmoe.cuda.place import Place
+from refmoe.report.matrix_text import failures, stale_lines
+
+Names = tuple[str, ...]
+
+
+def cases_argument(command: Command) -> Command:
+    """Add the names of cases."""
+    return click.argument("names", nargs=-1, metavar="[CASE]...")(command)
+
+
+@click.group("suite", cls=Sections, short_help="Check, certify, audit and emit the golden cases.")
+def suite_command() -> None:
+    """The golden cases and the specification themselves.
+
+    \b
+    refmoe suite check walking-skeleton near-tie
+    """
+
+
+@click.command("check", short_help="Recompute goldens and compare their bits.")
+@cases_argument
+@golden_option
+@device_option("One case at a time; the bits must be the CPU's.")
+@jobs_option
+@json_option
+@click.pass_context
+def check_command(
+    context: click.Context, names: Names, golden: Path, device: Place, jobs: int | None, as_json: bool
+) -> None:
+    """Recompute the goldens of each CASE, or of all, and compare every bit, and the digest of every file.
+
+    \b
+    refmoe suite check
+    refmoe suite check walking-skeleton --json
+    refmoe suite check mixtral-8x7b
+
+    A case of full size takes minutes. It is recomputed only if it is named; else its files are compared with their
+    digests.
+
+    Exit status 1 when anything differs; each line names the case, the tensor and the element. A file that a killed
+    `refmoe suite emit` left behind is reported, and is harmless.
+    """
+    found = check_goldens(golden, names, place=device, jobs=jobs, bars=progress_bar)
+    if as_json:
+        facts = {"ok": found.ok, "cases": found.cases, "documents": found.documents or []}
+        more = {"leftovers": found.leftovers, "not_recomputed": [case.name for case in found.not_recomputed]}
+        click.echo(json.dumps(facts | more))
+    else:
+        print_checked(found)
+    if not found.ok:
+        context.exit(1)
+
+
+def print_checked(found: Checked) -> None:
+    """Print a line per case, its differences, and the number of cases."""
+    skipped = {case.name for case in found.not_recomputed}
+    documents = [] if found.documents is None else [("(documents)", found.documents)]
+    for name, differences in [*found.cases.items(), *documents]:
+        click.echo(f"{'FAIL' if differences else 'skip' if name in skipped else 'ok  '}  {name}")
+        for difference in differences:
+            click.echo(f"      {difference}")
+    for path in found.leftovers:
+        click.echo(f"note  {path}: left over by an emission that was killed; the next one removes it")
+    for case in found.not_recomputed:
+        click.echo(
+            f"note  {case.name}: of full size, so only its files were compared; `refmoe suite check {case.name}` "
+            "recomputes it"
+        )
+    bad = sum(map(bool, found.cases.values()))
+    click.echo(f"{found.recomputed} case{'s' * (found.recomputed != 1)} recomputed, {bad} differ")
+
+
+@click.command("certify", short_help="Prove how close goldens are to the real numbers.")
+@cases_argument
+@written_golden_option("the certificates are")
+@jobs_option
+@json_option
+def certify_command(names: Names, golden: Path | None, jobs: int | None, as_json: bool) -> None:
+    """Run each CASE, or all, in ball arithmetic (Arb), which encloses the real numbers.
+
+    \b
+    refmoe suite certify walking-skeleton
+    refmoe suite certify --golden golden
+
+    A certificate has per tap a proven bound on |golden - real value|, and the routing decisions that are not proven.
+    With --golden it is written into the manifest of each case. Needs the extra 'certify' (python-flint).
+    """
+    named = certify_goldens(golden, names, write=golden is not None, jobs=jobs, bars=progress_bar)
+    if as_json:
+        click.echo(json.dumps({name: certificate.to_json() for name, certificate in named.items()}))
+        return
+    for name, certificate in named.items():
+        key = max(certificate.relative, key=lambda tap: certificate.relative[tap])
+        proven = certificate.decisions - len(certificate.unproven)
+        click.echo(
+            f"{name}: every value within {certificate.relative[key]:.2e} of its tap's RMS (worst: {key}); "
+            f"{proven} of {certificate.decisions} routing decisions proven"
+        )
+
+
+@click.command("emit", short_help="Write goldens into a folder of cases.")
+@cases_argument
+@written_golden_option("the goldens are", required=True)
+@device_option("Exact values have the CPU's bits.")
+@jobs_option
+@json_option
+def emit_command(names: Names, golden: Path, device: Place, jobs: int | None, as_json: bool) -> None:
+    """Compute each CASE of a folder and write its golden, as its case.toml defines it.
+
+    \b
+    refmoe suite emit --golden golden
+    refmoe suite emit walking-skeleton --golden golden
+
+    Without a CASE, write those that this version has not already written from their present case.toml, and the
+    manifest of the folder; cases of full size must be named. If it is killed, each case is the old one or the new one;
+    the same command goes on.
+    """
+    written = emit_goldens(golden, names, place=device, jobs=jobs, bars=progress_bar)
+    if as_json:
+        emitted = [path.parent.resolve().name for path in written]
+        click.echo(json.dumps({"emitted": emitted, "files": [str(path) for path in written]}))
+        return
+    for path in written:
+        click.echo(f"{path}: {path.stat().st_size:,} bytes")
+    if not names:
+        click.echo(f"{golden}: {len(written)} cases written, the others were up to date")
+
+
+@click.command("audit", short_help="Print the proof of each clause: code, tests, mutants, cases.")
+@golden_option
+@click.option(
+    "--tests", type=PATH, metavar="DIR", show_default="those of the clone",
+    help="The folder of tests; an installed package has none.",
+)  # fmt: skip
+@json_option
+@click.pass_context
+def audit_command(context: click.Context, golden: Path, tests: Path | None, as_json: bool) -> None:
+    """Print every clause with the code that states it, the tests that name it, the mutants that break it and the cases
+    that exercise it.
+
+    \b
+    refmoe suite audit
+    refmoe suite audit --json
+
+    A clause is proven by a test that names it in its own source, or by a killed mutant of it: matrix.json of the golden
+    folder says whether it is killed wherever a case can show it. Exit status 1 when a clause has neither, something
+    names a clause that nobody states, a mutant lives without a known reason, or the specification itself fails.
+    """
+    audited = audit_suite(golden, tests)
+    if as_json:
+        click.echo(json.dumps(audit_facts(audited)))
+    else:
+        print_audit(audited)
+    if audited.problems:
+        context.exit(1)
+
+
+def audit_facts(audited: Audited) -> dict[str, object]:
+    """The audit as JSON."""
+    return {
+        "clauses": [asdict(row) | {"area": row.area, "gaps": row.gaps} for row in audited.found.rows],
+        "counts": audited.counts, "mutants": len(mutants()), "killed": len(audited.summary.dead),
+        "problems": audited.problems, "changed": audited.stale,
+    }  # fmt: skip
+
+
+def print_audit(audited: Audited) -> None:
+    """A table for each area, so that the model's clauses stand apart from those of routers, text and ranks."""
+    headings = ("clause", "code", "tests", "mutants", "cases")
+    for area, group in groupby(audited.found.rows, key=lambda row: row.area):
+        rows = [*group]
+        cells = [
+            (
+                row.clause,
+                row.code,
+                f"{len(row.tests)}: {row.tests[0]}" if row.tests else "-",
+                ", ".join(row.mutants) or "-",
+                str(len(row.cases)) if row.cases else "-",
+            )
+            for row in rows
+        ]
+        styles = ["bold red" if row.gaps else None for row in rows]
+        print_table(headings, cells, title=f"clauses: {area}", styles=styles)
+    for what, numbers in audited.counts.items():
+        click.echo(f"clauses, {what}: {', '.join(f'{number} {name}' for name, number in numbers.items())}")
+    summary = audited.summary
+    click.echo(f"mutants: {len(summary.dead)} of {len(mutants())} killed, {len(summary.equivalent)} equivalent")
+    for line in [*stale_lines(audited.stale), *failures(audited.problems)]:
+        click.echo(line)
+
+
+assert isinstance(suite_command, Sections)
+suite_command.section("Commands", check_command, certify_command, audit_command, emit_command)
