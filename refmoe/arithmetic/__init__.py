@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Arithmetics: each defines ``+``, sums, products and exp to a stated precision. No file here knows a model.
 
 `exact` gives the same bits on every machine, `native` computes at a hardware dtype, `ball` proves error bounds, and

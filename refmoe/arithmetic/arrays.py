@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The base of every array arithmetic: the part of `ops` that moves numbers and computes none."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ops on Arb balls: every result encloses the real number that the spec defines.
 
 Arrays are NumPy object arrays of `flint.arb`. Only the selection of experts is a decision, and balls cannot always

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Binary floating-point formats: spacing, rounding to nearest, and which reals round to a value.
 
 Everything computes in binary64, which holds every value and every midpoint of the narrower formats exactly.

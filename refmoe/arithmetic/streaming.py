@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Products with a weight that is too large to be held: block after block, the next block read during a product."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prepared weights, kept while they fit, so that a weight is prepared once and not once per call."""
 
 from __future__ import annotations

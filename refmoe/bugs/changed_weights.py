@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parameters as a wrong loader leaves them. A changed weight is computed from the right one when it is read."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention over cache slots that hold no token of the sequence. Several bugs of the cache have this effect."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rounding that a bug does every time. A policy only allows a rounding at a cut point."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Generation with and without router logits. Asking for router logits must change no token."""
 
 from __future__ import annotations

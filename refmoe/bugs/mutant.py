@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mutants, and the register of all of them.
 
 A mutant is one known bug as a variation of the specification. A few lines replace a step of the model, a constant, a

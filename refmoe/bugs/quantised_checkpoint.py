@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A quantised checkpoint in its simplest form: groups of 32 inputs share one scale.
 
 int8 is symmetric, with codes from -127 to 127. fp8 is float8_e4m3, whose largest value is 448. The right engine is the

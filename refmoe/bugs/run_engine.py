@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The run of the specification, or of a mutant, as a foreign engine: calls go in, a trace in memory comes out."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mutants of the sharded run on one layout. On a layout they are variations of one forward pass, like other mutants.
 
 The function of such a mutant makes the wrong model: (config, parameters, layout) to `Model`.

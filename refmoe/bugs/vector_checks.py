@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The checks of a tokenizer, a sampler or a loss against `golden/vectors/`.
 
 Each implementation consists of parts that can be replaced one by one; a bug replaces one part. `wrong` lists the

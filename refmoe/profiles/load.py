@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Policies by name: refmoe's own in `profiles.toml`, files of a user, and both with changes.
 
 hf-float32                          a policy of refmoe's own (``exact`` is another name of float64)

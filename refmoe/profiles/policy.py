@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A numeric policy: the rounding that a legal engine may do, as data."""
 
 from __future__ import annotations

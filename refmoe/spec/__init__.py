@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The normative model: Mixtral as pure functions over `ops`.
 
 Read in this order: `config`, `norm`, `rope`, `softmax`, `attention`, `router`, `experts`, `model`. `taps` names what
@@ -14,10 +15,10 @@ per dimension:
 Commands that need cut points or speed run another statement of the same steps. A test holds each to this one:
 
     statement                executed by                                              held to the spec by
-    refmoe.spec              check, certify, emit --case                              tests/spec/test_model.py
+    refmoe.spec              suite check, suite certify, suite emit                   tests/spec/test_model.py
     refmoe.steps.rounding    emit --policy, verify, conform, mutants matrix           tests/profiles/test_ideal_run.py
     refmoe.steps.sharded     mutants matrix --mutant of several ranks                 tests/bugs/test_sharding.py
-    refmoe.steps.grouped     emit --checkpoint, check of a case of full size          tests/steps/test_grouped.py
+    refmoe.steps.grouped     emit --checkpoint, suite check of a case of full size    tests/steps/test_grouped.py
     refmoe.steps.native      generate                                                 tests/steps/test_native.py
     refmoe.steps.cuda        any of these with --device cuda, at float32              tests/cuda/test_host.py
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Grouped-query causal attention with an optional sliding window, and its cache."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The configuration: every number that the model depends on, and the two published sizes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The mixture of experts: one expert, the experts of every token, their combination, and the whole block."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The operations that the spec needs, of an array and of `ops`.
 
 Plain ``+ - * /``, comparison, indexing and reshaping act on the arrays themselves. Every operation whose result depends

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The whole model: parameters, steps, one decoder layer, the forward pass."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Root-mean-square normalisation."""
 
 from __future__ import annotations

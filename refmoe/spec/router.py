@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The router: which experts a token goes to, and with what weight."""
 
 from __future__ import annotations

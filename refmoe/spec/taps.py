@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The names of what can be observed, and their shapes."""
 
 from __future__ import annotations

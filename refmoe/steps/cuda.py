@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The steps of the model over the CUDA kernels, with the spec's own taps.
 
 The kernels apply at float32, to experts whose weights are all stored in one dtype. Elsewhere the spec's steps run.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The interface of the spec over enclosures: one forward pass encloses the results of all legal implementations."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The steps in which the spec loops over heads or experts, with fewer and larger products.
 
 In exact arithmetic the bits are those of the spec. In native arithmetic the last bits may differ.

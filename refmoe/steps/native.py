@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Steps of the model for `NativeOps` that work in place: the spec's functions with fewer intermediate arrays.
 
 They run only where no tap is set. A tap needs the arrays that these steps avoid, so the spec's step runs instead.

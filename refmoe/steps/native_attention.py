@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention for `NativeOps`: heads in parallel lanes, and fewer intermediate arrays.
 
 It runs only where no tap is set. A tap needs the arrays that this step avoids, so the spec's step runs instead.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A key/value cache with room for more tokens: appending a token writes one row, where the spec copies all rows."""
 
 from __future__ import annotations

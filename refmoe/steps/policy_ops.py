@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ops of an ideal run under a policy: operations exact to binary64, rounded to nearest at each cut point.
 
 This is one legal run of the policy, whose only errors are those of storage. A real engine under the same policy also

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The steps of the model with their cut points: the places where an engine may round inside a step.
 
 The mathematics is that of `refmoe.spec`, clause by clause. `ops.cut(name, x)` marks each place where a real engine

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cases, as case.toml defines them: the reason for the case, the model, and the calls."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Traces that are held in memory and have no file."""
 
 from __future__ import annotations

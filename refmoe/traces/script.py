@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scripts: the calls of a trace. A script is planned first, then executed on the spec."""
 
 from __future__ import annotations

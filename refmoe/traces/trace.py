@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Traces: record activations, write them to a file, read them back.
 
 A trace is one safetensors file with keys ``<run>/<tap>``, each array in its producer's dtype, and one metadata entry
@@ -67,6 +68,11 @@ class Trace:
     """The taps of an engine's runs: a file whose arrays are mapped on demand, or arrays in memory.
 
     ``trace["prefill", "layers.0.router.logits"]`` is one array, and ``trace["prefill"]`` the names of a run's taps.
+
+    >>> import refmoe
+    >>> trace = refmoe.load("walking-skeleton").run([1, 31])
+    >>> trace["prefill", "logits"].shape
+    (2, 97)
     """
 
     path: Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The blocks of tokens that a run is verified in: their size, and the index in a tap of an element of a block."""
 
 from __future__ import annotations

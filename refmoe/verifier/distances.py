@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The distance of each tap of a trace from a reference trace. There is no verdict."""
 
 from __future__ import annotations

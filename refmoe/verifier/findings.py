@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The findings of a verification: checks of values, routing decisions, explanations, and the verdict over all."""
 
 from __future__ import annotations

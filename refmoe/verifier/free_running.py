@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The free-running rung: values without any bound are compared with the noise that the policy itself produces.
 
 If the trace lacks the choice of experts and rounding alone can decide it, legal results form islands, one per choice.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The intake of a foreign trace. Everything that can be refused before a value is read is refused here."""
 
 from __future__ import annotations

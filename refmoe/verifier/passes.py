@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One pass over a trace: the model in enclosures, each step computed from the trace's own values where it has them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The origin of each tap: the taps of the trace that refmoe computes it from."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Routing decisions: the choices of experts that the policy allows.
 
 Once a choice is replayed, no check of values can see that it was wrong. So each choice is judged by itself: it must be

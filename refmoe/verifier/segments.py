@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A trace cut into segments of layers. A new segment begins wherever the trace holds the input of a layer.
 
 Segments do not depend on each other, so that several processes can judge them. Layers after the last tap of the trace

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The subject that a trace is held against, and the findings of one pass."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tests on one tap: legal interval, cell excess, matched filter against truncation, and size of the error.
 
     interval  A value outside the rounded ends of the legal interval is impossible under the policy.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Verify a trace: its checks, routing decisions, first wrong step and verdict."""
 
 from __future__ import annotations

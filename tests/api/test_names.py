@@ -85,7 +85,7 @@ def test_the_examples_are_true(name: str) -> None:
     assert doctest.testmod(module).failed == 0
 
 
-@pytest.mark.parametrize("name", sorted(NAMES - {"Trace"}))
+@pytest.mark.parametrize("name", sorted(NAMES))
 def test_each_name_has_an_example(name: str) -> None:
     documented = getattr(refmoe, name)
     assert ">>> " in (documented.__doc__ or "")

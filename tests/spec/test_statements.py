@@ -31,9 +31,9 @@ SHARED = {"steps.sharded": {"steps.rounding"}}
 CASE = "one-pair"
 Arguments = list[Any]
 COMMANDS: dict[str, Callable[[Path], Arguments]] = {
-    "check": lambda _: ["suite", "check", CASE, "--jobs", 1],
-    "certify": lambda out: ["suite", "certify", CASE, "--golden", out / "golden"],
-    "emit --case": lambda out: ["suite", "emit", CASE, "--golden", out / "golden"],
+    "suite check": lambda _: ["suite", "check", CASE, "--jobs", 1],
+    "suite certify": lambda out: ["suite", "certify", CASE, "--golden", out / "golden"],
+    "suite emit": lambda out: ["suite", "emit", CASE, "--golden", out / "golden"],
     "emit --policy": lambda out: ["emit", "--case", CASE, "--policy", "bfloat16", "--out", out / "ideal.safetensors"],
     "emit --checkpoint": lambda out: [
         "emit", "--checkpoint", out / "model", "--tokens", "1,2", "--out", out / "trace.safetensors"
@@ -48,11 +48,8 @@ COMMANDS: dict[str, Callable[[Path], Arguments]] = {
     ],
     "generate": lambda out: ["generate", "--checkpoint", out / "model", "--tokens", "1,2", "--max-new-tokens", 2],
 }  # fmt: skip
-"""An invocation of each row of the table that needs neither a GPU nor a model of full size.
-
-The first three rows are commands of ``refmoe suite``.
-"""
-ELSEWHERE = {"check of a case of full size", "any of these with --device cuda, at float32"}
+"""An invocation of each row of the table that needs neither a GPU nor a model of full size."""
+ELSEWHERE = {"suite check of a case of full size", "any of these with --device cuda, at float32"}
 
 
 @contextmanager

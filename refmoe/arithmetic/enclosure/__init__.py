@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Enclosures: for every value, the range and the spread of the results of legal implementations of a policy.
 
 `array` has the arrays and their elementwise rules, `products` has sums and matrix products, and `functions` has exp,

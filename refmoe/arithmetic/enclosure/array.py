@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Arrays of enclosures, and their elementwise rules."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Error budgets: the errors that library functions such as exp may make."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rules of exp, sigmoid, softmax and the rotary angles. They use the error budgets of library functions."""
 
 from __future__ import annotations

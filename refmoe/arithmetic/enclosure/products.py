@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sums and matrix products, for every order, tree, blocking and fusion of the additions.
 
 Let m be the sum of n terms, and A the sum of their magnitudes. Each partial sum, in any order, is at most

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Exact arithmetic: correctly rounded sums and products, and elementary functions with fixed bits.
 
 `ops` is the arithmetic itself. `dot` computes sums and products (with `slices`, `prepared_weight`, `double_double`);

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Matrix products and sums in float64, each element the correctly rounded value of the exact real sum.
 
 DOT-1  A sum of products is the exact real sum, rounded once to the nearest float64, ties to even. No order, blocking,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Numbers of about 106 bits as unevaluated sums of two float64: error-free transforms, `+ * /`, exp and log.
 
 A double-double is a pair (hi, lo) of float64 arrays with |lo| <= ulp(hi) / 2; its value is hi + lo. Only `+ - * /`,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """exp, log, sin, cos and sigmoid in float64, with the same bits on every machine.
 
 NumPy's own functions differ in bits between SIMD levels, and from CUDA's. The functions here use only IEEE-754 binary64

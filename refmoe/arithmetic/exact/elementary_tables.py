@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tables of `elementary.py`, and the constants that bring an argument near to one of their entries.
 
 The method and the layout follow Tang 1989 and 1990. Each comment names a real number and how it is rounded. Where a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ops whose bits are the same on every machine: correctly rounded sums and products, fixed elementary functions.
 
 `golden/dot.md` and `golden/elementary.md` tell how to compute the same bits in another language.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights split into slices once, for many products.
 
 `slices` defines a slice and explains why products of slices sum exactly; golden/dot.md has the proofs.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Splitting float64 arrays into slices whose products sum exactly.
 
 A slice of a row is the row rounded to multiples of a power of two, its unit. Its elements are at most 2^width units in

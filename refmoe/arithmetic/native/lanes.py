@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lanes: a few threads, each with a BLAS of one thread, that run independent pieces of a step in parallel.
 
 When a BLAS spreads one product over its threads, they wait for each other at each product. All other work is left to

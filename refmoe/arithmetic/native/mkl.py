@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Intel's oneMKL through its CBLAS: products with a weight that was packed beforehand (extra ``mkl``).
 
 A BLAS first brings both factors into the order in which its kernel reads them, and then multiplies. For an expert with

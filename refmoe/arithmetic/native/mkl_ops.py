@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Native ops whose products are oneMKL's, with packed weights, and with weights in bfloat16 read as they are stored."""
 
 from __future__ import annotations

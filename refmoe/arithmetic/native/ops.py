@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ops at a hardware dtype: the fast path. Its bits depend on the machine, those of `exact` do not."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Matrices of middle size in memory that the system may map in huge pages.
 
 Multiplying one token with a weight takes as long as reading the weight, and pages of 4 KiB slow reading by a fifth.

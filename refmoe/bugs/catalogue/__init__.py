@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The catalogue of known bugs: one file per class. Importing it registers all of them in `MUTANTS`."""
 
 from refmoe.bugs.catalogue import (

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bugs of attention: its scale, mask, window, heads and softmax."""
 
 from __future__ import annotations

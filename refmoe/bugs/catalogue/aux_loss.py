@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bugs of the load-balancing loss: `refmoe.routers.literature.losses.load_balancing_loss` in plain NumPy, with one
 mistake.
 

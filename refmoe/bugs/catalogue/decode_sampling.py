@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bugs of sampling, each a `refmoe.bugs.vector_checks.Sampler` with one stage replaced, and a bug of the generation
 mask."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bugs of the experts: their computation, the rows that each one gets, and the sum of their outputs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bugs of the cache of keys and values."""
 
 from __future__ import annotations

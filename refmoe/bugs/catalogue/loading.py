@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bugs of loading: right values in the wrong place."""
 
 from __future__ import annotations

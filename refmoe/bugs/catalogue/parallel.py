@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bugs of tensor and expert parallelism: functions from (config, parameters, layout) to a wrong sharded model."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bugs of precision: a value that is stored too coarsely, or that exceeds the range of its dtype."""
 
 from __future__ import annotations

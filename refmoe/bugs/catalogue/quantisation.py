@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bugs of quantised engines. The specification is run on the dequantised weights: see
 `refmoe.bugs.quantised_checkpoint`."""
 

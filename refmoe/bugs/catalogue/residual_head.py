@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bugs of the residual stream, the final norm and the output matrix."""
 
 from __future__ import annotations

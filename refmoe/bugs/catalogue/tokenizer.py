@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bugs of tokenizers, each a `refmoe.bugs.vector_checks.Text` with one method replaced."""
 
 from __future__ import annotations

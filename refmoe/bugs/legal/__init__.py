@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Legal variants: correct engines that differ from the ideal run. None may be flagged at any dtype.
 
 They complete the proof of the catalogue of bugs, since a verifier that fails everything would also catch every bug.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Legal ways to rotate, to count positions and to attend."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Legal ways to route, to run the experts and to combine their outputs."""
 
 from __future__ import annotations

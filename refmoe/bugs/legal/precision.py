@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Legal roundings: at other places than in the ideal run, more precise ones, or in sums of another order."""
 
 from __future__ import annotations

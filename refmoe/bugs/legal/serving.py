@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Legal ways to serve: other calls, and many devices."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Legal variants, and the register of all of them."""
 
 from __future__ import annotations

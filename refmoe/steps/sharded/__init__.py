@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mixtral spread over devices: tensor parallel and expert parallel, simulated rank by rank in one process.
 
 Ranks are plain data, and a collective is a sum or a concatenation over a list of ranks. A sharded model is a `Model`

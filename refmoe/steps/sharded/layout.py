@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The layout of ranks and groups, and the heads, experts and blocks that each one holds. Integers only."""
 
 from __future__ import annotations

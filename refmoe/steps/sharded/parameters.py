@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The parameters that each rank holds: slices, read when they are used."""
 
 from __future__ import annotations

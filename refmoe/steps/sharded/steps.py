@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The steps that sharding changes: attention and the experts. All other steps run as they are.
 
 SHARD-7  What is not linear reads complete values, never a part of a sum: norms, softmax, the activation and the router

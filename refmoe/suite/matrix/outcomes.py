@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The matrix: every mutant on every case at every dtype, judged as if it were a foreign engine.
 
 It proves that the suite can fail. Beside the mutants the specification itself is run, and must pass everywhere.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The diagnosis of a failed verification: a known bug, two at once, or a structure such as permuted heads."""
 
 from refmoe.verifier.diagnosis.diagnose import diagnose, explained

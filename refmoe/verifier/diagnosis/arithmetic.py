@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Other arithmetic than declared: the policy with one change, under which every failed check passes.
 
 A coarser policy allows more errors, whatever their cause. So a change is named only if the errors also have the size

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The whole diagnosis of a failed verification: known bugs, two at once, structures, other arithmetic."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A failed trace, and its checks against a specification with a bug."""
 
 from __future__ import annotations

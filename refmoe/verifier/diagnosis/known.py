@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The known bugs, single or in pairs, that explain a failed verification.
 
 A mutant is a specification too. It explains a trace if every failed step passes under it, and no passed step fails.

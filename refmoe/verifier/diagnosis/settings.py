@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings of the config that an engine may ignore or take from elsewhere. Each is tried as a mutant."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Structures of a failed step: its right values in another order, shifted, transposed, or times a factor.
 
 A structure is found by distances at the first failed tap of the step. It is then proven as a mutant is: the enclosures

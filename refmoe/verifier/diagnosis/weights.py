@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Structures of weights: experts with the matrices of others, square matrices used as their transposes."""
 
 from __future__ import annotations
