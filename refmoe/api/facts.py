@@ -43,7 +43,8 @@ def model_facts(
 
     model: the folder of a checkpoint, a published size, or the name of a case
     place: on a GPU, the facts include the memory that float32 generation takes there
-    tokens, max_new_tokens: the length of the prompt, and the number of tokens after it
+    tokens, max_new_tokens: the length of the prompt and of its continuation
+
     Raises InputError when there is no such model, or its tensors do not fit its configuration.
     """
     stored: dict[str, Any] = {}
