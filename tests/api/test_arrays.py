@@ -12,6 +12,7 @@ import pytest
 from refmoe import InputError
 from refmoe.api.arrays import to_numpy
 from tests.cuda.strict import DeviceArray
+from tests.own_process import with_jax
 
 VALUES = np.array([[1.0, -2.5, 3.0], [0.5, 0.0, 7.0]])
 
@@ -88,16 +89,19 @@ def test_tensors_without_values_are_refused() -> None:
             to_numpy(tensor, "x")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_jax(dtype: str) -> None:
-    jnp = pytest.importorskip("jax.numpy")
-    same(to_numpy(jnp.asarray(VALUES, dtype=dtype), "x"), dtype)
+def arrays_of_jax() -> None:
+    import jax
+    import jax.numpy as jnp
 
-
-def test_a_traced_array_of_jax_is_refused() -> None:
-    jax = pytest.importorskip("jax")
+    for dtype in ("float32", "float16", "bfloat16"):
+        same(to_numpy(jnp.asarray(VALUES, dtype=dtype), "x"), dtype)
     with pytest.raises(InputError, match=r"^x: "):
         jax.jit(lambda x: to_numpy(x, "x"))(1.0)
+
+
+def test_arrays_of_jax() -> None:
+    """Each dtype; an array that is only traced has no values."""
+    with_jax(arrays_of_jax)
 
 
 def test_cupy_is_asked_for_its_copy() -> None:

@@ -17,6 +17,7 @@ from refmoe.routers.contract.report import explain
 from refmoe.routers.literature import adapters
 from refmoe.routers.literature import noisy_top_k as noisy
 from refmoe.spec.router import route
+from tests.own_process import with_jax
 
 EXAMPLES = 25
 
@@ -355,9 +356,8 @@ def test_no_false_alarm(experts: int, k: int, dtype: Any) -> None:
         assert broken(judge_all(Subject(router, declared))) == ""
 
 
-def test_jax_through_dlpack() -> None:
-    """bfloat16 arrays reach jax and come back."""
-    jax = pytest.importorskip("jax", reason="jax not installed")
+def router_of_jax() -> None:
+    import jax
 
     def router(logits: Any) -> Any:
         weights, ids = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), 2)
@@ -365,3 +365,8 @@ def test_jax_through_dlpack() -> None:
 
     declared = Declaration(experts=8, top_k=2, dtype="bfloat16", framework="jax", ties="lower")
     assert broken(judge_all(Subject(router, declared), 25)) == ""
+
+
+def test_jax_through_dlpack() -> None:
+    """bfloat16 arrays reach jax and come back."""
+    with_jax(router_of_jax)
