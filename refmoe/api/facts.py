@@ -13,8 +13,8 @@ from refmoe.checkpoints.size import active_parameters, total_parameters
 from refmoe.cuda.memory import cache_bytes, gibibytes, missing, resident, widest
 from refmoe.cuda.place import CPU, Place
 from refmoe.spec.config import PRESETS, Config
-from refmoe.suite import Case, find_cases, find_full_size_cases, read_case
-from refmoe.suite.golden_folder import case_folder, golden_folder
+from refmoe.suite import Case, read_case
+from refmoe.suite.golden_folder import case_folder, case_folders, golden_folder
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 """Per dtype the bytes of a parameter."""
@@ -80,11 +80,6 @@ def _on_device(config: Config, tokens: int, max_new_tokens: int, dtypes: Sequenc
 # ---- cases
 
 
-def case_folders(golden: Path) -> dict[str, Path]:
-    """The folder of each case of any size, by its name. Raises InputError when there is no case."""
-    return {path.resolve().name: path for path in sorted([*find_cases(golden), *find_full_size_cases(golden)])}
-
-
 def listed_cases(golden: Path | None = None) -> list[Case]:
     """All cases of a golden folder; of the package's own if None. Raises InputError when there is none."""
     return [read_case(folder) for folder in case_folders(golden_folder(golden)).values()]
@@ -123,6 +118,6 @@ def shows(case: Case) -> str:
 
 
 __all__ = [
-    "BYTES", "case_facts", "case_folders", "config_facts", "gibibytes", "listed_cases", "model_facts", "named_case",
+    "BYTES", "case_facts", "config_facts", "gibibytes", "listed_cases", "model_facts", "named_case",
     "weight_bytes",
 ]  # fmt: skip

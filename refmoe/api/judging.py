@@ -82,9 +82,7 @@ def verify(
     report = replace(report, notes=(*notes, *report.notes))
     if diagnose and report.verdict == NOT_CONFORMANT:
         mutants, config, weights = MUTANTS.values(), subject.config, subject.parameters
-        report = explained(
-            report, find_explanations(trace, config, weights, runs, rules, report, mutants, lambda: None)
-        )
+        report = explained(report, find_explanations(trace, config, weights, runs, rules, report, mutants))
     return Report(report)
 
 
@@ -105,7 +103,7 @@ def policy_of(trace: Trace) -> Policy:
     if ".toml" in name:
         raise InputError(
             f"{trace.path}: metadata field 'policy' is {shown(name)}, but the name of a policy was expected; a file of "
-            "one's own is given as policy"
+            "one's own is given with --policy, or as policy= in Python"
         )
     try:
         return named_policy(name)

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,8 +27,8 @@ from refmoe.spec.model import Parameters
 from refmoe.steps.grouped import GROUPED_STEPS
 from refmoe.steps.policy_ops import PolicyOps
 from refmoe.steps.rounding import CUT_STEPS
-from refmoe.suite import CASE_FILE, Case, case_source, find_cases, read_case, trace_path
-from refmoe.suite.golden_folder import golden_folder
+from refmoe.suite import Case, case_source, find_cases, read_case, trace_path
+from refmoe.suite.golden_folder import case_folders, golden_folder
 from refmoe.traces.held import held_trace
 from refmoe.traces.script import execute, plan
 from refmoe.traces.trace import Header, Recorder, Run, Trace, read_trace
@@ -188,7 +187,7 @@ def load(path: str | os.PathLike[str], *, seed: int | None = None, layout: str |
     if not folder.exists():
         if name in PRESETS:
             raise InputError(f"{name}: is a published size without weights, but seed= was expected for the formula")
-        if name in case_names():
+        if name in case_folders(golden_folder()):
             return case(name).model
         raise InputError(
             f"{name}: no such folder, but a checkpoint's folder or the name of a case was expected{_similar(name)}"
@@ -234,14 +233,14 @@ def case(name: str) -> GoldenCase:
     >>> refmoe.case("top-1").config.experts_per_token
     1
     """
-    folders = case_names()
+    folders = case_folders(golden_folder())
     if name_of(name, "case", "the name of a case") not in folders:
         raise InputError(f"case {shown(name)} is unknown, expected one of refmoe.cases(){_similar(name)}")
     return GoldenCase(read_case(folders[name]))
 
 
 def _similar(name: str) -> str:
-    found = difflib.get_close_matches(name[:200], [*case_names()], n=3, cutoff=0.5)
+    found = difflib.get_close_matches(name[:200], [*case_folders(golden_folder())], n=3, cutoff=0.5)
     return f", such as {', '.join(found)}" if found else ""
 
 
@@ -252,14 +251,9 @@ def cases() -> list[str]:
     >>> "walking-skeleton" in refmoe.cases()
     True
     """
-    return [*case_names()]
+    return [*case_folders(golden_folder())]
 
 
 def small_cases() -> list[str]:
     """The names of the cases that are not of full size: each is computed within seconds."""
     return [path.name for path in find_cases(golden_folder())]
-
-
-def case_names() -> Mapping[str, Path]:
-    """The folder of each case, by its name."""
-    return {path.parent.name: path.parent for path in sorted(golden_folder().glob(f"*/{CASE_FILE}"))}

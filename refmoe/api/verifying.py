@@ -10,7 +10,7 @@ from pathlib import Path
 
 from refmoe.api.dumps import read_values
 from refmoe.api.facts import named_case
-from refmoe.api.judging import dtype_of
+from refmoe.api.judging import dtype_of, policy_of
 from refmoe.api.progress import Bars, silent
 from refmoe.api.report import Report
 from refmoe.api.values import fit_heads, to_trace
@@ -33,9 +33,6 @@ from refmoe.verifier.distances import Comparison, compare_traces
 from refmoe.verifier.findings import NOT_CONFORMANT
 from refmoe.verifier.segments import Spread
 from refmoe.verifier.verify import SIGNIFICANCE, Settings, verify
-
-LEAST_SIGNIFICANCE = 1e-100
-"""Below it every threshold goes to infinity."""
 
 
 @dataclass(frozen=True)
@@ -89,27 +86,13 @@ def verify_file(
     if isinstance(values, Trace):
         if calls is not None:
             raise InputError(f"{path}: a trace has its own calls, so --tokens, --chunk and --decode do not apply")
-        rules = declared or _declared(values)
+        rules = declared or policy_of(values)
         against = _against(values, model)
         fit_heads(values, loaded(against.source).config)
         return _judged(values, against, rules, judging, bars)
     against, runs = _against_arrays(path, model, calls)
     trace = to_trace(values, runs, loaded(against.source).config)
     return _judged(trace, against, declared or named_policy(dtype_of(trace)), judging, bars)
-
-
-def _declared(trace: Trace) -> Policy:
-    """The policy that the trace names. It must be one of refmoe's own: a stranger's file could allow anything."""
-    name = trace.header.policy
-    if ".toml" in name:
-        raise InputError(
-            f"{trace.path}: metadata field 'policy' is {shown(name)}, but the name of a policy was expected; a file of "
-            "one's own is given with --policy"
-        )
-    try:
-        return named_policy(name)
-    except InputError as error:
-        raise InputError(f"{trace.path}: metadata field 'policy': {error}") from None
 
 
 def _refuse_both(model: ModelChoice) -> None:
@@ -181,7 +164,7 @@ def _judged(trace: Trace, against: Against, rules: Policy, judging: Judging, bar
     if judging.diagnose and report.verdict == NOT_CONFORMANT:
         with bars("diagnose", 2 * len(MUTANTS)) as advance:
             found = diagnose(trace, config, parameters, runs, rules, report, MUTANTS.values(), advance)
-        report = explained(report, found)
+            report = explained(report, found)
     return Report(report)
 
 
@@ -199,6 +182,6 @@ def distances(path: Path, reference: Path, golden: Path | None = None) -> Compar
 
 
 __all__ = [
-    "LEAST_SIGNIFICANCE", "SIGNIFICANCE", "Comparison", "Judging", "ModelChoice", "distances",
+    "SIGNIFICANCE", "Comparison", "Judging", "ModelChoice", "distances",
     "refuse_output", "verify_file",
 ]  # fmt: skip

@@ -13,7 +13,8 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from refmoe.api.verifying import LEAST_SIGNIFICANCE, SIGNIFICANCE
+from refmoe.api.arguments import LEAST_SIGNIFICANCE
+from refmoe.api.verifying import SIGNIFICANCE
 from refmoe.cuda.place import DEVICES, Place
 from refmoe.errors import InputError
 from refmoe.spec.config import PRESETS

@@ -32,14 +32,25 @@ def golden_folder(given: Path | None = None) -> Path:
     return own_folder()
 
 
+def case_folders(golden: Path) -> dict[str, Path]:
+    """The folder of each case of any size, by its name. Raises InputError when there is no case.
+
+    golden: the folder of cases, or the folder of one case
+    """
+    if (golden / CASE_FILE).exists():
+        return {golden.resolve().name: golden}
+    found = {path.parent.name: path.parent for path in sorted(golden.glob(f"*/{CASE_FILE}"))}
+    if not found:
+        raise InputError(f"{golden}: no case is there; folders with a {CASE_FILE} were expected")
+    return found
+
+
 def case_folder(name: str, golden: Path) -> Path:
     """The folder of a case in a golden folder. Raises InputError, with similar names, when there is none."""
     if name == Path(name).name and (golden / name / CASE_FILE).is_file():
         return golden / name
-    names = sorted(path.parent.name for path in golden.glob(f"*/{CASE_FILE}"))
-    if not names:
-        raise InputError(f"{golden}: no case is there; folders with a {CASE_FILE} were expected")
-    similar = get_close_matches(name, names, n=3)
+    names = case_folders(golden)
+    similar = get_close_matches(name[:200], names, n=3)
     hint = f"did you mean {' or '.join(similar)}?" if similar else f"`refmoe cases` lists all {len(names)}"
     raise InputError(f"case '{name}' is unknown in {golden}; {hint}")
 
