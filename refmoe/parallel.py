@@ -1,20 +1,112 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work on several items at once, in processes."""
+"""Work on several items at once, in processes that never outlive this one."""
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
-from typing import TypeVar
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
+from typing import Any, TypeVar
+
+from refmoe.errors import InputError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Returned = TypeVar("Returned")
+Pairs = Generator[tuple[Item, Result], None, Returned]
 
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
 """Variables that make a BLAS library start one thread. A process reads them once, when it loads the library."""
+HOPELESS = 3
+"""After so many deaths in a row of a worker that had one item to itself, the other items are not tried."""
+SET_DEATH_SIGNAL = 1
+"""The option of Linux's `prctl` that names the signal a process gets when its parent ends (PR_SET_PDEATHSIG)."""
+
+SPAWN = multiprocessing.get_context("spawn")
+"""Workers are spawned, not forked: a forked process would keep the threads of a BLAS that is already loaded."""
+
+
+class WorkerDied(InputError):
+    """The error for items whose worker process died. All other items have been worked on before it is raised."""
+
+    def __init__(self, items: Sequence[Any]) -> None:
+        self.items = list(items)
+        names = [str(getattr(item, "name", item)) for item in items]
+        super().__init__(
+            f"a worker process died, as if killed for want of memory, while it worked on {', '.join(names)}; what else "
+            "was asked for is done; fewer --jobs need less memory"
+        )
+
+
+# ---- the life of a worker
+
+
+@contextmanager
+def lifeline() -> Iterator[Connection]:
+    """The end of a pipe to give to a worker, which calls `end_with_parent` with it.
+
+    The other end is closed when the body is left, and by the operating system when this process ends in any way.
+    """
+    reader, writer = SPAWN.Pipe(duplex=False)
+    try:
+        yield reader
+    finally:
+        writer.close()
+        reader.close()
+
+
+def end_with_parent(line: Connection) -> None:
+    """Let this worker end as soon as its parent does, or closes the `lifeline`. To be called first in a worker.
+
+    A thread waits on the pipe. It cannot run while a library holds the interpreter's lock, so on Linux the kernel
+    kills the worker as well. The keyboard's interrupt is the parent's affair.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        with suppress(AttributeError, OSError):  # a C library without prctl
+            ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, signal.SIGKILL)
+
+    def watch() -> None:
+        with suppress(EOFError, OSError):
+            line.recv_bytes()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="refmoe-lifeline").start()
+
+
+def begin_worker(line: Connection) -> None:
+    """Begin the work of a process of a pool. A warning about numbers there would reach nobody who can act on it."""
+    end_with_parent(line)
+    warnings.simplefilter("ignore", RuntimeWarning)
+
+
+@contextmanager
+def process_pool(jobs: int | None = None) -> Iterator[ProcessPoolExecutor]:
+    """A pool of processes with one BLAS thread each. They end with the body, and with this process however it ends.
+
+    jobs: the number of processes; None: one per core. When the body raises, running tasks end at once.
+    """
+    executor: ProcessPoolExecutor | None = None
+    try:
+        with environment(ONE_THREAD), lifeline() as line:
+            executor = ProcessPoolExecutor(jobs or os.cpu_count(), SPAWN, begin_worker, (line,))
+            yield executor
+            executor.shutdown(wait=True, cancel_futures=True)
+    finally:
+        if executor is not None:
+            executor.shutdown(wait=True, cancel_futures=True)
+
+
+# ---- items and their results
 
 
 @contextmanager
@@ -26,30 +118,56 @@ def results(
     function, items: must be importable or picklable, as other processes receive them.
     jobs: the number of processes, with one BLAS thread each; None: one per core. With one job or one item, all work
     happens in this process.
-    The iterator raises the exception of a call when it reaches that item.
+    The iterator raises the exception of a call when it reaches that item. When a worker dies, the others go on: items
+    that may have ended it are tried once more, each alone. The iterator raises WorkerDied, at its end, for those that
+    end their worker again.
     """
     jobs = min(jobs or os.cpu_count() or 1, len(items))
     if jobs <= 1:
         yield ((item, function(item)) for item in items)
         return
+    pairs = _spread(function, list(items), jobs)
+    try:
+        yield pairs
+    finally:
+        pairs.close()
+
+
+def _spread(function: Callable[[Item], Result], items: list[Item], jobs: int) -> Pairs[Item, Result, None]:
+    """The pairs of `results`, from processes."""
+    dead: list[Item] = []
+    in_a_row = 0
+    while items and in_a_row < HOPELESS:
+        suspects, items = yield from _until_a_death(function, items, jobs)
+        for item in suspects:
+            if in_a_row == HOPELESS:
+                dead.append(item)
+                continue
+            again, _ = yield from _until_a_death(function, [item], 1)
+            in_a_row = in_a_row + 1 if again else 0
+            dead += again
+    if dead:
+        raise WorkerDied([*dead, *items])
+
+
+def _until_a_death(
+    function: Callable[[Item], Result], items: list[Item], jobs: int
+) -> Pairs[Item, Result, tuple[list[Item], list[Item]]]:
+    """Yield pairs until all items are done, or a worker dies. Returns items it may have had, and those not begun."""
+    futures: dict[Future[Result], Item] = {}
     with process_pool(jobs) as executor:
-        futures = {executor.submit(function, item): item for item in items}
-        yield ((futures[future], future.result()) for future in as_completed(futures))
+        with suppress(BrokenProcessPool):  # a worker may die before all items are handed in
+            for item in items:
+                futures[executor.submit(function, item)] = item
+        for future in as_completed(futures):
+            if not isinstance(future.exception(), BrokenProcessPool):
+                yield futures[future], future.result()
+    # items are handed out in their order, so the first ones without a result were being worked on
+    lost = [item for future, item in futures.items() if future.exception() is not None] + items[len(futures) :]
+    return lost[:jobs], lost[jobs:]
 
 
-@contextmanager
-def process_pool(jobs: int | None = None) -> Iterator[ProcessPoolExecutor]:
-    """A pool of processes with one BLAS thread each. At the end, waiting tasks are cancelled.
-
-    jobs: the number of processes; None: one per core.
-    """
-    # spawned, not forked: a forked process would keep the threads of a BLAS that is already loaded
-    with environment(ONE_THREAD):
-        executor = ProcessPoolExecutor(jobs or os.cpu_count(), multiprocessing.get_context("spawn"))
-        try:
-            yield executor
-        finally:
-            executor.shutdown(wait=True, cancel_futures=True)
+# ---- the environment
 
 
 @contextmanager

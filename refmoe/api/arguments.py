@@ -7,13 +7,12 @@ import errno
 import math
 import operator
 import os
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from refmoe.errors import InputError
-from refmoe.files.safetensors_file import one_line, quoted
+from refmoe.files.sentences import one_line, quoted
 from refmoe.traces.script import AnyCall, Call
 
 Tokens = Sequence[int] | Sequence[Sequence[int]]
@@ -40,17 +39,6 @@ def path_of(value: object, name: str) -> Path:
     except ValueError as error:  # a null character, or letters that the file system cannot encode
         raise InputError(f"{name}: {quoted(text)} cannot be used as a path: {one_line(error)}") from None
     return Path(text)
-
-
-def ordinary_file(path: Path) -> Path:
-    """The path of a file. Raises InputError when it is missing, a folder, a pipe or a device."""
-    try:
-        mode = path.stat().st_mode
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    if not stat.S_ISREG(mode):
-        raise InputError(f"{path}: is no ordinary file, but a file of arrays was expected")
-    return path
 
 
 def writable_file(value: object, name: str) -> Path:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refmoe.errors import InputError
-from refmoe.files.safetensors_file import one_line
+from refmoe.files.sentences import one_line
 
 REAL = ("float64", "float32", "float16", "bfloat16")
 """The dtypes of values."""

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -25,6 +24,7 @@ from refmoe.engines.scaffold import SCAFFOLDS, usage, write_scaffold
 from refmoe.engines.scaffold.workflow import check_source, known_file, write_workflow
 from refmoe.engines.scoreboard import KINDS, Entrant, Scoreboard, result_files, scoreboard
 from refmoe.errors import InputError
+from refmoe.files.parsing import strict_json
 from refmoe.files.writable import refuse_output
 from refmoe.profiles.load import policy as named_policy
 from refmoe.profiles.policy import Policy
@@ -165,7 +165,7 @@ def run_facts(results: Results, failures: Failures) -> dict[str, Any]:
         "failing": places(failures.failing),
         "known": places(each for each, _ in failures.known),
         "unexpected_passes": places(each for each, _ in failures.passing),
-        "results": json.loads(to_json(results)),
+        "results": strict_json(to_json(results)),
     }
 
 

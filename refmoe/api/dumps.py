@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from refmoe.api.arguments import kind, ordinary_file
+from refmoe.api.arguments import kind
 from refmoe.errors import InputError, require
-from refmoe.files.safetensors_file import one_line, open_safetensors
+from refmoe.files.npy_file import read_npz
+from refmoe.files.reading import foreign_parser, need_file
+from refmoe.files.safetensors_file import open_safetensors
 from refmoe.traces.trace import Trace, read_trace
 
 TORCH_FILES = (".pt", ".pth", ".bin")
@@ -25,22 +26,14 @@ def read_values(path: Path) -> Trace | Mapping[str, Any]:
     Raises InputError when the file cannot be read, or when its arrays could be read only by running code from it.
     """
     if path.suffix == ".npz":
-        return _npz(ordinary_file(path))
+        return {name: _with_bfloat16(array) for name, array in read_npz(path).items()}
     if path.suffix in TORCH_FILES:
-        return _tensors(_weights_only(ordinary_file(path)), path)
+        return _tensors(_weights_only(path), path)
     if path.suffix == ".safetensors":
         tensors, metadata = open_safetensors(path)
         if "refmoe" not in metadata:
             return {name: tensor.get() for name, tensor in tensors.items()}
     return read_trace(path)
-
-
-def _npz(path: Path) -> dict[str, Any]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: _with_bfloat16(file[name]) for name in file.files}
-    except Exception as error:  # of zipfile, zlib and NumPy, and for a single array, which is no context
-        raise InputError(f"{path}: not a readable .npz file without pickled objects: {one_line(error)}") from None
 
 
 def _with_bfloat16(array: Any) -> Any:
@@ -50,15 +43,9 @@ def _with_bfloat16(array: Any) -> Any:
 
 def _weights_only(path: Path) -> Any:
     torch: Any = require("torch", "engines", "reading a file of PyTorch")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about old pickles
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle.UnpicklingError, RuntimeError, EOFError, ...
-        first = one_line(str(error).partition("\n")[0])
-        raise InputError(
-            f"{path}: torch cannot read it, but a dictionary of tensors without other objects was expected: {first}"
-        ) from None
+    need_file(path, "a file of tensors")
+    with foreign_parser(path, "a dictionary of tensors without other objects"):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _tensors(content: Any, path: Path) -> dict[str, Any]:

@@ -4,16 +4,14 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from refmoe.api.arguments import kind, writable_file
 from refmoe.errors import InputError
 from refmoe.files.atomic import replacing
+from refmoe.files.parsing import strict_json
 from refmoe.verifier.findings import CONFORMANT, Check, Explanation
 from refmoe.verifier.findings import Report as Findings
 
@@ -72,10 +70,11 @@ class Report:
         return self.findings.verdict == CONFORMANT
 
     def __str__(self) -> str:
+        from refmoe.report.terminal import SafeConsole
         from refmoe.report.verification import print_report
 
         text = io.StringIO()
-        print_report(self.findings, Console(file=text, width=100, highlight=False, color_system=None))
+        print_report(self.findings, SafeConsole(file=text, width=100, color_system=None))
         return text.getvalue().rstrip("\n")
 
     def __repr__(self) -> str:
@@ -106,7 +105,7 @@ class Report:
         """All findings as plain values, as ``refmoe verify --json`` prints them."""
         from refmoe.report.verification_json import to_json
 
-        values: dict[str, Any] = json.loads(to_json(self.findings))
+        values: dict[str, Any] = strict_json(to_json(self.findings))
         return values
 
     def html(self, path: str | os.PathLike[str]) -> None:

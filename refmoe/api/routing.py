@@ -19,6 +19,7 @@ from refmoe.api.progress import Bars, silent
 from refmoe.arithmetic.exact.ops import ExactOps
 from refmoe.errors import InputError, require
 from refmoe.files.atomic import replacing
+from refmoe.files.npy_file import is_npy, map_npy
 from refmoe.routers.literature.family import FAMILY, Settings, run_router
 from refmoe.routers.literature.record import Routing
 from refmoe.routers.literature.statistics import LoadStatistics, load_statistics
@@ -117,18 +118,10 @@ def made_up_logits(tokens: int, experts: int, seed: int) -> NDArray[Any]:
 
 def read_logits(path: Path, run: str | None, layer: int | None) -> NDArray[Any]:
     """Logits [T, E] in float64, from a .npy file or a trace. Raises InputError when they are not finite numbers."""
-    try:
-        with path.open("rb") as stream:
-            is_npy = stream.read(len(MAGIC)) == MAGIC
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    if is_npy:
+    if is_npy(path):
         if run is not None or layer is not None:
             raise InputError(f"{path}: --run and --layer choose from a trace, but this is a .npy file")
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise InputError(f"{path}: not a .npy file of numbers: {error}") from None
+        array = map_npy(path)
     else:
         array = traced_logits(path, run, layer or 0)
     if array.ndim != 2 or 0 in array.shape:

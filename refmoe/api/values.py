@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from refmoe.api.arguments import kind, shown
 from refmoe.api.arrays import to_numpy
 from refmoe.errors import InputError
-from refmoe.files.safetensors_file import quoted
+from refmoe.files.sentences import quoted
 from refmoe.spec.config import Config
 from refmoe.spec.taps import step_of, tap_names
 from refmoe.traces.held import HeldTensor, held_trace

@@ -18,7 +18,7 @@ from refmoe.bugs.catalogue import MUTANTS
 from refmoe.checkpoints.load import checkpoint_digest
 from refmoe.cuda.place import CPU, Place
 from refmoe.errors import InputError
-from refmoe.files.json_file import shown
+from refmoe.files.sentences import shown
 from refmoe.files.writable import refuse_output
 from refmoe.jobs.source import Source, find_source, loaded
 from refmoe.jobs.spread import open_executor, parse_executor

@@ -12,7 +12,9 @@ from refmoe.checkpoints.layout import Checkpoint, Expected, Found, View, whole, 
 from refmoe.checkpoints.names import expert_names
 from refmoe.errors import InputError
 from refmoe.files.json_file import JsonFile, read_json
-from refmoe.files.safetensors_file import StoredTensor, quoted
+from refmoe.files.reading import exists
+from refmoe.files.safetensors_file import StoredTensor
+from refmoe.files.sentences import quoted
 from refmoe.spec.config import Config
 
 FIELDS = {
@@ -161,11 +163,11 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, StoredTensor]]:
     Raises InputError when the folder holds no such files, or a single file and an index.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists() and index.exists():
+    if exists(single) and exists(index):
         raise InputError(f"{folder}: holds both {single.name} and {index.name}, but one of them was expected")
-    if single.exists():
+    if exists(single):
         return [single], layout.gather_tensors([single])
-    if index.exists():
+    if exists(index):
         return layout.indexed_tensors(index)
     layout.refuse_pickles(folder, ("*.bin", "*.pt", "*.pth"), "safetensors")
     raise InputError(f"{folder}: neither {single.name} nor {index.name} is there, but one of them was expected")

@@ -17,8 +17,10 @@ from refmoe.checkpoints.configuration import ConfigError, checked
 from refmoe.checkpoints.names import build_parameters, parameter_axes, parameter_shape
 from refmoe.checkpoints.weight import Weight
 from refmoe.errors import InputError
-from refmoe.files.json_file import JsonFile, read_json, shown
-from refmoe.files.safetensors_file import DTYPES, StoredTensor, open_safetensors, quoted
+from refmoe.files.json_file import JsonFile, read_json
+from refmoe.files.reading import exists
+from refmoe.files.safetensors_file import DTYPES, StoredTensor, open_safetensors
+from refmoe.files.sentences import quoted, shown
 from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters
 
@@ -130,7 +132,7 @@ def indexed_tensors(index: Path) -> tuple[list[Path], dict[str, StoredTensor]]:
             )
     shards = [index.parent / name for name in sorted(set(mapping.values()))]
     for shard in shards:
-        if not shard.exists():
+        if not exists(shard):
             raise InputError(f"{shard}: no such file, but {index.name} names it")
     tensors = gather_tensors(shards)
     for name, shard_name in mapping.items():

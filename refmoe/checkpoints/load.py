@@ -9,6 +9,7 @@ from pathlib import Path
 from refmoe.checkpoints import hf, mistral
 from refmoe.checkpoints.layout import Checkpoint
 from refmoe.errors import InputError
+from refmoe.files.reading import exists, need_folder, open_file
 
 LAYOUTS = {"hf": hf.load, "mistral": mistral.load}
 
@@ -20,12 +21,10 @@ def load_checkpoint(folder: Path, layout: str | None = None) -> Checkpoint:
         config.json with safetensors in Hugging Face's names is preferred to params.json.
     Raises InputError, one sentence, for anything that does not fit.
     """
-    if not folder.is_dir():
-        found = "is not a folder" if folder.exists() else "no such folder"
-        raise InputError(f"{folder}: {found}, but a checkpoint's folder was expected")
+    need_folder(folder, "a checkpoint's folder")
     if layout is None:
-        has_hf = (folder / "config.json").exists()
-        has_mistral = (folder / "params.json").exists()
+        has_hf = exists(folder / "config.json")
+        has_mistral = exists(folder / "params.json")
         if not has_hf and not has_mistral:
             raise InputError(f"{folder}: neither config.json nor params.json is there, so this is not a checkpoint")
         only_consolidated = has_mistral and not any(folder.glob("model*.safetensors*"))
@@ -37,7 +36,7 @@ def checkpoint_digest(files: tuple[Path, ...]) -> str:
     """``sha256:`` and the digest over the files' bytes in name order, by which a trace names its checkpoint."""
     digest = hashlib.sha256()
     for path in sorted(files):
-        with path.open("rb") as file:
+        with open_file(path, "a safetensors file") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     return f"sha256:{digest.hexdigest()}"

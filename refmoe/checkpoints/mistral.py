@@ -14,6 +14,7 @@ from refmoe.checkpoints.layout import Checkpoint, Expected, Found, whole, whole_
 from refmoe.checkpoints.names import expert_names
 from refmoe.errors import InputError
 from refmoe.files.json_file import JsonFile, read_json
+from refmoe.files.reading import exists
 from refmoe.files.safetensors_file import StoredTensor
 from refmoe.spec.config import Config
 
@@ -128,7 +129,7 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, StoredTensor]]:
     Raises InputError when the folder holds no such files.
     """
     index = folder / "consolidated.safetensors.index.json"
-    if index.exists():
+    if exists(index):
         return layout.indexed_tensors(index)
     files = sorted(folder.glob("consolidated*.safetensors"))
     if not files:

@@ -18,7 +18,7 @@ from refmoe.checkpoints.names import parameter_shapes
 from refmoe.checkpoints.weight import BFLOAT16, Weight
 from refmoe.errors import InputError
 from refmoe.files.atomic import replacing
-from refmoe.files.safetensors_file import one_line
+from refmoe.files.sentences import one_line
 from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters
 

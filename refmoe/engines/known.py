@@ -16,7 +16,6 @@ A listed case that fails does not fail the run. A listed case that conforms does
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,8 @@ from refmoe.engines.protocol import DTYPES
 from refmoe.engines.results import Outcome, Results
 from refmoe.errors import InputError
 from refmoe.files.atomic import replacing
-from refmoe.files.json_file import shown
-from refmoe.files.safetensors_file import one_line, quoted
+from refmoe.files.parsing import toml
+from refmoe.files.sentences import quoted, shown
 from refmoe.verifier.findings import CONFORMANT
 
 FORMAT_VERSION = "1"
@@ -91,12 +90,7 @@ def known_failures(results: Results) -> list[KnownFailure]:
 
 def read_known(path: Path) -> list[KnownFailure]:
     """Read the file. Raises InputError that names the entry and the field which breaks the format."""
-    try:
-        values = tomllib.loads(path.read_bytes().decode())
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file, but a file of known failures was expected") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        raise InputError(f"{path}: not a readable TOML file: {one_line(error)}") from None
+    values = toml(path, "a file of known failures")
     if values.get("format_version") != FORMAT_VERSION:
         found = shown(values.get("format_version"))
         raise InputError(f"{path}: 'format_version' is {found}, but \"{FORMAT_VERSION}\" was expected")

@@ -7,8 +7,8 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from refmoe.files.json_file import shown
-from refmoe.files.safetensors_file import one_line, quoted, strict_json
+from refmoe.files.parsing import strict_json
+from refmoe.files.sentences import one_line, quoted, shown
 from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS
 
 PROTOCOL = "1"

@@ -16,7 +16,7 @@ from refmoe.engines.protocol import DTYPES, TAPS
 from refmoe.errors import InputError
 from refmoe.files.atomic import replacing
 from refmoe.files.json_file import JsonFile, read_json
-from refmoe.files.safetensors_file import quoted
+from refmoe.files.sentences import quoted
 from refmoe.suite.case import is_list
 from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT
 

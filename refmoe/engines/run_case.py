@@ -19,7 +19,8 @@ from refmoe.checkpoints.write import write_checkpoint
 from refmoe.engines.harness import Harness
 from refmoe.engines.process import BROKEN, HarnessError
 from refmoe.errors import InputError
-from refmoe.files.safetensors_file import open_safetensors, quoted
+from refmoe.files.safetensors_file import open_safetensors
+from refmoe.files.sentences import quoted
 from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters
 from refmoe.spec.taps import step_of, tap_names

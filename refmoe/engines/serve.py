@@ -35,7 +35,7 @@ from refmoe.engines.protocol import (
     wrong_field,
 )
 from refmoe.errors import InputError
-from refmoe.files.safetensors_file import one_line
+from refmoe.files.sentences import one_line
 from refmoe.spec.taps import step_of
 from refmoe.traces.trace import OPS, Run
 

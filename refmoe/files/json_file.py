@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from refmoe.errors import InputError
-from refmoe.files.safetensors_file import one_line, quoted
+from refmoe.files.parsing import strict_json
+from refmoe.files.reading import decoded, read_bytes
+from refmoe.files.sentences import one_line, quoted, shown
 
 
 @dataclass(frozen=True)
@@ -65,39 +66,18 @@ LARGEST = 1 << 40
 """No dimension of a model is larger. A larger integer is a mistake, and a message with all its digits is no help."""
 
 
-def shown(value: Any) -> str:
-    """A JSON value as one line of text, cut short if it is long."""
-    try:
-        text = json.dumps(value)
-    except (RecursionError, ValueError):
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
-
-
 def read_json(path: Path) -> JsonFile:
-    """Read a JSON object. Raises InputError when the file is missing, is not JSON, repeats a name or is no object."""
-    repeated: list[str] = []
+    """Read a JSON object. Raises InputError when the file cannot be read, is not JSON, repeats a name or is no object.
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) < len(pairs):
-            repeated.append(next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i])))
-        return values
-
+    NaN and infinities are read, because Python programs write them into config.json. A field that is used refuses them.
+    """
+    content = read_bytes(path, "a JSON object")
     try:
-        values = json.loads(path.read_bytes(), object_pairs_hook=unique)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file, but a JSON object was expected") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except RecursionError:
-        raise InputError(f"{path}: is nested too deeply, but an object of a few levels was expected") from None
+        values = strict_json(decoded(path, content, "a JSON object"), finite=False)
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: holds a JSON {JSON_TYPES[type(values)]}, but an object was expected")
-    if repeated:
-        raise InputError(f"{path}: {quoted(repeated[0])} is there more than once, but one value was expected")
     return JsonFile(path, values)
 
 

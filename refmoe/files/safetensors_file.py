@@ -7,10 +7,8 @@ tensor. A 90 GB checkpoint must not be copied, so this module maps the checked o
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import stat
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,9 +22,14 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from refmoe.errors import InputError
+from refmoe.files.parsing import strict_json
+from refmoe.files.reading import open_file
+from refmoe.files.sentences import one_line, quoted
 
 SMALL = 1 << 16
 """The largest tensor, in bytes, that is read rather than mapped."""
+
+EXPECTED = "a safetensors file"
 
 DTYPES: dict[str, Any] = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
@@ -34,36 +37,6 @@ DTYPES: dict[str, Any] = {
     "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
 }  # fmt: skip
 """NumPy dtypes by their names in the safetensors format."""
-
-
-def one_line(error: object) -> str:
-    """The message of another library's error, on one line, without control characters, cut short if it is long."""
-    text = "".join(c if c.isprintable() else " " if c.isspace() else json.dumps(c)[1:-1] for c in str(error)[:10_000])
-    text = " ".join(text.split())
-    return text if len(text) <= 600 else f"{text[:500]}..."
-
-
-def quoted(name: str) -> str:
-    """A name from a file, in quotes, on one line, without control characters, cut short if it is long."""
-    text = json.dumps(name)[1:-1]
-    return f"'{text}'" if len(text) <= 200 else f"'{text[:180]}...' ({len(name)} characters)"
-
-
-def strict_json(text: str | bytes) -> Any:
-    """Parse JSON in which no object repeats a name. Raises ValueError for any fault."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) < len(pairs):
-            seen: set[str] = set()
-            repeated = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-            raise ValueError(f"{quoted(repeated)} is there more than once, but one value was expected")
-        return values
-
-    try:
-        return json.loads(text, object_pairs_hook=unique)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
 
 
 @dataclass(frozen=True)
@@ -172,19 +145,16 @@ def open_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str
 
     Raises InputError when the file is missing, is not safetensors, is cut short, or has two tensors of one name.
     """
-    _refuse_special_file(path)
     try:
-        with safe_open(path, framework="np") as checked:
-            metadata = dict(checked.metadata() or {})
-        with path.open("rb") as file:
+        with open_file(path, EXPECTED) as file:
+            with safe_open(path, framework="np") as checked:
+                metadata = dict(checked.metadata() or {})
             (length,) = struct.unpack("<Q", file.read(8))
             header: dict[str, Any] = strict_json(file.read(length))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file, but a safetensors file was expected") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or one_line(error)}") from None
     except SafetensorError as error:
         raise InputError(f"{path}: not a whole safetensors file: {one_line(error)}") from None
+    except InputError:
+        raise
     except (ValueError, struct.error) as error:
         raise InputError(f"{path}: the header of the safetensors file cannot be used: {one_line(error)}") from None
     header.pop("__metadata__", None)
@@ -199,16 +169,3 @@ def open_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str
         for name, entry in header.items()
     }
     return tensors, metadata
-
-
-def _refuse_special_file(path: Path) -> None:
-    """Raises InputError for a folder, a pipe or a device."""
-    try:
-        mode = path.stat().st_mode
-    except OSError:
-        return  # the next attempt to open the file reports the error
-    if stat.S_ISDIR(mode):
-        raise InputError(f"{path}: is a folder, but a safetensors file was expected")
-    if not stat.S_ISREG(mode):
-        # to open a pipe would wait until another process writes to it
-        raise InputError(f"{path}: is no ordinary file, but a safetensors file was expected")

@@ -7,11 +7,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 from refmoe.arithmetic.streaming import AHEAD, block_rows
 from refmoe.arithmetic.weight_cache import STREAMED
 from refmoe.checkpoints.names import parameter_shape
+from refmoe.files.reading import system_text
 from refmoe.spec.config import Config
 from refmoe.spec.taps import LAYER_TAPS
 from refmoe.traces.trace import Run
@@ -97,9 +97,6 @@ def _weights(config: Config, layers: range, whole: bool, tokens: int) -> int:
 
 def available_memory() -> int | None:
     """The bytes of free memory of this machine; None where /proc/meminfo does not exist or does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
+    lines = system_text("/proc/meminfo").splitlines()
     found = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
     return found[0] if found else None

@@ -18,7 +18,10 @@ from safetensors.numpy import save
 
 from refmoe.errors import InputError
 from refmoe.files.atomic import replacing, sync
-from refmoe.files.safetensors_file import StoredTensor, open_safetensors, strict_json
+from refmoe.files.parsing import strict_json
+from refmoe.files.reading import read_bytes
+from refmoe.files.safetensors_file import StoredTensor, open_safetensors
+from refmoe.files.sentences import one_line
 
 JOB_FILE = "job.json"
 STATE = "state:"
@@ -35,7 +38,7 @@ class Parts:
         """
         self.folder, self.names = folder, list(names)
         # JSON turns tuples into lists, so the identity is compared in the form that JSON gives back
-        self.job = json.loads(json.dumps(job))
+        self.job = strict_json(json.dumps(job))
         try:
             folder.mkdir(exist_ok=True)
         except OSError as error:
@@ -49,9 +52,10 @@ class Parts:
 
     def _refuse_another(self, path: Path) -> None:
         try:
-            found = strict_json(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: cannot be read: {error}; delete {self.folder} to begin anew") from None
+            found = strict_json(read_bytes(path, "the identity of a job"))
+        except ValueError as error:
+            sentence = str(error) if isinstance(error, InputError) else f"{path}: cannot be read: {one_line(error)}"
+            raise InputError(f"{sentence}; delete {self.folder} to begin anew") from None
         found = found if isinstance(found, dict) else {}
         other = [name for name in self.job if found.get(name) != self.job[name]]
         if other:
@@ -93,7 +97,7 @@ class Parts:
         """The facts of all finished parts, merged."""
         found: dict[str, Any] = {}
         for name in self.names[: self.finished]:
-            found |= json.loads(open_safetensors(self._path(name))[1]["facts"])
+            found |= strict_json(open_safetensors(self._path(name))[1]["facts"])
         return found
 
     def remove(self) -> None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +12,7 @@ from refmoe.checkpoints.layout import Checkpoint
 from refmoe.checkpoints.load import load_checkpoint
 from refmoe.checkpoints.synthetic import synthetic_checkpoint
 from refmoe.errors import InputError
+from refmoe.files.parsing import strict_json
 from refmoe.spec.config import PRESETS, Config
 
 
@@ -46,12 +46,12 @@ class Formula:
     """The tables of `weight_edits`, as JSON text, since a source must be hashable."""
 
     def load(self) -> Checkpoint:
-        return synthetic_checkpoint(self.config, self.seed, dict(self.exponents), json.loads(self.edits))
+        return synthetic_checkpoint(self.config, self.seed, dict(self.exponents), strict_json(self.edits))
 
     def identity(self) -> dict[str, Any]:
         return {
             "config": asdict(self.config), "seed": self.seed, "exponents": dict(self.exponents),
-            "edits": json.loads(self.edits),
+            "edits": strict_json(self.edits),
         }  # fmt: skip
 
 

@@ -11,15 +11,16 @@ from __future__ import annotations
 import difflib
 import math
 import re
-import tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from refmoe.errors import InputError
+from refmoe.files.parsing import toml
+from refmoe.files.reading import own_text
+from refmoe.files.sentences import shown
 from refmoe.profiles.policy import (
     COMPARED,
     CONSUMERS,
@@ -103,7 +104,7 @@ def budget_in_words(budget: Budget) -> str:
 
 @cache
 def _own_tables() -> dict[str, Any]:
-    return tomllib.loads(resources.files("refmoe.profiles").joinpath("profiles.toml").read_text())
+    return toml(Path("profiles.toml"), "a file of policies", own_text("refmoe.profiles", "profiles.toml").encode())
 
 
 @cache
@@ -118,12 +119,7 @@ def _named(name: str) -> Policy:
 
 
 def _from_file(path: Path) -> Policy:
-    try:
-        tables = tomllib.loads(path.read_bytes().decode())
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"{path}: not a readable TOML file: {error}") from None
+    tables = toml(path, "a policy in TOML")
     if len(tables) != 1 or not isinstance(next(iter(tables.values())), dict):
         raise InputError(f"{path}: {sorted(tables)} was found, but one table with the name of the policy was expected")
     name = next(iter(tables))
@@ -162,7 +158,7 @@ def _with_base(name: str, tables: dict[str, Any], refuse: Refuse) -> dict[str, A
     layers = [own]
     while "base" in own:
         base = own["base"]
-        if base not in tables or base in chain:
+        if not isinstance(base, str) or base not in tables or base in chain:
             raise refuse("base", base, _one_of([other for other in tables if other not in chain], str(base)))
         own = tables[base]
         chain.append(base)
@@ -221,7 +217,7 @@ def _changed(found: Policy, change: str, text: str) -> Policy:
 
 
 def _shown(found: Any) -> str:
-    return "missing" if found is None else repr(found)
+    return "missing" if found is None else shown(found)
 
 
 def _one_of(known: Iterable[str], found: str) -> str:

@@ -6,10 +6,10 @@ from __future__ import annotations
 from base64 import b64encode
 from collections.abc import Sequence
 from hashlib import sha256
-from importlib.resources import files
 from typing import Any
 
 from refmoe.errors import require
+from refmoe.files.reading import own_text
 from refmoe.report import wording
 from refmoe.report.glossary import TERMS, anchor
 
@@ -39,7 +39,7 @@ def _printable(value: object) -> object:
 
 
 def _read(name: str) -> str:
-    return files("refmoe.report").joinpath(name).read_text(encoding="utf-8").strip()
+    return own_text("refmoe.report", name).strip()
 
 
 def _digest(text: str) -> str:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import fields, is_dataclass
-from importlib.resources import files
 from typing import Any
 
+from refmoe.files.parsing import strict_json
+from refmoe.files.reading import own_text
 from refmoe.verifier.findings import Report
 
 FORMAT_VERSION = "1"
@@ -34,8 +35,8 @@ def to_json(report: Report) -> str:
 
 def schema() -> dict[str, Any]:
     """The JSON schema of reports."""
-    text = files("refmoe.report").joinpath("verification.schema.json").read_text(encoding="utf-8")
-    document: dict[str, Any] = json.loads(text)
+    text = own_text("refmoe.report", "verification.schema.json")
+    document: dict[str, Any] = strict_json(text)
     return document
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from refmoe.bugs.mutant import Mutant
 from refmoe.errors import InputError
 from refmoe.files.json_file import read_json
+from refmoe.files.reading import read_text
 from refmoe.suite import find_cases, read_case
 
 PACKAGE = Path(__file__).parents[1]
@@ -68,7 +69,7 @@ def stated(package: Path = PACKAGE) -> Iterator[tuple[str, str, str]]:
     """Every clause with its text and the place that states it, in reading order: (clause, text, place)."""
     for folder in AREAS:
         for path in sorted((package / folder).rglob("*.py"), key=reading_order):
-            nodes = (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, STATES))
+            nodes = (n for n in ast.walk(ast.parse(read_text(path, "a source file"))) if isinstance(n, STATES))
             for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0)):
                 name = getattr(node, "name", "(module)")
                 line = getattr(node, "lineno", 1)
@@ -114,7 +115,7 @@ def named_in(tests: Path) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for path in sorted(tests.rglob("test_*.py")):
         name = path.relative_to(tests.parent).as_posix()
-        source = path.read_text(encoding="utf-8")
+        source = read_text(path, "a source file")
         try:
             tree = ast.parse(source)
         except SyntaxError as error:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +14,8 @@ from refmoe.checkpoints.layout import Checkpoint
 from refmoe.checkpoints.size import total_parameters
 from refmoe.checkpoints.synthetic import synthetic_checkpoint
 from refmoe.errors import InputError
+from refmoe.files.parsing import toml
+from refmoe.files.reading import read_bytes
 from refmoe.spec.config import Config
 from refmoe.traces.script import Call, Packed, plan
 from refmoe.traces.trace import FORMAT_VERSION, Run
@@ -98,13 +99,8 @@ def _is_full_size(folder: Path) -> bool:
 def read_case(folder: Path) -> Case:
     """Read the case in a folder. Raises InputError that names a missing, unknown or wrong field of case.toml."""
     path = folder / CASE_FILE
-    try:
-        data = path.read_bytes()
-        values = tomllib.loads(data.decode())
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"{path}: not a readable TOML file: {error}") from None
+    data = read_bytes(path, "a case in TOML")
+    values = toml(path, "a case in TOML", data)
     try:
         return replace(_parse(folder, values), digest=hashlib.sha256(data).hexdigest())
     except InputError as error:

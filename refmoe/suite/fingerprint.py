@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from refmoe.arithmetic.exact import dot
 from refmoe.checkpoints.weight_formula import elements
 from refmoe.errors import InputError
+from refmoe.files.parsing import strict_json
+from refmoe.files.reading import read_text
 from refmoe.suite.manifest import tensor_digest
 from refmoe.traces.trace import FORMAT_VERSION, Header, Recorder, parse_header
 
@@ -84,12 +86,9 @@ def fingerprint_text(header: Header, fingerprints: dict[str, Fingerprint]) -> st
 
 def read_fingerprints(path: Path) -> tuple[Header, dict[str, Fingerprint]]:
     """Read a file of fingerprints. Raises InputError when the file cannot be read or is not such a file."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
+    text = read_text(path, "a file of fingerprints")
     header = parse_header(path, text)
-    tensors: Any = json.loads(text).get("tensors")
+    tensors: Any = strict_json(text).get("tensors")
     try:
         return header, {key: from_json(entry) for key, entry in tensors.items()}
     except (AttributeError, KeyError, TypeError):

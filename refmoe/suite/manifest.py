@@ -19,6 +19,9 @@ from numpy.typing import NDArray
 from refmoe import __version__
 from refmoe.errors import InputError
 from refmoe.files.atomic import replacing
+from refmoe.files.parsing import strict_json
+from refmoe.files.reading import exists, open_file, read_bytes
+from refmoe.files.sentences import one_line
 from refmoe.suite.case import CASE_FILE, is_count, is_list
 from refmoe.traces.trace import FORMAT_VERSION
 
@@ -116,10 +119,8 @@ def leftovers(folder: Path) -> list[Path]:
 
 def file_digest(path: Path) -> str:
     """The SHA-256 of a file's bytes. Raises InputError when the file cannot be read."""
-    try:
-        return digest(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    with open_file(path, "a file of the goldens") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tensor_digest(array: NDArray[Any]) -> str:
@@ -162,13 +163,13 @@ def is_bound(value: Any) -> bool:
 
 
 def _read(path: Path, remedy: str) -> dict[str, Any]:
+    if not exists(path):
+        raise InputError(f"{path}: no such file; {remedy}")
+    data = read_bytes(path, "a manifest")
     try:
-        data = path.read_bytes()
-        manifest = json.loads(data)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; {remedy}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not a readable JSON file: {error}") from None
+        manifest = strict_json(data)
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON: {one_line(error)}") from None
     if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
         raise InputError(f"{path}: 'format_version' is missing or unknown, but \"{FORMAT_VERSION}\" was expected")
     own = manifest.pop("digest", None)

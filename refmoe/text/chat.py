@@ -6,13 +6,15 @@ It also merges neighbouring messages of one role and collects system messages fr
 because a specification should not guess.
 """
 
-import json
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
 from refmoe.errors import InputError
+from refmoe.files.parsing import strict_json
+from refmoe.files.reading import read_text
+from refmoe.files.sentences import one_line
 from refmoe.text.tokenizer import Tokenizer
 
 BEGIN, END = "[INST]", "[/INST]"
@@ -162,36 +164,9 @@ def load_chat(path: str | PathLike[str]) -> list[dict[str, str]]:
     Raises InputError when the file cannot be read, is not JSON in UTF-8, or holds no such dialogue.
     """
     path = Path(path)
+    text = read_text(path, "a JSON file of messages")
     try:
-        content = path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path}: {reason}, but a JSON file of messages was expected") from None
-    try:
-        messages = json.loads(content.decode("utf-8-sig"), object_pairs_hook=object_without_repetition)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start} is not UTF-8, but a JSON file in UTF-8 was expected") from None
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{path}: not JSON at line {error.lineno}, column {error.colno} ({error.msg}), "
-            "but a list of messages was expected"
-        ) from None
-    except RepeatedKey as error:
-        raise InputError(f"{path}: an object has the key {error.args[0]!r} twice, but once was expected") from None
-    except (RecursionError, ValueError):  # nested thousands deep; a number of thousands of digits
-        raise InputError(f"{path}: JSON beyond the reader's limits, but a list of messages was expected") from None
+        messages = strict_json(text)
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON: {one_line(error)}; a list of messages was expected") from None
     return [message._asdict() for message in check_messages(messages, str(path))]
-
-
-class RepeatedKey(Exception):
-    """A JSON object names a key twice. Some readers take the first value, others the last."""
-
-
-def object_without_repetition(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object's pairs as a dictionary. Raises RepeatedKey."""
-    result: dict[str, object] = {}
-    for key, value in pairs:
-        if key in result:
-            raise RepeatedKey(key)
-        result[key] = value
-    return result

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from refmoe.errors import InputError, require
+from refmoe.files.reading import read_bytes
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 UNKNOWN_TEXT = " \N{DOUBLE QUESTION MARK} "
@@ -38,11 +39,7 @@ class Tokenizer:
         """
         sentencepiece = require("sentencepiece", "text", "the tokenizer")
         path = Path(path)
-        try:
-            content = path.read_bytes()
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-            reason = getattr(error, "strerror", None) or error
-            raise InputError(f"{path}: {reason}, but a SentencePiece file (tokenizer.model) was expected") from None
+        content = read_bytes(path, "a SentencePiece file (tokenizer.model)")
         if not content:  # sentencepiece 0.2.0 takes empty bytes for "no model given" and silently loads nothing
             raise InputError(f"{path}: the file is empty, but a SentencePiece model was expected")
         try:

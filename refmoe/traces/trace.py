@@ -23,8 +23,10 @@ from safetensors.numpy import save, save_file
 from refmoe import __version__
 from refmoe.errors import InputError
 from refmoe.files.atomic import replacing
-from refmoe.files.json_file import shown
-from refmoe.files.safetensors_file import StoredTensor, one_line, open_safetensors, quoted, strict_json
+from refmoe.files.parsing import strict_json
+from refmoe.files.reading import need_file, open_file, read_bytes
+from refmoe.files.safetensors_file import StoredTensor, open_safetensors
+from refmoe.files.sentences import one_line, quoted, shown
 
 FORMAT_VERSION = "1"
 OPS = ("prefill", "chunk", "decode")
@@ -32,6 +34,7 @@ SMALL_FILE = 4 << 20
 """The largest file, in bytes, that is held in memory as a whole."""
 LONGEST_TABLE = 40 << 20
 """The longest safetensors header of a trace, in bytes: some 400,000 tensors. In memory it takes ten times as much."""
+A_TRACE = "a trace in a safetensors file"
 LONGEST_NAME = 200
 """The longest name of a run, a case, a policy or a producer, in characters."""
 
@@ -114,8 +117,8 @@ class Trace:
     def _small(self) -> bytes | None:
         """The bytes of a small file, else None. To read it once is cheaper than to open it for every tap."""
         try:
-            return self.path.read_bytes() if self.path.stat().st_size <= SMALL_FILE else None
-        except OSError:
+            return read_bytes(self.path, A_TRACE) if need_file(self.path, A_TRACE) <= SMALL_FILE else None
+        except InputError:
             return None
 
     @cached_property
@@ -220,13 +223,8 @@ def read_trace(path: Path) -> Trace:
 
 def _refuse_a_long_table(path: Path) -> None:
     """Raises InputError for a header too long to read within the memory that verification promises."""
-    try:
-        if not path.is_file():
-            return
-        with path.open("rb") as file:
-            length, whole = int.from_bytes(file.read(8), "little"), path.stat().st_size
-    except OSError:
-        return  # the next attempt to open the file reports the error
+    with open_file(path, A_TRACE) as file:
+        length, whole = int.from_bytes(file.read(8), "little"), need_file(path, A_TRACE)
     if LONGEST_TABLE < length <= whole:
         raise InputError(
             f"{path}: the safetensors header has {length:,} bytes, but at most {LONGEST_TABLE:,} were expected of a "

@@ -11,8 +11,8 @@ import numpy as np
 
 from refmoe.arithmetic.formats import OF_DTYPE
 from refmoe.errors import InputError
-from refmoe.files.json_file import shown
-from refmoe.files.safetensors_file import DTYPES, quoted
+from refmoe.files.safetensors_file import DTYPES
+from refmoe.files.sentences import quoted, shown
 from refmoe.spec.config import Config
 from refmoe.spec.taps import step_of, tap_names
 from refmoe.traces.trace import Run, Trace

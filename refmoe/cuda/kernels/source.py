@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 from functools import cache
-from importlib.resources import files
 
 from refmoe.cuda.kernels.kernel import Kernel
 from refmoe.cuda.kernels.table import KERNELS
+from refmoe.files.reading import own_text
 
 OPTIONS = ("--std=c++17", "--fmad=false")
 """Our options. Without contraction, every device and the CPU runner compute the arithmetic as it is written."""
@@ -19,8 +19,7 @@ PRELUDE = "numbers.cu"
 @cache
 def text(file: str) -> str:
     """The text that is compiled for one file: the prelude, then the file, with the file's own line numbers."""
-    folder = files(__package__)
-    return "".join(f'#line 1 "{name}"\n{(folder / name).read_text()}\n' for name in (PRELUDE, file))
+    return "".join(f'#line 1 "{name}"\n{own_text("refmoe.cuda.kernels", name)}\n' for name in (PRELUDE, file))
 
 
 def kernels_in(file: str) -> tuple[Kernel, ...]:

@@ -8,7 +8,6 @@ ignores a window (`sliding_window`) in the configuration and attends to all toke
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +18,7 @@ from refmoe.engines.adapter import Arrays, Skipped
 from refmoe.engines.adapters.mlx_lm_watch import Watch
 from refmoe.engines.protocol import TAPS
 from refmoe.errors import require
+from refmoe.files.json_file import read_json
 from refmoe.traces.trace import Run
 
 UNSEEN = ("attention.scores", "attention.probs")
@@ -42,7 +42,7 @@ class Adapter:
 
     def load(self, checkpoint: Path, dtype: str) -> None:
         """Load the checkpoint and watch its modules. Raises Skipped for a head_dim that mlx-lm cannot read."""
-        config = json.loads((checkpoint / "config.json").read_text())
+        config = read_json(checkpoint / "config.json").values
         derived = config["hidden_size"] // config["num_attention_heads"]
         if config["head_dim"] != derived:
             raise Skipped(f"mlx-lm knows no head_dim but hidden_size / heads = {derived}; it is {config['head_dim']}")

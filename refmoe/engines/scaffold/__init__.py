@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from pathlib import Path
 
 from refmoe.errors import InputError
 from refmoe.files.atomic import replacing
+from refmoe.files.reading import own_text
 
 SCAFFOLDS = {"python": "harness.py", "c": "harness.c"}
 """Per language a file of this folder."""
@@ -21,7 +21,7 @@ def write_scaffold(language: str, path: Path) -> None:
     """
     if path.exists():
         raise InputError(f"{path}: is there already, but the name of a new file was expected")
-    text = files("refmoe.engines.scaffold").joinpath(SCAFFOLDS[language]).read_text(encoding="utf-8")
+    text = own_text("refmoe.engines.scaffold", SCAFFOLDS[language])
     text = "".join(line for line in text.splitlines(keepends=True) if LICENCE not in line)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from refmoe.errors import InputError
 from refmoe.files.atomic import replacing
-from refmoe.files.safetensors_file import quoted
+from refmoe.files.sentences import quoted
 
 TEMPLATE = """\
 # Written by `refmoe conform --write-ci`. It fails when a case fails that {known} does not list, and when one that

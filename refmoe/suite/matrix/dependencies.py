@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from refmoe.bugs.catalogue import MUTANTS
+from refmoe.files.reading import read_bytes, read_text
 from refmoe.profiles.load import policy
 from refmoe.suite import find_cases
 from refmoe.suite.matrix.outcomes import POLICIES
@@ -46,7 +47,8 @@ def digest(paths: Iterable[Path]) -> str:
     """SHA-256 over the names and the contents of files, in name order; of a Python file over its code alone."""
     total = hashlib.sha256()
     for path in sorted(paths):
-        content = code_of(path.read_text(encoding="utf-8")).encode() if path.suffix == ".py" else path.read_bytes()
+        content = read_bytes(path, "a source file")
+        content = code_of(content.decode()).encode() if path.suffix == ".py" else content
         total.update(path.name.encode() + b"\0" + content)
     return total.hexdigest()
 
@@ -96,7 +98,7 @@ def policies() -> str:
 
 def with_imports(path: Path) -> set[Path]:
     """A file of the catalogue, and those of the others that it imports from."""
-    names = re.findall(r"^from refmoe\.bugs\.catalogue\.(\w+) import", path.read_text(encoding="utf-8"), re.M)
+    names = re.findall(r"^from refmoe\.bugs\.catalogue\.(\w+) import", read_text(path, "a source file"), re.M)
     return {path}.union(*(with_imports(path.with_name(f"{name}.py")) for name in names))
 
 

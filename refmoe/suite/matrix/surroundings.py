@@ -18,6 +18,7 @@ from refmoe.bugs.mutant import LOSS, SAMPLER, TOKENIZER
 from refmoe.bugs.vector_checks import Sampler, Text, read_vectors, wrong
 from refmoe.checkpoints.synthetic import synthetic_checkpoint
 from refmoe.errors import InputError
+from refmoe.files.reading import read_bytes
 from refmoe.routers.literature.losses import load_balancing_loss
 from refmoe.spec.config import Config
 from refmoe.spec.model import Model
@@ -103,7 +104,7 @@ def read_vocabulary(content: Mapping[str, Any], path: Path) -> Tokenizer:
         )
     about = content["tokenizer"]
     file = Path(package.origin).parent / "data" / about["file"]
-    found = hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else "missing"
+    found = hashlib.sha256(read_bytes(file, "a file of vectors")).hexdigest() if file.exists() else "missing"
     if found != about["sha256"]:
         raise InputError(f"{file}: is {found}, but {about['sha256']} was expected, the vocabulary that {path} is over")
     return Tokenizer.load(file)
