@@ -3,11 +3,21 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
+import signal
 import sys
-from typing import NoReturn
+import threading
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 import click
+import numpy as np
 
 from refmoe import __version__
 from refmoe.cli.capture import capture_command
@@ -22,11 +32,20 @@ from refmoe.cli.policies import policies_command
 from refmoe.cli.router import router_command
 from refmoe.cli.scoreboard import scoreboard_command
 from refmoe.cli.sections import Sections
+from refmoe.cli.streams import safe_streams
 from refmoe.cli.suite import suite_command
 from refmoe.cli.verify import verify_command
 from refmoe.errors import InputError
+from refmoe.report.terminal import sentence
 
 UNUSABLE = 2
+INTERNAL = 70
+"""The exit status of a defect of refmoe itself; 70 is the convention of sysexits.h, as 74 is."""
+LOST = 74
+"""The exit status when standard output cannot be written."""
+SIGNALLED = 128
+"""The exit status of a signal is its number above this."""
+COMPLETION = "_REFMOE_COMPLETE"
 EPILOG = """\b
 Completion of names and options by the Tab key, for bash (zsh and fish likewise):
   eval "$(_REFMOE_COMPLETE=bash_source refmoe)"
@@ -46,7 +65,8 @@ def commands() -> None:
     refmoe verify trace.safetensors --case walking-skeleton
 
     Exit status: 0 well, or conformant. 1 not conformant, or a difference was found. 2 the input cannot be used.
-    3 no verdict can be given. With --json the answer is JSON in all cases; of status 2 it is {"error": SENTENCE}.
+    3 no verdict can be given. 70 a defect of refmoe; 74 standard output cannot be written; 128 + N signal N ended it.
+    With --json the answer is JSON in all cases; of status 2 and 70 it is {"error": SENTENCE}.
     """
 
 
@@ -60,32 +80,114 @@ commands.section("Routers", router_command)
 commands.section("The suite itself", suite_command, mutants_command)
 
 
+class Ended(BaseException):
+    """A signal asks this process to end. It passes through every `finally`, so that nothing is left behind."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.status = SIGNALLED + number
+
+
 def main() -> None:
     """Run the command line. After a user's mistake, print one sentence and exit with status 2."""
+    if COMPLETION in os.environ:
+        commands.main(prog_name="refmoe")  # answers the shell, and exits
+    with safe_streams() as out, ending_by_signal(), quiet_numbers():
+        status = run()
+        out.flush()
+        failure = out.lost.failure
+        if failure is not None and not out.lost.reader_gone:
+            status = LOST
+            click.echo(f"refmoe: standard output cannot be written: {failure.strerror}", err=True)
+    sys.exit(status)
+
+
+def run() -> int:
+    """Run the command that the arguments name. Returns the exit status, whatever happens."""
     try:
-        status = commands.main(standalone_mode=False)
+        with commands.make_context("refmoe", sys.argv[1:]) as context:
+            commands.invoke(context)
+        return 0
+    except click.exceptions.Exit as left:
+        return left.exit_code
     except InputError as error:
-        refuse(f"refmoe: {error}", str(error))
+        return refuse(str(error))
     except MemoryError as error:
-        sentence = f"out of memory: {error or 'no more could be had'}"
-        refuse(f"refmoe: {sentence}", sentence)
+        return refuse(f"out of memory: {error or 'no more could be had'}")
     except click.ClickException as error:
-        if wants_json():
-            click.echo(json.dumps({"error": error.format_message()}))
-        error.show()
-        sys.exit(error.exit_code)
-    except click.Abort:
-        click.echo("Aborted!", err=True)
-        sys.exit(1)
-    sys.exit(status if isinstance(status, int) else 0)
+        return refuse_options(error)
+    except (KeyboardInterrupt, click.Abort):
+        return SIGNALLED + signal.SIGINT
+    except Ended as ended:
+        return ended.status
+    except OSError as error:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            return defect(error)
+        place = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        return refuse(f"{place}{error.strerror}")
+    except BaseException as error:
+        return defect(error)
 
 
-def refuse(line: str, sentence: str) -> NoReturn:
+def refuse(message: str) -> int:
     """Say why the input cannot be used, on standard error, and with --json on standard output too."""
+    return say(message, UNUSABLE)
+
+
+def say(message: str, status: int) -> int:
+    """Say why a command ended, and return its exit status."""
+    said = sentence(message)
     if wants_json():
-        click.echo(json.dumps({"error": sentence}))
-    click.echo(line, err=True)
-    sys.exit(UNUSABLE)
+        click.echo(json.dumps({"error": said}))
+    click.echo(f"refmoe: {said}", err=True)
+    return status
+
+
+def refuse_options(error: click.ClickException) -> int:
+    """Say what is wrong with the options, below the usage of the command."""
+    if wants_json():
+        click.echo(json.dumps({"error": sentence(error.format_message())}))
+    text = io.StringIO()
+    error.show(text)
+    for line in text.getvalue().splitlines():
+        click.echo(sentence(line), err=True)
+    return UNUSABLE
+
+
+def defect(error: BaseException) -> int:
+    """Report a defect of refmoe: the traceback, then what to do."""
+    for line in "".join(traceback.format_exception(error)).splitlines():
+        click.echo(sentence(line), err=True)
+    name = type(error).__name__
+    return say(f"internal error ({name}), a defect of refmoe; please report it with the traceback above", INTERNAL)
+
+
+@contextmanager
+def ending_by_signal() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise `Ended`, unless they are ignored, as nohup has it. Only the main thread can."""
+    before = {}
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        raise Ended(number)
+
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def quiet_numbers() -> Iterator[None]:
+    """Let no warning of NumPy reach a user: infinities and NaN in results are reported by name where they matter."""
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield
 
 
 def wants_json() -> bool:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.filesize import decimal
 
 from refmoe.api.emitting import (
@@ -40,6 +39,7 @@ from refmoe.cli.options import (
 )
 from refmoe.cuda.place import Place
 from refmoe.errors import InputError
+from refmoe.report.terminal import error_console
 
 
 def scale_options(command: Command) -> Command:
@@ -134,7 +134,7 @@ def _emit(emission: Emission, only_estimate: bool, as_json: bool) -> None:
         facts = {"memory_bytes": needed.memory, "weight_bytes": needed.weights, "trace_bytes": needed.trace}
         click.echo(json.dumps(facts) if as_json else in_words(needed))
         return
-    console, on_cpu = Console(stderr=True), not emission.place.on_gpu
+    console, on_cpu = error_console(), not emission.place.on_gpu
     if on_cpu and console.is_terminal:
         console.print(f"emit: {in_words(estimate_emission(emission))}", highlight=False)
     needed = emit_trace(emission, progress_bar)

@@ -11,6 +11,7 @@ import click
 
 from refmoe.api.generating import BLAS, DTYPES, Generation, continuation
 from refmoe.cli.options import PATH, Input, Tokens, device_option, json_option, layout_option
+from refmoe.cli.streams import reader_gone
 from refmoe.cuda.place import Place
 
 BLAS_HELP = """The library for products on the CPU. mkl: Intel's, weights packed once (pip install 'refmoe[mkl]').
@@ -65,4 +66,6 @@ def generate_command(
         return
     for piece in new.pieces():
         click.echo(piece, nl=False)
+        if reader_gone():
+            break
     click.echo()

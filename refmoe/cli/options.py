@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from refmoe.api.arguments import LEAST_SIGNIFICANCE
 from refmoe.api.verifying import SIGNIFICANCE
 from refmoe.cuda.place import DEVICES, Place
 from refmoe.errors import InputError
+from refmoe.report.terminal import can_move, error_console
 from refmoe.spec.config import PRESETS
 from refmoe.suite.golden_folder import VARIABLE, golden_folder
 from refmoe.traces.script import Call
@@ -208,8 +208,11 @@ class Input:
 @contextmanager
 def progress_bar(what: str, total: int) -> Iterator[Callable[[], None]]:
     """Show a bar on standard error, if that is a terminal. Yields a function to call after each item."""
-    console = Console(stderr=True)
+    console = error_console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(
+        *columns, console=console, transient=True, disable=not can_move(console), redirect_stdout=False,
+        redirect_stderr=False,
+    ) as progress:  # fmt: skip
         task = progress.add_task(what, total=total)
         yield lambda: progress.advance(task)

@@ -10,6 +10,8 @@ from itertools import zip_longest
 from rich.console import Console
 from rich.text import Text
 
+from refmoe.report.terminal import SafeConsole
+
 GAP = 2
 LEAST, READABLE = 12, 32
 """A column is made no narrower than the first, and its text is readable from the second on."""
@@ -18,7 +20,7 @@ CUT = "…"
 
 def console() -> Console:
     """A console on standard output that breaks no line."""
-    return Console(highlight=False, soft_wrap=True)
+    return SafeConsole(soft_wrap=True)
 
 
 def print_table(

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -151,8 +149,6 @@ def show(report: Report, output: Output) -> None:
     else:
         from refmoe.report.verification import print_report
 
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")  # names may have letters that a locale lacks
         print_report(report.findings)
     if output.html is not None:
         report.html(output.html)
