@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,22 +13,25 @@ from typing import Any
 from refmoe.api.progress import Bars, silent
 from refmoe.engines.adapter import adapter_command, options_of
 from refmoe.engines.adapters import SHIPPED
-from refmoe.engines.conform import Judge, Suite
+from refmoe.engines.conform import Judge, Suite, Watch
 from refmoe.engines.conform import conform as run_suite
 from refmoe.engines.harness import Harness, HarnessUnusable
 from refmoe.engines.known import Failures, known_failures, read_known, sort_failures, write_known
+from refmoe.engines.observations import policies_used
 from refmoe.engines.protocol import DTYPES
 from refmoe.engines.results import SKIPPED, Outcome, Results, json_number, to_json, write_results
 from refmoe.engines.run_case import keep_folder
 from refmoe.engines.scaffold import SCAFFOLDS, usage, write_scaffold
 from refmoe.engines.scaffold.workflow import check_source, known_file, write_workflow
 from refmoe.engines.scoreboard import KINDS, Entrant, Scoreboard, result_files, scoreboard
+from refmoe.engines.signals import ended_by_signals
 from refmoe.errors import InputError
 from refmoe.files.parsing import strict_json
 from refmoe.files.writable import refuse_output
 from refmoe.profiles.load import policy as named_policy
 from refmoe.profiles.policy import Policy
-from refmoe.suite import find_cases, read_case
+from refmoe.suite import Case, find_cases, read_case
+from refmoe.suite.fresh import fresh_case
 from refmoe.suite.golden_folder import case_folder, golden_folder
 from refmoe.verifier.findings import CANNOT_JUDGE
 from refmoe.verifier.verify import SIGNIFICANCE
@@ -63,6 +66,8 @@ class Conformance:
     golden: Path | None = None
     keep: Path | None = None
     """A folder for the traces that come back."""
+    fresh: int | None = None
+    """A seed of other weights and tokens for the same cases; None: the cases as they are."""
 
     def check(self) -> None:
         """Raises InputError for fields that contradict each other, and a folder that cannot be made."""
@@ -83,13 +88,18 @@ class Conformance:
         wanted = {case_folder(name, golden) for name in self.cases} or {*folders}
         large = wanted - {*folders}
         return Suite(
-            cases=[read_case(folder) for folder in [*folders, *sorted(large)] if folder in wanted],
-            smoke=[read_case(folder) for folder in folders],
+            cases=[self._read(folder) for folder in [*folders, *sorted(large)] if folder in wanted],
+            smoke=[self._read(folder) for folder in folders],
             dtypes=[*dict.fromkeys(self.dtypes)],
             policies=policies_of(self.policies),
             judge=Judge(self.significance, self.diagnose),
             keep=self.keep,
+            fresh=self.fresh,
         )
+
+    def _read(self, folder: Path) -> Case:
+        case = read_case(folder)
+        return case if self.fresh is None else fresh_case(case, self.fresh)
 
     def arguments(self) -> list[str]:
         """The options of ``refmoe conform`` that a run on another machine needs too."""
@@ -99,6 +109,7 @@ class Conformance:
         words = ["--adapter", self.adapter] if self.adapter is not None else []
         for option, values in repeated.items():
             words += [word for value in values for word in (option, value)]
+        words += ["--fresh", str(self.fresh)] if self.fresh is not None else []
         return [*words, "--timeout", f"{self.timeout:g}"]
 
 
@@ -116,12 +127,18 @@ def policies_of(names: Names) -> dict[str, Policy]:
     return found
 
 
-def conform(asked: Conformance, bars: Bars = silent) -> tuple[Results, Logs]:
-    """Run an engine on the cases and judge each. Raises InputError when it cannot be run."""
+def conform(asked: Conformance, bars: Bars = silent, out: Path | None = None) -> tuple[Results, Logs]:
+    """Run an engine on the cases and judge each.
+
+    out: a file that is written after each outcome, with a note that the run has not ended. So nothing is lost where
+        the run is killed.
+    SIGTERM and SIGHUP end the engine and remove temporary files, and raise SystemExit. Raises InputError when the
+    engine cannot be run.
+    """
     asked.check()
     suite = asked.suite()
     logs: Logs = {}
-    with ExitStack() as stack:
+    with ended_by_signals(), ExitStack() as stack:
         variables: Mapping[str, str] = {}
         if asked.adapter is None:
             command, label = [*asked.harness], f"harness '{asked.harness[0]}'"
@@ -138,7 +155,12 @@ def conform(asked: Conformance, bars: Bars = silent) -> tuple[Results, Logs]:
             logs[outcome.case, outcome.dtype] = said
             advance()
 
-        return run_suite(harness, identity, suite, log), logs
+        def save(results: Results) -> None:
+            if out is not None:
+                with suppress(InputError):  # the disk may be full for now; at the end it is tried once more
+                    write_results(out, results)
+
+        return run_suite(harness, identity, suite, Watch(log, save)), logs
 
 
 # ---- known failures, and the verdict of the whole run
@@ -162,11 +184,18 @@ def run_facts(results: Results, failures: Failures) -> dict[str, Any]:
         return [{"case": each.case, "dtype": each.dtype} for each in outcomes]
 
     return {
+        "policies": policy_facts(results),
+        "fresh": results.fresh,
         "failing": places(failures.failing),
         "known": places(each for each, _ in failures.known),
         "unexpected_passes": places(each for each, _ in failures.passing),
         "results": strict_json(to_json(results)),
     }
+
+
+def policy_facts(results: Results) -> dict[str, Any]:
+    """Per dtype the policy by which it was judged, and whether that allows more than the dtype's own generic one."""
+    return {dtype: {"policy": used.name, "wider": used.wider} for dtype, used in policies_used(results).items()}
 
 
 # ---- files
@@ -215,6 +244,7 @@ def _engine(entrant: Entrant) -> dict[str, Any]:
     return {
         "engine": entrant.label, "name": results.engine.name, "version": results.engine.version,
         "options": {**results.engine.options}, "platform": {**results.platform},
+        "policies": policy_facts(results), "fresh": results.fresh, "notes": [*results.notes],
         "counts": {dtype: {kind: entrant.tally(dtype)[kind] for kind in KINDS.values()} for dtype in entrant.dtypes},
         "worst_errors": {
             dtype: {step: json_number(x) for step, x in entrant.worst_errors(dtype).items()}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -21,6 +20,7 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from refmoe.engines.adapters import SHIPPED
+from refmoe.engines.scratch import Scratch
 from refmoe.errors import InputError
 from refmoe.traces.trace import Run
 
@@ -145,9 +145,10 @@ def adapter_command(
     python: the interpreter, or None for this one.   Raises InputError for an option that is not ``key=value``.
     """
     options_of(options)
-    with tempfile.TemporaryDirectory(prefix="refmoe-path-") as folder:
+    with Scratch("path") as scratch:
+        folder = scratch.path
         # a folder with refmoe alone: packages beside it may be built for another Python
-        Path(folder, "refmoe").symlink_to(Path(__file__).resolve().parents[1], target_is_directory=True)
+        (folder / "refmoe").symlink_to(Path(__file__).resolve().parents[1], target_is_directory=True)
         interpreter = sys.executable if python is None else str(python)
-        path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
+        path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
         yield [interpreter, "-P", "-m", "refmoe.engines.serve", name, *options], {"PYTHONPATH": path}

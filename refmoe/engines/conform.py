@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import platform
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,17 +12,29 @@ from pathlib import Path
 from refmoe import __version__
 from refmoe.checkpoints.size import total_parameters
 from refmoe.engines.harness import Description, Harness, HarnessUnusable, Refused
+from refmoe.engines.observations import golden_bits_note, has_golden_bits, is_wider
 from refmoe.engines.process import BROKEN, CRASHED, HarnessError
 from refmoe.engines.protocol import TAPS
 from refmoe.engines.results import SKIPPED, Cause, Engine, Outcome, Results
-from refmoe.engines.run_case import kept_file, lacks, materialised, run_case
+from refmoe.engines.run_case import (
+    Labels,
+    Materialised,
+    Places,
+    kept_file,
+    lacks,
+    places,
+    run_case,
+    without_folders,
+)
+from refmoe.engines.scratch import Scratch
 from refmoe.errors import InputError
+from refmoe.files.sentences import one_line
 from refmoe.profiles.load import policy as named_policy
 from refmoe.profiles.policy import Policy
 from refmoe.spec.model import Parameters
 from refmoe.suite import Case
 from refmoe.traces.trace import Trace
-from refmoe.verifier.findings import FAIL, NOT_CONFORMANT, Report
+from refmoe.verifier.findings import CANNOT_JUDGE, FAIL, NOT_CONFORMANT, Report
 from refmoe.verifier.intake import take_in
 from refmoe.verifier.verify import SIGNIFICANCE, Settings, verify
 
@@ -43,19 +54,26 @@ class Judge:
     """Whether failures are explained."""
 
     def judge(self, case: Case, parameters: Parameters, dtype: str, trace: Trace, policy: Policy) -> Outcome:
-        """The outcome of a case at a dtype. A trace that cannot come from this model is a broken answer."""
+        """The outcome of a case at a dtype. A trace that cannot come from this model is a broken answer.
+
+        An explanation that fails leaves the verdict as it is.
+        """
         name, config, runs = f"case {case.name}", case.config, case.runs()
         outcome = Outcome(case=case.name, dtype=dtype, policy=policy.name, verdict=BROKEN, reason="")
         try:
             report = verify(trace, name, config, parameters, runs, policy, Settings(self.significance))
         except InputError as error:
             return replace(outcome, reason=_about_its_file(error, trace))
+        unexplained = ""
         if self.diagnosing and report.verdict == NOT_CONFORMANT:
-            report = self._diagnosed(report, case, parameters, trace, policy)
+            try:
+                report = self._diagnosed(report, case, parameters, trace, policy)
+            except Exception as error:  # of whatever kind: the values are a stranger's
+                unexplained = f"; refmoe could not explain it: {in_words(error)}"
         return replace(
             outcome,
             verdict=report.verdict,
-            reason=reason_of(report),
+            reason=reason_of(report) + unexplained,
             first_wrong=report.first_wrong,
             worst_errors=worst_errors(report),
             explanations=tuple(
@@ -114,38 +132,62 @@ class Suite:
     judge: Judge = field(default_factory=Judge)
     keep: Path | None = None
     """A folder for the traces that come back."""
+    fresh: int | None = None
+    """The seed by which the cases got other weights and tokens; None: they are the suite's own."""
+
+    def labels(self, case: Case, policy: Policy) -> Labels:
+        """The names in the header of a trace. Weights of another seed make it a trace of no golden case."""
+        return Labels(case.name if self.fresh is None else f"{case.name} fresh {self.fresh}", policy.name)
 
 
-def conform(harness: Harness, options: Mapping[str, str], suite: Suite, log: Log = lambda *_: None) -> Results:
+@dataclass(frozen=True)
+class Watch:
+    """The functions that are called while a run goes on."""
+
+    log: Log = lambda *_: None
+    """After each outcome."""
+    save: Callable[[Results], None] = lambda _: None
+    """After each outcome, with the results so far."""
+
+
+UNFINISHED = "the run has not come to its end: only the outcomes so far are here"
+"""The note of results that are written meanwhile."""
+
+
+def conform(harness: Harness, options: Mapping[str, str], suite: Suite, watch: Watch = Watch()) -> Results:
     """Run a suite on a harness that has been started, then end the harness.
 
-    options: further identification of the engine, such as the options of its adapter.   log: called after each outcome.
+    options: further identification of the engine, such as the options of its adapter.   watch: called meanwhile
+    Whatever the engine does in a case is an outcome of that case.
     Raises HarnessUnusable where the smoke test finds the harness itself broken, InputError where it lacks a dtype.
     """
     described = harness.description
     try:
         policies = chosen_policies(described, suite)
-        with tempfile.TemporaryDirectory(prefix="refmoe-conform-") as temporary:
-            folder = Path(temporary)
-            smoke = smoke_test(harness, suite.smoke, next(iter(policies)), folder)
-            outcomes = []
+        with places() as folders:
+            smoke = smoke_test(harness, suite.smoke, next(iter(policies)), folders)
+            results = Results(
+                engine=Engine(described.name, described.version, options),
+                platform={"system": platform.system(), "machine": platform.machine()},
+                refmoe=__version__,
+                significance=suite.judge.significance,
+                cases={case.name: case.digest for case in suite.cases},
+                smoke=smoke,
+                outcomes=(),
+                notes=(UNFINISHED,),
+                fresh=suite.fresh,
+                wider=tuple(dtype for dtype, policy in policies.items() if is_wider(policy, dtype)),
+            )
+            run = _Run(harness, suite, policies, folders)
             for case in suite.cases:
-                for outcome in _outcomes(harness, case, policies, suite, folder):
-                    outcomes.append(outcome)
-                    log(outcome, harness.log if outcome.failed else "")
+                for outcome in run.outcomes(case):
+                    results = replace(results, outcomes=(*results.outcomes, outcome))
+                    watch.save(results)
+                    watch.log(outcome, harness.log if outcome.failed else "")
         note = harness.stop()
     finally:
         harness.kill()
-    return Results(
-        engine=Engine(described.name, described.version, options),
-        platform={"system": platform.system(), "machine": platform.machine()},
-        refmoe=__version__,
-        significance=suite.judge.significance,
-        cases={case.name: case.digest for case in suite.cases},
-        smoke=smoke,
-        outcomes=tuple(outcomes),
-        notes=() if note is None else (note,),
-    )
+    return replace(results, notes=(*([] if note is None else [note]), *run.observations()))
 
 
 def chosen_policies(described: Description, suite: Suite) -> dict[str, Policy]:
@@ -162,36 +204,67 @@ def chosen_policies(described: Description, suite: Suite) -> dict[str, Policy]:
     }
 
 
-def _outcomes(
-    harness: Harness, case: Case, policies: Mapping[str, Policy], suite: Suite, folder: Path
-) -> Iterator[Outcome]:
-    """The outcomes of one case, dtype by dtype."""
-    kept = {dtype: None if suite.keep is None else kept_file(suite.keep, case.name, dtype) for dtype in policies}
-    skipped = {
-        dtype: Outcome(case=case.name, dtype=dtype, policy=policy.name, verdict=SKIPPED, reason="")
-        for dtype, policy in policies.items()
-    }
-    lacking = lacks(case.runs(), harness.description.abilities)
-    if lacking is not None:
-        yield from (replace(each, reason=lacking) for each in skipped.values())
-        return
-    parameters = case.checkpoint().parameters
-    with materialised(case, parameters, folder, harness.description.layout) as checkpoint:
-        for dtype, policy in policies.items():
-            try:
-                with run_case(harness, case, checkpoint, dtype, policy.name, kept[dtype]) as trace:
-                    outcome = suite.judge.judge(case, parameters, dtype, trace, policy)
-            except Refused as refused:
-                outcome = replace(skipped[dtype], reason=refused.reason, issue=refused.issue)
-            except HarnessError as error:
-                outcome = replace(skipped[dtype], verdict=error.kind, reason=error.reason)
-            yield outcome
+@dataclass(frozen=True)
+class _Run:
+    """A run of a suite: its settings, and per dtype whether the values of each case were the golden's."""
+
+    harness: Harness
+    suite: Suite
+    policies: Mapping[str, Policy]
+    folders: Places
+    same_bits: dict[str, list[bool]] = field(default_factory=dict)
+
+    def outcomes(self, case: Case) -> Iterator[Outcome]:
+        """The outcomes of one case, dtype by dtype."""
+        keep = self.suite.keep
+        kept = {dtype: None if keep is None else kept_file(keep, case.name, dtype) for dtype in self.policies}
+        skipped = {
+            dtype: Outcome(case=case.name, dtype=dtype, policy=policy.name, verdict=SKIPPED, reason="")
+            for dtype, policy in self.policies.items()
+        }
+        lacking = lacks(case.runs(), self.harness.description.abilities)
+        if lacking is not None:
+            yield from (replace(each, reason=lacking) for each in skipped.values())
+            return
+        with Materialised(case, self.folders.engine, self.harness.description.layout) as model:
+            for dtype, outcome in skipped.items():
+                yield self._outcome(model, outcome, kept[dtype])
+
+    def _outcome(self, model: Materialised, skipped: Outcome, kept: Path | None) -> Outcome:
+        """The outcome of a case at a dtype. Raises no Exception, whatever the engine has done."""
+        dtype, policy = skipped.dtype, self.policies[skipped.dtype]
+        labels = self.suite.labels(model.case, policy)
+        try:
+            with run_case(self.harness, model, dtype, labels, self.folders.own, kept) as received:
+                outcome = self.suite.judge.judge(model.case, model.parameters, dtype, received.trace, policy)
+                if self.suite.fresh is None:
+                    self.same_bits.setdefault(dtype, []).append(has_golden_bits(received.trace, model.case))
+            return replace(outcome, reason=outcome.reason + received.unkept)
+        except Refused as refused:
+            return replace(skipped, reason=refused.reason, issue=refused.issue)
+        except HarnessError as error:
+            return replace(skipped, verdict=error.kind, reason=error.reason)
+        except Exception as error:  # of whatever kind: no verdict about one case ends the run
+            return replace(skipped, verdict=CANNOT_JUDGE, reason=f"refmoe could not judge it: {in_words(error)}")
+
+    def observations(self) -> list[str]:
+        """A sentence for each dtype in which the engine has the bits of the goldens."""
+        return [golden_bits_note(dtype, sum(same), len(same)) for dtype, same in self.same_bits.items() if any(same)]
+
+
+def in_words(error: Exception) -> str:
+    """An error in words that another run gives again: without the names of temporary folders."""
+    if isinstance(error, InputError):
+        return without_folders(one_line(error), {})
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return without_folders(f"{type(error).__name__}: {one_line(error)}", {})
 
 
 # ---- the smoke test
 
 
-def smoke_test(harness: Harness, cases: Sequence[Case], dtype: str, folder: Path) -> str:
+def smoke_test(harness: Harness, cases: Sequence[Case], dtype: str, folders: Places) -> str:
     """Find faults of the harness itself, before anything is said about its engine.
 
     The smallest case is run twice. Both files must have every promised tap, in shapes that fit the model, and the same
@@ -205,8 +278,8 @@ def smoke_test(harness: Harness, cases: Sequence[Case], dtype: str, folder: Path
     for case in sorted(able, key=work)[:TRIED]:
         what = f"case {case.name} in {dtype}"
         try:
-            with materialised(case, case.checkpoint().parameters, folder, harness.description.layout) as checkpoint:
-                if _form(harness, case, checkpoint, dtype) != _form(harness, case, checkpoint, dtype):
+            with Materialised(case, folders.engine, harness.description.layout) as model:
+                if _form(harness, model, dtype, folders.own) != _form(harness, model, dtype, folders.own):
                     raise HarnessUnusable(f"the harness is broken: {what}, run twice, gave other dtypes", harness.log)
             return f"{what}, twice"
         except Refused as refused:
@@ -215,12 +288,18 @@ def smoke_test(harness: Harness, cases: Sequence[Case], dtype: str, folder: Path
             if error.kind != CRASHED:
                 raise HarnessUnusable(f"the harness is broken: {what}: {error.reason}", harness.log) from None
             said = f"nothing: {what} crashed: {error.reason}"
+        except HarnessUnusable:
+            raise
+        except Exception as error:  # of whatever kind: the suite finds out the rest
+            said = f"nothing: refmoe could not look at {what}: {in_words(error)}"
     return said
 
 
-def _form(harness: Harness, case: Case, checkpoint: Path, dtype: str) -> dict[str, str]:
+def _form(harness: Harness, model: Materialised, dtype: str, own: Scratch) -> dict[str, str]:
     """Run a case; the dtype of each key of its file. Raises HarnessUnusable where a shape does not fit the model."""
-    with run_case(harness, case, checkpoint, dtype, dtype) as trace:
+    case = model.case
+    with run_case(harness, model, dtype, Labels(case.name, dtype), own) as received:
+        trace = received.trace
         try:
             take_in(trace, case.config, case.runs())
         except InputError as error:

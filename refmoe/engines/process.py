@@ -2,7 +2,8 @@
 """A harness as a process: started, asked one request at a time within a time limit, and killed with all it started.
 
 No call here waits longer than its limit, whatever the process does. It may hang, flood its pipes, die in the middle of
-a line, or leave a child behind that holds the pipes.
+a line, or leave a child behind that holds the pipes. A guard between the two (`guard`) ends with it all that it
+started, also when refmoe itself is killed.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ import os
 import selectors
 import signal
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
 from refmoe.engines.protocol import Message, MessageError, encode, parse
 from refmoe.errors import InputError
-from refmoe.files.safetensors_file import one_line
+from refmoe.files.sentences import one_line
 
 CRASHED, TIMED_OUT, BROKEN = "crashed", "timed out", "broken answer"
 """The kinds of failure of a harness."""
@@ -31,6 +34,8 @@ GRACE = 5.0
 """Seconds that a process may take to end after it was asked to stop."""
 PIECE = 1 << 16
 """Bytes that are read from a pipe at once."""
+GUARD = Path(__file__).with_name("guard.py")
+"""The program of the guard."""
 LOOK = 0.05
 """Seconds between two checks that the process still lives. Open pipes prove nothing: a child may hold them."""
 
@@ -53,14 +58,21 @@ class Process:
 
         environment: variables besides those of this process.
         """
+        life, self._life = os.pipe()
+        told, report = os.pipe()
+        guarded = [sys.executable, "-I", "-S", str(GUARD), str(life), str(report), *command]
         try:
             self._process: subprocess.Popen[bytes] = subprocess.Popen(
-                command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                env={**os.environ, **(environment or {})}, start_new_session=True,
+                guarded, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                env={**os.environ, **(environment or {})}, start_new_session=True, pass_fds=(life, report),
             )  # fmt: skip
         except (OSError, ValueError) as error:
-            why = error.strerror if isinstance(error, OSError) else one_line(error)
-            raise InputError(f"harness '{command[0]}' cannot be started: {why}") from None
+            os.close(self._life)
+            os.close(told)
+            raise _not_started(command, error) from None
+        finally:
+            os.close(life)
+            os.close(report)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         assert self._process.stderr is not None
@@ -69,6 +81,13 @@ class Process:
             os.set_blocking(pipe.fileno(), False)
         self._received = b""
         self._errors = b""
+        try:
+            number = os.read(told, PIECE)  # ends when the program has been started, or cannot be
+        finally:
+            os.close(told)
+        if number:
+            self.kill()
+            raise _not_started(command, OSError(int(number), os.strerror(int(number))))
 
     def ask(self, request: Mapping[str, Any], limit: float) -> Message:
         """The answer to a request, a JSON object.   limit: seconds.   Raises HarnessError."""
@@ -112,10 +131,13 @@ class Process:
         return None if answer == {"ok": True} else 'its answer to stop is not {"ok": true}'
 
     def kill(self) -> None:
-        """End the process and its process group at once."""
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        """End the process and all that it has started, at once."""
+        if self._life >= 0:
+            life, self._life = self._life, -1
+            os.close(life)
+        if self._wait(2 * GRACE) is None:  # the guard itself has been stopped; the process ends with it
+            self._process.kill()
+            self._process.wait()
         self._read()  # its last words
         for pipe in (self._in, self._out, self._err):
             with suppress(OSError):
@@ -150,7 +172,7 @@ class Process:
 
     def _ended(self, command: str) -> HarnessError:
         """The error for a process whose output has ended."""
-        status = self._wait(1.0)
+        status = self._wait(GRACE / 2)
         self._read()
         if status is None:
             return HarnessError(BROKEN, f"it closed its output instead of an answer to {command}")
@@ -202,6 +224,11 @@ def ending(status: int) -> str:
         return f"was ended by {signal.Signals(-status).name}"
     except ValueError:
         return f"was ended by signal {-status}"
+
+
+def _not_started(command: Sequence[str], error: OSError | ValueError) -> InputError:
+    why = error.strerror if isinstance(error, OSError) else one_line(error)
+    return InputError(f"harness '{command[0]}' cannot be started: {why}")
 
 
 def _start(data: bytes) -> str:

@@ -94,6 +94,10 @@ class Results:
     """In order of cases, then dtypes."""
     notes: tuple[str, ...] = ()
     """Observations that are no outcome, such as a harness that does not stop."""
+    fresh: int | None = None
+    """The seed of other weights and tokens for the same cases; None: the cases as they are."""
+    wider: tuple[str, ...] = ()
+    """The dtypes that were judged by a policy which allows more than the generic policy of the dtype."""
 
     @property
     def counts(self) -> Counter[str]:
@@ -105,6 +109,8 @@ class Results:
 
 FORMAT_VERSION = "1"
 FIELDS = ("format_version", "engine", "platform", "refmoe", "significance", "cases", "smoke", "notes", "outcomes")
+OPTIONAL = ("fresh", "wider")
+"""Fields that are left out where they say nothing."""
 OUTCOME_FIELDS = (
     "case", "dtype", "policy", "verdict", "reason", "issue", "first_wrong", "worst_errors", "explanations",
 )  # fmt: skip
@@ -132,6 +138,10 @@ def to_json(results: Results) -> str:
         "smoke": results.smoke,
         "notes": [*results.notes],
     }
+    if results.fresh is not None:
+        values["fresh"] = results.fresh
+    if results.wider:
+        values["wider"] = [*results.wider]
     lines = [f'"{name}": {json.dumps(value)}' for name, value in values.items()]
     outcomes = ",\n  ".join(json.dumps(_plain(each), allow_nan=False) for each in results.outcomes)
     return "{\n " + ",\n ".join([*lines, f'"outcomes": [\n  {outcomes}\n ]']) + "\n}\n"
@@ -160,7 +170,7 @@ def read_results(path: Path) -> Results:
     file = read_json(path)
     if file.values.get("format_version") != FORMAT_VERSION:
         raise file.refuse("format_version", file.values.get("format_version"), f'"{FORMAT_VERSION}" was expected')
-    _only(file, FIELDS)
+    _only(file, FIELDS, OPTIONAL)
     engine = file.within("engine")
     _only(engine, ("name", "version", "options"))
     significance = file.number("significance")
@@ -178,7 +188,23 @@ def read_results(path: Path) -> Results:
         smoke=_text(file, "smoke"),
         outcomes=outcomes,
         notes=_list(file, "notes"),
+        fresh=_seed(file),
+        wider=_wider(file),
     )
+
+
+def _seed(file: JsonFile) -> int | None:
+    found = file.values.get("fresh")
+    if found is not None and (isinstance(found, bool) or not isinstance(found, int) or found < 0):
+        raise file.refuse("fresh", found, "an integer from 0 was expected")
+    return found
+
+
+def _wider(file: JsonFile) -> tuple[str, ...]:
+    found = _list(file, "wider") if "wider" in file.values else ()
+    if not {*found} <= {*DTYPES}:
+        raise file.refuse("wider", [*found], f"a list of some of {', '.join(DTYPES)} was expected")
+    return found
 
 
 def _outcome(file: JsonFile) -> Outcome:
@@ -228,11 +254,11 @@ def _cause(file: JsonFile) -> Cause:
     return Cause(name=name, kind=kind, about=about, fix=fix, sources=_list(file, "sources"))
 
 
-def _only(file: JsonFile, known: tuple[str, ...]) -> None:
-    """Raises InputError unless the object has exactly these fields."""
+def _only(file: JsonFile, known: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
+    """Raises InputError unless the object has exactly these fields, with or without the optional ones."""
     for name in file.values:
-        if name not in known:
-            raise file.refuse(name, file.values[name], f"no field but {', '.join(known)} was expected")
+        if name not in (*known, *optional):
+            raise file.refuse(name, file.values[name], f"no field but {', '.join((*known, *optional))} was expected")
     for name in known:
         if name not in file.values:
             file.need(name)

@@ -1,28 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """One case at one dtype on a harness: its abilities, its checkpoint, the file that comes back, the copy that is kept.
 
-The file comes from a program that may be wrong, and that still runs while refmoe reads it.
+The file comes from a program that may be wrong, and that still runs while refmoe reads it. The program may also change
+or remove every folder that it has heard of. So its checkpoint is looked at before each use, and written again where it
+has changed; and refmoe's copies lie in a folder that no request names.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from refmoe.checkpoints.write import write_checkpoint
 from refmoe.engines.harness import Harness
 from refmoe.engines.process import BROKEN, HarnessError
+from refmoe.engines.scratch import Scratch
 from refmoe.errors import InputError
+from refmoe.files.atomic import replacing
 from refmoe.files.safetensors_file import open_safetensors
 from refmoe.files.sentences import quoted
 from refmoe.spec.config import Config
-from refmoe.spec.model import Parameters
 from refmoe.spec.taps import step_of, tap_names
 from refmoe.suite import Case
 from refmoe.traces.trace import Header, Run, Trace, write_trace
@@ -46,54 +52,123 @@ def needs(runs: Sequence[Run]) -> set[str]:
     return found | ({"sequences"} if len({run.sequence for run in runs}) > 1 else set())
 
 
+@dataclass(frozen=True)
+class Places:
+    """The temporary folders of a run."""
+
+    engine: Scratch
+    """For files that the engine is told of: checkpoints and its answers."""
+    own: Scratch
+    """For copies of its answers."""
+
+
 @contextmanager
-def materialised(case: Case, parameters: Parameters, folder: Path, layout: str) -> Iterator[Path]:
-    """While the context lasts, the checkpoint of a case is in a folder of its name. Yields that folder."""
-    with tempfile.TemporaryDirectory(prefix="case-", dir=folder) as temporary:
-        checkpoint = Path(temporary, case.name)
+def places() -> Iterator[Places]:
+    """Temporary folders for a run. Raises InputError where none can be made."""
+    with Scratch("conform") as engine, Scratch("copies") as own:
+        yield Places(engine, own)
+
+
+class Materialised:
+    """The checkpoint of a case in a folder of its name. Use it as a context manager."""
+
+    def __init__(self, case: Case, scratch: Scratch, layout: str) -> None:
+        self.case, self.parameters, self._scratch, self._layout = case, case.checkpoint().parameters, scratch, layout
+        self._stack = ExitStack()
+        self._path: Path | None = None
+        self._state: object = None
+
+    def __enter__(self) -> Materialised:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def folder(self, purpose: str) -> AbstractContextManager[Path]:
+        """A new folder among those that the engine is told of."""
+        return self._scratch.folder(purpose)
+
+    def path(self) -> Path:
+        """The folder. It is written at the first call, and again where it is not as it was written.
+
+        Raises InputError or OSError where it cannot be written.
+        """
+        if self._path is not None and _state(self._path) == self._state:
+            return self._path
+        self._stack.close()
+        checkpoint = self._stack.enter_context(self._scratch.folder("case")) / self.case.name
+        config, parameters = self.case.config, self.parameters
         try:
-            write_checkpoint(checkpoint, case.config, parameters, "bfloat16", layout)
+            write_checkpoint(checkpoint, config, parameters, "bfloat16", self._layout)
         except InputError:  # a value that bfloat16 cannot hold
-            write_checkpoint(checkpoint, case.config, parameters, "float32", layout)
-        yield checkpoint
+            write_checkpoint(checkpoint, config, parameters, "float32", self._layout)
+        self._path, self._state = checkpoint, _state(checkpoint)
+        return checkpoint
+
+
+def _state(folder: Path) -> object:
+    """A value that changes when somebody writes to a file of a folder, or removes one. It does not read the files."""
+    try:
+        found = [(path.name, os.lstat(path)) for path in sorted(folder.iterdir())]
+    except OSError:
+        return None
+    return [(name, each.st_ino, each.st_size, each.st_mode, each.st_ctime_ns) for name, each in found]
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Names in the header of a trace."""
+
+    case: str
+    policy: str
+
+
+@dataclass(frozen=True)
+class Received:
+    """The answer of a harness."""
+
+    trace: Trace
+    unkept: str
+    """A clause about a copy that could not be kept, or nothing."""
 
 
 @contextmanager
 def run_case(
-    harness: Harness, case: Case, checkpoint: Path, dtype: str, policy: str, kept: Path | None = None
-) -> Iterator[Trace]:
+    harness: Harness, model: Materialised, dtype: str, labels: Labels, own: Scratch, kept: Path | None = None
+) -> Iterator[Received]:
     """Load the checkpoint and run the case. Yields the harness's file as a trace, which is there for this context.
 
-    policy: a name for the trace's header.   kept: a path for a copy of the file, even of a broken one.
-    Raises Refused. Raises HarnessError when a request fails or the file does not fit the request.
+    labels: for the trace's header.   own: where the copy of the harness's file is kept meanwhile
+    kept: a path for a copy of the file, even of a broken one.
+    Raises Refused. Raises HarnessError when a request fails or the file does not fit the request. Raises OSError when
+    refmoe has no room for the checkpoint or the copy.
     """
-    described, runs = harness.description, case.runs()
+    described, case = harness.description, model.case
+    runs, checkpoint = case.runs(), model.path()
     # a new folder for each file: a process of an earlier run may still write to its own
-    with tempfile.TemporaryDirectory(prefix="run-", dir=checkpoint.parent) as temporary:
-        out, copy = Path(temporary, "out.safetensors"), Path(temporary, "kept.safetensors")
+    with model.folder("run") as temporary, own.folder("copy") as private:
+        out, copy = temporary / "out.safetensors", private / "kept.safetensors"
         producer = {"name": described.name, "version": described.version}
-        header = Header(runs=runs, case=case.name, policy=policy, producer=producer)
+        header = Header(runs=runs, case=labels.case, policy=labels.policy, producer=producer)
         try:
             harness.load(checkpoint, dtype)
             harness.run(runs, described.taps, out)
             trace = received(out, copy, header, case.config, described.taps)
         except InputError as error:
-            if kept is not None:
-                keep_file(copy, kept)
-            raise HarnessError(BROKEN, _without_folders(str(error), out, copy, checkpoint)) from None
+            reason = without_folders(str(error), {copy: "its file", out: "its file", checkpoint: checkpoint.name})
+            raise HarnessError(BROKEN, reason + _keep(keep_file, copy, kept)) from None
         except HarnessError as error:
-            error.reason = _without_folders(error.reason, out, copy, checkpoint)
+            error.reason = without_folders(error.reason, {out: "its file", checkpoint: checkpoint.name})
             raise
-        if kept is not None:
-            keep_trace(trace, kept)
-        yield trace
+        yield Received(trace, _keep(keep_trace, trace, kept))
 
 
-def _without_folders(reason: str, out: Path, copy: Path, checkpoint: Path) -> str:
-    """A reason without the names of temporary folders, which change from run to run."""
-    for path, name in ((copy, "its file"), (out, "its file"), (out.parent, "its folder")):
+def without_folders(reason: str, names: Mapping[Path, str]) -> str:
+    """A reason without the names of temporary folders, which change from run to run.   names: of some paths in them"""
+    for path, name in names.items():
         reason = reason.replace(str(path), name)
-    return reason.replace(str(checkpoint), checkpoint.name)
+    folder = re.escape(f"{tempfile.gettempdir()}/")
+    return re.sub(rf"{folder}refmoe-(?:conform|copies|path)-[^\s'\"]*", "its folder", reason)
 
 
 # ---- the file that the harness wrote
@@ -129,7 +204,7 @@ def elements_per_key(runs: Sequence[Run], config: Config, taps: Collection[str])
 
 
 def _copy(out: Path, copy: Path, largest: int) -> None:
-    """Copy an ordinary file of at most `largest` bytes. Raises InputError."""
+    """Copy an ordinary file of at most `largest` bytes. Raises InputError; OSError where there is no room."""
     try:
         # a link is not followed, and a pipe does not block
         opened = os.open(out, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -140,13 +215,14 @@ def _copy(out: Path, copy: Path, largest: int) -> None:
             if status.st_size > largest:
                 raise InputError(f"its file has {status.st_size} bytes, but at most {largest} were expected")
             with os.fdopen(os.dup(opened), "rb") as source:
-                copy.write_bytes(source.read(status.st_size))
+                content = source.read(status.st_size)
         finally:
             os.close(opened)
     except FileNotFoundError:
         raise InputError("it wrote no file at 'out'") from None
     except OSError as error:
         raise InputError(f"its file cannot be read: {error.strerror}") from None
+    copy.write_bytes(content)
 
 
 # ---- the copy that is kept (``--keep``)
@@ -169,14 +245,24 @@ def keep_folder(path: Path) -> None:
 def kept_file(folder: Path, case: str, dtype: str) -> Path:
     """The file in which a case at a dtype is kept. Deletes the file of an earlier run, which would pass for a new one.
 
-    Raises InputError when that file cannot be deleted.
+    Where it cannot be deleted, a new file cannot be renamed over it either, and the outcome says so.
     """
     path = folder / f"{case}-{dtype}.safetensors"
-    try:
+    with suppress(OSError):
         path.unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be removed: {error.strerror}") from None
     return path
+
+
+def _keep(keep: Callable[[Any, Path], None], given: object, path: Path | None) -> str:
+    """Keep an answer, if there is a path for it.   returns: a clause that says why that failed, or nothing"""
+    if path is None:
+        return ""
+    try:
+        keep(given, path)
+    except (InputError, OSError) as error:
+        why = str(error).removeprefix(f"{path}: ") if isinstance(error, InputError) else error.strerror
+        return f"; its trace could not be kept: {why}"
+    return ""
 
 
 def keep_trace(trace: Trace, path: Path) -> None:
@@ -192,10 +278,8 @@ def keep_trace(trace: Trace, path: Path) -> None:
 
 
 def keep_file(file: Path, path: Path) -> None:
-    """Copy a harness's file, if there is one. Raises InputError when the copy cannot be written."""
+    """Copy a harness's file, if there is one, whole or not at all. Raises InputError when that fails."""
     if not file.exists():
         return
-    try:
-        shutil.copyfile(file, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+    with replacing(path) as temporary:
+        shutil.copyfile(file, temporary)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from refmoe.engines.observations import Used, policies_used
 from refmoe.engines.process import BROKEN, CRASHED, TIMED_OUT
 from refmoe.engines.protocol import DTYPES, TAPS
 from refmoe.engines.results import SKIPPED, Cause, Outcome, Results, read_results
@@ -39,6 +40,11 @@ class Entrant:
         """The dtypes that were run, the widest first."""
         run = {each.dtype for each in self.results.outcomes}
         return tuple(dtype for dtype in DTYPES if dtype in run)
+
+    @property
+    def policies(self) -> dict[str, Used]:
+        """Per dtype the policy by which it was judged."""
+        return policies_used(self.results)
 
     def outcome(self, case: str, dtype: str) -> Outcome | None:
         """The outcome of a case at a dtype, or None."""
@@ -119,7 +125,7 @@ def _likeness(outcome: Outcome) -> tuple[str, str]:
     """A key that outcomes of one group share. The layer and the numbers in a reason are not part of it."""
     if outcome.first_wrong is not None:
         return step_of(outcome.first_wrong[1]), outcome.explanations[0].name if outcome.explanations else ""
-    if KINDS[outcome.verdict] == UNDECIDABLE:
+    if KINDS[outcome.verdict] == UNDECIDABLE and outcome.worst_errors:
         return "", ""
     return outcome.verdict, outcome.reason
 
@@ -176,6 +182,7 @@ def scoreboard(paths: Sequence[Path]) -> Scoreboard:
 def _short(results: Results) -> str:
     engine = results.engine
     options = [f"{key}={value}" for key, value in engine.options.items() if key != "command"]
+    options += [] if results.fresh is None else [f"fresh={results.fresh}"]
     return " ".join([engine.name, engine.version, *options])
 
 

@@ -24,7 +24,7 @@ from refmoe.verifier.findings import CONFORMANT
 MARKS = {
     CONFORMANT: ("good", "✓", "conformant"),
     DEVIATES: ("bad", "✕", "deviates from what its policy allows"),
-    UNDECIDABLE: ("unsure", "?", "undecidable: too few values have a bound under the policy"),
+    UNDECIDABLE: ("unsure", "?", "undecidable: too few values have a bound, or refmoe could not judge it"),
     UNSUPPORTED: ("absent", "-", "not supported, by the engine's own word"),
     FAILED: ("bad", "!", "crashed, timed out, or gave a broken answer"),
     NOT_RUN: ("absent", "·", "not run"),

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from refmoe.engines.known import Failures
+from refmoe.engines.observations import policies_used
 from refmoe.engines.process import BROKEN, CRASHED, TIMED_OUT
 from refmoe.engines.results import SKIPPED, Outcome, Results
 from refmoe.engines.scoreboard import (
@@ -49,6 +50,10 @@ def print_results(results: Results, failures: Failures, logs: Mapping[tuple[str,
     options = " ".join(f"{key}={value}" for key, value in engine.options.items())
     print_text(console, visible(f"{engine.name} {engine.version}  {options}".strip()), "bold")
     print_text(console, visible(f"smoke test: {results.smoke}"))
+    used = ", ".join(f"{dtype} by {policy}" for dtype, policy in policies_used(results).items())
+    print_text(console, visible(f"policies: {used}"))
+    if results.fresh is not None:
+        print_text(console, f"fresh cases: other weights and tokens, by seed {results.fresh}")
     console.print()
     console.print(_case_table(results))
     console.print()
@@ -159,7 +164,7 @@ def print_scoreboard(board: Scoreboard) -> None:
     console.print()
     print_text(console, "largest error of each step, in units of the allowed error: above 1 is impossible", "bold")
     console.print(_errors(board))
-    for note in board.notes:
+    for note in (*board.notes, *(f"{each.label}: {said}" for each in board.entrants for said in each.results.notes)):
         print_text(console, f"note: {visible(note)}")
 
 
@@ -172,13 +177,14 @@ def _counts(board: Scoreboard, *, labels: bool) -> Table:
     """The counts of each engine at each dtype.   labels: whether the table has room for the names of the engines"""
     table = Table(box=None, pad_edge=False)
     kinds = list(dict.fromkeys(KINDS.values()))
-    for heading in ("", *["engine"] * labels, "dtype", *kinds):
+    for heading in ("", *["engine"] * labels, "dtype", "policy", *kinds):
         table.add_column(heading, justify="right" if heading in kinds else "left")
     for name, entrant in zip(_names(board), board.entrants, strict=True):
         for dtype in entrant.dtypes:
             tally = entrant.tally(dtype)
             label = [Text(visible(entrant.label))] * labels
-            table.add_row(name, *label, dtype, *(str(tally[kind]) for kind in kinds))
+            policy = Text(visible(str(entrant.policies[dtype])))
+            table.add_row(name, *label, dtype, policy, *(str(tally[kind]) for kind in kinds))
     return table
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from refmoe.engines.conform import Judge, Suite, conform
+from refmoe.engines.conform import Judge, Suite, Watch, conform
 from refmoe.engines.harness import Harness
 from refmoe.engines.results import Outcome, Results
 from refmoe.suite import Case, read_case
@@ -54,4 +54,4 @@ def ran(
         dtypes=dtypes,
         judge=Judge(diagnosing=diagnosing),
     )
-    return conform(Harness(command, limit), {"command": "test"}, suite, log), logs
+    return conform(Harness(command, limit), {"command": "test"}, suite, Watch(log)), logs

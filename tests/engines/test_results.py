@@ -163,7 +163,7 @@ GOOD = 'format_version = "1"\n[[known]]\nengine = "e"\ncase = "c"\ndtype = "floa
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("known = ", "not a readable TOML file"),
+        ("known = ", "not valid TOML"),
         ("", "'format_version' is null"),
         ('format_version = "2"', "'format_version' is \"2\""),
         ('format_version = "1"\nknown = 3', "'known' is 3"),

@@ -45,7 +45,7 @@ def printed(capsys: pytest.CaptureFixture[str], *outcomes: Outcome, logs: dict[s
     said = {(each.case, each.dtype): (logs or {}).get(each.case, "") for each in outcomes}
     print_results(results, sort_failures(results, []), said)
     # what comes after the table and its empty line
-    return capsys.readouterr().out.splitlines()[4 + len({each.case for each in outcomes}) :]
+    return capsys.readouterr().out.splitlines()[5 + len({each.case for each in outcomes}) :]
 
 
 def test_one_failure_is_said_with_its_fix(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The signals that end a run, as exceptions: so harnesses end, and temporary folders are removed."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""A request to end, and the end of the terminal. SIGINT is an exception already."""
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """While the context lasts, these signals raise SystemExit with the conventional status, 128 + number.
+
+    A second one changes nothing, so that it cannot interrupt the cleaning up. A signal that is ignored, or that the
+    program handles itself, is left alone. So are all in another thread than the main one, which gets no signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ours = [each for each in ENDING if signal.getsignal(each) is signal.SIG_DFL]
+
+    def end(number: int, _frame: FrameType | None) -> NoReturn:
+        for each in ours:
+            signal.signal(each, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    for each in ours:
+        signal.signal(each, end)
+    try:
+        yield
+    finally:
+        for each in ours:
+            signal.signal(each, signal.SIG_DFL)
