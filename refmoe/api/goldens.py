@@ -13,7 +13,8 @@ from refmoe.api.progress import Bars, silent
 from refmoe.bugs.catalogue import MUTANTS
 from refmoe.cuda.place import CPU, Place
 from refmoe.errors import InputError
-from refmoe.parallel import results
+from refmoe.files.lock import locked
+from refmoe.parallel import WorkerDied, results
 from refmoe.suite import Case
 from refmoe.suite.audit import Audit, Coverage, audit
 from refmoe.suite.certify import Certificate, certify
@@ -45,10 +46,17 @@ class Checked:
     """Files that a killed emission left behind. They are harmless."""
     not_recomputed: list[Path]
     """The cases of full size, of which only the files were compared."""
+    unchecked: list[str]
+    """A sentence about the cases whose worker process died; they are not among `cases`."""
 
     @property
     def ok(self) -> bool:
-        return not any(self.cases.values()) and not self.documents
+        """Whether everything was compared, and nothing differs."""
+        return not self.differs and not self.unchecked
+
+    @property
+    def differs(self) -> bool:
+        return any(self.cases.values()) or bool(self.documents)
 
     @property
     def recomputed(self) -> int:
@@ -68,21 +76,26 @@ def check_goldens(
     folders = chosen(names, golden)
     whole = not names and folders != [golden]
     large = suite.find_full_size_cases(golden) if whole else []
-    found = _recompute(folders, place, jobs, bars) | {case: suite.verify_case_files(case) for case in large}
+    unchecked: list[str] = []
+    found = _recompute(folders, place, jobs, bars, unchecked)
+    found |= {case: suite.verify_case_files(case) for case in large}
     return Checked(
-        cases={case.resolve().name: [each.what for each in found[case]] for case in [*folders, *large]},
+        cases={case.resolve().name: [each.what for each in found[case]] for case in [*folders, *large] if case in found},
         documents=[each.what for each in suite.verify_documents(golden)] if whole else None,
         leftovers=[
             str(path) for folder in [golden, *folders][not whole :] for path in suite.leftovers(folder)
         ],
-        not_recomputed=large,
+        not_recomputed=large, unchecked=unchecked,
     )  # fmt: skip
 
 
 def _recompute(
-    folders: list[Path], place: Place, jobs: int | None, bars: Bars
+    folders: list[Path], place: Place, jobs: int | None, bars: Bars, unchecked: list[str]
 ) -> dict[Path, list[suite.Difference]]:  # fmt: skip
-    """Recompute cases and return the differences of each. The bar counts layers of a single case, else cases."""
+    """Recompute cases and return the differences of each. The bar counts layers of a single case, else cases.
+
+    unchecked: gets a sentence when a worker process dies
+    """
     try:
         alone = suite.read_case(folders[0]) if len(folders) == 1 else None
     except InputError:
@@ -93,9 +106,12 @@ def _recompute(
     check = partial(suite.check, place=place)
     with bars("check", len(folders)) as advance, results(check, folders, place.jobs(jobs)) as checked:
         found = {}
-        for case, differences in checked:
-            found[case] = differences
-            advance()
+        try:
+            for case, differences in checked:
+                found[case] = differences
+                advance()
+        except WorkerDied as death:
+            unchecked.append(str(death))
     return found
 
 
@@ -140,11 +156,15 @@ def emit_goldens(
         folder; a case of full size must be named.
     Returns the files of values that were written. Raises InputError for a case that cannot be read.
     """
-    if names:
-        return [_emit_one(suite.read_case(folder), place, bars) for folder in chosen(names, golden)]
-    cases = [suite.read_case(path) for path in suite.find_cases(golden)]
-    if cases[0].folder == golden:
+    cases = [suite.read_case(path) for path in (chosen(names, golden) if names else suite.find_cases(golden))]
+    if not names and cases[0].folder == golden:
         raise InputError(f"{golden}: is a case, but a folder of cases was expected")
+    with locked(golden):
+        return [_emit_one(case, place, bars) for case in cases] if names else _emit_missing(golden, cases, place, jobs, bars)
+
+
+def _emit_missing(golden: Path, cases: list[Case], place: Place, jobs: int | None, bars: Bars) -> list[Path]:
+    """Write the cases that are not written yet in their present form, and the manifest of the folder."""
     for folder in [golden, *(case.folder for case in cases)]:
         suite.remove_leftovers(folder)
     wanted = [case for case in cases if not suite.is_emitted(case)]

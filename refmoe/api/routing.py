@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from refmoe.api.progress import Bars, silent
 from refmoe.arithmetic.exact.ops import ExactOps
 from refmoe.errors import InputError, require
 from refmoe.files.atomic import replacing
 from refmoe.files.npy_file import is_npy, map_npy
+from refmoe.files.sentences import one_line
 from refmoe.routers.literature.family import FAMILY, Settings, run_router
 from refmoe.routers.literature.record import Routing
 from refmoe.routers.literature.statistics import LoadStatistics, load_statistics
@@ -30,14 +30,13 @@ from refmoe.routers.pictures.terminal import print_routing
 from refmoe.traces.trace import read_trace
 
 if TYPE_CHECKING:
-    from refmoe.routers.contract import Verdict
+    from refmoe.routers.contract import Declaration, Subject, Verdict
 
 ROUTERS = tuple(FAMILY)
 """The names of the routers of the literature."""
 TOKENS, EXPERTS = 16, 8
 LARGEST = 1 << 20
 """The most logits that a picture may have."""
-MAGIC = b"\x93NUMPY"
 WRITERS = {".svg": svg_bytes, ".png": png_bytes}
 
 
@@ -204,36 +203,72 @@ def check_router(
     factory: bool = False,
     examples: int = 200,
     laws: Sequence[str] = (),
-    bars: Bars = silent,
+    ready: Callable[[], None] = lambda: None,
+    tell: Callable[[Verdict], None] = lambda _verdict: None,
     **claims: Any,
 ) -> list[Verdict]:
-    """Hold a router against the laws of routing.
+    """Hold a router against the laws of routing, in this process.
 
     router: a callable logits [T, E] -> (ids [T, k], weights [T, k]), or ``module:function`` or ``file.py:function``
     factory: whether `router` is a function (experts, top_k) that returns the router; k = E is then tried as well
     laws: the names of those to try; empty: all   claims: the fields of `refmoe.routers.contract.Declaration`
+    ready: called when the router is imported   tell: called with each verdict
+    The router runs with the rights of this process and without a time limit: one that never returns, or ends the
+    process by `os._exit`, does so here. What it raises, even SystemExit, breaks a law. Hypothesis may keep a cache in
+    the folder ``.hypothesis``. `refmoe router check` runs it in a process of its own instead.
     Raises InputError for an unknown law, or a router that cannot be imported.
     """
     require("hypothesis", "contract", "the contract of routers")
-    from refmoe.routers.contract import Declaration, Subject, judge
+    from refmoe.routers.contract import Subject, judge
     from refmoe.routers.contract.laws import LAWS
 
-    if unknown := [name for name in laws if name not in LAWS]:
-        raise InputError(f"--law {unknown[0]}: no such law, one of {', '.join(LAWS)} was expected")
-    declaration = Declaration(**claims)
+    names, declaration = laws_of(laws), declared(claims)
     found = load_router(router) if isinstance(router, str) else router
-    parts: dict[str, Any] = {}
-    if factory:
-        made = found
-        parts["with_top_k"] = lambda k: made(declaration.experts, k)
-        found = made(declaration.experts, declaration.top_k)
-    subject = Subject(found, declaration, **parts)
+    subject = made_subject(found, declaration) if factory else Subject(found, declaration)
+    ready()
     verdicts = []
-    with bars("laws", len(laws or LAWS)) as advance:
-        for name in laws or LAWS:
-            verdicts.append(judge(LAWS[name], subject, examples))
-            advance()
+    for name in names:
+        verdicts.append(judge(LAWS[name], subject, examples))
+        tell(verdicts[-1])
     return verdicts
+
+
+def laws_of(names: Sequence[str]) -> list[str]:
+    """The names of the laws to try; without names, all. Raises InputError for an unknown one."""
+    from refmoe.routers.contract.laws import LAWS
+
+    if unknown := [name for name in names if name not in LAWS]:
+        raise InputError(f"--law {unknown[0]}: no such law, one of {', '.join(LAWS)} was expected")
+    return [*(names or LAWS)]
+
+
+def declared(claims: Mapping[str, Any]) -> Declaration:
+    """The declaration of a router. Raises InputError for claims that contradict."""
+    from refmoe.routers.contract import Declaration
+
+    return Declaration(**claims)
+
+
+def made_subject(factory: Callable[[int, int], Callable[..., Any]], declaration: Declaration) -> Subject:
+    """The router that a factory makes. A factory that raises breaks every law."""
+    from refmoe.routers.contract import Subject
+    from refmoe.routers.contract.broken import LawBroken, foreign
+
+    def make(k: int) -> Callable[..., Any]:
+        with foreign("the factory", f" for top_k {k}"):
+            router = factory(declaration.experts, k)
+        if not callable(router):
+            raise LawBroken(f"the factory returned {type(router).__name__}, but a router was expected")
+        return router
+
+    made: list[Callable[..., Any]] = []
+
+    def router(logits: Any) -> Any:
+        if not made:
+            made.append(make(declaration.top_k))
+        return made[0](logits)
+
+    return Subject(router, declaration, with_top_k=make)
 
 
 def verdict_facts(verdict: Verdict) -> dict[str, Any]:
@@ -265,10 +300,10 @@ def load_router(where: str) -> Callable[..., Any]:
     sys.path.insert(0, "")
     try:
         module = module_of(module_name)
-    except InputError:
+    except (InputError, KeyboardInterrupt):
         raise
-    except Exception as error:
-        raise InputError(f"{module_name} cannot be imported: {type(error).__name__}: {error}") from error
+    except BaseException as error:  # SystemExit too
+        raise InputError(f"{module_name} cannot be imported: {type(error).__name__}: {one_line(error)}") from error
     found = getattr(module, name, None)
     if not callable(found):
         raise InputError(f"{module_name} has no function '{name}'")
@@ -292,6 +327,6 @@ def module_of(name: str) -> Any:
 
 
 __all__ = [
-    "EXPERTS", "ROUTERS", "TOKENS", "Logits", "Routed", "Settings", "check_router", "load_router", "picture_writer",
-    "print_routing", "route", "verdict_facts", "verdict_summary", "verdict_words",
+    "EXPERTS", "ROUTERS", "TOKENS", "Logits", "Routed", "Settings", "check_router", "declared", "laws_of",
+    "load_router", "picture_writer", "print_routing", "route", "verdict_facts", "verdict_summary", "verdict_words",
 ]  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +121,33 @@ def write_checkpoint(
     weights = named_weights(parameters)
     if weights.keys() != parameter_shapes(config).keys():
         raise ValueError("parameters and config disagree")
-    wanted = DTYPE_NAMES[dtype]
+    with _folder(folder):
+        _write(folder, config, weights, dtype, layout, fused=fused, rope_parameters=rope_parameters, shards=shards)
+
+
+@contextmanager
+def _folder(folder: Path) -> Iterator[None]:
+    """Make a folder, and those above it. If the body raises, those of them that are empty are removed again."""
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder}: cannot be made: {error.strerror}") from None
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for each in made:
+                each.rmdir()
+        raise
+
+
+def _write(
+    folder: Path, config: Config, weights: dict[str, Weight], dtype: str, layout: str, *, fused: bool,
+    rope_parameters: bool, shards: bool,
+) -> None:  # fmt: skip
+    """Write the files of a checkpoint into a folder."""
+    wanted = DTYPE_NAMES[dtype]
     if layout == "hf":
         configuration, stem = folder / "config.json", "model"
         parts, values = hf_tensors(config, weights, wanted, fused), hf_config(config, dtype, rope_parameters)

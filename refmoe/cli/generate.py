@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from refmoe.api.generating import BLAS, DTYPES, Generation, continuation
-from refmoe.cli.options import PATH, Input, Tokens, device_option, json_option, layout_option
+from refmoe.cli.options import PATH, Decimal, Input, Integer, Tokens, device_option, json_option, layout_option
 from refmoe.cli.streams import reader_gone
 from refmoe.cuda.place import Place
 
@@ -25,15 +25,15 @@ Faster from the second use of a weight on; much faster with bfloat16 weights on 
 @click.option("--chat", type=PATH, metavar="FILE", help="A JSON list of chat messages to answer.")
 @click.option("--tokens", type=Tokens(), help="Token ids to continue; prints ids where there is no tokenizer.model.")
 @click.option(
-    "--max-new-tokens", default=64, show_default=True, type=click.IntRange(min=1), help="The most tokens to add."
+    "--max-new-tokens", default=64, show_default=True, type=Integer(min=1), help="The most tokens to add."
 )
-@click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-k", type=int, help="Sample from the k most likely tokens only.")
+@click.option("--temperature", type=Decimal(), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", type=Integer(), help="Sample from the k most likely tokens only.")
 @click.option(
-    "--top-p", type=float, default=1.0, show_default=True,
+    "--top-p", type=Decimal(), default=1.0, show_default=True,
     help="Sample from the smallest set of tokens with this probability.",
 )  # fmt: skip
-@click.option("--seed", default=0, show_default=True, help="The same seed gives the same tokens.")
+@click.option("--seed", type=Integer(), default=0, show_default=True, help="The same seed gives the same tokens.")
 @click.option(
     "--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="The dtype of the arithmetic."
 )

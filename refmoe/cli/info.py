@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from refmoe.api.facts import BYTES, gibibytes, model_facts
-from refmoe.cli.options import device_option, json_option, layout_option
+from refmoe.cli.options import Integer, device_option, json_option, layout_option
 from refmoe.cli.table import print_table
 from refmoe.cuda.place import Place
 from refmoe.spec.config import PRESETS
@@ -22,11 +22,11 @@ CALLS = "With --device cuda: "
 @layout_option
 @device_option("Print the memory that the model needs there, and the memory that is free.")
 @click.option(
-    "--tokens", type=click.IntRange(1), default=2048, show_default=True,
+    "--tokens", type=Integer(1), default=2048, show_default=True,
     help=f"{CALLS}length of the prompt, read in one call.",
 )  # fmt: skip
 @click.option(
-    "--max-new-tokens", type=click.IntRange(0), default=64, show_default=True,
+    "--max-new-tokens", type=Integer(0), default=64, show_default=True,
     help=f"{CALLS}tokens after it that the cache has room for.",
 )  # fmt: skip
 @json_option

@@ -16,6 +16,7 @@ from refmoe.api.arguments import LEAST_SIGNIFICANCE
 from refmoe.api.verifying import SIGNIFICANCE
 from refmoe.cuda.place import DEVICES, Place
 from refmoe.errors import InputError
+from refmoe.files.numbers import decimal, integer
 from refmoe.report.terminal import can_move, error_console
 from refmoe.spec.config import PRESETS
 from refmoe.suite.golden_folder import VARIABLE, golden_folder
@@ -45,10 +46,28 @@ class Tokens(click.ParamType[Any]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
         if isinstance(value, tuple):
             return value
-        try:
-            return tuple(int(part) for part in value.split(","))
-        except ValueError:
+        ids = [integer(part.strip()) for part in value.split(",")]
+        if None in ids:
             self.fail(f"'{value}' is not a list of token ids such as 1,2,3", param, ctx)
+        return tuple(each for each in ids if each is not None)
+
+
+class Integer(click.IntRange):
+    """An integer in ASCII digits, within bounds that are optional."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and (value := integer(typed := value)) is None:
+            self.fail(f"'{typed}' is not an integer of at most 19 digits, 0 to 9", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class Decimal(click.FloatRange):
+    """A finite number in ASCII digits, within bounds that are optional."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and (value := decimal(typed := value)) is None:
+            self.fail(f"'{typed}' is not a finite number such as 0.5 or 1e-3", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 def json_option(command: Command) -> Command:
@@ -59,7 +78,7 @@ def json_option(command: Command) -> Command:
 def jobs_option(command: Command) -> Command:
     """Add ``--jobs``: processes that work on cases."""
     option = click.option(
-        "--jobs", type=click.IntRange(1), metavar="N", help="Cases to work on at once; one per core if not given."
+        "--jobs", type=Integer(1), metavar="N", help="Cases to work on at once; one per core if not given."
     )
     return option(command)
 
@@ -132,7 +151,7 @@ def _significance(_context: click.Context, _option: click.Parameter, value: floa
 def significance_option(what: str) -> Callable[[Command], Command]:
     """Add ``--significance``.   what: the event that has this probability, in words"""
     return click.option(
-        "--significance", type=float, default=SIGNIFICANCE, show_default=True, callback=_significance,
+        "--significance", type=Decimal(), default=SIGNIFICANCE, show_default=True, callback=_significance,
         help=f"The probability that {what}.",
     )  # fmt: skip
 
@@ -154,7 +173,7 @@ def checkpoint_options(command: Command) -> Command:
 def seed_option(command: Command) -> Command:
     """Add ``--seed``: weights from the weight formula."""
     return click.option(
-        "--seed", type=click.IntRange(0), metavar="SEED",
+        "--seed", type=Integer(0), metavar="SEED",
         help=f"With --checkpoint {' or '.join(PRESETS)}: weights from the formula of this seed, no download.",
     )(command)  # fmt: skip
 

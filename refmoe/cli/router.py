@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from refmoe.api.router_process import TIMEOUT, Asked, check_router_apart
 from refmoe.api.routing import (
     EXPERTS,
     ROUTERS,
     TOKENS,
     Logits,
     Settings,
-    check_router,
     picture_writer,
     print_routing,
     route,
@@ -23,17 +23,20 @@ from refmoe.api.routing import (
     verdict_summary,
     verdict_words,
 )
-from refmoe.cli.options import PATH, json_option, progress_bar, record_of
+from refmoe.cli.options import PATH, Decimal, Integer, json_option, progress_bar, record_of
 from refmoe.cli.sections import Sections
 from refmoe.cli.table import console, print_table
+from refmoe.report.terminal import sentence
 
 if TYPE_CHECKING:
     from refmoe.routers.contract import Verdict
 
-COUNT = click.IntRange(min=1)
+COUNT = Integer(min=1)
 BEHAVIOURS = click.Choice(["raise", "propagate", "unspecified"])
 DTYPES = click.Choice(["float64", "float32", "float16", "bfloat16"])
 Names = tuple[str, ...]
+SHOWN = 5
+"""The most lines of what a router printed that are shown."""
 
 
 @click.group("router", cls=Sections, short_help="Show what a router does; check one of your own.")
@@ -54,13 +57,13 @@ def router_command() -> None:
 @click.option("--tokens", type=COUNT, metavar="T", help=f"Rows of made-up, normally distributed logits; {TOKENS}.")
 @click.option("--experts", type=COUNT, metavar="E", help=f"Columns of made-up logits; {EXPERTS}.")
 @click.option("--top-k", "k", type=COUNT, metavar="K", help="Experts per token; the router's own number if not given.")
-@click.option("--capacity-factor", type=float, metavar="C", help="1 is T / E tokens; the router's own if not given.")
+@click.option("--capacity-factor", type=Decimal(), metavar="C", help="1 is T / E tokens; the router's own if not given.")
 @click.option("--groups", type=COUNT, default=1, show_default=True, help="Groups of experts (deepseek-v3).")
 @click.option("--top-groups", type=COUNT, default=1, show_default=True, help="Groups a token may use (deepseek-v3).")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of logits and noise.")
+@click.option("--seed", type=Integer(min=0), default=0, show_default=True, help="Seed of logits and noise.")
 @click.option("--logits", "file", type=PATH, metavar="FILE", help="Real logits: [T, E] in a .npy file, or a trace.")
 @click.option("--run", metavar="NAME", help="The run of the trace; its first if not given.")
-@click.option("--layer", type=click.IntRange(min=0), help="The layer of the trace; 0 if not given.")
+@click.option("--layer", type=Integer(min=0), help="The layer of the trace; 0 if not given.")
 @click.option("--out", type=PATH, metavar="FILE", help="Also write the picture: .svg, or .png (extra 'plots').")
 @json_option
 def show_command(name: str, seed: int, out: Path | None, as_json: bool, **options: Any) -> None:
@@ -94,8 +97,8 @@ def show_command(name: str, seed: int, out: Path | None, as_json: bool, **option
 
 @click.command("check", short_help="Check a router of your own by the laws of routing.")
 @click.argument("router", metavar="MODULE:FUNCTION")
-@click.option("--experts", type=int, required=True, help="The number of experts.")
-@click.option("--top-k", type=int, required=True, help="The number of experts of a token.")
+@click.option("--experts", type=Integer(), required=True, help="The number of experts.")
+@click.option("--top-k", type=Integer(), required=True, help="The number of experts of a token.")
 @click.option("--factory", is_flag=True, help="FUNCTION(experts, top_k) returns the router; k = E is tried as well.")
 @click.option(
     "--scoring", type=click.Choice(["softmax", "sigmoid", "other"]), default="softmax", show_default=True,
@@ -105,8 +108,8 @@ def show_command(name: str, seed: int, out: Path | None, as_json: bool, **option
     "--normalised/--no-normalised", default=True, show_default=True,
     help="Whether the chosen weights sum to the scale, or keep their shares of all experts.",
 )  # fmt: skip
-@click.option("--scale", type=float, default=1.0, show_default=True, help="The factor of all weights.")
-@click.option("--epsilon", type=float, default=0.0, show_default=True, help="Added to the sum that normalises.")
+@click.option("--scale", type=Decimal(), default=1.0, show_default=True, help="The factor of all weights.")
+@click.option("--epsilon", type=Decimal(), default=0.0, show_default=True, help="Added to the sum that normalises.")
 @click.option(
     "--selection", type=click.Choice(["logits", "scores"]), default="scores", show_default=True,
     help="The numbers that the selection compares.",
@@ -129,34 +132,46 @@ def show_command(name: str, seed: int, out: Path | None, as_json: bool, **option
     "--framework", type=click.Choice(["numpy", "torch", "jax", "cupy"]), default="numpy", show_default=True,
     help="The library of the arrays that it takes.",
 )  # fmt: skip
-@click.option("--capacity", type=int, help="Tokens that an expert takes of a batch.")
+@click.option("--capacity", type=Integer(), help="Tokens that an expert takes of a batch.")
 @click.option(
     "--priority", type=click.Choice(["token", "choice", "weight"]), default="token", show_default=True,
     help="The order in which choices fill the capacity.",
 )  # fmt: skip
-@click.option("--examples", type=click.IntRange(1), default=200, show_default=True, help="Examples per law.")
+@click.option("--examples", type=Integer(1), default=200, show_default=True, help="Examples per law.")
 @click.option("--law", "laws", multiple=True, metavar="NAME", help="Only this law; repeatable.")
+@click.option(
+    "--timeout", type=Decimal(0, 86400, min_open=True), default=TIMEOUT, show_default=True, metavar="SECONDS",
+    help="The time for each law, and for the import of MODULE.",
+)  # fmt: skip
 @json_option
 @click.pass_context
 def check_command(
-    context: click.Context, /, router: str, factory: bool, examples: int, laws: Names, as_json: bool, **claims: Any
-) -> None:
+    context: click.Context, /, router: str, factory: bool, examples: int, laws: Names, timeout: float, as_json: bool,
+    **claims: Any,
+) -> None:  # fmt: skip
     """Check the router FUNCTION of MODULE (or of a file.py) by every law that applies to it.
 
     \b
     refmoe router check my_package.moe:route --experts 8 --top-k 2 --ties lower
     refmoe router check my_router.py:route --experts 8 --top-k 2 --framework torch --dtype bfloat16
 
+    MODULE is executed with your rights, in a process of its own. A router that ends this process, or does not return
+    in time, breaks the law that is being tried. What it prints is told on standard error.
+
     A router is any callable logits [T, E] -> (ids [T, k], weights [T, k]). The options declare how it should behave,
     by the names of `refmoe.routers.contract.Declaration`, and the laws judge it by that declaration. Exit status 0: no
     law is broken. 1: a law is broken. 2: the input cannot be used. 3: no law is broken, and one could not be judged.
     """
-    verdicts = check_router(router, factory=factory, examples=examples, laws=laws, bars=progress_bar, **claims)
+    found = check_router_apart(Asked(router, factory, examples, laws, claims), timeout, progress_bar)
+    if found.bytes_printed:
+        click.echo(f"the router printed {found.bytes_printed:,} bytes, which end with", err=True)
+        for line in found.printed[-SHOWN:]:
+            click.echo(f"  {sentence(line)}", err=True)
     if as_json:
-        click.echo(json.dumps({"laws": [verdict_facts(verdict) for verdict in verdicts]}))
+        click.echo(json.dumps({"laws": [verdict_facts(verdict) for verdict in found.verdicts]}))
     else:
-        print_verdicts(verdicts)
-    outcomes = {verdict.outcome for verdict in verdicts}
+        print_verdicts(found.verdicts)
+    outcomes = {verdict.outcome for verdict in found.verdicts}
     context.exit(1 if "fail" in outcomes else 3 if "not judged" in outcomes else 0)
 
 

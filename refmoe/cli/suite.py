@@ -26,6 +26,7 @@ from refmoe.cli.sections import Sections
 from refmoe.cli.table import print_table
 from refmoe.cuda.place import Place
 from refmoe.report.matrix_text import failures, stale_lines
+from refmoe.report.terminal import sentence
 
 Names = tuple[str, ...]
 
@@ -64,18 +65,21 @@ def check_command(
     A case of full size takes minutes. It is recomputed only if it is named; else its files are compared with their
     digests.
 
-    Exit status 1 when anything differs; each line names the case, the tensor and the element. A file that a killed
-    `refmoe suite emit` left behind is reported, and is harmless.
+    Exit status 1 when anything differs; each line names the case, the tensor and the element. 2 when nothing differs,
+    but a case was not compared to the end, because its worker process died. A file that a killed `refmoe suite emit`
+    left behind is reported, and is harmless.
     """
     found = check_goldens(golden, names, place=device, jobs=jobs, bars=progress_bar)
     if as_json:
         facts = {"ok": found.ok, "cases": found.cases, "documents": found.documents or []}
         more = {"leftovers": found.leftovers, "not_recomputed": [case.name for case in found.not_recomputed]}
-        click.echo(json.dumps(facts | more))
+        click.echo(json.dumps(facts | more | {"unchecked": found.unchecked}))
     else:
         print_checked(found)
-    if not found.ok:
+    if found.differs:
         context.exit(1)
+    if found.unchecked:
+        context.exit(2)
 
 
 def print_checked(found: Checked) -> None:
@@ -83,16 +87,18 @@ def print_checked(found: Checked) -> None:
     skipped = {case.name for case in found.not_recomputed}
     documents = [] if found.documents is None else [("(documents)", found.documents)]
     for name, differences in [*found.cases.items(), *documents]:
-        click.echo(f"{'FAIL' if differences else 'skip' if name in skipped else 'ok  '}  {name}")
+        click.echo(f"{'FAIL' if differences else 'skip' if name in skipped else 'ok  '}  {sentence(name)}")
         for difference in differences:
-            click.echo(f"      {difference}")
+            click.echo(f"      {sentence(difference)}")
     for path in found.leftovers:
-        click.echo(f"note  {path}: left over by an emission that was killed; the next one removes it")
+        click.echo(f"note  {sentence(path)}: left over by an emission that was killed; the next one removes it")
     for case in found.not_recomputed:
         click.echo(
             f"note  {case.name}: of full size, so only its files were compared; `refmoe suite check {case.name}` "
             "recomputes it"
         )
+    for death in found.unchecked:
+        click.echo(f"refmoe: {sentence(death)}", err=True)
     bad = sum(map(bool, found.cases.values()))
     click.echo(f"{found.recomputed} case{'s' * (found.recomputed != 1)} recomputed, {bad} differ")
 

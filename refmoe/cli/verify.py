@@ -27,7 +27,7 @@ from refmoe.cli.options import (
     seed_option,
     significance_option,
 )
-from refmoe.errors import InputError
+from refmoe.errors import InputError, require
 from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT
 
 EXIT_STATUS = {CONFORMANT: 0, NOT_CONFORMANT: 1, CANNOT_JUDGE: 3}
@@ -46,6 +46,8 @@ class Output:
         for out in (self.html, self.junit):
             if out is not None:
                 refuse_output(out, values)
+        if self.html is not None:
+            require("jinja2", "html", "the page of --html")
         if self.html is not None and self.junit is not None and self.html.absolute() == self.junit.absolute():
             raise InputError(f"{self.html}: both --html and --junit name it, but two files were expected")
 

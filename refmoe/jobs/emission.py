@@ -17,6 +17,7 @@ from refmoe.errors import InputError
 from refmoe.jobs.estimate import Estimate, available_memory, estimate
 from refmoe.jobs.job import POLICY, Job, compute, parse_layers
 from refmoe.jobs.layerwise import Script, Tap
+from refmoe.jobs.parts import kept_parts
 from refmoe.jobs.source import Folder, Source, loaded
 from refmoe.spec.model import Model
 from refmoe.traces.trace import Header, Recorder, Run, join_trace, write_trace
@@ -141,9 +142,11 @@ def emit(emission: Emission, progress: Callable[[], None] | None = None) -> None
         executor=emission.executor,
         begin=emission.states,
     )
-    parts = compute(job, emission.out.with_name(emission.out.name + ".parts"), recorder)
-    join_trace(emission.out, job.header, parts.tensors())
-    parts.remove()
+    folder = emission.out.with_name(emission.out.name + ".parts")
+    with kept_parts(folder):
+        parts = compute(job, folder, recorder)
+        join_trace(emission.out, job.header, parts.tensors())
+        parts.remove()
 
 
 def compute_in_place(

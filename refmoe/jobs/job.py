@@ -14,6 +14,7 @@ import numpy as np
 from refmoe.arithmetic.exact.ops import ExactOps
 from refmoe.arithmetic.native.ops import NativeOps
 from refmoe.errors import InputError
+from refmoe.files.numbers import integer
 from refmoe.jobs.estimate import kept_bytes
 from refmoe.jobs.layerwise import Script, States, Tap, check_states
 from refmoe.jobs.parts import Parts
@@ -70,8 +71,9 @@ def parse_layers(text: str | None, config: Config) -> range:
     if text is None:
         return range(config.layers)
     first, colon, last = text.partition(":")
-    if colon and all(part.isdigit() or not part for part in (first, last)):
-        layers = range(int(first or 0), int(last or config.layers))
+    start, stop = integer(first or "0"), integer(last or str(config.layers))
+    if colon and start is not None and stop is not None:
+        layers = range(start, stop)
         if 0 <= layers.start < layers.stop <= config.layers:
             return layers
     raise InputError(f"--layers is '{text}', but A:B with 0 <= A < B <= {config.layers} was expected")

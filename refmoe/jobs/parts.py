@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors.numpy import save
 
 from refmoe.errors import InputError
 from refmoe.files.atomic import replacing, sync
+from refmoe.files.lock import locked
 from refmoe.files.parsing import strict_json
 from refmoe.files.reading import read_bytes
 from refmoe.files.safetensors_file import StoredTensor, open_safetensors
@@ -25,6 +27,20 @@ from refmoe.files.sentences import one_line
 
 JOB_FILE = "job.json"
 STATE = "state:"
+
+
+@contextmanager
+def kept_parts(folder: Path) -> Iterator[None]:
+    """Hold the folder of a job's parts: another process with the same job waits for the end of the body.
+
+    At the end, a folder without a finished part is removed.   Raises InputError when the folder cannot be made.
+    """
+    with locked(folder):
+        try:
+            yield
+        finally:
+            if not any(folder.glob("*.safetensors")):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 class Parts:

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, Executor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, CancelledError, Executor
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -16,6 +15,7 @@ from refmoe.arithmetic.arrays import Array, ArrayOps
 from refmoe.arithmetic.exact.ops import ExactOps
 from refmoe.arithmetic.native.ops import NativeOps
 from refmoe.errors import InputError, require
+from refmoe.files.numbers import integer
 from refmoe.jobs.source import Source, loaded
 from refmoe.parallel import process_pool
 from refmoe.spec.experts import Expert, run_expert
@@ -23,6 +23,9 @@ from refmoe.steps.grouped import by_expert
 
 WORKER_BYTES = 64 << 20
 """Bytes to keep weights in, per worker. Little, since each expert is read only once."""
+
+MOST_WORKERS = 1024
+"""The most processes of one machine."""
 
 
 @lru_cache(maxsize=2)
@@ -55,9 +58,16 @@ def spread_experts(executor: Executor, source: Source, dtype: str) -> Callable[.
 
 def result_of(future: Any) -> Any:
     """The result of a task. Raises InputError when its worker died."""
-    try:
+    with worker_deaths():
         return future.result()
-    except (BrokenProcessPool, CancelledError) as error:
+
+
+@contextmanager
+def worker_deaths() -> Iterator[None]:
+    """Turn the exceptions that a dead worker causes, when a task is handed in or fetched, into InputError."""
+    try:
+        yield
+    except (BrokenExecutor, CancelledError) as error:
         raise InputError(_died(error)) from None
     except Exception as error:
         if type(error).__name__ in ("KilledWorker", "CommClosedError", "FutureCancelledError"):  # of distributed
@@ -77,19 +87,23 @@ def open_executor(spec: str) -> Iterator[Executor]:
     """The executor that ``--executor`` names: ``processes``, ``processes:N`` or ``dask:ADDRESS``. Raises InputError."""
     kind, rest = parse_executor(spec)
     if kind == "processes":
-        with process_pool(int(rest) if rest else None) as pool:
+        with process_pool(integer(rest)) as pool, worker_deaths():
             yield pool
     else:
-        with _dask_client(rest) as client:
+        with _dask_client(rest) as client, worker_deaths():
             yield client.get_executor()
 
 
 def parse_executor(spec: str) -> tuple[str, str]:
     """The kind of an executor and the text after the colon. Raises InputError when `spec` names no executor."""
     kind, _, rest = spec.partition(":")
-    if (kind == "processes" and (not rest or (rest.isdigit() and int(rest) > 0))) or (kind == "dask" and rest):
+    if kind == "dask" and rest:
         return kind, rest
-    raise InputError(f"--executor is '{spec}', but processes, processes:N or dask:ADDRESS was expected")
+    if kind == "processes" and (not rest or 0 < (integer(rest) or 0) <= MOST_WORKERS):
+        return kind, rest
+    raise InputError(
+        f"--executor is '{spec}', but processes, processes:N with N up to {MOST_WORKERS}, or dask:ADDRESS was expected"
+    )
 
 
 @contextmanager

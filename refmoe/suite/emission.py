@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 from refmoe import __version__
 from refmoe.cuda.place import CPU, Place
 from refmoe.errors import InputError
 from refmoe.files.atomic import replacing
+from refmoe.jobs.parts import kept_parts
 from refmoe.suite.activations import compute, compute_fingerprints
 from refmoe.suite.case import CASE_FILE, Case
 from refmoe.suite.fingerprint import fingerprint_text
@@ -38,13 +40,22 @@ def emit(case: Case, progress: Callable[[], None] | None = None, place: Place = 
     The certificate is kept if the values have not changed. Finished layers of a full-size case are kept in the folder
     NAME.parts of the working directory until the case is written.
     """
+    parts = Path(f"{case.name}.parts") if case.full_size and not place.on_gpu else None
+    with nullcontext() if parts is None else kept_parts(parts):
+        path = _write(case, parts, progress, place)
+        if parts is not None:
+            shutil.rmtree(parts)
+    return path
+
+
+def _write(case: Case, parts: Path | None, progress: Callable[[], None] | None, place: Place) -> Path:
+    """Compute the case and write its values and manifest.   parts: the folder of finished layers"""
     header = Header(case.runs(), case.name, policy="exact")
     if case.store == "trace":
         arrays = compute(case, progress, place)
         data = trace_bytes(header, arrays)
         tensors = {key: tensor_digest(arrays[key]) for key in sorted(arrays)}
     else:
-        parts = Path(f"{case.name}.parts") if case.full_size else None
         fingerprints = compute_fingerprints(case, progress, parts, place)
         data = fingerprint_text(header, fingerprints).encode()
         tensors = {key: fingerprints[key].sha256 for key in sorted(fingerprints)}
@@ -59,8 +70,6 @@ def emit(case: Case, progress: Callable[[], None] | None = None, place: Place = 
         certificate = None
     write_manifest(case.folder, new_manifest(case=case.name, files=files, tensors=tensors, certificate=certificate))
     remove_leftovers(case.folder)
-    if case.full_size and not place.on_gpu:
-        shutil.rmtree(f"{case.name}.parts")
     return path
 
 

@@ -80,8 +80,8 @@ def test_what_does_not_go_together_is_one_sentence(refmoe: Refmoe, tmp_path: Pat
         ((*size, "--seed", 1, "--layers", "x"), "--layers is 'x'"),
         ((*size, "--seed", 1, "--layers", "1:2"), "a trace with the output of layer 0 was expected as --states"),
         ((*size, "--seed", 1, "--states", "x"), "layer 0 begins with the embedding"),
-        ((*size, "--seed", 1, "--executor", "threads"), "processes, processes:N or dask:ADDRESS was expected"),
-        ((*size, "--seed", 1, "--executor", "processes:0"), "processes, processes:N or dask:ADDRESS"),
+        ((*size, "--seed", 1, "--executor", "threads"), "processes:N with N up to 1024, or dask:ADDRESS was expected"),
+        ((*size, "--seed", 1, "--executor", "processes:0"), "processes:N with N up to 1024"),
         ((*size, "--seed", 1, "--layers", "0:1", "--taps", "logits"), "matches no tap of layers 0 to 0"),
         ((*size, "--seed", 1, "--executor", "processes:1", "--policy", "bfloat16"), "computed in one process"),
     ):  # fmt: skip

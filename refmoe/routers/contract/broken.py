@@ -3,6 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+LONGEST = 500
+"""The most characters of an exception's text."""
+
 
 class LawBroken(Exception):
     """The router breaks the law. words: the found and the expected result; token: where."""
@@ -16,10 +22,31 @@ class LawBroken(Exception):
 class RouterRaised(LawBroken):
     """The router raised an exception that it did not declare."""
 
-    def __init__(self, error: BaseException, tokens: int) -> None:
-        lines = str(error).strip().splitlines()
-        super().__init__(f"the router raised {type(error).__name__} on {tokens} tokens: {lines[0] if lines else ''}")
-
 
 class Malformed(LawBroken):
     """The result is not ids [T, k] with weights [T, k]. The law of the ids fails, and no other law can be judged."""
+
+
+@contextmanager
+def foreign(what: str, where: str = "") -> Iterator[None]:
+    """Run a function of the user's, which may do anything, and turn what it raises into a broken law.
+
+    what: the function, in words   where: the end of the sentence about it
+    An exception that asks the program to end is no exception that a router may declare, so it is not `RouterRaised`.
+    """
+    try:
+        yield
+    except (LawBroken, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        kind = RouterRaised if isinstance(error, Exception) else LawBroken
+        raise kind(f"{what} raised {type(error).__name__}{where}: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, cut short. An exception of a stranger may fail to have a text."""
+    try:
+        lines = str(error).strip().splitlines()
+    except BaseException:
+        return "it has no text"
+    return lines[0][:LONGEST] if lines else ""

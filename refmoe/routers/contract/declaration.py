@@ -20,6 +20,9 @@ Priority = Literal["token", "choice", "weight"]
 Dtype = Literal["float64", "float32", "float16", "bfloat16"]
 Framework = Literal["numpy", "torch", "jax", "cupy"]
 
+MOST_EXPERTS = 512
+"""The most experts. Hypothesis draws no example that is much larger."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Declaration:
@@ -85,6 +88,8 @@ class Declaration:
             if allowed and value not in allowed:
                 wanted = ", ".join(str(choice) for choice in allowed if choice is not None)
                 raise InputError(f"declaration: {field.name} is {value!r}, one of {wanted} was expected")
+        if self.experts > MOST_EXPERTS:
+            raise InputError(f"declaration: experts = {self.experts}, but at most {MOST_EXPERTS} was expected")
         if self.experts < 1 or not 1 <= self.top_k <= self.experts:
             found = f"top_k = {self.top_k} of experts = {self.experts}"
             raise InputError(f"declaration: {found}, 1 <= top_k <= experts was expected")

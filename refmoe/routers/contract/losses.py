@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from refmoe.arithmetic.exact import elementary
 from refmoe.routers.contract.arithmetic import Floats, Format, Ints
 from refmoe.routers.contract.bounds import exp_error, unit
-from refmoe.routers.contract.broken import LawBroken, RouterRaised
+from refmoe.routers.contract.broken import LawBroken, foreign
 from refmoe.routers.contract.declaration import Declaration
 from refmoe.routers.contract.examples import Strategy, batches, coarse, plain
 from refmoe.routers.contract.frameworks import to_numpy
@@ -25,10 +25,9 @@ Z_LOSS = Need("a router z-loss", lambda s: s.z_loss is not None)
 
 def loss_of(subject: Subject, loss: Callable[[Any], Any] | None, logits: Floats) -> float:
     assert loss is not None
-    try:
-        found = to_numpy(loss(subject.array(logits)))
-    except Exception as error:
-        raise RouterRaised(error, len(logits)) from error
+    given = subject.array(logits)
+    with foreign("the loss", f" on {len(logits)} tokens"):
+        found = to_numpy(loss(given))
     if found.size != 1:
         raise LawBroken(f"found a loss of shape {list(found.shape)}, one number was expected")
     return float(found.reshape(-1)[0])

@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from refmoe.routers.contract.arithmetic import Floats, Ints
-from refmoe.routers.contract.broken import LawBroken, RouterRaised
+from refmoe.routers.contract.broken import LawBroken, foreign
 from refmoe.routers.contract.declaration import Declaration
 from refmoe.routers.contract.examples import BLOCK_COUNTS, Example, Strategy, zigzag
 from refmoe.routers.contract.frameworks import to_numpy
@@ -55,11 +55,10 @@ def dispatch_combine(subject: Subject, x: Floats, order: Ints) -> None:
     ids, weights = np.ascontiguousarray(order[:, :k]), np.tile(dyadic(k), (len(x), 1))
     assert subject.dispatch is not None
     assert subject.combine is not None
-    try:
-        rows, plan = subject.dispatch(subject.array(x), subject.array(ids))
-        found = to_numpy(subject.combine(rows, plan, subject.array(weights)))
-    except Exception as error:
-        raise RouterRaised(error, len(x)) from error
+    arrays = [subject.array(each) for each in (x, ids, weights)]
+    with foreign("dispatch or combine", f" on {len(x)} tokens"):
+        rows, plan = subject.dispatch(*arrays[:2])
+        found = to_numpy(subject.combine(rows, plan, arrays[2]))
     if found.shape != x.shape:
         raise LawBroken(f"found shape {list(found.shape)}, {list(x.shape)} was expected")
     for token in np.flatnonzero((found != x).any(axis=1))[:1]:

@@ -49,5 +49,8 @@ def input_untouched(subject: Subject, logits: Floats) -> None:
     given = subject.array(values)
     was = to_numpy(given).copy()
     subject.call(given, len(logits))
-    for token in np.flatnonzero(~((to_numpy(given) == was) | np.isnan(was)).all(axis=1))[:1]:
-        raise LawBroken(f"the input was {was[token].tolist()} and is {to_numpy(given)[token].tolist()}", int(token))
+    now = to_numpy(given)
+    if now.shape != was.shape:
+        raise LawBroken(f"the input had shape {list(was.shape)} and has {list(now.shape)}")
+    for token in np.flatnonzero(~((now == was) | np.isnan(was)).all(axis=1))[:1]:
+        raise LawBroken(f"the input was {was[token].tolist()} and is {now[token].tolist()}", int(token))

@@ -12,7 +12,7 @@ import numpy as np
 
 from refmoe.arithmetic.exact import dot
 from refmoe.routers.contract.arithmetic import REFERENCE_UNIT, Floats, Ints, rounded
-from refmoe.routers.contract.broken import Malformed, RouterRaised
+from refmoe.routers.contract.broken import Malformed, first_line, foreign
 from refmoe.routers.contract.declaration import Declaration
 from refmoe.routers.contract.frameworks import to_framework, to_numpy
 
@@ -61,15 +61,14 @@ class Subject:
         return replace(self, router=self.with_top_k(k), declaration=replace(self.declaration, top_k=k))
 
     def call(self, given: Any, tokens: int) -> tuple[Any, Any]:
-        """The router's own result. Raises RouterRaised, or Malformed for a result that is no pair."""
-        try:
-            with np.errstate(all="ignore"):
-                answer = self.router(given)
-        except Exception as error:
-            raise RouterRaised(error, tokens) from error
-        if not isinstance(answer, tuple | list) or len(answer) != 2:
+        """The router's own result. Raises LawBroken when it raises, or Malformed for a result that is no pair."""
+        with np.errstate(all="ignore"), foreign("the router", f" on {tokens} tokens"):
+            answer = self.router(given)
+        with foreign("the router's result"):
+            pair = [*answer] if isinstance(answer, tuple | list) else []
+        if len(pair) != 2:
             raise Malformed(f"found {type(answer).__name__}, a pair (ids, weights) was expected")
-        return answer[0], answer[1]
+        return pair[0], pair[1]
 
     def route(self, logits: Floats, together: bool = False) -> Routing:
         """Route a batch. With a capacity, tokens compete, so they are routed one by one unless `together`."""
@@ -119,8 +118,10 @@ class Subject:
         shape = (tokens, self.declaration.top_k)
         try:
             found, shares = to_numpy(ids), to_numpy(weights)
-        except (TypeError, ValueError, BufferError) as error:
-            raise Malformed(f"the result is no pair of arrays: {error}") from error
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # of the user's own array class
+            raise Malformed(f"the result is no pair of arrays: {first_line(error)}") from error
         for name, array, kinds in (("ids", found, "i"), ("weights", shares, "f")):
             if array.dtype.kind not in kinds:
                 wanted = "integers" if kinds == "i" else "floating-point numbers"
