@@ -14,6 +14,17 @@ REAL = ("norm_eps", "rope_theta")
 """The fields that are real numbers. All others are integers."""
 
 
+LARGEST = {
+    "layers": 1 << 12, "experts": 1 << 14, "heads": 1 << 14, "kv_heads": 1 << 14, "head_dim": 1 << 14, "dim": 1 << 22,
+    "hidden_dim": 1 << 24, "vocab": 1 << 26,
+}  # fmt: skip
+"""Bounds far above any model. Beyond them, a list of the weights' names alone would fill the memory."""
+LARGEST_OTHER = 1 << 40
+"""The bound of every other integer."""
+MOST_EXPERTS = 1 << 17
+"""The bound of the experts of all layers together."""
+
+
 class ConfigError(ValueError):
     """A configuration that is not a Mixtral; the message names the field, its value and the reason."""
 
@@ -48,6 +59,8 @@ def _check_field(name: str, value: Any) -> None:
             raise ConfigError(f"{name} = {value!r}, but an integer was expected")
         if value < 1:
             raise ConfigError(f"{name} = {value}, but at least 1 was expected")
+        if value > LARGEST.get(name, LARGEST_OTHER):
+            raise ConfigError(f"{name} = {value}, but at most {LARGEST.get(name, LARGEST_OTHER)} was expected")
 
 
 def _check_together(config: Config) -> None:
@@ -62,6 +75,11 @@ def _check_together(config: Config) -> None:
         raise ConfigError(
             f"experts_per_token = {config.experts_per_token} exceeds experts = {config.experts}: "
             "a token cannot choose more experts than there are"
+        )
+    if config.layers * config.experts > MOST_EXPERTS:
+        raise ConfigError(
+            f"layers = {config.layers} times experts = {config.experts} was found, but at most {MOST_EXPERTS} experts "
+            "in all layers were expected"
         )
     if config.norm_eps < 0:
         raise ConfigError(f"norm_eps = {config.norm_eps!r} is negative, but it is added under a square root")

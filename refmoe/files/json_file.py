@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from refmoe.errors import InputError
-from refmoe.files.parsing import strict_json
-from refmoe.files.reading import decoded, read_bytes
-from refmoe.files.sentences import one_line, quoted, shown
+from refmoe.files.parsing import read_json_value
+from refmoe.files.sentences import quoted, shown
 
 
 @dataclass(frozen=True)
@@ -71,11 +70,7 @@ def read_json(path: Path) -> JsonFile:
 
     NaN and infinities are read, because Python programs write them into config.json. A field that is used refuses them.
     """
-    content = read_bytes(path, "a JSON object")
-    try:
-        values = strict_json(decoded(path, content, "a JSON object"), finite=False)
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON: {one_line(error)}") from None
+    values = read_json_value(path, "a JSON object", finite=False)
     if not isinstance(values, dict):
         raise InputError(f"{path}: holds a JSON {JSON_TYPES[type(values)]}, but an object was expected")
     return JsonFile(path, values)

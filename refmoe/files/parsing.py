@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from refmoe.errors import InputError
-from refmoe.files.reading import decoded, read_bytes
+from refmoe.files.reading import decoded, read_bytes, read_text
 from refmoe.files.sentences import one_line, quoted
 
 LARGEST_INTEGER = 1 << 64
@@ -21,24 +21,39 @@ DEEPEST = 40
 SCALARS = (str, int, float, bool)
 
 
-def strict_json(text: str | bytes, finite: bool = True) -> Any:
-    """Parse JSON in which no object repeats a name. Raises ValueError for any fault.
+def strict_json(text: str | bytes) -> Any:
+    """Parse JSON in which no object repeats a name. Raises ValueError for any fault, with a sentence.
 
-    finite: whether NaN and infinities are faults. Python's own json writes them, though JSON has none.
+    An integer of very many digits is cut to its first 40, so that a check of its size still refuses it.
+    NaN and infinities are read, because Python programs write them.
     """
-
-    def constant(name: str) -> float:
-        if finite:
-            raise ValueError(f"it holds {name}, but finite numbers were expected")
-        return float(name)
-
     try:
-        return json.loads(
-            text, object_pairs_hook=_unique, parse_int=_integer, parse_float=_finite if finite else float,
-            parse_constant=constant,
-        )  # fmt: skip
+        return json.loads(text, object_pairs_hook=_unique, parse_int=_integer)
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError("is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON: {one_line(error)}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is not UTF-8") from None
+
+
+def read_json_value(path: Path, expected: str, finite: bool = True) -> Any:
+    """The value in a JSON file, in which no object repeats a name and no integer has more than 64 bits.
+
+    expected: the kind of file, as "a JSON object"   finite: whether to refuse NaN and infinities
+    Raises InputError for any other content, and when the file cannot be read.
+    """
+    return json_value(path, read_text(path, expected), expected, finite)
+
+
+def json_value(path: Path, text: str, expected: str, finite: bool = True) -> Any:
+    """The value in the text of a JSON file, as `read_json_value` gives it."""
+    try:
+        value = strict_json(text)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}, but {expected} was expected") from None
+    _refuse_faults(path, value, finite)
+    return value
 
 
 def toml(path: Path, expected: str, content: bytes | None = None) -> dict[str, Any]:
@@ -53,12 +68,16 @@ def toml(path: Path, expected: str, content: bytes | None = None) -> dict[str, A
     except RecursionError:
         raise InputError(f"{path}: is nested too deeply, but {expected} of a few levels was expected") from None
     except ValueError as error:  # of tomllib, and of int() for thousands of digits
-        raise InputError(f"{path}: not valid TOML: {one_line(error)}") from None
+        raise InputError(f"{path}: not valid TOML: {one_line(error)}, but {expected} was expected") from None
+    _refuse_faults(path, values, finite=True)
+    return values
+
+
+def _refuse_faults(path: Path, values: Any, finite: bool) -> None:
     for name, value, depth in _all_within("", values, 0):
-        found = _fault(value, depth)
+        found = _fault(value, depth, finite)
         if found:
             raise InputError(f"{path}: {quoted(name)} {found}")
-    return values
 
 
 def _all_within(name: str, value: Any, depth: int) -> Iterator[tuple[str, Any, int]]:
@@ -71,15 +90,15 @@ def _all_within(name: str, value: Any, depth: int) -> Iterator[tuple[str, Any, i
             yield from _all_within(within, inner, depth + 1)
 
 
-def _fault(value: Any, depth: int) -> str:
+def _fault(value: Any, depth: int, finite: bool) -> str:
     """The fault of one value in words, or nothing."""
     if depth > DEEPEST:
         return f"is nested too deeply, but at most {DEEPEST} levels were expected"
-    if not isinstance(value, (*SCALARS, list, dict)):
+    if not isinstance(value, (*SCALARS, list, dict, type(None))):
         return f"is a {type(value).__name__}, but a string, a number, a boolean, an array or a table was expected"
     if isinstance(value, int) and abs(value) >= LARGEST_INTEGER:
         return "is an integer of more than 64 bits, but a smaller one was expected"
-    if isinstance(value, float) and not math.isfinite(value):
+    if finite and isinstance(value, float) and not math.isfinite(value):
         return f"is {value}, but a finite number was expected"
     return ""
 
@@ -89,18 +108,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         seen: set[str] = set()
         repeated = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"{quoted(repeated)} is there more than once, but one value was expected")
+        raise ValueError(f"{quoted(repeated)} is there more than once")
     return values
 
 
 def _integer(digits: str) -> int:
-    if len(digits) > 20 or abs(int(digits)) >= LARGEST_INTEGER:
-        raise ValueError(f"it holds an integer of {len(digits)} digits, but one of at most 64 bits was expected")
-    return int(digits)
-
-
-def _finite(digits: str) -> float:
-    value = float(digits)
-    if not math.isfinite(value):
-        raise ValueError("it holds a number beyond the range of float64, but finite numbers were expected")
-    return value
+    return int(digits[:40])

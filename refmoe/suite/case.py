@@ -22,6 +22,8 @@ from refmoe.traces.trace import FORMAT_VERSION, Run
 
 CASE_FILE = "case.toml"
 STORES = ("trace", "fingerprint")
+LATEST_START = 1 << 30
+"""The last position at which a sequence may start: the exact rotary table is defined up to 2^31 - 1."""
 FULL_SIZE = 1 << 32
 """The number of parameters from which a case is of full size."""
 
@@ -191,7 +193,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str, Any]] = {
     "config": (lambda value: isinstance(value, dict), "a table", None),
     "weights": (lambda value: isinstance(value, dict), "a table", None),
     "script": (is_list(dict), "a list of tables", None),
-    "start": (is_count, "an integer from 0", 0),
+    "start": (lambda value: is_count(value) and value <= LATEST_START, f"an integer from 0 to {LATEST_START}", 0),
     "layers": (lambda value: value is None or is_tokens(value), "a list of two integers", None),
     "store": (lambda value: value in STORES, f"one of {', '.join(STORES)}", "trace"),
 }

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from refmoe.arithmetic.exact import dot
 from refmoe.checkpoints.weight_formula import elements
 from refmoe.errors import InputError
-from refmoe.files.parsing import strict_json
+from refmoe.files.parsing import json_value
 from refmoe.files.reading import read_text
 from refmoe.suite.manifest import tensor_digest
 from refmoe.traces.trace import FORMAT_VERSION, Header, Recorder, parse_header
@@ -88,7 +88,7 @@ def read_fingerprints(path: Path) -> tuple[Header, dict[str, Fingerprint]]:
     """Read a file of fingerprints. Raises InputError when the file cannot be read or is not such a file."""
     text = read_text(path, "a file of fingerprints")
     header = parse_header(path, text)
-    tensors: Any = strict_json(text).get("tensors")
+    tensors: Any = json_value(path, text, "a file of fingerprints").get("tensors")
     try:
         return header, {key: from_json(entry) for key, entry in tensors.items()}
     except (AttributeError, KeyError, TypeError):

@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 from refmoe import __version__
 from refmoe.errors import InputError
 from refmoe.files.atomic import replacing
-from refmoe.files.parsing import strict_json
-from refmoe.files.reading import exists, open_file, read_bytes
-from refmoe.files.sentences import one_line
+from refmoe.files.parsing import json_value
+from refmoe.files.reading import decoded, exists, open_file, read_bytes
 from refmoe.suite.case import CASE_FILE, is_count, is_list
 from refmoe.traces.trace import FORMAT_VERSION
 
@@ -166,10 +165,7 @@ def _read(path: Path, remedy: str) -> dict[str, Any]:
     if not exists(path):
         raise InputError(f"{path}: no such file; {remedy}")
     data = read_bytes(path, "a manifest")
-    try:
-        manifest = strict_json(data)
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON: {one_line(error)}") from None
+    manifest = json_value(path, decoded(path, data, "a manifest"), "a manifest")
     if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
         raise InputError(f"{path}: 'format_version' is missing or unknown, but \"{FORMAT_VERSION}\" was expected")
     own = manifest.pop("digest", None)

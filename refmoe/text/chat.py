@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from refmoe.errors import InputError
-from refmoe.files.parsing import strict_json
-from refmoe.files.reading import read_text
-from refmoe.files.sentences import one_line
+from refmoe.files.parsing import read_json_value
 from refmoe.text.tokenizer import Tokenizer
 
 BEGIN, END = "[INST]", "[/INST]"
@@ -164,9 +162,5 @@ def load_chat(path: str | PathLike[str]) -> list[dict[str, str]]:
     Raises InputError when the file cannot be read, is not JSON in UTF-8, or holds no such dialogue.
     """
     path = Path(path)
-    text = read_text(path, "a JSON file of messages")
-    try:
-        messages = strict_json(text)
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON: {one_line(error)}; a list of messages was expected") from None
+    messages = read_json_value(path, "a JSON file of messages")
     return [message._asdict() for message in check_messages(messages, str(path))]

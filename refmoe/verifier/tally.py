@@ -73,6 +73,8 @@ class Tally:
     undecided: int = 0
     outside: int = 0
     not_finite: int = 0
+    gaps: int = 0
+    """The number of values that are NaN or infinite, illegal or not."""
     worst_error: float = 0.0
     excess: float = 0.0
     squares: float = 0.0
@@ -138,6 +140,7 @@ class Tally:
             spread = spread & known
             self.undecided += int((~(outside | bounded | (spread & finite))).sum())
             self.not_finite += int((outside & ~finite).sum())
+            self.gaps += int((~finite).sum())
             finite = finite & known
         error = y - m if clean else np.where(finite, y - np.where(finite, m, 0.0), np.inf)
         spacing, allowed = ulp(pair(m, np.abs(m) + r), format)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from refmoe.profiles.policy import Policy
@@ -37,7 +37,10 @@ from refmoe.verifier.tally import LIKE_POINTWISE, Limits, Tally
 
 OPEN_CHOICE = "rounding can decide the choice of experts"
 NO_BOUND = "it may overflow, or rounding adds up over too many steps"
+GAPS = "the trace's own values of {} are not finite"
 """The reasons for undecided values."""
+READS_CACHE = ("attention.scores", "attention.probs", "attention.context")
+"""The steps that read the keys and values of earlier runs."""
 
 SIGNIFICANCE = 1e-6
 """The probability that a healthy engine fails somewhere in a whole verification is less than this."""
@@ -124,10 +127,21 @@ def assemble(findings: Findings, contents: Contents, config: Config, policy: Pol
             alike_rows = origin.normalises and policy.statistics.precision <= policy.at(step_of(tap)).precision
             if size is not None and alike_rows:
                 size = max(size, tally.values / max(tally.rows, 1))
-            why = OPEN_CHOICE if origin.rung == FREE else NO_BOUND
+            gap = _gap(findings, run, tap, origin) if tally.undecided else None
+            why = GAPS.format(gap) if gap else OPEN_CHOICE if origin.rung == FREE else NO_BOUND
             check = tally.check(run.run, tap, origin, limits, size, not alike_rows, why)
             checks.append(name_expert(check, chosen))
     return checks
+
+
+def _gap(findings: Findings, run: Run, tap: str, origin: Origin) -> str | None:
+    """The first tap that a tap is computed from and that has NaN or infinities in the trace; None if there is none."""
+    read = [(run.run, name) for name in origin.since]
+    if step_of(tap) in READS_CACHE:
+        cached = [f"layers.{layer_of(tap)}.attention.{name}" for name in ("k", "k_rope", "v")]
+        read += [(earlier, name) for earlier, name in findings.tallies if name in cached]
+    found = (key for key in read if key in findings.tallies and findings.tallies[key].gaps)
+    return next((f"{earlier}/{name}" for earlier, name in found), None)
 
 
 def name_expert(check: Check, chosen: dict[tuple[str, int, int], tuple[int, ...]]) -> Check:
@@ -208,14 +222,22 @@ def conclude(
 ) -> Report:
     """The report, with verdict, headline and the first wrong step."""
     failed = [check for check in checks if check.verdict == FAIL]
-    decided = sum(check.values - check.undecided for check in checks if check.verdict != UNDECIDABLE)
+    decided = _decided(checks)
     total = sum(check.values for check in checks)
+    last = [*{check.run: check for check in checks}.values()]  # the last check of each run
     if failed:
         verdict = NOT_CONFORMANT
         headline = f"not conformant with {policy.name}: {failed[0].run}/{failed[0].tap}: {failed[0].reason}"
     elif 2 * decided <= total:
         verdict = CANNOT_JUDGE
         headline = f"cannot judge: {total - decided} of {total} values have no bound under {policy.name}"
+    elif 2 * _decided(last) <= sum(check.values for check in last):
+        verdict = CANNOT_JUDGE
+        values = sum(check.values for check in last)
+        headline = (
+            f"cannot judge: {values - _decided(last)} of {values} values of the last step in each run, "
+            f"{last[-1].step}, have no bound under {policy.name}"
+        )
     else:
         verdict = CONFORMANT
         headline = (
@@ -237,6 +259,11 @@ def conclude(
         unknown=contents.unknown,
         notes=tuple(notes(contents, checks, findings)),
     )
+
+
+def _decided(checks: Iterable[Check]) -> int:
+    """The number of values with a bound in checks that could be decided."""
+    return sum(check.values - check.undecided for check in checks if check.verdict != UNDECIDABLE)
 
 
 def notes(contents: Contents, checks: list[Check], findings: Findings) -> list[str]:

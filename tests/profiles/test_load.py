@@ -99,9 +99,9 @@ MISTAKES = {
     "hf-float32+chache=float16": "'chache' cannot be changed, expected one of cache, ",
     "hf-float32+router.experts=float16": "'router.experts' cannot be changed, expected one of router.",
     "hf-float32+cache": "'cache' was found, but a change such as cache=float16 was expected",
-    "hf-float32+cache=fp16": "cache.k is 'fp16', but one of ",
-    "hf-float32+ties=low": "ties is 'low', but one of lower, any was expected",
-    "hf-float32+truncates=1": "truncates is '1', but true or false was expected",
+    "hf-float32+cache=fp16": "cache.k is \"fp16\", but one of ",
+    "hf-float32+ties=low": "ties is \"low\", but one of lower, any was expected",
+    "hf-float32+truncates=1": "truncates is \"1\", but true or false was expected",
     "nowhere.toml+cache=float16": "nowhere.toml: no such file",
 }
 
@@ -115,7 +115,7 @@ def test_a_name_that_means_nothing(name: str) -> None:
 
 BUDGET = "a table of 'constant' and 'slope', numbers from 0, and 'source', a text, was expected"
 SPOILT = {
-    "not TOML": (lambda text: text + "[", "not a readable TOML file"),
+    "not TOML": (lambda text: text + "[", "not valid TOML"),
     "no table": (lambda text: "", "[] was found, but one table"),
     "two tables": (lambda text: text + "[other]\n", "one table with the name of the policy was expected"),
     "not a table": (lambda text: "storage = 'float32'", "one table"),
@@ -124,10 +124,10 @@ SPOILT = {
     "an unknown field": (
         lambda text: text.replace("truncates", "truncate"), "has a field 'truncate', but only one of truncates, ",
     ),
-    "an unknown base": (lambda text: text.replace("hf-", "hg-"), "base is 'hg-bfloat16', but one of hf-bfloat16, "),
-    "its own base": (lambda text: text.replace("hf-bfloat16", "my-engine"), "base is 'my-engine', but one of "),
+    "an unknown base": (lambda text: text.replace("hf-", "hg-"), "base is \"hg-bfloat16\", but one of hf-bfloat16, "),
+    "its own base": (lambda text: text.replace("hf-bfloat16", "my-engine"), "base is \"my-engine\", but one of "),
     "no base": (lambda text: text.replace("base", "#"), "[my-engine] storage is missing, but one of float64, "),
-    "a wrong dtype": (lambda text: text.replace("float32", "fp32"), "rope.table is 'fp32', but one of "),
+    "a wrong dtype": (lambda text: text.replace("float32", "fp32"), "rope.table is \"fp32\", but one of "),
     "a dtype that is a list": (lambda text: text.replace('"float32"', "[]"), "rope.table is [], but one of "),
     "a wrong cut point": (
         lambda text: text.replace("rope.table", "rope.tables"), "cut point 'rope.tables', but only one of rope.table, ",

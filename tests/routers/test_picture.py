@@ -242,7 +242,7 @@ def save(path: Path, array: Any, **options: Any) -> None:
     np.save(path, array, **options)
 
 
-NOT_NUMBERS = "not a .npy file of numbers"
+NOT_NUMBERS = "cannot be read as a .npy file of numbers"
 HUGE = b"{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000, 1000000000), }".ljust(117) + b"\n"
 BAD_FILES = {
     "one dimension": (lambda p: save(p, np.zeros(3)), "shape [3], but tokens by experts"),
@@ -258,8 +258,8 @@ BAD_FILES = {
     "too many": (lambda p: save(p, np.zeros((1025, 1024), np.float16)), "at most 1048576"),
     "a zip": (lambda p: p.write_bytes(b"PK\x03\x04 nothing"), "logits.npy: "),
     "empty": (lambda p: p.write_bytes(b""), "logits.npy: "),
-    "absent": (lambda p: None, "cannot be read: No such file"),
-    "a folder": (lambda p: p.mkdir(), "cannot be read: Is a directory"),
+    "absent": (lambda p: None, "no such file"),
+    "a folder": (lambda p: p.mkdir(), "is a folder"),
 }  # fmt: skip
 
 

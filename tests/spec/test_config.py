@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import pytest
 
-from refmoe.checkpoints.configuration import ConfigError, checked
+from refmoe.checkpoints.configuration import REAL, ConfigError, checked
 from refmoe.checkpoints.names import parameter_shapes
 from refmoe.checkpoints.size import active_parameters, total_parameters
 from refmoe.spec.config import PRESETS, Config
@@ -38,6 +38,20 @@ def test_a_bad_value_is_refused_with_its_field_and_itself(field: str, value: Any
         checked({**asdict(SMALL), field: value})
     assert str(value) in str(caught.value)
     assert field in str(caught.value) or field in ("heads", "experts")
+
+
+@pytest.mark.parametrize("value", [10**9 + 8, 2**62, 2**70])
+@pytest.mark.parametrize("field", [f.name for f in fields(Config) if f.name not in REAL])
+def test_a_size_beyond_any_model_is_refused(field: str, value: int) -> None:
+    """Before a list of that many weights is made."""
+    if field not in ("window", "context") or value > 2**40:
+        with pytest.raises(ConfigError, match="at most|exceeds|does not divide"):
+            checked({**asdict(SMALL), field: value})
+
+
+def test_many_layers_of_many_experts_are_refused() -> None:
+    with pytest.raises(ConfigError, match="layers = 4096 times experts = 4096"):
+        checked({**asdict(SMALL), "layers": 4096, "experts": 4096})
 
 
 def test_the_published_sizes_have_the_published_parameters() -> None:

@@ -141,14 +141,14 @@ def test_an_empty_assistant_message_is_refused_by_mistral_common_too(mistral):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (None, "No such file"),
-        (b"", "not JSON at line 1, column 1"),
-        (b"[\n{]", "not JSON at line 2, column 2"),
+        (None, "no such file"),
+        (b"", "not valid JSON: .*line 1 column 1"),
+        (b"[\n{]", "not valid JSON: .*line 2 column 2"),
         (b"\xff\xfe[\x00", "byte 0 is not UTF-8"),
-        (b"[" * 200_000, "beyond the reader's limits"),
-        (b"[" + b"9" * 10_000 + b"]", "beyond the reader's limits"),
-        (b'[{"role": "user", "role": "system", "content": "a"}]', "the key 'role' twice"),
-        (b"NaN", "found a value of type float"),
+        (b"[" * 200_000, "nested too deeply"),
+        (b"[" + b"9" * 10_000 + b"]", "an integer of more than 64 bits"),
+        (b'[{"role": "user", "role": "system", "content": "a"}]', "'role' is there more than once"),
+        (b"NaN", "is nan"),
         (b"7", "found a value of type int"),
     ],
 )
@@ -162,7 +162,7 @@ def test_a_file_that_is_no_dialogue_is_refused(tmp_path, content, sentence):
 
 
 def test_a_directory_is_no_dialogue(tmp_path):
-    with pytest.raises(InputError, match="directory, but a JSON file of messages was expected"):
+    with pytest.raises(InputError, match="folder, but a JSON file of messages was expected"):
         load_chat(tmp_path)
 
 
