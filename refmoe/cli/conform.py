@@ -30,9 +30,19 @@ from refmoe.api.conforming import (
     write_results,
     write_scaffold,
 )
-from refmoe.cli.options import PATH, golden_option, json_option, progress_bar, record_of, significance_option
+from refmoe.cli.options import (
+    PATH,
+    Decimal,
+    Integer,
+    golden_option,
+    json_option,
+    progress_bar,
+    record_of,
+    significance_option,
+)
 from refmoe.errors import InputError
 
+UNUSABLE = 2
 EXIT_STATUS = {WELL: 0, FAILED: 1, CANNOT: 3}
 
 
@@ -67,10 +77,14 @@ class Files:
 @click.command("conform", short_help="Run an engine on the golden cases, and judge each.")
 @click.argument("harness", nargs=-1, type=click.UNPROCESSED, metavar="[-- COMMAND [ARGUMENTS]]")
 @click.option(
-    "--adapter", metavar="NAME", help=f"{', '.join(SHIPPED)}; or a FILE.py or module.of.yours with a class Adapter."
-)
+    "--adapter", metavar="NAME",
+    help=f"{', '.join(SHIPPED)}; or a FILE.py or module.of.yours with a class Adapter, executed with your rights.",
+)  # fmt: skip
 @click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="An option of the adapter; repeatable.")
-@click.option("--python", type=PATH, metavar="PROGRAM", help="The Python in which the adapter runs; else this one.")
+@click.option(
+    "--python", type=PATH, metavar="PROGRAM",
+    help="The Python that runs the adapter, executed with your rights; else this one.",
+)  # fmt: skip
 @click.option(
     "--case", "cases", multiple=True, metavar="NAME", help="Only this case (refmoe cases lists them); repeatable."
 )
@@ -80,14 +94,18 @@ class Files:
     help="Judge the dtype that this policy stores by it (refmoe policies lists them); repeatable.",
 )  # fmt: skip
 @click.option(
-    "--timeout", type=click.FloatRange(0, 86400, min_open=True), default=300, show_default=True, metavar="SECONDS",
+    "--timeout", type=Decimal(0, 86400, min_open=True), default=300, show_default=True, metavar="SECONDS",
     help="The time for each request.",
 )  # fmt: skip
 @significance_option("a healthy engine fails at a case and dtype")
 @click.option("--diagnose/--no-diagnose", default=True, show_default=True, help="Explain failures.")
 @golden_option
+@click.option(
+    "--fresh", type=Integer(0), metavar="SEED",
+    help="Other weights and tokens for the same cases, by this seed: an engine that returns stored goldens fails.",
+)  # fmt: skip
 @click.option("--known", type=PATH, metavar="FILE", help="Failures that are known (TOML).")
-@click.option("--out", type=PATH, metavar="FILE", help="Write the results (JSON).")
+@click.option("--out", type=PATH, metavar="FILE", help="Write the results (JSON), after each outcome anew.")
 @click.option("--keep", type=PATH, metavar="DIR", help="Keep the traces that the engine returned, one for each case.")
 @click.option("--write-ci", type=PATH, metavar="FILE", help="Write a GitHub workflow, today's failures known.")
 @click.option(
@@ -109,7 +127,10 @@ def conform_command(
     refmoe conform --adapter transformers --option attention=sdpa --out results/transformers.json
     refmoe conform --adapter ./my_adapter.py --python ../venv/bin/python
     refmoe conform --keep traces -- ./my-harness --threads 4
+    refmoe conform --fresh 20261128 -- ./my-harness
     refmoe conform --scaffold c harness.c
+
+    COMMAND, an adapter of your own and the Python that runs it are programs. They are executed with your rights.
 
     Exit status 0: every case is conformant, skipped or known to fail. 1: one is not, or one that is known to fail
     conforms. 2: the engine cannot be run. 3: it skips every case, or no case that fails could be judged.
@@ -127,7 +148,7 @@ def conform_command(
     workflow = files.check()
     listed = read_known(files.known) if files.known is not None else []
     try:
-        results, logs = conform(asked, progress_bar)
+        results, logs = conform(asked, progress_bar, files.out)
     except HarnessUnusable as unusable:
         from refmoe.report.wording import visible
 
@@ -136,14 +157,21 @@ def conform_command(
         raise
     failures = sort_failures(results, listed)
     status = EXIT_STATUS[whole_verdict(results, failures)]
-    if files.out is not None:
-        write_results(files.out, results)
-    if workflow is not None:
-        workflow.write(asked, results)
+    unwritten: InputError | None = None
+    try:
+        if files.out is not None:
+            write_results(files.out, results)
+        if workflow is not None:
+            workflow.write(asked, results)
+    except InputError as error:  # the verdicts are said all the same
+        unwritten, status = error, UNUSABLE
     if as_json:
-        click.echo(json.dumps({"status": status, **run_facts(results, failures)}))
+        why = {} if unwritten is None else {"error": str(unwritten)}
+        click.echo(json.dumps({"status": status, **why, **run_facts(results, failures)}))
     else:
         from refmoe.report.scoreboard_text import print_results
 
         print_results(results, failures, logs)
+        if unwritten is not None:
+            raise unwritten
     context.exit(status)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -162,9 +163,9 @@ def conform(harness: Harness, options: Mapping[str, str], suite: Suite, watch: W
     Raises HarnessUnusable where the smoke test finds the harness itself broken, InputError where it lacks a dtype.
     """
     described = harness.description
-    try:
+    with ended(harness):
         policies = chosen_policies(described, suite)
-        with places() as folders:
+        with places() as folders, ended(harness):
             smoke = smoke_test(harness, suite.smoke, next(iter(policies)), folders)
             results = Results(
                 engine=Engine(described.name, described.version, options),
@@ -184,10 +185,17 @@ def conform(harness: Harness, options: Mapping[str, str], suite: Suite, watch: W
                     results = replace(results, outcomes=(*results.outcomes, outcome))
                     watch.save(results)
                     watch.log(outcome, harness.log if outcome.failed else "")
-        note = harness.stop()
+            note = harness.stop()
+    return replace(results, notes=(*([] if note is None else [note]), *run.observations()))
+
+
+@contextmanager
+def ended(harness: Harness) -> Iterator[None]:
+    """End a harness before the folders are removed to which it may be writing."""
+    try:
+        yield
     finally:
         harness.kill()
-    return replace(results, notes=(*([] if note is None else [note]), *run.observations()))
 
 
 def chosen_policies(described: Description, suite: Suite) -> dict[str, Policy]:

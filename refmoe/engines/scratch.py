@@ -26,8 +26,8 @@ except ImportError:  # Windows
 
 YOUNGEST = 10.0
 """Seconds since the last change of a folder that is removed: between its creation and its lock there is a moment."""
-PATIENCE = 30.0
-"""Seconds for the removal of a folder, to which a process may go on writing."""
+PATIENCE, IMPATIENCE = 30.0, 1.0
+"""Seconds for the removal of a whole folder, and of one in it, to which an engine may go on writing."""
 
 
 class Scratch:
@@ -87,7 +87,7 @@ class Scratch:
         try:
             yield made
         finally:
-            remove_tree(made)
+            remove_tree(made, IMPATIENCE)
 
 
 def remove_abandoned(prefix: str) -> None:
@@ -113,13 +113,15 @@ def _remove_if_abandoned(path: Path) -> None:
         os.close(lock)
 
 
-def remove_tree(path: Path) -> None:
+def remove_tree(path: Path, patience: float = PATIENCE) -> None:
     """Remove a folder with all that a stranger may have put there. Never raises OSError.
+
+    patience: seconds after which it gives up
 
     Folders may be nested more deeply than a path can be long, and closed to their owner. So what is two levels down is
     moved up first, until there is nothing below. Links are removed and not followed.
     """
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         try:
             if not stat.S_ISDIR(os.lstat(path).st_mode):
