@@ -102,7 +102,7 @@ def is_wider(policy: Policy, dtype: str) -> bool:
 
 
 def named_is_wider(name: str, dtype: str) -> bool | None:
-    """The same of a policy's name. None: the policy was a file of the user's, which is not at hand."""
+    """Whether a policy of this name does. None: the policy was a file of the user's, which is not at hand."""
     try:
         return None if ".toml" in name else is_wider(named_policy(name), dtype)
     except InputError:

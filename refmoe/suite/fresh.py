@@ -6,8 +6,8 @@ verifier computes what it compares with from the weights, on the spot.
 
 The weights come from the weight formula with another seed, and the case's own exponents and edits. The tokens are
 renamed by a permutation of the vocabulary. So everything holds that the tokens alone make true: lengths, repetitions,
-positions, equal sequences. The first and the last token of the vocabulary keep their names, and so do tokens whose
-embedding the case edits. Conditions that depend on the values of weights may not hold.
+positions, equal sequences. Tokens 0, 1, 2 and the last one of the vocabulary keep their names, since they are special
+in many vocabularies. So do tokens whose embedding the case edits. Conditions that depend on the values of weights may not hold.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from refmoe.traces.script import Call, Packed
 
 EMBEDDING = "embedding"
 """The name of the parameter whose rows belong to tokens."""
-MASK = (1 << 64) - 1
+SPECIAL = (0, 1, 2)
+"""Tokens that mean no token, the beginning and the end of a text in many vocabularies."""
 
 
 def fresh_case(case: Case, seed: int) -> Case:
@@ -40,7 +41,7 @@ def fresh_case(case: Case, seed: int) -> Case:
 def number(seed: int, *names: object) -> int:
     """An integer of 64 bits that depends on the seed and the names."""
     text = "/".join(map(str, (seed, *names)))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") & MASK
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
 def permutation(case: Case, seed: int) -> Mapping[int, int]:
@@ -53,7 +54,7 @@ def permutation(case: Case, seed: int) -> Mapping[int, int]:
 
 def fixed_tokens(case: Case) -> set[int]:
     """The tokens that keep their names: the ends of the vocabulary, and those with an edited row in the embedding."""
-    fixed = {0, case.config.vocab - 1}
+    fixed = {token for token in (*SPECIAL, case.config.vocab - 1) if token < case.config.vocab}
     for edit in case.edits:
         if fnmatchcase(EMBEDDING, edit["parameter"]):
             fixed |= set(_rows(edit))
