@@ -58,6 +58,7 @@ def model_facts(
         found = load_checkpoint(folder, layout)
         config, widths = found.config, (widest(found.dtypes),)
         stored = {"layout": found.layout, "files": [path.name for path in found.files], "stored": found.dtypes}
+        stored |= {"unknown_fields": found.unknown} if found.unknown else {}
     facts = config_facts(config)
     if place.on_gpu:
         facts["device"] = _on_device(config, tokens, max_new_tokens, widths, place.free_memory())

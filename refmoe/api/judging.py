@@ -17,6 +17,7 @@ from refmoe.api.report import Report
 from refmoe.api.values import fit_heads, mapping, to_trace
 from refmoe.bugs.catalogue import MUTANTS
 from refmoe.errors import InputError
+from refmoe.files.sentences import quoted
 from refmoe.profiles.load import policy as named_policy
 from refmoe.profiles.policy import Policy
 from refmoe.traces.trace import Run, Trace
@@ -79,11 +80,19 @@ def verify(
         if declared is None:
             notes = (f"no policy was given: the values are held against {rules.name}, which is their dtype",)
     report = judge(trace, subject.subject, subject.config, subject.parameters, runs, rules, settings)
-    report = replace(report, notes=(*notes, *report.notes))
+    report = replace(report, notes=(*notes, *report.notes, *note_of_unknown(subject.unknown_fields)))
     if diagnose and report.verdict == NOT_CONFORMANT:
         mutants, config, weights = MUTANTS.values(), subject.config, subject.parameters
         report = explained(report, find_explanations(trace, config, weights, runs, rules, report, mutants))
     return Report(report)
+
+
+def note_of_unknown(fields: Sequence[str]) -> tuple[str, ...]:
+    """The note of a report about fields of config.json that refmoe does not know, if there are any."""
+    if not fields:
+        return ()
+    names = ", ".join(map(quoted, fields[:10])) + (f" and {len(fields) - 10} more" if len(fields) > 10 else "")
+    return (f"config.json has fields that refmoe does not know and does not obey: {names}",)
 
 
 def as_model(model: object) -> Model:

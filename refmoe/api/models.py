@@ -71,6 +71,11 @@ class Model:
         return self._checkpoint.parameters
 
     @property
+    def unknown_fields(self) -> tuple[str, ...]:
+        """The fields of config.json that refmoe does not know, and therefore does not obey."""
+        return self._checkpoint.unknown
+
+    @property
     def subject(self) -> str:
         """The model in words, as reports name it."""
         return f"{'checkpoint' if self.case is None else 'case'} {self.name}"

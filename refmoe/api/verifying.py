@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from refmoe.api.dumps import read_values
 from refmoe.api.facts import named_case
-from refmoe.api.judging import dtype_of, policy_of
+from refmoe.api.judging import dtype_of, note_of_unknown, policy_of
 from refmoe.api.progress import Bars, silent
 from refmoe.api.report import Report
 from refmoe.api.values import fit_heads, to_trace
@@ -161,6 +161,7 @@ def _judged(trace: Trace, against: Against, rules: Policy, judging: Judging, bar
             spread=None if opened is None else Spread(opened, against.source),
         )
         report = verify(trace, against.name, config, parameters, runs, rules, settings)
+    report = replace(report, notes=(*report.notes, *note_of_unknown(loaded(against.source).unknown)))
     if judging.diagnose and report.verdict == NOT_CONFORMANT:
         with bars("diagnose", 2 * len(MUTANTS)) as advance:
             found = diagnose(trace, config, parameters, runs, rules, report, MUTANTS.values(), advance)

@@ -8,6 +8,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from refmoe.checkpoints import layout
+from refmoe.checkpoints.foreign_fields import refuse_foreign, unknown_fields
 from refmoe.checkpoints.layout import Checkpoint, Expected, Found, View, whole, whole_parameter
 from refmoe.checkpoints.names import expert_names
 from refmoe.errors import InputError
@@ -34,15 +35,6 @@ FIELDS = {
 }
 """The spec's fields and their names in config.json."""
 
-FOREIGN = {
-    "attention_bias": "Mixtral's projections have no biases",
-    "mlp_bias": "Mixtral's experts have no biases",
-    "tie_word_embeddings": "Mixtral's output matrix is its own",
-    "quantization_config": "weights that are not quantised were expected",
-    "rope_scaling": "Mixtral's rotary embedding is not scaled",
-}
-"""Fields of other models that would change the result, and the fact about Mixtral that they contradict."""
-
 NOT_PLAIN = ("head_dim", "window", "norm_eps", "rope_theta")
 """The spec's fields that are no integers or may be absent from config.json."""
 
@@ -67,8 +59,8 @@ BLOCKS = ("block_sparse_moe", "mlp")
 """Names of the module of the mixture of experts: in checkpoints, and in the model class of transformers 5."""
 
 
-def read_config(path: Path) -> Config:
-    """The configuration in a config.json.
+def read_config(path: Path) -> tuple[Config, tuple[str, ...]]:
+    """The configuration in a config.json, and the fields of the file that refmoe does not know.
 
     Both generations are read: `rope_theta` at the top level, and `rope_parameters.rope_theta`. Raises InputError for
     fields that would change the mathematics: another rope type or activation, biases, a tied output.
@@ -77,17 +69,14 @@ def read_config(path: Path) -> Config:
     for name, value in {"model_type": "mixtral", "hidden_act": "silu"}.items():
         if file.need(name) != value:
             raise file.refuse(name, file.values[name], f"'{value}' was expected: this is not a Mixtral")
-    for name, fact in FOREIGN.items():
-        if file.values.get(name):
-            raise file.refuse(name, file.values[name], fact)
-    if file.values.get("partial_rotary_factor") not in (None, 1):
-        raise file.refuse("partial_rotary_factor", file.values["partial_rotary_factor"], "Mixtral turns whole heads")
     integers = {ours: theirs for ours, theirs in FIELDS.items() if ours not in NOT_PLAIN}
     values = {ours: file.integer(theirs) for ours, theirs in integers.items()}
     window = None if file.values.get("sliding_window") is None else file.integer("sliding_window")
     head_dim, theta = _head_dim(file, values["dim"], values["heads"]), _rope_theta(file)
     rest = {"head_dim": head_dim, "window": window, "norm_eps": file.number("rms_norm_eps"), "rope_theta": theta}
-    return layout.make_config(file, FIELDS, values | rest)
+    config = layout.make_config(file, FIELDS, values | rest)
+    refuse_foreign(file, config)
+    return config, unknown_fields(file, frozenset(FIELDS.values()))
 
 
 def _head_dim(file: JsonFile, dim: int, heads: int) -> int:
@@ -110,7 +99,8 @@ def _rope_theta(file: JsonFile) -> float:
         if parameters.values.get("rope_type", "default") != "default":
             raise parameters.refuse("rope_type", parameters.values["rope_type"], "'default' was expected")
         for name, value in parameters.values.items():
-            if name not in ("rope_type", "rope_theta") and value is not None:
+            whole = name == "partial_rotary_factor" and value == 1 and not isinstance(value, bool)
+            if name not in ("rope_type", "rope_theta") and value is not None and not whole:
                 raise parameters.refuse(name, value, "Mixtral's rotary embedding has no such parameter")
         if not found or parameters.values.get("rope_theta") is not None:
             found["rope_parameters.rope_theta"] = parameters.number("rope_theta")
@@ -175,12 +165,12 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, StoredTensor]]:
 
 def load(folder: Path) -> Checkpoint:
     """A checkpoint in this layout. Raises InputError, one sentence, for anything that does not fit."""
-    config = read_config(folder / "config.json")
+    config, unknown = read_config(folder / "config.json")
     files, tensors = weight_files(folder)
     block = next((b for b in reversed(BLOCKS) if any(f".{b}." in name for name in tensors)), BLOCKS[0])
     fused = any(name.endswith(".experts.gate_up_proj") for name in tensors)
     found = Found(
         layout="hf", folder=folder, config=config, config_name="config.json", fields=FIELDS, files=files,
-        tensors=tensors,
+        tensors=tensors, unknown=unknown,
     )  # fmt: skip
     return layout.match(found, lambda: expected_tensors(config, block, fused))

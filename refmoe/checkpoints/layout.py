@@ -43,6 +43,8 @@ class Checkpoint:
     """The safetensors files, in name order."""
     dtypes: tuple[str, ...]
     """The dtypes that weights are stored in, as safetensors names them."""
+    unknown: tuple[str, ...] = ()
+    """The fields of the configuration's file that refmoe does not know, and therefore does not obey."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class Found:
     files: list[Path]
     """The safetensors files, in name order."""
     tensors: dict[str, StoredTensor]
+    unknown: tuple[str, ...] = ()
+    """The fields of the configuration's file that refmoe does not know."""
 
     @property
     def place(self) -> Path:
@@ -200,6 +204,7 @@ def match(found: Found, expected: Listing) -> Checkpoint:
         layout=found.layout,
         files=tuple(found.files),
         dtypes=tuple(sorted({tensor.dtype for tensor in tensors.values()})),
+        unknown=found.unknown,
     )
 
 

@@ -12,6 +12,7 @@ from refmoe.api.facts import BYTES, gibibytes, model_facts
 from refmoe.cli.options import Integer, device_option, json_option, layout_option
 from refmoe.cli.table import print_table
 from refmoe.cuda.place import Place
+from refmoe.files.sentences import one_line
 from refmoe.spec.config import PRESETS
 
 CALLS = "With --device cuda: "
@@ -52,9 +53,9 @@ def info_command(
         rows.append((f"{name} parameters", f"{count:,} ({count / 1e9:.1f} B)"))
     rows += [(f"weights in {dtype}", f"{facts['weight_bytes'][dtype] / 2**30:,.1f} GiB") for dtype in BYTES]
     rows.append(("cache per token, float32", f"{facts['cache_bytes_per_token_float32']:,} bytes"))
-    for name in ("layout", "files", "stored"):
-        if name in facts:
-            rows.append((name, worded(facts[name])))
+    rows += [(name, worded(facts[name])) for name in ("layout", "files", "stored") if name in facts]
+    if "unknown_fields" in facts:
+        rows.append(("fields not obeyed", worded([one_line(name) for name in facts["unknown_fields"]])))
     print_table(("", ""), rows, title=model, wrap=True)
     if "device" in facts:
         print_device(facts["device"])
