@@ -79,8 +79,9 @@ def check_goldens(
     unchecked: list[str] = []
     found = _recompute(folders, place, jobs, bars, unchecked)
     found |= {case: suite.verify_case_files(case) for case in large}
+    compared = [case for case in [*folders, *large] if case in found]
     return Checked(
-        cases={case.resolve().name: [each.what for each in found[case]] for case in [*folders, *large] if case in found},
+        cases={case.resolve().name: [each.what for each in found[case]] for case in compared},
         documents=[each.what for each in suite.verify_documents(golden)] if whole else None,
         leftovers=[
             str(path) for folder in [golden, *folders][not whole :] for path in suite.leftovers(folder)
@@ -160,7 +161,11 @@ def emit_goldens(
     if not names and cases[0].folder == golden:
         raise InputError(f"{golden}: is a case, but a folder of cases was expected")
     with locked(golden):
-        return [_emit_one(case, place, bars) for case in cases] if names else _emit_missing(golden, cases, place, jobs, bars)
+        return (
+            [_emit_one(case, place, bars) for case in cases]
+            if names
+            else _emit_missing(golden, cases, place, jobs, bars)
+        )
 
 
 def _emit_missing(golden: Path, cases: list[Case], place: Place, jobs: int | None, bars: Bars) -> list[Path]:

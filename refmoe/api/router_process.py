@@ -88,9 +88,7 @@ def check_router_apart(asked: Asked, timeout: float = TIMEOUT, bars: Bars = sile
     return found
 
 
-def _follow(
-    asked: Asked, names: list[str], timeout: float, talk: _Talk, found: Checked, bars: Bars
-) -> None:
+def _follow(asked: Asked, names: list[str], timeout: float, talk: _Talk, found: Checked, bars: Bars) -> None:
     """Take the answers of the process: one after the import, then one for each law."""
     from refmoe.routers.contract.checking import Verdict
     from refmoe.routers.contract.laws import LAWS

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from refmoe.api.generating import BLAS, DTYPES, Generation, continuation
+from refmoe.cli.guard import GuardedCommand
 from refmoe.cli.options import PATH, Decimal, Input, Integer, Tokens, device_option, json_option, layout_option
 from refmoe.cli.streams import reader_gone
 from refmoe.cuda.place import Place
@@ -18,15 +19,13 @@ BLAS_HELP = """The library for products on the CPU. mkl: Intel's, weights packed
 Faster from the second use of a weight on; much faster with bfloat16 weights on a processor with AMX."""
 
 
-@click.command("generate", short_help="Stream text from a checkpoint.")
+@click.command("generate", cls=GuardedCommand, short_help="Stream text from a checkpoint.")
 @click.option("--checkpoint", type=PATH, metavar="DIR", required=True, help="Hugging Face's layout or Mistral's own.")
 @layout_option
 @click.option("--prompt", metavar="TEXT", help="Text to continue.")
 @click.option("--chat", type=PATH, metavar="FILE", help="A JSON list of chat messages to answer.")
 @click.option("--tokens", type=Tokens(), help="Token ids to continue; prints ids where there is no tokenizer.model.")
-@click.option(
-    "--max-new-tokens", default=64, show_default=True, type=Integer(min=1), help="The most tokens to add."
-)
+@click.option("--max-new-tokens", default=64, show_default=True, type=Integer(min=1), help="The most tokens to add.")
 @click.option("--temperature", type=Decimal(), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", type=Integer(), help="Sample from the k most likely tokens only.")
 @click.option(

@@ -23,6 +23,7 @@ from refmoe.api.routing import (
     verdict_summary,
     verdict_words,
 )
+from refmoe.cli.guard import OUTPUT, GuardedCommand
 from refmoe.cli.options import PATH, Decimal, Integer, json_option, progress_bar, record_of
 from refmoe.cli.sections import Sections
 from refmoe.cli.table import console, print_table
@@ -49,7 +50,9 @@ def router_command() -> None:
     """
 
 
-@click.command("show", short_help="Show what a router does with tokens: a picture, loads and drops.")
+@click.command(
+    "show", cls=GuardedCommand, short_help="Show what a router does with tokens: a picture, loads and drops."
+)
 @click.option(
     "--router", "name", type=click.Choice(ROUTERS), default="mixtral", show_default=True,
     help="The router of the literature.",
@@ -57,14 +60,16 @@ def router_command() -> None:
 @click.option("--tokens", type=COUNT, metavar="T", help=f"Rows of made-up, normally distributed logits; {TOKENS}.")
 @click.option("--experts", type=COUNT, metavar="E", help=f"Columns of made-up logits; {EXPERTS}.")
 @click.option("--top-k", "k", type=COUNT, metavar="K", help="Experts per token; the router's own number if not given.")
-@click.option("--capacity-factor", type=Decimal(), metavar="C", help="1 is T / E tokens; the router's own if not given.")
+@click.option(
+    "--capacity-factor", type=Decimal(), metavar="C", help="1 is T / E tokens; the router's own if not given."
+)
 @click.option("--groups", type=COUNT, default=1, show_default=True, help="Groups of experts (deepseek-v3).")
 @click.option("--top-groups", type=COUNT, default=1, show_default=True, help="Groups a token may use (deepseek-v3).")
 @click.option("--seed", type=Integer(min=0), default=0, show_default=True, help="Seed of logits and noise.")
 @click.option("--logits", "file", type=PATH, metavar="FILE", help="Real logits: [T, E] in a .npy file, or a trace.")
 @click.option("--run", metavar="NAME", help="The run of the trace; its first if not given.")
 @click.option("--layer", type=Integer(min=0), help="The layer of the trace; 0 if not given.")
-@click.option("--out", type=PATH, metavar="FILE", help="Also write the picture: .svg, or .png (extra 'plots').")
+@click.option("--out", type=OUTPUT, metavar="FILE", help="Also write the picture: .svg, or .png (extra 'plots').")
 @json_option
 def show_command(name: str, seed: int, out: Path | None, as_json: bool, **options: Any) -> None:
     """Route tokens with a router of the literature and show which experts they go to, and with what load.
@@ -95,7 +100,7 @@ def show_command(name: str, seed: int, out: Path | None, as_json: bool, **option
         place.print(f"written: {out}", markup=False)
 
 
-@click.command("check", short_help="Check a router of your own by the laws of routing.")
+@click.command("check", cls=GuardedCommand, short_help="Check a router of your own by the laws of routing.")
 @click.argument("router", metavar="MODULE:FUNCTION")
 @click.option("--experts", type=Integer(), required=True, help="The number of experts.")
 @click.option("--top-k", type=Integer(), required=True, help="The number of experts of a token.")
@@ -162,7 +167,8 @@ def check_command(
     by the names of `refmoe.routers.contract.Declaration`, and the laws judge it by that declaration. Exit status 0: no
     law is broken. 1: a law is broken. 2: the input cannot be used. 3: no law is broken, and one could not be judged.
     """
-    found = check_router_apart(Asked(router, factory, examples, laws, claims), timeout, progress_bar)
+    asked = Asked(router=router, factory=factory, examples=examples, laws=laws, claims=claims)
+    found = check_router_apart(asked, timeout, progress_bar)
     if found.bytes_printed:
         click.echo(f"the router printed {found.bytes_printed:,} bytes, which end with", err=True)
         for line in found.printed[-SHOWN:]:

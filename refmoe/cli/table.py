@@ -96,5 +96,5 @@ def line(cells: Sequence[str], widths: Sequence[int], right: Sequence[int] = ())
 
 def lines(cells: Sequence[str], widths: Sequence[int], right: Sequence[int] = ()) -> list[str]:
     """A row in as many lines as its longest cell needs."""
-    wrapped = [textwrap.wrap(cell, width) or [""] for cell, width in zip(cells, widths, strict=True)]
+    wrapped = [textwrap.wrap(cell, max(width, 1)) or [""] for cell, width in zip(cells, widths, strict=True)]
     return [line(parts, widths, right) for parts in zip_longest(*wrapped, fillvalue="")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from refmoe.errors import InputError
@@ -30,10 +30,8 @@ def locked(folder: Path) -> Iterator[None]:
             if fcntl is None:
                 break
             handle = os.open(folder, os.O_RDONLY)
-            try:
+            with suppress(OSError):  # a file system without locks
                 fcntl.flock(handle, fcntl.LOCK_EX)
-            except OSError:
-                pass
             if _is(folder, handle):
                 break
             os.close(handle)  # the process that held it has removed it
