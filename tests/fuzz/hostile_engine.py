@@ -2,12 +2,14 @@
 """A harness that returns stored goldens, and misbehaves once: ``python hostile_engine.py``, settings in a variable.
 
 `hostile_engines` runs it. Each behaviour below is a function of the situation `Now`. Its decorator states the verdicts
-that it may get in the case in which it acts. It needs no refmoe, so that it starts quickly.
+that it may get in the case in which it acts. It needs no refmoe, and NumPy only to change values, so that it starts
+quickly: an honest answer is a copy of the golden trace.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import resource
@@ -21,10 +23,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import ml_dtypes
-import numpy as np
-from safetensors.numpy import load_file, save_file
 
 SETTINGS = "REFMOE_HOSTILE"
 """The variable with the settings, as JSON: the fields of `Now` that are no result of the conversation."""
@@ -50,7 +48,6 @@ class Now:
     temporary: str
     """The folder for temporary files, to which damage is limited."""
     results: str
-    dtype: str
     request: dict[str, Any] = field(default_factory=dict)
     arrays: Arrays = field(default_factory=dict)
     dice: random.Random = field(default_factory=random.Random)
@@ -107,9 +104,16 @@ def behaviour(
 # ---- values: the arrays are changed
 
 
+def real(now: Now) -> Arrays:
+    """The arrays of real numbers; the others are choices of experts."""
+    return {key: array for key, array in now.arrays.items() if array.dtype.kind not in "iu"}
+
+
 def everywhere(value: float) -> Callable[[Now], None]:
     def act(now: Now) -> None:
-        for array in now.arrays.values():
+        import numpy as np
+
+        for array in real(now).values():
             array[...] = np.float64(value).astype(array.dtype)
 
     return act
@@ -117,14 +121,16 @@ def everywhere(value: float) -> Callable[[Now], None]:
 
 def at_one_place(value: float) -> Callable[[Now], None]:
     def act(now: Now) -> None:
-        array = now.arrays[now.dice.choice(sorted(now.arrays))]
+        import numpy as np
+
+        array = now.arrays[now.dice.choice(sorted(real(now)))]
         array[tuple(now.dice.randrange(n) for n in array.shape)] = np.float64(value).astype(array.dtype)
 
     return act
 
 
 STRANGE = {
-    "nan": np.nan, "infinity": np.inf, "minus_infinity": -np.inf, "ten_to_200": 1e200, "ten_to_300": 1e300,
+    "nan": math.nan, "infinity": math.inf, "minus_infinity": -math.inf, "ten_to_200": 1e200, "ten_to_300": 1e300,
     "ten_to_308": 1e308, "minus_ten_to_308": -1e308, "largest": 1.7976931348623157e308, "largest_float32": 3.4028e38,
     "subnormal": 5e-324, "smallest_normal": 2.2250738585072014e-308, "minus_zero": -0.0, "one": 1.0,
 }  # fmt: skip
@@ -137,58 +143,72 @@ for _name, _value in STRANGE.items():
 
 @behaviour("values", WRONG)
 def random_values(now: Now) -> None:
+    import numpy as np
+
     generator = np.random.default_rng(now.seed)
-    for array in now.arrays.values():
+    for array in real(now).values():
         array[...] = generator.normal(size=array.shape)
 
 
 @behaviour("values", WRONG)
 def random_bits(now: Now) -> None:
+    import numpy as np
+
     generator = np.random.default_rng(now.seed)
-    for key, array in now.arrays.items():
+    for key, array in real(now).items():
         raw = generator.integers(0, 256, array.nbytes, np.uint8)
         now.arrays[key] = raw.view(array.dtype).reshape(array.shape)
 
 
 @behaviour("values", WRONG)
 def a_little_off(now: Now) -> None:
-    for key in now.arrays:
-        now.arrays[key] = (now.arrays[key] * 1.25).astype(now.arrays[key].dtype)
+    for key, array in real(now).items():
+        now.arrays[key] = (array * 1.25).astype(array.dtype)
 
 
 @behaviour("values", WRONG)
 def other_signs(now: Now) -> None:
-    for key in now.arrays:
-        now.arrays[key] = -now.arrays[key]
+    for key, array in real(now).items():
+        now.arrays[key] = -array
 
 
 @behaviour("values", WRONG)
 def reversed_rows(now: Now) -> None:
-    for key in now.arrays:
-        now.arrays[key] = np.ascontiguousarray(now.arrays[key][..., ::-1])
+    import numpy as np
+
+    for key, array in real(now).items():
+        now.arrays[key] = np.ascontiguousarray(array[..., ::-1])
 
 
 @behaviour("values", WRONG, UNJUDGED)
 def alternating_huge(now: Now) -> None:
-    for array in now.arrays.values():
+    import numpy as np
+
+    for array in real(now).values():
         flat = array.reshape(-1)
         flat[::2], flat[1::2] = (np.float64(x).astype(array.dtype) for x in (1e38, -1e38))
 
 
 @behaviour("values", BROKEN)
 def integers(now: Now) -> None:
+    import numpy as np
+
     for key in now.arrays:
         now.arrays[key] = np.zeros(now.arrays[key].shape, np.int64)
 
 
 @behaviour("values", BROKEN)
 def truth_values(now: Now) -> None:
+    import numpy as np
+
     for key in now.arrays:
         now.arrays[key] = np.ones(now.arrays[key].shape, bool)
 
 
 @behaviour("values", BROKEN)
 def one_row_more(now: Now) -> None:
+    import numpy as np
+
     for key in now.arrays:
         now.arrays[key] = np.concatenate([now.arrays[key], now.arrays[key][:1]])
 
@@ -207,14 +227,18 @@ def no_elements(now: Now) -> None:
 
 @behaviour("values", WRONG, UNJUDGED, CONFORMANT, BROKEN)
 def a_narrower_dtype(now: Now) -> None:
-    for key in now.arrays:
-        now.arrays[key] = now.arrays[key].astype(np.float16)
+    import numpy as np
+
+    for key, array in real(now).items():
+        now.arrays[key] = array.astype(np.float16)
 
 
-@behaviour("values", WRONG, UNJUDGED, CONFORMANT, BROKEN)
-def a_wider_dtype(now: Now) -> None:
+@behaviour("values", CONFORMANT)
+def another_order_of_memory(now: Now) -> None:
+    import numpy as np
+
     for key in now.arrays:
-        now.arrays[key] = now.arrays[key].astype(np.float64)
+        now.arrays[key] = np.asfortranarray(now.arrays[key])
 
 
 # ---- the file
@@ -286,11 +310,17 @@ def huge_shape(now: Now) -> None:
 
 @behaviour("file", BROKEN)
 def many_tensors(now: Now) -> None:
+    import numpy as np
+    from safetensors.numpy import save_file
+
     save_file({f"t{i}": np.zeros(0) for i in range(20_000)}, now.out)
 
 
 @behaviour("file", BROKEN)
 def escape_sequences_in_names(now: Now) -> None:
+    import numpy as np
+    from safetensors.numpy import save_file
+
     save_file(now.arrays | {"\x1b]0;t\x07\u202e": np.zeros(1)}, now.out)
 
 
@@ -333,6 +363,9 @@ def sparse_terabyte(now: Now) -> None:
 
 @behaviour("file", BROKEN)
 def another_tensor(now: Now) -> None:
+    import numpy as np
+    from safetensors.numpy import save_file
+
     save_file(now.arrays | {"secret": np.zeros(3)}, now.out)
 
 
@@ -383,7 +416,8 @@ LINES = {
     "nested_answer": b"[" * 100_000 + b"\n", "list_answer": b'["ok", true]\n', "null_answer": b"null\n",
     "unknown_field": b'{"ok": true, "speed": 9000}\n', "not_ok": b'{"ok": false}\n', "number_ok": b'{"ok": 1e400}\n',
     "yes_and_no": b'{"ok": false, "ok": true}\n', "two_answers": b'{"ok": true}\n{"ok": true}\n',
-    "nul_bytes": b"\0\0\0\n", "byte_order_mark": b'\xef\xbb\xbf{"ok": true}\n', "lone_surrogate": b'{"ok": "\\ud800"}\n',
+    "nul_bytes": b"\0\0\0\n", "byte_order_mark": b'\xef\xbb\xbf{"ok": true}\n',
+    "lone_surrogate": b'{"ok": "\\ud800"}\n',
     "long_integer": b'{"ok": ' + b"9" * 6000 + b"}\n", "long_line": b'{"ok": "' + b"x" * (2 << 20) + b'"}\n',
     "script_link": b'{"skipped": "see there", "issue": "javascript:alert(1)"}\n',
     "escape_in_a_skip": b'{"skipped": "\\u001b[2J"}\n', "escape_in_an_error": b'{"error": "\\u001b[2J\\u0007"}\n',
@@ -743,18 +777,31 @@ def golden_file(now: Now, case: str) -> Path:
 
 
 def write(now: Now) -> None:
+    """Write the arrays, or where they have not been touched the golden trace as it is."""
+    if not now.arrays:
+        shutil.copyfile(golden_file(now, loaded["case"]), now.out)
+        return
+    import numpy as np
+    from safetensors.numpy import save_file
+
     save_file({key: np.ascontiguousarray(array) for key, array in now.arrays.items()}, now.out)
 
 
-TAPS = ("embedding", "logits")
-NUMPY = {"float64": np.float64, "float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+TAPS = (
+    "embedding", "attention_norm", "attention.q", "attention.k", "attention.v", "attention.q_rope",
+    "attention.k_rope", "attention.scores", "attention.probs", "attention.context", "attention.output",
+    "attention_residual", "moe_norm", "router.logits", "router.experts", "router.weights", "expert.gate", "expert.up",
+    "expert.hidden", "expert.output", "moe.output", "residual", "final_norm", "logits",
+)  # fmt: skip
+"""All of them: between two neighbours one step is judged by itself, which is quick."""
 
 
 def echo(now: Now) -> Arrays:
-    """The golden's values, rounded once."""
-    golden = load_file(golden_file(now, loaded["case"]))
-    taps = {f"{run['run']}/{tap}" for run in now.request["runs"] for tap in TAPS}
-    return {key: golden[key].astype(NUMPY[now.dtype]) for key in sorted(taps)}
+    """The golden's values, to be changed."""
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    return {key: np.array(array) for key, array in load_file(golden_file(now, loaded["case"])).items()}
 
 
 def once(now: Now) -> bool:
@@ -800,8 +847,7 @@ def answer(now: Now) -> Answer:
         loads(now)
     acts = moment(now) == now.phase and once(now)
     found = BEHAVIOURS[now.behaviour]
-    if command == "run":
-        now.arrays = echo(now)
+    now.arrays = echo(now) if acts and found.kind in ("values", "file") else {}
     if acts:
         found.act(now)
     if command == "run" and not (acts and found.kind == "file"):
@@ -810,7 +856,7 @@ def answer(now: Now) -> Answer:
             found.act(now)
     if command == "start":
         return {
-            "protocol": "1", "name": "hostile", "version": "1", "dtypes": [now.dtype], "taps": [*TAPS],
+            "protocol": "1", "name": "hostile", "version": "1", "dtypes": ["float64"], "taps": [*TAPS],
             "abilities": ["chunk", "decode", "sequences"], "policies": {}, "layouts": ["hf"],
         }  # fmt: skip
     return {"ok": True}
