@@ -245,7 +245,7 @@ class _Run:
         try:
             with run_case(self.harness, model, dtype, labels, self.folders.own, kept) as received:
                 outcome = self.suite.judge.judge(model.case, model.parameters, dtype, received.trace, policy)
-                if self.suite.fresh is None:
+                if self.suite.fresh is None and outcome.verdict != BROKEN:
                     self.same_bits.setdefault(dtype, []).append(has_golden_bits(received.trace, model.case))
             return replace(outcome, reason=outcome.reason + received.unkept)
         except Refused as refused:

@@ -7,7 +7,8 @@ verifier computes what it compares with from the weights, on the spot.
 The weights come from the weight formula with another seed, and the case's own exponents and edits. The tokens are
 renamed by a permutation of the vocabulary. So everything holds that the tokens alone make true: lengths, repetitions,
 positions, equal sequences. Tokens 0, 1, 2 and the last one of the vocabulary keep their names, since they are special
-in many vocabularies. So do tokens whose embedding the case edits. Conditions that depend on the values of weights may not hold.
+in many vocabularies. So do tokens whose embedding the case edits. Conditions that depend on the values of weights may
+not hold.
 """
 
 from __future__ import annotations

@@ -28,6 +28,8 @@ SETTINGS = "REFMOE_HOSTILE"
 """The variable with the settings, as JSON: the fields of `Now` that are no result of the conversation."""
 CONFORMANT, WRONG, UNJUDGED, SKIPPED = "conformant", "not conformant", "cannot judge", "skipped"
 CRASHED, TIMED_OUT, BROKEN = "crashed", "timed out", "broken answer"
+PRECIOUS = "precious.txt"
+"""A file of the user, in a folder to which an engine makes links."""
 LONG = 600.0
 """Seconds that a behaviour sleeps which shall be ended by others."""
 
@@ -434,8 +436,9 @@ def half_an_answer(now: Now) -> None:
     os._exit(1)
 
 
-@behaviour("line", CRASHED, BROKEN)
+@behaviour("line", CRASHED, BROKEN, TIMED_OUT, lasting=True)
 def its_own_error(now: Now) -> None:
+    """After the error it hangs, which is seen only at the next request."""
     say(json.dumps({"error": "out of memory " * 20}).encode() + b"\n")
     time.sleep(LONG)
 
@@ -521,7 +524,7 @@ def closes_its_errors(now: Now) -> None:
     os.close(2)
 
 
-@behaviour("act", CRASHED, CONFORMANT)
+@behaviour("act", CRASHED, CONFORMANT, lasting=True)
 def closes_its_input(now: Now) -> None:
     os.close(0)
 
@@ -661,7 +664,7 @@ def puts_files_in_the_place_of_folders(now: Now) -> None:
 def puts_links_in_the_place_of_folders(now: Now) -> None:
     target = Path(now.state, "precious")
     target.mkdir(exist_ok=True)
-    (target / "file").write_text("of the user")
+    (target / PRECIOUS).write_text("of the user")
     for each in Path(now.temporary).glob("refmoe-*"):
         shutil.rmtree(each, ignore_errors=True)
         each.symlink_to(target, target_is_directory=True)

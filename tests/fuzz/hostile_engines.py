@@ -260,6 +260,9 @@ def faults(trial: Trial, ended: Ended) -> Iterator[str]:
         yield f"processes are alive: {ended.alive}"
     if ended.left:
         yield f"temporary folders are left: {ended.left}"
+    precious = ended.work / "state" / "precious"
+    if precious.is_dir() and [each.name for each in precious.iterdir()] != [hostile_engine.PRECIOUS]:
+        yield "refmoe has followed a link out of its folder"
     for path in (ended.work / "kept").glob(".*"):
         yield f"a half-written file is left: {path.name}"
     if ended.status in range(4):
