@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from refmoe.errors import InputError
@@ -14,6 +14,21 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+
+def lock(handle: int, wait: bool = True) -> bool:
+    """Lock an open file or folder until its handle is closed. Returns whether it is locked.
+
+    wait: whether to wait while another process holds it
+    There are no locks on Windows and on some network file systems.
+    """
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager
@@ -30,8 +45,7 @@ def locked(folder: Path) -> Iterator[None]:
             if fcntl is None:
                 break
             handle = os.open(folder, os.O_RDONLY)
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(handle, fcntl.LOCK_EX)
+            lock(handle)
             if _is(folder, handle):
                 break
             os.close(handle)  # the process that held it has removed it

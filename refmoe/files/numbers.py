@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers that a person typed: ASCII digits only. Python's `int` also takes ``1_0``, ``１`` and ``٣``."""
+"""Numbers that a person typed: ASCII digits only. Python's `int` also takes ``1_0`` and the digits of other scripts."""
 
 from __future__ import annotations
 
