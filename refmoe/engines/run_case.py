@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from refmoe.files.atomic import replacing
 from refmoe.files.safetensors_file import open_safetensors
 from refmoe.files.sentences import quoted
 from refmoe.spec.config import Config
+from refmoe.spec.model import Parameters
 from refmoe.spec.taps import step_of, tap_names
 from refmoe.suite import Case
 from refmoe.traces.trace import Header, Run, Trace, write_trace
@@ -73,10 +75,15 @@ class Materialised:
     """The checkpoint of a case in a folder of its name. Use it as a context manager."""
 
     def __init__(self, case: Case, scratch: Scratch, layout: str) -> None:
-        self.case, self.parameters, self._scratch, self._layout = case, case.checkpoint().parameters, scratch, layout
+        self.case, self._scratch, self._layout = case, scratch, layout
         self._stack = ExitStack()
         self._path: Path | None = None
         self._state: object = None
+
+    @cached_property
+    def parameters(self) -> Parameters:
+        """The weights. Raises InputError for edits of the case that cannot be made."""
+        return self.case.checkpoint().parameters
 
     def __enter__(self) -> Materialised:
         return self
