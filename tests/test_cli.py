@@ -21,6 +21,7 @@ from refmoe.cli import commands
 from refmoe.spec.config import Config
 from refmoe.suite import read_case, trace_path
 from refmoe.traces.trace import read_trace
+from tests.cli.every_command import COMMANDS
 from tests.command_line import Refmoe
 from tests.machine import needs_mkl
 from tests.models import SMALL
@@ -50,18 +51,6 @@ def text_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_checkpoint(folder, TEXT_MODEL, synthetic_checkpoint(TEXT_MODEL, 3).parameters)
     shutil.copy(str(files(data) / "data" / "tokenizer.model.v1"), folder / "tokenizer.model")
     return folder
-
-
-def every_command(group: click.Group = commands, name: str = "") -> dict[str, click.Command]:
-    """Every command that is no group, by its words."""
-    found: dict[str, click.Command] = {}
-    for word, command in group.commands.items():
-        words = f"{name} {word}".strip()
-        found |= every_command(command, words) if isinstance(command, click.Group) else {words: command}
-    return found
-
-
-COMMANDS = every_command()
 
 
 @pytest.mark.parametrize("name", COMMANDS)

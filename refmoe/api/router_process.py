@@ -63,8 +63,8 @@ class Checked:
 def check_router_apart(asked: Asked, timeout: float = TIMEOUT, bars: Bars = silent) -> Checked:
     """Check a router as `refmoe.api.routing.check_router` does, in a process of its own.
 
-    timeout: seconds for each law, and for the import
-    A router that ends its process, or needs more time, breaks the law that was being tried, and no later law is judged.
+    timeout: seconds for each law, and for the import.
+    A router that ends its process, or needs more time, breaks the law that was being tried. No later law is judged.
     Raises InputError for an unknown law or claim, and for a router that cannot be imported.
     """
     require("hypothesis", "contract", "the contract of routers")

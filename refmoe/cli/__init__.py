@@ -65,7 +65,7 @@ def commands() -> None:
     refmoe verify trace.safetensors --case walking-skeleton
 
     Exit status: 0 well, or conformant. 1 not conformant, or a difference was found. 2 the input cannot be used.
-    3 no verdict can be given. 70 a defect of refmoe; 74 standard output cannot be written; 128 + N signal N ended it.
+    3 no verdict can be given. 70 a defect of refmoe. 74 standard output cannot be written. 128 + N after signal N.
     With --json the answer is JSON in all cases; of status 2 and 70 it is {"error": SENTENCE}.
     """
 

@@ -120,7 +120,7 @@ def safe_streams() -> Iterator[Plain]:
             with suppress(OSError, ValueError):
                 raw.reconfigure(errors=READABLE)
     out, err = Plain(sys.stdout), Plain(sys.stderr)
-    sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
+    sys.stdout, sys.stderr = out, err
     try:
         yield out
     finally:

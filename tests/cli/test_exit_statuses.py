@@ -80,7 +80,7 @@ def test_a_reader_that_is_gone_changes_nothing(
 def test_a_full_disk_under_standard_output_is_one_sentence(
     given: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], name: str
 ) -> None:
-    """What was asked for is lost, so the status is neither 0 nor 1. Files are written all the same."""
+    """The answer is lost, so the status is neither 0 nor 1. Files are written all the same."""
     status = run_onto(full_disk, example(name, given, out), monkeypatch)
     said = capfd.readouterr().err
     assert status == 74

@@ -12,6 +12,8 @@ import sys
 import unicodedata
 from pathlib import Path
 
+import click
+import numpy as np
 import pytest
 from hypothesis import example as also
 from hypothesis import given as for_all
@@ -19,6 +21,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from safetensors.numpy import load_file, save_file
 
 from refmoe.cli.streams import Plain
 from refmoe.report.terminal import LONGEST, SafeConsole, neutral, sentence
@@ -169,7 +172,7 @@ def test_any_locale_takes_any_output(given: Path, tmp_path: Path, place: str) ->
 
 
 def on_terminal(words: list[str], environment: dict[str, str]) -> str:
-    """What a command writes on a terminal."""
+    """The characters that a command writes on a terminal."""
     pty = pytest.importorskip("pty")
     child, handle = pty.fork()
     if not child:
@@ -216,3 +219,33 @@ def test_no_line_of_a_table_is_wider_than_the_terminal(columns: int) -> None:
     for words in (["policies"], ["cases"], ["mutants", "list"]):
         lines = ACTS.sub("", on_terminal(words, {"COLUMNS": str(columns), "NO_COLOR": "1"})).splitlines()
         assert max(map(len, lines)) <= columns
+
+
+# ---- words
+
+
+def test_what_executes_a_file_says_so() -> None:
+    """The help of every command that runs a stranger's code names the rights with which it runs."""
+    for words in (["router", "check"], ["conform"]):
+        context = click.Context(COMMANDS[" ".join(words)], info_name="refmoe")
+        assert "your rights" in " ".join(COMMANDS[" ".join(words)].get_help(context).split())
+
+
+@pytest.mark.parametrize("size", [3e38, -1e38, 1e-45])
+def test_no_warning_about_numbers_reaches_a_user(refmoe: Refmoe, given: Path, tmp_path: Path, size: float) -> None:
+    """Weights near the ends of float32, in every command that computes with a model."""
+    shutil.copytree(given / "model", tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    huge = {name: np.full(array.shape, size, np.float32) for name, array in tensors.items()}
+    save_file(huge, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    model = ("--checkpoint", tmp_path / "model")
+    for words in (
+        ("generate", *model, "--tokens", "1,2", "--max-new-tokens", 3),
+        ("generate", *model, "--tokens", "1,2", "--max-new-tokens", 3, "--dtype", "float64"),
+        ("emit", *model, "--tokens", "1,2", "--dtype", "float32", "--out", tmp_path / "t"),
+        ("verify", tmp_path / "t", *model, "--policy", "float32"),
+        ("verify", given / "trace", "--distances", tmp_path / "t"),
+    ):
+        _, _, said = refmoe(*words)
+        assert "Warning" not in said
+        assert said.count("\n") <= 1

@@ -64,7 +64,7 @@ def golden(folder: Path) -> None:
 
 
 def bare_golden(folder: Path) -> None:
-    """The same without anything that is computed."""
+    """A golden folder with the definitions of these cases only."""
     for name in CASES:
         (folder / "golden" / name).mkdir(parents=True)
         shutil.copy(GOLDEN / name / "case.toml", folder / "golden" / name)
@@ -224,7 +224,8 @@ class Trial:
             process.send_signal(number)
             status = process.wait(LONGEST)
             hit = status in (-number, 128 + number)
-            faults = [f"{len(end_of(process.pid))} processes outlive it"] if end_of(process.pid) else []
+            alive = end_of(process.pid)
+            faults = [f"{len(alive)} processes outlive it"] if alive else []
             if not hit and status != 0:
                 faults.append(f"status {status} after {number.name}: {said(folder)}")
             again = start(command, folder)

@@ -31,7 +31,7 @@ class Malformed(LawBroken):
 def foreign(what: str, where: str = "") -> Iterator[None]:
     """Run a function of the user's, which may do anything, and turn what it raises into a broken law.
 
-    what: the function, in words   where: the end of the sentence about it
+    what: the function, in words   where: the end of the sentence about it.
     An exception that asks the program to end is no exception that a router may declare, so it is not `RouterRaised`.
     """
     try:
