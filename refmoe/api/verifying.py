@@ -19,7 +19,6 @@ from refmoe.checkpoints.load import checkpoint_digest
 from refmoe.cuda.place import CPU, Place
 from refmoe.errors import InputError
 from refmoe.files.sentences import shown
-from refmoe.files.writable import refuse_output
 from refmoe.jobs.source import Source, find_source, loaded
 from refmoe.jobs.spread import open_executor, parse_executor
 from refmoe.profiles.load import policy as named_policy
@@ -183,6 +182,5 @@ def distances(path: Path, reference: Path, golden: Path | None = None) -> Compar
 
 
 __all__ = [
-    "SIGNIFICANCE", "Comparison", "Judging", "ModelChoice", "distances",
-    "refuse_output", "verify_file",
+    "SIGNIFICANCE", "Comparison", "Judging", "ModelChoice", "distances", "verify_file",
 ]  # fmt: skip

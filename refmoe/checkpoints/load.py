@@ -10,6 +10,7 @@ from refmoe.checkpoints import hf, mistral
 from refmoe.checkpoints.layout import Checkpoint
 from refmoe.errors import InputError
 from refmoe.files.reading import exists, need_folder, open_file
+from refmoe.files.writable import protect_while_alive
 
 LAYOUTS = {"hf": hf.load, "mistral": mistral.load}
 
@@ -29,7 +30,9 @@ def load_checkpoint(folder: Path, layout: str | None = None) -> Checkpoint:
             raise InputError(f"{folder}: neither config.json nor params.json is there, so this is not a checkpoint")
         only_consolidated = has_mistral and not any(folder.glob("model*.safetensors*"))
         layout = "mistral" if not has_hf or only_consolidated else "hf"
-    return LAYOUTS[layout](folder)
+    found = LAYOUTS[layout](folder)
+    protect_while_alive(found, (*found.files, folder / "config.json", folder / "params.json"))
+    return found
 
 
 def checkpoint_digest(files: tuple[Path, ...]) -> str:

@@ -4,26 +4,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
+from refmoe import __version__
 from refmoe.checkpoints import hf, mistral
 from refmoe.checkpoints.names import parameter_shapes
 from refmoe.checkpoints.weight import BFLOAT16, Weight
 from refmoe.errors import InputError
 from refmoe.files.atomic import replacing
-from refmoe.files.sentences import one_line
+from refmoe.files.reading import exists
+from refmoe.files.safetensors_file import open_safetensors, write_tensors
 from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters
 
 DTYPE_NAMES = {"bfloat16": BFLOAT16, "float16": np.dtype("float16"), "float32": np.dtype("float32")}
+MARK = "written_by_refmoe"
+"""The entry in the metadata of weights that refmoe has written."""
 Tensors = dict[str, NDArray[Any]]
 
 
@@ -159,12 +162,28 @@ def _write(
     strangers = {path.name for path in folder.glob(f"{stem}*.safetensors*")} - set(files)
     if strangers - ({f"{stem}.safetensors.index.json"} if shards else set()):
         raise InputError(f"{folder}: holds {min(strangers)} of another checkpoint, but a folder without was expected")
+    _refuse_others(folder, configuration, [folder / name for name in files])
     configuration.unlink(missing_ok=True)
     if shards:
         _write_shards(folder, stem, files, parts)
     else:
         _write_shard(folder / files[0], {name: tensor for part in parts for name, tensor in part.items()})
     _write_json(configuration, values)
+
+
+def _refuse_others(folder: Path, configuration: Path, files: Sequence[Path]) -> None:
+    """Raises InputError when the folder holds files of these names that refmoe has not written.
+
+    Weights of a formula can be written again, and those of anybody else cannot.
+    """
+    if (folder / "case.toml").exists():
+        raise InputError(f"{folder}: is the folder of a golden case, but a folder of its own was expected")
+    there = [path for path in files if exists(path)]
+    for path in there:
+        if MARK not in open_safetensors(path)[1]:
+            raise InputError(f"{path}: are weights that refmoe has not written, but a folder without was expected")
+    if exists(configuration) and not there:
+        raise InputError(f"{configuration}: is the configuration of another model, but a folder without was expected")
 
 
 def shard_names(stem: str, pieces: int) -> list[str]:
@@ -186,12 +205,9 @@ def _write_shards(folder: Path, stem: str, files: list[str], parts: Iterable[Ten
 
 
 def _write_shard(path: Path, tensors: Tensors) -> None:
-    arrays = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    arrays = {name: partial(np.asarray, tensor) for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        try:
-            save_file(arrays, temporary, {"format": "pt"})
-        except SafetensorError as error:
-            raise InputError(f"{path}: cannot be written: {one_line(error)}") from None
+        write_tensors(temporary, arrays, {"format": "pt", MARK: __version__})
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import click
 
 from refmoe.api.recording import ATTENTIONS, DTYPES, Recording, record
+from refmoe.cli.guard import OUTPUT, GuardedCommand
 from refmoe.cli.options import (
-    PATH,
     Input,
     case_option,
     checkpoint_options,
@@ -24,12 +24,12 @@ from refmoe.cli.options import (
 )
 
 
-@click.command("capture", short_help="Record a trace from transformers.")
+@click.command("capture", cls=GuardedCommand, short_help="Record a trace from transformers.")
 @checkpoint_options
 @input_options
 @case_option("Run the model and the calls of this case instead")
 @golden_option
-@click.option("--out", type=PATH, required=True, metavar="TRACE", help="The trace to write (safetensors).")
+@click.option("--out", type=OUTPUT, required=True, metavar="TRACE", help="The trace to write (safetensors).")
 @taps_option
 @click.option(
     "--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="The dtype of the engine."

@@ -12,6 +12,7 @@ import click
 from rich.filesize import decimal
 
 from refmoe.api.facts import case_facts, listed_cases, named_case
+from refmoe.cli.guard import GuardedCommand
 from refmoe.cli.options import golden_option, json_option
 from refmoe.cli.table import print_table
 
@@ -21,7 +22,7 @@ MANY = 12
 """The most token ids of a call that are printed."""
 
 
-@click.command("cases", short_help="List the golden cases, or print one in full.")
+@click.command("cases", cls=GuardedCommand, short_help="List the golden cases, or print one in full.")
 @click.argument("name", required=False)
 @golden_option
 @json_option

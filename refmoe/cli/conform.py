@@ -22,7 +22,6 @@ from refmoe.api.conforming import (
     Workflow,
     conform,
     read_known,
-    refuse_output,
     run_facts,
     sort_failures,
     usage,
@@ -30,6 +29,7 @@ from refmoe.api.conforming import (
     write_results,
     write_scaffold,
 )
+from refmoe.cli.guard import OUTPUT, OUTPUT_FOLDER, GuardedCommand
 from refmoe.cli.options import (
     PATH,
     Decimal,
@@ -69,12 +69,10 @@ class Files:
         if self.write_ci is not None and self.source is not None:
             workflow = Workflow(self.write_ci, self.source)
             workflow.check()
-        if self.out is not None:
-            refuse_output(self.out)
         return workflow
 
 
-@click.command("conform", short_help="Run an engine on the golden cases, and judge each.")
+@click.command("conform", cls=GuardedCommand, short_help="Run an engine on the golden cases, and judge each.")
 @click.argument("harness", nargs=-1, type=click.UNPROCESSED, metavar="[-- COMMAND [ARGUMENTS]]")
 @click.option(
     "--adapter", metavar="NAME",
@@ -105,15 +103,17 @@ class Files:
     help="Other weights and tokens for the same cases, by this seed: an engine that returns stored goldens fails.",
 )  # fmt: skip
 @click.option("--known", type=PATH, metavar="FILE", help="Failures that are known (TOML).")
-@click.option("--out", type=PATH, metavar="FILE", help="Write the results (JSON), after each outcome anew.")
-@click.option("--keep", type=PATH, metavar="DIR", help="Keep the traces that the engine returned, one for each case.")
-@click.option("--write-ci", type=PATH, metavar="FILE", help="Write a GitHub workflow, today's failures known.")
+@click.option("--out", type=OUTPUT, metavar="FILE", help="Write the results (JSON), after each outcome anew.")
+@click.option(
+    "--keep", type=OUTPUT_FOLDER, metavar="DIR", help="Keep the traces that the engine returned, one for each case."
+)
+@click.option("--write-ci", type=OUTPUT, metavar="FILE", help="Write a GitHub workflow, today's failures known.")
 @click.option(
     "--refmoe-from", "source", metavar="OWNER/REPOSITORY[@REF]",
     help="With --write-ci: where on GitHub it gets refmoe and the cases.",
 )  # fmt: skip
 @click.option(
-    "--scaffold", type=(click.Choice([*SCAFFOLDS]), PATH), metavar="LANGUAGE FILE",
+    "--scaffold", type=(click.Choice([*SCAFFOLDS]), OUTPUT), metavar="LANGUAGE FILE",
     help=f"Only write a harness to begin with: {' or '.join(SCAFFOLDS)}.",
 )  # fmt: skip
 @json_option

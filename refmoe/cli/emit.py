@@ -21,6 +21,7 @@ from refmoe.api.emitting import (
     emit_trace,
     estimate_emission,
 )
+from refmoe.cli.guard import OUTPUT, GuardedCommand
 from refmoe.cli.options import (
     PATH,
     Command,
@@ -71,12 +72,12 @@ class Wanted:
     digest: bool
 
 
-@click.command("emit", short_help="Compute the values of a checkpoint or a case.")
+@click.command("emit", cls=GuardedCommand, short_help="Compute the values of a checkpoint or a case.")
 @checkpoint_options
 @input_options
 @case_option("Run the model and the calls of this case instead")
 @golden_option
-@click.option("--out", type=PATH, required=True, metavar="TRACE", help="The trace to write (safetensors).")
+@click.option("--out", type=OUTPUT, required=True, metavar="TRACE", help="The trace to write (safetensors).")
 @taps_option
 @scale_options
 @click.option(

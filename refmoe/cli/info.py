@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from refmoe.api.facts import BYTES, gibibytes, model_facts
+from refmoe.cli.guard import GuardedCommand
 from refmoe.cli.options import Integer, device_option, json_option, layout_option
 from refmoe.cli.table import print_table
 from refmoe.cuda.place import Place
@@ -18,7 +19,7 @@ from refmoe.spec.config import PRESETS
 CALLS = "With --device cuda: "
 
 
-@click.command("info", short_help="Print the configuration, parameters and memory of a model.")
+@click.command("info", cls=GuardedCommand, short_help="Print the configuration, parameters and memory of a model.")
 @click.argument("model", metavar="DIR|CASE|" + "|".join(PRESETS))
 @layout_option
 @device_option("Print the memory that the model needs there, and the memory that is free.")

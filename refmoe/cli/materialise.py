@@ -9,12 +9,15 @@ from pathlib import Path
 import click
 
 from refmoe.api.recording import WRITTEN_DTYPES, materialise
-from refmoe.cli.options import LAYOUTS, PATH, golden_option, json_option
+from refmoe.cli.guard import OUTPUT_FOLDER, GuardedCommand
+from refmoe.cli.options import LAYOUTS, golden_option, json_option
 
 
-@click.command("materialise", short_help="Write the model of a golden case as an ordinary checkpoint.")
+@click.command(
+    "materialise", cls=GuardedCommand, short_help="Write the model of a golden case as an ordinary checkpoint."
+)
 @click.argument("case_name", metavar="CASE")
-@click.argument("folder", type=PATH, metavar="DIR")
+@click.argument("folder", type=OUTPUT_FOLDER, metavar="DIR")
 @golden_option
 @click.option(
     "--dtype", type=click.Choice(WRITTEN_DTYPES), default="bfloat16", show_default=True,

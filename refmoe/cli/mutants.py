@@ -24,7 +24,8 @@ from refmoe.api.known_bugs import (
     repeat,
     specification_fails,
 )
-from refmoe.cli.options import PATH, golden_option, jobs_option, json_option, progress_bar, written_golden_option
+from refmoe.cli.guard import PAGE, GuardedCommand
+from refmoe.cli.options import golden_option, jobs_option, json_option, progress_bar, written_golden_option
 from refmoe.cli.table import print_table
 from refmoe.errors import InputError
 from refmoe.report.matrix_text import repeated_lines, stale_lines, summary_lines
@@ -44,7 +45,7 @@ def mutants_command() -> None:
     """
 
 
-@mutants_command.command("list", short_help="All mutants, a line each.")
+@mutants_command.command("list", cls=GuardedCommand, short_help="All mutants, a line each.")
 @json_option
 def list_command(as_json: bool) -> None:
     """Print id, class, the clauses that it breaks and what it does.
@@ -59,7 +60,7 @@ def list_command(as_json: bool) -> None:
     print_table(("mutant", "class", "breaks", "what it does"), rows, optional=[1, 2])
 
 
-@mutants_command.command("show", short_help="One mutant in full.")
+@mutants_command.command("show", cls=GuardedCommand, short_help="One mutant in full.")
 @click.argument("name", metavar="ID")
 @json_option
 def show_command(name: str, as_json: bool) -> None:
@@ -80,7 +81,7 @@ def show_command(name: str, as_json: bool) -> None:
             click.echo(f"{field:10} {', '.join(value) if isinstance(value, list) else value}")
 
 
-@mutants_command.command("matrix", short_help="Run mutants on cases at dtypes and judge each.")
+@mutants_command.command("matrix", cls=GuardedCommand, short_help="Run mutants on cases at dtypes and judge each.")
 @written_golden_option("the matrix is")
 @click.option("--case", "cases", multiple=True, metavar="NAME", help="Only this case; repeatable.")
 @click.option("--mutant", "names", multiple=True, metavar="ID", help="Only this mutant; repeatable.")
@@ -137,9 +138,11 @@ def matrix_command(
         _summary(context, judge_all(golden, write=golden is not None, jobs=jobs, bars=progress_bar), as_json)
 
 
-@mutants_command.command("results", short_help="What the recorded matrix says, in short or as a page.")
+@mutants_command.command(
+    "results", cls=GuardedCommand, short_help="What the recorded matrix says, in short or as a page."
+)
 @golden_option
-@click.option("--html", type=PATH, metavar="FILE", help="Write the whole matrix as one page that needs no network.")
+@click.option("--html", type=PAGE, metavar="FILE", help="Write the whole matrix as one page that needs no network.")
 @json_option
 @click.pass_context
 def results_command(context: click.Context, golden: Path, html: Path | None, as_json: bool) -> None:

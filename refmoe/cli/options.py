@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from refmoe.api.arguments import LEAST_SIGNIFICANCE
 from refmoe.api.verifying import SIGNIFICANCE
+from refmoe.cli.guard import OUTPUT_FOLDER
 from refmoe.cuda.place import DEVICES, Place
 from refmoe.errors import InputError
 from refmoe.files.numbers import decimal, integer
@@ -108,7 +109,7 @@ def written_golden_option(what: str, required: bool = False) -> Callable[[Comman
     what: the thing that is written, in words
     """
     return click.option(
-        "--golden", type=PATH, metavar="DIR", required=required,
+        "--golden", type=OUTPUT_FOLDER, metavar="DIR", required=required,
         help=f"The folder of golden cases, where {what} written" + ("." if required else "; else nothing is written."),
     )  # fmt: skip
 

@@ -8,13 +8,16 @@ from collections.abc import Sequence
 
 import click
 
+from refmoe.cli.guard import GuardedCommand
 from refmoe.cli.options import json_option
 from refmoe.cli.table import console, print_table
 from refmoe.profiles.load import BUDGETS, Difference, differences, policies, policy
 from refmoe.profiles.policy import Policy
 
 
-@click.command("policies", short_help="List the numeric policies, or print where some of them differ.")
+@click.command(
+    "policies", cls=GuardedCommand, short_help="List the numeric policies, or print where some of them differ."
+)
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @json_option
 def policies_command(names: tuple[str, ...], as_json: bool) -> None:

@@ -10,12 +10,13 @@ import click
 
 from refmoe.api.conforming import board_facts, result_files, scoreboard
 from refmoe.api.files import write_text
+from refmoe.cli.guard import PAGE, GuardedCommand
 from refmoe.cli.options import PATH, json_option
 
 
-@click.command("scoreboard", short_help="Put the results of several engines side by side.")
+@click.command("scoreboard", cls=GuardedCommand, short_help="Put the results of several engines side by side.")
 @click.argument("paths", nargs=-1, required=True, type=PATH, metavar="RESULTS...")
-@click.option("--html", type=PATH, metavar="FILE", help="Write it as one page that needs no network.")
+@click.option("--html", type=PAGE, metavar="FILE", help="Write it as one page that needs no network.")
 @json_option
 def scoreboard_command(paths: tuple[Path, ...], html: Path | None, as_json: bool) -> None:
     """Put the results of `refmoe conform --out` side by side. RESULTS are files, or folders of them.

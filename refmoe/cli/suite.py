@@ -12,6 +12,7 @@ import click
 
 from refmoe.api.goldens import Audited, Checked, audit_suite, certify_goldens, check_goldens, emit_goldens
 from refmoe.api.known_bugs import mutants
+from refmoe.cli.guard import GuardedCommand
 from refmoe.cli.options import (
     PATH,
     Command,
@@ -45,7 +46,7 @@ def suite_command() -> None:
     """
 
 
-@click.command("check", short_help="Recompute goldens and compare their bits.")
+@click.command("check", cls=GuardedCommand, short_help="Recompute goldens and compare their bits.")
 @cases_argument
 @golden_option
 @device_option("One case at a time; the bits must be the CPU's.")
@@ -66,7 +67,7 @@ def check_command(
     digests.
 
     Exit status 1 when anything differs; each line names the case, the tensor and the element. 2 when nothing differs,
-    but a case was not compared to the end, because its worker process died. A file that a killed `refmoe suite emit`
+    but the worker process of a case died. A file that a killed `refmoe suite emit`
     left behind is reported, and is harmless.
     """
     found = check_goldens(golden, names, place=device, jobs=jobs, bars=progress_bar)
@@ -103,7 +104,7 @@ def print_checked(found: Checked) -> None:
     click.echo(f"{found.recomputed} case{'s' * (found.recomputed != 1)} recomputed, {bad} differ")
 
 
-@click.command("certify", short_help="Prove how close goldens are to the real numbers.")
+@click.command("certify", cls=GuardedCommand, short_help="Prove how close goldens are to the real numbers.")
 @cases_argument
 @written_golden_option("the certificates are")
 @jobs_option
@@ -131,7 +132,7 @@ def certify_command(names: Names, golden: Path | None, jobs: int | None, as_json
         )
 
 
-@click.command("emit", short_help="Write goldens into a folder of cases.")
+@click.command("emit", cls=GuardedCommand, short_help="Write goldens into a folder of cases.")
 @cases_argument
 @written_golden_option("the goldens are", required=True)
 @device_option("Exact values have the CPU's bits.")
@@ -159,7 +160,7 @@ def emit_command(names: Names, golden: Path, device: Place, jobs: int | None, as
         click.echo(f"{golden}: {len(written)} cases written, the others were up to date")
 
 
-@click.command("audit", short_help="Print the proof of each clause: code, tests, mutants, cases.")
+@click.command("audit", cls=GuardedCommand, short_help="Print the proof of each clause: code, tests, mutants, cases.")
 @golden_option
 @click.option(
     "--tests", type=PATH, metavar="DIR", show_default="those of the clone",

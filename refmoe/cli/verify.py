@@ -11,7 +11,8 @@ from typing import Any
 import click
 
 from refmoe.api.report import Report
-from refmoe.api.verifying import Judging, ModelChoice, distances, refuse_output, verify_file
+from refmoe.api.verifying import Judging, ModelChoice, distances, verify_file
+from refmoe.cli.guard import OUTPUT, PAGE, GuardedCommand
 from refmoe.cli.options import (
     PATH,
     Input,
@@ -27,7 +28,7 @@ from refmoe.cli.options import (
     seed_option,
     significance_option,
 )
-from refmoe.errors import InputError, require
+from refmoe.errors import InputError
 from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT
 
 EXIT_STATUS = {CONFORMANT: 0, NOT_CONFORMANT: 1, CANNOT_JUDGE: 3}
@@ -41,18 +42,8 @@ class Output:
     junit: Path | None
     as_json: bool
 
-    def check(self, values: Path) -> None:
-        """Raises InputError for files that cannot be written: before hours of work, not after them."""
-        for out in (self.html, self.junit):
-            if out is not None:
-                refuse_output(out, values)
-        if self.html is not None:
-            require("jinja2", "html", "the page of --html")
-        if self.html is not None and self.junit is not None and self.html.absolute() == self.junit.absolute():
-            raise InputError(f"{self.html}: both --html and --junit name it, but two files were expected")
 
-
-@click.command("verify", short_help="Judge values: conformant, or wrong, where and by how much.")
+@click.command("verify", cls=GuardedCommand, short_help="Judge values: conformant, or wrong, where and by how much.")
 @click.argument("values", type=PATH)
 @case_option("The golden case that was run; the trace's own if not given")
 @golden_option
@@ -74,8 +65,8 @@ class Output:
     "search for an explanation, is on the CPU."
 )
 @executor_option("Judge layers side by side,")
-@click.option("--html", type=PATH, metavar="FILE", help="Write the report as one page that needs no network.")
-@click.option("--junit", type=PATH, metavar="FILE", help="Write the report as JUnit XML.")
+@click.option("--html", type=PAGE, metavar="FILE", help="Write the report as one page that needs no network.")
+@click.option("--junit", type=OUTPUT, metavar="FILE", help="Write the report as JUnit XML.")
 @click.option(
     "--distances", "reference", type=PATH, metavar="REFERENCE",
     help="Only print the distance from this trace, or from the golden of this case; no verdict.",
@@ -110,7 +101,6 @@ def verify_command(
     if only is not None:
         raise InputError(f"--run {only} goes with --distances REFERENCE, but that was not given")
     script, output = record_of(Input, options), record_of(Output, options)
-    output.check(values)
     model = ModelChoice(
         case=options.pop("case_name"), golden=golden, checkpoint=options.pop("checkpoint"),
         layout=options.pop("layout"), seed=options.pop("seed"),

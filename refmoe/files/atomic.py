@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from refmoe.errors import InputError
+from refmoe.files.lock import lock
+from refmoe.files.writable import refuse_to_replace
 
 
 def sync(path: Path) -> None:
@@ -25,14 +28,14 @@ def sync(path: Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary name in the same folder; when the body succeeds, sync it and rename it to `path`.
 
-    Raises InputError when the folder cannot be written to. If the body raises, `path` stays as it was.
+    Raises InputError when the folder cannot be written to, or the file is a protected input. If the body raises,
+    `path` stays as it was.
     """
+    refuse_to_replace(path)
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        handle, temporary = _temporary(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
-    os.close(handle)
-    temporary = Path(name)
     try:
         yield temporary
         umask = os.umask(0)
@@ -45,3 +48,28 @@ def replacing(path: Path) -> Iterator[Path]:
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _temporary(path: Path) -> tuple[int, Path]:
+    """A new temporary file for `path`, open and locked. Those that killed processes have left are removed."""
+    _remove_abandoned(path)
+    while True:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        lock(handle)
+        if os.fstat(handle).st_nlink:  # else another process took it for an abandoned one, before it was locked
+            return handle, Path(name)
+        os.close(handle)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove the temporary files for `path` that no process holds."""
+    ours = re.compile(re.escape(f".{path.name}.") + r"[a-z0-9_]{8}\.tmp")
+    for name in filter(ours.fullmatch, os.listdir(path.parent)):
+        with suppress(OSError):
+            handle = os.open(path.parent / name, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+            try:
+                if lock(handle, wait=False):
+                    os.unlink(path.parent / name)
+            finally:
+                os.close(handle)

@@ -7,10 +7,11 @@ tensor. A 90 GB checkpoint must not be copied, so this module maps the checked o
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import RawIOBase
 from pathlib import Path
@@ -37,6 +38,8 @@ DTYPES: dict[str, Any] = {
     "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
 }  # fmt: skip
 """NumPy dtypes by their names in the safetensors format."""
+CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
+"""Those names by the dtypes."""
 
 
 @dataclass(frozen=True)
@@ -169,3 +172,27 @@ def open_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str
         for name, entry in header.items()
     }
     return tensors, metadata
+
+
+def write_tensors(path: Path, arrays: Mapping[str, Callable[[], NDArray[Any]]], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, with only one array in memory at a time. Equal arguments give equal bytes.
+
+    arrays: by name, the function that gives an array whenever it is called
+    The safetensors library writes several entries of metadata in an order of its own.   Raises OSError.
+    """
+    entries: dict[str, Any] = {}
+    for name, read in arrays.items():
+        array = read()
+        entries[name] = {"dtype": CODES[array.dtype], "shape": array.shape, "data_offsets": [0, array.nbytes]}
+    order = sorted(entries, key=lambda name: (-np.dtype(DTYPES[entries[name]["dtype"]]).itemsize, name))
+    offset = 0
+    for name in order:
+        entries[name]["data_offsets"] = [offset, offset + entries[name]["data_offsets"][1]]
+        offset = entries[name]["data_offsets"][1]
+    table = {"__metadata__": dict(metadata)} | {name: entries[name] for name in order}
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            file.write(np.ascontiguousarray(arrays[name]()).reshape(-1).view(np.uint8).data)

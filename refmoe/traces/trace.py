@@ -25,7 +25,7 @@ from refmoe.errors import InputError
 from refmoe.files.atomic import replacing
 from refmoe.files.parsing import strict_json
 from refmoe.files.reading import need_file, open_file, read_bytes
-from refmoe.files.safetensors_file import StoredTensor, open_safetensors
+from refmoe.files.safetensors_file import StoredTensor, open_safetensors, write_tensors
 from refmoe.files.sentences import one_line, quoted, shown
 
 FORMAT_VERSION = "1"
@@ -175,19 +175,8 @@ def join_trace(path: Path, header: Header, tensors: Mapping[str, StoredTensor]) 
 
     The file has the same bytes as one from `write_trace`. Raises InputError when it cannot be written.
     """
-    order = sorted(tensors, key=lambda key: (-tensors[key].itemsize, key))
-    entries: dict[str, Any] = {"__metadata__": _metadata(header)}
-    offset = 0
-    for key in order:
-        end = offset + tensors[key].nbytes
-        entries[key] = {"dtype": tensors[key].dtype, "shape": tensors[key].shape, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for key in order:
-            file.write(tensors[key].map().reshape(-1).view(np.uint8).data)
+    with replacing(path) as temporary:
+        write_tensors(temporary, {key: tensor.map for key, tensor in tensors.items()}, _metadata(header))
 
 
 def trace_bytes(header: Header, arrays: dict[str, NDArray[Any]]) -> bytes:

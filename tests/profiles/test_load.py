@@ -99,9 +99,9 @@ MISTAKES = {
     "hf-float32+chache=float16": "'chache' cannot be changed, expected one of cache, ",
     "hf-float32+router.experts=float16": "'router.experts' cannot be changed, expected one of router.",
     "hf-float32+cache": "'cache' was found, but a change such as cache=float16 was expected",
-    "hf-float32+cache=fp16": "cache.k is \"fp16\", but one of ",
-    "hf-float32+ties=low": "ties is \"low\", but one of lower, any was expected",
-    "hf-float32+truncates=1": "truncates is \"1\", but true or false was expected",
+    "hf-float32+cache=fp16": 'cache.k is "fp16", but one of ',
+    "hf-float32+ties=low": 'ties is "low", but one of lower, any was expected',
+    "hf-float32+truncates=1": 'truncates is "1", but true or false was expected',
     "nowhere.toml+cache=float16": "nowhere.toml: no such file",
 }
 

@@ -179,14 +179,13 @@ MISTAKES = {
     "significance 0": ("{honest} --significance 0", "--significance is 0, but a probability"),
     "significance 1": ("{honest} --significance 1", "--significance is 1, but a probability"),
     "significance below 0": ("{honest} --significance -1e-6", "--significance is -1e-06"),
-    "significance nan": ("{honest} --significance nan", "--significance is nan"),
     "significance of nothing": ("{honest} --significance 1e-310", "--significance is 1e-310"),
     "html nowhere": ("{honest} --html a/b.html", "a/b.html: cannot be written: No such file or directory"),
     "junit nowhere": ("{honest} --junit a/b.xml", "a/b.xml: cannot be written: No such file or directory"),
     "html in a file": ("{honest} --html {honest}/b.html", "b.html: cannot be written: Not a directory"),
     "html is a folder": ("{honest} --html {checkpoint}", "is a folder, but the name of a file"),
-    "html is the trace": ("{caseless} --case walking-skeleton --html {caseless}", "is the trace itself"),
-    "one file for both": ("{honest} --html same --junit ./same", "both --html and --junit name it"),
+    "html is the trace": ("{caseless} --case walking-skeleton --html {caseless}", "is an input of this command"),
+    "one file for both": ("{honest} --html same --junit ./same", "two outputs have this name"),
 }
 
 
