@@ -18,7 +18,9 @@ from contextlib import suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any
+from uuid import uuid4
 
+from refmoe.engines.marked import VARIABLE, end_marked
 from refmoe.engines.protocol import Message, MessageError, encode, parse
 from refmoe.errors import InputError
 from refmoe.files.sentences import one_line
@@ -58,13 +60,15 @@ class Process:
 
         environment: variables besides those of this process.
         """
+        self._mark = uuid4().hex
+        variables = {**os.environ, **(environment or {}), VARIABLE: self._mark}
         life, self._life = os.pipe()
         told, report = os.pipe()
         guarded = [sys.executable, "-I", "-S", str(GUARD), str(life), str(report), *command]
         try:
             self._process: subprocess.Popen[bytes] = subprocess.Popen(
                 guarded, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                env={**os.environ, **(environment or {})}, start_new_session=True, pass_fds=(life, report),
+                env=variables, start_new_session=True, pass_fds=(life, report),
             )  # fmt: skip
         except (OSError, ValueError) as error:
             os.close(self._life)
@@ -138,6 +142,7 @@ class Process:
         if self._wait(2 * GRACE) is None:  # the guard itself has been stopped; the process ends with it
             self._process.kill()
             self._process.wait()
+        end_marked(self._mark)  # the guard has done so, unless the process has ended the guard
         self._read()  # its last words
         for pipe in (self._in, self._out, self._err):
             with suppress(OSError):
