@@ -127,7 +127,7 @@ def test_a_harness_that_does_not_start_is_status_2_with_its_last_words(refmoe: R
         (("--dtype", "float64", "--", *HONEST), "dtype float64: honest 1.0 does not have it"),
         (("--policy", "float16", "--", *HONEST), "dtype float16: honest 1.0 does not have it"),
         (("--adapter", "nonesuch"), "adapter 'nonesuch' cannot be used: its own error at start: adapter 'nonesuch'"),
-        (("--keep", "README.md", "--", "./x"), "README.md: is a file, but a folder to write traces to was expected"),
+        (("--keep", "README.md", "--", "./x"), "README.md: is a file"),
         (("--keep", "no-such/folder", "--", "./x"), "no-such/folder: cannot be made: No such file or directory"),
         (("--write-ci", "/tmp/x.yml", "--", "./x"), "--write-ci needs --refmoe-from OWNER/REPOSITORY"),
         (("--refmoe-from", "me/refmoe", "--", "./x"), "--refmoe-from is about --write-ci, which was not given"),
