@@ -9,17 +9,16 @@ import json
 import os
 import signal
 import sys
-import threading
 import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 
 import click
 import numpy as np
 
 from refmoe import __version__
+from refmoe.api.conforming import EndedBySignal, ended_by_signals
 from refmoe.cli.capture import capture_command
 from refmoe.cli.cases import cases_command
 from refmoe.cli.conform import conform_command
@@ -43,8 +42,8 @@ INTERNAL = 70
 """The exit status of a defect of refmoe itself; 70 is the convention of sysexits.h, as 74 is."""
 LOST = 74
 """The exit status when standard output cannot be written."""
-SIGNALLED = 128
-"""The exit status of a signal is its number above this."""
+INTERRUPTED = 128 + signal.SIGINT
+FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 COMPLETION = "_REFMOE_COMPLETE"
 EPILOG = """\b
 Completion of names and options by the Tab key, for bash (zsh and fish likewise):
@@ -80,19 +79,11 @@ commands.section("Routers", router_command)
 commands.section("The suite itself", suite_command, mutants_command)
 
 
-class Ended(BaseException):
-    """A signal asks this process to end. It passes through every `finally`, so that nothing is left behind."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.status = SIGNALLED + number
-
-
 def main() -> None:
     """Run the command line. After a user's mistake, print one sentence and exit with status 2."""
     if COMPLETION in os.environ:
         commands.main(prog_name="refmoe")  # answers the shell, and exits
-    with safe_streams() as out, ending_by_signal(), quiet_numbers():
+    with safe_streams() as out, ended_by_signals(), quiet_numbers():
         status = run()
         out.flush()
         failure = out.lost.failure
@@ -117,11 +108,11 @@ def run() -> int:
     except click.ClickException as error:
         return refuse_options(error)
     except (KeyboardInterrupt, click.Abort):
-        return SIGNALLED + signal.SIGINT
-    except Ended as ended:
-        return ended.status
+        return INTERRUPTED
+    except EndedBySignal as ended:
+        return int(str(ended.code))
     except OSError as error:
-        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.filename is None and error.errno not in FULL:
             return defect(error)
         place = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
         return refuse(f"{place}{error.strerror}")
@@ -160,26 +151,6 @@ def defect(error: BaseException) -> int:
         click.echo(sentence(line), err=True)
     name = type(error).__name__
     return say(f"internal error ({name}), a defect of refmoe; please report it with the traceback above", INTERNAL)
-
-
-@contextmanager
-def ending_by_signal() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP raise `Ended`, unless they are ignored, as nohup has it. Only the main thread can."""
-    before = {}
-
-    def end(number: int, _frame: FrameType | None) -> None:
-        raise Ended(number)
-
-    if threading.current_thread() is threading.main_thread():
-        for name in ("SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
-                before[number] = signal.signal(number, end)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

@@ -18,9 +18,13 @@ PATIENCE = 10.0
 """Seconds that cleaning up may take, before a second signal raises again."""
 
 
+class EndedBySignal(SystemExit):
+    """A signal asks this process to end. Its code is the conventional exit status, 128 + number."""
+
+
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """While the context lasts, these signals raise SystemExit with the conventional status, 128 + number.
+    """While the context lasts, these signals raise `EndedBySignal`.
 
     A second one soon after changes nothing, so that it cannot interrupt the cleaning up. A signal that is ignored, or
     that the program handles itself, is left alone. So are all in another thread than the main one, which gets none.
@@ -37,7 +41,7 @@ def ended_by_signals() -> Iterator[None]:
         now = monotonic()
         if now - last > PATIENCE:
             last = now
-            raise SystemExit(128 + number)
+            raise EndedBySignal(128 + number)
 
     for each in ours:
         signal.signal(each, end)
