@@ -92,7 +92,7 @@ def _all_within(name: str, value: Any, depth: int) -> Iterator[tuple[str, Any, i
 
 def _fault(value: Any, depth: int, finite: bool) -> str:
     """The fault of one value in words, or nothing."""
-    if depth > DEEPEST:
+    if depth >= DEEPEST and isinstance(value, list | dict):
         return f"is nested too deeply, but at most {DEEPEST} levels were expected"
     if not isinstance(value, (*SCALARS, list, dict, type(None))):
         return f"is a {type(value).__name__}, but a string, a number, a boolean, an array or a table was expected"
