@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
+import numpy as np
+
 from refmoe.bugs.mutant import PARALLEL, Mutant
 from refmoe.bugs.sharded_mutant import ONE_DEVICE, on_ranks
 from refmoe.profiles.policy import Policy
@@ -22,6 +24,9 @@ from refmoe.verifier.diagnosis.weights import of_weights
 from refmoe.verifier.findings import FAIL, Explanation, Report
 
 
+@np.errstate(
+    all="ignore"
+)  # a stranger's values may be anything: infinities and NaN explain nothing, and warn of nothing
 def diagnose(
     trace: Trace,
     config: Config,

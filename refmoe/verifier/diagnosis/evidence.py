@@ -25,6 +25,8 @@ from refmoe.verifier.subject import Subject
 from refmoe.verifier.tally import Limits
 from refmoe.verifier.verify import apply_second_pass, assemble
 
+FARTHEST = 2.0**400
+"""A distance counts as this many spacings at most, so that sums of squares of distances stay finite."""
 SAMPLED = 1 << 18
 """The most values of an error that the matched filter reads. Of a longer error it reads every n-th value."""
 
@@ -94,7 +96,7 @@ def weighted(evidence: Evidence, arrays: dict[Key, Any]) -> Any:
             return None
         with np.errstate(all="ignore"):
             distance = ((array - right) / ulp(right, evidence.policy.at(step_of(key[1])))).reshape(-1)
-        parts.append(np.where(np.isfinite(distance), distance, 0.0))
+        parts.append(np.where(np.isfinite(distance), np.clip(distance, -FARTHEST, FARTHEST), 0.0))
     if not parts:
         return np.zeros(0)
     together = np.concatenate(parts)

@@ -106,7 +106,7 @@ def constant_factor(right: Any, found: Any, error: float, format: Format, config
     radius = abs(factor) * format.u
 
     def move(x: Enclosure) -> Enclosure:
-        scale = Enclosure(factor, np.asarray(radius), np.asarray(radius**2 / 3), accumulation=x.accumulation)
+        scale = Enclosure(factor, np.asarray(radius), np.asarray(radius * radius / 3), accumulation=x.accumulation)
         return x * scale
 
     name = _simple(factor, format, config)[1]
