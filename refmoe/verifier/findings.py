@@ -138,10 +138,27 @@ class Explanation:
     """The part of the error that the cause does not predict: its root mean square over that of the whole error."""
     touches: int = 0
     """The number of taps that the cause can make wrong. Of two that explain equally well, fewer taps come first."""
+    values: int = 0
+    """The number of wrong values that it accounts for. A wrong choice of experts counts as one value."""
+    where: str = ""
+    """The calls, layers or rows that the cause is limited to, in words; empty: everywhere that it could act."""
+    rivals: tuple[str, ...] = ()
+    """The names of other explanations that leave as little. At most one of them and this one is right."""
+    told_apart_by: str = ""
+    """The first tap in which this explanation and the best rival differ. The trace lacks it; empty: no tap shows it."""
 
 
-def proven(name: str, kind: str, about: str, fix: str) -> Explanation:
-    """An explanation without sources or matched filter, under which no check fails."""
+def proven(
+    name: str,
+    kind: str,
+    about: str,
+    fix: str,
+    coefficient: float = float("nan"),
+    residual: float = float("nan"),
+    values: int = 0,
+    where: str = "",
+) -> Explanation:
+    """An explanation without sources, under which no check fails."""
     return Explanation(
         name=name,
         kind=kind,
@@ -151,8 +168,10 @@ def proven(name: str, kind: str, about: str, fix: str) -> Explanation:
         explains=True,
         still_failing=0,
         newly_failing=0,
-        coefficient=float("nan"),
-        residual=float("nan"),
+        coefficient=coefficient,
+        residual=residual,
+        values=values,
+        where=where,
     )
 
 
