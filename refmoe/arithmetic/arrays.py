@@ -115,6 +115,10 @@ class ArrayOps:
     def gather(self, x: Any, index: Any) -> Any:
         return self.xp.take_along_axis(x, index, axis=-1)
 
+    def at_any_offset(self, turned: Any, x: Any, table: tuple[Any, Any]) -> Any:
+        """`turned`, which is x after a rotation, of an engine that may count positions from another start."""
+        return turned
+
     def group(self, ids: Any, groups: int) -> tuple[Any, list[int]]:
         """The order [n] that sorts integers `ids` [n] stably, and the number of ids equal to 0, 1, .. groups - 1."""
         return self.xp.argsort(ids, kind="stable"), self.xp.bincount(ids, minlength=groups).tolist()

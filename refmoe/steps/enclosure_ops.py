@@ -49,6 +49,8 @@ class EnclosureOps(ArrayOps):
         self._matrices = WeightCache(matrix_bytes)
         self._products = Accumulator(policy.accumulation, policy.storage, policy.truncates, policy.flushes)
         self._sums = Accumulator(policy.statistics, policy.statistics)
+        self.any_offset = False
+        """Whether the engine may count positions from another start, because no value shows its start."""
         self.events: list[str] = []
         """The cut points and sums at which a legal implementation may have overflowed."""
 
@@ -168,7 +170,12 @@ class EnclosureOps(ArrayOps):
     def unit_circle(self, positions: Any, base: float, numerators: Sequence[int], denominator: int) -> Any:
         cos, sin = elementary.unit_circle(positions, base, numerators, denominator)
         logarithms = np.asarray(numerators, np.float64) / denominator * math.log(base)
-        return functions.unit_circle(positions, logarithms, cos, sin, self.policy)
+        return functions.unit_circle(positions, logarithms, cos, sin, self.policy, self.any_offset)
+
+    def at_any_offset(self, turned: Enclosure, x: Enclosure, table: tuple[Enclosure, Enclosure]) -> Enclosure:
+        if any(part.length is None for part in table):
+            return turned
+        return functions.turned(turned.mid, x, table, self.policy.at("rope.products"))
 
     @quiet
     def _exp(self, x: Any) -> Any:

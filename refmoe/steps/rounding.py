@@ -76,7 +76,7 @@ def rotate(ops: CutOps, x: Array, table: tuple[Array, Array]) -> Array:
     half = x.shape[-1] // 2
     a, b = x[..., :half], x[..., half:]
     ac, bs, bc, as_ = (ops.cut("rope.products", part) for part in (a * cos, b * sin, b * cos, a * sin))
-    return ops.concatenate([ac - bs, bc + as_], axis=-1)
+    return ops.at_any_offset(ops.concatenate([ac - bs, bc + as_], axis=-1), x, (cos, sin))
 
 
 def extend_cache(ops: CutOps, cache: Cache | None, k: Array, v: Array, positions: Array) -> Cache:

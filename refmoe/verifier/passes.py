@@ -32,6 +32,11 @@ Key = tuple[str, str]
 """Run and tap."""
 
 
+def is_rotated(name: str) -> bool:
+    """Whether a tap shows positions themselves. All other taps depend only on their differences."""
+    return name.endswith((".attention.q_rope", ".attention.k_rope"))
+
+
 @dataclass(frozen=True)
 class Reading:
     """The inputs that the steps of a pass read. By default each step reads the trace's values, as stored."""
@@ -62,6 +67,7 @@ class Pass:
         self.reading, self.progress = reading, progress
         self.findings = Findings()
         self.ops = subject.ops(policy, self._tap)
+        self._anchored = {run.sequence for run in subject.runs if any(map(is_rotated, trace.names(run.run)))}
         self._run = subject.runs[0]
         self._start = 0
         self._tokens = 0
@@ -81,6 +87,7 @@ class Pass:
         with np.errstate(all="ignore"):
             for run in self.subject.runs:
                 self._run, self._present = run, frozenset(self.trace.names(run.run))
+                ops.any_offset = run.sequence not in self._anchored
                 before = cut(caches.get(run.sequence), run)
                 size = block_size(self.subject.config, run)
                 for self._start in range(0, len(run.tokens), size):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from refmoe.bugs.run_engine import same
 from refmoe.profiles.load import policy
 from refmoe.traces.trace import Trace
 from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT
-from tests.bugs.judging import DTYPES, case_named, explained, judged, parameters_of, traced
+from tests.bugs.judging import DTYPES, case_named, explained, first_wrong_step, judged, parameters_of, traced
 
 OVERFLOWS = ("huge-activations", "float16")
 """The case and dtype where gate times up is infinite (`why` of the case), so that no later value can be judged."""
@@ -27,6 +28,8 @@ LATER = (
     "shared-prefix", "batch-ragged", "packed", "dims-distinct", "experts-12", "dyadic", "dyadic-top-4", "mini-8x7b",
     "every-expert", "token-sweep",
 )  # fmt: skip
+
+ROTATED = ("attention.q_rope", "attention.k_rope")
 
 WITHOUT_A_TRACE = ("no-cache", "experts-last-first")
 """Variants that differ only in the order of sums and calls. If sums are exact, as here, no bit differs."""
@@ -55,6 +58,16 @@ def test_a_legal_variant_is_never_flagged(variant: str, name: str, dtype: str) -
     report = judged(run_variant(variant, name, dtype), name, dtype)
     expected = CANNOT_JUDGE if (name, dtype) == OVERFLOWS else CONFORMANT
     assert report.verdict == expected, explained(report)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shown", ["attention.q_rope", "attention.k_rope"])
+def test_an_offset_is_found_where_a_rotated_tap_shows_it(shown: str, dtype: str) -> None:
+    """The variant is legal only as long as no tap shows positions themselves."""
+    variant = replace(LEGAL["uniform-position-offset"], leaves_out=tuple({*ROTATED} - {shown}))
+    case = case_named("window-chunks")
+    trace = variant.run(case.config, parameters_of("window-chunks"), case.runs(), policy(dtype))
+    assert first_wrong_step(judged(trace, "window-chunks", dtype)) == shown
 
 
 @pytest.mark.parametrize("variant", LEGAL)

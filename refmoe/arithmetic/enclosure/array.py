@@ -35,6 +35,8 @@ class Enclosure:
     owed: whether the operation that made it still rounds its result to the accumulation dtype. That rounding is added
     when the value is used, because a value that is stored in that dtype is rounded only once.
     bias: the distance that a truncating accumulator can shift the value in one direction. It is part of the radius.
+    length: of the pair that the element belongs to, if an engine may hold the pair turned by an angle that is not
+    known. The radius then bounds the length of the pair's error, in whatever direction. None: an element by itself.
     """
 
     __array_ufunc__ = None  # so that an ndarray on the left leaves the operation to this class
@@ -48,6 +50,7 @@ class Enclosure:
         accumulation: Format = FLOAT32,
         owed: bool = False,
         bias: Any = None,
+        length: Any = None,
     ) -> None:
         self.mid = np.asarray(mid, np.float64)
         self.radius = radius
@@ -55,6 +58,7 @@ class Enclosure:
         self.accumulation = accumulation
         self.owed = owed
         self._bias = bias
+        self.length = length
 
     @property
     def biased(self) -> bool:
@@ -76,9 +80,17 @@ class Enclosure:
 
     def map(self, move: Callable[[Any], Any]) -> Enclosure:
         """The enclosure with `move` applied to every array. `move` selects, reshapes or reorders elements."""
-        radius, variance = (None if part is None else move(part) for part in (self.radius, self.variance))
-        bias = (lambda: move(self.bias)) if self.biased else None
-        return Enclosure(move(self.mid), radius, variance, accumulation=self.accumulation, owed=self.owed, bias=bias)
+        parts = (self.radius, self.variance, self.length)
+        radius, variance, length = (None if part is None else move(part) for part in parts)
+        return Enclosure(
+            move(self.mid),
+            radius,
+            variance,
+            accumulation=self.accumulation,
+            owed=self.owed,
+            bias=(lambda: move(self.bias)) if self.biased else None,
+            length=length,
+        )
 
     def __getitem__(self, index: Any) -> Enclosure:
         return self.map(lambda part: part[index])
@@ -101,6 +113,11 @@ class Enclosure:
         """The variance, as a number or an array."""
         return 0.0 if self.variance is None else self.variance
 
+    @property
+    def size(self) -> Any:
+        """The largest magnitude of the exact value, in whatever direction its pair is turned."""
+        return np.abs(self.mid) if self.length is None else self.length
+
     @quiet
     def settle(self) -> Enclosure:
         """The enclosure with its owed rounding, and with its bias counted as spread."""
@@ -109,14 +126,15 @@ class Enclosure:
         radius, variance = self.r, self.v
         if self.owed:
             u, tiny = self.accumulation.u, self.accumulation.tiny
-            size = np.abs(self.mid)
+            size = self.size
             reach = size + radius
-            radius = unbounded_beyond(reach, (radius + (u * reach + tiny)) * SLACK, self.accumulation)
+            lost = tiny if self.length is None else 2 * tiny  # two elements of a pair lose root 2 as much as one
+            radius = unbounded_beyond(reach, (radius + (u * reach + lost)) * SLACK, self.accumulation)
             # below tiny the spacing no longer shrinks: half a spacing is u tiny
             variance = bounded(variance + (u * (size + tiny)) ** 2 / 3 + UNDERFLOW)
         if self.biased:
             variance = variance + self.bias**2 / 3
-        return Enclosure(self.mid, radius, variance, accumulation=self.accumulation)
+        return Enclosure(self.mid, radius, variance, accumulation=self.accumulation, length=self.length)
 
     def _constant(self, value: Any, inverted: bool) -> Enclosure:
         """A number of the formula, such as eps or 1 / sqrt(d). An engine holds it, or its inverse, in its own dtype."""
@@ -135,9 +153,9 @@ class Enclosure:
             return self.settle(), self._constant(other, inverted)
         return self.settle(), Enclosure(other, accumulation=self.accumulation)
 
-    def _owing(self, mid: Any, radius: Any, variance: Any) -> Enclosure:
-        variance = bounded(variance + np.zeros(mid.shape))
-        return Enclosure(mid, bounded(radius * SLACK), variance, accumulation=self.accumulation, owed=True)
+    def _owing(self, mid: Any, radius: Any, variance: Any, length: Any = None) -> Enclosure:
+        radius, variance = bounded(radius * SLACK), bounded(variance + np.zeros(mid.shape))
+        return Enclosure(mid, radius, variance, accumulation=self.accumulation, owed=True, length=length)
 
     @quiet
     def __add__(self, other: Any) -> Enclosure:
@@ -194,15 +212,17 @@ class Enclosure:
     def __truediv__(self, other: Any) -> Enclosure:
         a, b = self._with(other, inverted=True)
         mid = a.mid / b.mid
-        size = np.abs(mid)
+        # one divisor for all elements leaves a pair what it is
+        length = None if a.length is None or b.mid.ndim else a.length / np.abs(b.mid)
+        size = np.abs(mid) if length is None else length
         if b.radius is None:
-            return self._owing(mid, a.r / np.abs(b.mid) + OWN * size + UNDERFLOW, a.v / b.mid**2)
+            return self._owing(mid, a.r / np.abs(b.mid) + OWN * size + UNDERFLOW, a.v / b.mid**2, length)
         room = np.abs(b.mid) - b.r
         # b.r is divided before it is multiplied: size * b.r may lose its digits below the smallest normal value
         radius = np.where(room > 0, a.r / room + size * (b.r / room), np.inf) + OWN * size + UNDERFLOW
         # the spread is of first order, which holds only for a divisor far from zero
-        variance = np.where(FAR**2 * b.v < b.mid**2, (a.v + mid**2 * b.v) / b.mid**2, np.inf)
-        return self._owing(mid, radius, variance)
+        variance = np.where(FAR**2 * b.v < b.mid**2, (a.v + size**2 * b.v) / b.mid**2, np.inf)
+        return self._owing(mid, radius, variance, length)
 
     @quiet
     def cut(self, format: Format, any_scale: bool = False) -> Enclosure:
@@ -215,9 +235,12 @@ class Enclosure:
             return Enclosure(self.mid, accumulation=self.accumulation)
         once = self.owed and not self.biased and format == self.accumulation
         x = self if once else self.settle()
-        size = np.abs(x.mid)
+        size = x.size
         reach = size + x.r
-        if any_scale:
+        if x.length is not None:
+            half = _pair_rounding(reach, format)
+            spread = ulp(size, format) ** 2 / 12 + UNDERFLOW
+        elif any_scale:
             known = reach == 0
             half = np.where(known, 0.0, format.u * (reach + format.tiny))
             spread = np.where(known, 0.0, (format.u * (size + format.tiny)) ** 2 / 3)
@@ -225,7 +248,15 @@ class Enclosure:
             half = ulp(reach, format) / 2 + UNDERFLOW
             spread = ulp(size, format) ** 2 / 12 + UNDERFLOW
         radius = unbounded_beyond(reach, (x.r + half) * SLACK, format)
-        return Enclosure(x.mid, radius, x.v + spread, accumulation=self.accumulation)
+        return Enclosure(x.mid, radius, x.v + spread, accumulation=self.accumulation, length=x.length)
+
+
+def _pair_rounding(reach: Any, format: Format) -> Any:
+    """The largest length of the rounding error of a pair of elements, however it is turned. reach: its largest length
+
+    Neither element errs by more than half a spacing at `reach`, nor by more than u of itself if it is normal.
+    """
+    return np.minimum(ulp(reach, format) / math.sqrt(2), format.u * (reach + 2 * format.tiny)) * SLACK + UNDERFLOW
 
 
 def overflow(format: Format) -> float:
@@ -269,4 +300,12 @@ def concatenate(parts: Any, axis: int) -> Enclosure:
     mid = np.concatenate([part.mid for part in parts], axis=axis)
     first = parts[0]
     bias = (lambda: join("bias")) if any(part.biased for part in parts) else None
-    return Enclosure(mid, join("radius"), join("variance"), accumulation=first.accumulation, owed=first.owed, bias=bias)
+    return Enclosure(
+        mid,
+        join("radius"),
+        join("variance"),
+        accumulation=first.accumulation,
+        owed=first.owed,
+        bias=bias,
+        length=join("length") if all(part.length is not None for part in parts) else None,
+    )

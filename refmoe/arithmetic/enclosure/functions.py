@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
-from refmoe.arithmetic.enclosure.array import OWN, SLACK, UNDERFLOW, Enclosure, bounded, quiet
+from refmoe.arithmetic.enclosure.array import OWN, SLACK, UNDERFLOW, Enclosure, bounded, quiet, unbounded_beyond
 from refmoe.arithmetic.enclosure.budgets import Budget, Budgets
 from refmoe.arithmetic.formats import Format, ulp
 
@@ -153,10 +154,13 @@ def softmax(x: Enclosure, mask: Any, exponentials: Any, budgets: Budgets, above:
 
 
 @quiet
-def unit_circle(positions: Any, logarithms: Any, cos: Any, sin: Any, budgets: Budgets) -> tuple[Enclosure, Enclosure]:
+def unit_circle(
+    positions: Any, logarithms: Any, cos: Any, sin: Any, budgets: Budgets, any_offset: bool = False
+) -> tuple[Enclosure, Enclosure]:
     """The enclosures of cosine and sine of angles that an engine computes in the statistics dtype.
 
     positions: [T]   logarithms: [n], the natural logarithm of base^(numerator / denominator)   cos, sin: exact, [T, n]
+    any_offset: whether the engine may count positions from another start; then cosine and sine are a pair
     The frequency errs by its budget, and the product with the position rounds once. At logarithm 0 the frequency is 1.
     """
     u = budgets.statistics.u
@@ -173,4 +177,38 @@ def unit_circle(positions: Any, logarithms: Any, cos: Any, sin: Any, budgets: Bu
         variance = (moved**2 + last**2) / 3
         return Enclosure(value, (moved + last + 2 * OWN) * SLACK, variance, accumulation=budgets.accumulation)
 
-    return part(cos, sin), part(sin, cos)
+    if not any_offset:
+        return part(cos, sin), part(sin, cos)
+    # an angle's error moves the point by at most as much; cosine and sine have the other errors each
+    moved, like, one = np.minimum(off, 2.0), np.zeros(cos.shape), np.ones(cos.shape)
+    radius, variance = (moved + math.sqrt(2) * (last + 2 * OWN)) * SLACK + like, (moved**2 + last**2) / 3 + like
+    pair = [Enclosure(x, radius, variance, accumulation=budgets.accumulation, length=one) for x in (cos, sin)]
+    return pair[0], pair[1]
+
+
+@quiet
+def turned(mid: Any, x: Enclosure, table: tuple[Enclosure, Enclosure], stored: Format) -> Enclosure:
+    """The enclosure of pairs that are turned by an angle, which may be off by an unknown constant.
+
+    The radius bounds the length of a pair's error for every constant. So it does not depend on the angle: with a pair
+    (a, b), the four products of a rotation round by at most u (|a| + |b|) in length.
+
+    mid: [..., d], the exact pairs, element i with i + d / 2   x: the pairs before [..., d]
+    table: cosine and sine, [..., d / 2]   stored: the dtype of the products
+    """
+    x, accumulation = x.settle(), x.accumulation
+    half = x.shape[-1] // 2
+    a, b = x[..., :half], x[..., half:]
+    length, inherited = np.hypot(a.mid, b.mid), np.hypot(a.r, b.r)
+    off, square = table[0].r, length**2
+    u = accumulation.u + (0.0 if stored == accumulation else stored.u * (1 + accumulation.u))
+    lost = 4 * (accumulation.tiny + stored.tiny)
+    reach = (np.abs(a.mid) + np.abs(b.mid) + math.sqrt(2) * inherited) * (1 + off)
+    radius = inherited * (1 + off) + length * off + (u + 8 * OWN) * reach + lost
+    radius = bounded(unbounded_beyond(reach, unbounded_beyond(reach, radius, stored), accumulation) * SLACK)
+    variance = np.maximum(a.v, b.v) * (1 + table[0].v) + square * table[0].v + u**2 / 3 * square + lost**2 / 3
+    radius, variance, length = (
+        np.concatenate([part, part], axis=-1)
+        for part in np.broadcast_arrays(radius, bounded(variance + np.zeros(length.shape)), length)
+    )
+    return Enclosure(mid, radius, variance, accumulation=accumulation, owed=True, length=length)

@@ -69,7 +69,7 @@ class Matrix:
     def __init__(self, x: Enclosure, held: Format | None = None) -> None:
         """held: a dtype that is known to hold all elements"""
         x = x.settle()
-        self.mid, self.radius, self.variance = x.mid, x.radius, x.variance
+        self.mid, self.radius, self.variance, self.length = x.mid, x.radius, x.variance, x.length
         self.size, self.square = np.abs(x.mid), x.mid**2
         self._below: dict[float, Any] = {}
         self._fits: dict[Format, bool] = {} if held is None else {held: True}
@@ -108,13 +108,18 @@ def product(x: Enclosure, w: Matrix, how: Accumulator, exact_mid: Any = None) ->
     size, square = np.abs(x.mid), x.mid**2
     mid, path, longest = _product_and_path(x.mid, w.mid)
     mid = mid if exact_mid is None else exact_mid
-    total, energy = size @ w.size, square @ w.square
-    inherited = inherited_radius(x, size, w)
+    pairs = x.length is not None and w.length is not None
+    if pairs:
+        total, energy, inherited = _of_pairs(x, w)
+    else:
+        total, energy, inherited = size @ w.size, square @ w.square, inherited_radius(x, size, w)
     partial = (total + np.abs(mid)) / 2
 
     @quiet
     def bias() -> Any:
-        return bounded(u * partial * np.abs(np.sign(x.mid).astype(np.float32) @ w.signs))
+        # the signs of turned elements are not known: at worst all terms are cut off in the same direction
+        one_way = n if pairs else np.abs(np.sign(x.mid).astype(np.float32) @ w.signs)
+        return bounded(u * partial * one_way)
 
     result = partial + inherited  # without roundings, no partial sum of any legal factors is larger
     rounds = not how.holds_products(x, w)
@@ -126,7 +131,7 @@ def product(x: Enclosure, w: Matrix, how: Accumulator, exact_mid: Any = None) ->
         spread += energy
     lost, lost_spread = how.underflow(n)
     if how.flushes:
-        inputs = flushed(size, w, how.format)
+        inputs = how.format.tiny * _lengths(x, w) if pairs else flushed(size, w, how.format)
         lost, lost_spread = lost + inputs, lost_spread + inputs**2 / 3
     own = OWN * np.abs(mid) if exact_mid is not None else (n + 2) * OWN * total
     # every sum used here has n additions of positive terms, each with an error of half of OWN
@@ -177,6 +182,22 @@ def inherited_variance(x: Enclosure, square: Any, w: Matrix) -> Any:
     if w.variance is not None:
         variance = variance + _from_zero_up(square + x.v, w.variance)
     return variance
+
+
+def _of_pairs(x: Enclosure, w: Matrix) -> tuple[Any, Any, Any]:
+    """Bounds for rows of pairs, if both factors hold each pair turned by one unknown angle: the same in x and in w.
+
+    The two products of a pair are at most its lengths multiplied, in magnitude together and in energy together. Its
+    error is at most the length of one error times the other length. Each pair has two elements here, hence the halves.
+    returns: the sum of magnitudes, the sum of squares, the inherited radius
+    """
+    inherited = _from_zero_up(x.r, w.length) + _from_zero_up(x.length + x.r, w.radius)
+    return x.length @ w.length / 2, x.length**2 @ w.length**2 / 2, inherited / 2
+
+
+def _lengths(x: Enclosure, w: Matrix) -> Any:
+    """The sum of all lengths of pairs that meet in an element of the product."""
+    return x.length.sum(-1)[..., None] + w.length.sum(-2)[..., None, :]
 
 
 def _from_zero_up(a: Any, b: Any) -> Any:
