@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The matrix of a step: taken from elsewhere, transposed, its rows or columns in another order, scaled or zeroed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+
+from refmoe.arithmetic.enclosure.array import Enclosure
+from refmoe.verifier.diagnosis.grammar.factors import factors
+from refmoe.verifier.diagnosis.grammar.fault import CLOSE, Fault, Search
+from refmoe.verifier.diagnosis.grammar.laboratory import LINEAR, Held, Laboratory
+from refmoe.verifier.diagnosis.grammar.orders import laws, mapped, nearest_slices, order_in_words, orders
+from refmoe.verifier.diagnosis.grammar.views import View, layer, output
+from refmoe.verifier.diagnosis.grammar.where import listed
+from refmoe.verifier.passes import Key
+
+MOST_EXPERTS = 64
+"""The most experts for which an exchange is sought, because every expert computes every token."""
+FIX = "look at how this matrix is loaded, split, fused or reshaped"
+Change = Callable[[Laboratory, Key, int | None], Any]
+"""The changed matrix of a tap's layer, and of an expert where there are some. None where it cannot be."""
+
+
+def matrices(search: Search) -> Iterator[Fault]:
+    """The faults of the matrix of a step that has one."""
+    if search.step not in LINEAR:
+        return
+    name = LINEAR[search.step]
+    yield from _replaced(search, name)
+    if search.step.startswith("expert."):
+        yield from _experts(search, name)
+    if search.step in ("attention.q", "attention.k", "attention.v"):
+        flat = _flat(search, name)
+        yield from factors(search, flat)
+        yield from orders(search, flat)
+    if not search.step.startswith("expert."):
+        yield from _columns(search, name)
+
+
+def _flat(search: Search, name: str) -> View:
+    """The output with its heads as rows of the matrix."""
+    whole = output(search)
+
+    def flat(values: Any) -> Any:
+        return values.reshape(len(values), -1)
+
+    return View(
+        name=name,
+        dims=("T", "R"),
+        pairs={key: (flat(right), flat(had)) for key, (right, had) in whole.pairs.items()},
+        base=lambda lab, key: lab.right(key).map(lambda part: flat(np.broadcast_to(part, lab.right(key).mid.shape))),
+        lift=lambda lab, key, x: x.reshape(len(x.mid), -1, lab.config.head_dim),
+    )
+
+
+def with_matrix(name: str, about: str, bits: float, change: Change) -> Fault:
+    """The step with its matrix changed."""
+    kept: dict[Any, Any] = {}
+
+    def changed(lab: Laboratory, key: Key, expert: int | None) -> Any:
+        at = (id(lab), layer(key), expert)
+        if at not in kept:
+            values = change(lab, key, expert)
+            kept[at] = None if values is None else Held(np.ascontiguousarray(values))
+        return kept[at]
+
+    def predict(lab: Laboratory, key: Key) -> Enclosure | None:
+        given = lab.inputs(key)
+        held: Any = given["weight"]
+        held = [changed(lab, key, e) for e in range(len(held))] if isinstance(held, list) else changed(lab, key, None)
+        if held is None or (isinstance(held, list) and any(each is None for each in held)):
+            return None
+        found: Enclosure = lab.compute(key, {**given, "weight": held})
+        return found
+
+    return Fault(name, about, FIX, bits, predict)
+
+
+def _own(lab: Laboratory, key: Key, name: str, expert: int | None, by: int = 0, to: int | None = None) -> Any:
+    at = layer(key)
+    if at is None:
+        return lab.weight(name, None).values
+    at = at + by if to is None else to
+    if not 0 <= at < lab.config.layers or ((by or to is not None) and at == layer(key)):
+        return None
+    return lab.weight(name, at, expert).values
+
+
+def _replaced(search: Search, name: str) -> Iterator[Fault]:
+    inside, layers = search.step not in ("logits",), search.lab.config.layers
+    if inside and layers > 1:
+        for words, by in (("the layer before", -1), ("the next layer", 1)):
+            yield with_matrix(
+                f"{name} of {words}", f"{name} of {words} is in the place of its own", 4.0,
+                lambda lab, key, e, by=by: _own(lab, key, name, e, by),
+            )  # fmt: skip
+        for j in range(min(layers, 8)):
+            yield with_matrix(
+                f"{name} of layer {j}", f"{name} of layer {j} is in the place of its own", 5.0,
+                lambda lab, key, e, j=j: _own(lab, key, name, e, 0, j),
+            )  # fmt: skip
+    alike = {
+        "wk": ("wv",),
+        "wv": ("wk",),
+        "w1": ("w3",),
+        "w3": ("w1",),
+        "wq": ("wo",),
+        "wo": ("wq",),
+        "output": ("embedding",),
+    }
+    for other in alike.get(name, ()):
+
+        def taken(lab: Laboratory, key: Key, e: int | None, other: str = other) -> Any:
+            values = _own(lab, key, other, e)
+            right = _own(lab, key, name, e)
+            return values if values.shape == right.shape else None
+
+        yield with_matrix(f"{other} in the place of {name}", f"the step multiplies by {other}, not {name}", 3.0, taken)
+
+    def transposed(lab: Laboratory, key: Key, e: int | None) -> Any:
+        values = _own(lab, key, name, e)
+        return values.T if values.shape[0] == values.shape[1] else None
+
+    yield with_matrix(f"{name} transposed", f"{name} is used as its transpose", 3.0, transposed)
+    for words, read in (
+        ("transposed in memory", lambda w: w.T.reshape(w.shape)),
+        ("read as if transposed in memory", lambda w: w.reshape(w.shape[::-1]).T),
+    ):
+        yield with_matrix(
+            f"{name} {words}", f"{name} is {words}: its shape is right and its order is not", 3.5,
+            lambda lab, key, e, read=read: read(_own(lab, key, name, e)),
+        )  # fmt: skip
+    for words, bits, law, open_ in laws("D", True):
+        for axis, noun in ((0, "rows"), (1, "columns")):
+            if open_ is not None:
+                continue
+
+            def ordered(lab: Laboratory, key: Key, e: int | None, law: Any = law, axis: int = axis) -> Any:
+                values = _own(lab, key, name, e)
+                sources = law(values.shape[axis])
+                if sources is None:
+                    return None
+                moved = np.take(values, np.maximum(sources, 0), axis=axis)
+                return np.where(np.expand_dims(np.asarray(sources) < 0, 1 - axis), 0.0, moved)
+
+            yield with_matrix(f"{noun} of {name} {words}", f"the {noun} of {name} are {words}", bits + 1.5, ordered)
+
+
+def _columns(search: Search, name: str) -> Iterator[Fault]:
+    """Columns scaled, zeroed, exchanged or permuted, by least squares over all failed calls of a layer."""
+    lab = search.lab
+    at = layer(search.failed[0])
+    x, y, w = [], [], None
+    for key in search.failed:
+        if layer(key) != at:
+            continue
+        given, found, wrong = lab.inputs(key), lab.found(key), search.wrong_tokens(key)
+        x.append(given["x"].mid.reshape(len(found), -1)[wrong])
+        y.append(found.reshape(len(found), -1)[wrong])
+        w = given["weight"].values
+    assert w is not None
+    rows, had = np.concatenate(x), np.concatenate(y)
+    error = had - rows @ w.T
+    whole = np.linalg.norm(error)
+    if not np.isfinite(whole) or not whole or w.shape[1] > 512 or rows.size * len(w) > 4_000_000:
+        return
+    yield from _scaled_columns(search, name, rows, w, error)
+    yield from _exchanged_columns(name, rows, w, error)
+    if np.linalg.matrix_rank(rows) == rows.shape[1]:
+        solved = np.linalg.lstsq(rows, had, rcond=None)[0].T
+        for axis, noun in ((1, "columns"), (0, "rows")):
+            sources = nearest_slices(np.moveaxis(solved, axis, 0), np.moveaxis(w, axis, 0))
+            if sources is not None:
+                yield _reordered(name, noun, axis, sources)
+    elif len(w) >= w.shape[1]:
+        flat = np.linalg.lstsq(w, had.T, rcond=None)[0].T
+        sources = nearest_slices(flat.T, rows.T)
+        if sources is not None:
+            back = np.empty(len(sources), int)
+            if len(set(sources.tolist())) == len(sources):
+                back[sources] = np.arange(len(sources))
+                yield _reordered(name, "columns", 1, back)
+
+
+def _reordered(name: str, noun: str, axis: int, sources: Any) -> Fault:
+    words, listing, bits = order_in_words(sources, noun[:-1])
+
+    def change(lab: Laboratory, key: Key, e: int | None) -> Any:
+        values = _own(lab, key, name, e)
+        return np.take(values, sources, axis=axis) if values.shape[axis] == len(sources) else None
+
+    return with_matrix(f"{noun} of {name} {words}", f"{noun} of {name} hold others: {listing}", bits + 1.5, change)
+
+
+def _scaled_columns(search: Search, name: str, rows: Any, w: Any, error: Any) -> Iterator[Fault]:
+    """Columns times numbers: the effect is linear in these."""
+    effects = (rows[:, None, :] * w[None]).reshape(-1, w.shape[1])
+    if len(effects) < effects.shape[1] + 4:
+        return
+    more, _, rank, _ = np.linalg.lstsq(effects, error.reshape(-1), rcond=None)
+    left = np.linalg.norm(error.reshape(-1) - effects @ more)
+    if rank < len(more) or not left <= CLOSE * np.linalg.norm(error):
+        return
+    tolerance = max(64 * search.format.u, 1e-4)
+    factor = 1 + more
+    zero = np.abs(factor) <= 8 * tolerance
+    near = np.abs(more) <= 8 * tolerance
+    factor = np.where(zero, 0.0, np.where(near, 1.0, factor))
+    moved = np.flatnonzero(factor != 1)
+    if not moved.size or len(moved) > 0.75 * len(factor):
+        return
+    others = factor[moved]
+    if zero[moved].all():
+        words, bits = f"columns {listed(moved.tolist())} of {name} zeroed", 3 + 1.5 * len(moved)
+    elif np.ptp(others) <= 16 * tolerance * np.abs(others).max():
+        words, bits = f"columns {listed(moved.tolist())} of {name} times {others.mean():.4g}", 12 + 1.5 * len(moved)
+        factor[moved] = float(f"{others.mean():.{3 if tolerance > 1e-3 else 5}g}")
+    else:
+        words, bits = f"a factor for each column of {name}", 12.0 * len(moved)
+
+    def change(lab: Laboratory, key: Key, e: int | None) -> Any:
+        values = _own(lab, key, name, e)
+        return values * factor if values.shape[1] == len(factor) else None
+
+    yield with_matrix(words, words, bits + 1.5, change)
+
+
+def _exchanged_columns(name: str, rows: Any, w: Any, error: Any) -> Iterator[Fault]:
+    """Two columns exchanged: then the error has rank one."""
+    u, s, v = np.linalg.svd(error, full_matrices=False)
+    if len(s) > 1 and s[1] > CLOSE * s[0]:
+        return
+
+    def along(vectors: Any, direction: Any) -> Any:
+        gap = vectors[:, None, :] - vectors[None, :, :]
+        with np.errstate(all="ignore"):
+            return np.nan_to_num(np.abs(gap @ direction) / np.linalg.norm(gap, axis=-1))
+
+    if len(w[0]) > 256:
+        return
+    score = along(rows.T, u[:, 0]) * along(w.T, v[0])
+    i, j = sorted(np.unravel_index(int(np.argmax(score)), score.shape))
+    sources = np.arange(len(score))
+    sources[[i, j]] = sources[[j, i]]
+    yield _reordered(name, "columns", 1, sources)
+    for one, two in ((i, j), (j, i)):  # or one holds the other's
+        sources = np.arange(len(score))
+        sources[one] = two
+        yield _reordered(name, "columns", 1, sources)
+
+
+# ---- experts
+
+
+def _experts(search: Search, name: str) -> Iterator[Fault]:
+    """The hypothesis that expert e has the matrix of expert p(e), found by trying every expert on every token."""
+    lab, count = search.lab, search.lab.config.experts
+    if count > MOST_EXPERTS:
+        return
+    votes = np.zeros((count, count))
+    seen = np.zeros(count)
+    for key in search.failed[:8]:
+        given, found = lab.inputs(key), lab.found(key)
+        if not isinstance(given["weight"], list):
+            return
+        distances = []
+        for by in range(count):
+            rolled = [given["weight"][(e + by) % count] for e in range(count)]
+            distances.append(((lab.compute(key, {**given, "weight": rolled}).mid - found) ** 2).sum(-1))
+        for e in range(count):
+            mine = given["experts"] == e
+            if mine.any():
+                seen[e] += 1
+                for by in range(count):
+                    votes[e, (e + by) % count] += float(distances[by][mine].sum())
+    sources = np.where(seen > 0, votes.argmin(1), np.arange(count))
+    if (sources == np.arange(count)).all():
+        return
+    moved = [f"{e} has that of {p}" for e, p in enumerate(sources.tolist()) if e != p]
+    words, _, bits = order_in_words(_completed(sources, seen > 0), "expert")
+
+    def change(lab: Laboratory, key: Key, e: int | None) -> Any:
+        return _own(lab, key, name, int(sources[e or 0]))
+
+    yield with_matrix(
+        f"experts with another's {name} ({listed(moved)})", f"experts compute with another's {name}: {listed(moved)}",
+        min(bits, 4.0 + 2.0 * len(moved)), change,
+    )  # fmt: skip
+    del words
+
+
+def _completed(sources: Any, seen: Any) -> Any:
+    """The map of experts, where those that nobody chose may hold anything."""
+    free = [e for e in range(len(sources)) if e not in set(sources[seen].tolist())]
+    whole = sources.copy()
+    unseen = np.flatnonzero(~seen)
+    for e, other in zip(unseen, free, strict=False):
+        whole[e] = other
+    return whole
+
+
+__all__ = ["mapped", "matrices", "permutations"]

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Changes of each value or row by itself: a constant added, a clamp, a soft cap, a sign or a function left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from refmoe.arithmetic.enclosure.array import Enclosure
+from refmoe.arithmetic.formats import ulp
+from refmoe.verifier.diagnosis.grammar.fault import AXES, CLOSE, Fault, Search
+from refmoe.verifier.diagnosis.grammar.laboratory import Laboratory
+from refmoe.verifier.diagnosis.grammar.views import View, layer, tokens_of
+from refmoe.verifier.passes import Key
+
+NUMBER_BITS = 12.0
+
+
+def pointwise(search: Search, view: View) -> Iterator[Fault]:
+    """The changes of single values that explain a view."""
+    if view.pairs:
+        yield from _constants(search, view)
+    yield from _clamped(search, view)
+    yield from _capped(search, view)
+    yield from _functions(search, view)
+
+
+# ---- constants
+
+
+def _constants(search: Search, view: View) -> Iterator[Fault]:
+    """A number added to all values, to each row, or to each channel."""
+    last = len(view.dims) - 1
+    yield from _constant(search, view, "a number added to all values", lambda x: x.mean(keepdims=True), 1)
+    if last and next(iter(view.pairs.values()))[0].shape[-1] >= 4:
+        yield from _log_softmax(search, view)
+        noun = "row"
+        yield from _constant(search, view, f"each {noun} off by a constant", lambda x: x.mean(-1, keepdims=True), 4)
+    if view.dims[0] == "T" and last:
+        yield from _bias(search, view)
+
+
+def _constant(search: Search, view: View, words: str, fit: Callable[[Any], Any], numbers: int) -> Iterator[Fault]:
+    left = whole = 0.0
+    constants: dict[Key, Any] = {}
+    if numbers == 1:
+        errors = [tokens_of(view, search, key, had - right).reshape(-1) for key, (right, had) in view.pairs.items()]
+        every = float(np.concatenate(errors).mean())
+    for key, (right, had) in view.pairs.items():
+        error = had - right
+        constants[key] = np.full((1,) * right.ndim, every) if numbers == 1 else fit(error)
+        rest = tokens_of(view, search, key, error - constants[key])
+        error = tokens_of(view, search, key, error)
+        left, whole = left + float((rest**2).sum()), whole + float((error**2).sum())
+    if not whole or not left <= CLOSE**2 * whole:
+        return
+    said = f" ({every:.5g})" if numbers == 1 else ""
+
+    def move(lab: Laboratory, key: Key, x: Enclosure) -> Enclosure | None:
+        if numbers > 1 and key not in constants:
+            return None
+        constant = constants[key] if key in constants else np.full((1,) * x.mid.ndim, every)
+        room = 2 * ulp(np.abs(constant) + np.abs(x.mid).max(-1, keepdims=True), search.format)
+        y = lab.ops.cut(search.step, x) if not view.name else x
+        moved: Enclosure = y + Enclosure(constant, room, room**2 / 3, accumulation=x.accumulation)
+        return moved
+
+    yield Fault(
+        name=f"{words}{said}{view.of}",
+        about=f"{words}{said}{view.of}",
+        fix="look for a bias, or a normalisation, that does not belong here",
+        bits=NUMBER_BITS if numbers == 1 else 16.0,
+        predict=view.predict(move),
+    )
+
+
+def _log_softmax(search: Search, view: View) -> Iterator[Fault]:
+    if view.name or search.step not in ("logits", "router.logits"):
+        return
+
+    def move(lab: Laboratory, key: Key, x: Enclosure) -> Enclosure:
+        x = lab.ops.cut(search.step, x)
+        most = x.mid.max(-1, keepdims=True)
+        total = most + np.log(np.exp(x.mid - most).sum(-1, keepdims=True))
+        room = np.broadcast_to(x.r, x.mid.shape).max(-1, keepdims=True) + 4 * ulp(
+            np.abs(total) + np.abs(most), search.format
+        )
+        moved: Enclosure = x + Enclosure(-total, room, room**2 / 3, accumulation=x.accumulation)
+        return moved
+
+    yield Fault(
+        name="log-probabilities instead of logits: each row is off by a constant",
+        about="each row is less by the logarithm of the sum of its exponentials: these are log-probabilities",
+        fix="dump the logits before the log-softmax",
+        bits=3.0,
+        predict=view.predict(move),
+    )
+
+
+def _bias(search: Search, view: View) -> Iterator[Fault]:
+    """The same vector added to every token of a layer."""
+    vectors, left, whole = {}, 0.0, 0.0
+    layers = {layer(key) for key in view.pairs}
+    for at in layers:
+        errors = [
+            tokens_of(view, search, key, had - right) for key, (right, had) in view.pairs.items() if layer(key) == at
+        ]
+        joined = np.concatenate([each.reshape(-1, *each.shape[1:]) for each in errors])
+        if len(joined) < 3:
+            return
+        vectors[at] = joined.mean(0)
+        left, whole = left + float(((joined - vectors[at]) ** 2).sum()), whole + float((joined**2).sum())
+    if not whole or not left <= CLOSE**2 * whole:
+        return
+
+    def move(lab: Laboratory, key: Key, x: Enclosure) -> Enclosure | None:
+        if layer(key) not in vectors:
+            return None
+        room = 2 * ulp(np.abs(vectors[layer(key)]) + np.abs(x.mid).max(0), search.format)
+        y = lab.ops.cut(search.step, x) if not view.name else x
+        moved: Enclosure = y + Enclosure(vectors[layer(key)], room, room**2 / 3, accumulation=x.accumulation)
+        return moved
+
+    noun = AXES[view.dims[-1]]
+    size = sum(vector.size for vector in vectors.values())
+    yield Fault(
+        name=f"a constant added to each {noun}{view.of}",
+        about=f"a constant added to each {noun}{view.of}, the same for all tokens",
+        fix="look for a bias: Mixtral has none",
+        bits=NUMBER_BITS * size,
+        predict=view.predict(move),
+    )
+
+
+# ---- limits
+
+
+def _clamped(search: Search, view: View) -> Iterator[Fault]:
+    if not view.pairs:
+        return
+    parts = [
+        (tokens_of(view, search, key, right), tokens_of(view, search, key, had))
+        for key, (right, had) in view.pairs.items()
+    ]
+    top = max(float(had.max(initial=-np.inf)) for _, had in parts)
+    bottom = min(float(had.min(initial=np.inf)) for _, had in parts)
+    most, least = (
+        max(float(right.max(initial=-np.inf)) for right, _ in parts),
+        min(float(right.min(initial=np.inf)) for right, _ in parts),
+    )
+    choices = []
+    if top < most and bottom > least:
+        both = max(top, -bottom)
+        choices.append((f"clamped to {both:.5g} in size", -both, both))
+        choices.append((f"clamped to {bottom:.5g} .. {top:.5g}", bottom, top))
+    if top < most:
+        choices.append((f"clamped to at most {top:.5g}", -np.inf, top))
+    if bottom > least:
+        choices.append((f"clamped to at least {bottom:.5g}", bottom, np.inf))
+    for words, low, high in choices:
+        if not np.isfinite([low, high]).any():
+            continue
+
+        def move(lab: Laboratory, key: Key, x: Enclosure, low: float = low, high: float = high) -> Enclosure:
+            y = (lab.ops.cut(search.step, x) if not view.name else x).settle()
+            mid = np.clip(y.mid, low, high)
+            exact = mid != y.mid
+            radius = np.where(exact, ulp(mid, search.format), np.broadcast_to(y.r, mid.shape))
+            return Enclosure(
+                mid,
+                radius,
+                np.where(exact, radius**2 / 3, np.broadcast_to(y.v, mid.shape)),
+                accumulation=x.accumulation,
+            )
+
+        yield Fault(
+            name=f"{words}{view.of}",
+            about=f"values{view.of or ' of the step'} are {words}",
+            fix="look for a clamp that this model does not have",
+            bits=NUMBER_BITS + 2.0 * bool(view.name),
+            predict=view.predict(move),
+        )
+
+
+def _capped(search: Search, view: View) -> Iterator[Fault]:
+    """x -> c tanh(x / c), c by its effect on the largest values."""
+    cap = None
+    if view.pairs:
+        parts = [
+            (tokens_of(view, search, key, right).reshape(-1), tokens_of(view, search, key, had).reshape(-1))
+            for key, (right, had) in view.pairs.items()
+        ]
+        right, had = np.concatenate([one for one, _ in parts]), np.concatenate([two for _, two in parts])
+        whole = float(((had - right) ** 2).sum())
+        if not whole or not np.abs(had).sum() < np.abs(right).sum():
+            return
+
+        def loss(log: float) -> float:
+            c = np.exp(log)
+            return float(((had - c * np.tanh(right / c)) ** 2).sum())
+
+        top = float(np.abs(right).max(initial=0.0))
+        if not top:
+            return
+        logs = np.linspace(np.log(top / 30), np.log(top * 300), 120)
+        cap = float(np.exp(least(loss, logs)))
+        if not loss(np.log(cap)) <= CLOSE**2 * whole:
+            return
+        cap = rounded(cap, 4 * search.format.u)
+    for c in (cap,) if cap is not None else ():
+
+        def move(lab: Laboratory, key: Key, x: Enclosure, c: float = c) -> Enclosure:
+            y = (lab.ops.cut(search.step, x) if not view.name else x).settle()
+            mid = c * np.tanh(y.mid / c)
+            room = 6 * lab.policy.statistics.u * np.abs(y.mid) + 4 * ulp(mid, search.format) * (not view.name) / 4
+            radius = np.broadcast_to(y.r, mid.shape) + room
+            return Enclosure(
+                mid,
+                radius,
+                np.broadcast_to(y.v, mid.shape) + room**2 / 3,
+                accumulation=x.accumulation,
+                owed=not view.name,
+            )
+
+        yield Fault(
+            name=f"soft-capped at {c:.5g}{view.of}",
+            about=f"each value x{view.of} is {c:.5g} tanh(x / {c:.5g})",
+            fix="look for a soft cap that this model does not have",
+            bits=NUMBER_BITS + 2.0 * bool(view.name),
+            predict=view.predict(move),
+        )
+
+
+def least(loss: Callable[[float], float], grid: Any) -> float:
+    """The minimum of a function near the best point of a grid, by golden section."""
+    values = [loss(float(each)) for each in grid]
+    values = [each if np.isfinite(each) else np.inf for each in values]
+    at = int(np.argmin(values))
+    low, high = float(grid[max(at - 1, 0)]), float(grid[min(at + 1, len(grid) - 1)])
+    ratio = (np.sqrt(5) - 1) / 2
+    one, two = high - ratio * (high - low), low + ratio * (high - low)
+    first, second = loss(one), loss(two)
+    for _ in range(60):
+        if first < second:
+            high, two, second = two, one, first
+            one = high - ratio * (high - low)
+            first = loss(one)
+        else:
+            low, one, first = one, two, second
+            two = low + ratio * (high - low)
+            second = loss(two)
+    return (low + high) / 2
+
+
+def rounded(number: float, tolerance: float) -> float:
+    """The number with the fewest decimal digits within a relative tolerance."""
+    for digits in range(1, 9):
+        short = float(f"{number:.{digits}g}")
+        if abs(short - number) <= max(tolerance, 1e-6) * abs(number):
+            return short
+    return number
+
+
+# ---- functions
+
+
+def _functions(search: Search, view: View) -> Iterator[Fault]:
+    """Other functions of the gate, and a norm of the mean."""
+    if search.step != "expert.hidden" or view.name:
+        return
+    choices: tuple[tuple[str, Callable[[Laboratory, Any, Any], Any]], ...] = (
+        ("gate and up exchanged", lambda lab, gate, up: lab.ops.silu(up) * gate),
+        ("the activation left out", lambda lab, gate, up: gate * up),
+        ("the factor of the gate left out", lambda lab, gate, up: lab.ops.silu(gate)),
+        ("the sigmoid of the gate in place of its silu", lambda lab, gate, up: lab.ops.sigmoid(gate) * up),
+        ("1 added to the factor of the gate", lambda lab, gate, up: lab.ops.silu(gate) * (up + 1.0)),
+        (
+            "ReLU in place of silu",
+            lambda lab, gate, up: gate.settle().map(lambda part: np.where(gate.mid > 0, part, 0.0)) * up,
+        ),
+    )
+    for words, function in choices:
+        yield Fault(
+            name=words,
+            about=f"the hidden units are computed with {words}",
+            fix="hidden = silu(gate) * up",
+            bits=3.0,
+            predict=lambda lab, key, f=function: f(lab, lab.inputs(key)["gate"], lab.inputs(key)["up"]),
+        )
