@@ -13,7 +13,7 @@ from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS
 from refmoe.verifier.diagnosis.grammar.factors import KNOWN_BITS, scaled, simple
 from refmoe.verifier.diagnosis.grammar.fault import CLOSE, Fault, Search
 from refmoe.verifier.diagnosis.grammar.laboratory import Laboratory
-from refmoe.verifier.diagnosis.grammar.views import View, layer, masked
+from refmoe.verifier.diagnosis.grammar.views import View, layer, masked, stored_again
 from refmoe.verifier.passes import Key
 
 ROWS = {"T D", "T H d", "T K d", "T k F", "T k D", "T k", "T E", "T V", "H T S"}
@@ -81,7 +81,7 @@ def _added(search: Search, view: View, words: str, bits: float, source: Source) 
             return None
         x = x if view.name else lab.ops.cut(search.step, x)
         more: Enclosure = x + (other if number == 1.0 else scaled(other, np.asarray(number), np.asarray(radius)))
-        return more
+        return stored_again(search, view, more)
 
     what = {"": f"{words} added", "-1": f"{words} subtracted"}.get(name, f"{name} times {words} added")
     yield Fault(
@@ -170,7 +170,7 @@ def _constants(view: View) -> Iterator[tuple[str, float, Source]]:
         def ones(lab: Laboratory, key: Key) -> Enclosure:
             return Enclosure(np.ones((len(lab.runs[key[0]].tokens), lab.config.experts_per_token)))
 
-        yield "equal weights", 4.0, even
+        yield "equal weights", 0.5, even
         yield "ones", 4.0, ones
 
 

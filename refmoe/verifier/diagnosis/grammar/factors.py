@@ -14,7 +14,7 @@ from refmoe.arithmetic.formats import Format
 from refmoe.spec.config import Config
 from refmoe.verifier.diagnosis.grammar.fault import AXES, CLOSE, Fault, Search
 from refmoe.verifier.diagnosis.grammar.laboratory import Laboratory
-from refmoe.verifier.diagnosis.grammar.views import View, layer, masked
+from refmoe.verifier.diagnosis.grammar.views import View, layer, masked, stored_again
 from refmoe.verifier.diagnosis.grammar.where import listed
 from refmoe.verifier.passes import Key
 
@@ -34,28 +34,32 @@ def factors(search: Search, view: View) -> Iterator[Fault]:
     if not view.pairs:
         return
     for noun, groups, count in _groupings(search, view):
-        found = _fitted(search, view, groups, count)
-        if found is not None:
-            yield _fault(search, view, noun, groups, found)
+        found = fitted(search, view, groups, count)
+        if found is not None and (fault := _fault(search, view, noun, groups, found)) is not None:
+            yield fault
 
 
 def _groupings(search: Search, view: View) -> Iterator[tuple[str, Groups, int]]:
-    yield "", lambda lab, key, shape: np.zeros((1,) * len(shape), int), 1
+    yield "", no_groups, 1
     for axis, dimension in enumerate(view.dims):
         if dimension in ("T", "S"):
             continue
         count = next(iter(view.pairs.values()))[0].shape[axis]
         if 2 <= count <= MOST_GROUPS:
-            yield AXES[dimension], _along(axis), count
+            yield AXES[dimension], along(axis), count
     if view.dims[:2] == ("T", "k"):
         yield "expert", _by_expert(len(view.dims)), search.lab.config.experts
     if len({layer(key) for key in search.failed}) > 1:
         yield "layer", _by_layer, search.lab.config.layers
     if view.dims[0] == "T" and len(view.dims) > 1:
-        yield "token", _along(0), max(len(pair[0]) for pair in view.pairs.values())
+        yield "token", along(0), max(len(pair[0]) for pair in view.pairs.values())
 
 
-def _along(axis: int) -> Groups:
+def no_groups(lab: Laboratory, key: Key, shape: tuple[int, ...]) -> Any:
+    return np.zeros((1,) * len(shape), int)
+
+
+def along(axis: int) -> Groups:
     def groups(lab: Laboratory, key: Key, shape: tuple[int, ...]) -> Any:
         return np.arange(shape[axis]).reshape([-1 if i == axis else 1 for i in range(len(shape))])
 
@@ -74,7 +78,7 @@ def _by_layer(lab: Laboratory, key: Key, shape: tuple[int, ...]) -> Any:
     return np.full((1,) * len(shape), layer(key) or 0)
 
 
-def _fitted(search: Search, view: View, groups: Groups, count: int) -> Any:
+def fitted(search: Search, view: View, groups: Groups, count: int) -> Any:
     """The factor of each group by least squares, NaN where it is unknown. None if they do not fit. returns: [count]"""
     along, size, rest, whole = np.zeros(count), np.zeros(count), 0.0, 0.0
     parts = []
@@ -93,7 +97,7 @@ def _fitted(search: Search, view: View, groups: Groups, count: int) -> Any:
     return found if whole and rest <= CLOSE**2 * whole else None
 
 
-def _fault(search: Search, view: View, noun: str, groups: Groups, found: Any) -> Fault:
+def _fault(search: Search, view: View, noun: str, groups: Groups, found: Any) -> Fault | None:
     format = search.format
     values, radii, bits, names = [], [], 0.0, {}
     for g, factor in enumerate(found.tolist()):
@@ -106,6 +110,8 @@ def _fault(search: Search, view: View, noun: str, groups: Groups, found: Any) ->
         radii.append(abs(number) * format.u if cost > 1 else 0.0)
         names[g] = name
         bits += cost
+    if not names:
+        return None
     distinct = set(names.values())
     if len(distinct) == 1:
         bits = bits / len(names) + (3.0 + 1.5 * min(len(names), len(values) - len(names)) if noun else 0.0)
@@ -115,7 +121,7 @@ def _fault(search: Search, view: View, noun: str, groups: Groups, found: Any) ->
         at = groups(lab, key, x.mid.shape)
         scale, around = numbers[np.minimum(at, len(numbers) - 1)], radius[np.minimum(at, len(numbers) - 1)]
         moved = scaled(lab.ops.cut(search.step, x) if not view.name else x, scale, around)
-        return moved
+        return stored_again(search, view, moved)
 
     what, about = _words(noun, names, distinct, view)
     fix = FIX_ZERO if distinct == {"0"} else FIX

@@ -4,16 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import permutations
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from refmoe.arithmetic.enclosure.array import Enclosure
-from refmoe.verifier.diagnosis.grammar.factors import factors
+from refmoe.arithmetic.formats import nearest
+from refmoe.verifier.diagnosis.grammar.factors import along, factors, fitted, no_groups, scaled, simple
 from refmoe.verifier.diagnosis.grammar.fault import CLOSE, Fault, Search
 from refmoe.verifier.diagnosis.grammar.laboratory import LINEAR, Held, Laboratory
-from refmoe.verifier.diagnosis.grammar.orders import laws, mapped, nearest_slices, order_in_words, orders
+from refmoe.verifier.diagnosis.grammar.orders import laws, nearest_slices, order_in_words, orders
+from refmoe.verifier.diagnosis.grammar.pointwise import rounded
 from refmoe.verifier.diagnosis.grammar.views import View, layer, output
 from refmoe.verifier.diagnosis.grammar.where import listed
 from refmoe.verifier.passes import Key
@@ -31,14 +33,14 @@ def matrices(search: Search) -> Iterator[Fault]:
         return
     name = LINEAR[search.step]
     yield from _replaced(search, name)
+    yield from _rescaled(search, name)
     if search.step.startswith("expert."):
         yield from _experts(search, name)
     if search.step in ("attention.q", "attention.k", "attention.v"):
         flat = _flat(search, name)
         yield from factors(search, flat)
         yield from orders(search, flat)
-    if not search.step.startswith("expert."):
-        yield from _columns(search, name)
+    yield from _columns(search, name)
 
 
 def _flat(search: Search, name: str) -> View:
@@ -83,11 +85,11 @@ def with_matrix(name: str, about: str, bits: float, change: Change) -> Fault:
 def _own(lab: Laboratory, key: Key, name: str, expert: int | None, by: int = 0, to: int | None = None) -> Any:
     at = layer(key)
     if at is None:
-        return lab.weight(name, None).values
+        return nearest(lab.weight(name, None).values, lab.policy.at("weights"))
     at = at + by if to is None else to
     if not 0 <= at < lab.config.layers or ((by or to is not None) and at == layer(key)):
         return None
-    return lab.weight(name, at, expert).values
+    return nearest(lab.weight(name, at, expert).values, lab.policy.at("weights"))
 
 
 def _replaced(search: Search, name: str) -> Iterator[Fault]:
@@ -150,26 +152,115 @@ def _replaced(search: Search, name: str) -> Iterator[Fault]:
             yield with_matrix(f"{noun} of {name} {words}", f"the {noun} of {name} are {words}", bits + 1.5, ordered)
 
 
-def _columns(search: Search, name: str) -> Iterator[Fault]:
-    """Columns scaled, zeroed, exchanged or permuted, by least squares over all failed calls of a layer."""
-    lab = search.lab
-    at = layer(search.failed[0])
-    x, y, w = [], [], None
+def _rescaled(search: Search, name: str) -> Iterator[Fault]:
+    """The matrix, its rows, or the input times numbers, where these are rounded again to the storage dtype."""
+    whole = output(search)
+    rows = len(_own(search.lab, search.failed[0], name, 0 if search.step.startswith("expert.") else None))
+    flat = flattened(whole)
+    for words, groups, count in (("", no_groups, 1), ("row", along(len(flat.dims) - 1), rows)):
+        found = fitted(search, flat, groups, count)
+        if found is None:
+            continue
+        numbers = np.array([simple(factor, search.format, search.lab.config)[0] for factor in found.tolist()])
+        numbers = np.where(np.abs(numbers - 1) <= 8 * search.format.u, 1.0, numbers)
+        moved = np.flatnonzero(numbers != 1)
+        if not moved.size or len(set(numbers[moved].tolist())) > 1:
+            continue
+        said = simple(float(numbers[moved[0]]), search.format, search.lab.config)
+        which = f"row{'s' * (len(moved) > 1)} {listed(moved.tolist())} of {name}" if words else name
+        bits = said[2] + 1.0 + (3.0 + 1.5 * len(moved) if words else 0.0)
+        for tolerance in (1e-2, 1e-3):
+            scale = np.array([rounded(number, tolerance) if number else 0.0 for number in numbers])[:, None]
+            yield with_matrix(
+                f"{which} times {said[1]}", f"{which} is {said[1]} times what it should be", bits,
+                lambda lab, key, e, scale=scale: _own(lab, key, name, e) * scale,
+            )  # fmt: skip
+        if not words:
+            scale, radius = numbers[0], abs(numbers[0]) * search.format.u
+            yield from _of_input(search, said[1], bits, lambda x: scaled(x, np.asarray(scale), np.asarray(radius)))
+
+
+def _of_input(search: Search, number: str, bits: float, change: Callable[[Enclosure], Enclosure]) -> Iterator[Fault]:
+    def predict(lab: Laboratory, key: Key) -> Enclosure:
+        given = lab.inputs(key)
+        x: Enclosure = lab.compute(key, {**given, "x": change(given["x"]).cut(search.format)})
+        return x
+
+    yield Fault(
+        f"times {number} of the input", f"the input is {number} times what it should be", FIX, bits + 1.0, predict
+    )
+
+
+def flattened(view: View) -> View:
+    """The view of an output with all axes behind the row in one."""
+    kept = 2 if view.dims[:2] == ("T", "k") else 1
+
+    def flat(values: Any) -> Any:
+        return values.reshape(*values.shape[:kept], -1)
+
+    pairs = {key: (flat(right), flat(had)) for key, (right, had) in view.pairs.items()}
+    return View("", (*view.dims[:kept], "R"), pairs, view.base, view.lift)
+
+
+@dataclass(frozen=True)
+class Product:
+    """The rows of one layer's product: x [n, D], right y [n, O] of them, and the error.   matrices: [n, O, D] or [O, D]"""
+
+    x: Any
+    matrices: Any
+    had: Any
+    error: Any
+
+
+def _product(search: Search, name: str) -> Product | None:
+    """The wrong rows of all failed calls of one layer."""
+    lab, at = search.lab, layer(search.failed[0])
+    x, had, own = [], [], []
+    by_expert = search.step.startswith("expert.")
     for key in search.failed:
         if layer(key) != at:
             continue
-        given, found, wrong = lab.inputs(key), lab.found(key), search.wrong_tokens(key)
-        x.append(given["x"].mid.reshape(len(found), -1)[wrong])
-        y.append(found.reshape(len(found), -1)[wrong])
-        w = given["weight"].values
-    assert w is not None
-    rows, had = np.concatenate(x), np.concatenate(y)
-    error = had - rows @ w.T
-    whole = np.linalg.norm(error)
-    if not np.isfinite(whole) or not whole or w.shape[1] > 512 or rows.size * len(w) > 4_000_000:
+        given, found = lab.inputs(key), lab.found(key)
+        wrong = ~search.right_rows(key, lab)
+        wrong = wrong if wrong.any() else np.ones(len(wrong), bool)
+        rows = given["x"].mid
+        if by_expert:
+            k = given["experts"].shape[1]
+            rows = rows.reshape(-1, rows.shape[-1]) if rows.ndim == 3 else np.repeat(rows, k, 0)
+            own.append(given["experts"].reshape(-1)[wrong])
+            found = found.reshape(len(rows), -1)
+        x.append(rows.reshape(len(found), -1)[wrong])
+        had.append(found.reshape(len(found), -1)[wrong])
+    rows, found = np.concatenate(x)[:MOST_ROWS], np.concatenate(had)[:MOST_ROWS]
+    w = _own(lab, search.failed[0], name, 0 if by_expert else None)
+    if rows.size * len(w) > 2_000_000 or w.shape[1] > 512:
+        return None
+    if by_expert:
+        each = np.stack([_own(lab, search.failed[0], name, e) for e in range(lab.config.experts)])
+        w = each[np.concatenate(own)[:MOST_ROWS]]
+        right = np.einsum("nod,nd->no", w, rows)
+    else:
+        right = rows @ w.T
+    error = found - right
+    size = np.linalg.norm(error)
+    return Product(rows, w, found, error) if np.isfinite(size) and size else None
+
+
+MOST_ROWS = 64
+"""The most rows of a product that are read."""
+
+
+def _columns(search: Search, name: str) -> Iterator[Fault]:
+    """Columns scaled, zeroed, exchanged or permuted, by least squares over all failed calls of a layer."""
+    product = _product(search, name)
+    if product is None:
         return
-    yield from _scaled_columns(search, name, rows, w, error)
-    yield from _exchanged_columns(name, rows, w, error)
+    rows, w, had = product.x, product.matrices, product.had
+    yield from _scaled_columns(search, name, product)
+    if w.ndim == 3:
+        yield from _exchanged_of_experts(name, product)
+        return
+    yield from _exchanged_columns(name, rows, w, product.error)
     if np.linalg.matrix_rank(rows) == rows.shape[1]:
         solved = np.linalg.lstsq(rows, had, rcond=None)[0].T
         for axis, noun in ((1, "columns"), (0, "rows")):
@@ -186,6 +277,42 @@ def _columns(search: Search, name: str) -> Iterator[Fault]:
                 yield _reordered(name, "columns", 1, back)
 
 
+def _exchanged_of_experts(name: str, product: Product) -> Iterator[Fault]:
+    """Two columns exchanged, or one a copy of another, in every expert: the pair with the least error."""
+    x, w, error = product.x, product.matrices, product.error
+    count = x.shape[1]
+    if count > 96:
+        return
+    # with column i as column j: the error is x_i (w_j - w_i). All products of columns and errors at once
+    along_errors = np.einsum("nod,no,ni->di", w, error, x)  # [of column d, at x_i]
+    products = np.einsum("nod,noe,ni->dei", w, w, x**2)
+    own = np.arange(count)
+    effect = along_errors.T - along_errors[own, own][:, None]  # [i, j]
+    size = np.einsum("jji->ij", products) - 2 * products[own, :, own] + products[own, own, own][:, None]
+    total = float((error**2).sum())
+    with np.errstate(all="ignore"):
+        left = np.nan_to_num(total - 2 * effect + size, nan=np.inf)
+    np.fill_diagonal(left, np.inf)
+    i, j = np.unravel_index(int(left.argmin()), left.shape)
+    sources = own.copy()
+    sources[i] = j
+    yield _reordered(name, "columns", 1, sources)
+    both = np.einsum("ni,nj,noi,noj->ij", x, x, w, w, optimize=True)
+    del both
+    gap = x[:, :, None] - x[:, None, :]
+    turned = np.einsum("no,nod->nd", error, w)
+    aligned = -(np.einsum("nij,ni->ij", gap, turned) - np.einsum("nij,nj->ij", gap, turned))
+    squares = np.einsum("nod,noe->nde", w, w)
+    norms = np.einsum("ndd->nd", squares)
+    width = norms[:, :, None] + norms[:, None, :] - 2 * squares
+    left = total - 2 * aligned + np.einsum("nij,nij->ij", gap**2, width)
+    np.fill_diagonal(left, np.inf)
+    i, j = sorted(np.unravel_index(int(left.argmin()), left.shape))
+    sources = own.copy()
+    sources[[i, j]] = sources[[j, i]]
+    yield _reordered(name, "columns", 1, sources)
+
+
 def _reordered(name: str, noun: str, axis: int, sources: Any) -> Fault:
     words, listing, bits = order_in_words(sources, noun[:-1])
 
@@ -196,37 +323,48 @@ def _reordered(name: str, noun: str, axis: int, sources: Any) -> Fault:
     return with_matrix(f"{noun} of {name} {words}", f"{noun} of {name} hold others: {listing}", bits + 1.5, change)
 
 
-def _scaled_columns(search: Search, name: str, rows: Any, w: Any, error: Any) -> Iterator[Fault]:
-    """Columns times numbers: the effect is linear in these."""
-    effects = (rows[:, None, :] * w[None]).reshape(-1, w.shape[1])
+def _scaled_columns(search: Search, name: str, product: Product) -> Iterator[Fault]:
+    """Columns times numbers, or channels of the input: the effect is linear in these."""
+    w = product.matrices if product.matrices.ndim == 3 else product.matrices[None]
+    effects = (product.x[:, None, :] * w).reshape(-1, w.shape[-1])
+    error = product.error.reshape(-1)
     if len(effects) < effects.shape[1] + 4:
         return
-    more, _, rank, _ = np.linalg.lstsq(effects, error.reshape(-1), rcond=None)
-    left = np.linalg.norm(error.reshape(-1) - effects @ more)
+    more, _, rank, _ = np.linalg.lstsq(effects, error, rcond=None)
+    left = np.linalg.norm(error - effects @ more)
     if rank < len(more) or not left <= CLOSE * np.linalg.norm(error):
         return
-    tolerance = max(64 * search.format.u, 1e-4)
-    factor = 1 + more
-    zero = np.abs(factor) <= 8 * tolerance
-    near = np.abs(more) <= 8 * tolerance
-    factor = np.where(zero, 0.0, np.where(near, 1.0, factor))
+    tolerance = max(16 * search.format.u, 1e-4)
+    more = np.where(np.abs(more) <= 4 * tolerance, 0.0, more)
+    factor = np.where(np.abs(1 + more) <= 4 * tolerance, 0.0, 1 + more)
     moved = np.flatnonzero(factor != 1)
-    if not moved.size or len(moved) > 0.75 * len(factor):
+    if not moved.size:
         return
     others = factor[moved]
-    if zero[moved].all():
-        words, bits = f"columns {listed(moved.tolist())} of {name} zeroed", 3 + 1.5 * len(moved)
-    elif np.ptp(others) <= 16 * tolerance * np.abs(others).max():
-        words, bits = f"columns {listed(moved.tolist())} of {name} times {others.mean():.4g}", 12 + 1.5 * len(moved)
-        factor[moved] = float(f"{others.mean():.{3 if tolerance > 1e-3 else 5}g}")
+    which = f"column{'s' * (len(moved) > 1)} {listed(moved.tolist())} of {name}"
+    shortest = min(len(moved), len(factor) - len(moved) + 4)
+    if not others.any():
+        words, bits = f"{which} zeroed", 3 + 1.5 * shortest
+    elif np.ptp(others) <= 8 * tolerance * np.abs(others).max():
+        number, said, cost = simple(float(np.median(others)), search.format, search.lab.config)
+        factor[moved] = rounded(number, max(tolerance, 1e-3))
+        words, bits = f"{which} times {said if cost < 12 else f'{factor[moved][0]:.5g}'}", cost + 1.5 * shortest
     else:
         words, bits = f"a factor for each column of {name}", 12.0 * len(moved)
+    scale, radius = factor, np.where(np.isin(factor, (0.0, 1.0)), 0.0, np.abs(factor) * search.format.u)
 
-    def change(lab: Laboratory, key: Key, e: int | None) -> Any:
-        values = _own(lab, key, name, e)
-        return values * factor if values.shape[1] == len(factor) else None
+    def predict(lab: Laboratory, key: Key) -> Enclosure | None:
+        given = lab.inputs(key)
+        x = given["x"]
+        if search.step == "attention.output":
+            x = x.reshape(x.mid.shape[0], -1)
+        if x.mid.shape[-1] != len(scale):
+            return None
+        # the number may be in the matrix or in the input: both round once
+        found: Enclosure = lab.compute(key, {**given, "x": scaled(x, scale, radius).cut(search.format)})
+        return found
 
-    yield with_matrix(words, words, bits + 1.5, change)
+    yield Fault(words, words, FIX, bits + 1.5, predict)
 
 
 def _exchanged_columns(name: str, rows: Any, w: Any, error: Any) -> Iterator[Fault]:
@@ -301,6 +439,3 @@ def _completed(sources: Any, seen: Any) -> Any:
     for e, other in zip(unseen, free, strict=False):
         whole[e] = other
     return whole
-
-
-__all__ = ["mapped", "matrices", "permutations"]

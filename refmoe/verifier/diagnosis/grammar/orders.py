@@ -113,7 +113,7 @@ def order_in_words(sources: Any, noun: str) -> tuple[str, str, float]:
 
 def _mapped_tokens(search: Search, view: View, axis: int) -> Iterator[Fault]:
     """The hypothesis that the tokens of one call are in another order."""
-    for key, (right, had) in view.pairs.items():
+    for right, had in view.pairs.values():
         if right.shape[axis] < 3:
             continue
         a, b = (np.moveaxis(part, axis, 0).reshape(right.shape[axis], -1) for part in (had, right))
@@ -244,8 +244,6 @@ def _transposed(search: Search, view: View) -> Iterator[Fault]:
 
             def move(lab: Laboratory, key: Key, x: Enclosure, exchange: Any = exchange, i: int = i, j: int = j) -> Any:
                 shape = x.mid.shape
-                if 1 in (shape[i], shape[j]):
-                    return None
                 return x.map(lambda part: exchange(np.broadcast_to(part, shape), i, j))
 
             one, two = AXES[view.dims[i]], AXES[view.dims[j]]

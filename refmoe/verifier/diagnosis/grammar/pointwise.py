@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from refmoe.arithmetic.enclosure.array import Enclosure
 from refmoe.arithmetic.formats import ulp
 from refmoe.verifier.diagnosis.grammar.fault import AXES, CLOSE, Fault, Search
 from refmoe.verifier.diagnosis.grammar.laboratory import Laboratory
-from refmoe.verifier.diagnosis.grammar.views import View, layer, tokens_of
+from refmoe.verifier.diagnosis.grammar.views import View, layer, output, stored_again, tokens_of
 from refmoe.verifier.passes import Key
 
 NUMBER_BITS = 12.0
@@ -22,8 +23,7 @@ def pointwise(search: Search, view: View) -> Iterator[Fault]:
     """The changes of single values that explain a view."""
     if view.pairs:
         yield from _constants(search, view)
-    yield from _clamped(search, view)
-    yield from _capped(search, view)
+    yield from _limited(search, view)
     yield from _functions(search, view)
 
 
@@ -65,7 +65,7 @@ def _constant(search: Search, view: View, words: str, fit: Callable[[Any], Any],
         room = 2 * ulp(np.abs(constant) + np.abs(x.mid).max(-1, keepdims=True), search.format)
         y = lab.ops.cut(search.step, x) if not view.name else x
         moved: Enclosure = y + Enclosure(constant, room, room**2 / 3, accumulation=x.accumulation)
-        return moved
+        return stored_again(search, view, moved)
 
     yield Fault(
         name=f"{words}{said}{view.of}",
@@ -136,101 +136,73 @@ def _bias(search: Search, view: View) -> Iterator[Fault]:
 
 # ---- limits
 
+Function = Callable[[Any, float], Any]
 
-def _clamped(search: Search, view: View) -> Iterator[Fault]:
-    if not view.pairs:
+
+def soft_cap(x: Any, c: float) -> Any:
+    return c * np.tanh(x / c)
+
+
+LIMITS: tuple[tuple[str, Function], ...] = (
+    ("clamped to {} in size", lambda x, c: np.clip(x, -c, c)),
+    ("clamped to at most {}", lambda x, c: np.minimum(x, c)),
+    ("clamped to at least -{}", lambda x, c: np.maximum(x, -c)),
+    ("soft-capped at {}", soft_cap),
+)
+"""Limits of values by one number, in words."""
+FINEST, COARSEST = 300.0, 3e-5
+"""The largest and smallest number that is tried, over the largest value."""
+
+
+def _limited(search: Search, view: View) -> Iterator[Fault]:
+    """The values limited by a number, which is sought by its effect."""
+    keys = list(view.pairs)[:4] or search.failed[:2]
+    rights = {key: view.base(search.lab, key).mid for key in keys}
+    top = max(float(np.abs(right).max(initial=0.0)) for right in rights.values())
+    if not 0 < top < np.inf:
         return
-    parts = [
-        (tokens_of(view, search, key, right), tokens_of(view, search, key, had))
-        for key, (right, had) in view.pairs.items()
-    ]
-    top = max(float(had.max(initial=-np.inf)) for _, had in parts)
-    bottom = min(float(had.min(initial=np.inf)) for _, had in parts)
-    most, least = (
-        max(float(right.max(initial=-np.inf)) for right, _ in parts),
-        min(float(right.min(initial=np.inf)) for right, _ in parts),
-    )
-    choices = []
-    if top < most and bottom > least:
-        both = max(top, -bottom)
-        choices.append((f"clamped to {both:.5g} in size", -both, both))
-        choices.append((f"clamped to {bottom:.5g} .. {top:.5g}", bottom, top))
-    if top < most:
-        choices.append((f"clamped to at most {top:.5g}", -np.inf, top))
-    if bottom > least:
-        choices.append((f"clamped to at least {bottom:.5g}", bottom, np.inf))
-    for words, low, high in choices:
-        if not np.isfinite([low, high]).any():
+
+    def loss(function: Function, log: float) -> float:
+        c, total = float(np.exp(log)), 0.0
+        for key, right in rights.items():
+            moved = function(right, c)
+            if view.pairs:
+                had = view.pairs[key][1]
+                total += float((tokens_of(view, search, key, had - moved) ** 2).sum())
+            else:
+                y = view.lift(search.lab, key, Enclosure(moved)).mid
+                total += float((tokens_of(output(search), search, key, search.lab.found(key) - y) ** 2).sum())
+        return total
+
+    grid = np.linspace(np.log(top * COARSEST), np.log(top * FINEST), 100 if view.pairs else 50)
+    nothing = loss(lambda x, c: x, 0.0)
+    for words, function in LIMITS:
+        best = least(partial(loss, function), grid)
+        if not loss(function, best) <= CLOSE**2 * nothing:
             continue
-
-        def move(lab: Laboratory, key: Key, x: Enclosure, low: float = low, high: float = high) -> Enclosure:
-            y = (lab.ops.cut(search.step, x) if not view.name else x).settle()
-            mid = np.clip(y.mid, low, high)
-            exact = mid != y.mid
-            radius = np.where(exact, ulp(mid, search.format), np.broadcast_to(y.r, mid.shape))
-            return Enclosure(
-                mid,
-                radius,
-                np.where(exact, radius**2 / 3, np.broadcast_to(y.v, mid.shape)),
-                accumulation=x.accumulation,
-            )
-
-        yield Fault(
-            name=f"{words}{view.of}",
-            about=f"values{view.of or ' of the step'} are {words}",
-            fix="look for a clamp that this model does not have",
-            bits=NUMBER_BITS + 2.0 * bool(view.name),
-            predict=view.predict(move),
-        )
+        ladder = (3e-2, 3e-3, 1e-4, 4 * search.format.u, 1e-7)
+        for c in dict.fromkeys(rounded(float(np.exp(best)), tolerance) for tolerance in ladder):
+            yield _limit(search, view, words.format(f"{c:.6g}"), function, c)
 
 
-def _capped(search: Search, view: View) -> Iterator[Fault]:
-    """x -> c tanh(x / c), c by its effect on the largest values."""
-    cap = None
-    if view.pairs:
-        parts = [
-            (tokens_of(view, search, key, right).reshape(-1), tokens_of(view, search, key, had).reshape(-1))
-            for key, (right, had) in view.pairs.items()
-        ]
-        right, had = np.concatenate([one for one, _ in parts]), np.concatenate([two for _, two in parts])
-        whole = float(((had - right) ** 2).sum())
-        if not whole or not np.abs(had).sum() < np.abs(right).sum():
-            return
+def _limit(search: Search, view: View, words: str, function: Function, c: float) -> Fault:
+    def move(lab: Laboratory, key: Key, x: Enclosure) -> Enclosure:
+        y = (x if view.name else lab.ops.cut(search.step, x)).settle()
+        mid = function(y.mid, c)
+        room = 4 * lab.policy.statistics.u * (np.abs(y.mid) + np.abs(mid)) * (function is soft_cap)
+        # a limit is held in the storage dtype
+        room = np.where(mid == y.mid, 0.0, room + search.format.u * np.abs(mid))
+        radius, variance = np.broadcast_to(y.r, mid.shape) + room, np.broadcast_to(y.v, mid.shape) + room**2 / 3
+        moved = Enclosure(mid, radius, variance, accumulation=x.accumulation)
+        return stored_again(search, view, moved)
 
-        def loss(log: float) -> float:
-            c = np.exp(log)
-            return float(((had - c * np.tanh(right / c)) ** 2).sum())
-
-        top = float(np.abs(right).max(initial=0.0))
-        if not top:
-            return
-        logs = np.linspace(np.log(top / 30), np.log(top * 300), 120)
-        cap = float(np.exp(least(loss, logs)))
-        if not loss(np.log(cap)) <= CLOSE**2 * whole:
-            return
-        cap = rounded(cap, 4 * search.format.u)
-    for c in (cap,) if cap is not None else ():
-
-        def move(lab: Laboratory, key: Key, x: Enclosure, c: float = c) -> Enclosure:
-            y = (lab.ops.cut(search.step, x) if not view.name else x).settle()
-            mid = c * np.tanh(y.mid / c)
-            room = 6 * lab.policy.statistics.u * np.abs(y.mid) + 4 * ulp(mid, search.format) * (not view.name) / 4
-            radius = np.broadcast_to(y.r, mid.shape) + room
-            return Enclosure(
-                mid,
-                radius,
-                np.broadcast_to(y.v, mid.shape) + room**2 / 3,
-                accumulation=x.accumulation,
-                owed=not view.name,
-            )
-
-        yield Fault(
-            name=f"soft-capped at {c:.5g}{view.of}",
-            about=f"each value x{view.of} is {c:.5g} tanh(x / {c:.5g})",
-            fix="look for a soft cap that this model does not have",
-            bits=NUMBER_BITS + 2.0 * bool(view.name),
-            predict=view.predict(move),
-        )
+    return Fault(
+        name=f"{words}{view.of}",
+        about=f"the values{view.of} are {words}",
+        fix="look for a limit that this model does not have",
+        bits=NUMBER_BITS + 2.0 * bool(view.name),
+        predict=view.predict(move),
+    )
 
 
 def least(loss: Callable[[float], float], grid: Any) -> float:
@@ -258,7 +230,7 @@ def rounded(number: float, tolerance: float) -> float:
     """The number with the fewest decimal digits within a relative tolerance."""
     for digits in range(1, 9):
         short = float(f"{number:.{digits}g}")
-        if abs(short - number) <= max(tolerance, 1e-6) * abs(number):
+        if abs(short - number) <= max(tolerance, 1e-9) * abs(number):
             return short
     return number
 

@@ -106,9 +106,7 @@ def _fitted_eps(search: Search) -> Iterator[float]:
     if found:
         middle = float(np.median(found))
         if middle > 0:
-            yield rounded(middle, 1e-3)
-            if rounded(middle, 1e-5) != rounded(middle, 1e-3):
-                yield rounded(middle, 1e-5)
+            yield from dict.fromkeys(rounded(middle, tolerance) for tolerance in (0.2, 3e-2, 1e-2, 1e-3, 1e-5))
 
 
 def _other_norms() -> Iterator[Fault]:
@@ -464,7 +462,7 @@ def _caps(search: Search) -> Iterator[Fault]:
         ("soft-capped at", lambda x, c: c * np.tanh(x / c)), ("clamped to the size of", lambda x, c: np.clip(x, -c, c)),
     )  # fmt: skip
     for words, function in kinds:
-        best = least(lambda log, f=function: losses(f, log), np.linspace(np.log(top / 30), np.log(top * 100), 80))
+        best = least(lambda log, f=function: losses(f, log), np.linspace(np.log(top / 3e4), np.log(top * 100), 160))
         if not losses(function, best) <= CLOSE**2 * losses(lambda x, c: x, 0.0):
             continue
         for c in dict.fromkeys(rounded(float(np.exp(best)), tolerance) for tolerance in (3e-2, 1e-2, 1e-3, 1e-5)):

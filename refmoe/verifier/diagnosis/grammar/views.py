@@ -15,7 +15,6 @@ import numpy as np
 
 from refmoe.arithmetic.enclosure.array import Enclosure
 from refmoe.spec.taps import layer_of
-from refmoe.steps import rounding
 from refmoe.verifier.diagnosis.grammar.fault import Search
 from refmoe.verifier.diagnosis.grammar.laboratory import LINEAR, NORMS, Inputs, Laboratory
 from refmoe.verifier.passes import Key
@@ -187,6 +186,11 @@ def pseudo_inverse(matrix: Any) -> Any:
     return np.linalg.pinv(matrix) if sizes[-1] * WELL > sizes[0] else None
 
 
+def stored_again(search: Search, view: View, x: Enclosure) -> Enclosure:
+    """A changed array as the step reads it: an input that is computed may be rounded to the storage dtype."""
+    return x.cut(search.format) if view.name else x
+
+
 def tokens_of(view: View, search: Search, key: Key, array: Any) -> Any:
     """The part of an array that belongs to wrong tokens, if the view has tokens."""
     if "T" not in view.dims:
@@ -211,4 +215,4 @@ def layer(key: Key) -> int | None:
     return layer_of(key[1])
 
 
-__all__ = ["Move", "View", "inputs", "layer", "masked", "output", "pseudo_inverse", "rounding", "tokens_of"]
+__all__ = ["Move", "View", "inputs", "layer", "masked", "output", "pseudo_inverse", "stored_again", "tokens_of"]

@@ -99,7 +99,7 @@ def _calls(rows: Rows, acting: Any) -> Iterator[Where]:
 
 def _layers(rows: Rows, acting: Any) -> Iterator[Where]:
     layers = sorted(set(rows.layer[acting].tolist()))
-    yield Where(f"in layer{_s(layers)} {_all_of(layers)}", 2.0 + len(layers), np.isin(rows.layer, layers))
+    yield Where(f"in layer{_s(layers)} {_all_of(layers)}", 1.8 + 0.6 * len(layers), np.isin(rows.layer, layers))
     if layers[0] > 0:
         yield Where(f"from layer {layers[0]} on", 2.5, rows.layer >= layers[0])
 
