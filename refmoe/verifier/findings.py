@@ -111,7 +111,12 @@ class Decision:
 
 
 KNOWN_BUG, TWO_BUGS, STRUCTURE = "known bug", "two known bugs", "structure"
-"""The kinds of explanation. structure: the right values in another order or place, or times a factor."""
+ARITHMETIC, BUG_AND_ARITHMETIC = "other arithmetic", "known bug and other arithmetic"
+"""The kinds of explanation.
+
+structure: the right values in another order or place, or times a factor.
+other arithmetic: the declared policy with a change.
+"""
 
 
 @dataclass(frozen=True)
@@ -175,6 +180,31 @@ def proven(
     )
 
 
+ALL_TAPS = "all taps"
+"""The set of all taps, as `Power` names it."""
+
+
+@dataclass(frozen=True)
+class Power:
+    """The known bugs that a verification with these taps would see, as measured on golden cases."""
+
+    taps: str
+    """The largest measured set of taps that the trace holds; empty if it holds none of them."""
+    dtype: str
+    """The dtype at which the set was measured, under the policy of that name."""
+    seen: int
+    """The number of known bugs that are seen with this set."""
+    known: int
+    """The number of known bugs that were tried."""
+    unseen: tuple[str, ...]
+    """The ids of the known bugs that are not seen with this set."""
+
+    @property
+    def weak(self) -> bool:
+        """Whether more known bugs would escape than be seen."""
+        return 2 * self.seen < self.known
+
+
 @dataclass(frozen=True)
 class Report:
     """All findings about a trace."""
@@ -201,6 +231,8 @@ class Report:
     """Keys of the trace that name no tap."""
     notes: tuple[str, ...] = ()
     """The limits of this verification and the taps that would lift them; one sentence each."""
+    power: Power | None = None
+    """None: not looked up."""
     explanations: tuple[Explanation, ...] | None = None
     """The explanations, best first. Empty: nothing known explains the failure. None: no diagnosis was made."""
 

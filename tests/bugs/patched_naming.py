@@ -19,8 +19,7 @@ from refmoe.profiles.load import policy
 from refmoe.suite import find_cases, read_case
 from refmoe.traces.trace import Header, read_trace, write_trace
 from refmoe.verifier.diagnosis import diagnose
-from refmoe.verifier.diagnosis.arithmetic import ARITHMETIC
-from refmoe.verifier.findings import FAIL, STRUCTURE
+from refmoe.verifier.findings import ARITHMETIC, FAIL, STRUCTURE
 from refmoe.verifier.verify import verify
 from tests.bugs import patched_attention, patched_experts, patched_positions, patched_router, patched_weights
 from tests.bugs.patched import PATCHED, Patched
