@@ -29,7 +29,7 @@ def elsewhere(search: Search, view: View) -> Iterator[Fault]:
         yield _instead(view, words, bits, source)
     for words, bits, source in (
         *_other_taps(search, view),
-        *_other_calls(view, own),
+        *_other_calls(search, view, own),
         *_other_layers(search, view, own),
     ):
         yield _instead(view, words, bits, source)
@@ -174,7 +174,16 @@ def _constants(view: View) -> Iterator[tuple[str, float, Source]]:
         yield "ones", 4.0, ones
 
 
-def _other_calls(view: View, own: str | None) -> Iterator[tuple[str, float, Source]]:
+def _as_computed(search: Search, view: View, lab: Laboratory, key: Key) -> Enclosure:
+    """The value of a tap of this step before the fault, or of another step as it is stored."""
+    if view.name or key not in search.failed:
+        read: Enclosure = lab.read(key)
+        return read
+    stored: Enclosure = lab.ops.cut(search.step, lab.right(key))
+    return stored
+
+
+def _other_calls(search: Search, view: View, own: str | None) -> Iterator[tuple[str, float, Source]]:
     """The same tap of an earlier call."""
     if own is None or view.dims[0] != "T":
         return
@@ -203,7 +212,7 @@ def _other_calls(view: View, own: str | None) -> Iterator[tuple[str, float, Sour
                 name = f"layers.{lab.config.layers - 1}.{own}"
             if not lab.present((other.run, name)):
                 return None
-            x, count = lab.read((other.run, name)), len(runs[i].tokens)
+            x, count = _as_computed(search, view, lab, (other.run, name)), len(runs[i].tokens)
             if pick == "same":
                 return x if len(x.mid) == count else None
             if pick == "last":
@@ -231,6 +240,6 @@ def _other_layers(search: Search, view: View, own: str | None) -> Iterator[tuple
             name = f"layers.{other(at)}.{own}"
             if not 0 <= other(at) < count or other(at) == at or not lab.present((key[0], name)):
                 return None
-            return lab.read((key[0], name))
+            return _as_computed(search, view, lab, (key[0], name))
 
         yield words, bits, source

@@ -13,7 +13,7 @@ import numpy as np
 
 from refmoe.arithmetic.enclosure.array import OWN, Enclosure
 from refmoe.arithmetic.formats import OF_DTYPE, Format, cell, nearest, representable, ulp
-from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS, layer_of, step_of
+from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS, layer_of
 from refmoe.verifier.diagnosis.evidence import Evidence
 from refmoe.verifier.diagnosis.grammar.laboratory import Laboratory, only_where, spread
 from refmoe.verifier.diagnosis.grammar.where import Rows, Where, describe
@@ -25,6 +25,8 @@ CLOSE = 0.3
 """The largest residual with which a hypothesis is worth a proof."""
 ENOUGH = 24.0
 """The least evidence for a name, in bits beyond its description. By chance one of 2^24 wrong ones comes as close."""
+SPARE = 1.0
+"""The bits by which a description may be longer than the shortest, and is still told."""
 MOST_PER_VALUE = 20.0
 """The most evidence that one value counts for, in bits."""
 AXES = {
@@ -81,7 +83,11 @@ class Search:
         self.failed: list[Key] = [(check.run, check.tap) for check in checks if check.verdict == FAIL]
         self.dims = (LAYER_TAPS | MODEL_TAPS)[step].split()
         self.format: Format = evidence.policy.at(step)
+        self.rough = Laboratory(evidence, roughly=True)
+        self.least = math.inf
+        """The length of the shortest description that is proven so far, in bits. Longer ones are not tried."""
         self._right: dict[tuple[int, Key], Any] = {}
+        self._errors: dict[Key, tuple[Any, float]] = {}
 
     @cached_property
     def usable(self) -> bool:
@@ -189,24 +195,29 @@ class Search:
 
     # ---- the proof
 
+    @cached_property
+    def by_size(self) -> list[Key]:
+        """Up to three failed taps: the smallest ones first, and the largest, which says most."""
+        ordered = sorted(self.failed, key=lambda key: len(self.lab.runs[key[0]].tokens))
+        return list(dict.fromkeys([*ordered[:2], ordered[-1]]))
+
     def near(self, fault: Fault) -> bool:
         """Whether the fault comes close to the wrong rows of the failed taps, so that a proof is worth its time."""
-        left = whole = 0.0
-        for key in self.failed[:3]:
-            x = fault.predict(self.lab, key)
-            if x is None:
-                continue
+        return all(self.left(key, fault.predict(self.rough, key)) <= CLOSE for key in self.by_size)
+
+    def left(self, key: Key, x: Enclosure | None) -> float:
+        """The part of the error in the wrong rows of a tap that an enclosure leaves; infinite where there is none."""
+        if x is None:
+            return math.inf
+        if key not in self._errors:
             found, right = self.lab.found(key), self.lab.right(key).mid
             wrong = np.broadcast_to(self.over_rows(key, ~self.right_rows(key, self.lab)), found.shape)
-            with np.errstate(all="ignore"):
-                left += float(
-                    np.where(wrong, found - spread(x, found.shape).mid, 0.0).ravel()
-                    @ np.where(wrong, found - x.mid, 0.0).ravel()
-                )
-                whole += float(
-                    np.where(wrong, found - right, 0.0).ravel() @ np.where(wrong, found - right, 0.0).ravel()
-                )
-        return whole > 0 and left <= CLOSE**2 * whole
+            wrong = wrong if wrong.any() else np.ones(found.shape, bool)
+            self._errors[key] = wrong, float(np.linalg.norm((found - right)[wrong]))
+        wrong, whole = self._errors[key]
+        with np.errstate(all="ignore"):
+            rest = float(np.linalg.norm((self.lab.found(key) - np.broadcast_to(x.mid, wrong.shape))[wrong]))
+        return rest / whole if whole and math.isfinite(rest) else math.inf
 
     def prove(self, fault: Fault) -> Proof | None:
         """The proof of a fault: every failed check passes, and no other check of the step fails."""
@@ -283,8 +294,12 @@ class Search:
 
     def proofs(self, faults: Iterator[Fault]) -> list[Proof]:
         """The faults that hold, the shortest description first."""
-        found = [proof for fault in faults if self.near(fault) and (proof := self.prove(fault)) is not None]
+        found = []
+        for fault in faults:
+            if fault.bits <= self.least and self.near(fault) and (proof := self.prove(fault)) is not None:
+                found.append(proof)
+                self.least = min(self.least, proof.bits + SPARE)
         return sorted(found, key=lambda proof: (proof.bits, proof.fault.name))
 
 
-__all__ = ["AXES", "CLOSE", "Fault", "Proof", "Search", "step_of"]
+__all__ = ["AXES", "CLOSE", "Fault", "Proof", "Search"]

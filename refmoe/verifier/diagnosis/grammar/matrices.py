@@ -64,7 +64,7 @@ def with_matrix(name: str, about: str, bits: float, change: Change) -> Fault:
     kept: dict[Any, Any] = {}
 
     def changed(lab: Laboratory, key: Key, expert: int | None) -> Any:
-        at = (id(lab), layer(key), expert)
+        at = (layer(key), expert)
         if at not in kept:
             values = change(lab, key, expert)
             kept[at] = None if values is None else Held(np.ascontiguousarray(values))
@@ -73,7 +73,11 @@ def with_matrix(name: str, about: str, bits: float, change: Change) -> Fault:
     def predict(lab: Laboratory, key: Key) -> Enclosure | None:
         given = lab.inputs(key)
         held: Any = given["weight"]
-        held = [changed(lab, key, e) for e in range(len(held))] if isinstance(held, list) else changed(lab, key, None)
+        if isinstance(held, list):
+            used = set(given["experts"].reshape(-1).tolist())
+            held = [changed(lab, key, e) if e in used else each for e, each in enumerate(held)]
+        else:
+            held = changed(lab, key, None)
         if held is None or (isinstance(held, list) and any(each is None for each in held)):
             return None
         found: Enclosure = lab.compute(key, {**given, "weight": held})
@@ -246,17 +250,20 @@ def _product(search: Search, name: str) -> Product | None:
     return Product(rows, w, found, error) if np.isfinite(size) and size else None
 
 
+COLUMN_BITS = 6.0
+"""The least length of the description of single columns."""
 MOST_ROWS = 64
 """The most rows of a product that are read."""
 
 
 def _columns(search: Search, name: str) -> Iterator[Fault]:
     """Columns scaled, zeroed, exchanged or permuted, by least squares over all failed calls of a layer."""
-    product = _product(search, name)
+    product = _product(search, name) if search.least > COLUMN_BITS else None
     if product is None:
         return
     rows, w, had = product.x, product.matrices, product.had
     yield from _scaled_columns(search, name, product)
+    yield from _permuted_columns(search, name, product)
     if w.ndim == 3:
         yield from _exchanged_of_experts(name, product)
         return
@@ -275,6 +282,32 @@ def _columns(search: Search, name: str) -> Iterator[Fault]:
             if len(set(sources.tolist())) == len(sources):
                 back[sources] = np.arange(len(sources))
                 yield _reordered(name, "columns", 1, back)
+
+
+def _permuted_columns(search: Search, name: str, product: Product) -> Iterator[Fault]:
+    """Any order of the columns: every pair of a column and a channel has an unknown share in the result."""
+    count = product.x.shape[1]
+    w = (
+        product.matrices
+        if product.matrices.ndim == 3
+        else np.broadcast_to(product.matrices, (len(product.x), *product.matrices.shape))
+    )
+    rows = w.shape[0] * w.shape[1]
+    if count**2 > MOST_UNKNOWN or rows < 1.1 * count**2 or search.least < 20.0:
+        return
+    effects = np.einsum("noi,nj->noij", w, product.x).reshape(rows, -1)[: 2 * count**2]
+    share, _, rank, _ = np.linalg.lstsq(effects, product.had.reshape(-1)[: 2 * count**2], rcond=None)
+    if rank < count**2:
+        return
+    sources = share.reshape(count, count).argmax(1)
+    back = np.empty(count, int)
+    if len(set(sources.tolist())) == count:
+        back[sources] = np.arange(count)
+        yield _reordered(name, "columns", 1, back)
+
+
+MOST_UNKNOWN = 1100
+"""The most unknown shares that are solved for."""
 
 
 def _exchanged_of_experts(name: str, product: Product) -> Iterator[Fault]:
@@ -408,7 +441,7 @@ def _experts(search: Search, name: str) -> Iterator[Fault]:
         distances = []
         for by in range(count):
             rolled = [given["weight"][(e + by) % count] for e in range(count)]
-            distances.append(((lab.compute(key, {**given, "weight": rolled}).mid - found) ** 2).sum(-1))
+            distances.append(((search.rough.compute(key, {**given, "weight": rolled}).mid - found) ** 2).sum(-1))
         for e in range(count):
             mine = given["experts"] == e
             if mine.any():

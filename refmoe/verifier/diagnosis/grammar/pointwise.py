@@ -12,7 +12,7 @@ import numpy as np
 from refmoe.arithmetic.enclosure.array import Enclosure
 from refmoe.arithmetic.formats import ulp
 from refmoe.verifier.diagnosis.grammar.fault import AXES, CLOSE, Fault, Search
-from refmoe.verifier.diagnosis.grammar.laboratory import Laboratory
+from refmoe.verifier.diagnosis.grammar.laboratory import NORMS, Laboratory
 from refmoe.verifier.diagnosis.grammar.views import View, layer, output, stored_again, tokens_of
 from refmoe.verifier.passes import Key
 
@@ -150,35 +150,43 @@ LIMITS: tuple[tuple[str, Function], ...] = (
     ("soft-capped at {}", soft_cap),
 )
 """Limits of values by one number, in words."""
+ADDED: tuple[tuple[str, Function], ...] = (
+    ("a number added to all values ({})", lambda x, c: x + c),
+    ("a number added to all values (-{})", lambda x, c: x - c),
+)
+"""The same for inputs that the output does not determine."""
 FINEST, COARSEST = 300.0, 3e-5
 """The largest and smallest number that is tried, over the largest value."""
 
 
 def _limited(search: Search, view: View) -> Iterator[Fault]:
     """The values limited by a number, which is sought by its effect."""
-    keys = list(view.pairs)[:4] or search.failed[:2]
-    rights = {key: view.base(search.lab, key).mid for key in keys}
+    if search.least < NUMBER_BITS:
+        return
+    inverted = bool(view.pairs) and not (view.name and search.step in NORMS)
+    keys = list(view.pairs)[:4] if inverted else search.by_size[-1:]
+    rights = {key: view.base(search.rough, key).mid for key in keys}
     top = max(float(np.abs(right).max(initial=0.0)) for right in rights.values())
     if not 0 < top < np.inf:
         return
 
     def loss(function: Function, log: float) -> float:
-        c, total = float(np.exp(log)), 0.0
+        c = float(np.exp(log))
+        if not inverted:
+            return max(
+                search.left(key, view.lift(search.rough, key, Enclosure(function(right, c))))
+                for key, right in rights.items()
+            )
+        total = 0.0
         for key, right in rights.items():
-            moved = function(right, c)
-            if view.pairs:
-                had = view.pairs[key][1]
-                total += float((tokens_of(view, search, key, had - moved) ** 2).sum())
-            else:
-                y = view.lift(search.lab, key, Enclosure(moved)).mid
-                total += float((tokens_of(output(search), search, key, search.lab.found(key) - y) ** 2).sum())
+            total += float((tokens_of(view, search, key, view.pairs[key][1] - function(right, c)) ** 2).sum())
         return total
 
-    grid = np.linspace(np.log(top * COARSEST), np.log(top * FINEST), 100 if view.pairs else 50)
+    grid = np.linspace(np.log(top * COARSEST), np.log(top * FINEST), 60 if inverted else 24)
     nothing = loss(lambda x, c: x, 0.0)
-    for words, function in LIMITS:
-        best = least(partial(loss, function), grid)
-        if not loss(function, best) <= CLOSE**2 * nothing:
+    for words, function in LIMITS if inverted else (*LIMITS, *ADDED):
+        best = least(partial(loss, function), grid, nothing)
+        if best is None or not loss(function, best) <= CLOSE ** (1 + inverted) * nothing:
             continue
         ladder = (3e-2, 3e-3, 1e-4, 4 * search.format.u, 1e-7)
         for c in dict.fromkeys(rounded(float(np.exp(best)), tolerance) for tolerance in ladder):
@@ -205,16 +213,21 @@ def _limit(search: Search, view: View, words: str, function: Function, c: float)
     )
 
 
-def least(loss: Callable[[float], float], grid: Any) -> float:
-    """The minimum of a function near the best point of a grid, by golden section."""
+def least(loss: Callable[[float], float], grid: Any, nothing: float = np.inf) -> float | None:
+    """The minimum of a function near the best point of a grid, by golden section.
+
+    nothing: the value of no change. None if no point of the grid is clearly better.
+    """
     values = [loss(float(each)) for each in grid]
     values = [each if np.isfinite(each) else np.inf for each in values]
     at = int(np.argmin(values))
+    if not values[at] < 0.97 * nothing:
+        return None
     low, high = float(grid[max(at - 1, 0)]), float(grid[min(at + 1, len(grid) - 1)])
     ratio = (np.sqrt(5) - 1) / 2
     one, two = high - ratio * (high - low), low + ratio * (high - low)
     first, second = loss(one), loss(two)
-    for _ in range(60):
+    while high - low > 1e-9 * max(1.0, abs(low)):
         if first < second:
             high, two, second = two, one, first
             one = high - ratio * (high - low)

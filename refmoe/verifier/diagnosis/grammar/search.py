@@ -18,9 +18,6 @@ from refmoe.verifier.diagnosis.grammar.settings import settings
 from refmoe.verifier.diagnosis.grammar.views import inputs, output
 from refmoe.verifier.findings import STRUCTURE, Explanation, proven
 
-ALSO = 1.0
-"""A fault whose description is longer by no more than so many bits is named beside the shortest."""
-
 
 def of_grammar(evidence: Evidence) -> list[Explanation]:
     """The fault of each failed step that has one in the grammar, in order of computation."""

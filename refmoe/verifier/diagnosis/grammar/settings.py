@@ -38,6 +38,7 @@ def settings(search: Search) -> Iterator[Fault]:
         yield from _keys(search)
     if search.step == "router.weights":
         yield from _temperature(search, "logits")
+        yield from _by_expert(search)
         yield from _other_weights()
 
 
@@ -300,8 +301,9 @@ def _fitted_base(search: Search) -> Iterator[float]:
     def loss(log: float) -> float:
         return float(((1 - np.cos(turn - at * np.exp(-log * steps))) * weight).sum())
 
-    theta = float(np.exp(least(loss, np.linspace(np.log(10), np.log(1e9), 1500))))
-    if loss(np.log(theta)) <= CLOSE**2 * loss(np.log(search.lab.config.rope_theta)):
+    best = least(loss, np.linspace(np.log(10), np.log(1e9), 1500))
+    theta = 0.0 if best is None else float(np.exp(best))
+    if theta and loss(np.log(theta)) <= CLOSE**2 * loss(np.log(search.lab.config.rope_theta)):
         for tolerance in (1e-2, 1e-3, 1e-5):
             yield rounded(theta, tolerance)
 
@@ -438,6 +440,50 @@ def _temperature(search: Search, name: str) -> Iterator[Fault]:
         )  # fmt: skip
 
 
+def _by_expert(search: Search) -> Iterator[Fault]:
+    """A factor or a bias for each expert in the logits that the weights are made of, by least squares."""
+    count = search.lab.config.experts
+    scales, biases, had = [], [], []
+    for key in search.failed:
+        given, found = search.lab.inputs(key), search.lab.found(key)
+        right = np.take_along_axis(given["logits"].mid, given["experts"], -1)
+        for t in np.flatnonzero(search.wrong_tokens(key)):
+            if not (found[t] > 0).all():
+                continue
+            for j in range(1, right.shape[1]):
+                scale, bias = np.zeros(count), np.zeros(count)
+                first, other = given["experts"][t, 0], given["experts"][t, j]
+                scale[first], scale[other] = right[t, 0], -right[t, j]
+                bias[first], bias[other] = 1.0, -1.0
+                scales.append(scale)
+                biases.append(bias)
+                had.append(np.log(found[t, 0] / found[t, j]))
+    if len(had) < count + 2:
+        return
+    effects, values = np.array(scales), np.array(had)
+    tolerance = max(64 * search.format.u, 1e-4)
+    factor = np.linalg.lstsq(effects, values, rcond=None)[0]
+    seen = (effects != 0).any(0)
+    factor = np.where(seen, np.array([rounded(each, tolerance) if each else 0.0 for each in factor]), 1.0)
+    radius = tolerance * np.abs(factor)
+    yield setting(
+        "a factor for each expert of the logits", "each expert's logit has a factor of its own before the softmax",
+        "look for a scale of experts that this model does not have", FACTOR_BITS * int(seen.sum()),
+        logits=lambda lab, key: scaled(lab.inputs(key)["logits"], factor, radius),
+    )  # fmt: skip
+    shift = np.linalg.lstsq(np.array(biases), values - effects.sum(1), rcond=None)[0]
+    room = tolerance * (np.abs(shift) + np.abs(values).max())
+
+    def biased(lab: Laboratory, key: Key) -> Enclosure:
+        x: Enclosure = lab.inputs(key)["logits"] + Enclosure(shift, room, room**2 / 3)
+        return x
+
+    yield setting(
+        "a bias for each expert of the logits", "each expert's logit has a bias before the softmax",
+        "look for a bias of experts that this model does not have", FACTOR_BITS * int(seen.sum()), logits=biased,
+    )  # fmt: skip
+
+
 def _caps(search: Search) -> Iterator[Fault]:
     """The scores soft-capped or clamped: c by its effect on the probabilities."""
     lab = search.lab
@@ -463,7 +509,7 @@ def _caps(search: Search) -> Iterator[Fault]:
     )  # fmt: skip
     for words, function in kinds:
         best = least(lambda log, f=function: losses(f, log), np.linspace(np.log(top / 3e4), np.log(top * 100), 160))
-        if not losses(function, best) <= CLOSE**2 * losses(lambda x, c: x, 0.0):
+        if best is None or not losses(function, best) <= CLOSE**2 * losses(lambda x, c: x, 0.0):
             continue
         for c in dict.fromkeys(rounded(float(np.exp(best)), tolerance) for tolerance in (3e-2, 1e-2, 1e-3, 1e-5)):
 
