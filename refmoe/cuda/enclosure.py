@@ -86,7 +86,7 @@ def is_finite(x: Enclosure) -> bool:
 
 
 class EnclosureCupyOps(EnclosureOps):
-    """`EnclosureOps` whose products with weights run on a device, or on the host where an element of x has no finite bound."""
+    """`EnclosureOps` that multiplies by weights on a device; on the host where an element of x has no finite bound."""
 
     def __init__(self, policy: Policy, tap: Tap | None = None, *, xp: Any, device_bytes: int) -> None:
         """device_bytes: device memory for weights that are kept for later calls."""

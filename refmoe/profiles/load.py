@@ -19,6 +19,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from refmoe.arithmetic.formats import Format
 from refmoe.errors import InputError
 from refmoe.profiles.cut_points import CUT_POINTS, INPUT_CUTS, ISLANDS
 from refmoe.profiles.policy import (
@@ -161,7 +162,7 @@ def _build(name: str, tables: dict[str, Any], where: str) -> Policy:
     for cut in values["cuts"].keys() - {*CUT_POINTS, *groups}:
         known = (*CUT_POINTS, *groups)
         raise InputError(f"{where}: [{name}] has a cut point '{cut}', but only {_one_of(known, cut)} was expected")
-    cuts = {}
+    cuts: dict[str, Format] = {}
     for cut, dtype in sorted(values["cuts"].items(), key=lambda item: item[0] not in groups):  # single ones win
         cuts |= dict.fromkeys(groups.get(cut, (cut,)), _value(cut, dtype, refuse))
     return Policy(name=name, cuts=cuts, **parts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -29,7 +29,7 @@ from refmoe.arithmetic.weight_cache import WeightCache
 from refmoe.checkpoints.weight import Weight
 from refmoe.profiles.cut_points import PRODUCTS, PROJECTIONS, ROW_PARALLEL, STATISTICS, product_of
 from refmoe.profiles.policy import Policy
-from refmoe.steps.rounding import cut_again
+from refmoe.steps.rounding import CutOps, cut_again
 from refmoe.steps.sharded import block
 from refmoe.steps.sharded.parameters import part
 
@@ -47,7 +47,8 @@ def own_accumulator(policy: Policy, step: str) -> Accumulator:
     """The arithmetic of a product that does not share the policy's `accumulation`."""
     format = policy.at(f"{step}.accumulation")
     rescales = step == "attention.context"  # flash attention rescales the sum when the largest score grows
-    return Accumulator(format, format, policy.truncates, policy.flushes, rescales)
+    inputs = policy.storage if format.holds(policy.storage) else format
+    return Accumulator(format, inputs, policy.truncates, policy.flushes, rescales)
 
 
 def read_in(format: Format, x: Enclosure) -> Enclosure:
@@ -75,7 +76,7 @@ class EnclosureOps(ArrayOps):
         self._products = Accumulator(policy.accumulation, policy.storage, policy.truncates, policy.flushes)
         self._sums = Accumulator(policy.statistics, policy.statistics)
         self._own = {step: own_accumulator(policy, step) for step in PRODUCTS if f"{step}.accumulation" in policy.cuts}
-        self._shares = WeightCache(math.inf)
+        self._shares = WeightCache(1 << 62)
         self.any_offset = False
         """Whether the engine may count positions from another start, because no value shows its start."""
         self.events: list[str] = []
@@ -93,8 +94,8 @@ class EnclosureOps(ArrayOps):
         step = product_of(weight)
         if step is None:
             return self.times_weight(x, weight, self._products)
-        how = self._own.get(step, self._products)
-        x = cut_again(self, f"{step}.input", PROJECTIONS[step][1], x)
+        how, ops = self._own.get(step, self._products), cast(CutOps, self)
+        x = cut_again(ops, f"{step}.input", PROJECTIONS[step][1], x)
         if step in self._own:
             x = read_in(how.format, x)
         if self.policy.ranks == 1 or step not in ROW_PARALLEL:
@@ -115,11 +116,11 @@ class EnclosureOps(ArrayOps):
         if math.prod(weight.shape) * self.dtype.itemsize > self._matrices.limit:
             parts = []
             for _, _, ready in blocks(weight, prepare):
-                parts.append(self._times(x, *ready, how))
+                parts.append(self._times(x, ready, how))
                 _ = parts[-1].biased and parts[-1].bias  # computed now, because later the block is gone
             return self._watch("linear", concatenate(parts, axis=-1), how.format)
         made = self._matrices.get(weight, lambda: prepare(weight.read()), nbytes)
-        return self._watch("linear", self._times(x, *made, how), how.format)
+        return self._watch("linear", self._times(x, made, how), how.format)
 
     def _prepare(self, rows: Any, how: Accumulator) -> tuple[Matrix, Any]:
         """Rows of a stored weight, prepared for products."""
@@ -130,7 +131,8 @@ class EnclosureOps(ArrayOps):
             return Matrix(Enclosure(values.T), held), exact
         return Matrix(read_in(how.format, Enclosure(values.T))), exact
 
-    def _times(self, x: Enclosure, matrix: Matrix, prepared: Any, how: Accumulator) -> Enclosure:
+    def _times(self, x: Enclosure, made: tuple[Matrix, Any], how: Accumulator) -> Enclosure:
+        matrix, prepared = made
         exact = dot.linear(x.mid, prepared) if self._exact else None
         return product(x, matrix, how, exact)
 
@@ -241,7 +243,7 @@ class EnclosureOps(ArrayOps):
         return functions.unit_circle(positions, logarithms, cos, sin, self.policy, self.any_offset)
 
     def at_any_offset(self, turned: Enclosure, x: Enclosure, table: tuple[Enclosure, Enclosure]) -> Enclosure:
-        if any(part.length is None for part in table):
+        if any(getattr(part, "length", None) is None for part in table):  # a bug may make its table of plain numbers
             return turned
         return functions.turned(turned.mid, x, table, self.policy.at("rope.products"))
 

@@ -13,8 +13,8 @@ import pytest
 from refmoe import suite as golden
 from refmoe.arithmetic.exact.ops import ExactOps
 from refmoe.checkpoints.weight import Weight
-from refmoe.profiles.load import policies, policy
 from refmoe.profiles.cut_points import CUT_POINTS, INNER_CUTS, INPUT_CUTS
+from refmoe.profiles.load import policies, policy
 from refmoe.profiles.policy import Policy
 from refmoe.spec.model import Model, forward
 from refmoe.steps.policy_ops import PolicyOps

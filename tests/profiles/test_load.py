@@ -9,8 +9,8 @@ import pytest
 
 from refmoe.arithmetic.formats import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 from refmoe.errors import InputError
-from refmoe.profiles.load import Difference, differences, policies, policy
 from refmoe.profiles.cut_points import ACCUMULATION_CUTS, CUT_POINTS, INPUT_CUTS, ISLANDS, STATISTICS
+from refmoe.profiles.load import Difference, differences, policies, policy
 
 FILE = """
 [my-engine]

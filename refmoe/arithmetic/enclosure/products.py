@@ -255,17 +255,15 @@ def over_ranks(parts: Sequence[Enclosure], stored: Format, flushes: bool) -> Enc
     """
     parts = [part.settle() for part in parts]
     n, accumulation = len(parts), parts[0].accumulation
-    if n == 1:
-        return parts[0]
     mid, size = sum(part.mid for part in parts), sum(np.abs(part.mid) for part in parts)
     inherited, variance = sum(part.r for part in parts), sum(part.v for part in parts)
     narrow = stored.u if stored != accumulation else 0.0
     unit, twice = accumulation.u + narrow, accumulation.u if narrow else 0.0  # the last addition may round to both
     reach = ((size + np.abs(mid)) / 2 + inherited) * math.exp(min((n + 1) * unit, 700.0))
     lost = sum(each.tiny * (1.0 if flushes else each.u) for each in (stored, accumulation)) + UNDERFLOW
-    radius = inherited + narrow * (size + inherited) + ((n - 2) * unit + twice) * reach + 2 * n * lost
+    radius = inherited + narrow * (size + inherited) + (max(n - 2, 0) * unit + twice) * reach + 2 * n * lost
     radius = bounded((radius + (n + 2) * OWN * size) * SLACK)
     variance = variance + narrow**2 / 3 * sum(part.mid**2 for part in parts)
-    variance = bounded(variance + ((n - 2) * unit**2 + twice**2) / 3 * reach**2 + n * lost**2)
+    variance = bounded(variance + (max(n - 2, 0) * unit**2 + twice**2) / 3 * reach**2 + n * lost**2)
     radius = unbounded_beyond(reach, radius, stored)
     return Enclosure(mid, radius, variance, accumulation=stored if narrow else accumulation, owed=True)
