@@ -78,8 +78,12 @@ INPUT_CUTS = {
 ACCUMULATION_CUTS = {
     f"{step}.accumulation": CutPoint(f"factors and partial sums of the product {step}", (step,), "accumulation")
     for step in PRODUCTS
+} | {
+    "expert.silu.accumulation": CutPoint(
+        "the gate and its sigmoid while silu is computed", ("expert.hidden",), "accumulation"
+    )
 }
-"""The arithmetic of single products. The partial sums of other operations have the policy's `accumulation`."""
+"""The arithmetic of single operations. All others have the policy's `accumulation`."""
 
 RANK_CUTS = {
     "rank.partial": CutPoint(

@@ -76,4 +76,23 @@ class Policy:
         return format
 
 
-__all__ = ["FORMATS", "Budget", "Policy"]
+FIELDS = {
+    "storage": "the dtype of weights, and of every cut point without a dtype of its own",
+    "accumulation": "the dtype of each operation inside a step, such as the sums of a matrix product",
+    "statistics": "the dtype of norms, softmax and angles",
+    "scale": "the values multiplied by 1 / sqrt(head_dim): the scores, or the query before the product",
+    "router_order": "whether the router chooses before or after its softmax",
+    "compared": "whether the router compares the stored logits, or may compare them before they are rounded",
+    "ties": "the expert chosen of two with equal logits: any, or the one with the lower id",
+    "consumers": "whether the next step reads the stored tap, or may read it before it is rounded (fused kernels)",
+    "sigmoid": "whether the error of the sigmoid is relative to it, or relative to 1",
+    "truncates": "whether an accumulator may cut off, as tensor cores do",
+    "flushes": "whether subnormal inputs and results of a product may become zero",
+    "ranks": "the ranks that share the sums of attention.output and expert.output, or the experts of a token",
+    "exp": "the error that exp and sigmoid may have, in units of the roundoff of statistics",
+    "angles": "the error of a rotary frequency, relative, in the same units",
+    "circle": "the error of cosine and sine, absolute, in the same units",
+}
+"""Every field of a policy but its texts and cut points, in words."""
+
+__all__ = ["FIELDS", "FORMATS", "Budget", "Policy"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -204,7 +205,12 @@ class EnclosureOps(ArrayOps):
         return functions.sigmoid(x, self._sigmoid(x.mid), self.policy)
 
     def silu(self, x: Enclosure) -> Enclosure:
-        result = functions.silu(x, self._sigmoid(x.mid), self.policy, self.policy.at("expert.sigmoid"))
+        budgets = self.policy
+        if "expert.silu.accumulation" in budgets.cuts:
+            budgets = replace(budgets, accumulation=budgets.at("expert.silu.accumulation"))
+            x = read_in(budgets.accumulation, x)
+            x.accumulation = budgets.accumulation
+        result = functions.silu(x, self._sigmoid(x.mid), budgets, self.policy.at("expert.sigmoid"))
         return self.cut("expert.silu", result)
 
     def softmax(self, x: Enclosure, mask: Any) -> Enclosure:

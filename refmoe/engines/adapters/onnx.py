@@ -36,7 +36,7 @@ class Adapter:
     name = "onnxruntime"
     dtypes = ("float32", "float64", "float16")
     abilities = ("chunk", "decode", "sequences")
-    policies = MappingProxyType({"float32": "hf-float32", "float64": "hf-float64", "float16": "onnx-float16"})
+    policies = MappingProxyType({"float32": "onnx-float32", "float64": "hf-float64", "float16": "onnx-float16"})
 
     def __init__(self, optimise: str = "all", taps: str = "all") -> None:
         if optimise not in LEVELS or taps not in GIVEN:

@@ -97,6 +97,24 @@ def test_no_flash_attention_with_float16_sums_fails(seed: int, spread: float, ke
     hold(expected, np.float64(found), "attention.context", p, bool(ops.events), f"{seed}")
 
 
+@settings(max_examples=60)
+@given(seed=st.integers(0, 2**32), kind=st.sampled_from(KINDS))
+def test_no_silu_in_float32_of_a_float64_engine_fails(seed: int, kind: str) -> None:
+    """Cast, silu in float32, cast back, times up in float64."""
+    cuts = "+".join(f"{cut}=float32" for cut in ("expert.sigmoid", "expert.silu", "expert.silu.accumulation"))
+    p, rng = policy(f"float64+{cuts}"), np.random.default_rng(seed)
+    gate, up = (draw(rng, kind, (4, 30), FORMATS["float64"]) for _ in range(2))
+    if kind in ("tiny", "subnormal"):
+        gate, up = gate * 2.0**900, up * 2.0**900  # float32 would have neither
+    ops = EnclosureOps(p)
+    silu = ops.silu(Enclosure(gate, accumulation=p.accumulation))
+    expected = silu * Enclosure(up, accumulation=p.accumulation)
+    legal = LegalOps(policy("float32"), rng)
+    with np.errstate(all="ignore"):
+        found = np.float64(legal.silu(np.float32(gate))) * up
+    hold(expected, found, "expert.hidden", p, bool(ops.events), f"{kind} {seed}")
+
+
 @pytest.mark.parametrize("change", ["attention.context.accumulation=float16", "router.logits.input=float16"])
 @pytest.mark.parametrize("step", PROJECTIONS)
 def test_other_steps_stay_as_sharp_as_they_are(step: str, change: str) -> None:
