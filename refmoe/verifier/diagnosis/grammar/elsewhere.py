@@ -70,10 +70,10 @@ def _added(search: Search, view: View, words: str, bits: float, source: Source) 
         left += float(((error - factor * other) ** 2).sum())
     if not whole or not left <= CLOSE**2 * whole:
         return
-    number, name, cost = simple(factor, search.format, search.lab.config)
-    if abs(factor - 1) <= 8 * search.format.u:
+    number, name, cost = simple(factor, search.coarse, search.lab.config)
+    if abs(factor - 1) <= 8 * search.u:
         number, name, cost = 1.0, "", 0.0
-    radius = abs(number) * search.format.u if cost > KNOWN_BITS else 0.0
+    radius = abs(number) * search.u if cost > KNOWN_BITS else 0.0
 
     def move(lab: Laboratory, key: Key, x: Enclosure) -> Enclosure | None:
         other = _shaped(source(lab, key), x)

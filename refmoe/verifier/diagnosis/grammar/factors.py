@@ -98,7 +98,7 @@ def fitted(search: Search, view: View, groups: Groups, count: int) -> Any:
 
 
 def _fault(search: Search, view: View, noun: str, groups: Groups, found: Any) -> Fault | None:
-    format = search.format
+    format = search.coarse if view.name else search.format
     values, radii, bits, names = [], [], 0.0, {}
     for g, factor in enumerate(found.tolist()):
         number, name, cost = simple(factor, format, search.lab.config)

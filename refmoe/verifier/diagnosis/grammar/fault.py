@@ -83,6 +83,9 @@ class Search:
         self.failed: list[Key] = [(check.run, check.tap) for check in checks if check.verdict == FAIL]
         self.dims = (LAYER_TAPS | MODEL_TAPS)[step].split()
         self.format: Format = evidence.policy.at(step)
+        self.coarse: Format = max(self.format, evidence.policy.storage, key=lambda format: format.u)
+        """The dtype of what the step reads or writes, the coarser of the two."""
+        self.u = self.coarse.u
         self.rough = Laboratory(evidence, roughly=True)
         self.least = math.inf
         """The length of the shortest description that is proven so far, in bits. Longer ones are not tried."""

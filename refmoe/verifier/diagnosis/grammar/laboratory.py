@@ -279,7 +279,9 @@ class Laboratory:
         """Cosines and sines, of positions that need not be integers: [T, d/2] both"""
         width = self.config.head_dim
         if np.issubdtype(positions.dtype, np.integer):
-            return rounding.rotary_table(self.ops, positions, width, theta)
+            cos, sin = rounding.rotary_table(self.ops, np.abs(positions), width, theta)
+            sign = np.sign(positions)[:, None]
+            return cos, Enclosure(sin.mid * sign, sin.r, sin.v, accumulation=sin.accumulation, owed=sin.owed)
         angles = positions[:, None] * theta ** (-np.arange(0, width, 2) / width)
         logarithms = np.arange(0, width, 2) / width * math.log(theta)
         both = functions.unit_circle(positions, logarithms, np.cos(angles), np.sin(angles), self.policy)

@@ -165,32 +165,33 @@ def _rescaled(search: Search, name: str) -> Iterator[Fault]:
         found = fitted(search, flat, groups, count)
         if found is None:
             continue
-        numbers = np.array([simple(factor, search.format, search.lab.config)[0] for factor in found.tolist()])
-        numbers = np.where(np.abs(numbers - 1) <= 8 * search.format.u, 1.0, numbers)
+        numbers = np.array([simple(factor, search.coarse, search.lab.config)[0] for factor in found.tolist()])
+        numbers = np.where(np.abs(numbers - 1) <= 8 * search.u, 1.0, numbers)
         moved = np.flatnonzero(numbers != 1)
         if not moved.size or len(set(numbers[moved].tolist())) > 1:
             continue
-        said = simple(float(numbers[moved[0]]), search.format, search.lab.config)
+        said = simple(float(numbers[moved[0]]), search.coarse, search.lab.config)
         which = f"row{'s' * (len(moved) > 1)} {listed(moved.tolist())} of {name}" if words else name
         bits = said[2] + 1.0 + (3.0 + 1.5 * len(moved) if words else 0.0)
         for tolerance in (1e-2, 1e-3):
             scale = np.array([rounded(number, tolerance) if number else 0.0 for number in numbers])[:, None]
+            what = "zeroed" if said[1] == "0" else f"times {said[1]}"
             yield with_matrix(
-                f"{which} times {said[1]}", f"{which} is {said[1]} times what it should be", bits,
+                f"{which} {what}", f"{which} is {said[1]} times what it should be", bits,
                 lambda lab, key, e, scale=scale: _own(lab, key, name, e) * scale,
             )  # fmt: skip
         if not words:
-            scale, radius = numbers[0], abs(numbers[0]) * search.format.u
-            yield from _of_input(search, said[1], bits, lambda x: scaled(x, np.asarray(scale), np.asarray(radius)))
+            yield _of_input(search, said[1], bits, float(numbers[0]))
 
 
-def _of_input(search: Search, number: str, bits: float, change: Callable[[Enclosure], Enclosure]) -> Iterator[Fault]:
+def _of_input(search: Search, number: str, bits: float, factor: float) -> Fault:
     def predict(lab: Laboratory, key: Key) -> Enclosure:
         given = lab.inputs(key)
-        x: Enclosure = lab.compute(key, {**given, "x": change(given["x"]).cut(search.format)})
-        return x
+        x = scaled(given["x"], np.asarray(factor), np.asarray(abs(factor) * search.u))
+        found: Enclosure = lab.compute(key, {**given, "x": x.cut(search.evidence.policy.storage)})
+        return found
 
-    yield Fault(
+    return Fault(
         f"times {number} of the input", f"the input is {number} times what it should be", FIX, bits + 1.0, predict
     )
 
@@ -265,9 +266,9 @@ def _columns(search: Search, name: str) -> Iterator[Fault]:
     yield from _scaled_columns(search, name, product)
     yield from _permuted_columns(search, name, product)
     if w.ndim == 3:
-        yield from _exchanged_of_experts(name, product)
+        yield from _exchanged_of_experts(search, name, product)
         return
-    yield from _exchanged_columns(name, rows, w, product.error)
+    yield from _exchanged_columns(search, name, rows, w, product.error)
     if np.linalg.matrix_rank(rows) == rows.shape[1]:
         solved = np.linalg.lstsq(rows, had, rcond=None)[0].T
         for axis, noun in ((1, "columns"), (0, "rows")):
@@ -310,7 +311,7 @@ MOST_UNKNOWN = 1100
 """The most unknown shares that are solved for."""
 
 
-def _exchanged_of_experts(name: str, product: Product) -> Iterator[Fault]:
+def _exchanged_of_experts(search: Search, name: str, product: Product) -> Iterator[Fault]:
     """Two columns exchanged, or one a copy of another, in every expert: the pair with the least error."""
     x, w, error = product.x, product.matrices, product.error
     count = x.shape[1]
@@ -330,13 +331,17 @@ def _exchanged_of_experts(name: str, product: Product) -> Iterator[Fault]:
     sources = own.copy()
     sources[i] = j
     yield _reordered(name, "columns", 1, sources)
-    both = np.einsum("ni,nj,noi,noj->ij", x, x, w, w, optimize=True)
-    del both
     gap = x[:, :, None] - x[:, None, :]
     turned = np.einsum("no,nod->nd", error, w)
+    # with channel i of the input as channel j: the error is (x_j - x_i) w_i
+    norms = np.einsum("nod,nod->nd", w, w)
+    aligned = np.einsum("nij,ni->ij", -gap, turned)
+    left = total - 2 * aligned + np.einsum("nij,ni->ij", gap**2, norms)
+    np.fill_diagonal(left, np.inf)
+    i, j = np.unravel_index(int(left.argmin()), left.shape)
+    yield _channel_of_input(search, count, int(i), int(j))
     aligned = -(np.einsum("nij,ni->ij", gap, turned) - np.einsum("nij,nj->ij", gap, turned))
     squares = np.einsum("nod,noe->nde", w, w)
-    norms = np.einsum("ndd->nd", squares)
     width = norms[:, :, None] + norms[:, None, :] - 2 * squares
     left = total - 2 * aligned + np.einsum("nij,nij->ij", gap**2, width)
     np.fill_diagonal(left, np.inf)
@@ -367,7 +372,7 @@ def _scaled_columns(search: Search, name: str, product: Product) -> Iterator[Fau
     left = np.linalg.norm(error - effects @ more)
     if rank < len(more) or not left <= CLOSE * np.linalg.norm(error):
         return
-    tolerance = max(16 * search.format.u, 1e-4)
+    tolerance = max(16 * search.u, 1e-4)
     more = np.where(np.abs(more) <= 4 * tolerance, 0.0, more)
     factor = np.where(np.abs(1 + more) <= 4 * tolerance, 0.0, 1 + more)
     moved = np.flatnonzero(factor != 1)
@@ -379,12 +384,12 @@ def _scaled_columns(search: Search, name: str, product: Product) -> Iterator[Fau
     if not others.any():
         words, bits = f"{which} zeroed", 3 + 1.5 * shortest
     elif np.ptp(others) <= 8 * tolerance * np.abs(others).max():
-        number, said, cost = simple(float(np.median(others)), search.format, search.lab.config)
+        number, said, cost = simple(float(np.median(others)), search.coarse, search.lab.config)
         factor[moved] = rounded(number, max(tolerance, 1e-3))
         words, bits = f"{which} times {said if cost < 12 else f'{factor[moved][0]:.5g}'}", cost + 1.5 * shortest
     else:
         words, bits = f"a factor for each column of {name}", 12.0 * len(moved)
-    scale, radius = factor, np.where(np.isin(factor, (0.0, 1.0)), 0.0, np.abs(factor) * search.format.u)
+    scale, radius = factor, np.where(np.isin(factor, (0.0, 1.0)), 0.0, np.abs(factor) * search.u)
 
     def predict(lab: Laboratory, key: Key) -> Enclosure | None:
         given = lab.inputs(key)
@@ -394,13 +399,15 @@ def _scaled_columns(search: Search, name: str, product: Product) -> Iterator[Fau
         if x.mid.shape[-1] != len(scale):
             return None
         # the number may be in the matrix or in the input: both round once
-        found: Enclosure = lab.compute(key, {**given, "x": scaled(x, scale, radius).cut(search.format)})
+        found: Enclosure = lab.compute(
+            key, {**given, "x": scaled(x, scale, radius).cut(search.evidence.policy.storage)}
+        )
         return found
 
     yield Fault(words, words, FIX, bits + 1.5, predict)
 
 
-def _exchanged_columns(name: str, rows: Any, w: Any, error: Any) -> Iterator[Fault]:
+def _exchanged_columns(search: Search, name: str, rows: Any, w: Any, error: Any) -> Iterator[Fault]:
     """Two columns exchanged: then the error has rank one."""
     u, s, v = np.linalg.svd(error, full_matrices=False)
     if len(s) > 1 and s[1] > CLOSE * s[0]:
@@ -422,6 +429,29 @@ def _exchanged_columns(name: str, rows: Any, w: Any, error: Any) -> Iterator[Fau
         sources = np.arange(len(score))
         sources[one] = two
         yield _reordered(name, "columns", 1, sources)
+
+    gap = np.linalg.norm(rows.T[:, None, :] - rows.T[None, :, :], axis=-1)
+    with np.errstate(all="ignore"):
+        single = np.abs(w.T @ v[0]) / np.linalg.norm(w.T, axis=-1)
+    score = single[:, None] * along(rows.T, u[:, 0]) * (gap > 0)
+    i, j = np.unravel_index(int(np.argmax(score)), score.shape)
+    yield _channel_of_input(search, len(score), int(i), int(j))
+
+
+def _channel_of_input(search: Search, count: int, i: int, j: int) -> Fault:
+    """Channel i of the input holds channel j."""
+    sources = np.arange(count)
+    sources[i] = j
+    words, listing, bits = order_in_words(sources, "channel")
+
+    def predict(lab: Laboratory, key: Key) -> Enclosure:
+        given = lab.inputs(key)
+        x = given["x"]
+        flat = x.reshape(x.mid.shape[0], -1) if search.step == "attention.output" else x
+        found: Enclosure = lab.compute(key, {**given, "x": flat[..., sources]})
+        return found
+
+    return Fault(f"channels {words} of the input", f"channels of the input: {listing}", FIX, bits + 1.5, predict)
 
 
 # ---- experts

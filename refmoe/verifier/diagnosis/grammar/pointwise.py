@@ -13,7 +13,7 @@ from refmoe.arithmetic.enclosure.array import Enclosure
 from refmoe.arithmetic.formats import ulp
 from refmoe.verifier.diagnosis.grammar.fault import AXES, CLOSE, Fault, Search
 from refmoe.verifier.diagnosis.grammar.laboratory import NORMS, Laboratory
-from refmoe.verifier.diagnosis.grammar.views import View, layer, output, stored_again, tokens_of
+from refmoe.verifier.diagnosis.grammar.views import View, layer, stored_again, tokens_of
 from refmoe.verifier.passes import Key
 
 NUMBER_BITS = 12.0
@@ -155,6 +155,8 @@ ADDED: tuple[tuple[str, Function], ...] = (
     ("a number added to all values (-{})", lambda x, c: x - c),
 )
 """The same for inputs that the output does not determine."""
+FACTORS: tuple[tuple[str, Function], ...] = (("times {}", lambda x, c: x * c), ("times -{}", lambda x, c: -x * c))
+"""The same for the gate, which the output determines only in part."""
 FINEST, COARSEST = 300.0, 3e-5
 """The largest and smallest number that is tried, over the largest value."""
 
@@ -184,11 +186,12 @@ def _limited(search: Search, view: View) -> Iterator[Fault]:
 
     grid = np.linspace(np.log(top * COARSEST), np.log(top * FINEST), 60 if inverted else 24)
     nothing = loss(lambda x, c: x, 0.0)
-    for words, function in LIMITS if inverted else (*LIMITS, *ADDED):
+    gate = FACTORS if view.name == "the gate" else ()
+    for words, function in LIMITS if inverted else (*LIMITS, *ADDED, *gate):
         best = least(partial(loss, function), grid, nothing)
         if best is None or not loss(function, best) <= CLOSE ** (1 + inverted) * nothing:
             continue
-        ladder = (3e-2, 3e-3, 1e-4, 4 * search.format.u, 1e-7)
+        ladder = (3e-2, 3e-3, 1e-4, 4 * search.u, 1e-7)
         for c in dict.fromkeys(rounded(float(np.exp(best)), tolerance) for tolerance in ladder):
             yield _limit(search, view, words.format(f"{c:.6g}"), function, c)
 
@@ -199,7 +202,7 @@ def _limit(search: Search, view: View, words: str, function: Function, c: float)
         mid = function(y.mid, c)
         room = 4 * lab.policy.statistics.u * (np.abs(y.mid) + np.abs(mid)) * (function is soft_cap)
         # a limit is held in the storage dtype
-        room = np.where(mid == y.mid, 0.0, room + search.format.u * np.abs(mid))
+        room = np.where(mid == y.mid, 0.0, room + search.u * np.abs(mid))
         radius, variance = np.broadcast_to(y.r, mid.shape) + room, np.broadcast_to(y.v, mid.shape) + room**2 / 3
         moved = Enclosure(mid, radius, variance, accumulation=x.accumulation)
         return stored_again(search, view, moved)

@@ -113,9 +113,8 @@ def _fitted_eps(search: Search) -> Iterator[float]:
 def _other_norms() -> Iterator[Fault]:
     def centred(lab: Laboratory, key: Key) -> Any:
         x = lab.inputs(key)["x"].settle()
-        return x - Enclosure(
-            x.mid.mean(-1, keepdims=True), np.asarray(0.0), np.asarray(0.0), accumulation=x.accumulation
-        )
+        room = lab.policy.statistics.u * x.mid.shape[-1] * np.abs(x.mid).mean(-1, keepdims=True)
+        return x - Enclosure(x.mid.mean(-1, keepdims=True), room, room**2 / 3, accumulation=x.accumulation)
 
     yield setting(
         "the mean subtracted first",
@@ -415,7 +414,7 @@ def _scales(search: Search) -> Iterator[Fault]:
 
 
 def _known(search: Search, factor: float) -> float:
-    number, _, _ = simple(factor, search.format, search.lab.config)
+    number, _, _ = simple(factor, search.coarse, search.lab.config)
     return 1.0 if abs(factor - 1) < 1e-3 else number if number != factor else rounded(factor, 1e-4)
 
 
@@ -426,12 +425,12 @@ def _temperature(search: Search, name: str) -> Iterator[Fault]:
         return
     seen = []
     for tolerance in (1e-2, 1e-3, 1e-4, 1e-6):
-        number, said, bits = simple(fitted, search.format, search.lab.config)
+        number, said, bits = simple(fitted, search.coarse, search.lab.config)
         number = number if bits < FACTOR_BITS else rounded(fitted, tolerance)
         if number in seen:
             continue
         seen.append(number)
-        radius = 0.0 if bits < FACTOR_BITS else abs(number) * search.format.u
+        radius = 0.0 if bits < FACTOR_BITS else abs(number) * search.u
         said = said if bits < FACTOR_BITS else f"{number:.6g}"
         yield setting(
             f"times {said} of the {name}", f"the {name} are {said} times what they should be",
@@ -461,10 +460,10 @@ def _by_expert(search: Search) -> Iterator[Fault]:
     if len(had) < count + 2:
         return
     effects, values = np.array(scales), np.array(had)
-    tolerance = max(64 * search.format.u, 1e-4)
+    tolerance = 4 * search.u + 1e-6
     factor = np.linalg.lstsq(effects, values, rcond=None)[0]
     seen = (effects != 0).any(0)
-    factor = np.where(seen, np.array([rounded(each, tolerance) if each else 0.0 for each in factor]), 1.0)
+    factor = np.where(seen, factor, 1.0)
     radius = tolerance * np.abs(factor)
     yield setting(
         "a factor for each expert of the logits", "each expert's logit has a factor of its own before the softmax",

@@ -188,7 +188,7 @@ def pseudo_inverse(matrix: Any) -> Any:
 
 def stored_again(search: Search, view: View, x: Enclosure) -> Enclosure:
     """A changed array as the step reads it: an input that is computed may be rounded to the storage dtype."""
-    return x.cut(search.format) if view.name else x
+    return x.cut(search.evidence.policy.storage) if view.name else x
 
 
 def tokens_of(view: View, search: Search, key: Key, array: Any) -> Any:
