@@ -19,6 +19,7 @@ from refmoe.bugs.catalogue import MUTANTS
 from refmoe.errors import InputError
 from refmoe.profiles.load import policy as named_policy
 from refmoe.profiles.policy import Policy
+from refmoe.suite.power import with_power
 from refmoe.traces.trace import Run, Trace
 from refmoe.verifier.diagnosis import diagnose as find_explanations
 from refmoe.verifier.diagnosis import explained
@@ -79,7 +80,7 @@ def verify(
         if declared is None:
             notes = (f"no policy was given: the values are held against {rules.name}, which is their dtype",)
     report = judge(trace, subject.subject, subject.config, subject.parameters, runs, rules, settings)
-    report = replace(report, notes=(*notes, *report.notes))
+    report = with_power(replace(report, notes=(*notes, *report.notes)), trace, subject.config, rules)
     if diagnose and report.verdict == NOT_CONFORMANT:
         mutants, config, weights = MUTANTS.values(), subject.config, subject.parameters
         report = explained(report, find_explanations(trace, config, weights, runs, rules, report, mutants))

@@ -14,7 +14,7 @@ from rich.console import Console
 from refmoe.api.arguments import kind, writable_file
 from refmoe.errors import InputError
 from refmoe.files.atomic import replacing
-from refmoe.verifier.findings import CONFORMANT, Check, Explanation
+from refmoe.verifier.findings import CONFORMANT, Check, Explanation, Power
 from refmoe.verifier.findings import Report as Findings
 
 
@@ -46,6 +46,11 @@ class Report:
     def policy(self) -> str:
         """The name of the policy."""
         return self.findings.policy
+
+    @property
+    def power(self) -> Power | None:
+        """The known bugs that these taps would show at this dtype, as measured on golden cases."""
+        return self.findings.power
 
     @property
     def first_wrong_step(self) -> Check | None:

@@ -20,6 +20,7 @@ from refmoe.verifier.findings import (
     Decision,
     Element,
     Explanation,
+    Power,
     Report,
     as_set,
 )
@@ -244,6 +245,15 @@ def fit(found: Explanation) -> str:
         f"coefficient {found.coefficient:.3f} (1 if it predicts the whole error), "
         f"residual {found.residual:.3f} (the part of the error left over)"
     )
+
+
+def power(found: Power) -> str:
+    """The power of a verification in one line."""
+    if not found.taps:
+        return "not measured for these taps, which lack the logits or hold them in some calls only"
+    line = f"{found.taps} show {found.seen} of {found.known} known bugs at {found.dtype}, on golden cases"
+    few = f", such as {', '.join(found.unseen[:SOURCES])}" if found.unseen else ""
+    return f"{line}; {len(found.unseen)} stay unseen{few}" if found.unseen else line
 
 
 def explanation(found: Explanation) -> list[str]:

@@ -213,14 +213,14 @@ def conclude(
 ) -> Report:
     """The report, with verdict, headline and the first wrong step."""
     failed = [check for check in checks if check.verdict == FAIL]
-    decided = sum(check.values - check.undecided for check in checks if check.verdict != UNDECIDABLE)
+    decided = sum(check.values - check.undecided for check in checks)
     total = sum(check.values for check in checks)
     if failed:
         verdict = NOT_CONFORMANT
         headline = f"not conformant with {policy.name}: {failed[0].run}/{failed[0].tap}: {failed[0].reason}"
     elif 2 * decided <= total:
         verdict = CANNOT_JUDGE
-        headline = f"cannot judge: {total - decided} of {total} values have no bound under {policy.name}"
+        headline = f"cannot judge: {total - decided} of {total} values cannot be tested under {policy.name}"
     else:
         verdict = CONFORMANT
         headline = (
