@@ -14,7 +14,7 @@ from refmoe.arithmetic.formats import nearest
 from refmoe.verifier.diagnosis.grammar.factors import along, factors, fitted, no_groups, scaled, simple
 from refmoe.verifier.diagnosis.grammar.fault import CLOSE, Fault, Search
 from refmoe.verifier.diagnosis.grammar.laboratory import LINEAR, Held, Laboratory
-from refmoe.verifier.diagnosis.grammar.orders import laws, nearest_slices, order_in_words, orders
+from refmoe.verifier.diagnosis.grammar.orders import in_short, laws, nearest_slices, order_in_words, orders
 from refmoe.verifier.diagnosis.grammar.pointwise import rounded
 from refmoe.verifier.diagnosis.grammar.views import View, layer, output
 from refmoe.verifier.diagnosis.grammar.where import listed
@@ -104,6 +104,16 @@ def _replaced(search: Search, name: str) -> Iterator[Fault]:
                 f"{name} of {words}", f"{name} of {words} is in the place of its own", 4.0,
                 lambda lab, key, e, by=by: _own(lab, key, name, e, by),
             )  # fmt: skip
+        for words, by in (
+            ("the next layer, the last of the first", 1),
+            ("the layer before, the first of the last", -1),
+        ):
+
+            def around(lab: Laboratory, key: Key, e: int | None, by: int = by) -> Any:
+                return _own(lab, key, name, e, 0, ((layer(key) or 0) + by) % layers)
+
+            words = "the other layer" if layers == 2 else words
+            yield with_matrix(f"{name} of {words}", f"{name} of {words} is in the place of its own", 4.5, around)
         for j in range(min(layers, 8)):
             yield with_matrix(
                 f"{name} of layer {j}", f"{name} of layer {j} is in the place of its own", 5.0,
@@ -140,6 +150,7 @@ def _replaced(search: Search, name: str) -> Iterator[Fault]:
             f"{name} {words}", f"{name} is {words}: its shape is right and its order is not", 3.5,
             lambda lab, key, e, read=read: read(_own(lab, key, name, e)),
         )  # fmt: skip
+    shape = _own(search.lab, search.failed[0], name, 0 if search.step.startswith("expert.") else None).shape
     for words, bits, law, open_ in laws("D", True):
         for axis, noun in ((0, "rows"), (1, "columns")):
             if open_ is not None:
@@ -153,7 +164,8 @@ def _replaced(search: Search, name: str) -> Iterator[Fault]:
                 moved = np.take(values, np.maximum(sources, 0), axis=axis)
                 return np.where(np.expand_dims(np.asarray(sources) < 0, 1 - axis), 0.0, moved)
 
-            yield with_matrix(f"{noun} of {name} {words}", f"the {noun} of {name} are {words}", bits + 1.5, ordered)
+            short = in_short(law(shape[axis]), noun[:-1], words)
+            yield with_matrix(f"{noun} of {name} {short}", f"the {noun} of {name} are {short}", bits + 1.5, ordered)
 
 
 def _rescaled(search: Search, name: str) -> Iterator[Fault]:

@@ -130,7 +130,9 @@ Law = Callable[[int], Any]
 
 def _laws(search: Search, view: View, axis: int, dimension: str) -> Iterator[Fault]:
     noun = AXES[dimension]
+    size = None if dimension in ("T", "S") else view.base(search.rough, search.failed[0]).mid.shape[axis]
     for words, bits, law, open_ in laws(dimension, view.name != ""):
+        words = words if size is None else in_short(law(size), noun, words)
 
         def move(lab: Laboratory, key: Key, x: Enclosure, law: Any = law, open_: Any = open_) -> Enclosure | None:
             count = x.mid.shape[axis]
@@ -152,6 +154,14 @@ def _laws(search: Search, view: View, axis: int, dimension: str) -> Iterator[Fau
             bits=bits + 2.0 * bool(view.name),
             predict=view.predict(move),
         )
+
+
+def in_short(sources: Any, noun: str, words: str) -> str:
+    """The words of a law for this many slices. In small numbers a law is a simpler order."""
+    if sources is None or (np.asarray(sources) < 0).any() or (sources == np.arange(len(sources))).all():
+        return words
+    shorter = order_in_words(np.asarray(sources), noun)[0]
+    return words if shorter.startswith(("permuted", "taken")) else shorter
 
 
 def laws(dimension: str, inner: bool) -> Iterator[tuple[str, float, Law, Any]]:

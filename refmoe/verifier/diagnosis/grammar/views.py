@@ -94,8 +94,10 @@ def inputs(search: Search) -> Iterator[View]:
     step = search.step
     if step == "embedding":
         return
-    for name, dims in INPUT_DIMS.get(step, {"x": "T D"}).items():
-        inverse = _inverse(search, name)
+    choices = [(*each, _inverse(search, each[0])) for each in INPUT_DIMS.get(step, {"x": "T D"}).items()]
+    if step in NORMS:
+        choices.append(("x", "T D", _unnormed_in_part))
+    for name, dims, inverse in choices:
         pairs = {}
         with np.errstate(all="ignore"):
             for key in search.failed if inverse is not None else ():
@@ -148,6 +150,12 @@ def _unnormed(lab: Laboratory, key: Key, given: Inputs, found: Any) -> Any:
         return None
     shape = found / given["gain"]
     return shape * np.sqrt((given["x"].mid ** 2).mean(-1, keepdims=True) + given["eps"])
+
+
+def _unnormed_in_part(lab: Laboratory, key: Key, given: Inputs, found: Any) -> Any:
+    """The input of a norm, if more than half of each row is right."""
+    shape, right = _unnormed(lab, key, given, found), given["x"].mid
+    return None if shape is None else shape * np.nanmedian(right / shape, axis=-1, keepdims=True)
 
 
 def _unrotated(lab: Laboratory, key: Key, given: Inputs, found: Any) -> Any:
