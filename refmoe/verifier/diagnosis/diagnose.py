@@ -17,10 +17,9 @@ from refmoe.steps.sharded.layout import layouts
 from refmoe.traces.trace import Run, Trace
 from refmoe.verifier.diagnosis.arithmetic import other_arithmetic
 from refmoe.verifier.diagnosis.evidence import gather
+from refmoe.verifier.diagnosis.grammar import of_grammar
 from refmoe.verifier.diagnosis.known import candidates, cause_of, explanations, pairs, rank
 from refmoe.verifier.diagnosis.settings import other_settings
-from refmoe.verifier.diagnosis.structure import structural
-from refmoe.verifier.diagnosis.weights import of_weights
 from refmoe.verifier.findings import FAIL, STRUCTURE, Explanation, Report
 
 
@@ -59,7 +58,7 @@ def diagnose(
     if not any(each.explains for each in found):
         found += pairs(evidence, tried)
     if not any(each.explains for each in found):
-        found += [*of_weights(evidence), *structural(evidence)]
+        found += of_grammar(evidence)
     return tuple(sorted(found, key=rank))
 
 
