@@ -103,15 +103,15 @@ def leave_out(bug: str, dtype: str, taps: str) -> LeftOut | None:
     trace = keeping(traced_under(bug, case, parameters, used), taps)
     report = judged_under(trace, case, parameters, used)
     alike: list[str] = []
-    start = time.perf_counter()
+    start = time.process_time()
     if not any(check.verdict == FAIL for check in report.checks):
         return LeftOut(bug, case, dtype, taps, False, (), "", "", float("nan"), 0.0)
     while True:
         rest = [each for each in MUTANTS.values() if each.id not in (bug, *alike)]
-        start = time.perf_counter()
+        start = time.process_time()
         runs = case_named(case).runs()
         found = diagnose(trace, case_named(case).config, parameters, runs, used, report, rest)
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         named = [each for each in found if each.explains and each.name not in alike]
         first = named[0] if named else None
         if first is not None and first.kind != STRUCTURE and computes(first.name, trace, case, parameters, used):

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from refmoe.errors import InputError
+from refmoe.profiles.cut_points import CUT_POINTS, PRODUCTS
+from refmoe.profiles.load import GROUPS, differences
 from refmoe.profiles.load import policy as named_policy
 from refmoe.profiles.policy import Policy
 from refmoe.spec.config import Config
@@ -22,6 +24,23 @@ from refmoe.verifier.diagnosis.known import Cause
 from refmoe.verifier.findings import ARITHMETIC
 
 CHANGES = {
+    "attention.context.accumulation=float16": "attention sums values in float16, as flash attention of llama.cpp does",
+    "attention.context.accumulation=bfloat16": "attention sums values in bfloat16",
+    "linear.input=float16+router.logits.input=float32": (
+        "inputs of products are rounded to float16, but not the router's, as llama.cpp does with a float16 file"
+    ),
+    "linear.input=bfloat16+router.logits.input=float32": (
+        "inputs of products are rounded to bfloat16, but not the router's, as llama.cpp does with a bfloat16 file"
+    ),
+    "linear.input=float16": "the inputs of products with parameters are rounded to float16",
+    "linear.input=bfloat16": "the inputs of products with parameters are rounded to bfloat16",
+    **{
+        f"ranks={n}": f"several ranks, at least {n}, store their parts of sums in the storage dtype, and add them in it"
+        for n in (2, 4, 8)
+    },
+    "ranks=8+rank.partial=bfloat16": "several ranks store their parts of sums in bfloat16, and add them in it",
+    **{f"{step}.accumulation=float32": f"the product {step} is computed in float32" for step in PRODUCTS},
+    "islands=float32": "norms, rotations and softmax are computed in float32",
     "cache=float16": "keys and values are cached in float16",
     "cache=bfloat16": "keys and values are cached in bfloat16",
     "router_order=softmax-then-top-k": "the router takes the softmax of all logits, and chooses experts then",
@@ -41,9 +60,17 @@ CHANGES = {
     "accumulation=float16": "sums are accumulated in float16",
     "accumulation=bfloat16": "sums are accumulated in bfloat16",
 }
-"""Changes of a policy, as `refmoe verify --policy NAME+CHANGE` takes them."""
+"""Changes of a policy, as `refmoe verify --policy NAME+CHANGE` takes them. Narrow ones come first."""
 
-EVERYWHERE = (*LAYER_TAPS, *MODEL_TAPS)
+EVERYWHERE = tuple(tap for tap in (*LAYER_TAPS, *MODEL_TAPS) if tap != "router.experts")
+"""Of a choice the policy itself says what is legal."""
+
+FIRST = {
+    "router_order": ("router.weights",),
+    "sigmoid": ("expert.hidden",),
+    "ranks": CUT_POINTS["rank.partial"].shown_by,
+}
+"""The first taps that a field of a policy can alter, if these are few."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +101,7 @@ def other_arithmetic(policy: Policy) -> Iterator[Cause]:
                 kind=ARITHMETIC,
                 about=about,
                 fix="if that is meant, declare it; refmoe policies says what each policy allows",
-                variation=Changed(changed),
+                variation=Changed(changed, touched_by(change)),
             )
 
 
@@ -84,8 +111,14 @@ def _changed(policy: Policy, change: str) -> Policy | None:
         changed = named_policy(f"{policy.name}+{change}")
     except InputError:
         return None
+    return changed if differences([policy, changed]) else None
+
+
+def touched_by(change: str) -> tuple[str, ...]:
+    """The first taps that a change can alter."""
+    touched: dict[str, None] = {}
     for part in change.split("+"):
-        field, _, value = part.partition("=")
-        if field in ("accumulation", "statistics", "storage") and str(getattr(policy, field)) == value:
-            return None
-    return changed
+        field = part.partition("=")[0]
+        for name in GROUPS.get(field, (field,)):
+            touched |= dict.fromkeys(CUT_POINTS[name].shown_by if name in CUT_POINTS else FIRST.get(name, EVERYWHERE))
+    return tuple(touched)

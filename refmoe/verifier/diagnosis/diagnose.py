@@ -19,6 +19,7 @@ from refmoe.verifier.diagnosis.arithmetic import other_arithmetic
 from refmoe.verifier.diagnosis.evidence import gather
 from refmoe.verifier.diagnosis.grammar import of_grammar
 from refmoe.verifier.diagnosis.known import candidates, cause_of, explanations, pairs, rank
+from refmoe.verifier.diagnosis.rivals import settle
 from refmoe.verifier.diagnosis.settings import other_settings
 from refmoe.verifier.findings import FAIL, STRUCTURE, Explanation, Report
 
@@ -53,8 +54,10 @@ def diagnose(
     tried = candidates(evidence, causes, step)
     found = explanations(evidence, tried, step)
     if not any(each.explains for each in found):
-        split = candidates(evidence, map(cause_of, placed(known, config)), lambda: None)
-        found += explanations(evidence, split)
+        sharded = [cause_of(each) for each in placed(known, config)]
+        found += explanations(evidence, candidates(evidence, sharded, lambda: None))
+        causes += sharded
+    found = settle(evidence, found, {each.name: each.variation for each in causes})
     if not any(each.explains for each in found):
         found += pairs(evidence, tried)
     if not any(each.explains for each in found):

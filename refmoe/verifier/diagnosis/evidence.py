@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +14,9 @@ from refmoe.arithmetic.arrays import Tap
 from refmoe.arithmetic.formats import FLOAT64
 from refmoe.arithmetic.weight_cache import WeightCache
 from refmoe.bugs.forced_rounding import rounded
+from refmoe.bugs.quantised_checkpoint import QuantisedWeight, SmoothedGain
+from refmoe.checkpoints.size import total_parameters
+from refmoe.checkpoints.weight import Weight
 from refmoe.profiles.cut_points import CUT_POINTS
 from refmoe.profiles.policy import Policy
 from refmoe.spec.config import Config
@@ -21,6 +24,7 @@ from refmoe.spec.model import Model, Parameters
 from refmoe.spec.taps import layer_of, step_of
 from refmoe.steps.enclosure_ops import MATRIX_BYTES, EnclosureOps
 from refmoe.traces.trace import Run, Trace
+from refmoe.verifier.diagnosis.fit import within_own_rounding
 from refmoe.verifier.diagnosis.observed import Observed, Recorded, Recording, observe
 from refmoe.verifier.diagnosis.prediction import WEIGHT_BYTES, PlainOps, Prediction
 from refmoe.verifier.findings import FAIL, FORCED, PASS, UNDECIDABLE, Check, Report
@@ -32,6 +36,9 @@ from refmoe.verifier.segments import needed, segments
 from refmoe.verifier.subject import Subject
 from refmoe.verifier.tally import Limits
 from refmoe.verifier.verify import apply_second_pass, assemble
+
+MOST_HELD = 1 << 25
+"""The most parameters of a model whose stored values are all kept in memory."""
 
 
 class Variation(Protocol):
@@ -117,7 +124,7 @@ def gather(
     """The evidence of a trace that has failed."""
     contents = take_in(trace, config, runs)
     limits = Limits(report.significance, contents.values, contents.tensors)
-    right = Subject(config, parameters, contents.runs)
+    right = Subject(config, held(config, parameters), contents.runs)
     failed = tuple(check for check in report.checks if check.verdict == FAIL)
     evidence = Evidence(
         trace=trace, right=right, policy=policy, contents=contents, limits=limits, report=report, failed=failed
@@ -126,6 +133,24 @@ def gather(
     checks = assemble(judging.go(evidence.whole.layers), contents, config, policy, limits)
     taps = observe(judging.recorded(), policy, limits.excess, checks, report.checks)
     return replace(evidence, observed=taps | _choices(trace, config, report))
+
+
+def held(config: Config, parameters: Parameters) -> Parameters:
+    """The parameters, each read once and kept, unless there are too many. Most causes read all of them again."""
+    if total_parameters(config) > MOST_HELD:
+        return parameters
+
+    def kept(owner: Any) -> Any:
+        weights = {
+            name: Weight(each.name, each.shape, each.dtype, cache(each.read), each.origin)
+            for name, each in vars(owner).items()
+            if isinstance(each, Weight) and not isinstance(each, QuantisedWeight | SmoothedGain)  # these have more
+        }
+        return replace(owner, **weights)
+
+    layers = (replace(kept(layer), experts=tuple(map(kept, layer.experts))) for layer in parameters.layers)
+    whole: Parameters = replace(kept(parameters), layers=tuple(layers))
+    return whole
 
 
 def middle(evidence: Evidence, subject: Subject, policy: Policy, wanted: set[Key]) -> dict[Key, Any]:
@@ -210,8 +235,13 @@ def until(runs: tuple[Run, ...], names: Set[str]) -> tuple[Run, ...]:
 
 
 def forced_cuts(right: Policy, changed: Policy) -> frozenset[str]:
-    """The cut points that the changed policy stores more coarsely. An engine of that policy rounds there every time."""
-    return frozenset(name for name in CUT_POINTS if not changed.at(name).holds(right.at(name)) and name != "weights")
+    """The cut points that the changed policy stores more coarsely. An engine of that policy rounds there every time.
+
+    A router that now takes the softmax first loses the probabilities that underflow.
+    """
+    coarser = (name for name in CUT_POINTS if not changed.at(name).holds(right.at(name)) and name != "weights")
+    first = changed.router_order != right.router_order
+    return frozenset([*coarser, *["router.probs"] * first])
 
 
 class ForcingOps(EnclosureOps):
@@ -237,15 +267,20 @@ def _ops(evidence: Evidence, policy: Policy) -> Callable[..., EnclosureOps]:
 
 
 def predict(
-    evidence: Evidence, variation: Variation, part: Part, wanted: frozenset[str] | None = None
+    evidence: Evidence,
+    variation: Variation,
+    part: Part,
+    wanted: frozenset[str] | None = None,
+    rounds: bool = False,
 ) -> dict[Key, Any]:
     """The predictions of a variation at the taps of a part, as `Prediction` keeps them.
 
     wanted: the steps to keep, in the trace or not; None: all steps that the trace has
+    rounds: whether values are rounded at every cut point, as in an ideal engine
     """
     subject, policy = subject_of(evidence, variation), variation.policy(evidence.policy)
     weights = evidence.weights.setdefault(policy.at("weights"), WeightCache(WEIGHT_BYTES))
-    forced = forced_cuts(evidence.policy, policy)
+    forced = frozenset(CUT_POINTS) if rounds else forced_cuts(evidence.policy, policy)
     ops: Any = lambda used, tap: PlainOps(used, tap, forced, weights)  # noqa: E731
     names = {run.run for run in part.runs}
     subject = replace(subject, runs=until(subject.runs, names), ops=ops)
@@ -316,29 +351,24 @@ def _stays(evidence: Evidence, first: list[Check], checks: list[Check]) -> bool:
     return before[first[at].run, first[at].tap] in (PASS, FAIL) and checks[at].verdict == FAIL
 
 
-def still_failing(evidence: Evidence, verdicts: dict[Key, str], predicted: Mapping[Key, Any]) -> int:
+def still_failing(
+    evidence: Evidence, verdicts: dict[Key, str], predicted: Mapping[Key, Any], ideal: Mapping[Key, Any]
+) -> int:
     """The number of failed checks that were judged again and still fail.
 
-    A check with values that are not finite has no bound under a bug that produces such values. The bug explains the
-    check if it produces them in the same places.
+    A check may have no bound under a bug that makes values that are not finite, or where rounding decides the choice
+    of experts. The bug then explains the check if it predicts its values, up to what its own rounding makes.
 
-    predicted: the predictions of the changed specification
+    predicted: the predictions of the changed specification   ideal: those of an engine that rounds at every cut point
     """
     count = 0
     for check in evidence.failed:
         key = (check.run, check.tap)
         if key not in verdicts or verdicts[key] == PASS:
             continue
-        count += not (verdicts[key] == UNDECIDABLE and _same_gaps(evidence, key, predicted.get(key)))
+        seen = verdicts[key] == UNDECIDABLE and key in evidence.observed
+        count += not (seen and within_own_rounding(evidence.observed, key, predicted, ideal))
     return count
-
-
-def _same_gaps(evidence: Evidence, key: Key, predicted: Any) -> bool:
-    """Whether trace and changed specification have values that are not finite, in the same places."""
-    right = evidence.observed.get(key)
-    if predicted is None or right is None or right.choice or right.mid.shape != predicted.shape:
-        return False
-    return bool(right.gaps.any() and (right.gaps == ~np.isfinite(predicted)).all())
 
 
 def newly_failing(evidence: Evidence, verdicts: dict[Key, str]) -> int:

@@ -16,7 +16,8 @@ Some changes predict no value, but the size of errors: sums in another order and
 its predicted deviation. Their residual is abs(ln z) / ln SCALE, the worst over each step in each call, and each step in
 each layer, in which the change predicts errors twice as large as the policy does. A deviation is an upper size: legal
 errors are 0.25 to 1.15 of it, as measured. So LEFT, the same limit, is put at a factor of 4, which makes SCALE 16. z is
-taken as a root mean square and as a mean: a single large value makes the two disagree.
+taken as a root mean square and as a mean: a single large value makes the two disagree. A size counts only where the
+trace has all inputs of each failed step: further on, any change of arithmetic makes errors of about any size.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ LEFT = 0.5
 """The largest residual of an explanation."""
 SCALE = 16.0
 """The factor between the predicted and the true size of errors of which nothing is explained."""
+ROUNDED = 4.0
+"""The most that is left where nothing bounds it, over what one ideal engine's rounding makes. Sizes are known to a
+factor of 4."""
 WIDER = 2.0
 """A change predicts the size of errors where its deviation is this many times that of the policy."""
 FEWEST = 30
@@ -80,7 +84,7 @@ def by_value(observed: Mapping[Key, Observed], failed: Iterable[Key], changed: M
             missed += float((right.wrong & (right.found != mid).any(-1)).sum())
             continue
         here, there = right.gaps, ~np.isfinite(mid)
-        if here.any() and not (here == there).all():
+        if ((here != there) & right.read).any():
             return NOTHING
         gaps |= bool(here.any())
         e, d = right.distance(right.found - right.mid), right.distance(mid - right.mid)
@@ -99,6 +103,20 @@ def by_value(observed: Mapping[Key, Observed], failed: Iterable[Key], changed: M
         residuals.append(0.0)
     coefficient = along / reach if reach else 1 - missed / choices if choices else 1.0 if gaps else math.nan
     return Fit(coefficient, math.sqrt(max(residuals))) if residuals else NOTHING
+
+
+def within_own_rounding(
+    observed: Mapping[Key, Observed], key: Key, predicted: Mapping[Key, Any], ideal: Mapping[Key, Any]
+) -> bool:
+    """Whether a change predicts the values of a tap, and leaves no more than `ROUNDED` times what its rounding makes.
+
+    ideal: the predictions of an engine that rounds at every cut point, [n]
+    """
+    right, mid, run = observed[key], predicted.get(key), ideal.get(key)
+    if not by_value(observed, [key], predicted).explains or mid is None or run is None or run.shape != mid.shape:
+        return False
+    left, made = right.beyond(mid), right.distance(run - mid)
+    return bool(np.linalg.norm(left) <= ROUNDED * np.linalg.norm(made))
 
 
 def contradicted(observed: Mapping[Key, Observed], changed: Mapping[Key, Any]) -> Key | None:

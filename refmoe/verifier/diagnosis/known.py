@@ -36,7 +36,16 @@ from refmoe.verifier.diagnosis.evidence import (
     subject_of,
 )
 from refmoe.verifier.diagnosis.fit import NOTHING, Fit, by_size, by_value, contradicted
-from refmoe.verifier.findings import ARITHMETIC, BUG_AND_ARITHMETIC, KNOWN_BUG, TWO_BUGS, Explanation
+from refmoe.verifier.diagnosis.observed import Recorded
+from refmoe.verifier.findings import (
+    ARITHMETIC,
+    BUG_AND_ARITHMETIC,
+    KNOWN_BUG,
+    LOCAL,
+    TWO_BUGS,
+    UNDECIDABLE,
+    Explanation,
+)
 from refmoe.verifier.passes import Key
 
 MAYBE = 0.75
@@ -84,11 +93,20 @@ class Candidate:
 
 
 def touching(evidence: Evidence, causes: Iterable[Cause]) -> list[Cause]:
-    """The causes that touch a failed step, or one that the trace lacks: an error there shows in a later step."""
+    """The causes that touch a failed step, or one that the trace lacks: an error there shows in a later step.
+
+    Other arithmetic may change choices of experts, although the policy says which are legal.
+    """
     steps = {check.step for check in evidence.failed}
     shown = {check.step for check in evidence.report.checks}
-    touched = [(each, set(each.variation.touches)) for each in causes]
-    return [each for each, touches in touched if steps & touches or not shown >= touches]
+    found = []
+    for each in causes:
+        touches = set(each.variation.touches)
+        if each.kind == ARITHMETIC:
+            touches.add("router.experts")
+        if steps & touches or not shown >= touches:
+            found.append(each)
+    return found
 
 
 def candidates(evidence: Evidence, causes: Iterable[Cause], progress: Callable[[], None]) -> list[Candidate]:
@@ -142,8 +160,9 @@ def explanations(
     """
     found: list[Explanation] = []
     rejected: list[Explanation] = []
+    local = all(check.rung == LOCAL for check in evidence.failed)
     for each in tried:
-        if each.fit.residual <= MAYBE or (each.alike and not found):
+        if each.fit.residual <= MAYBE or (local and each.alike and not found):
             explanation = explain(evidence, each.cause)
             (found if explanation.explains else rejected).append(explanation)
         progress()
@@ -151,42 +170,47 @@ def explanations(
 
 
 def explain(evidence: Evidence, cause: Cause) -> Explanation:
-    """Hold the trace against a cause as if it were the specification."""
+    """Hold the trace against a cause as if it were the specification: first a part of it, then all of it."""
     variation, keys = cause.variation, evidence.keys(evidence.whole)
-    subject, policy = subject_of(evidence, variation), variation.policy(evidence.policy)
-    judge = Chooser if changes_choice(variation) else UnderBug
-    predicted = predict(evidence, variation, evidence.whole)
-    fit = by_value(evidence.observed, keys, predicted)
-    refuted = fit.explains and contradicted(evidence.observed, predicted) is not None
-    still, newly, sized = len(keys), 0, NOTHING
-    parts: list[Part] = [evidence.first, evidence.whole]
-    for part in parts if not refuted else parts[:1]:
-        judged = judge_part(evidence, part, subject, policy, judge)
-        verdicts = judged.verdicts
-        still, newly = still_failing(evidence, verdicts, predicted), newly_failing(evidence, verdicts)
-        if still or newly:
-            break
-    else:
-        if not fit.explains:
-            sized = by_size(evidence.observed, keys, judged.recorded)
-            middles = {key: each.mid for key, each in judged.recorded.items()}
-            refuted = contradicted(evidence.observed, middles) is not None
-    right = not still and not newly and not refuted
-    best = fit if fit.residual <= sized.residual else sized
+    fit = NOTHING
+    still, newly, _ = _held_against(evidence, variation, evidence.first)
+    right = not still and not newly
+    if right:
+        predicted = predict(evidence, variation, evidence.whole)
+        fit = by_value(evidence.observed, keys, predicted)
+        right = not fit.explains or contradicted(evidence.observed, predicted) is None
+    if right:
+        still, newly, recorded = _held_against(evidence, variation, evidence.whole)
+        right = not still and not newly
+        if right and not fit.explains and all(check.rung == LOCAL for check in evidence.failed):
+            sized = by_size(evidence.observed, keys, recorded)
+            fit = sized if sized.residual < fit.residual else fit
+            right = contradicted(evidence.observed, {key: each.mid for key, each in recorded.items()}) is None
     return Explanation(
         name=cause.name,
         kind=cause.kind,
         about=cause.about,
         fix=cause.fix,
         sources=cause.sources,
-        explains=right and best.explains,
+        explains=right and fit.explains,
         still_failing=still,
         newly_failing=newly,
-        coefficient=best.coefficient,
-        residual=best.residual,
+        coefficient=fit.coefficient,
+        residual=fit.residual,
         touches=len(variation.touches),
-        values=evidence.wrong_values if right and best.explains else 0,
+        values=evidence.wrong_values if right and fit.explains else 0,
     )
+
+
+def _held_against(evidence: Evidence, variation: Variation, part: Part) -> tuple[int, int, dict[Key, Recorded]]:
+    """The numbers of checks of a part that still fail and that newly fail, and the enclosures under the variation."""
+    judge = Chooser if changes_choice(variation) else UnderBug
+    judged = judge_part(evidence, part, subject_of(evidence, variation), variation.policy(evidence.policy), judge)
+    verdicts = judged.verdicts
+    open_ = any(verdicts.get(key) == UNDECIDABLE for key in evidence.keys(part))
+    predicted = predict(evidence, variation, part) if open_ else {}
+    ideal = predict(evidence, variation, part, rounds=True) if open_ else {}
+    return still_failing(evidence, verdicts, predicted, ideal), newly_failing(evidence, verdicts), judged.recorded
 
 
 def rank(found: Explanation) -> tuple[Any, ...]:

@@ -6,16 +6,18 @@ A prediction costs a fraction of a pass of enclosures, so that every hypothesis 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from refmoe.arithmetic.arrays import StoredWeight, Tap
 from refmoe.arithmetic.formats import nearest
 from refmoe.arithmetic.weight_cache import WeightCache
+from refmoe.profiles.cut_points import PROJECTIONS, product_of
 from refmoe.profiles.policy import Policy
 from refmoe.spec.taps import step_of
 from refmoe.steps.policy_ops import PolicyOps
+from refmoe.steps.rounding import CutOps, cut_again
 from refmoe.traces.trace import Trace
 from refmoe.verifier.diagnosis.observed import sampled, size_of
 from refmoe.verifier.passes import Key, Pass
@@ -45,6 +47,9 @@ class PlainOps(PolicyOps):
         return nearest(stored, self.policy.at("weights"))
 
     def linear(self, x: Any, weight: StoredWeight) -> Any:
+        step, ops = product_of(weight), cast(CutOps, self)
+        if step is not None:
+            x = cut_again(ops, f"{step}.input", PROJECTIONS[step][1], x)
         return x @ self._weights.get(weight, lambda: self._held(weight.read()), lambda made: int(made.nbytes)).T
 
     def matmul(self, a: Any, b: Any) -> Any:
