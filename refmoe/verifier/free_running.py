@@ -174,8 +174,9 @@ class Replica(Pass):
         for t, one in enumerate(spread):
             margin = in_spreads(reach.last[t] - reach.best[t], one)
             if openness.turns(key, self._start + t, margin, draw.number):
-                out, into = (draw.generator.choice(ids) for ids in reach.exchangeable(t, one * openness.limit))
-                chosen[t, chosen[t] == out] = into
+                out, into = reach.exchangeable(t, one * openness.limit)
+                if out.size and into.size:  # logits that are NaN are not within reach of any other
+                    chosen[t, chosen[t] == draw.generator.choice(out)] = draw.generator.choice(into)
         return chosen
 
 
