@@ -32,7 +32,7 @@ TERMS = {
     "contestable": "A decision that rounding alone can change. Either choice is legal.",
     "margin": "The distance between the logits of the last chosen expert and of the best one left out.",
     "known bug": "A mistake that a real implementation has had, with its source.",
-    "explanation": "A known bug, a pair of them, or a structure, under which all failed checks pass.",
+    "explanation": "A known bug, other arithmetic, two at once, or a structure, under which all failed checks pass.",
     "structure": (
         "A simple relation between the right values and those found, such as exchanged heads or a constant factor."
     ),

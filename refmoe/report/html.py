@@ -78,6 +78,8 @@ def to_html(report: Report) -> str:
         first=_first_wrong(report),
         explanations=(report.explanations or ())[:LISTED],
         fit=wording.fit,
+        small=wording.small,
+        alternatives=wording.alternatives,
         nothing_explains=wording.NOTHING_EXPLAINS,
         runs=run_names(report),
         map=heat_map(report),

@@ -16,7 +16,7 @@ from typing import Any
 
 from refmoe.verifier.findings import Report
 
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 
 
 def to_json(report: Report) -> str:
