@@ -20,6 +20,7 @@ from refmoe.errors import InputError
 from refmoe.files.sentences import quoted
 from refmoe.profiles.load import policy as named_policy
 from refmoe.profiles.policy import Policy
+from refmoe.suite.power import with_power
 from refmoe.traces.trace import Run, Trace
 from refmoe.verifier.diagnosis import diagnose as find_explanations
 from refmoe.verifier.diagnosis import explained
@@ -81,6 +82,7 @@ def verify(
             notes = (f"no policy was given: the values are held against {rules.name}, which is their dtype",)
     report = judge(trace, subject.subject, subject.config, subject.parameters, runs, rules, settings)
     report = replace(report, notes=(*notes, *report.notes, *note_of_unknown(subject.unknown_fields)))
+    report = with_power(report, trace, subject.config, rules)
     if diagnose and report.verdict == NOT_CONFORMANT:
         mutants, config, weights = MUTANTS.values(), subject.config, subject.parameters
         report = explained(report, find_explanations(trace, config, weights, runs, rules, report, mutants))

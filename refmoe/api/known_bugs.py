@@ -28,8 +28,11 @@ from refmoe.suite.matrix.changes import Loss, gains, losses, outside_changed, pl
 from refmoe.suite.matrix.dependencies import changed, digests
 from refmoe.suite.matrix.file import MATRIX_FILE, Matrix, read_matrix, to_matrix, write_matrix
 from refmoe.suite.matrix.outcomes import POLICIES, SPECIFICATION, Outcome, Work, compute_matrix, runnable, whole
+from refmoe.suite.matrix.power import compute_power, write_power
+from refmoe.suite.matrix.power import plan as plan_power
 from refmoe.suite.matrix.summary import Summary, summarise
 from refmoe.suite.matrix.surroundings import judge_outside
+from refmoe.suite.power import TAP_SETS, table
 
 Names = Sequence[str]
 DTYPES = POLICIES
@@ -134,6 +137,42 @@ def judge_all(
     if write:
         _write(matrix, golden)
     return _in_short(matrix, golden)
+
+
+# ---- power
+
+
+def measured_power() -> tuple[int, dict[str, dict[str, int]]]:
+    """The number of known bugs that were tried, and per dtype and set of taps the number that is seen."""
+    return len(table()), {
+        dtype: {taps: sum(taps in at.get(dtype, {}).get("seen", ()) for at in table().values()) for taps in TAP_SETS}
+        for dtype in DTYPES
+    }
+
+
+def measure_power(
+    out: Path,
+    names: Names = (),
+    golden: Path | None = None,
+    *,
+    everything: bool = False,
+    jobs: int | None = None,
+    bars: Bars = silent,
+) -> None:
+    """Measure the power of each set of taps, and write the table.
+
+    names: the mutants to measure; of others the table keeps what it has. Without names: those that it lacks
+    everything: whether all mutants are measured
+    Raises InputError for an unknown mutant, or a file that cannot be written.
+    """
+    golden = golden_folder(golden)
+    for name in names:
+        mutant(name)
+    lacking = tuple(name for name in runnable() if everything or name not in table())
+    matrix = read_matrix(golden / MATRIX_FILE) if (golden / MATRIX_FILE).exists() else None
+    work = plan_power(names or lacking, [*map(read_case, find_cases(golden))], matrix)
+    with bars("power", len(work)) as advance:
+        write_power(out, compute_power(work, table(), jobs, advance))
 
 
 @dataclass(frozen=True)

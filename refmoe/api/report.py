@@ -12,7 +12,7 @@ from refmoe.api.arguments import kind, writable_file
 from refmoe.errors import InputError
 from refmoe.files.atomic import replacing
 from refmoe.files.parsing import strict_json
-from refmoe.verifier.findings import CONFORMANT, Check, Explanation
+from refmoe.verifier.findings import CONFORMANT, Check, Explanation, Power
 from refmoe.verifier.findings import Report as Findings
 
 
@@ -44,6 +44,11 @@ class Report:
     def policy(self) -> str:
         """The name of the policy."""
         return self.findings.policy
+
+    @property
+    def power(self) -> Power | None:
+        """The known bugs that these taps would show at this dtype, as measured on golden cases."""
+        return self.findings.power
 
     @property
     def first_wrong_step(self) -> Check | None:

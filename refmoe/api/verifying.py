@@ -25,6 +25,7 @@ from refmoe.profiles.load import policy as named_policy
 from refmoe.profiles.policy import Policy
 from refmoe.suite import case_source, trace_path
 from refmoe.suite.golden_folder import case_folder, golden_folder
+from refmoe.suite.power import with_power
 from refmoe.traces.script import AnyCall, plan
 from refmoe.traces.trace import Run, Trace, read_trace
 from refmoe.verifier.diagnosis import diagnose, explained
@@ -161,6 +162,7 @@ def _judged(trace: Trace, against: Against, rules: Policy, judging: Judging, bar
         )
         report = verify(trace, against.name, config, parameters, runs, rules, settings)
     report = replace(report, notes=(*report.notes, *note_of_unknown(loaded(against.source).unknown)))
+    report = with_power(report, trace, config, rules)
     if judging.diagnose and report.verdict == NOT_CONFORMANT:
         with bars("diagnose", 2 * len(MUTANTS)) as advance:
             found = diagnose(trace, config, parameters, runs, rules, report, MUTANTS.values(), advance)

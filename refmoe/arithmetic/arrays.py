@@ -70,6 +70,10 @@ class ArrayOps:
     def matmul(self, a: Any, b: Any) -> Any:
         raise NotImplementedError
 
+    def product(self, step: str, a: Any, b: Any) -> Any:
+        """`matmul`, as the step of this name."""
+        return self.matmul(a, b)
+
     def sum(self, x: Any, axis: int) -> Any:
         raise NotImplementedError
 

@@ -17,6 +17,8 @@ from refmoe.api.known_bugs import (
     judge_all,
     judge_mutants,
     matrix_page,
+    measure_power,
+    measured_power,
     mutant,
     mutant_facts,
     mutants,
@@ -24,7 +26,7 @@ from refmoe.api.known_bugs import (
     repeat,
     specification_fails,
 )
-from refmoe.cli.guard import PAGE, GuardedCommand
+from refmoe.cli.guard import OUTPUT, PAGE, GuardedCommand
 from refmoe.cli.options import golden_option, jobs_option, json_option, progress_bar, written_golden_option
 from refmoe.cli.table import print_table
 from refmoe.errors import InputError
@@ -158,6 +160,40 @@ def results_command(context: click.Context, golden: Path, html: Path | None, as_
     if html is not None:
         write_text(html, matrix_page(recorded, golden))
     _summary(context, recorded, as_json)
+
+
+@mutants_command.command("power", cls=GuardedCommand, short_help="How many known bugs each set of taps shows.")
+@click.option("--measure", "out", type=OUTPUT, metavar="FILE", help="Measure, and write the table to this file.")
+@click.option("--mutant", "names", multiple=True, metavar="ID", help="Measure this mutant; repeatable.")
+@click.option("--all", "everything", is_flag=True, help="Measure all mutants; default: those that the table lacks.")
+@golden_option
+@jobs_option
+@json_option
+def power_command(
+    out: Path | None, names: Names, everything: bool, golden: Path, jobs: int | None, as_json: bool
+) -> None:
+    """Print how many known bugs are seen with each set of taps, at each dtype.
+
+    \b
+    refmoe mutants power
+    refmoe mutants power --measure refmoe/suite/power.json
+    refmoe mutants power --measure refmoe/suite/power.json --all
+
+    The package holds the table, and every report states its own line of it. Each mutant is judged on two golden cases
+    that show it with all taps, and there with fewer. All mutants take about half an hour of one core.
+    """
+    if out is None and (names or everything):
+        raise InputError("--mutant and --all say what is measured, so --measure FILE was expected beside them")
+    if out is not None:
+        measure_power(out, names, golden, everything=everything, jobs=jobs, bars=progress_bar)
+        return
+    known, found = measured_power()
+    if as_json:
+        click.echo(json.dumps({"known": known, "seen": found}))
+        return
+    rows = [(taps, *(str(found[dtype][taps]) for dtype in DTYPES)) for taps in found[DTYPES[0]]]
+    print_table(("taps", *DTYPES), rows)
+    click.echo(f"of {known} known bugs")
 
 
 def _summary(context: click.Context, recorded: Recorded, as_json: bool) -> None:

@@ -32,6 +32,8 @@ from refmoe.errors import InputError
 from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT
 
 EXIT_STATUS = {CONFORMANT: 0, NOT_CONFORMANT: 1, CANNOT_JUDGE: 3}
+WEAK = 4
+"""The exit status of a conformant trace whose taps would show fewer than half of the known bugs."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ def verify_command(
     VALUES is a trace, or arrays by their taps in a .npz, .pt or .safetensors file. For arrays held against a
     checkpoint, --tokens, --chunk and --decode say which calls the engine made. Each step is recomputed from the
     engine's own inputs, as an interval of all values that the policy allows. Exit status 0: conformant. 1: not
-    conformant. 2: the input cannot be used. 3: cannot judge.
+    conformant. 2: the input cannot be used. 3: cannot judge. 4: conformant as far as the taps show, which is fewer
+    than half of the known bugs.
 
     --distances prints, per layer and tap, the relative RMS, the worst element and its place, and the routing decisions
     that differ. It needs neither model nor policy, and the exit status is 0 whatever the distances are.
@@ -109,7 +112,13 @@ def verify_command(
     calls = script.calls(model.checkpoint or Path()) if script.given else None
     report = verify_file(values, model, judging, calls, progress_bar)
     show(report, output)
-    context.exit(EXIT_STATUS[report.verdict])
+    context.exit(exit_status(report))
+
+
+def exit_status(report: Report) -> int:
+    """The exit status of a verdict."""
+    weak = report.verdict == CONFORMANT and report.power is not None and report.power.weak
+    return WEAK if weak else EXIT_STATUS[report.verdict]
 
 
 def refuse_judging(context: click.Context) -> None:

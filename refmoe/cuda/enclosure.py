@@ -12,7 +12,7 @@ import numpy as np
 
 from refmoe.arithmetic.arrays import Array, StoredWeight, Tap
 from refmoe.arithmetic.enclosure.array import Enclosure
-from refmoe.arithmetic.enclosure.products import Matrix, product
+from refmoe.arithmetic.enclosure.products import Accumulator, Matrix, product
 from refmoe.arithmetic.exact import dot
 from refmoe.arithmetic.exact.slices import on_host
 from refmoe.arithmetic.formats import Format, nearest, representable
@@ -53,7 +53,7 @@ class DeviceMatrix(Matrix):
         self.xp = xp
         there = xp.asarray(np.ascontiguousarray(values))
         self.mid, self.size, self.square = (Factor(part, xp) for part in (there, xp.abs(there), there * there))
-        self.radius = self.variance = None
+        self.radius = self.variance = self.length = None
         self._below: dict[float, Any] = {}
         self._fits = {held: True}
 
@@ -86,7 +86,7 @@ def is_finite(x: Enclosure) -> bool:
 
 
 class EnclosureCupyOps(EnclosureOps):
-    """`EnclosureOps` whose `linear` runs on a device, or on the host where an element of x has no finite bound."""
+    """`EnclosureOps` that multiplies by weights on a device; on the host where an element of x has no finite bound."""
 
     def __init__(self, policy: Policy, tap: Tap | None = None, *, xp: Any, device_bytes: int) -> None:
         """device_bytes: device memory for weights that are kept for later calls."""
@@ -94,10 +94,10 @@ class EnclosureCupyOps(EnclosureOps):
         self._device = xp
         self._on_device = WeightCache(device_bytes)
 
-    def linear(self, x: Enclosure, weight: StoredWeight) -> Enclosure:
+    def times_weight(self, x: Enclosure, weight: StoredWeight, how: Accumulator) -> Enclosure:
         x = x.settle()
-        if not is_finite(x):
-            return super().linear(x, weight)
+        if how is not self._products or not is_finite(x):
+            return super().times_weight(x, weight, how)
         xp = self._device
 
         def prepare() -> tuple[DeviceMatrix, Any]:
@@ -110,4 +110,4 @@ class EnclosureCupyOps(EnclosureOps):
 
         matrix, prepared = self._on_device.get(weight, prepare, nbytes)
         exact = on_host(dot.linear(xp.asarray(x.mid), prepared, xp)) if self._exact else None
-        return self._watch("linear", product(x, matrix, self._products, exact), self._products.format)
+        return self._watch("linear", product(x, matrix, how, exact), how.format)

@@ -34,6 +34,7 @@ from refmoe.profiles.load import policy as named_policy
 from refmoe.profiles.policy import Policy
 from refmoe.spec.model import Parameters
 from refmoe.suite import Case
+from refmoe.suite.power import with_power
 from refmoe.traces.trace import Trace
 from refmoe.verifier.findings import CANNOT_JUDGE, FAIL, NOT_CONFORMANT, Report
 from refmoe.verifier.intake import take_in
@@ -63,6 +64,7 @@ class Judge:
         outcome = Outcome(case=case.name, dtype=dtype, policy=policy.name, verdict=BROKEN, reason="")
         try:
             report = verify(trace, name, config, parameters, runs, policy, Settings(self.significance))
+            report = with_power(report, trace, config, policy)
         except InputError as error:
             return replace(outcome, reason=_about_its_file(error, trace))
         unexplained = ""

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from refmoe.arithmetic.formats import FLOAT64, FORMATS, nearest
 from refmoe.engines.results import Results
 from refmoe.errors import InputError
+from refmoe.profiles.cut_points import CUT_POINTS
 from refmoe.profiles.load import policy as named_policy
-from refmoe.profiles.policy import CUT_POINTS, Policy
+from refmoe.profiles.policy import Policy
 from refmoe.suite import Case, trace_path
 from refmoe.traces.trace import Trace, read_trace
 

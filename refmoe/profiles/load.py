@@ -3,7 +3,7 @@
 
 hf-float32                          a policy of refmoe's own (``exact`` is another name of float64)
 my-engine.toml                      a file with one table, of the same format; its `base` may be one of refmoe's
-hf-float32+cache=float16            with changes, each a field or a cut point; ``cache`` is cache.k and cache.v
+hf-float32+cache=float16            with changes, each a field, a cut point, or one of `GROUPS`
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from refmoe.arithmetic.formats import Format
 from refmoe.errors import InputError
 from refmoe.files.parsing import toml
 from refmoe.files.reading import own_text
 from refmoe.files.sentences import shown
+from refmoe.profiles.cut_points import CUT_POINTS, INPUT_CUTS, ISLANDS
 from refmoe.profiles.policy import (
     COMPARED,
     CONSUMERS,
-    CUT_POINTS,
     FORMATS,
     ROUTER_ORDERS,
     SCALES,
@@ -42,8 +43,14 @@ CHOICES = {
     "sigmoid": SIGMOIDS,
 }  # fmt: skip
 FLAGS = ("truncates", "flushes")
-GROUPS = {"cache": ("cache.k", "cache.v")}
-"""The names in a change that stand for several cut points."""
+NUMBERS = ("ranks",)
+MOST_RANKS = 4096
+GROUPS = {
+    "cache": ("cache.k", "cache.v"),
+    "linear.input": tuple(INPUT_CUTS),
+    "islands": ("statistics", *ISLANDS),
+}
+"""The names in a change that stand for several fields and cut points."""
 
 Refuse = Callable[[str, Any, str], InputError]
 """The function that makes the error for a field, from its name, its value and the expected value in words."""
@@ -90,6 +97,7 @@ def _in_words(policy: Policy) -> dict[str, str]:
     words = {name: str(getattr(policy, name)) for name in DTYPES}
     words |= {name: getattr(policy, name) for name in CHOICES}
     words |= {name: "yes" if getattr(policy, name) else "no" for name in FLAGS}
+    words |= {name: str(getattr(policy, name)) for name in NUMBERS}
     words |= {name: budget_in_words(getattr(policy, name)) for name in BUDGETS}
     return words | {cut: str(policy.at(cut)) for cut in CUT_POINTS}
 
@@ -136,20 +144,29 @@ def _build(name: str, tables: dict[str, Any], where: str) -> Policy:
         if not isinstance(tables[name].get(field), str):
             raise refuse(field, tables[name].get(field), "a text of its own")
     values = _with_base(name, tables, refuse)
-    for field in values.keys() - {*TEXTS, *DTYPES, *BUDGETS, *CHOICES, *FLAGS, "cuts"}:
-        known = (*TEXTS, "base", *DTYPES, *BUDGETS, *CHOICES, *FLAGS, "cuts")
+    for field in values.keys() - {*TEXTS, *DTYPES, *BUDGETS, *CHOICES, *FLAGS, *NUMBERS, "cuts"}:
+        known = (*TEXTS, "base", *DTYPES, *BUDGETS, *CHOICES, *FLAGS, *NUMBERS, "cuts")
         raise InputError(f"{where}: [{name}] has a field '{field}', but only {_one_of(known, field)} was expected")
     parts: dict[str, Any] = {field: " ".join(values[field].split()) for field in TEXTS}
     for field in DTYPES:
         parts[field] = _value(field, values.get(field), refuse)
     for field in BUDGETS:
         parts[field] = _budget(field, values.get(field), refuse)
-    for field in values.keys() & {*CHOICES, *FLAGS}:
+    for field in values.keys() & {*CHOICES, *FLAGS, *NUMBERS}:
         parts[field] = _value(field, values[field], refuse)
-    for cut in values["cuts"].keys() - set(CUT_POINTS):
-        raise InputError(f"{where}: [{name}] has a cut point '{cut}', but only {_one_of(CUT_POINTS, cut)} was expected")
-    cuts = {cut: _value(cut, dtype, refuse) for cut, dtype in values["cuts"].items()}
+    groups = {group: _cuts_of(group) for group in GROUPS}
+    for cut in values["cuts"].keys() - {*CUT_POINTS, *groups}:
+        known = (*CUT_POINTS, *groups)
+        raise InputError(f"{where}: [{name}] has a cut point '{cut}', but only {_one_of(known, cut)} was expected")
+    cuts: dict[str, Format] = {}
+    for cut, dtype in sorted(values["cuts"].items(), key=lambda item: item[0] not in groups):  # single ones win
+        cuts |= dict.fromkeys(groups.get(cut, (cut,)), _value(cut, dtype, refuse))
     return Policy(name=name, cuts=cuts, **parts)
+
+
+def _cuts_of(group: str) -> tuple[str, ...]:
+    """The cut points that the name of a group stands for."""
+    return tuple(name for name in GROUPS[group] if name in CUT_POINTS)
 
 
 def _with_base(name: str, tables: dict[str, Any], refuse: Refuse) -> dict[str, Any]:
@@ -179,6 +196,10 @@ def _value(field: str, found: Any, refuse: Refuse) -> Any:
         if not isinstance(found, bool):
             raise refuse(field, found, "true or false")
         return found
+    if field in NUMBERS:
+        if not isinstance(found, int) or isinstance(found, bool) or not 1 <= found <= MOST_RANKS:
+            raise refuse(field, found, f"an integer from 1 to {MOST_RANKS}")
+        return found
     known: Iterable[str] = CHOICES.get(field, FORMATS)
     if found not in tuple(known):
         raise refuse(field, found, _one_of(known, str(found)))
@@ -206,14 +227,18 @@ def _changed(found: Policy, change: str, text: str) -> Policy:
     field, equals, word = change.partition("=")
     if not equals:
         raise InputError(f"policy '{text}': '{change}' was found, but a change such as cache=float16 was expected")
-    if field not in (*DTYPES, *CHOICES, *FLAGS, *GROUPS, *CUT_POINTS):
-        known = (*DTYPES, *CHOICES, *FLAGS, *GROUPS, *CUT_POINTS)
+    fields = (*DTYPES, *CHOICES, *FLAGS, *NUMBERS)
+    if field not in (*fields, *GROUPS, *CUT_POINTS):
+        known = (*fields, *GROUPS, *CUT_POINTS)
         raise InputError(f"policy '{text}': '{field}' cannot be changed, expected {_one_of(known, field)}")
-    value: Any = {"true": True, "false": False}.get(word, word) if field in FLAGS else word
-    if field in (*DTYPES, *CHOICES, *FLAGS):
-        return replace(found, **{field: _value(field, value, refuse)})
-    cuts = {cut: _value(cut, value, refuse) for cut in GROUPS.get(field, (field,))}
-    return replace(found, cuts={**found.cuts, **cuts})
+    value: Any = word
+    if field in FLAGS:
+        value = {"true": True, "false": False}.get(word, word)
+    elif field in NUMBERS and word.isdecimal():
+        value = int(word)
+    values = {name: _value(name, value, refuse) for name in GROUPS.get(field, (field,))}
+    cuts = {name: dtype for name, dtype in values.items() if name in CUT_POINTS}
+    return replace(found, cuts={**found.cuts, **cuts}, **{name: values[name] for name in values if name not in cuts})
 
 
 def _shown(found: Any) -> str:

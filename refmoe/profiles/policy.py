@@ -8,34 +8,7 @@ from dataclasses import dataclass, field
 
 from refmoe.arithmetic.enclosure.budgets import Budget
 from refmoe.arithmetic.formats import FORMATS, Format
-from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS
-
-INNER_CUTS = {
-    "weights": "parameters, as the engine holds them",
-    "norm.input": "the input of a norm's statistic",
-    "norm.normed": "the row divided by its root mean square, before the gain",
-    "rope.table": "cosines and sines",
-    "rope.products": "each product of a rotation, before the sum",
-    "cache.k": "keys as the cache keeps them",
-    "cache.v": "values as the cache keeps them",
-    "attention.query": "queries as the product with the keys reads them, scaled where the policy scales queries",
-    "attention.dots": "dot products of queries and keys, before they are scaled",
-    "attention.softmax_input": "the input of the softmax of attention",
-    "attention.mixing": "probabilities as the product with the values reads them",
-    "router.softmax_input": "the input of the softmax of the router",
-    "router.probs": "softmax over all experts, where the router takes it before it chooses; the sum of the chosen",
-    "expert.sigmoid": "sigmoid of the gate, where it is a value of its own",
-    "expert.silu": "gate times its sigmoid, before it multiplies the up projection",
-    "combine.weighted": "an expert's output times its weight",
-    "combine.partial": "sums of a token's weighted outputs but the last",
-}
-"""The cut points inside steps: values that are not taps but may be rounded. Every tap is a cut point too."""
-
-CUT_POINTS = (*INNER_CUTS, *(tap for tap in (*LAYER_TAPS, *MODEL_TAPS) if tap != "router.experts"))
-"""All names of cut points: those inside steps, and the taps that are real numbers."""
-
-STATISTICS = ("norm.input", "attention.softmax_input", "router.softmax_input", "router.probs")
-"""The cut points with the dtype of statistics by default. For all others the default is the dtype of storage."""
+from refmoe.profiles.cut_points import CUT_POINTS
 
 ROUTER_ORDERS = ("top-k-then-softmax", "softmax-then-top-k")
 SCALES = ("scores", "query")
@@ -87,11 +60,39 @@ class Policy:
     """Whether an accumulator may truncate, as tensor cores do."""
     flushes: bool = False
     """Whether subnormal inputs and results of a product may become zero."""
+    ranks: int = 1
+    """The number of ranks that share the terms of `ROW_PARALLEL` products, or the experts of a token.
+
+    Each rank may store its part of the sum as `rank.partial`, and the parts are added in any order in that dtype.
+    """
 
     def at(self, cut: str) -> Format:
-        """The dtype of a cut point.   cut: a name of `INNER_CUTS`, or a tap without its layer"""
-        default = self.statistics if cut in STATISTICS else self.storage
-        return self.cuts.get(cut, default)
+        """The dtype of a cut point.   cut: a name of `CUT_POINTS`; a tap without its layer"""
+        found = self.cuts.get(cut)
+        if found is not None:
+            return found
+        default = CUT_POINTS[cut].default if cut in CUT_POINTS else "storage"
+        format: Format = self.at(default) if default in CUT_POINTS else getattr(self, default)
+        return format
 
 
-__all__ = ["CUT_POINTS", "FORMATS", "INNER_CUTS", "STATISTICS", "Budget", "Policy"]
+FIELDS = {
+    "storage": "the dtype of weights, and of every cut point without a dtype of its own",
+    "accumulation": "the dtype of each operation inside a step, such as the sums of a matrix product",
+    "statistics": "the dtype of norms, softmax and angles",
+    "scale": "the values multiplied by 1 / sqrt(head_dim): the scores, or the query before the product",
+    "router_order": "whether the router chooses before or after its softmax",
+    "compared": "whether the router compares the stored logits, or may compare them before they are rounded",
+    "ties": "the expert chosen of two with equal logits: any, or the one with the lower id",
+    "consumers": "whether the next step reads the stored tap, or may read it before it is rounded (fused kernels)",
+    "sigmoid": "whether the error of the sigmoid is relative to it, or relative to 1",
+    "truncates": "whether an accumulator may cut off, as tensor cores do",
+    "flushes": "whether subnormal inputs and results of a product may become zero",
+    "ranks": "the ranks that share the sums of attention.output and expert.output, or the experts of a token",
+    "exp": "the error that exp and sigmoid may have, in units of the roundoff of statistics",
+    "angles": "the error of a rotary frequency, relative, in the same units",
+    "circle": "the error of cosine and sine, absolute, in the same units",
+}
+"""Every field of a policy but its texts and cut points, in words."""
+
+__all__ = ["FIELDS", "FORMATS", "Budget", "Policy"]

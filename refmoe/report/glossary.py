@@ -23,6 +23,7 @@ TERMS = {
     "check": "The test of one tap of one run. Its verdict is pass, fail or undecidable.",
     "excess": ("The distance from the midpoint to the cell, in standard deviations. A large one is improbable."),
     "significance": "The probability that a healthy engine fails anywhere in the whole verification.",
+    "power": "The number of known bugs that the taps of a trace would show at its dtype, as measured on golden cases.",
     "rung": "How much of a check's input is in the trace: local, routing-replayed or free-running.",
     "first wrong step": "The first failed check, in order of computation.",
     "decision": "The choice of experts for one token in one layer.",
@@ -31,7 +32,7 @@ TERMS = {
     "contestable": "A decision that rounding alone can change. Either choice is legal.",
     "margin": "The distance between the logits of the last chosen expert and of the best one left out.",
     "known bug": "A mistake that a real implementation has had, with its source.",
-    "explanation": "A known bug, a pair of them, or a structure, under which all failed checks pass.",
+    "explanation": "A known bug, other arithmetic, two at once, or a structure, under which all failed checks pass.",
     "structure": (
         "A simple relation between the right values and those found, such as exchanged heads or a constant factor."
     ),

@@ -13,6 +13,7 @@ from refmoe.report.heat_map import LEVELS, heat_map
 from refmoe.report.page import render
 from refmoe.report.routing_strips import MARKS, routing_strips
 from refmoe.report.summary import run_names, summarise_routing, summarise_steps, wrong_choices
+from refmoe.suite.power import in_words
 from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT, FAIL, UNDECIDABLE, Check, Decision, Report, as_set
 
 LISTED = 100
@@ -72,9 +73,13 @@ def to_html(report: Report) -> str:
         report=report,
         verdict={"name": name, "symbol": symbol},
         lead=wording.lead(report),
+        verdict_words=in_words(report),
+        power=wording.power(report.power) if report.power is not None else "",
         first=_first_wrong(report),
         explanations=(report.explanations or ())[:LISTED],
         fit=wording.fit,
+        small=wording.small,
+        alternatives=wording.alternatives,
         nothing_explains=wording.NOTHING_EXPLAINS,
         runs=run_names(report),
         map=heat_map(report),

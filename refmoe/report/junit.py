@@ -15,6 +15,7 @@ from refmoe.report.wording import (
     explanation,
     found_and_expected,
     place,
+    power,
     visible,
     why,
 )
@@ -68,6 +69,8 @@ def _properties(suite: Element, report: Report) -> None:
     properties = SubElement(suite, "properties")
     for name in ("trace", "subject", "producer", "policy", "significance", "verdict", "headline"):
         SubElement(properties, "property", name=name, value=visible(str(getattr(report, name))))
+    if report.power is not None:
+        SubElement(properties, "property", name="power", value=power(report.power))
 
 
 def _case(suite: Element, layer: int | None, name: str) -> Element:

@@ -21,10 +21,12 @@ from refmoe.report.wording import (
     lead,
     number,
     place,
+    power,
     preceding,
     visible,
     why,
 )
+from refmoe.suite.power import in_words
 from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT, FAIL, UNDECIDABLE, Check, Decision, Report
 
 LISTED = 10
@@ -50,7 +52,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
 
 
 def _headline(console: Console, report: Report) -> None:
-    print_text(console, report.verdict.upper(), STYLES.get(report.verdict, "bold red"))
+    print_text(console, visible(in_words(report)).upper(), STYLES.get(report.verdict, "bold red"))
     print_text(console, INDENT + lead(report), "bold")
 
 
@@ -170,7 +172,7 @@ def _decisions(console: Console, report: Report, illegal: tuple[Decision, ...]) 
 
 def _gaps(console: Console, report: Report) -> None:
     """Print the missing taps, the unknown keys, and the notes about their consequences."""
-    if report.missing or report.unknown or report.notes:
+    if report.missing or report.unknown or report.notes or report.power is not None:
         console.print()
     for title, names in (("not in the trace", report.missing), ("keys that name no tap", report.unknown)):
         if names:
@@ -178,3 +180,5 @@ def _gaps(console: Console, report: Report) -> None:
             print_text(console, f"{title}: {', '.join(map(visible, names[: 3 * LISTED]))}{more}")
     for note in report.notes:
         print_text(console, f"note: {visible(note)}")
+    if report.power is not None:
+        print_text(console, f"power: {power(report.power)}")

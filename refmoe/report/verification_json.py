@@ -17,7 +17,7 @@ from refmoe.files.parsing import strict_json
 from refmoe.files.reading import own_text
 from refmoe.verifier.findings import Report
 
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 
 
 def to_json(report: Report) -> str:

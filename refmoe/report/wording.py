@@ -20,6 +20,7 @@ from refmoe.verifier.findings import (
     Decision,
     Element,
     Explanation,
+    Power,
     Report,
     as_set,
 )
@@ -237,22 +238,50 @@ def choice(decision: Decision, policy: str) -> str:
 
 
 def fit(found: Explanation) -> str:
-    """How well an explanation predicts the error; empty where that was not measured."""
-    if math.isnan(found.coefficient) or math.isnan(found.residual):
+    """How well an explanation predicts the error, and for how many values; empty where that was not measured."""
+    parts = []
+    if not math.isnan(found.coefficient) and not math.isnan(found.residual):
+        parts.append(f"coefficient {found.coefficient:.3f} (1 if it predicts the whole error)")
+    if not math.isnan(found.residual):
+        parts.append(f"residual {small(found.residual)} (the part of the error left over)")
+    if found.values:
+        parts.append(f"accounts for {count(found.values, 'wrong value')}")
+    return ", ".join(parts)
+
+
+def small(residual: float) -> str:
+    """A residual, which may be far below 1."""
+    return f"{residual:.3f}" if residual == 0 or residual >= 5e-4 else f"{residual:.1e}"
+
+
+def alternatives(found: Explanation) -> str:
+    """The other explanations that leave as little, and the tap that tells them apart; empty if there is none."""
+    if not found.rivals:
         return ""
-    return (
-        f"coefficient {found.coefficient:.3f} (1 if it predicts the whole error), "
-        f"residual {found.residual:.3f} (the part of the error left over)"
-    )
+    names = " or ".join(map(visible, found.rivals))
+    if not found.told_apart_by:
+        return f"or {names}: this trace, and any other of these calls, cannot tell them apart"
+    return f"or {names}: the tap {visible(found.told_apart_by)} tells them apart"
+
+
+def power(found: Power) -> str:
+    """The power of a verification in one line."""
+    if not found.taps:
+        return "not measured for these taps, which lack the logits or hold them in some calls only"
+    line = f"{found.taps} show {found.seen} of {found.known} known bugs at {found.dtype}, on golden cases"
+    few = f", such as {', '.join(found.unseen[:SOURCES])}" if found.unseen else ""
+    return f"{line}; {len(found.unseen)} stay unseen{few}" if found.unseen else line
 
 
 def explanation(found: Explanation) -> list[str]:
     """An explanation as lines: its kind and name, a description, the fix, its sources, and how well it fits."""
     lines = [visible(f"{found.kind}: {found.name}"), visible(found.about.rstrip("."))]
+    if found.where:
+        lines.append(visible(f"only in {found.where}"))
     if found.fix:
         lines.append(visible(f"fix: {found.fix}"))
     lines += [visible(f"met in: {source}") for source in found.sources[:SOURCES]]
-    return lines + [line for line in [fit(found)] if line]
+    return lines + [line for line in (fit(found), alternatives(found)) if line]
 
 
 def is_link(text: str) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 
@@ -21,12 +22,17 @@ from refmoe.arithmetic.enclosure.array import (
     stored,
     unbounded_beyond,
 )
-from refmoe.arithmetic.enclosure.products import Accumulator, Matrix, product, total
+from refmoe.arithmetic.enclosure.products import Accumulator, Matrix, over_ranks, product, total
 from refmoe.arithmetic.exact import dot, elementary
 from refmoe.arithmetic.formats import Format, nearest, ulp
 from refmoe.arithmetic.streaming import blocks
 from refmoe.arithmetic.weight_cache import WeightCache
-from refmoe.profiles.policy import STATISTICS, Policy
+from refmoe.checkpoints.weight import Weight
+from refmoe.profiles.cut_points import PRODUCTS, PROJECTIONS, ROW_PARALLEL, STATISTICS, product_of
+from refmoe.profiles.policy import Policy
+from refmoe.steps.rounding import CutOps, cut_again
+from refmoe.steps.sharded import block
+from refmoe.steps.sharded.parameters import part
 
 MATRIX_BYTES = 256 << 20
 """The default memory for prepared weights."""
@@ -36,6 +42,27 @@ SPREADS = 32.0
 
 FLASH_BLOCK = 16
 """The fewest keys that flash attention takes at a time. It rescales its sums between blocks."""
+
+
+def own_accumulator(policy: Policy, step: str) -> Accumulator:
+    """The arithmetic of a product that does not share the policy's `accumulation`."""
+    format = policy.at(f"{step}.accumulation")
+    rescales = step == "attention.context"  # flash attention rescales the sum when the largest score grows
+    inputs = policy.storage if format.holds(policy.storage) else format
+    return Accumulator(format, inputs, policy.truncates, policy.flushes, rescales)
+
+
+def read_in(format: Format, x: Enclosure) -> Enclosure:
+    """Factors as a product in this dtype reads them: rounded, unless it holds them."""
+    result = x.cut(format)
+    result.accumulation = x.accumulation
+    return result
+
+
+def row_parallel(weight: Any, ranks: int) -> list[tuple[range, Weight]]:
+    """The columns of a matrix that each rank has, and that part of it (SHARD-2, SHARD-6)."""
+    shares = (block(weight.shape[1], ranks, rank) for rank in range(ranks))
+    return [(share, part(weight, columns=share)) for share in shares if share]
 
 
 class EnclosureOps(ArrayOps):
@@ -49,6 +76,8 @@ class EnclosureOps(ArrayOps):
         self._matrices = WeightCache(matrix_bytes)
         self._products = Accumulator(policy.accumulation, policy.storage, policy.truncates, policy.flushes)
         self._sums = Accumulator(policy.statistics, policy.statistics)
+        self._own = {step: own_accumulator(policy, step) for step in PRODUCTS if f"{step}.accumulation" in policy.cuts}
+        self._shares = WeightCache(1 << 62)
         self.any_offset = False
         """Whether the engine may count positions from another start, because no value shows its start."""
         self.events: list[str] = []
@@ -63,33 +92,65 @@ class EnclosureOps(ArrayOps):
         return stored(table.rows(ids), self.policy.at("weights"), self.policy.accumulation)
 
     def linear(self, x: Enclosure, weight: StoredWeight) -> Enclosure:
+        step = product_of(weight)
+        if step is None:
+            return self.times_weight(x, weight, self._products)
+        how, ops = self._own.get(step, self._products), cast(CutOps, self)
+        x = cut_again(ops, f"{step}.input", PROJECTIONS[step][1], x)
+        if step in self._own:
+            x = read_in(how.format, x)
+        if self.policy.ranks == 1 or step not in ROW_PARALLEL:
+            return self.times_weight(x, weight, how)
+        shares = self._shares.get(weight, lambda: row_parallel(weight, self.policy.ranks), lambda _: 0)
+        parts = [self.times_weight(x[..., share.start : share.stop], part, how) for share, part in shares]
+        return over_ranks(parts, self.policy.at("rank.partial"), self.policy.flushes)
+
+    def times_weight(self, x: Enclosure, weight: StoredWeight, how: Accumulator) -> Enclosure:
+        """x times the transpose of a stored weight.   how: the arithmetic of the product"""
+
         def nbytes(made: tuple[Matrix, Any]) -> int:
             return made[0].nbytes + (made[1].nbytes if self._exact else 0)
 
+        def prepare(rows: Any) -> tuple[Matrix, Any]:
+            return self._prepare(rows, how)
+
         if math.prod(weight.shape) * self.dtype.itemsize > self._matrices.limit:
             parts = []
-            for _, _, ready in blocks(weight, self._prepare):
-                parts.append(self._times(x, *ready))
+            for _, _, ready in blocks(weight, prepare):
+                parts.append(self._times(x, ready, how))
                 _ = parts[-1].biased and parts[-1].bias  # computed now, because later the block is gone
-            return self._watch("linear", concatenate(parts, axis=-1), self._products.format)
-        made = self._matrices.get(weight, lambda: self._prepare(weight.read()), nbytes)
-        return self._watch("linear", self._times(x, *made), self._products.format)
+            return self._watch("linear", concatenate(parts, axis=-1), how.format)
+        made = self._matrices.get(weight, lambda: prepare(weight.read()), nbytes)
+        return self._watch("linear", self._times(x, made, how), how.format)
 
-    def _prepare(self, rows: Any) -> tuple[Matrix, Any]:
+    def _prepare(self, rows: Any, how: Accumulator) -> tuple[Matrix, Any]:
         """Rows of a stored weight, prepared for products."""
         held = self.policy.at("weights")
         values = nearest(rows, held)
-        return Matrix(Enclosure(values.T), held), dot.prepare(values) if self._exact else None
+        exact = dot.prepare(values) if self._exact else None
+        if how is self._products:
+            return Matrix(Enclosure(values.T), held), exact
+        return Matrix(read_in(how.format, Enclosure(values.T))), exact
 
-    def _times(self, x: Enclosure, matrix: Matrix, prepared: Any) -> Enclosure:
+    def _times(self, x: Enclosure, made: tuple[Matrix, Any], how: Accumulator) -> Enclosure:
+        matrix, prepared = made
         exact = dot.linear(x.mid, prepared) if self._exact else None
-        return product(x, matrix, self._products, exact)
+        return product(x, matrix, how, exact)
 
     # ---- products and sums
 
     def matmul(self, a: Enclosure, b: Enclosure) -> Enclosure:
+        return self._matmul(a, b, self._products)
+
+    def product(self, step: str, a: Enclosure, b: Enclosure) -> Enclosure:
+        how = self._own.get(step)
+        if how is None:
+            return self._matmul(a, b, self._products)
+        return self._matmul(read_in(how.format, a), read_in(how.format, b), how)
+
+    def _matmul(self, a: Enclosure, b: Enclosure, how: Accumulator) -> Enclosure:
         exact = dot.matmul(a.mid, b.mid) if self._exact else None
-        return self._watch("matmul", product(a, Matrix(b), self._products, exact), self._products.format)
+        return self._watch("matmul", product(a, Matrix(b), how, exact), how.format)
 
     def sum(self, x: Enclosure, axis: int) -> Enclosure:
         exact = dot.sum(x.mid, axis) if self._exact else None
@@ -98,25 +159,35 @@ class EnclosureOps(ArrayOps):
     @quiet
     def accumulate(self, x: Enclosure, axis: int) -> Enclosure:
         """The sum of a few values in any order. Each partial sum but the last is cut as `combine.partial`."""
-        x = x.settle()
-        n, partial = x.shape[axis], self.policy.at("combine.partial")
+        x, policy = x.settle(), self.policy
+        n = x.shape[axis]
+        stored = {policy.at("combine.partial"), *([policy.at("rank.partial")] if policy.ranks > 1 else [])}
+        coarse = [format for format in stored if format != x.accumulation]
         terms = [x[(slice(None),) * axis + (i,)] for i in range(n)]
         if n == 1:
             return terms[0]
         if n == 2:
-            return terms[0] + terms[1]
+            return self._reduced(terms[0] + terms[1])
         # n - 2 partial sums are rounded, and cut if their dtype differs. In any order, none is larger than the sum of
         # the positive or of the negative terms, plus the roundings of these
         mid = x.mid.sum(axis)
         inherited = 0.0 if x.radius is None else x.radius.sum(axis)
-        coarse = partial != x.accumulation
-        unit = x.accumulation.u + coarse * partial.u
+        unit = x.accumulation.u + sum(format.u for format in coarse)
         reach = ((np.abs(x.mid).sum(axis) + np.abs(mid)) / 2 + inherited) * math.exp(min(n * unit, 700.0))
-        step = ulp(reach, x.accumulation) / 2 + coarse * ulp(reach, partial) / 2
+        step = ulp(reach, x.accumulation) / 2 + sum(ulp(reach, format) / 2 for format in coarse)
         radius = bounded((inherited + (n - 2) * step + (n + 2) * OWN * reach) * SLACK)
-        radius = unbounded_beyond(reach, radius, partial if coarse else x.accumulation)
+        for format in coarse or [x.accumulation]:
+            radius = unbounded_beyond(reach, radius, format)
         variance = (n - 2) * step**2 / 3 + (0.0 if x.variance is None else x.variance.sum(axis))
-        return Enclosure(mid, radius, bounded(variance), accumulation=x.accumulation, owed=True)
+        return self._reduced(Enclosure(mid, radius, bounded(variance), accumulation=x.accumulation, owed=True))
+
+    def _reduced(self, total: Enclosure) -> Enclosure:
+        """A sum of several parts. With several ranks its last addition is in the dtype of partial sums over ranks."""
+        stored = self.policy.at("rank.partial")
+        if self.policy.ranks == 1 or stored == total.accumulation:
+            return total
+        total = total.settle()
+        return Enclosure(total.mid, total.radius, total.variance, accumulation=stored, owed=True)
 
     def max(self, x: Enclosure, axis: int) -> Any:
         # it is only subtracted before exp, where any number is valid: a constant keeps the enclosures small
@@ -134,7 +205,12 @@ class EnclosureOps(ArrayOps):
         return functions.sigmoid(x, self._sigmoid(x.mid), self.policy)
 
     def silu(self, x: Enclosure) -> Enclosure:
-        result = functions.silu(x, self._sigmoid(x.mid), self.policy, self.policy.at("expert.sigmoid"))
+        budgets = self.policy
+        if "expert.silu.accumulation" in budgets.cuts:
+            budgets = replace(budgets, accumulation=budgets.at("expert.silu.accumulation"))
+            x = read_in(budgets.accumulation, x)
+            x.accumulation = budgets.accumulation
+        result = functions.silu(x, self._sigmoid(x.mid), budgets, self.policy.at("expert.sigmoid"))
         return self.cut("expert.silu", result)
 
     def softmax(self, x: Enclosure, mask: Any) -> Enclosure:
@@ -173,7 +249,7 @@ class EnclosureOps(ArrayOps):
         return functions.unit_circle(positions, logarithms, cos, sin, self.policy, self.any_offset)
 
     def at_any_offset(self, turned: Enclosure, x: Enclosure, table: tuple[Enclosure, Enclosure]) -> Enclosure:
-        if any(part.length is None for part in table):
+        if any(getattr(part, "length", None) is None for part in table):  # a bug may make its table of plain numbers
             return turned
         return functions.turned(turned.mid, x, table, self.policy.at("rope.products"))
 

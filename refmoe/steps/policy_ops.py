@@ -13,8 +13,11 @@ from refmoe.arithmetic.arrays import StoredWeight, Tap
 from refmoe.arithmetic.exact import dot
 from refmoe.arithmetic.exact.ops import PREPARED_BYTES, ExactOps
 from refmoe.arithmetic.formats import FLOAT64, nearest
+from refmoe.profiles.cut_points import PROJECTIONS, ROW_PARALLEL, product_of
 from refmoe.profiles.policy import Policy
 from refmoe.spec.softmax import softmax
+from refmoe.steps.rounding import cut_again
+from refmoe.steps.sharded import block
 
 
 class PolicyOps(ExactOps):
@@ -46,6 +49,27 @@ class PolicyOps(ExactOps):
         return self._held(table.rows(ids))
 
     def linear(self, x: Any, weight: StoredWeight) -> Any:
+        step = product_of(weight)
+        if step is None:
+            return self._times_weight(x, weight)
+        ops: Any = self
+        x = cut_again(ops, f"{step}.input", PROJECTIONS[step][1], x)
+        if self.policy.ranks == 1 or step not in ROW_PARALLEL:
+            return self._times_weight(x, weight)
+        shares = (block(x.shape[-1], self.policy.ranks, rank) for rank in range(self.policy.ranks))
+        terms = [self._share(x, weight, share) for share in shares if share]
+        total = terms[0]
+        for term in terms[1:]:
+            total = self.cut("rank.partial", total + term)
+        return total
+
+    def _share(self, x: Any, weight: StoredWeight, share: range) -> Any:
+        """The part of a product that one rank has."""
+        columns = slice(share.start, share.stop)
+        prepared = dot.prepare(self._held(weight.read())[:, columns])
+        return self.cut("rank.partial", dot.linear(x[..., columns], prepared))
+
+    def _times_weight(self, x: Any, weight: StoredWeight) -> Any:
         def prepare() -> dot.PreparedWeight:
             stored = weight.read()
             held = stored if stored.dtype == self.policy.at("weights").dtype else self._held(stored)
@@ -76,12 +100,14 @@ class PolicyOps(ExactOps):
         return chosen / self.cut("router.probs", self.sum(chosen, axis=-1))[:, None]
 
     def accumulate(self, x: Any, axis: int) -> Any:
-        if self.policy.at("combine.partial") == FLOAT64:
+        ranks = self.policy.ranks > 1
+        if self.policy.at("combine.partial") == FLOAT64 and not ranks:
             return self.sum(x, axis)  # no partial sum is rounded, so the sum is exact in any order
         first, *others = (x.take(i, axis) for i in range(x.shape[axis]))
         total = first
         for i, term in enumerate(others):
             total = (total if i == 0 else self.cut("combine.partial", total)) + term
+            total = self.cut("rank.partial", total) if ranks else total
         return total
 
     @property

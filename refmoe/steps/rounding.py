@@ -47,7 +47,10 @@ class CutOps(ArrayOps):
         raise NotImplementedError
 
     def accumulate(self, x: Array, axis: int) -> Array:
-        """The sum over an axis, element by element. Each partial sum is cut as `combine.partial`."""
+        """The sum over an axis, element by element. Each partial sum is cut as `combine.partial`.
+
+        With several ranks it is cut as `rank.partial` too, and so is the last sum.
+        """
         raise NotImplementedError
 
 
@@ -103,7 +106,7 @@ def scores_of(ops: CutOps, q: Array, k: Array, scaled: bool = True) -> Array:
     else:
         q = cut_again(ops, "attention.query", "attention.q_rope", q)
     rows = grouped_by_kv_head(q, k.shape[1])
-    dots = ops.matmul(rows, k.transpose(1, 2, 0)).reshape(q.shape[1], q.shape[0], k.shape[0])
+    dots = ops.product("attention.scores", rows, k.transpose(1, 2, 0)).reshape(q.shape[1], q.shape[0], k.shape[0])
     return dots if in_query or not scaled else ops.cut("attention.dots", dots) / root
 
 
@@ -117,7 +120,8 @@ def context_of(ops: CutOps, probs: Array, v: Array) -> Array:
     heads, tokens, cached = probs.shape
     kv_heads, head_dim = v.shape[1:]
     probs = cut_again(ops, "attention.mixing", "attention.probs", probs)
-    mixed = ops.matmul(probs.reshape(kv_heads, heads // kv_heads * tokens, cached), v.transpose(1, 0, 2))
+    rows = probs.reshape(kv_heads, heads // kv_heads * tokens, cached)
+    mixed = ops.product("attention.context", rows, v.transpose(1, 0, 2))
     return mixed.reshape(heads, tokens, head_dim).transpose(1, 0, 2)
 
 
@@ -156,7 +160,10 @@ def run_experts(ops: CutOps, experts: Sequence[Expert], x: Array, chosen: Array)
 
 def combine(ops: CutOps, outputs: Array, weights: Array) -> Array:
     """`refmoe.spec.experts.combine`. outputs: [T, k, D]   weights: [T, k]   returns: [T, D]"""
-    return ops.accumulate(ops.cut("combine.weighted", outputs * weights[:, :, None]), axis=1)
+    weighted = ops.cut("combine.weighted", outputs * weights[:, :, None])
+    if ops.policy.ranks > 1:  # a rank may have one of the experts alone, and store its part
+        weighted = cut_again(ops, "rank.partial", "combine.weighted", weighted)
+    return ops.accumulate(weighted, axis=1)
 
 
 CUT_STEPS: Any = Steps(

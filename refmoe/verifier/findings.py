@@ -111,7 +111,12 @@ class Decision:
 
 
 KNOWN_BUG, TWO_BUGS, STRUCTURE = "known bug", "two known bugs", "structure"
-"""The kinds of explanation. structure: the right values in another order or place, or times a factor."""
+ARITHMETIC, BUG_AND_ARITHMETIC = "other arithmetic", "known bug and other arithmetic"
+"""The kinds of explanation.
+
+structure: the right values in another order or place, or times a factor.
+other arithmetic: the declared policy with a change.
+"""
 
 
 @dataclass(frozen=True)
@@ -138,10 +143,27 @@ class Explanation:
     """The part of the error that the cause does not predict: its root mean square over that of the whole error."""
     touches: int = 0
     """The number of taps that the cause can make wrong. Of two that explain equally well, fewer taps come first."""
+    values: int = 0
+    """The number of wrong values that it accounts for. A wrong choice of experts counts as one value."""
+    where: str = ""
+    """The calls, layers or rows that the cause is limited to, in words; empty: everywhere that it could act."""
+    rivals: tuple[str, ...] = ()
+    """The names of other explanations that leave as little. At most one of them and this one is right."""
+    told_apart_by: str = ""
+    """The first tap in which this explanation and the best rival differ. The trace lacks it; empty: no tap shows it."""
 
 
-def proven(name: str, kind: str, about: str, fix: str) -> Explanation:
-    """An explanation without sources or matched filter, under which no check fails."""
+def proven(
+    name: str,
+    kind: str,
+    about: str,
+    fix: str,
+    coefficient: float = float("nan"),
+    residual: float = float("nan"),
+    values: int = 0,
+    where: str = "",
+) -> Explanation:
+    """An explanation without sources, under which no check fails."""
     return Explanation(
         name=name,
         kind=kind,
@@ -151,9 +173,36 @@ def proven(name: str, kind: str, about: str, fix: str) -> Explanation:
         explains=True,
         still_failing=0,
         newly_failing=0,
-        coefficient=float("nan"),
-        residual=float("nan"),
+        coefficient=coefficient,
+        residual=residual,
+        values=values,
+        where=where,
     )
+
+
+ALL_TAPS = "all taps"
+"""The set of all taps, as `Power` names it."""
+
+
+@dataclass(frozen=True)
+class Power:
+    """The known bugs that a verification with these taps would see, as measured on golden cases."""
+
+    taps: str
+    """The largest measured set of taps that the trace holds; empty if it holds none of them."""
+    dtype: str
+    """The dtype at which the set was measured, under the policy of that name."""
+    seen: int
+    """The number of known bugs that are seen with this set."""
+    known: int
+    """The number of known bugs that were tried."""
+    unseen: tuple[str, ...]
+    """The ids of the known bugs that are not seen with this set."""
+
+    @property
+    def weak(self) -> bool:
+        """Whether more known bugs would escape than be seen."""
+        return 2 * self.seen < self.known
 
 
 @dataclass(frozen=True)
@@ -182,6 +231,8 @@ class Report:
     """Keys of the trace that name no tap."""
     notes: tuple[str, ...] = ()
     """The limits of this verification and the taps that would lift them; one sentence each."""
+    power: Power | None = None
+    """None: not looked up."""
     explanations: tuple[Explanation, ...] | None = None
     """The explanations, best first. Empty: nothing known explains the failure. None: no diagnosis was made."""
 

@@ -56,6 +56,11 @@ class Limits:
         """The limit in standard deviations. A third of the significance is split over all values."""
         return math.log(2 * max(self.values, 1) * 3 / self.significance) / 2
 
+    @property
+    def part(self) -> float:
+        """The significance of each of the three tests against replicas. Together they have a third of the whole."""
+        return self.significance / 9
+
     def rms(self, values: int, alike: float) -> float:
         """The limit of the root mean square of `values` errors, of which `alike` at a time are equal.
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+from refmoe.profiles.cut_points import INPUT_CUTS
 from refmoe.profiles.policy import Policy
 from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters
@@ -123,6 +124,8 @@ def assemble(findings: Findings, contents: Contents, config: Config, policy: Pol
                 continue
             tally = findings.tallies.get((run.run, tap), Tally())
             size = alike_values(tap, origin, alike)
+            if size is not None and reads_coarser(policy, step_of(tap)):
+                size = max(size, LIKE_POINTWISE)  # all outputs share the roundings of one input
             # rows of a norm stored in the dtype of its statistic: adding eps to rounded means errs alike in every row
             alike_rows = origin.normalises and policy.statistics.precision <= policy.at(step_of(tap)).precision
             if size is not None and alike_rows:
@@ -168,6 +171,12 @@ def alike_values(tap: str, origin: Origin, repeats: int) -> float | None:
     return max(LIKE_POINTWISE, float(repeats))
 
 
+def reads_coarser(policy: Policy, step: str) -> bool:
+    """Whether a product rounds its input, which may be narrower than its output."""
+    cut = INPUT_CUTS.get(f"{step}.input")
+    return cut is not None and not policy.at(f"{step}.input").holds(policy.at(cut.default))
+
+
 def _routing_check(mine: list[Decision], invalid: str | None, run: str, tap: str, origin: Origin) -> Check:
     """The check of the choices of experts.   mine: the decisions   invalid: the ids that are no choice, in words"""
     check = Check(
@@ -193,22 +202,18 @@ def _routing_check(mine: list[Decision], invalid: str | None, run: str, tap: str
 
 
 def apply_second_pass(checks: list[Check], again: list[Check], reason: str) -> list[Check]:
-    """The checks, where a failed check that does not fail in a second pass takes the verdict of that pass.
+    """The checks, where a failed check that does not fail in a second pass is replaced by that of the second pass.
 
+    So the numbers of a check are those of the pass that gave its verdict.
     again: the checks of the second pass   reason: the reason of the checks that change
     An undecidable check on the free-running rung changes nothing: there the second pass chose experts by itself.
     """
-    found = {
-        (check.run, check.tap): check.verdict
+    better = {
+        (check.run, check.tap): replace(check, reason=reason)
         for check in again
         if check.verdict == PASS or (check.verdict == UNDECIDABLE and check.rung != FREE)
     }
-    return [
-        replace(check, verdict=found[check.run, check.tap], reason=reason)
-        if check.verdict == FAIL and (check.run, check.tap) in found
-        else check
-        for check in checks
-    ]
+    return [better.get((check.run, check.tap), check) if check.verdict == FAIL else check for check in checks]
 
 
 def conclude(
@@ -230,13 +235,13 @@ def conclude(
         headline = f"not conformant with {policy.name}: {failed[0].run}/{failed[0].tap}: {failed[0].reason}"
     elif 2 * decided <= total:
         verdict = CANNOT_JUDGE
-        headline = f"cannot judge: {total - decided} of {total} values have no bound under {policy.name}"
+        headline = f"cannot judge: {total - decided} of {total} values cannot be tested under {policy.name}"
     elif 2 * _decided(last) <= sum(check.values for check in last):
         verdict = CANNOT_JUDGE
         values = sum(check.values for check in last)
         headline = (
             f"cannot judge: {values - _decided(last)} of {values} values of the last step in each run, "
-            f"{last[-1].step}, have no bound under {policy.name}"
+            f"{last[-1].step}, cannot be tested under {policy.name}"
         )
     else:
         verdict = CONFORMANT
@@ -262,8 +267,8 @@ def conclude(
 
 
 def _decided(checks: Iterable[Check]) -> int:
-    """The number of values with a bound in checks that could be decided."""
-    return sum(check.values - check.undecided for check in checks if check.verdict != UNDECIDABLE)
+    """The number of values that could be tested."""
+    return sum(check.values - check.undecided for check in checks)
 
 
 def notes(contents: Contents, checks: list[Check], findings: Findings) -> list[str]:

@@ -104,14 +104,53 @@ SHOWN_BY = {
     "quant-qk-scale-not-permuted": "mini-8x7b",
     "quant-smoothing-skips-router": "mini-8x7b",
     "quant-prefill-path-lower-precision": "mini-8x7b",
+    "attn-fully-masked-block-nan": "window-chunks",
+    "attn-swa-window-of-first-row": "window-chunks",
+    "attn-graph-length-frozen": "shared-prefix",
+    "attn-empty-prefix-poisons": "walking-skeleton",
+    "attn-scale-of-derived-head-dim": "head-dim-free",
+    "cache-ring-written-before-chunk": "window-chunks",
+    "cache-rejected-values-stay": "shared-prefix",
+    "cache-value-scale-not-applied": "walking-skeleton",
+    "norm-gain-plus-one": "four-layers",
+    "rope-graph-position-frozen": "walking-skeleton",
+    "router-first-experts-only": "experts-12",
+    "router-sort-powers-of-two": "flat-router",
+    "router-negative-logits-lost": "flat-router",
+    "expert-graph-reads-frozen-buffer": "mini-8x7b",
+    "expert-replica-summed-twice": "every-expert",
+    "expert-weights-of-first-token": "skewed-weights",
+    "expert-rows-of-ranks-exchanged": "mini-8x7b",
+    "expert-padding-not-zero": "mini-8x7b",
+    "expert-reduction-tail-lost": "mini-8x7b",
+    "expert-swiglu-limit-default-zero": "mini-8x7b",
+    "expert-capacity-drops-tokens": "one-pair",
+    "resid-from-moe-norm": "four-layers",
+    "load-gate-up-blocks-as-halves": "every-expert",
+    "load-gate-up-sharded-as-one": "every-expert",
+    "load-expert-adapters-dropped": "every-expert",
+    "load-expert-adapters-mispaired": "every-expert",
 }
 """A small golden case for each bug that is a variation of a forward pass. A comment names cases that do not serve."""
+
+MET_SINCE = (
+    "attn-fully-masked-block-nan", "attn-swa-window-of-first-row", "attn-graph-length-frozen",
+    "attn-empty-prefix-poisons", "attn-scale-of-derived-head-dim", "cache-ring-written-before-chunk",
+    "cache-rejected-values-stay", "cache-value-scale-not-applied", "norm-gain-plus-one", "rope-graph-position-frozen",
+    "router-first-experts-only", "router-sort-powers-of-two", "router-negative-logits-lost",
+    "expert-graph-reads-frozen-buffer", "expert-replica-summed-twice", "expert-weights-of-first-token",
+    "expert-rows-of-ranks-exchanged", "expert-padding-not-zero", "expert-reduction-tail-lost",
+    "expert-swiglu-limit-default-zero", "expert-capacity-drops-tokens", "resid-from-moe-norm",
+    "load-gate-up-blocks-as-halves", "load-gate-up-sharded-as-one", "load-expert-adapters-dropped",
+    "load-expert-adapters-mispaired",
+)  # fmt: skip
+"""The bugs that were met after the golden cases were written."""
 
 NOT_LISTED = (
     "attn-swa-wrongly-on", "attn-window-none-as-zero", "attn-softmax-lowprec", "attn-softmax-wrong-axis",
     "router-jitter-at-eval", "load-sanitise-twice", "load-k-permute-with-q-heads", "quant-router-quantised",
     "quant-w3-scale-dropped", "quant-qk-scale-not-permuted", "quant-smoothing-skips-router",
-    "quant-prefill-path-lower-precision",
+    "quant-prefill-path-lower-precision", *MET_SINCE,
 )  # fmt: skip
 """The bugs that their case does not list, although it has all that they need."""
 
@@ -200,6 +239,24 @@ INERT = [
     ("quant-qk-scale-not-permuted", "LOAD", "mini-8x7b"),
     ("quant-smoothing-skips-router", "QUANT", "mini-8x7b"),
     ("quant-prefill-path-lower-precision", "T>1", "mini-8x7b"),
+    ("attn-fully-masked-block-nan", "SWA", "walking-skeleton"),
+    ("attn-swa-window-of-first-row", "SWA", "one-shot-chunked-stepwise"),
+    ("attn-graph-length-frozen", "DECODE", "packed"),
+    ("attn-empty-prefix-poisons", "T>1", "walking-skeleton"),
+    ("attn-scale-of-derived-head-dim", "HEADDIM", "mini-8x7b"),
+    ("cache-ring-written-before-chunk", "SWA", "one-shot-chunked-stepwise"),
+    ("cache-rejected-values-stay", "SEQMIX", "walking-skeleton"),
+    ("rope-graph-position-frozen", "DECODE", "one-pair"),
+    ("router-first-experts-only", "EXPERTS>10", "every-expert"),
+    ("router-sort-powers-of-two", "", "mini-8x7b"),
+    ("expert-graph-reads-frozen-buffer", "DECODE", "one-pair"),
+    ("expert-weights-of-first-token", "T>1", "mini-8x7b"),
+    ("expert-rows-of-ranks-exchanged", "T>1", "mini-8x7b"),
+    ("expert-reduction-tail-lost", "", "walking-skeleton"),
+    ("expert-capacity-drops-tokens", "T>1", "mini-8x7b"),
+    ("load-gate-up-blocks-as-halves", "LOAD", "every-expert"),
+    ("load-gate-up-sharded-as-one", "LOAD", "every-expert"),
+    ("load-expert-adapters-mispaired", "LOAD", "every-expert"),
     # no condition has a name for the following: as many query heads as key/value heads, or one of these; no piece after
     # another piece (CHUNK leaves out those longer than the cache) or none longer than the window; a window of its own;
     # one expert per token, or all of them; equal layers

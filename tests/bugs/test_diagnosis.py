@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from refmoe.verifier.diagnosis.weights import MATRICES
 
 from refmoe.bugs.catalogue import MUTANTS
 from refmoe.bugs.changed_weights import mapped, with_layers
@@ -19,10 +20,8 @@ from refmoe.steps.sharded.layout import Layout
 from refmoe.traces.held import held_trace
 from refmoe.traces.trace import Trace
 from refmoe.verifier.diagnosis import explained
-from refmoe.verifier.diagnosis.arithmetic import ARITHMETIC
-from refmoe.verifier.diagnosis.known import Pair, matched_filter
-from refmoe.verifier.diagnosis.weights import MATRICES
-from refmoe.verifier.findings import KNOWN_BUG, NOT_CONFORMANT, STRUCTURE, TWO_BUGS, Explanation
+from refmoe.verifier.diagnosis.known import Pair
+from refmoe.verifier.findings import ARITHMETIC, KNOWN_BUG, NOT_CONFORMANT, STRUCTURE, TWO_BUGS, Explanation
 from tests.bugs.judging import DTYPES, case_named, diagnosed, judged, parameters_of, traced
 
 Edit = Callable[[Any], Any]
@@ -194,15 +193,6 @@ def test_a_bug_that_makes_nan_is_named_by_where_they_are(dtype: str) -> None:
     # the same NaN elsewhere is not this bug
     elsewhere = edited(shown_by, dtype, "attention.probs", lambda x: np.where(np.arange(len(x)) == 0, np.nan, x.T).T)
     assert bug not in {each.name for each in found_in(elsewhere, shown_by, dtype)}
-
-
-def test_the_filter_is_one_for_the_error_itself_and_zero_beside_it() -> None:
-    error = np.array([3.0, 4.0, 0.0])
-    assert matched_filter(error, error) == (1.0, 0.0)
-    assert matched_filter(error, np.array([0.0, 0.0, 2.0])) == (0.0, pytest.approx(np.sqrt(29) / 5))
-    coefficient, residual = matched_filter(error, error / 2)
-    assert (coefficient, residual) == (2.0, 0.5)
-    assert np.isnan(matched_filter(error, None)[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +17,12 @@ from safetensors.numpy import load_file
 
 from refmoe.checkpoints import gguf_file
 from refmoe.checkpoints.mistral import half_split
+from refmoe.checkpoints.weight import Weight
 from refmoe.checkpoints.write import named_weights, write_checkpoint
 from refmoe.engines.adapter import Arrays, Skipped
 from refmoe.engines.adapters import llama_cpp, llama_cpp_library
 from refmoe.errors import InputError
+from refmoe.profiles.cut_points import PROJECTIONS
 from refmoe.profiles.load import policy
 from refmoe.suite import Case, read_case
 from refmoe.suite.manifest import trace_path
@@ -140,13 +143,62 @@ def test_a_float16_cache_is_not_float32(tmp_path: Path) -> None:
 
 @needs_engine
 def test_flash_attention_sums_values_in_float16(tmp_path: Path) -> None:
-    """llama.cpp's default. That sum is less precise than any profile allows, and nothing else is wrong."""
+    """llama.cpp's default. Only its own profile allows that sum, and nothing else differs from the others."""
     case = read_case(GOLDEN / "walking-skeleton")
     adapter = loaded(case, tmp_path, cache="float16", flash="on")
     assert "attention.probs" not in adapter.taps
-    report = judged(case, adapter.run(case.runs(), adapter.taps), adapter.policies["float32"], tmp_path)
+    arrays = adapter.run(case.runs(), adapter.taps)
+    assert judged(case, arrays, adapter.policies["float32"], tmp_path).verdict == CONFORMANT
+    report = judged(case, arrays, "llama.cpp-float32-cache-float16", tmp_path)
     assert report.verdict == NOT_CONFORMANT
     assert {check.step for check in report.checks if check.verdict == "fail"} == {"attention.context"}
+
+
+@needs_engine
+@pytest.mark.parametrize("flash", ["on", "off"])
+@pytest.mark.parametrize("file", ["float16", "bfloat16"])
+def test_files_of_16_bits_round_the_inputs_of_products_and_nothing_else(file: str, flash: str, tmp_path: Path) -> None:
+    """Gains and the router's matrix are float32 in such a file. Without the policy's inputs no product would pass."""
+    case = read_case(GOLDEN / "walking-skeleton")
+    adapter = loaded(case, tmp_path, cache="float16", flash=flash, file=file)
+    arrays = adapter.run(case.runs(), adapter.taps)
+    report = judged(case, arrays, adapter.policies["float32"], tmp_path)
+    assert report.verdict == CONFORMANT, report.headline
+    other = judged(case, arrays, llama_cpp.policy_of("float32", "float16", flash), tmp_path)
+    wrong = {check.step for check in other.checks if check.verdict == "fail"}
+    assert wrong == {*PROJECTIONS} - {"router.logits"}
+
+
+@needs_engine
+def test_a_file_that_cannot_hold_the_weights_is_skipped(tmp_path: Path) -> None:
+    case = read_case(GOLDEN / "walking-skeleton")
+    parameters = replace(case.checkpoint().parameters, output=halved(case.checkpoint().parameters.output))
+    write_checkpoint(tmp_path / "model", case.config, parameters, dtype="float32")
+    with pytest.raises(Skipped, match="cannot hold"):
+        llama_cpp.Adapter(file="float16").load(tmp_path / "model", "float32")
+
+
+def halved(weight: Any) -> Weight:
+    """The weight times 2^-40, which is below what float16 holds."""
+    return Weight(
+        name=weight.name,
+        shape=weight.shape,
+        dtype=np.dtype(np.float32),
+        source=lambda: weight.read().astype(np.float32) * np.float32(2.0**-40),
+        origin=weight.origin,
+    )
+
+
+def test_a_row_of_nan_is_no_leak_and_a_probability_of_an_empty_cell_is() -> None:
+    case = read_case(GOLDEN / "walking-skeleton")
+    run = case.runs()[0]
+    array = np.zeros((1, case.config.heads, len(run.tokens), llama_cpp.PAD), np.float32)
+    array[0, 0, 0] = np.nan
+    found = llama_cpp.shaped("layers.0.attention.probs", array, case.config, run)
+    assert np.isnan(found[0, 0]).all()
+    array[0, 1, 0, -1] = 0.5
+    with pytest.raises(RuntimeError, match="no token of this sequence"):
+        llama_cpp.shaped("layers.0.attention.probs", array, case.config, run)
 
 
 @needs_engine
@@ -163,8 +215,8 @@ def test_a_window_is_skipped_where_it_hides_something(tmp_path: Path) -> None:
 
 @needs_engine
 def test_options_and_builds_that_are_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    for options in ({"cache": "q8_0"}, {"flash": "auto"}, {"threads": "two"}):
-        with pytest.raises(InputError, match="options cache="):
+    for options in ({"cache": "q8_0"}, {"flash": "auto"}, {"threads": "two"}, {"file": "q4_0"}):
+        with pytest.raises(InputError, match="options file="):
             llama_cpp.Adapter(**options)
     monkeypatch.setitem(llama_cpp_library.DEFAULTS, "n_ubatch", 511)
     with pytest.raises(RuntimeError, match="n_ubatch = 512 by default, but 511 was expected"):

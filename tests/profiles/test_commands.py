@@ -13,7 +13,9 @@ import pytest
 from refmoe.checkpoints.load import load_checkpoint
 from refmoe.checkpoints.synthetic import synthetic_checkpoint
 from refmoe.checkpoints.write import write_checkpoint
-from refmoe.profiles.load import policies, policy
+from refmoe.profiles.cut_points import CUT_POINTS
+from refmoe.profiles.load import GROUPS, policies, policy
+from refmoe.profiles.policy import FIELDS
 from refmoe.spec.model import Model
 from refmoe.steps.policy_ops import PolicyOps
 from refmoe.steps.rounding import CUT_STEPS
@@ -41,13 +43,31 @@ def test_one_policy_is_printed_whole(refmoe: Refmoe) -> None:
     status, out, _ = refmoe("policies", "hf-bfloat16")
     assert status == 0
     rows = [line.split() for line in out.splitlines()]
-    assert ["storage", "bfloat16"] in rows
-    assert ["norm.input", "float32"] in rows
+    assert ["storage", "bfloat16"] in [row[:2] for row in rows]
+    assert ["norm.input", "float32", "attention_norm,", "moe_norm,", "final_norm"] in [row[:5] for row in rows]
     assert "modeling_mixtral" not in out  # of the base
     assert "transformers 5.23" in out
     shown = json.loads(refmoe("policies", "hf-bfloat16", "--json")[1])
     assert (shown["fields"]["rope.table"], shown["fields"]["exp"]) == ("bfloat16", "8 + 2 |x|")
     assert set(shown["sources"]) == {"exp", "angles", "circle"}
+    assert shown["shown_by"]["cache.k"] == ["attention.scores"]
+    assert shown["fields"].keys() == shown["meanings"].keys()
+
+
+def test_every_field_group_and_cut_point_is_explained(refmoe: Refmoe) -> None:
+    """What a change may name is what is explained, and each has words of its own."""
+    status, out, _ = refmoe("policies", "--cut-points")
+    assert status == 0
+    explained = {line.split()[0] for line in out.splitlines()[1:]}
+    assert explained == {*FIELDS, *GROUPS, *CUT_POINTS}
+    rows = json.loads(refmoe("policies", "--cut-points", "--json")[1])["cut_points"]
+    assert {row["name"] for row in rows} == explained
+    assert len({row["about"] for row in rows}) == len(rows)
+    by_name = {row["name"]: row for row in rows}
+    assert by_name["router.logits.input"]["default"] == "moe_norm"
+    assert by_name["cache.v"]["shown_by"] == "attention.context"
+    status, _, error = refmoe("policies", "--cut-points", "float32")
+    assert (status, "float32" in error) == (2, True)
 
 
 def test_several_policies_are_printed_where_they_differ(refmoe: Refmoe) -> None:

@@ -13,8 +13,9 @@ import pytest
 from refmoe import suite as golden
 from refmoe.arithmetic.exact.ops import ExactOps
 from refmoe.checkpoints.weight import Weight
+from refmoe.profiles.cut_points import CUT_POINTS, INNER_CUTS, INPUT_CUTS
 from refmoe.profiles.load import policies, policy
-from refmoe.profiles.policy import INNER_CUTS, Policy
+from refmoe.profiles.policy import Policy
 from refmoe.spec.model import Model, forward
 from refmoe.steps.policy_ops import PolicyOps
 from refmoe.steps.rounding import CUT_STEPS
@@ -88,10 +89,32 @@ def test_each_cut_point_inside_a_step_is_one() -> None:
     }  # fmt: skip
     assert first.keys() == INNER_CUTS.keys()
     for cut, step in first.items():
-        after = run(policy(f"hf-float32+{cut}=bfloat16"))
-        changed = [key for key in before if not np.array_equal(before[key], after[key])]
         # with two experts per token there is no partial sum
-        assert (changed[0].removeprefix("prefill/layers.0.").removeprefix("prefill/") if changed else None) == step, cut
+        assert first_changed(before, run(policy(f"hf-float32+{cut}=bfloat16"))) == step, cut
+        assert step is None or step in CUT_POINTS[cut].shown_by, cut
+
+
+def first_changed(before: dict[str, Any], after: dict[str, Any]) -> str | None:
+    """The first tap of the first layer that differs, without run and layer."""
+    changed = [key for key in before if not np.array_equal(before[key], after[key])]
+    return changed[0].removeprefix("prefill/layers.0.").removeprefix("prefill/") if changed else None
+
+
+@pytest.mark.parametrize("cut", INPUT_CUTS)
+def test_the_input_of_one_product_changes_that_product_and_not_the_tap_that_it_reads(cut: str) -> None:
+    base = policy("hf-float32")
+    assert first_changed(run(base), run(policy(f"hf-float32+{cut}=bfloat16"))) == cut.removesuffix(".input")
+
+
+def test_parts_of_ranks_are_stored_and_added_in_their_dtype() -> None:
+    """Four ranks with 256, 1, 1, 1 in bfloat16: 256 in the order of ranks. Exactly it is 259."""
+    stored = np.array([[256.0, 1.0, 1.0, 1.0]])
+    weight = Weight("layers.0.attention.wo", stored.shape, np.float64, source=lambda: stored, origin="w")
+    for rules, total in (("bfloat16+ranks=4", 256.0), ("bfloat16+ranks=4+rank.partial=float32", 259.0)):
+        assert PolicyOps(policy(rules)).linear(np.ones((1, 4)), weight).tolist() == [[total]]
+    assert PolicyOps(policy("bfloat16")).linear(np.ones((1, 4)), weight).tolist() == [[259.0]]
+    terms = stored.reshape(1, 4, 1)
+    assert PolicyOps(policy("bfloat16+ranks=4+combine.partial=float32")).accumulate(terms, axis=1).tolist() == [[256.0]]
 
 
 def test_what_a_tap_returns_is_what_the_run_goes_on_with() -> None:

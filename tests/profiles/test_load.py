@@ -9,8 +9,8 @@ import pytest
 
 from refmoe.arithmetic.formats import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 from refmoe.errors import InputError
+from refmoe.profiles.cut_points import ACCUMULATION_CUTS, CUT_POINTS, INPUT_CUTS, ISLANDS, STATISTICS
 from refmoe.profiles.load import Difference, differences, policies, policy
-from refmoe.profiles.policy import CUT_POINTS, STATISTICS
 
 FILE = """
 [my-engine]
@@ -41,7 +41,9 @@ def test_every_policy_of_refmoe_s_own_loads_and_says_whose_it_is() -> None:
 def test_generic_policies_round_everything_to_their_dtype_but_statistics() -> None:
     for each, format in (("float64", FLOAT64), ("float32", FLOAT32), ("bfloat16", BFLOAT16), ("float16", FLOAT16)):
         wide = FLOAT64 if each == "float64" else FLOAT32
-        assert {str(policy(each).at(cut)) for cut in CUT_POINTS if cut not in STATISTICS} == {str(format)}
+        stored = {*CUT_POINTS} - {*STATISTICS, *ACCUMULATION_CUTS}
+        assert {str(policy(each).at(cut)) for cut in stored} == {str(format)}
+        assert {str(policy(each).at(cut)) for cut in ACCUMULATION_CUTS} == {str(wide)}
         assert {str(policy(each).at(cut)) for cut in STATISTICS} == {str(wide)}
         assert policy(each).accumulation == wide
         narrow = each in ("bfloat16", "float16")
@@ -64,6 +66,31 @@ def test_changes() -> None:
     assert (plain.scale, plain.truncates, plain.statistics, dict(plain.cuts)) == ("scores", False, FLOAT32, {})
     assert policy(found.name) == found
     assert policy("hf-bfloat16+storage=float16").at("attention.q") == FLOAT16
+
+
+def test_changes_of_groups_and_of_ranks() -> None:
+    found = policy("float64+islands=float32+linear.input=float16+router.logits.input=float64+ranks=8")
+    assert found.statistics == FLOAT32
+    assert {found.at(cut) for cut in ISLANDS} == {FLOAT32}
+    assert {found.at(cut) for cut in INPUT_CUTS} == {FLOAT16, FLOAT64}
+    assert found.at("router.logits.input") == FLOAT64
+    assert (found.ranks, policy("float64").ranks) == (8, 1)
+    assert found.at("attention.q") == FLOAT64
+
+
+def test_an_input_has_the_dtype_of_its_tap_unless_it_is_named() -> None:
+    found = policy("bfloat16+moe_norm=float32")
+    assert found.at("router.logits.input") == found.at("expert.gate.input") == FLOAT32
+    assert found.at("attention.q.input") == BFLOAT16
+
+
+def test_a_file_may_name_groups_of_cut_points(tmp_path: Path) -> None:
+    """A single cut point wins over its group, wherever it stands."""
+    path = tmp_path / "mine.toml"
+    cuts = '"router.logits.input" = "float32"\n"linear.input" = "float16"\n'
+    path.write_text(FILE.replace("truncates = true", "ranks = 4") + cuts)
+    found = policy(str(path))
+    assert (found.ranks, found.at("logits.input"), found.at("router.logits.input")) == (4, FLOAT16, FLOAT32)
 
 
 def test_a_file_of_one_s_own(tmp_path: Path) -> None:
@@ -102,6 +129,9 @@ MISTAKES = {
     "hf-float32+cache=fp16": 'cache.k is "fp16", but one of ',
     "hf-float32+ties=low": 'ties is "low", but one of lower, any was expected',
     "hf-float32+truncates=1": 'truncates is "1", but true or false was expected',
+    "hf-float32+ranks=0": "ranks is 0, but an integer from 1 to ",
+    "hf-float32+ranks=two": 'ranks is "two", but an integer from 1 to ',
+    "hf-float32+router.logits.inputs=float16": "cannot be changed, expected one of router.logits.input, ",
     "nowhere.toml+cache=float16": "nowhere.toml: no such file",
 }
 

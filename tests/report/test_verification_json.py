@@ -88,7 +88,7 @@ def test_what_is_not_finite_has_a_name() -> None:
 def test_the_schema_refuses_what_is_wrong() -> None:
     good, checker = parsed(failing()), validator()
     for change in (
-        {"verdict": "fine"}, {"significance": "NaN"}, {"first_wrong": ["prefill"]}, {"format_version": "2"},
+        {"verdict": "fine"}, {"significance": "NaN"}, {"first_wrong": ["prefill"]}, {"format_version": "1"},
         {"surplus": 1}, {"checks": [good["checks"][0] | {"rung": "none"}]}, {"missing": [1]},
         {"checks": [good["checks"][0] | {"worst_error": None}]}, {"decisions": [good["decisions"][0] | {"token": -1}]},
     ):  # fmt: skip

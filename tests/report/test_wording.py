@@ -10,7 +10,9 @@ import pytest
 
 from refmoe.report.summary import share, summarise_routing, summarise_steps
 from refmoe.report.wording import (
+    alternatives,
     error_text,
+    explanation,
     fit,
     is_link,
     lead,
@@ -102,7 +104,26 @@ def test_an_explanation_without_a_measured_fit_claims_none() -> None:
     assert REPORT.explanations
     found = REPORT.explanations[0]
     assert "1.020" in fit(found)
-    assert fit(replace(found, coefficient=nan)) == fit(replace(found, residual=nan)) == ""
+    assert "0.010" in fit(found)
+    assert "13 wrong values" in fit(replace(found, values=13))
+    assert "coefficient" not in fit(replace(found, coefficient=nan))
+    assert fit(replace(found, coefficient=nan, residual=nan)) == ""
+
+
+def test_explanations_that_exclude_each_other_name_the_tap_that_tells_them_apart() -> None:
+    assert REPORT.explanations
+    found = REPORT.explanations[0]
+    assert alternatives(found) == ""
+    tied = replace(found, rivals=("router-no-renorm",), told_apart_by="layers.0.router.weights")
+    said = " ".join(explanation(tied))
+    assert "router-no-renorm" in said
+    assert "layers.0.router.weights" in said
+    assert "router-no-renorm" in alternatives(replace(tied, told_apart_by=""))
+
+
+def test_an_explanation_says_where_it_acts() -> None:
+    assert REPORT.explanations
+    assert "calls of one token" in " ".join(explanation(replace(REPORT.explanations[0], where="calls of one token")))
 
 
 @pytest.mark.parametrize(

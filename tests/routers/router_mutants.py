@@ -254,6 +254,43 @@ def ties_by_chance(x: Any) -> Any:
     return ids, normalised(at(softmax(x), ids))
 
 
+STATIC = np.zeros((4096, K), np.int64), np.zeros((4096, K), np.float32)
+
+
+@mutant("static-buffer", "expert-graph-reads-frozen-buffer", only="results-kept")
+def static_buffer(x: Any) -> Any:
+    """Views of a buffer that the next call overwrites, as the outputs of a captured graph are."""
+    for buffer, values in zip(STATIC, honest(x), strict=True):
+        buffer[: len(x)] = values
+    return STATIC[0][: len(x)], STATIC[1][: len(x)]
+
+
+@mutant("first-experts-only", "router-first-experts-only")
+def first_experts_only(x: Any) -> Any:
+    ids = top(x[:, : E - 2])
+    return ids, normalised(at(softmax(x), ids))
+
+
+@mutant("sorts-powers-of-two", "router-sort-powers-of-two", replace(BASE, experts=6))
+def sorts_powers_of_two(x: Any) -> Any:
+    ids = top(x[:, :4])
+    return ids, normalised(at(softmax(x), ids))
+
+
+@mutant("negative-logits-lost", "router-negative-logits-lost")
+def negative_logits_lost(x: Any) -> Any:
+    ids = top(np.maximum(x, 0))
+    return ids, normalised(at(softmax(x), ids))
+
+
+@mutant("exhausted-marked-by-minus-one", "https://github.com/vllm-project/vllm/pull/42608")
+def exhausted_marked(x: Any) -> Any:
+    """Experts with a logit of -Inf are none: their slots name expert 0, with the mark -1 as weight."""
+    ids, weights = honest(x)
+    none = np.isneginf(at(x, ids))
+    return np.where(none, 0, ids), np.where(none, -1, weights).astype(weights.dtype)
+
+
 @mutant("writes-to-its-input", "router-jitter-leaks-to-experts", only="input-untouched")
 def writes_to_its_input(x: Any) -> Any:
     answer = honest(x)

@@ -10,6 +10,7 @@ values. It follows the partial sums along the index, since structured rows can m
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -37,6 +38,8 @@ class Accumulator:
     """The dtype of factors that are stored."""
     truncates: bool = False
     flushes: bool = False
+    rescales: bool = False
+    """Whether the sum so far may be rescaled before each term, as the sums of flash attention are."""
 
     def growth(self, n: int) -> float:
         """The bound on the error of a sum of n terms, relative to the largest partial sum.
@@ -46,10 +49,11 @@ class Accumulator:
         the sum so far, and the result.
         """
         count = 2 * (n + 2 * math.ceil(n / BLOCK)) if self.truncates else n - 1
-        return math.expm1(min(count * self.format.u, 700.0))
+        return math.expm1(min((count + self.rescales * n) * self.format.u, 700.0))
 
     def underflow(self, n: int) -> tuple[float, float]:
         """Radius and variance of the losses of n products and n sums below the smallest normal value."""
+        n *= 1 + self.rescales
         if self.flushes:  # flushing always goes towards zero, so that losses add up
             lost = 2 * n * self.format.tiny
             return lost, lost**2 / 3 + UNDERFLOW
@@ -129,6 +133,7 @@ def product(x: Enclosure, w: Matrix, how: Accumulator, exact_mid: Any = None) ->
     if rounds:
         result += u * (total + inherited)
         spread += energy
+    spread = spread * (1 + how.rescales)
     lost, lost_spread = how.underflow(n)
     if how.flushes:
         inputs = how.format.tiny * _lengths(x, w) if pairs else flushed(size, w, how.format)
@@ -239,3 +244,26 @@ def total(x: Enclosure, axis: int, how: Accumulator, exact_mid: Any = None) -> E
     if x.variance is not None:
         variance = variance + x.variance.sum(axis)
     return Enclosure(mid, bounded(result), bounded(variance), accumulation=x.accumulation)
+
+
+@quiet
+def over_ranks(parts: Sequence[Enclosure], stored: Format, flushes: bool) -> Enclosure:
+    """The sum of the parts that ranks have, each stored and all added in one dtype, in any order.
+
+    All roundings are relative to sums of magnitudes. So the enclosure also holds for an engine that weights and adds
+    the outputs of several experts on each rank, and sums over ranks last. The last rounding is owed.
+    """
+    parts = [part.settle() for part in parts]
+    n, accumulation = len(parts), parts[0].accumulation
+    mid, size = sum(part.mid for part in parts), sum(np.abs(part.mid) for part in parts)
+    inherited, variance = sum(part.r for part in parts), sum(part.v for part in parts)
+    narrow = stored.u if stored != accumulation else 0.0
+    unit, twice = accumulation.u + narrow, accumulation.u if narrow else 0.0  # the last addition may round to both
+    reach = ((size + np.abs(mid)) / 2 + inherited) * math.exp(min((n + 1) * unit, 700.0))
+    lost = sum(each.tiny * (1.0 if flushes else each.u) for each in (stored, accumulation)) + UNDERFLOW
+    radius = inherited + narrow * (size + inherited) + (max(n - 2, 0) * unit + twice) * reach + 2 * n * lost
+    radius = bounded((radius + (n + 2) * OWN * size) * SLACK)
+    variance = variance + narrow**2 / 3 * sum(part.mid**2 for part in parts)
+    variance = bounded(variance + (max(n - 2, 0) * unit**2 + twice**2) / 3 * reach**2 + n * lost**2)
+    radius = unbounded_beyond(reach, radius, stored)
+    return Enclosure(mid, radius, variance, accumulation=stored if narrow else accumulation, owed=True)

@@ -291,3 +291,99 @@ def padded_on_the_left(runs: tuple[Run, ...]) -> Iterable[Run]:
     for run in runs:
         padded = lengths[run.sequence] < max(lengths.values())
         yield replace(run, positions=tuple(PADDED + p for p in run.positions)) if padded else run
+
+
+# ---- met since: blocks, pieces, captured lengths, derived dimensions
+
+BLOCK = 4
+"""Keys in a block of the kernel. Real blocks have 64 and more."""
+
+
+@mutant(
+    "attn-fully-masked-block-nan", breaks=["ATTN-4", "SOFTMAX-2"], touches=["attention.probs"], needs=["SWA"],
+    step="attend", fix="leave blocks without a visible key out, or clamp the difference of two maxima of -infinity",
+    sources=["https://github.com/flashinfer-ai/flashinfer/pull/4401"],
+)  # fmt: skip
+def masked_block(ops: Any, q: Any, cache: Any, mask: Any) -> Any:
+    """The kernel goes through the keys in blocks. Where the window hides the whole first block, the running maximum is
+    -infinity, and its difference from itself makes the row NaN."""
+    scores = ops.tap("attention.scores", scores_of(ops, q, cache.k))
+    probs = ops.softmax(as_softmax_reads(ops, scores), mask[None])
+    lost = ~mask[:, :BLOCK].any(axis=-1) & (mask.shape[1] > BLOCK)
+    if lost.any():
+        probs = probs + np.where(lost, np.nan, 0.0)[None, :, None]
+    return ops.tap("attention.context", context_of(ops, ops.tap("attention.probs", probs), cache.v))
+
+
+@mutant(
+    "attn-swa-window-of-first-row", breaks=["ATTN-4", "MODEL-4"], touches=["attention.probs"], needs=["SWA"],
+    step="visible", fix="compute the mask over cached keys for each query of the piece", severity="medium",
+    sources=["https://github.com/pytorch/executorch/pull/21857"],
+)  # fmt: skip
+def window_of_first_row(positions: Any, cached: Any, window: int | None) -> Any:
+    """In a piece of a prompt all queries see the cached keys that the first query sees. Later queries see more of them
+    than the window allows. returns: [T, S]"""
+    seen: Any = right_visible(positions, cached, window)
+    past = len(cached) - len(positions)
+    seen[:, :past] = seen[:1, :past]
+    return seen
+
+
+CAPTURED = 8
+"""The length of a sequence when the graph for single tokens was captured."""
+
+
+@mutant(
+    "attn-graph-length-frozen", breaks=["ATTN-3", "CACHE-1"], touches=["attention.probs"], needs=["DECODE"],
+    step="visible", fix="capture a graph per range of lengths, or read the length from a buffer", severity="critical",
+    sources=["https://github.com/paiml/aprender/pull/2030"],
+)  # fmt: skip
+def length_as_captured(positions: Any, cached: Any, window: int | None) -> Any:
+    """A captured graph for single tokens has as many blocks of keys as the sequence had then. When the sequence has
+    grown, the newest keys are not attended to. returns: [T, S]"""
+    seen: Any = right_visible(positions, cached, window)
+    if len(positions) == 1 and seen[:, :CAPTURED].any():
+        seen[:, CAPTURED:] = False
+    return seen
+
+
+@mutant(
+    "attn-empty-prefix-poisons", breaks=["ATTN-5", "SOFTMAX-2"], touches=["attention.context"], needs=["T>1"],
+    step="attend", fix="give a prefix without keys the weight zero: its log-sum-exp is -infinity",
+    sources=[
+        "https://github.com/vllm-project/vllm/pull/15492",
+        "https://github.com/vllm-project/vllm/pull/49294",
+    ],
+)  # fmt: skip
+def empty_prefix(ops: Any, q: Any, cache: Any, mask: Any) -> Any:
+    """A piece of a prompt attends to the cached prefix and to itself, and merges both. A first piece has no prefix: the
+    kernel gives it a log-sum-exp of +infinity, and the merged context is NaN."""
+    scores = ops.tap("attention.scores", scores_of(ops, q, cache.k))
+    probs = ops.tap("attention.probs", ops.softmax(as_softmax_reads(ops, scores), mask[None]))
+    context = context_of(ops, probs, cache.v)
+    if 1 < q.shape[0] == mask.shape[1]:
+        context = context + np.full(context.shape, np.nan)
+    return ops.tap("attention.context", context)
+
+
+@mutant(
+    "attn-scale-of-derived-head-dim", breaks=["ATTN-2", "CONFIG-1"], touches=["attention.scores"], needs=["HEADDIM"],
+    step="attention", fix="take head_dim from the config; dim / heads is only its default",
+    sources=[
+        "https://github.com/InternLM/lmdeploy/pull/2761",
+        "https://github.com/eole-nlp/eole/pull/78",
+    ],
+)  # fmt: skip
+def derived_head_dim(ops: Any, model: Any, layer: Any, x: Any, positions: Any, cache: Any) -> Any:
+    """The scores are divided by the root of dim / heads. A model may have another head_dim."""
+    derived = model.config.dim // model.config.heads
+
+    def attend(ops: Any, q: Any, cache: Any, mask: Any) -> Any:
+        dots = scores_of(ops, q, cache.k, scaled=False)
+        scores = ops.tap("attention.scores", ops.cut("attention.dots", dots) / ops.sqrt(ops.array(derived)))
+        probs = ops.tap("attention.probs", ops.softmax(as_softmax_reads(ops, scores), mask[None]))
+        return ops.tap("attention.context", context_of(ops, probs, cache.v))
+
+    if derived != model.config.head_dim:
+        model = replace(model, steps=replace(model.steps, attend=attend))
+    return right_attention(ops, model, layer, x, positions, cache)

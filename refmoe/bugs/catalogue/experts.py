@@ -349,3 +349,133 @@ def zero_times_garbage(ops: Any, model: Any, layer: Any, x: Any) -> Any:
     if len(np.unique(chosen)) < model.config.experts:
         y = y + np.full(y.shape, np.nan)
     return ops.tap("moe.output", y)
+
+
+# ---- met since: frozen buffers, copies of experts, padding, limits, capacity
+
+
+@mutant(
+    "expert-graph-reads-frozen-buffer", breaks=["MOE-1", "MODEL-4"], touches=READ, needs=["DECODE"],
+    step="run_experts", fix="copy the hidden state into the buffer that the captured graph reads, before each replay",
+    severity="critical", sources=["https://github.com/vllm-project/vllm/pull/52383"],
+)  # fmt: skip
+def frozen_input(ops: Any, experts: Any, x: Any, chosen: Any) -> Any:
+    """A call with one token replays a captured graph whose experts read a buffer that nobody fills: zeros. The router
+    reads the live hidden state, and prompts take another path."""
+    return right_experts(ops, experts, x * 0.0 if len(chosen) == 1 else x, chosen)
+
+
+@mutant(
+    "expert-replica-summed-twice", breaks=["COMBINE-1", "SHARD-11"], touches=["moe.output"], step="moe",
+    fix="run each token of a replicated expert on one of the ranks that hold it", severity="critical",
+    sources=["https://github.com/sgl-project/sglang/pull/32962"],
+)  # fmt: skip
+def both_copies_add(ops: Any, model: Any, layer: Any, x: Any) -> Any:
+    """The first expert is replicated on two ranks to balance their load. Both compute its tokens, and the sum over the
+    ranks holds its output twice."""
+    chosen, weighted = weighted_outputs(ops, model, layer, x)
+    copies = np.where(chosen == 0, 2.0, 1.0)[:, :, None]
+    return ops.tap("moe.output", ops.accumulate(weighted * copies, axis=1))
+
+
+@mutant(
+    "expert-weights-of-first-token", breaks=["COMBINE-1", "MODEL-4"], touches=["moe.output"], needs=["T>1"],
+    step="combine", fix="advance the pointer to the weights by a row for each token", severity="critical",
+    sources=["https://github.com/ggml-org/llama.cpp/pull/17032"],
+)  # fmt: skip
+def weights_of_row_zero(ops: Any, outputs: Any, weights: Any) -> Any:
+    """The fused reduction was written for one token: it weights the outputs of every token with the weights of the
+    first."""
+    return ops.accumulate(ops.cut("combine.weighted", outputs * weights[:1, :, None]), axis=1)
+
+
+@mutant(
+    "expert-rows-of-ranks-exchanged", breaks=["SHARD-11", "MODEL-4"], touches=["moe.output"], needs=["T>1"],
+    step="combine", fix="undo gather and scatter of the token rows in the reverse order", severity="critical",
+    sources=[
+        "https://github.com/vllm-project/vllm-ascend/pull/11921",
+        "https://github.com/sgl-project/sglang/pull/28216",
+    ],
+)  # fmt: skip
+def halves_exchanged(ops: Any, outputs: Any, weights: Any) -> Any:
+    """Each of two ranks gives half of the tokens to the experts. The rows come back in the order of another
+    collective, so that each rank continues with the rows of the other."""
+    y = ops.accumulate(ops.cut("combine.weighted", outputs * weights[:, :, None]), axis=1)
+    tokens = y.shape[0]
+    return y[(np.arange(tokens) + tokens // 2) % tokens]
+
+
+PAD = 32
+"""The multiple to which the kernel pads the hidden size of an expert."""
+
+
+@mutant(
+    "expert-padding-not-zero", breaks=["EXPERT-1"], touches=["expert.output"], changes=PARAMETERS,
+    fix="fill the padding of the hidden size with zeros: in the weights, and in the activation",
+    sources=["https://github.com/ROCm/aiter/issues/5413"],
+)  # fmt: skip
+def padding_repeats(config: Config, parameters: Parameters) -> Parameters:
+    """The hidden size is padded to the tile of the kernel and the padding is never cleared. It holds the beginning of
+    the row, which each output then counts twice."""
+    extra = min(-config.hidden_dim % PAD, config.hidden_dim)
+
+    def padded(down: Any) -> Any:
+        twice = down.copy()
+        twice[:, :extra] += down[:, :extra]
+        return twice
+
+    if not extra:
+        return parameters
+    return with_experts(parameters, lambda expert: replace(expert, w2=mapped(expert.w2, padded)))
+
+
+STEP_OF_SUM = 8
+"""Terms that the kernel adds at a time. Real kernels add 32 to 128; golden cases have short sums."""
+
+
+@mutant(
+    "expert-reduction-tail-lost", breaks=["EXPERT-1"], touches=["expert.output"], changes=PARAMETERS,
+    fix="round the number of steps of the reduction up, and mask the last one",
+    sources=["https://github.com/AI-Hypercomputer/maxtext/issues/1183"],
+)  # fmt: skip
+def tail_lost(config: Config, parameters: Parameters) -> Parameters:
+    """The grouped product adds whole tiles of the hidden size. Terms after the last whole tile are lost."""
+    whole = config.hidden_dim // STEP_OF_SUM * STEP_OF_SUM
+
+    def shortened(down: Any) -> Any:
+        kept = down.copy()
+        kept[:, whole:] = 0
+        return kept
+
+    if whole in (0, config.hidden_dim):
+        return parameters
+    return with_experts(parameters, lambda expert: replace(expert, w2=mapped(expert.w2, shortened)))
+
+
+@mutant(
+    "expert-swiglu-limit-default-zero", breaks=["EXPERT-2"], touches=["expert.hidden"], step="run_experts",
+    fix="let the default of the clamp be infinity: a model without a limit has none",
+    sources=["https://github.com/microsoft/onnxruntime/pull/27221"],
+)  # fmt: skip
+def clamped_to_zero(ops: Any, experts: Any, x: Any, chosen: Any) -> Any:
+    """The activation is clamped to a limit that some models have. A model without one gets the default, which is 0, and
+    every hidden activation is 0."""
+    return run_rows(ops, experts, slots_of(x, chosen), chosen, lambda ops, gate, up: swiglu(ops, gate, up) * 0.0)
+
+
+@mutant(
+    "expert-capacity-drops-tokens", breaks=["COMBINE-1", "EXPERT-3", "MODEL-4"], touches=["moe.output"], needs=["T>1"],
+    step="moe", fix="switch the capacity of experts off at inference", severity="medium",
+    sources=["https://github.com/microsoft/Tutel/issues/230"],
+)  # fmt: skip
+def over_capacity(ops: Any, model: Any, layer: Any, x: Any) -> Any:
+    """Each expert takes its even share of the tokens, as in training. Tokens beyond that are dropped: their slots add
+    nothing, so the result depends on the other tokens of the call."""
+    chosen, weighted = weighted_outputs(ops, model, layer, x)
+    capacity = -(-chosen.size // model.config.experts)
+    order = chosen.T.reshape(-1)  # first choices before second ones
+    place = np.zeros(order.size, int)
+    for expert in np.unique(order):
+        place[order == expert] = np.arange((order == expert).sum())
+    kept = (place < capacity).reshape(chosen.shape[::-1]).T
+    return ops.tap("moe.output", ops.accumulate(ops.where(kept[:, :, None], weighted, 0.0), axis=1))

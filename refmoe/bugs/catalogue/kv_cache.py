@@ -166,3 +166,91 @@ def kept_in_the_buffer(ops: Any, cache: Any, k: Any, v: Any, positions: Any) -> 
         k, v = Buffer(k, k.shape[0]), Buffer(v, v.shape[0])
         return Cache(k, v, positions)
     return Cache(cache.k.extended(ops, k), cache.v.extended(ops, v), ops.concatenate([cache.positions, positions]))
+
+
+# ---- met since: rings, rejected tokens, scales
+
+
+@mutant(
+    "cache-ring-written-before-chunk", breaks=["CACHE-1", "CACHE-3", "ATTN-3"], needs=["SWA"], severity="critical",
+    touches=["attention.scores", "attention.context"], step="attention",
+    fix="attend before the ring takes the piece, and build the mask from the positions in the ring",
+    sources=[
+        "https://github.com/Lightning-AI/litgpt/issues/2182",
+        "https://github.com/Lightning-AI/litgpt/pull/2215",
+    ],
+)  # fmt: skip
+def ring_of_a_window(ops: Any, model: Any, layer: Any, x: Any, positions: Any, cache: Any) -> Any:
+    """A ring of one window takes a whole piece of the prompt before its queries attend, and the mask still counts
+    slots. The first queries read later tokens where older ones stood."""
+    window = model.config.window
+
+    def attend(ops: Any, q: Any, cache: Any, mask: Any) -> Any:
+        last, slots = mask.shape[1] - 1, np.arange(mask.shape[1])
+        newest = slots + (last - slots) // window * window
+        return right_attend(ops, q, Cache(cache.k[newest], cache.v[newest], cache.positions), mask)
+
+    if window is not None and len(positions) > 1:
+        model = replace(model, steps=replace(model.steps, attend=attend))
+    return right_attention(ops, model, layer, x, positions, cache)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Values of which a cut takes only the length. New values do not replace the rows that are there."""
+
+    rows: Any
+    """[at least length, K, d]"""
+    length: int
+
+    def __getitem__(self, kept: slice) -> Kept:
+        return Kept(self.rows, min(self.length, int(kept.stop)))
+
+    def extended(self, ops: Any, new: Any) -> Kept:
+        """With the new values in rows that were never written. new: [T, K, d]"""
+        end, held = self.length + new.shape[0], self.rows.shape[0]
+        fresh = new[held - self.length :] if end > held else new[:0]
+        return Kept(ops.concatenate([self.rows, fresh]) if fresh.shape[0] else self.rows, end)
+
+
+def attend_kept(ops: Any, q: Any, cache: Any, mask: Any) -> Any:
+    """Attention over the rows that the cache counts. q: [T, H, d]   mask: [T, S]   returns: [T, H, d]"""
+    return right_attend(ops, q, Cache(cache.k, cache.v.rows[: cache.v.length], cache.positions), mask)
+
+
+@mutant(
+    "cache-rejected-values-stay", breaks=["CACHE-1", "MODEL-5"], touches=["attention.context"], needs=["SEQMIX"],
+    step="extend_cache", steps={"attend": attend_kept}, severity="critical",
+    fix="after rejected tokens write values from the same row as keys",
+    sources=[
+        "https://github.com/ml-explore/mlx-lm/issues/1423",
+        "https://github.com/ohdearquant/lattice/issues/243",
+    ],
+)  # fmt: skip
+def values_of_rejected(ops: Any, cache: Any, k: Any, v: Any, positions: Any) -> Cache:
+    """Tokens that were rejected, or belong to another request, are cut from the keys only. Their values stay, and the
+    new tokens' values are not written over them."""
+    k = cut_again(ops, "cache.k", "attention.k_rope", k)
+    v = cut_again(ops, "cache.v", "attention.v", v)
+    if cache is None:
+        return Cache(k, Kept(v, v.shape[0]), positions)
+    keys = ops.concatenate([cache.k, k])
+    return Cache(keys, cache.v.extended(ops, v), ops.concatenate([cache.positions, positions]))
+
+
+VALUE_SCALE = 0.5
+"""The scale of the cached values, as a checkpoint for a cache in fp8 has it. A power of two, so that it is exact."""
+
+
+@mutant(
+    "cache-value-scale-not-applied", breaks=["ATTN-5", "CACHE-1"], touches=["attention.context"], step="attend",
+    fix="multiply by v_scale where the cached values are read", severity="medium",
+    sources=[
+        "https://github.com/lightseekorg/tokenspeed/pull/759",
+        "https://github.com/sgl-project/sglang/pull/20705",
+    ],
+)  # fmt: skip
+def values_as_stored(ops: Any, q: Any, cache: Any, mask: Any) -> Any:
+    """Values are divided by their scale on the way into the cache. The kernel that reads them does not multiply by it
+    again."""
+    return right_attend(ops, q, Cache(cache.k, cache.v * (1 / VALUE_SCALE), cache.positions), mask)

@@ -168,3 +168,139 @@ def layer_after(config: Config, parameters: Parameters) -> Parameters:
     """Each layer has the parameters of the next layer; the last layer keeps its own."""
     last = len(parameters.layers) - 1
     return replace(parameters, layers=tuple(parameters.layers[min(i + 1, last)] for i in range(last + 1)))
+
+
+# ---- met since: fused projections, adapters of experts
+
+BLOCK = 4
+"""Rows of gate, then of up, that alternate in a fused projection. Real blocks have 32 and more."""
+
+
+def with_gate_and_up(parameters: Parameters, change: Callable[[Any, Any], tuple[Any, Any]]) -> Parameters:
+    """The parameters with w1 and w3 of each expert changed together.   change: both matrices to both, [F, D] each"""
+
+    def changed(expert: Any) -> Any:
+        gate, up = expert.w1, expert.w3
+        return replace(
+            expert,
+            w1=mapped(gate, lambda rows: change(rows, up.read())[0]),
+            w3=mapped(up, lambda rows: change(gate.read(), rows)[1]),
+        )
+
+    return with_experts(parameters, changed)
+
+
+@mutant(
+    "load-gate-up-blocks-as-halves", breaks=["EXPERT-1"], touches=["expert.gate", "expert.up"], needs=["LOAD"],
+    changes=PARAMETERS, fix="take gate and up from alternating blocks of rows, as the fused projection stores them",
+    sources=[
+        "https://github.com/NVIDIA-NeMo/Megatron-Bridge/pull/3478",
+        "https://github.com/NVIDIA/TransformerEngine/pull/2642",
+    ],
+)  # fmt: skip
+def blocks_as_halves(config: Config, parameters: Parameters) -> Parameters:
+    """The fused projection alternates blocks of gate rows and of up rows. It is cut into halves, as if all gate rows
+    came first."""
+    size = BLOCK if config.hidden_dim % BLOCK == 0 else 1
+
+    def halves(gate: Any, up: Any) -> tuple[Any, Any]:
+        blocks = [rows.reshape(-1, size, rows.shape[1]) for rows in (gate, up)]
+        fused = np.stack(blocks, axis=1).reshape(2 * len(gate), -1)
+        return fused[: len(gate)], fused[len(gate) :]
+
+    return with_gate_and_up(parameters, halves)
+
+
+@mutant(
+    "load-gate-up-sharded-as-one", breaks=["EXPERT-1", "SHARD-5"], touches=["expert.gate", "expert.up"],
+    needs=["LOAD"], changes=PARAMETERS, severity="critical",
+    fix="cut gate and up apart first, and then each over the ranks",
+    sources=[
+        "https://github.com/xLLM-AI/xllm/pull/1616",
+        "https://github.com/tenstorrent/tt-forge-models/pull/855",
+    ],
+)  # fmt: skip
+def sharded_as_one(config: Config, parameters: Parameters) -> Parameters:
+    """The fused projection, gate above up, is cut over two ranks as one matrix. One rank has all of the gate and takes
+    half of it for up; the other has up only."""
+
+    def of_two_ranks(gate: Any, up: Any) -> tuple[Any, Any]:
+        half = len(gate) - len(gate) // 2
+        first, second = (np.concatenate([gate[part], up[part]]) for part in (slice(half), slice(half, None)))
+        return (first, second) if len(gate) % 2 == 0 else (gate, up)
+
+    return with_gate_and_up(parameters, of_two_ranks)
+
+
+RANK = 2
+"""The rank of the adapters that stand for those of a tuned checkpoint."""
+
+
+def adapters(expert: Any) -> dict[str, tuple[Any, Any]]:
+    """Per matrix of an expert an adapter of low rank: its first rows, each mixed into all rows in turn.
+
+    returns: B [m, RANK] and A [RANK, n]; B A is of the size of a quarter of the matrix.
+    """
+    found = {}
+    for name in ("w1", "w2", "w3"):
+        rows = np.asarray(getattr(expert, name).read(), np.float64)
+        mixing = np.where((np.arange(len(rows))[:, None] + np.arange(RANK)) % 3, 0.125, -0.25)
+        found[name] = (mixing, rows[:RANK])
+    return found
+
+
+def with_adapters(parameters: Parameters, paired: Callable[[list[Any], int, str], Any]) -> Parameters:
+    """The parameters with a change added to every matrix of every expert.
+
+    paired: from the adapters of a layer's experts, the number of an expert and a matrix, the change [m, n]
+    """
+
+    def change(layer: Layer) -> Layer:
+        held = [adapters(expert) for expert in layer.experts]
+
+        def tuned(number: int, expert: Any) -> Any:
+            def one(name: str) -> Any:
+                weight = getattr(expert, name)
+                return mapped(weight, lambda rows: (rows + paired(held, number, name)).astype(rows.dtype))
+
+            return replace(expert, **{name: one(name) for name in ("w1", "w2", "w3")})
+
+        return replace(layer, experts=tuple(tuned(number, expert) for number, expert in enumerate(layer.experts)))
+
+    return with_layers(parameters, change)
+
+
+@mutant(
+    "load-expert-adapters-dropped", breaks=["EXPERT-1"], touches=["expert.gate", "expert.up", "expert.output"],
+    changes=PARAMETERS, severity="critical",
+    fix="account for every adapter: one that no parameter takes is an error",
+    sources=[
+        "https://github.com/unslothai/unsloth-zoo/pull/812",
+        "https://github.com/unslothai/unsloth-zoo/pull/779",
+        "https://github.com/vllm-project/vllm/issues/41754",
+    ],
+)  # fmt: skip
+def without_adapters(config: Config, parameters: Parameters) -> Parameters:
+    """The adapters of the experts are not merged, because no rule knows their keys. Attention is merged. The checkpoint
+    here is the merged one, and the engine's experts lack an adapter of rank 2."""
+    return with_adapters(parameters, lambda held, number, name: -(held[number][name][0] @ held[number][name][1]))
+
+
+@mutant(
+    "load-expert-adapters-mispaired", breaks=["EXPERT-1"], touches=["expert.gate", "expert.up", "expert.output"],
+    needs=["LOAD"], changes=PARAMETERS, severity="critical",
+    fix="read both factors of a fused adapter in the order of experts and ranks in which they were packed",
+    sources=[
+        "https://github.com/unslothai/unsloth-zoo/pull/1269",
+        "https://github.com/unslothai/unsloth/issues/6930",
+    ],
+)  # fmt: skip
+def mispaired(config: Config, parameters: Parameters) -> Parameters:
+    """The two factors of the experts' adapters are packed in different orders and read in the same. The first factor of
+    each expert meets the second one of another."""
+
+    def change(held: list[Any], number: int, name: str) -> Any:
+        mixing, own = held[number][name]
+        return mixing @ (held[(number + 1) % len(held)][name][1] - own)
+
+    return with_adapters(parameters, change)

@@ -70,3 +70,19 @@ def tap_of_layer_before(ops: Any, model: Any, layer: Any, x: Any, positions: Any
     normed = norm(ops, model, "moe_norm", h, layer.moe_norm)
     ops.tap("residual", x)
     return ops.cut("residual", h + model.steps.moe(ops, model, layer, normed)), cache
+
+
+@mutant(
+    "resid-from-moe-norm", breaks=["LAYER-1"], touches=["residual"], step="decoder_layer",
+    fix="add the experts' output to the hidden state before its norm",
+    sources=[
+        "https://github.com/shivanandmn/Knowledge-Tracing-SAINT/issues/6",
+        "https://github.com/lbcb-sci/RiNALMo/issues/9",
+    ],
+)  # fmt: skip
+def normed_residual_of_experts(ops: Any, model: Any, layer: Any, x: Any, positions: Any, cache: Any) -> Any:
+    """The output of the experts is added to the hidden state after its norm. The attention half has the right
+    residual."""
+    h, cache = attention_half(ops, model, layer, x, positions, cache)
+    normed = norm(ops, model, "moe_norm", h, layer.moe_norm)
+    return ops.tap("residual", normed + model.steps.moe(ops, model, layer, normed)), cache

@@ -126,3 +126,16 @@ def gains_exchanged(config: Config, parameters: Parameters) -> Parameters:
     return with_layers(
         parameters, lambda layer: replace(layer, attention_norm=layer.moe_norm, moe_norm=layer.attention_norm)
     )
+
+
+@mutant(
+    "norm-gain-plus-one", breaks=["NORM-1"], touches=NORMS, step="rms_norm",
+    fix="multiply by the gain as it is stored: only some models store it less one", severity="critical",
+    sources=[
+        "https://github.com/Blaizzy/mlx-vlm/pull/2111",
+        "https://github.com/huggingface/transformers/pull/40796",
+    ],
+)  # fmt: skip
+def one_more_gain(ops: Any, x: Any, gain: Any, eps: float) -> Any:
+    """The norm multiplies by 1 + gain, as models do whose stored gains are centred at zero."""
+    return right_norm(ops, x, gain + 1.0, eps)

@@ -213,3 +213,22 @@ def rows_marked(runs: tuple[Run, ...]) -> tuple[Run, ...]:
         return runs  # sequences come one after the other, so there is no batch
     first = min(order)
     return tuple(replace(run, positions=tuple(p + (run.sequence - first) * ROW for p in run.positions)) for run in runs)
+
+
+CAPTURED = 8
+"""The position of the token for which the graph of single tokens was captured."""
+
+
+@mutant(
+    "rope-graph-position-frozen", breaks=["ROPE-2", "MODEL-4"], touches=ROTATED, needs=["DECODE"], step="rotary_table",
+    fix="read the position from a buffer that is written before each replay of the graph", severity="critical",
+    sources=[
+        "https://github.com/huggingface/candle/issues/3728",
+        "https://github.com/huggingface/candle/pull/3729",
+    ],
+)  # fmt: skip
+def position_as_captured(ops: Any, positions: Any, head_dim: int, theta: float) -> tuple[Any, Any]:
+    """Single tokens replay a captured graph in which the offset into the rotary table is a constant. Later tokens are
+    rotated by the position of the token that was captured."""
+    frozen = np.minimum(positions, CAPTURED) if len(positions) == 1 else positions
+    return right_table(ops, frozen, head_dim, theta)

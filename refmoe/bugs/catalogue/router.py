@@ -297,3 +297,51 @@ def routed_by_residual(ops: Any, model: Any, layer: Any, x: Any, positions: Any,
     h, cache = attention_half(ops, model, layer, x, positions, cache)
     normed = norm(ops, model, "moe_norm", h, layer.moe_norm)
     return ops.tap("residual", h + moe_of_two(ops, model, layer, h, normed)), cache
+
+
+# ---- met since: candidates
+
+FIRST = 10
+"""The candidates of the kernel: the threads of a block. In the known kernel there are 256."""
+
+
+def choose_among(ops: Any, x: Any, router: Any, k: int, candidates: Any) -> tuple[Any, Any]:
+    """ROUTE-1 to ROUTE-4 with a choice among some experts only. candidates: booleans [T, E]"""
+    logits = logits_of(ops, x, router)
+    experts = choose(ops, ops.where(candidates & np.ones(logits.shape, bool), logits, float("-inf")), k)
+    return experts, ops.tap("router.weights", ops.weigh(read(ops, logits), experts))
+
+
+@mutant(
+    "router-first-experts-only", breaks=["ROUTE-2"], touches=["router.experts"], needs=["EXPERTS>10"], step="route",
+    fix="let each thread of the kernel compare several experts", severity="critical",
+    sources=["https://github.com/kekzl/imp/pull/2056"],
+)  # fmt: skip
+def within_a_block(ops: Any, x: Any, router: Any, k: int) -> tuple[Any, Any]:
+    """The kernel has one thread for each expert and a block has too few of them. The last experts are never chosen."""
+    return choose_among(ops, x, router, k, np.arange(router.shape[0]) < FIRST)
+
+
+@mutant(
+    "router-sort-powers-of-two", breaks=["ROUTE-2"], touches=["router.experts"], step="route",
+    fix="pad the logits to a power of two with -infinity before a bitonic sort",
+    sources=["https://github.com/ggml-org/llama.cpp/issues/5213"],
+)  # fmt: skip
+def sorted_in_part(ops: Any, x: Any, router: Any, k: int) -> tuple[Any, Any]:
+    """The sort is right for powers of two only. Of another number of experts it sorts the largest power of two that
+    fits, and never returns the others."""
+    experts = router.shape[0]
+    return choose_among(ops, x, router, k, np.arange(experts) < max(k, 1 << (experts.bit_length() - 1)))
+
+
+@mutant(
+    "router-negative-logits-lost", breaks=["ROUTE-2"], touches=["router.experts"], step="route",
+    fix="start the search for the largest logit at -infinity, not at zero", severity="critical",
+    sources=["https://github.com/flashinfer-ai/flashinfer/issues/2822"],
+)  # fmt: skip
+def largest_from_zero(ops: Any, x: Any, router: Any, k: int) -> tuple[Any, Any]:
+    """The search for the largest logit starts at zero, so that a negative logit is never the largest. Where too few are
+    positive, the experts with the lowest ids are chosen."""
+    logits = logits_of(ops, x, router)
+    experts = choose(ops, ops.where(logits > 0, logits, 0.0), k)
+    return experts, ops.tap("router.weights", ops.weigh(read(ops, logits), experts))

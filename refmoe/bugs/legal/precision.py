@@ -12,7 +12,8 @@ import numpy as np
 from refmoe.arithmetic.formats import nearest
 from refmoe.bugs.forced_rounding import rounded
 from refmoe.bugs.legal.variant import Engine, legal, with_steps
-from refmoe.profiles.policy import INNER_CUTS, Policy
+from refmoe.profiles.cut_points import INNER_CUTS
+from refmoe.profiles.policy import Policy
 from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters
 from refmoe.steps.policy_ops import PolicyOps

@@ -10,9 +10,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
-from refmoe.checkpoints.gguf_file import write_gguf
+from refmoe.checkpoints.gguf_file import FILE_TYPES, write_gguf
 from refmoe.checkpoints.load import load_checkpoint
 from refmoe.engines.adapter import Arrays, Skipped
 from refmoe.engines.adapters import llama_cpp_library as native
@@ -65,24 +66,24 @@ PAD = 256
 
 
 class Adapter:
-    """Options: cache=float32|float16 (keys and values), flash=off|on (flash attention), threads=N."""
+    """Options: file=float32|float16|bfloat16 (matrices), cache=float32|float16, flash=off|on (attention), threads=N."""
 
     name = "llama.cpp"
     dtypes = ("float32",)
     abilities = ("chunk", "decode", "sequences")
 
-    def __init__(self, cache: str = "float32", flash: str = "off", threads: str = "1") -> None:
-        if cache not in native.TYPES or flash not in native.FLASH or not threads.isdecimal():
-            raise InputError(f"options cache={cache}, flash={flash}, threads={threads}: {Adapter.__doc__}")
+    def __init__(self, cache: str = "float32", flash: str = "off", threads: str = "1", file: str = "float32") -> None:
+        known = cache in native.TYPES and flash in native.FLASH and file in FILE_TYPES
+        if not known or not threads.isdecimal():
+            raise InputError(f"options file={file}, cache={cache}, flash={flash}, threads={threads}: {Adapter.__doc__}")
+        self.file = file
         self.library = native.load_library(lambda text: print(text, end="", file=sys.stderr))
         self.version = f"{native.PACKAGE} {version(native.PACKAGE)}"
         self.options = {"type_k": native.TYPES[cache], "type_v": native.TYPES[cache], "n_threads": int(threads)}
         self.options |= {"n_threads_batch": int(threads), "flash_attn_type": native.FLASH[flash]}
         unseen = ("attention.scores", "attention.probs") if flash == "on" else ("attention.scores",)
         self.taps = tuple(tap for tap in TAPS if tap not in unseen)
-        # flash attention rounds keys and values of a float32 cache to float16 before it reads them
-        rounded = cache == "float16" or flash == "on"
-        self.policies = {"float32": "llama.cpp-float32" + ("-cache-float16" if rounded else "")}
+        self.policies = {"float32": policy_of(file, cache, flash)}
         self.model: Any = None
 
     def load(self, checkpoint: Path, dtype: str) -> None:
@@ -95,7 +96,12 @@ class Adapter:
         self.library.llama_model_free(self.model)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.gguf"
-            write_gguf(path, loaded.config, loaded.parameters)
+            try:
+                write_gguf(path, loaded.config, loaded.parameters, self.file)
+            except InputError as unwritten:
+                if self.file == "float32":
+                    raise
+                raise Skipped(f"a {self.file} file cannot hold the weights: {unwritten}") from None
             # the file is mapped into memory, so its name may be deleted
             defaults = self.library.llama_model_default_params()
             self.model = self.library.llama_model_load_from_file(bytes(path), defaults)
@@ -133,6 +139,15 @@ class Adapter:
         return found
 
 
+def policy_of(file: str, cache: str, flash: str) -> str:
+    """The policy of llama.cpp with these options."""
+    if flash == "on":  # it rounds keys and values of a float32 cache to float16 before it reads them
+        return "llama.cpp-float32-flash" if file == "float32" else f"llama.cpp-{file}"
+    name = "llama.cpp-float32" + ("-cache-float16" if cache == "float16" else "")
+    inputs = f"+linear.input={file}+router.logits.input=float32" if file != "float32" else ""
+    return name + inputs + ("+flushes=true" if file == "bfloat16" else "")
+
+
 def shaped(tap: str, array: NDArray[Any], config: Config, run: Run) -> NDArray[Any]:
     """A tensor in the shape of its tap; queries and keys in half-split order, as ROPE-3 wants them.
 
@@ -141,7 +156,7 @@ def shaped(tap: str, array: NDArray[Any], config: Config, run: Run) -> NDArray[A
     """
     step, cached = step_of(tap), run.past + len(run.tokens)
     if step == "attention.probs":
-        if array[..., cached:].any():
+        if np.nan_to_num(array[..., cached:]).any():  # a row without a finite softmax is NaN everywhere
             raise RuntimeError(f"{run.run}: attention reaches cells of the cache that hold no token of this sequence")
         return array[0, :, :, :cached]
     sizes = {"T": len(run.tokens), "D": config.dim, "H": config.heads, "K": config.kv_heads, "d": config.head_dim}

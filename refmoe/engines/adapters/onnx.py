@@ -22,6 +22,7 @@ from refmoe.engines.adapters.onnx_export import export
 from refmoe.engines.capture.transformers import shaped
 from refmoe.engines.protocol import TAPS
 from refmoe.errors import InputError, require
+from refmoe.spec.taps import step_of
 from refmoe.traces.trace import Recorder, Run
 
 LEVELS = {
@@ -36,7 +37,7 @@ class Adapter:
     name = "onnxruntime"
     dtypes = ("float32", "float64", "float16")
     abilities = ("chunk", "decode", "sequences")
-    policies = MappingProxyType({"float32": "hf-float32", "float64": "hf-float64", "float16": "onnx-float16"})
+    policies = MappingProxyType({"float32": "onnx-float32", "float64": "hf-float64", "float16": "onnx-float16"})
 
     def __init__(self, optimise: str = "all", taps: str = "all") -> None:
         if optimise not in LEVELS or taps not in GIVEN:
@@ -71,5 +72,10 @@ class Adapter:
             made = self.session.run(None, dict(zip(inputs, given, strict=True)))
             caches[run.sequence] = made[-count:]
             for tap, array in zip(self.graph.taps, made[:-count], strict=True):
-                recorder(tap, shaped(tap, array, head_dim))
+                recorder(tap, shaped(tap, without_batch(tap, array), head_dim))
         return recorder.arrays
+
+
+def without_batch(tap: str, array: NDArray[Any]) -> NDArray[Any]:
+    """An output of the graph as the module gives it. What an expert makes may have a batch of one in front."""
+    return array.reshape(array.shape[-3:]) if step_of(tap).startswith("expert.") else array

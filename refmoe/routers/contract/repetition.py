@@ -39,6 +39,26 @@ def repetition(subject: Subject, logits: Floats, between: Floats) -> None:
 
 
 @law(
+    "results-kept",
+    "A later call does not change the ids and weights that an earlier call returned.",
+    "A router is a function; captured graphs and static buffers (vllm-project/vllm#52383) break this",
+    two_batches,
+)
+def results_kept(subject: Subject, logits: Floats, between: Floats) -> None:
+    returned = subject.call(subject.array(subject.input(logits)[0]), len(logits))
+    before = subject.well_formed(*returned, len(logits), True)
+    subject.call(subject.array(subject.input(between)[0]), len(between))
+    after = subject.well_formed(*returned, len(logits), True)
+    same = (before[0] == after[0]) & ((before[1] == after[1]) | np.isnan(before[1]))
+    for token in np.flatnonzero(~same.all(axis=1))[:1]:
+        raise LawBroken(
+            f"the result had ids {before[0][token].tolist()}, weights {before[1][token].tolist()}; after another call "
+            f"it has ids {after[0][token].tolist()}, weights {after[1][token].tolist()}",
+            int(token),
+        )
+
+
+@law(
     "input-untouched",
     "The router does not write to its input.",
     "The experts read the same array; transformers#33969 (jitter in place)",

@@ -18,6 +18,8 @@ from refmoe.bugs.run_engine import run, same
 from refmoe.bugs.sharded_mutant import ONE_DEVICE, on_ranks
 from refmoe.parallel import results
 from refmoe.profiles.load import policy as named_policy
+from refmoe.profiles.policy import Policy
+from refmoe.spec.model import Parameters
 from refmoe.steps.sharded.layout import layouts
 from refmoe.suite import Case, read_case
 from refmoe.traces.trace import Trace
@@ -71,7 +73,7 @@ def judge_case(work: Work) -> list[Outcome]:
     for name in (SPECIFICATION, *work.mutants):
         each = MUTANTS.get(name)
         text = work.policy + (each.judged_by if each else "")
-        quantised_model = each is not None and "QUANT" in each.needs
+        quantised_model = each is not None and _quantised_model(each)
         policy, parameters = named_policy(text), quantised(ground, INT8) if quantised_model else ground
         right = _right_run(work.case, text, quantised_model)
         if (text, quantised_model) not in judged:
@@ -91,6 +93,16 @@ def judge_case(work: Work) -> list[Outcome]:
         report = verify(trace, f"case {case.name}", case.config, parameters, case.runs(), policy)
         outcomes.append(outcome_of(name, case.name, work.policy, report))
     return outcomes
+
+
+def setting(mutant: str, case: Case, policy: str) -> tuple[Policy, Parameters]:
+    """The policy and the weights by which a mutant is judged on a case at a dtype."""
+    each, ground = MUTANTS[mutant], case.checkpoint().parameters
+    return named_policy(policy + each.judged_by), quantised(ground, INT8) if _quantised_model(each) else ground
+
+
+def _quantised_model(mutant: Mutant) -> bool:
+    return "QUANT" in mutant.needs
 
 
 def judge_parallel(mutant: Mutant, case: Case, policy: str) -> Outcome:

@@ -1,26 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other arithmetic than declared: the policy with one change, under which every failed check passes.
+"""Other arithmetic than declared: the policy with one change, or the storage of the whole engine in another dtype.
 
-A coarser policy allows more errors, whatever their cause. So a change is named only if the errors also have the size
-that it predicts.
+A coarser policy allows more errors, whatever their cause. So a change is named only if it predicts the errors: their
+values, where it stores something more coarsely, or else their sizes, as `refmoe.verifier.diagnosis.fit` says.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from refmoe.errors import InputError
+from refmoe.profiles.cut_points import CUT_POINTS, PRODUCTS
+from refmoe.profiles.load import GROUPS, differences
 from refmoe.profiles.load import policy as named_policy
 from refmoe.profiles.policy import Policy
-from refmoe.verifier.diagnosis.evidence import Evidence, checks_again
-from refmoe.verifier.findings import FAIL, PASS, Check, Explanation, proven
-from refmoe.verifier.passes import Pass
+from refmoe.spec.config import Config
+from refmoe.spec.model import Model, Parameters
+from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS
+from refmoe.steps.rounding import CUT_STEPS
+from refmoe.traces.trace import Run
+from refmoe.verifier.diagnosis.known import Cause
+from refmoe.verifier.findings import ARITHMETIC
 
-ARITHMETIC = "other arithmetic"
-"""The kind of these explanations."""
 CHANGES = {
+    "attention.context.accumulation=float16": "attention sums values in float16, as flash attention of llama.cpp does",
+    "attention.context.accumulation=bfloat16": "attention sums values in bfloat16",
+    "linear.input=float16+router.logits.input=float32": (
+        "inputs of products are rounded to float16, but not the router's, as llama.cpp does with a float16 file"
+    ),
+    "linear.input=bfloat16+router.logits.input=float32": (
+        "inputs of products are rounded to bfloat16, but not the router's, as llama.cpp does with a bfloat16 file"
+    ),
+    "linear.input=float16": "the inputs of products with parameters are rounded to float16",
+    "linear.input=bfloat16": "the inputs of products with parameters are rounded to bfloat16",
+    **{
+        f"ranks={n}": f"several ranks, at least {n}, store their parts of sums in the storage dtype, and add them in it"
+        for n in (2, 4, 8)
+    },
+    "ranks=8+rank.partial=bfloat16": "several ranks store their parts of sums in bfloat16, and add them in it",
+    **{f"{step}.accumulation=float32": f"the product {step} is computed in float32" for step in PRODUCTS},
+    "islands=float32": "norms, rotations and softmax are computed in float32",
     "cache=float16": "keys and values are cached in float16",
     "cache=bfloat16": "keys and values are cached in bfloat16",
+    "router_order=softmax-then-top-k": "the router takes the softmax of all logits, and chooses experts then",
+    "router_order=softmax-then-top-k+router.probs=bfloat16": (
+        "the router takes the softmax of all logits, stores it in bfloat16, and chooses experts then"
+    ),
+    "router_order=softmax-then-top-k+router.probs=float16": (
+        "the router takes the softmax of all logits, stores it in float16, and chooses experts then"
+    ),
+    "storage=bfloat16": "the whole engine computes in bfloat16",
+    "storage=float16": "the whole engine computes in float16",
     "truncates=true": "sums are cut off, not rounded, as tensor cores do",
     "flushes=true": "numbers below the smallest normal one count as zero",
     "statistics=float16": "norms, softmax and angles are computed in float16",
@@ -29,32 +60,49 @@ CHANGES = {
     "accumulation=float16": "sums are accumulated in float16",
     "accumulation=bfloat16": "sums are accumulated in bfloat16",
 }
-"""Changes of a policy, as `refmoe verify --policy NAME+CHANGE` takes them."""
-LEAST = 0.1
-"""The least size of the errors, in standard deviations of the changed policy. Smaller errors have another cause."""
+"""Changes of a policy, as `refmoe verify --policy NAME+CHANGE` takes them. Narrow ones come first."""
+
+EVERYWHERE = tuple(tap for tap in (*LAYER_TAPS, *MODEL_TAPS) if tap != "router.experts")
+"""Of a choice the policy itself says what is legal."""
+
+FIRST = {
+    "router_order": ("router.weights",),
+    "sigmoid": ("expert.hidden",),
+    "ranks": CUT_POINTS["rank.partial"].shown_by,
+}
+"""The first taps that a field of a policy can alter, if these are few."""
 
 
-def other_arithmetic(evidence: Evidence) -> list[Explanation]:
-    """The changes under which every check passes, best first: the one that predicts the size of the errors best."""
-    found = []
+@dataclass(frozen=True)
+class Changed:
+    """The specification under another policy, as a variation."""
+
+    changed: Policy
+    touches: tuple[str, ...] = EVERYWHERE
+
+    def model(self, config: Config, parameters: Parameters) -> Model:
+        return Model(config, parameters, CUT_STEPS)
+
+    def policy(self, policy: Policy) -> Policy:
+        """The changed policy, with what another variation changes as well."""
+        return self.changed
+
+    def runs(self, runs: tuple[Run, ...]) -> tuple[Run, ...]:
+        return runs
+
+
+def other_arithmetic(policy: Policy) -> Iterator[Cause]:
+    """The changes of a policy as causes."""
     for change, about in CHANGES.items():
-        changed = _changed(evidence.policy, change)
-        if changed is None:
-            continue
-        checks = {(c.run, c.tap): c for c in checks_again(evidence, evidence.right, changed, Pass)}
-        failed = [checks[check.run, check.tap] for check in evidence.failed]
-        legal = all(c.verdict != FAIL for c in checks.values()) and all(c.verdict == PASS for c in failed)
-        if legal and (size := _size(failed)) >= LEAST:
-            found.append((abs(math.log(size)), change, f"{about}: {size:.2g} times the expected error"))
-    return [
-        proven(
-            name=f"{evidence.policy.name}+{change}",
-            kind=ARITHMETIC,
-            about=about,
-            fix="if that is meant, declare it; refmoe policies says what each policy allows",
-        )
-        for _, change, about in sorted(found)
-    ]
+        changed = _changed(policy, change)
+        if changed is not None:
+            yield Cause(
+                name=f"{policy.name}+{change}",
+                kind=ARITHMETIC,
+                about=about,
+                fix="if that is meant, declare it; refmoe policies says what each policy allows",
+                variation=Changed(changed, touched_by(change)),
+            )
 
 
 def _changed(policy: Policy, change: str) -> Policy | None:
@@ -63,13 +111,14 @@ def _changed(policy: Policy, change: str) -> Policy | None:
         changed = named_policy(f"{policy.name}+{change}")
     except InputError:
         return None
-    field, _, value = change.partition("=")
-    if field in ("accumulation", "statistics") and str(getattr(policy, field)) == value:
-        return None
-    return changed
+    return changed if differences([policy, changed]) else None
 
 
-def _size(checks: list[Check]) -> float:
-    """Root mean square of error over standard deviation, over all values of these checks."""
-    values = sum(check.values for check in checks)
-    return math.sqrt(sum(check.rms**2 * check.values for check in checks) / values) if values else 0.0
+def touched_by(change: str) -> tuple[str, ...]:
+    """The first taps that a change can alter."""
+    touched: dict[str, None] = {}
+    for part in change.split("+"):
+        field = part.partition("=")[0]
+        for name in GROUPS.get(field, (field,)):
+            touched |= dict.fromkeys(CUT_POINTS[name].shown_by if name in CUT_POINTS else FIRST.get(name, EVERYWHERE))
+    return tuple(touched)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole diagnosis of a failed verification: known bugs, two at once, structures, other arithmetic."""
+"""The whole diagnosis of a failed verification: known bugs, settings, other arithmetic, two at once, structures."""
 
 from __future__ import annotations
 
@@ -17,16 +17,14 @@ from refmoe.steps.sharded.layout import layouts
 from refmoe.traces.trace import Run, Trace
 from refmoe.verifier.diagnosis.arithmetic import other_arithmetic
 from refmoe.verifier.diagnosis.evidence import gather
-from refmoe.verifier.diagnosis.known import candidates, explanations, pairs, rank, unrelated
-from refmoe.verifier.diagnosis.settings import of_settings
-from refmoe.verifier.diagnosis.structure import structural
-from refmoe.verifier.diagnosis.weights import of_weights
-from refmoe.verifier.findings import FAIL, Explanation, Report
+from refmoe.verifier.diagnosis.grammar import of_grammar
+from refmoe.verifier.diagnosis.known import candidates, cause_of, explanations, pairs, rank
+from refmoe.verifier.diagnosis.rivals import settle
+from refmoe.verifier.diagnosis.settings import other_settings
+from refmoe.verifier.findings import FAIL, STRUCTURE, Explanation, Report
 
 
-@np.errstate(
-    all="ignore"
-)  # a stranger's values may be anything: infinities and NaN explain nothing, and warn of nothing
+@np.errstate(all="ignore")  # a stranger's values may be anything: infinities and NaN explain nothing
 def diagnose(
     trace: Trace,
     config: Config,
@@ -39,28 +37,31 @@ def diagnose(
 ) -> tuple[Explanation, ...]:
     """The possible explanations of a failed trace, best first, those that explain all of it before the others.
 
-    A mutant that may explain only a part stays in the list, with `explains` false. Pairs, structures and other
-    arithmetic are tried only if no earlier explanation holds.
+    A cause that may explain only a part stays in the list, with `explains` false. Pairs and structures are tried only
+    if no single cause explains the trace.
 
     report: the report of `verify` for the same trace, config, parameters, runs and policy
-    progress: called for each mutant, and once more for each that touches a failed step
+    progress: called for each cause, and once more for each that touches a failed step
     """
     if not any(check.verdict == FAIL for check in report.checks):
         return ()
     evidence = gather(trace, config, parameters, runs, policy, report)
     step = progress if progress is not None else lambda: None
     known = tuple(mutants)
-    tried = candidates(evidence, known, step)
+    causes = [cause_of(each) for each in known if each.in_one_pass]
+    causes += [cause_of(each, STRUCTURE) for each in other_settings(config)]
+    causes += other_arithmetic(policy)
+    tried = candidates(evidence, causes, step)
     found = explanations(evidence, tried, step)
     if not any(each.explains for each in found):
-        split = candidates(evidence, placed(known, config), lambda: None)
-        found += explanations(evidence, split, lambda: None)
+        sharded = [cause_of(each) for each in placed(known, config)]
+        found += explanations(evidence, candidates(evidence, sharded, lambda: None))
+        causes += sharded
+    found = settle(evidence, found, {each.name: each.variation for each in causes})
     if not any(each.explains for each in found):
         found += pairs(evidence, tried)
-    if not any(each.explains and not unrelated(each) for each in found):
-        found += [*of_settings(evidence), *of_weights(evidence), *structural(evidence)]
     if not any(each.explains for each in found):
-        found += other_arithmetic(evidence)
+        found += of_grammar(evidence)
     return tuple(sorted(found, key=rank))
 
 

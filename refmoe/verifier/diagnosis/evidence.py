@@ -1,38 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A failed trace, and its checks against a specification with a bug."""
+"""A failed trace, and its checks against a changed specification."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from typing import Any, Protocol
 
 import numpy as np
 
-from refmoe.arithmetic.formats import ulp
-from refmoe.bugs.mutant import Mutant
+from refmoe.arithmetic.arrays import Tap
+from refmoe.arithmetic.formats import FLOAT64
+from refmoe.arithmetic.weight_cache import WeightCache
+from refmoe.bugs.forced_rounding import rounded
+from refmoe.bugs.quantised_checkpoint import QuantisedWeight, SmoothedGain
+from refmoe.checkpoints.size import total_parameters
+from refmoe.checkpoints.weight import Weight
+from refmoe.profiles.cut_points import CUT_POINTS
 from refmoe.profiles.policy import Policy
 from refmoe.spec.config import Config
 from refmoe.spec.model import Model, Parameters
-from refmoe.spec.taps import step_of
+from refmoe.spec.taps import layer_of, step_of
+from refmoe.steps.enclosure_ops import MATRIX_BYTES, EnclosureOps
 from refmoe.traces.trace import Run, Trace
+from refmoe.verifier.diagnosis.fit import within_own_rounding
+from refmoe.verifier.diagnosis.observed import Observed, Recorded, Recording, observe
+from refmoe.verifier.diagnosis.prediction import WEIGHT_BYTES, PlainOps, Prediction
 from refmoe.verifier.findings import FAIL, FORCED, PASS, UNDECIDABLE, Check, Report
 from refmoe.verifier.free_running import Replica
 from refmoe.verifier.intake import Contents, take_in
-from refmoe.verifier.passes import Key, Pass, Reading
+from refmoe.verifier.passes import Key, Reading
 from refmoe.verifier.routing import Routing, consistent, valid
+from refmoe.verifier.segments import needed, segments
 from refmoe.verifier.subject import Subject
 from refmoe.verifier.tally import Limits
 from refmoe.verifier.verify import apply_second_pass, assemble
 
-FARTHEST = 2.0**400
-"""A distance counts as this many spacings at most, so that sums of squares of distances stay finite."""
-SAMPLED = 1 << 18
-"""The most values of an error that the matched filter reads. Of a longer error it reads every n-th value."""
+MOST_HELD = 1 << 25
+"""The most parameters of a model whose stored values are all kept in memory."""
 
 
 class Variation(Protocol):
-    """A changed specification that a trace can be held against: a mutant, or two mutants at once."""
+    """A changed specification that a trace can be held against: a mutant, other arithmetic, or two of them at once."""
 
     @property
     def touches(self) -> tuple[str, ...]: ...
@@ -42,8 +52,17 @@ class Variation(Protocol):
 
 
 @dataclass(frozen=True)
+class Part:
+    """A part of the trace that can be judged by itself: some runs and layers, and the taps in them."""
+
+    runs: tuple[Run, ...]
+    layers: range
+    present: Mapping[str, frozenset[str]]
+
+
+@dataclass(frozen=True)
 class Evidence:
-    """A failed trace, its report, and exact results at its failed taps."""
+    """A failed trace, its report, and the enclosures of the specification at its taps."""
 
     trace: Trace
     right: Subject
@@ -52,10 +71,51 @@ class Evidence:
     limits: Limits
     report: Report
     failed: tuple[Check, ...]
-    expected: dict[Key, Any] = field(default_factory=dict)
-    """Exact results from the trace's own inputs, at the first failed tap of each step and at each with NaN."""
-    error: Any = None
-    """The errors at all expected taps, in units of their spacing, at most `SAMPLED` of them. [n]"""
+    observed: dict[Key, Observed] = field(default_factory=dict)
+    """The taps of the trace, in order of computation, run by run."""
+    weights: dict[Any, WeightCache] = field(default_factory=dict)
+    """Prepared weights that passes share, by the rounding that prepared them."""
+
+    @cached_property
+    def expected(self) -> dict[Key, Any]:
+        """Exact results from the trace's own inputs, at the first failed tap of each step, in the tap's shape."""
+        firsts = {check.step: (check.run, check.tap) for check in reversed(self.failed)}
+        wanted = {key for step, key in firsts.items() if step != "router.experts"}
+        found = middle(self, self.right, self.policy, wanted)
+        return {key: array for key, array in found.items() if self.trace.get(*key).shape == array.shape}
+
+    @cached_property
+    def whole(self) -> Part:
+        """All that the trace has taps of."""
+        present = self.contents.present
+        return Part(self.contents.runs, needed(self.right.config, present), present)
+
+    @cached_property
+    def first(self) -> Part:
+        """The runs up to the first one with a failed check, and the layers of that check from the nearest tap on."""
+        check, config = self.failed[0], self.right.config
+        runs = until(self.contents.runs, {check.run})
+        present = {run.run: self.contents.present[run.run] for run in runs}
+        layer = check.layer if check.layer is not None else 0 if check.tap == "embedding" else config.layers - 1
+        layers = next((piece for piece in segments(config, present) if layer in piece), self.whole.layers)
+
+        def inside(tap: str) -> bool:
+            at = layer_of(tap)
+            if at is None:
+                return not layers.start if tap == "embedding" else layers.stop == config.layers
+            return at in layers
+
+        return Part(runs, layers, {run: frozenset(filter(inside, taps)) for run, taps in present.items()})
+
+    @cached_property
+    def wrong_values(self) -> int:
+        """The number of wrong values of the failed checks. A wrong choice of experts counts as one."""
+        return sum(int(self.observed[key].wrong.sum()) for key in self.keys(self.whole))
+
+    def keys(self, part: Part) -> tuple[Key, ...]:
+        """The failed taps in a part."""
+        failed = ((check.run, check.tap) for check in self.failed)
+        return tuple(key for key in failed if key[1] in part.present.get(key[0], ()) and key in self.observed)
 
 
 def gather(
@@ -64,50 +124,40 @@ def gather(
     """The evidence of a trace that has failed."""
     contents = take_in(trace, config, runs)
     limits = Limits(report.significance, contents.values, contents.tensors)
-    right = Subject(config, parameters, contents.runs)
+    right = Subject(config, held(config, parameters), contents.runs)
     failed = tuple(check for check in report.checks if check.verdict == FAIL)
-    firsts = {check.step: (check.run, check.tap) for check in reversed(failed) if check.step != "router.experts"}
-    wanted = {*firsts.values(), *((c.run, c.tap) for c in failed if not _finite(trace, c))}
     evidence = Evidence(
         trace=trace, right=right, policy=policy, contents=contents, limits=limits, report=report, failed=failed
     )
-    found = {key: np.asarray(trace.get(*key), np.float64) for key in wanted}
-    expected = middle(evidence, right, policy, wanted)
-    expected = {key: array for key, array in expected.items() if found[key].shape == array.shape}
-    evidence = replace(evidence, expected=expected)
-    return replace(evidence, error=weighted(evidence, found))
+    judging = Recording(trace, replace(right, ops=_ops(evidence, policy)), policy, limits.excess)
+    checks = assemble(judging.go(evidence.whole.layers), contents, config, policy, limits)
+    taps = observe(judging.recorded(), policy, limits.excess, checks, report.checks)
+    return replace(evidence, observed=taps | _choices(trace, config, report))
 
 
-def _finite(trace: Trace, check: Check) -> bool:
-    if check.step == "router.experts":
-        return True
-    return bool(np.isfinite(np.asarray(trace.get(check.run, check.tap), np.float64)).all())
+def held(config: Config, parameters: Parameters) -> Parameters:
+    """The parameters, each read once and kept, unless there are too many. Most causes read all of them again."""
+    if total_parameters(config) > MOST_HELD:
+        return parameters
 
+    def kept(owner: Any) -> Any:
+        weights = {
+            name: Weight(each.name, each.shape, each.dtype, cache(each.read), each.origin)
+            for name, each in vars(owner).items()
+            if isinstance(each, Weight) and not isinstance(each, QuantisedWeight | SmoothedGain)  # these have more
+        }
+        return replace(owner, **weights)
 
-def weighted(evidence: Evidence, arrays: dict[Key, Any]) -> Any:
-    """The distances of arrays from the expected ones, in units of their spacing. A distance that is not finite is 0.
-
-    returns: [n], at most `SAMPLED` values; None if an array is missing or has another shape
-    """
-    parts = []
-    for key, right in evidence.expected.items():
-        array = arrays.get(key)
-        if array is None or array.shape != right.shape:
-            return None
-        with np.errstate(all="ignore"):
-            distance = ((array - right) / ulp(right, evidence.policy.at(step_of(key[1])))).reshape(-1)
-        parts.append(np.where(np.isfinite(distance), np.clip(distance, -FARTHEST, FARTHEST), 0.0))
-    if not parts:
-        return np.zeros(0)
-    together = np.concatenate(parts)
-    return together[:: -(-max(together.size, 1) // SAMPLED)]
+    layers = (replace(kept(layer), experts=tuple(map(kept, layer.experts))) for layer in parameters.layers)
+    whole: Parameters = replace(kept(parameters), layers=tuple(layers))
+    return whole
 
 
 def middle(evidence: Evidence, subject: Subject, policy: Policy, wanted: set[Key]) -> dict[Key, Any]:
     """The results of exact arithmetic at the wanted taps, from the trace's own inputs."""
     subject = replace(subject, runs=until(subject.runs, {run for run, _ in wanted}))
     with np.errstate(all="ignore"):
-        return Exact(evidence.trace, subject, policy, open_choices={}, wanted=wanted, generator=None).arrays()
+        return Exact(evidence.trace, subject, policy, wanted=wanted, draw=None).arrays()
 
 
 class Exact(Replica):
@@ -120,7 +170,7 @@ class Exact(Replica):
         return np.where(valid(chosen, self.subject.config.experts)[:, None], chosen, x)
 
 
-class UnderBug(Pass):
+class UnderBug(Recording):
     """A pass under a bug. The bug may produce infinities and NaN, so every overflow is allowed."""
 
     def __init__(self, *arguments: Any) -> None:
@@ -181,50 +231,114 @@ def until(runs: tuple[Run, ...], names: Set[str]) -> tuple[Run, ...]:
     return runs[: last + 1]
 
 
+# ---- arithmetic that passes share
+
+
+def forced_cuts(right: Policy, changed: Policy) -> frozenset[str]:
+    """The cut points that the changed policy stores more coarsely. An engine of that policy rounds there every time.
+
+    A router that now takes the softmax first loses the probabilities that underflow.
+    """
+    coarser = (name for name in CUT_POINTS if not changed.at(name).holds(right.at(name)) and name != "weights")
+    first = changed.router_order != right.router_order
+    return frozenset([*coarser, *["router.probs"] * first])
+
+
+class ForcingOps(EnclosureOps):
+    """Enclosures whose midpoints are rounded at some cut points, as an engine that stores them so rounds them."""
+
+    def __init__(self, policy: Policy, tap: Tap | None, forced: frozenset[str], matrices: WeightCache) -> None:
+        super().__init__(policy, tap)
+        self._forced, self._matrices = forced, matrices
+
+    def cut(self, name: str, x: Any) -> Any:
+        if name not in self._forced:
+            return super().cut(name, x)
+        made = super().cut(name, rounded(x, self.policy.at(name)))
+        return made
+
+
+def _ops(evidence: Evidence, policy: Policy) -> Callable[..., EnclosureOps]:
+    """Enclosures under a policy, with the cut points that it changes forced, and with shared weights."""
+    exact = policy.accumulation.precision == 53 or policy.storage.precision == 53
+    matrices = evidence.weights.setdefault((policy.at("weights"), exact), WeightCache(MATRIX_BYTES))
+    forced = forced_cuts(evidence.policy, policy)
+    return lambda used, tap: ForcingOps(used, tap, forced, matrices)
+
+
+def predict(
+    evidence: Evidence,
+    variation: Variation,
+    part: Part,
+    wanted: frozenset[str] | None = None,
+    rounds: bool = False,
+) -> dict[Key, Any]:
+    """The predictions of a variation at the taps of a part, as `Prediction` keeps them.
+
+    wanted: the steps to keep, in the trace or not; None: all steps that the trace has
+    rounds: whether values are rounded at every cut point, as in an ideal engine
+    """
+    subject, policy = subject_of(evidence, variation), variation.policy(evidence.policy)
+    weights = evidence.weights.setdefault(policy.at("weights"), WeightCache(WEIGHT_BYTES))
+    forced = frozenset(CUT_POINTS) if rounds else forced_cuts(evidence.policy, policy)
+    ops: Any = lambda used, tap: PlainOps(used, tap, forced, weights)  # noqa: E731
+    names = {run.run for run in part.runs}
+    subject = replace(subject, runs=until(subject.runs, names), ops=ops)
+    judging = Prediction(evidence.trace, subject, policy, wanted)
+    judging.go(part.layers)
+    return judging.values()
+
+
+# ---- verdicts
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The checks of a trace, or of a part of it, against a changed specification, and its enclosures."""
+
+    checks: list[Check]
+    recorded: dict[Key, Recorded]
+
+    @property
+    def verdicts(self) -> dict[Key, str]:
+        return {(check.run, check.tap): check.verdict for check in self.checks}
+
+
 def judge_again(
-    evidence: Evidence, subject: Subject, policy: Policy, judge: Callable[..., Pass] = UnderBug
+    evidence: Evidence, subject: Subject, policy: Policy, judge: Callable[..., Recording] = UnderBug
 ) -> dict[Key, str]:
     """The verdict of each check against a changed specification."""
-    return {(check.run, check.tap): check.verdict for check in checks_again(evidence, subject, policy, judge)}
+    return judge_part(evidence, evidence.whole, subject, policy, judge).verdicts
 
 
-def judge_first(evidence: Evidence, subject: Subject, policy: Policy, judge: Callable[..., Pass]) -> dict[Key, str]:
-    """The verdicts for the runs up to the first one with a failed check.
-
-    This costs a fraction of `judge_again` and rejects most specifications. Once it is known that some check fails,
-    other verdicts may be FAIL where `judge_again` gives another one.
-    """
-    first = {evidence.failed[0].run}
-    contents = replace(evidence.contents, runs=until(evidence.contents.runs, first))
-    subject = replace(subject, runs=until(subject.runs, first))
-    found = checks_again(replace(evidence, contents=contents), subject, policy, judge, hurried=True)
-    return {(check.run, check.tap): check.verdict for check in found}
-
-
-def checks_again(
-    evidence: Evidence, subject: Subject, policy: Policy, judge: Callable[..., Pass], hurried: bool = False
-) -> list[Check]:
-    """The checks against a changed specification or policy, with the same second passes as in `verify`.
+def judge_part(
+    evidence: Evidence, part: Part, subject: Subject, policy: Policy, judge: Callable[..., Recording] = UnderBug
+) -> Judged:
+    """The checks of a part against a changed specification or policy, with the same second passes as in `verify`.
 
     The order of the second passes is reversed: unrounded inputs come first, because only they can change the verdict
-    of the first failed check.
-
-    hurried: whether to skip the last pass if the first failed check keeps its verdict. Other checks may then keep a
-    FAIL that the last pass would change.
+    of the first failed check. If it fails still, the last pass is left out. Other checks may then keep a FAIL that the
+    last pass would change.
     """
-    right, limits = evidence.right.config, evidence.limits
+    names = {run.run for run in part.runs}
+    subject = replace(subject, runs=until(subject.runs, names), ops=_ops(evidence, policy))
+    contents = replace(evidence.contents, runs=part.runs, present=dict(part.present))
+    recorded: dict[Key, Recorded] = {}
 
     def checked(reading: Reading) -> list[Check]:
-        seen = judge(evidence.trace, subject, policy, limits.excess, reading).go()
-        return assemble(seen, evidence.contents, right, policy, limits)
+        judging = judge(evidence.trace, subject, policy, evidence.limits.excess, reading)
+        found = judging.go(part.layers)
+        if not recorded:
+            recorded.update(judging.recorded())
+        return assemble(found, contents, evidence.right.config, policy, evidence.limits)
 
     checks = first = checked(Reading())
     failed = frozenset((check.run, check.tap) for check in checks if check.verdict == FAIL)
     if failed and policy.consumers == "unrounded":
         checks = apply_second_pass(checks, checked(Reading(unrounded=True)), "")
-    if failed and not (hurried and _stays(evidence, first, checks)):
+    if failed and not _stays(evidence, first, checks):
         checks = apply_second_pass(checks, checked(Reading(recomputed=failed)), "")
-    return checks
+    return Judged(checks, recorded)
 
 
 def _stays(evidence: Evidence, first: list[Check], checks: list[Check]) -> bool:
@@ -233,49 +347,59 @@ def _stays(evidence: Evidence, first: list[Check], checks: list[Check]) -> bool:
     first: the checks before any second pass
     """
     at = next(i for i, check in enumerate(first) if check.verdict == FAIL)
-    wrong = {check.run for check in evidence.failed}
     before = {(check.run, check.tap): check.verdict for check in evidence.report.checks}
-    counted = first[at].run in wrong and before[first[at].run, first[at].tap] in (PASS, FAIL)
-    return counted and checks[at].verdict == FAIL
+    return before[first[at].run, first[at].tap] in (PASS, FAIL) and checks[at].verdict == FAIL
 
 
 def still_failing(
-    evidence: Evidence, verdicts: dict[Key, str], wrong: dict[Key, Any], checks: Sequence[Check] | None = None
+    evidence: Evidence, verdicts: dict[Key, str], predicted: Mapping[Key, Any], ideal: Mapping[Key, Any]
 ) -> int:
     """The number of failed checks that were judged again and still fail.
 
-    A check with values that are not finite has no bound under a bug that produces such values. The bug explains the
-    check if it produces them in the same places.
+    A check may have no bound under a bug that makes values that are not finite, or where rounding decides the choice
+    of experts. The bug then explains the check if it predicts its values, up to what its own rounding makes.
 
-    wrong: the results of the changed specification at the expected taps
+    predicted: the predictions of the changed specification   ideal: those of an engine that rounds at every cut point
     """
     count = 0
-    for check in evidence.failed if checks is None else checks:
+    for check in evidence.failed:
         key = (check.run, check.tap)
         if key not in verdicts or verdicts[key] == PASS:
             continue
-        count += not (verdicts[key] == UNDECIDABLE and _same_gaps(evidence, key, wrong.get(key)))
+        seen = verdicts[key] == UNDECIDABLE and key in evidence.observed
+        count += not (seen and within_own_rounding(evidence.observed, key, predicted, ideal))
     return count
 
 
-def _same_gaps(evidence: Evidence, key: Key, wrong: Any) -> bool:
-    """Whether trace and changed specification have values that are not finite, in the same places."""
-    if wrong is None:
-        return False
-    gaps = ~np.isfinite(np.asarray(evidence.trace.get(*key), np.float64))
-    return bool(gaps.shape == wrong.shape and gaps.any() and (gaps == ~np.isfinite(wrong)).all())
-
-
 def newly_failing(evidence: Evidence, verdicts: dict[Key, str]) -> int:
-    """The number of passed checks that were judged again and now fail.
-
-    Only runs with a failed check count, because a bug may affect only prompts, or only single tokens.
-    """
-    wrong = {check.run for check in evidence.failed}
-    passed = (check for check in evidence.report.checks if check.verdict == PASS and check.run in wrong)
+    """The number of passed checks, in all calls, that were judged again and now fail."""
+    passed = (check for check in evidence.report.checks if check.verdict == PASS)
     return sum(verdicts.get((check.run, check.tap)) == FAIL for check in passed)
 
 
-def changes_choice(mutant: Mutant | Variation) -> bool:
-    """Whether the mutant chooses experts by another rule."""
-    return "router.experts" in mutant.touches
+def changes_choice(variation: Variation) -> bool:
+    """Whether the variation chooses experts by another rule."""
+    return "router.experts" in variation.touches
+
+
+def _choices(trace: Trace, config: Config, report: Report) -> dict[Key, Observed]:
+    """The choices of experts in the trace that failed."""
+    illegal = {(d.run, d.layer, d.token) for d in report.decisions if not d.legal}
+    taps = {}
+    for check in report.checks:
+        if check.step != "router.experts" or check.verdict != FAIL:
+            continue
+        found = np.asarray(trace.get(check.run, check.tap)).astype(np.int64)
+        wrong = np.array([(check.run, check.layer, token) in illegal for token in range(len(found))])
+        ids = np.sort(found, axis=-1)
+        taps[check.run, check.tap] = Observed(
+            found=ids,
+            mid=ids,
+            variance=np.zeros(ids.shape),
+            format=FLOAT64,
+            read=np.ones(len(ids), bool),
+            wrong=wrong | ~valid(found, config.experts),
+            passes=False,
+            as_stored=True,
+        )
+    return taps

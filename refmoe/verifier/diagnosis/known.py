@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The known bugs, single or in pairs, that explain a failed verification.
+"""The causes that explain a failed verification: known bugs, other arithmetic, settings, single or in pairs.
 
-A mutant is a specification too. It explains a trace if every failed step passes under it, and no passed step fails.
-That is a proof within the mutant's own enclosures. The matched filter compares the error with the mutant's effect
-(1: equal in size and direction). Mutants with similar effects are ordered by their residuals.
+A cause is a changed specification. It explains a trace if every failed check passes under it, no passed check fails
+in any call, and it accounts for the errors as `refmoe.verifier.diagnosis.fit` says. That is a proof within the cause's
+own enclosures. Causes are first filtered by predictions, which cost little.
 """
 
 from __future__ import annotations
@@ -25,131 +25,199 @@ from refmoe.traces.trace import Run
 from refmoe.verifier.diagnosis.evidence import (
     Chooser,
     Evidence,
+    Part,
     UnderBug,
     Variation,
     changes_choice,
-    judge_again,
-    judge_first,
-    middle,
+    judge_part,
     newly_failing,
+    predict,
     still_failing,
     subject_of,
-    weighted,
 )
-from refmoe.verifier.findings import KNOWN_BUG, TWO_BUGS, Explanation
-from refmoe.verifier.passes import Key, Pass
+from refmoe.verifier.diagnosis.fit import NOTHING, Fit, by_size, by_value, contradicted
+from refmoe.verifier.diagnosis.observed import Recorded
+from refmoe.verifier.findings import (
+    ARITHMETIC,
+    BUG_AND_ARITHMETIC,
+    KNOWN_BUG,
+    LOCAL,
+    TWO_BUGS,
+    UNDECIDABLE,
+    Explanation,
+)
+from refmoe.verifier.passes import Key
 
-WORSE = 1.5
-"""A mutant with a larger residual is unrelated to the error. An independent effect of the same size, such as other
-roundings, has a residual of sqrt(2)."""
-EXPLAINED, UNRELATED = 0.5, 0.9
-"""Once an explanation has a residual below the first, mutants with a residual above the second are not tried."""
+MAYBE = 0.75
+"""The largest residual in the first part of a trace with which a cause is held against the whole trace. It is laxer
+than for an explanation, because rounding may leave more in a part."""
+ALIKE = 2.0
+"""The largest factor between the size of the error and of an effect of equal size but another direction."""
 PAIRS = 6
-"""The number of pairs of mutants that are tried: those with the smallest residuals."""
+"""The number of pairs of causes that are tried: those with the smallest residuals."""
 PAIR_LEAVES = 0.5
-"""The largest residual of a pair, over the smaller residual of its two mutants."""
+"""The largest residual of a pair, over the smaller residual of its two causes."""
+REJECTED = 5
+"""The most causes that are reported although they explain only a part."""
+
+
+@dataclass(frozen=True)
+class Cause:
+    """A changed specification with a name."""
+
+    name: str
+    kind: str
+    about: str
+    fix: str
+    variation: Variation
+    sources: tuple[str, ...] = ()
+
+
+def cause_of(mutant: Mutant, kind: str = KNOWN_BUG) -> Cause:
+    """A mutant as a cause."""
+    return Cause(
+        name=mutant.id, kind=kind, about=mutant.about, fix=mutant.fix, variation=mutant, sources=mutant.sources
+    )
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A mutant with its effect on the failed steps."""
+    """A cause with its effect on the first part of a trace with a failed check."""
 
-    mutant: Mutant
-    wrong: dict[Key, Any]
-    """Its results at the expected taps."""
+    cause: Cause
     delta: Any
     """Its effect in units of spacing, [n]. None if it changes shapes."""
-    coefficient: float
-    residual: float
+    fit: Fit
+    alike: bool
+    """Whether the effect has the size of the error, though perhaps another direction, as noise has."""
 
 
-def candidates(evidence: Evidence, mutants: Iterable[Mutant], progress: Callable[[], None]) -> list[Candidate]:
-    """The mutants that touch a failed step or one that the trace lacks, by rising residual."""
-    steps, found = {check.step for check in evidence.failed}, []
+def touching(evidence: Evidence, causes: Iterable[Cause]) -> list[Cause]:
+    """The causes that touch a failed step, or one that the trace lacks: an error there shows in a later step.
+
+    Other arithmetic may change choices of experts, although the policy says which are legal.
+    """
+    steps = {check.step for check in evidence.failed}
     shown = {check.step for check in evidence.report.checks}
-    for each in mutants:
-        # an error in a step that the trace lacks shows in a later step
-        if each.in_one_pass and (steps & set(each.touches) or not shown >= set(each.touches)):
-            found.append(candidate(evidence, each))
-        progress()
-    return sorted(found, key=lambda each: each.residual)
-
-
-def candidate(evidence: Evidence, mutant: Mutant) -> Candidate:
-    """A mutant with its results from the trace's own inputs."""
-    subject = subject_of(evidence, mutant)
-    wrong = middle(evidence, subject, mutant.policy(evidence.policy), set(evidence.expected))
-    delta = weighted(evidence, wrong)
-    coefficient, residual = matched_filter(evidence.error, delta)
-    return Candidate(mutant=mutant, wrong=wrong, delta=delta, coefficient=coefficient, residual=residual)
-
-
-def matched_filter(error: Any, delta: Any) -> tuple[float, float]:
-    """Coefficient and residual of a mutant's effect. error, delta: [n]"""
-    if delta is None or delta.shape != error.shape:
-        return math.nan, math.inf
-    reach, size = float(delta @ delta), float(error @ error)
-    if reach == 0 or size == 0:
-        return 0.0, math.inf
-    return float(error @ delta) / reach, math.sqrt(float((error - delta) @ (error - delta)) / size)
-
-
-def explanations(evidence: Evidence, tried: list[Candidate], progress: Callable[[], None]) -> list[Explanation]:
-    """The candidates as explanations. Once one explains the trace, candidates unrelated to the error are skipped."""
-    found: list[Explanation] = []
-    for each in tried:
-        known = any(other.explains and other.residual < EXPLAINED for other in found)
-        explanation = None if known and each.residual > UNRELATED else explain(evidence, each)
-        if explanation is not None:
-            found.append(explanation)
-        progress()
+    found = []
+    for each in causes:
+        touches = set(each.variation.touches)
+        if each.kind == ARITHMETIC:
+            touches.add("router.experts")
+        if steps & touches or not shown >= touches:
+            found.append(each)
     return found
 
 
-def explain(evidence: Evidence, found: Candidate) -> Explanation | None:
-    """Hold the trace against a mutant as if it were the specification. None if its effect is unrelated to the error."""
-    mutant = found.mutant
-    if WORSE < found.residual < math.inf:
-        return None
-    still, newly = _held_against(evidence, mutant, found.wrong)
+def candidates(evidence: Evidence, causes: Iterable[Cause], progress: Callable[[], None]) -> list[Candidate]:
+    """The causes with an effect on the first part, by rising residual."""
+    found = []
+    for cause in touching(evidence, causes):
+        found.append(_candidate(evidence, cause))
+        progress()
+    return sorted(found, key=lambda each: each.fit.residual)
+
+
+def _candidate(evidence: Evidence, cause: Cause) -> Candidate:
+    part = evidence.first
+    keys = evidence.keys(part)
+    predicted = predict(evidence, cause.variation, part)
+    delta = _effect(evidence, keys, predicted)
+    error = _error(evidence, keys)
+    alike = cause.kind == ARITHMETIC  # it may change sizes that it does not predict value by value
+    if delta is not None and error.size and not alike:
+        size, reach = float(np.linalg.norm(error)), float(np.linalg.norm(delta))
+        alike = 0 < size <= ALIKE * reach and reach <= ALIKE * size
+    return Candidate(cause, delta, by_value(evidence.observed, keys, predicted), alike)
+
+
+def _error(evidence: Evidence, keys: Iterable[Key]) -> Any:
+    """The errors of taps in units of spacing, [n]."""
+    taps = [evidence.observed[key] for key in keys]
+    parts = [tap.distance(tap.found - tap.mid) for tap in taps if not tap.choice]
+    return np.concatenate(parts) if parts else np.zeros(0)
+
+
+def _effect(evidence: Evidence, keys: Iterable[Key], predicted: dict[Key, Any]) -> Any:
+    """The effect on taps in units of spacing, [n]. None if it changes shapes."""
+    parts = []
+    for key in keys:
+        tap, mid = evidence.observed[key], predicted.get(key)
+        if tap.choice:
+            continue
+        if mid is None or mid.shape != tap.mid.shape:
+            return None
+        parts.append(tap.distance(mid - tap.mid))
+    return np.concatenate(parts) if parts else np.zeros(0)
+
+
+def explanations(
+    evidence: Evidence, tried: Iterable[Candidate], progress: Callable[[], None] = lambda: None
+) -> list[Explanation]:
+    """The candidates that explain the trace, and a few that explain a part of it, by rising residual.
+
+    Once one explains the trace, candidates that predict no value are not tried.
+    """
+    found: list[Explanation] = []
+    rejected: list[Explanation] = []
+    local = all(check.rung == LOCAL for check in evidence.failed)
+    for each in tried:
+        if each.fit.residual <= MAYBE or (local and each.alike and not found):
+            explanation = explain(evidence, each.cause)
+            (found if explanation.explains else rejected).append(explanation)
+        progress()
+    return found + rejected[:REJECTED]
+
+
+def explain(evidence: Evidence, cause: Cause) -> Explanation:
+    """Hold the trace against a cause as if it were the specification: first a part of it, then all of it."""
+    variation, keys = cause.variation, evidence.keys(evidence.whole)
+    fit = NOTHING
+    still, newly, _ = _held_against(evidence, variation, evidence.first)
+    right = not still and not newly
+    if right:
+        predicted = predict(evidence, variation, evidence.whole)
+        fit = by_value(evidence.observed, keys, predicted)
+        right = not fit.explains or contradicted(evidence.observed, predicted) is None
+    if right:
+        still, newly, recorded = _held_against(evidence, variation, evidence.whole)
+        right = not still and not newly
+        if right and not fit.explains and all(check.rung == LOCAL for check in evidence.failed):
+            sized = by_size(evidence.observed, keys, recorded)
+            fit = sized if sized.residual < fit.residual else fit
+            right = contradicted(evidence.observed, {key: each.mid for key, each in recorded.items()}) is None
     return Explanation(
-        name=mutant.id,
-        kind=KNOWN_BUG,
-        about=mutant.about,
-        fix=mutant.fix,
-        sources=mutant.sources,
-        explains=not still and not newly,
+        name=cause.name,
+        kind=cause.kind,
+        about=cause.about,
+        fix=cause.fix,
+        sources=cause.sources,
+        explains=right and fit.explains,
         still_failing=still,
         newly_failing=newly,
-        coefficient=found.coefficient,
-        residual=found.residual,
-        touches=len(mutant.touches),
+        coefficient=fit.coefficient,
+        residual=fit.residual,
+        touches=len(variation.touches),
+        values=evidence.wrong_values if right and fit.explains else 0,
     )
 
 
-def _held_against(evidence: Evidence, variation: Variation, wrong: dict[Key, Any]) -> tuple[int, int]:
-    """The numbers of checks that still fail and that newly fail. Once one is known to, these are lower limits."""
-    judge: type[Pass] = Chooser if changes_choice(variation) else UnderBug
-    subject, policy = subject_of(evidence, variation), variation.policy(evidence.policy)
-    for judging in (judge_first, judge_again):
-        verdicts = judging(evidence, subject, policy, judge)
-        still, newly = still_failing(evidence, verdicts, wrong), newly_failing(evidence, verdicts)
-        if still or newly:
-            break
-    return still, newly
-
-
-def unrelated(found: Explanation) -> bool:
-    """Whether the explanation allows the error but does not predict it."""
-    return UNRELATED < found.residual < math.inf
+def _held_against(evidence: Evidence, variation: Variation, part: Part) -> tuple[int, int, dict[Key, Recorded]]:
+    """The numbers of checks of a part that still fail and that newly fail, and the enclosures under the variation."""
+    judge = Chooser if changes_choice(variation) else UnderBug
+    judged = judge_part(evidence, part, subject_of(evidence, variation), variation.policy(evidence.policy), judge)
+    verdicts = judged.verdicts
+    open_ = any(verdicts.get(key) == UNDECIDABLE for key in evidence.keys(part))
+    predicted = predict(evidence, variation, part) if open_ else {}
+    ideal = predict(evidence, variation, part, rounds=True) if open_ else {}
+    return still_failing(evidence, verdicts, predicted, ideal), newly_failing(evidence, verdicts), judged.recorded
 
 
 def rank(found: Explanation) -> tuple[Any, ...]:
-    """The sort key that puts the best first: those that explain all, then by rising residual."""
+    """The sort key that puts the best first: those that explain all, then by what they leave, then by touched taps."""
     left = found.residual if math.isfinite(found.residual) else math.inf
     return (
         not found.explains,
-        unrelated(found),
         round(left, 2),
         found.still_failing + found.newly_failing,
         found.touches,
@@ -159,10 +227,10 @@ def rank(found: Explanation) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two mutants at once, as one variation."""
+    """Two variations at once, as one."""
 
-    one: Mutant
-    two: Mutant
+    one: Variation
+    two: Variation
 
     @property
     def touches(self) -> tuple[str, ...]:
@@ -170,14 +238,18 @@ class Pair:
 
     @property
     def possible(self) -> bool:
-        """Whether the two mutants replace different steps."""
-        return not self.one.steps.keys() & self.two.steps.keys()
+        """Whether the two replace different steps."""
+        return not _steps(self.one) & _steps(self.two)
 
     def model(self, config: Config, parameters: Parameters) -> Model:
         first = self.one.model(config, parameters)
         second = self.two.model(first.config, first.parameters)
-        replaced = {**self.one.steps, **self.two.steps}
-        return Model(second.config, second.parameters, replace(CUT_STEPS, **replaced))
+        steps = {
+            name: getattr(each.steps, name)
+            for variation, each in ((self.one, first), (self.two, second))
+            for name in _steps(variation)
+        }
+        return Model(second.config, second.parameters, replace(CUT_STEPS, **steps))
 
     def policy(self, policy: Policy) -> Policy:
         return self.two.policy(self.one.policy(policy))
@@ -186,40 +258,47 @@ class Pair:
         return self.two.runs(self.one.runs(runs))
 
 
+def _steps(variation: Variation) -> set[str]:
+    """The steps of the model that a variation replaces."""
+    return set(variation.steps) if isinstance(variation, Mutant) else set()
+
+
 def pairs(evidence: Evidence, found: list[Candidate]) -> list[Explanation]:
-    """The pairs of mutants that explain the trace. Their effects must add up to the error."""
-    able = [each for each in found if each.delta is not None and each.delta.shape == evidence.error.shape]
-    able = [each for each in able if np.any(each.delta)]
-    size = float(evidence.error @ evidence.error)
+    """The pairs of causes that explain the trace. Their effects must add up to the error."""
+    error = _error(evidence, evidence.keys(evidence.first))
+    able = [each for each in found if each.delta is not None and each.delta.shape == error.shape and np.any(each.delta)]
+    size = float(error @ error)
     if len(able) < 2 or not size:
         return []
     effects = np.stack([each.delta for each in able])
-    gram, reach = effects @ effects.T, effects @ evidence.error
-    left: list[tuple[float, float, Pair]] = []
+    gram, reach = effects @ effects.T, effects @ error
+    alone = size + np.diagonal(gram) - 2 * reach
+    left: list[tuple[float, Cause, Cause]] = []
     for i, j in combinations(range(len(able)), 2):
-        both, along = gram[i, i] + gram[j, j] + 2 * gram[i, j], reach[i] + reach[j]
-        residual = math.sqrt(max(float(size + both - 2 * along), 0.0) / size)  # |e - d_i - d_j| / |e|
-        pair = Pair(able[i].mutant, able[j].mutant)
-        if pair.possible and residual < PAIR_LEAVES * min(1.0, able[i].residual, able[j].residual):
-            left.append((residual, float(along / both), pair))
+        rest = max(float(alone[i] + alone[j] - size + 2 * gram[i, j]), 0.0)  # |e - d_i - d_j|^2
+        least = min(size, alone[i], alone[j])
+        one, two = able[i].cause, able[j].cause
+        possible = Pair(one.variation, two.variation).possible and {one.kind, two.kind} != {ARITHMETIC}
+        if rest < PAIR_LEAVES**2 * least and possible:
+            left.append((rest, one, two))
     explained = []
-    for residual, coefficient, pair in sorted(left, key=lambda each: each[0])[:PAIRS]:
-        still, newly = _held_against(evidence, pair, {})
-        if still or newly:
-            continue
-        explained.append(
-            Explanation(
-                name=f"{pair.one.id} + {pair.two.id}",
-                kind=TWO_BUGS,
-                about=f"{pair.one.about} And: {pair.two.about}",
-                fix="; ".join(filter(None, (pair.one.fix, pair.two.fix))),
-                sources=(*pair.one.sources, *pair.two.sources),
-                explains=True,
-                still_failing=0,
-                newly_failing=0,
-                coefficient=coefficient,
-                residual=residual,
-                touches=len(pair.touches),
-            )
-        )
+    for _, one, two in sorted(left, key=lambda each: each[0])[:PAIRS]:
+        explanation = explain(evidence, together(one, two))
+        if explanation.explains:
+            explained.append(explanation)
     return explained
+
+
+def together(one: Cause, two: Cause) -> Cause:
+    """Two causes at once."""
+    mixed = ARITHMETIC in (one.kind, two.kind)
+    if two.kind == ARITHMETIC:
+        one, two = two, one  # a policy is changed by name, so before a bug changes it
+    return Cause(
+        name=f"{one.name} + {two.name}",
+        kind=BUG_AND_ARITHMETIC if mixed else TWO_BUGS,
+        about=f"{one.about.rstrip('.')}. And: {two.about}",
+        fix="; ".join(filter(None, (one.fix, two.fix))),
+        variation=Pair(one.variation, two.variation),
+        sources=(*one.sources, *two.sources),
+    )

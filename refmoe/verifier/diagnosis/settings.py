@@ -9,21 +9,11 @@ from typing import Any
 
 from refmoe.bugs.mutant import CONFIG, Mutant
 from refmoe.spec.config import Config
-from refmoe.verifier.diagnosis.evidence import Evidence
-from refmoe.verifier.diagnosis.known import candidates, explanations
-from refmoe.verifier.findings import STRUCTURE, Explanation
 
 EPSILONS = (1e-5, 1e-6, 1e-8, 0.0)
 BASES = (1e4, 5e5, 1e6)
 """The defaults of `norm_eps` and `rope_theta` in models and libraries."""
 NORMS = ("attention_norm", "moe_norm", "final_norm")
-
-
-def of_settings(evidence: Evidence) -> list[Explanation]:
-    """The wrong settings that explain the trace."""
-    tried = candidates(evidence, other_settings(evidence.right.config), lambda: None)
-    found = explanations(evidence, tried, lambda: None)
-    return [replace(each, kind=STRUCTURE) for each in found if each.explains]
 
 
 def other_settings(config: Config) -> Iterator[Mutant]:

@@ -12,7 +12,8 @@ import numpy as np
 
 from refmoe.arithmetic.arrays import ArrayOps
 from refmoe.arithmetic.formats import nearest
-from refmoe.profiles.policy import STATISTICS, Policy
+from refmoe.profiles.cut_points import STATISTICS
+from refmoe.profiles.policy import Policy
 
 SCHEMES = ("blas", "sequential", "permuted", "fused", "lanes", "tree", "wide")
 KINDS = ("gaussian", "outliers", "lognormal", "one-signed", "blocks", "tiny", "huge", "subnormal", "zeros")

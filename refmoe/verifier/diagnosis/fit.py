@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How well a changed specification accounts for the errors of a trace: one rule, with one threshold.
+
+A change explains by the values that it predicts, not by what it allows. Let b be the distance from the specification's
+value to the cell of the value found: the real numbers that round to it. Let b' be the distance from the changed value.
+The residual is norm(b') / norm(b) over all values of the failed checks, in units of their spacing.
+
+    predicts  The residual must be at most LEFT = 1/2, halfway between an error that is all predicted (0) and one to
+              which the change is indifferent (1). A change that only widens intervals leaves b' = b.
+    own       The values left must also pass as its own rounding: every failed check passes in its own enclosures.
+    nowhere   In each check, failed or passed, where its effect is beyond what rounding hides, the matched filter must
+              lean to it by more than LEAN = 1/2. The effect counts beyond CALM = 5 standard deviations a value, and
+              from SNR = 26 in all, as in the test of truncation.
+
+Some changes predict no value, but the size of errors: sums in another order and dtype, noise. Let z be the error over
+its predicted deviation. Their residual is abs(ln z) / ln SCALE, the worst over each step in each call, and each step in
+each layer, in which the change predicts errors twice as large as the policy does. A deviation is an upper size: legal
+errors are 0.25 to 1.15 of it, as measured. So LEFT, the same limit, is put at a factor of 4, which makes SCALE 16. z is
+taken as a root mean square and as a mean: a single large value makes the two disagree. A size counts only where the
+trace has all inputs of each failed step: further on, any change of arithmetic makes errors of about any size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from refmoe.spec.taps import layer_of, step_of
+from refmoe.verifier.diagnosis.observed import FARTHEST, Observed, Recorded
+from refmoe.verifier.passes import Key
+from refmoe.verifier.tally import CALM, LEAN, SNR
+
+LEFT = 0.5
+"""The largest residual of an explanation."""
+SCALE = 16.0
+"""The factor between the predicted and the true size of errors of which nothing is explained."""
+ROUNDED = 4.0
+"""The most that is left where nothing bounds it, over what one ideal engine's rounding makes. Sizes are known to a
+factor of 4."""
+WIDER = 2.0
+"""A change predicts the size of errors where its deviation is this many times that of the policy."""
+FEWEST = 30
+"""The fewest values from which a size is estimated."""
+HALF_NORMAL = math.sqrt(2 / math.pi)
+"""The mean absolute value of a normal variable with deviation 1."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The account of a changed specification for errors."""
+
+    coefficient: float
+    residual: float
+
+    @property
+    def explains(self) -> bool:
+        """Whether the change leaves little enough."""
+        return self.residual <= LEFT
+
+
+NOTHING = Fit(math.nan, math.inf)
+"""The fit of a change that accounts for nothing."""
+
+
+def by_value(observed: Mapping[Key, Observed], failed: Iterable[Key], changed: Mapping[Key, Any]) -> Fit:
+    """The fit of predicted values.   failed: the taps that count   changed: the predicted values at these taps, [n]
+
+    Values that are not finite must be predicted as such, in the same places.
+    """
+    before = after = along = reach = 0.0
+    whole_before = whole_after = choices = missed = 0.0
+    gaps = False
+    for key in failed:
+        right, mid = observed[key], changed.get(key)
+        if mid is None or mid.shape != right.mid.shape:
+            return NOTHING
+        if right.choice:
+            choices += float(right.wrong.sum())
+            missed += float((right.wrong & (right.found != mid).any(-1)).sum())
+            continue
+        here, there = right.gaps, ~np.isfinite(mid)
+        if ((here != there) & right.read).any():
+            return NOTHING
+        gaps |= bool(here.any())
+        e, d = right.distance(right.found - right.mid), right.distance(mid - right.mid)
+        along, reach = along + float(e @ d), reach + float(d @ d)
+        b, c = right.beyond(right.mid), right.beyond(mid)
+        before, after = before + float(b @ b), after + float(c @ c)
+        rest = e - d
+        whole_before, whole_after = whole_before + float(e @ e), whole_after + float(rest @ rest)
+    residuals = [missed / choices] if choices else []
+    if before:
+        residuals.append(after / before)
+    elif whole_before:
+        # no single value is wrong: the errors as a whole have the wrong size, or lean
+        residuals.append(whole_after / whole_before)
+    elif gaps:
+        residuals.append(0.0)
+    coefficient = along / reach if reach else 1 - missed / choices if choices else 1.0 if gaps else math.nan
+    return Fit(coefficient, math.sqrt(max(residuals))) if residuals else NOTHING
+
+
+def within_own_rounding(
+    observed: Mapping[Key, Observed], key: Key, predicted: Mapping[Key, Any], ideal: Mapping[Key, Any]
+) -> bool:
+    """Whether a change predicts the values of a tap, and leaves no more than `ROUNDED` times what its rounding makes.
+
+    ideal: the predictions of an engine that rounds at every cut point, [n]
+    """
+    right, mid, run = observed[key], predicted.get(key), ideal.get(key)
+    if not by_value(observed, [key], predicted).explains or mid is None or run is None or run.shape != mid.shape:
+        return False
+    left, made = right.beyond(mid), right.distance(run - mid)
+    return bool(np.linalg.norm(left) <= ROUNDED * np.linalg.norm(made))
+
+
+def contradicted(observed: Mapping[Key, Observed], changed: Mapping[Key, Any]) -> Key | None:
+    """The first tap that shows that the change is not there, or None.
+
+    changed: the predicted values, [n]
+    """
+    for key, right in observed.items():
+        mid = changed.get(key)
+        if mid is None or right.choice or not right.as_stored:
+            continue
+        if mid.shape != right.mid.shape:
+            return key
+        if right.passes and (~np.isfinite(mid) & ~right.gaps & right.read).any():
+            return key
+        sigma = right.deviation
+        d = _ratio(mid - right.mid, sigma)
+        seen = (np.abs(d) > CALM) & right.read
+        if not seen.any():
+            continue
+        d = np.where(seen, d, 0.0)
+        reach = float(d @ d)
+        if math.sqrt(reach) > SNR and float(_ratio(right.found - right.mid, sigma) @ d) < LEAN * reach:
+            return key
+    return None
+
+
+def by_size(observed: Mapping[Key, Observed], failed: Iterable[Key], changed: Mapping[Key, Recorded]) -> Fit:
+    """The fit of predicted sizes of errors.   failed: the taps that must be among those with a predicted size"""
+    groups: dict[tuple[str, Any], list[Any]] = defaultdict(list)
+    predicted = set()
+    for key, right in observed.items():
+        new = changed.get(key)
+        if new is None or right.choice or not right.as_stored or new.mid.shape != right.mid.shape:
+            continue
+        sigma = np.sqrt(new.variance + right.storage)
+        wider = (sigma > WIDER * right.deviation) & np.isfinite(sigma) & np.isfinite(right.found - new.mid) & right.read
+        if not wider.any():
+            continue
+        predicted.add(key)
+        z = np.abs(right.found - new.mid)[wider] / sigma[wider]
+        run, tap = key
+        for group in ((step_of(tap), run), (step_of(tap), layer_of(tap)), ("", "")):
+            groups[group].append(z)
+    if not groups or not set(failed) <= predicted:
+        return NOTHING
+    sizes, whole = [], math.nan
+    for name, parts in groups.items():
+        z = np.minimum(np.concatenate(parts), FARTHEST)
+        if z.size < FEWEST:
+            continue
+        both = float(np.sqrt((z * z).mean())), float(z.mean()) / HALF_NORMAL
+        if name == ("", ""):
+            whole = both[0]
+        sizes += both
+    if not sizes:
+        return NOTHING
+    return Fit(whole, max(abs(math.log(z)) / math.log(SCALE) if z > 0 else 1.0 for z in sizes))
+
+
+def _ratio(error: Any, sigma: Any) -> Any:
+    """Errors over deviations; 0 where the quotient is not known, and at most `FARTHEST`. [n]"""
+    ratio = np.where(error == 0, 0.0, error / sigma)
+    return np.where(np.isnan(ratio), 0.0, np.clip(ratio, -FARTHEST, FARTHEST))

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The taps of a trace beside the enclosures of one pass: the material of every measure of a diagnosis."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from refmoe.arithmetic.enclosure.array import OWN, Enclosure
+from refmoe.arithmetic.formats import FLOAT64, Format, cell, nearest, representable, ulp
+from refmoe.profiles.policy import Policy
+from refmoe.spec.taps import step_of
+from refmoe.traces.trace import Trace
+from refmoe.verifier.findings import FAIL, PASS, Check
+from refmoe.verifier.passes import Key, Pass
+
+FARTHEST = 2.0**400
+"""A distance counts as this many units at most, so that sums of squares of distances stay finite."""
+SAMPLED = 1 << 20
+"""The most values of a check that are kept. Of a longer one every n-th value is."""
+
+
+def sampled(values: Any, size: int) -> Any:
+    """Every n-th of the values, [n].   size: the number of values in the whole tap"""
+    return values[:: -(-max(size, 1) // SAMPLED)]
+
+
+def size_of(trace: Trace, key: Key) -> int:
+    """The number of values of a tap of the trace."""
+    run, tap = key
+    return math.prod(trace.tensors[f"{run}/{tap}"].shape)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The values of a tap, and their enclosures before the last rounding, all [n]."""
+
+    mid: Any
+    variance: Any
+    radius: Any
+    found: Any
+    read: Any
+    """Whether later steps read the value: booleans. Masked scores are never read, and may be anything."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A tap of the trace beside the enclosures of the specification."""
+
+    found: Any
+    """[n]; of a choice of experts the sorted ids, integers [T, k]."""
+    mid: Any
+    """Exact arithmetic from the trace's own inputs, as `found`."""
+    variance: Any
+    """Before the last rounding, [n]."""
+    format: Format
+    """The dtype of the last rounding."""
+    read: Any
+    """As in `Recorded`."""
+    wrong: Any
+    """The values that the policy does not allow, or the tokens whose choice is illegal: booleans [n] or [T]."""
+    passes: bool
+    as_stored: bool
+    """Whether its verdict is that of a pass in which each step read the trace's values. Other measures mislead."""
+
+    @property
+    def choice(self) -> bool:
+        """Whether the tap is a choice of experts."""
+        return bool(self.found.ndim == 2)
+
+    @cached_property
+    def gaps(self) -> Any:
+        """The values that are not finite: booleans [n]."""
+        return ~np.isfinite(self.found)
+
+    @cached_property
+    def spacing(self) -> Any:
+        """The unit of distances: the spacing of the dtype at the specification's value, [n]."""
+        return ulp(np.where(np.isfinite(self.mid), self.mid, 0.0), self.format)
+
+    @cached_property
+    def storage(self) -> Any:
+        """The variance of the last rounding, [n]."""
+        return self.spacing**2 / 12 if self.format != FLOAT64 else (OWN * self.mid) ** 2
+
+    @cached_property
+    def deviation(self) -> Any:
+        """Standard deviation of legal values, [n]."""
+        return np.sqrt(self.variance + self.storage)
+
+    @cached_property
+    def _cell(self) -> tuple[Any, Any]:
+        fits = representable(self.found, self.format)
+        known = np.where(self.gaps, 0.0, self.found)
+        start, end = cell(known, self.format)
+        # a value of more precision than the policy's dtype stands for itself
+        return np.where(fits, start, known), np.where(fits, end, known)
+
+    def beyond(self, mid: Any) -> Any:
+        """The distances from midpoints to the cells of the values found, in units of spacing. mid: [n]"""
+        start, end = self._cell
+        return self.distance(np.maximum(np.maximum(mid - end, start - mid), 0.0))
+
+    def distance(self, difference: Any) -> Any:
+        """Differences in units of spacing. Those that are not finite, at gaps or never read count as zero. [n]"""
+        far = difference / self.spacing
+        return np.where(np.isfinite(far) & ~self.gaps & self.read, np.clip(far, -FARTHEST, FARTHEST), 0.0)
+
+
+class Recording(Pass):
+    """A pass that keeps the enclosures of all taps, beside the verdicts. A long tap is sampled."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._parts: dict[Key, list[tuple[Any, ...]]] = {}
+
+    def _test(self, name: str, step: str, x: Enclosure, dumped: Any) -> int:
+        format = self.policy.at(step)
+        before = x if x.biased or (x.owed and format == x.accumulation) else x.settle()
+        values, read = np.asarray(dumped, np.float64), np.ones((), bool)
+        if step == "attention.scores":
+            read = self._visible()[None]
+            values = np.where(read, values, before.mid)
+        parts = tuple(np.broadcast_to(part, x.shape) for part in (before.mid, before.v, before.r, values, read))
+        size = size_of(self.trace, (self._run.run, name))
+        parts = tuple(sampled(part.reshape(-1), size) for part in parts)
+        self._parts.setdefault((self._run.run, name), []).append(parts)
+        return super()._test(name, step, x, dumped)
+
+    def recorded(self) -> dict[Key, Recorded]:
+        """The enclosures of all taps so far."""
+        return {
+            key: Recorded(*(np.concatenate(each) if len(parts) > 1 else each[0] for each in zip(*parts, strict=True)))
+            for key, parts in self._parts.items()
+        }
+
+
+def observe(
+    recorded: Mapping[Key, Recorded], policy: Policy, limit: float, checks: Sequence[Check], report: Sequence[Check]
+) -> dict[Key, Observed]:
+    """The taps of real numbers.
+
+    limit: of the excess, in standard deviations
+    checks: of the pass that recorded   report: of the whole verification
+    """
+    final = {(check.run, check.tap): check.verdict for check in report}
+    taps = {}
+    for check in checks:
+        key = (check.run, check.tap)
+        if key not in recorded:
+            continue
+        made = recorded[key]
+        y = made.found
+        format = policy.at(step_of(check.tap))
+        low, high = nearest(made.mid - made.radius, format), nearest(made.mid + made.radius, format)
+        fits = representable(y, format)
+        outside = np.where(fits, ~((y >= low) & (y <= high)), ~(np.abs(y - made.mid) <= made.radius))
+        tap = Observed(
+            found=y,
+            mid=made.mid,
+            variance=made.variance + (OWN * made.mid) ** 2,
+            format=format,
+            read=made.read,
+            wrong=outside,
+            passes=final.get(key) == PASS,
+            as_stored=check.verdict != FAIL or final.get(key) == FAIL,
+        )
+        far = tap.beyond(tap.mid) * tap.spacing > limit * np.sqrt(tap.variance)
+        wrong = outside | far if final.get(key) == FAIL else np.zeros(y.shape, bool)
+        # a check may fail as a whole, by the size or the lean of its errors
+        taps[key] = replace(tap, wrong=wrong if wrong.any() or final.get(key) != FAIL else np.ones(y.shape, bool))
+    return taps

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Predictions: the values of a changed specification in plain binary64, each step from the trace's own inputs.
+
+A prediction costs a fraction of a pass of enclosures, so that every hypothesis gets one. It proves nothing by itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+
+from refmoe.arithmetic.arrays import StoredWeight, Tap
+from refmoe.arithmetic.formats import nearest
+from refmoe.arithmetic.weight_cache import WeightCache
+from refmoe.profiles.cut_points import PROJECTIONS, product_of
+from refmoe.profiles.policy import Policy
+from refmoe.spec.taps import step_of
+from refmoe.steps.policy_ops import PolicyOps
+from refmoe.steps.rounding import CutOps, cut_again
+from refmoe.traces.trace import Trace
+from refmoe.verifier.diagnosis.observed import sampled, size_of
+from refmoe.verifier.passes import Key, Pass
+from refmoe.verifier.routing import valid
+from refmoe.verifier.subject import Subject
+
+WEIGHT_BYTES = 256 << 20
+"""The memory for weights in binary64 that predictions share."""
+
+
+class PlainOps(PolicyOps):
+    """Ops in binary64 that round only at some cut points."""
+
+    def __init__(self, policy: Policy, tap: Tap | None, forced: frozenset[str], weights: WeightCache) -> None:
+        """forced: the cut points at which values are rounded   weights: shared by passes with one dtype of weights"""
+        super().__init__(policy, tap)
+        self._forced, self._weights = forced, weights
+
+    def cut(self, name: str, x: Any) -> Any:
+        return nearest(x, self.policy.at(name)) if name in self._forced else x
+
+    def tap(self, name: str, x: Any) -> Any:
+        x = x if name == "router.experts" else self.cut(name, x)
+        return x if self._tap is None else self._tap(self._prefix + name, x)
+
+    def _held(self, stored: Any) -> Any:
+        return nearest(stored, self.policy.at("weights"))
+
+    def linear(self, x: Any, weight: StoredWeight) -> Any:
+        step, ops = product_of(weight), cast(CutOps, self)
+        if step is not None:
+            x = cut_again(ops, f"{step}.input", PROJECTIONS[step][1], x)
+        return x @ self._weights.get(weight, lambda: self._held(weight.read()), lambda made: int(made.nbytes)).T
+
+    def matmul(self, a: Any, b: Any) -> Any:
+        return a @ b
+
+    def sum(self, x: Any, axis: int) -> Any:
+        return x.sum(axis)
+
+    def exp(self, x: Any) -> Any:
+        return np.exp(x)
+
+    def log(self, x: Any) -> Any:
+        return np.log(x)
+
+    def sigmoid(self, x: Any) -> Any:
+        small = np.exp(-np.abs(x))
+        return np.where(x >= 0, 1.0, small) / (1 + small)
+
+
+class Prediction(Pass):
+    """A pass in plain binary64 that keeps the results at all taps, or at those it is asked for.
+
+    It replaces a choice of experts that is invalid by its own.
+    """
+
+    def __init__(self, trace: Trace, subject: Subject, policy: Policy, wanted: frozenset[str] | None = None) -> None:
+        """wanted: the steps to keep, in the trace or not; None: all steps that the trace has"""
+        super().__init__(trace, subject, policy, 0.0)
+        self.kept: dict[Key, list[Any]] = {}
+        self._wanted = wanted
+
+    def _tap(self, name: str, x: Any) -> Any:
+        step, present = step_of(name), name in self._present
+        if present if self._wanted is None else step in self._wanted:
+            self.kept.setdefault((self._run.run, name), []).append(self._compared(name, step, x))
+        if not present:
+            return x
+        values = self._read(name, step)
+        if step == "router.experts":
+            found = np.asarray(values).astype(np.int64)
+            right = valid(found, self.subject.config.experts)[:, None] & (found.shape == x.shape)
+            return np.where(right, found, x) if found.shape == x.shape else x
+        return self._taken(step, name, values)
+
+    def _compared(self, name: str, step: str, x: Any) -> Any:
+        """The values that are compared, [n]; of experts the sorted ids, [T, k]."""
+        if step == "router.experts":
+            return np.sort(x, axis=-1)
+        return sampled(x.reshape(-1), size_of(self.trace, (self._run.run, name)) if name in self._present else x.size)
+
+    def values(self) -> dict[Key, Any]:
+        """The kept values of all runs so far, in the order of `Recorded`."""
+        return {key: np.concatenate(parts) if len(parts) > 1 else parts[0] for key, parts in self.kept.items()}
+
+    def _taken(self, step: str, name: str, dumped: Any) -> Any:
+        values = np.asarray(dumped, np.float64)
+        return np.where(self._visible()[None], values, 0.0) if step == "attention.scores" else values
