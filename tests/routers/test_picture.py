@@ -286,7 +286,7 @@ MISTAKES = {
     "two of one": (("--router", "glam", "--experts", 1), "glam chooses 2 experts per token, but there are 1"),
     "no capacity": (("--capacity-factor", 2), "--capacity-factor does not apply: mixtral drops no token"),
     "negative": (("--router", "switch", "--capacity-factor", -1), "is -1.0, but a positive number"),
-    "no number": (("--router", "switch", "--capacity-factor", "nan"), "is nan, but a positive number"),
+    "nothing": (("--router", "switch", "--capacity-factor", 0), "is 0.0, but a positive number"),
     "no groups": (("--groups", 2), "mixtral has no groups"),
     "uneven groups": (("--router", "deepseek-v3", "--groups", 3), "--groups 3 does not divide the 8 experts"),
     "more groups": (("--router", "deepseek-v3", "--groups", 2, "--top-groups", 3), "--top-groups 3 exceeds --groups 2"),
