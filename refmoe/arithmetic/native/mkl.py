@@ -15,6 +15,7 @@ from ctypes.util import find_library
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -22,7 +23,6 @@ import numpy as np
 
 from refmoe.arithmetic.arrays import Array
 from refmoe.errors import InputError
-from refmoe.files.reading import system_text
 
 ROW_MAJOR, PLAIN, TRANSPOSED, PACKED, SECOND_FACTOR = 101, 111, 112, 151, 162
 """Values of CBLAS's enumerations."""
@@ -146,7 +146,10 @@ def step(array: Array) -> int:
 @cache
 def multiplies_bfloat16() -> bool:
     """Whether this processor has units for products of bfloat16 matrices (AMX)."""
-    return " amx_bf16" in system_text("/proc/cpuinfo")
+    try:
+        return " amx_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 @cache
