@@ -48,7 +48,7 @@ from refmoe.verifier.findings import (
 )
 from refmoe.verifier.passes import Key
 
-MAYBE = 0.75
+MAYBE = 0.9
 """The largest residual in the first part of a trace with which a cause is held against the whole trace. It is laxer
 than for an explanation, because rounding may leave more in a part."""
 ALIKE = 2.0
