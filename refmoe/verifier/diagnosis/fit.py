@@ -13,12 +13,12 @@ The residual is norm(b') / norm(b) over all values of the failed checks, in unit
               lean to it by more than LEAN = 1/2. The effect counts beyond CALM = 5 standard deviations a value, and
               from SNR = 26 in all, as in the test of truncation.
 
-Some changes predict no value, but the size of errors: sums in another order and dtype, noise. Let z be the error over
-its predicted deviation. Their residual is LEFT abs(ln z) / ln SIZE, the worst over each step in each call, and each step
-in each layer, in which the change predicts errors twice as large as the policy does. A deviation is an upper size: legal
-errors are 0.25 to 1.15 of it, as measured. So the limit is a factor SIZE of 4. z is taken as a root mean square and as a
-mean: a single large value makes the two disagree. A size counts only where the trace has all inputs of each failed step:
-further on, any change of arithmetic makes errors of about any size.
+Some changes predict no value, but only the size of errors: sums in another order and dtype, noise. Let z be the error
+over its predicted deviation. Their residual is LEFT abs(ln z) / ln SIZE, the worst over each step in each call, and
+over each step in each layer, in which the change predicts errors twice as large as the policy does. A deviation is an
+upper size: legal errors are 0.25 to 1.15 of it, as measured. So the limit is a factor SIZE of 4. z is taken as a root
+mean square and as a mean: a single large value makes the two disagree. A size counts only where the trace has all
+inputs of each failed step: further on, any change of arithmetic makes errors of about any size.
 """
 
 from __future__ import annotations
@@ -174,6 +174,17 @@ def by_size(observed: Mapping[Key, Observed], failed: Iterable[Key], changed: Ma
     if not sizes:
         return NOTHING
     return Fit(whole, max(LEFT * abs(math.log(z)) / math.log(SIZE) if z > 0 else 1.0 for z in sizes))
+
+
+def moves(observed: Mapping[Key, Observed], failed: Iterable[Key], changed: Mapping[Key, Any]) -> bool:
+    """Whether a change predicts values: its effect has at least half the size of the error. Then no size counts."""
+    error = effect = 0.0
+    for key in failed:
+        right, mid = observed[key], changed.get(key)
+        if mid is not None and not right.choice and mid.shape == right.mid.shape:
+            e, d = right.distance(right.found - right.mid), right.distance(mid - right.mid)
+            error, effect = error + float(e @ e), effect + float(d @ d)
+    return 4 * effect >= error
 
 
 def _ratio(error: Any, sigma: Any) -> Any:
