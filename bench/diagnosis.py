@@ -8,6 +8,8 @@ a patch, no bug may be named. A bug whose effect the policy allows is invisible:
     python -m bench.diagnosis --json bench/results/diagnosis.json
     python -m bench.diagnosis --everywhere     each bug also on every golden case that is aimed at it
     python -m bench.diagnosis --only rope-     only bugs whose name begins so
+    python -m bench.diagnosis --leave-one-out --json bench/results/leave-one-out.json
+                                               each bug of the catalogue, diagnosed by a catalogue without it
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from refmoe.parallel import results
+from tests.bugs.left_out import DTYPES, TAPS, LeftOut, bugs, leave_out
 from tests.bugs.patched import Patched
 from tests.bugs.patched_naming import (
     ATTENTION,
@@ -108,13 +111,83 @@ def line(each: Naming) -> str:
     return f"{each.bug:36} {each.model:26} {right:34} {first:38} {says:10} {rank:>4} {each.seconds:5.1f} s {verdict}"
 
 
+# ---- leave one out
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A bug to diagnose by a catalogue without it, at a dtype and with some taps."""
+
+    bug: str
+    dtype: str
+    taps: str
+
+
+def judge_without(work: Missing) -> LeftOut | None:
+    """The diagnosis of one bug by a catalogue without it."""
+    return leave_out(work.bug, work.dtype, work.taps)
+
+
+def leave_each_out(only: str, dtypes: Sequence[str], taps: Sequence[str], jobs: int | None) -> list[LeftOut]:
+    """The diagnoses of all bugs, in order. A bug that no case shows at a dtype is left out."""
+    names = [each.id for each in bugs() if each.id.startswith(only)]
+    work = [Missing(name, dtype, choice) for choice in taps for dtype in dtypes for name in names]
+    told, found = sys.stderr.isatty(), dict[Missing, LeftOut | None]()
+    with results(judge_without, work, jobs) as judged:
+        for item, each in judged:
+            found[item] = each
+            if told:
+                print(f"\r{len(found)} of {len(work)}: {item.bug}\033[K", end="", file=sys.stderr)
+    if told:
+        print("\r\033[K", end="", file=sys.stderr)
+    return [each for each in map(found.__getitem__, work) if each is not None]
+
+
+def left_out_table(found: Sequence[LeftOut]) -> list[dict[str, Any]]:
+    """Per dtype and taps: the bugs that are seen, given a wrong name, a structure, or no name, and seconds."""
+    rows = []
+    for dtype, taps in dict.fromkeys((each.dtype, each.taps) for each in found):
+        here = [each for each in found if (each.dtype, each.taps) == (dtype, taps) and each.visible]
+        seconds = sorted(each.seconds for each in here)
+        rows.append({
+            "dtype": dtype, "taps": taps, "seen": len(here), "wrong": sum(each.wrong for each in here),
+            "structures": sum(each.kind == "structure" for each in here),
+            "unnamed": sum(not each.named for each in here),
+            "median_seconds": round(seconds[len(seconds) // 2], 2) if seconds else None,
+            "most_seconds": round(seconds[-1], 2) if seconds else None,
+        })  # fmt: skip
+    return rows
+
+
+def report_left_out(found: Sequence[LeftOut], path: Path | None) -> None:
+    """Print the table and the wrong names, and write all of it to a file."""
+    rows = left_out_table(found)
+    for row in rows:
+        print("  ".join(f"{name} {value}" for name, value in row.items()))
+    for each in found:
+        if each.wrong:
+            print(f"WRONG: {each.bug} on {each.case}, {each.dtype}, {each.taps}: {each.named}, {each.residual:.3g}")
+    print(f"wrong names: {sum(each.wrong for each in found)} of {sum(each.visible for each in found)}")
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table = {"table": rows, "bugs": [each.as_json() for each in found]}
+        path.write_text(json.dumps(table, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--everywhere", action="store_true", help="on every golden case aimed at a bug")
     parser.add_argument("--only", default="", help="bugs whose name begins so")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--json", type=Path, help="write the table here as well")
+    parser.add_argument("--leave-one-out", action="store_true", help="each bug by a catalogue without it")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="with --leave-one-out: only this dtype")
+    parser.add_argument("--taps", action="append", choices=tuple(TAPS), help="with --leave-one-out: only these taps")
     options = parser.parse_args()
+    if options.leave_one_out:
+        found = leave_each_out(options.only, options.dtype or DTYPES, options.taps or tuple(TAPS), options.jobs)
+        report_left_out(found, options.json)
+        return
     namings = measure(all_work(options.everywhere, options.only), options.jobs)
     print(f"{'bug':36} {'case':26} {'right name':34} {'first':38} {'explains':10} rank")
     print("\n".join(map(line, namings)))

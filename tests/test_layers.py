@@ -36,7 +36,8 @@ def test_a_command_imports_only_what_the_api_does() -> None:
 def test_a_command_does_its_work_through_the_api() -> None:
     """Of the rooms below it takes only types, places, policies and sizes, and no function that computes."""
     plain = {
-        "cuda.place", "errors", "files.numbers", "profiles.load", "profiles.policy", "spec.config",
+        "cuda.place", "errors", "files.numbers", "files.sentences", "files.writable", "profiles.cut_points",
+        "profiles.load", "profiles.policy", "spec.config",
         "suite.golden_folder", "traces.script", "verifier.findings",
     }  # fmt: skip
     taken = {other for module in MODULES if room(module) == "cli" for other in imported(module)}

@@ -179,8 +179,8 @@ def power_command(
     refmoe mutants power --measure refmoe/suite/power.json
     refmoe mutants power --measure refmoe/suite/power.json --all
 
-    The package holds the table, and every report states its own line of it. Each mutant is judged on two golden cases
-    that show it with all taps, and there with fewer. All mutants take about half an hour of one core.
+    The package holds the table, and every report states its own line of it. Each mutant is judged on a golden case that
+    shows it with all taps, and there with fewer. All mutants take about ten minutes of one core.
     """
     if out is None and (names or everything):
         raise InputError("--mutant and --all say what is measured, so --measure FILE was expected beside them")

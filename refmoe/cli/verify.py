@@ -33,7 +33,7 @@ from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT
 
 EXIT_STATUS = {CONFORMANT: 0, NOT_CONFORMANT: 1, CANNOT_JUDGE: 3}
 WEAK = 4
-"""The exit status of a conformant trace whose taps would show fewer than half of the known bugs."""
+"""The exit status of a conformant trace whose taps show fewer than half of the known bugs, or were not measured."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def verify_command(
     checkpoint, --tokens, --chunk and --decode say which calls the engine made. Each step is recomputed from the
     engine's own inputs, as an interval of all values that the policy allows. Exit status 0: conformant. 1: not
     conformant. 2: the input cannot be used. 3: cannot judge. 4: conformant as far as the taps show, which is fewer
-    than half of the known bugs.
+    than half of the known bugs, or was not measured.
 
     --distances prints, per layer and tap, the relative RMS, the worst element and its place, and the routing decisions
     that differ. It needs neither model nor policy, and the exit status is 0 whatever the distances are.

@@ -49,7 +49,9 @@ def own_accumulator(policy: Policy, step: str) -> Accumulator:
     format = policy.at(f"{step}.accumulation")
     rescales = step == "attention.context"  # flash attention rescales the sum when the largest score grows
     inputs = policy.storage if format.holds(policy.storage) else format
-    return Accumulator(format, inputs, policy.truncates, policy.flushes, rescales)
+    return Accumulator(
+        format=format, inputs=inputs, truncates=policy.truncates, flushes=policy.flushes, rescales=rescales
+    )
 
 
 def read_in(format: Format, x: Enclosure) -> Enclosure:
@@ -74,7 +76,9 @@ class EnclosureOps(ArrayOps):
         self.policy = policy
         self._exact = policy.accumulation.precision == 53 or policy.storage.precision == 53
         self._matrices = WeightCache(matrix_bytes)
-        self._products = Accumulator(policy.accumulation, policy.storage, policy.truncates, policy.flushes)
+        self._products = Accumulator(
+            format=policy.accumulation, inputs=policy.storage, truncates=policy.truncates, flushes=policy.flushes
+        )
         self._sums = Accumulator(policy.statistics, policy.statistics)
         self._own = {step: own_accumulator(policy, step) for step in PRODUCTS if f"{step}.accumulation" in policy.cuts}
         self._shares = WeightCache(1 << 62)

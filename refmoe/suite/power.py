@@ -2,7 +2,7 @@
 """The power of a verification: of the known bugs, those that it would see with the taps and the dtype of a trace.
 
 The table ``power.json`` beside this file holds what `refmoe.suite.matrix.power` measured: per bug and policy, the sets
-of taps by which it is seen on two golden cases that show it with all taps.
+of taps by which it is seen, on a golden case that shows it with all taps.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ TAP_SETS: Mapping[str, tuple[str, ...]] = {
 }
 """The sets of taps for which power was measured, the largest first. The taps are named without their layer."""
 
-Seen = dict[str, dict[str, dict[str, list[str]]]]
-"""Per mutant and policy: ``cases``, those that were run, and ``seen``, the sets of taps by which each shows it."""
+Seen = dict[str, dict[str, dict[str, Any]]]
+"""Per mutant and policy: ``case``, the one that was run, and ``seen``, the sets of taps that show the mutant there."""
 
 
 @cache

@@ -201,7 +201,7 @@ class Power:
 
     @property
     def weak(self) -> bool:
-        """Whether more known bugs would escape than be seen."""
+        """Whether more known bugs would escape than be seen. So it is too where the set of taps was not measured."""
         return 2 * self.seen < self.known
 
 

@@ -242,8 +242,6 @@ def _words(step: str, place: str, dim: str, dims: tuple[str, ...]) -> str:
             nouns |= {"row"}
         if dim == "C" or (place not in ("output", "weight") and dim not in ("T", "k")):
             nouns |= {"column", "channel", "hidden unit", "head"}
-    if dims[0] == "H" and dim == "H":
-        nouns |= {"head"}
     return f"(?:{'|'.join(sorted(nouns))})s?"
 
 
@@ -426,7 +424,7 @@ def _change(
         return Generated(
             **{**said, "layers": ()},
             detail="",
-            accepts=(r"layer|hidden state that enters",),
+            accepts=(r"layer|hidden state that enters|taken from embedding",),
             change=_other_layer(step, place),
         )
     if kind == "added":

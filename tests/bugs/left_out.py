@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
@@ -56,7 +55,7 @@ class LeftOut:
     kind: str
     residual: float
     seconds: float
-    """The time of the last diagnosis."""
+    """The processor's time for the last diagnosis."""
 
     @property
     def wrong(self) -> bool:
@@ -149,9 +148,3 @@ def computes(name: str, trace: Trace, case: str, parameters: Parameters, used: P
 def bugs() -> list[Mutant]:
     """The bugs of a forward pass."""
     return [each for each in MUTANTS.values() if each.in_one_pass]
-
-
-def table(names: Sequence[str], dtypes: Sequence[str] = DTYPES, taps: Sequence[str] = tuple(TAPS)) -> list[LeftOut]:
-    """The diagnoses of bugs, at each dtype and with each choice of taps."""
-    found = (leave_out(name, dtype, choice) for name in names for dtype in dtypes for choice in taps)
-    return [each for each in found if each is not None]

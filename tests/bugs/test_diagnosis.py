@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,7 @@ from refmoe.steps.sharded.layout import Layout
 from refmoe.traces.held import held_trace
 from refmoe.traces.trace import Trace
 from refmoe.verifier.diagnosis import explained
+from refmoe.verifier.diagnosis.grammar.laboratory import LINEAR
 from refmoe.verifier.diagnosis.known import Pair
 from refmoe.verifier.findings import ARITHMETIC, KNOWN_BUG, NOT_CONFORMANT, STRUCTURE, TWO_BUGS, Explanation
 from tests.bugs.judging import DTYPES, case_named, diagnosed, judged, parameters_of, traced
@@ -62,13 +64,13 @@ def doubled(x: Any) -> Any:
 
 
 STRUCTURES: dict[str, tuple[str, Edit, str, str]] = {
-    "heads": ("attention.q", swapped, "heads permuted", "2 of 12 heads hold what belongs to another (0 holds 2,"),
-    "channels": ("moe_norm", doubled, "channels taken from others", "1 holds 0"),
+    "heads": ("attention.q", swapped, "heads 0 and 2 exchanged", "0 holds 2"),
+    "channels": ("moe_norm", doubled, "channels taken from other channels", "1 holds 0"),
     "factor": ("attention.output", lambda x: x * 1.75, "times 1.75", "1.75 times"),
     "sign": ("expert.output", lambda x: -x, "times -1", "-1 times"),
     "root": ("attention.q", lambda x: x * np.sqrt(6), "times sqrt(head_dim)", "sqrt(head_dim)"),
-    "shift": ("moe_norm", lambda x: np.roll(x, 1, axis=0), "shifted by +1 token", "the token before"),
-    "early": ("moe_norm", lambda x: np.roll(x, -1, axis=0), "shifted by -1 token", "the token after"),
+    "shift": ("moe_norm", lambda x: np.roll(x, 1, axis=0), "tokens shifted by +1", "0 holds 5"),
+    "early": ("moe_norm", lambda x: np.roll(x, -1, axis=0), "tokens shifted by -1", "0 holds 1"),
     "axes": ("attention.v", lambda x: np.swapaxes(x, 1, 2).reshape(x.shape), "transposed", "exchanged in memory"),
 }  # fmt: skip
 
@@ -102,11 +104,13 @@ def test_permuted_experts_are_named(matrices: tuple[str, ...], dtype: str) -> No
         return replace(layer, experts=experts)
 
     found = found_in(loaded("dims-distinct", dtype, change), "dims-distinct", dtype)
-    steps = {step for step, matrix in MATRICES.items() if matrix in matrices}
-    assert {each.name for each in found} == {f"{step}: experts permuted" for step in steps}
+    steps = {step for step, matrix in LINEAR.items() if matrix in matrices}
+    assert {each.name.partition(" (")[0] for each in found} == {
+        f"{step}: experts with another's {LINEAR[step]}" for step in steps
+    }
     for each in found:
         # an expert that no token chose cannot be seen
-        listed = each.about.partition(": ")[2].split(", ")
+        listed = re.findall(r"\d has that of \d", each.about)
         assert {*listed} <= {"0 has that of 2", "1 has that of 0", "2 has that of 1"}
 
 
@@ -203,13 +207,13 @@ def test_a_bug_that_makes_nan_is_named_by_where_they_are(dtype: str) -> None:
         ("window-chunks", "window", None, "window ignored"),
         ("tiny-embedding", "norm_eps", 1e-8, "norm_eps 1e-08"),
         ("dims-distinct", "rope_theta", 5e5, "rope_theta 500000"),
-        ("dims-distinct", "rope_theta", 2e5, None),
+        ("dims-distinct", "rope_theta", 2e5, "attention.k_rope: theta 200000"),
     ],
 )
-def test_another_setting_is_named(name: str, field: str, value: Any, words: str | None, dtype: str) -> None:
-    """An ignored window, as in mlx-lm 0.32, is named. A setting that is no common default is not guessed."""
+def test_another_setting_is_named(name: str, field: str, value: Any, words: str, dtype: str) -> None:
+    """An ignored window, as in mlx-lm 0.32, is named. A value that is no common default is fitted."""
     case = case_named(name)
     trace = run(None, replace(case.config, **{field: value}), parameters_of(name), case.runs(), policy(dtype))
     found = found_in(trace, name, dtype)
     named = [each.name for each in found if each.kind in (KNOWN_BUG, STRUCTURE)]
-    assert named[:1] == ([words] if words else [])
+    assert named[:1] == [words]

@@ -103,7 +103,7 @@ def test_a_matrix_without_problems(golden: Path) -> None:
     assert {*summary.unseen["float16"]} == {"prec-combine-lowprec", "prec-fp16-ffn-overflow"}
     assert summary.redundant == ("other",)
     assert summary.unique == {"tiny": sum(summary.killed.values())}
-    assert summary.mutants + summary.outside + len(summary.equivalent) == len(MUTANTS) == 112
+    assert summary.mutants + summary.outside + len(summary.equivalent) == len(MUTANTS) == 138
     assert len(summary.dead) == 110
 
 

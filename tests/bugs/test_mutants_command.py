@@ -64,11 +64,11 @@ def test_results_of_a_matrix_without_problems(refmoe: Refmoe, golden: Path, matr
     status, out, _ = refmoe("mutants", "results", "--golden", golden)
     assert status == 0
     lines = out.splitlines()
-    assert "float32   93 of 93 mutants killed" in lines
-    assert "bfloat16  91 of 93 mutants killed" in lines
+    assert "float32   119 of 119 mutants killed" in lines
+    assert "bfloat16  117 of 119 mutants killed" in lines
     assert any(line.startswith("          prec-logits-lowprec cannot be seen: the policy itself") for line in lines)
     assert "vectors   17 of 17 mutants of tokenizer, sampler and loss killed" in lines
-    assert "what a case alone kills, mutants times dtypes: tiny 275" in lines
+    assert "what a case alone kills, mutants times dtypes: tiny 353" in lines
     assert "cases that alone kill nothing: none" in lines
     assert "changed since" not in out
 

@@ -233,7 +233,8 @@ def values_of_rejected(ops: Any, cache: Any, k: Any, v: Any, positions: Any) -> 
     k = cut_again(ops, "cache.k", "attention.k_rope", k)
     v = cut_again(ops, "cache.v", "attention.v", v)
     if cache is None:
-        return Cache(k, Kept(v, v.shape[0]), positions)
+        v = Kept(v, v.shape[0])
+        return Cache(k, v, positions)
     keys = ops.concatenate([cache.k, k])
     return Cache(keys, cache.v.extended(ops, v), ops.concatenate([cache.positions, positions]))
 

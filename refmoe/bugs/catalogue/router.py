@@ -343,5 +343,6 @@ def largest_from_zero(ops: Any, x: Any, router: Any, k: int) -> tuple[Any, Any]:
     """The search for the largest logit starts at zero, so that a negative logit is never the largest. Where too few are
     positive, the experts with the lowest ids are chosen."""
     logits = logits_of(ops, x, router)
-    experts = choose(ops, ops.where(logits > 0, logits, 0.0), k)
+    positive = (logits.mid if isinstance(logits, Enclosure) else logits) > 0
+    experts = choose(ops, ops.where(positive, logits, 0.0), k)
     return experts, ops.tap("router.weights", ops.weigh(read(ops, logits), experts))

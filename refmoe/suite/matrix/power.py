@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure the power of each set of taps: the mutants that it sees, on cases that show them with all taps.
+"""Measure the power of each set of taps: the mutants that it sees, on a case that shows them with all taps.
 
-A mutant that a case kills with all taps is judged again there with fewer taps. Two cases per mutant and dtype are
-enough to know what kind of evidence it needs, and cost a fraction of the matrix. A set of taps counts only if it sees
-the mutant on both. Cases of one layer hide little from the logits, so cases with more layers come first.
+A mutant that a case kills with all taps is judged again there with fewer taps, the fewest first. A set that contains
+another one sees what that one sees. One case per mutant and dtype is enough to know what kind of evidence it needs, and
+costs a fraction of the matrix. Cases of one layer hide little from the logits, so cases with more layers come first.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from refmoe.bugs.catalogue import MUTANTS
 from refmoe.bugs.mutant import PARALLEL
-from refmoe.bugs.run_engine import run
+from refmoe.bugs.run_engine import run, same
 from refmoe.bugs.sharded_mutant import ONE_DEVICE, on_ranks
 from refmoe.files.atomic import replacing
 from refmoe.parallel import results
@@ -31,9 +31,6 @@ from refmoe.suite.power import FORMAT_VERSION, TAP_SETS, Seen
 from refmoe.traces.trace import Trace
 from refmoe.verifier.findings import NOT_CONFORMANT
 from refmoe.verifier.verify import verify
-
-CASES = 2
-"""The number of cases on which a mutant is judged with fewer taps."""
 
 
 @dataclass(frozen=True)
@@ -55,40 +52,35 @@ def plan(mutants: Sequence[str], cases: Sequence[Case], matrix: Matrix | None) -
             order = sorted(
                 cases, key=lambda case: (case.name not in killers, case.config.layers < 2, cost(case), case.name)
             )
-            wanted = order[:CASES] if len(killers) >= CASES else order
+            wanted = order[:1] if killers else order
             if policy not in MUTANTS[name].unseen:
                 found.append(Work(name, policy, tuple(case.folder for case in wanted)))
     return found
 
 
-def measure(work: Work) -> tuple[list[str], list[str]]:
-    """The names of the cases that show the mutant with all taps, and the sets of taps by which each of them does."""
-    shown: list[str] = []
-    seen = frozenset(TAP_SETS)
+def measure(work: Work) -> tuple[str, list[str]]:
+    """The first case that shows the mutant, and the sets of taps by which it does; no name where none shows it."""
     for folder in work.cases:
-        if len(shown) == CASES:
-            break
         sets = seen_by(work.mutant, read_case(folder), work.policy)
         if sets:
-            shown.append(folder.name)
-            seen &= sets
-    return shown, [name for name in TAP_SETS if shown and name in seen]
+            return folder.name, sets
+    return "", []
 
 
-def seen_by(mutant: str, case: Case, policy: str) -> frozenset[str]:
-    """The sets of taps by which a case shows a mutant; none where all taps do not show it."""
-    everything, *fewer = TAP_SETS
+def seen_by(mutant: str, case: Case, policy: str) -> list[str]:
+    """The sets of taps by which a case shows a mutant, the largest first; none where all taps do not show it."""
     rules, parameters = setting(mutant, case, policy)
-
-    def wrong(trace: Trace, taps: str) -> bool:
-        part = restricted(trace, frozenset(TAP_SETS[taps]))
-        report = verify(part, f"case {case.name}", case.config, parameters, case.runs(), rules)
-        return report.verdict == NOT_CONFORMANT
-
+    right = run(None, case.config, parameters, case.runs(), rules)
+    sets = [*TAP_SETS]
     for trace in traces(mutant, case, rules, parameters):
-        if wrong(trace, everything):
-            return frozenset([everything, *(taps for taps in fewer if wrong(trace, taps))])
-    return frozenset()
+        if same(trace, right):
+            continue
+        for place in reversed(range(len(sets))):
+            part = restricted(trace, frozenset(TAP_SETS[sets[place]]))
+            report = verify(part, f"case {case.name}", case.config, parameters, case.runs(), rules)
+            if report.verdict == NOT_CONFORMANT:
+                return sets[: place + 1]
+    return []
 
 
 def traces(mutant: str, case: Case, rules: Policy, parameters: Parameters) -> Iterator[Trace]:
@@ -115,8 +107,8 @@ def compute_power(
     again = {each.mutant for each in work}
     found: Seen = {name: dict(at) for name, at in before.items() if name not in again}
     with results(measure, work, jobs) as measured:
-        for each, (cases, seen) in measured:
-            found.setdefault(each.mutant, {})[each.policy] = {"cases": cases, "seen": seen}
+        for each, (case, seen) in measured:
+            found.setdefault(each.mutant, {})[each.policy] = {"case": case, "seen": seen}
             if progress is not None:
                 progress()
     return {

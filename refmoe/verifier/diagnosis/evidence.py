@@ -17,7 +17,7 @@ from refmoe.bugs.forced_rounding import rounded
 from refmoe.bugs.quantised_checkpoint import QuantisedWeight, SmoothedGain
 from refmoe.checkpoints.size import total_parameters
 from refmoe.checkpoints.weight import Weight
-from refmoe.profiles.cut_points import CUT_POINTS
+from refmoe.profiles.cut_points import ACCUMULATION_CUTS, CUT_POINTS, RANK_CUTS
 from refmoe.profiles.policy import Policy
 from refmoe.spec.config import Config
 from refmoe.spec.model import Model, Parameters
@@ -234,12 +234,17 @@ def until(runs: tuple[Run, ...], names: Set[str]) -> tuple[Run, ...]:
 # ---- arithmetic that passes share
 
 
+NO_VALUE = {"weights", *RANK_CUTS, *ACCUMULATION_CUTS}
+"""The cut points that are not forced. Weights are rounded anyway. The others depend on an order or a layout that no
+policy tells, so that no value can be predicted."""
+
+
 def forced_cuts(right: Policy, changed: Policy) -> frozenset[str]:
     """The cut points that the changed policy stores more coarsely. An engine of that policy rounds there every time.
 
     A router that now takes the softmax first loses the probabilities that underflow.
     """
-    coarser = (name for name in CUT_POINTS if not changed.at(name).holds(right.at(name)) and name != "weights")
+    coarser = (name for name in CUT_POINTS if name not in NO_VALUE and not changed.at(name).holds(right.at(name)))
     first = changed.router_order != right.router_order
     return frozenset([*coarser, *["router.probs"] * first])
 

@@ -5,19 +5,20 @@ A change explains by the values that it predicts, not by what it allows. Let b b
 value to the cell of the value found: the real numbers that round to it. Let b' be the distance from the changed value.
 The residual is norm(b') / norm(b) over all values of the failed checks, in units of their spacing.
 
-    predicts  The residual must be at most LEFT = 1/2, halfway between an error that is all predicted (0) and one to
-              which the change is indifferent (1). A change that only widens intervals leaves b' = b.
+    predicts  The residual must be at most LEFT = sqrt(1/2): at most half of the mean square may be left, halfway
+              between an error that is all predicted (0) and one to which the change is indifferent (1). A change that
+              only widens intervals leaves b' = b.
     own       The values left must also pass as its own rounding: every failed check passes in its own enclosures.
     nowhere   In each check, failed or passed, where its effect is beyond what rounding hides, the matched filter must
               lean to it by more than LEAN = 1/2. The effect counts beyond CALM = 5 standard deviations a value, and
               from SNR = 26 in all, as in the test of truncation.
 
-Some changes predict no value, but the size of errors: sums in another order and dtype, noise. Let z be the error over
-its predicted deviation. Their residual is abs(ln z) / ln SCALE, the worst over each step in each call, and each step in
-each layer, in which the change predicts errors twice as large as the policy does. A deviation is an upper size: legal
-errors are 0.25 to 1.15 of it, as measured. So LEFT, the same limit, is put at a factor of 4, which makes SCALE 16. z is
-taken as a root mean square and as a mean: a single large value makes the two disagree. A size counts only where the
-trace has all inputs of each failed step: further on, any change of arithmetic makes errors of about any size.
+Some changes predict no value, but only the size of errors: sums in another order and dtype, noise. Let z be the error
+over its predicted deviation. Their residual is LEFT abs(ln z) / ln SIZE, the worst over each step in each call, and
+over each step in each layer, in which the change predicts errors twice as large as the policy does. A deviation is an
+upper size: legal errors are 0.25 to 1.15 of it, as measured. So the limit is a factor SIZE of 4. z is taken as a root
+mean square and as a mean: a single large value makes the two disagree. A size counts only where the trace has all
+inputs of each failed step: further on, any change of arithmetic makes errors of about any size.
 """
 
 from __future__ import annotations
@@ -35,13 +36,11 @@ from refmoe.verifier.diagnosis.observed import FARTHEST, Observed, Recorded
 from refmoe.verifier.passes import Key
 from refmoe.verifier.tally import CALM, LEAN, SNR
 
-LEFT = 0.5
+LEFT = math.sqrt(0.5)
 """The largest residual of an explanation."""
-SCALE = 16.0
-"""The factor between the predicted and the true size of errors of which nothing is explained."""
-ROUNDED = 4.0
-"""The most that is left where nothing bounds it, over what one ideal engine's rounding makes. Sizes are known to a
-factor of 4."""
+SIZE = 4.0
+"""The factor up to which the size of errors is known. So it is also the most that may be left where nothing bounds it,
+over what one ideal engine's rounding makes."""
 WIDER = 2.0
 """A change predicts the size of errors where its deviation is this many times that of the policy."""
 FEWEST = 30
@@ -108,7 +107,7 @@ def by_value(observed: Mapping[Key, Observed], failed: Iterable[Key], changed: M
 def within_own_rounding(
     observed: Mapping[Key, Observed], key: Key, predicted: Mapping[Key, Any], ideal: Mapping[Key, Any]
 ) -> bool:
-    """Whether a change predicts the values of a tap, and leaves no more than `ROUNDED` times what its rounding makes.
+    """Whether a change predicts the values of a tap, and leaves no more than `SIZE` times what its rounding makes.
 
     ideal: the predictions of an engine that rounds at every cut point, [n]
     """
@@ -116,7 +115,7 @@ def within_own_rounding(
     if not by_value(observed, [key], predicted).explains or mid is None or run is None or run.shape != mid.shape:
         return False
     left, made = right.beyond(mid), right.distance(run - mid)
-    return bool(np.linalg.norm(left) <= ROUNDED * np.linalg.norm(made))
+    return bool(np.linalg.norm(left) <= SIZE * np.linalg.norm(made))
 
 
 def contradicted(observed: Mapping[Key, Observed], changed: Mapping[Key, Any]) -> Key | None:
@@ -174,7 +173,18 @@ def by_size(observed: Mapping[Key, Observed], failed: Iterable[Key], changed: Ma
         sizes += both
     if not sizes:
         return NOTHING
-    return Fit(whole, max(abs(math.log(z)) / math.log(SCALE) if z > 0 else 1.0 for z in sizes))
+    return Fit(whole, max(LEFT * abs(math.log(z)) / math.log(SIZE) if z > 0 else 1.0 for z in sizes))
+
+
+def moves(observed: Mapping[Key, Observed], failed: Iterable[Key], changed: Mapping[Key, Any]) -> bool:
+    """Whether a change predicts values: its effect has at least half the size of the error. Then no size counts."""
+    error = effect = 0.0
+    for key in failed:
+        right, mid = observed[key], changed.get(key)
+        if mid is not None and not right.choice and mid.shape == right.mid.shape:
+            e, d = right.distance(right.found - right.mid), right.distance(mid - right.mid)
+            error, effect = error + float(e @ e), effect + float(d @ d)
+    return 4 * effect >= error
 
 
 def _ratio(error: Any, sigma: Any) -> Any:

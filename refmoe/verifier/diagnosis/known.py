@@ -35,7 +35,7 @@ from refmoe.verifier.diagnosis.evidence import (
     still_failing,
     subject_of,
 )
-from refmoe.verifier.diagnosis.fit import NOTHING, Fit, by_size, by_value, contradicted
+from refmoe.verifier.diagnosis.fit import NOTHING, Fit, by_size, by_value, contradicted, moves
 from refmoe.verifier.diagnosis.observed import Recorded
 from refmoe.verifier.findings import (
     ARITHMETIC,
@@ -48,7 +48,7 @@ from refmoe.verifier.findings import (
 )
 from refmoe.verifier.passes import Key
 
-MAYBE = 0.75
+MAYBE = 0.9
 """The largest residual in the first part of a trace with which a cause is held against the whole trace. It is laxer
 than for an explanation, because rounding may leave more in a part."""
 ALIKE = 2.0
@@ -160,7 +160,7 @@ def explanations(
     """
     found: list[Explanation] = []
     rejected: list[Explanation] = []
-    local = all(check.rung == LOCAL for check in evidence.failed)
+    local = _local(evidence)
     for each in tried:
         if each.fit.residual <= MAYBE or (local and each.alike and not found):
             explanation = explain(evidence, each.cause)
@@ -182,10 +182,13 @@ def explain(evidence: Evidence, cause: Cause) -> Explanation:
     if right:
         still, newly, recorded = _held_against(evidence, variation, evidence.whole)
         right = not still and not newly
-        if right and not fit.explains and all(check.rung == LOCAL for check in evidence.failed):
-            sized = by_size(evidence.observed, keys, recorded)
-            fit = sized if sized.residual < fit.residual else fit
-            right = contradicted(evidence.observed, {key: each.mid for key, each in recorded.items()}) is None
+        middles = {key: each.mid for key, each in recorded.items()}
+        if right and not fit.explains and _local(evidence):
+            foreseen = (middles, predicted) if cause.kind == ARITHMETIC else (middles,)
+            if not any(moves(evidence.observed, keys, each) for each in foreseen):
+                fit = min(fit, by_size(evidence.observed, keys, recorded), key=lambda each: each.residual)
+            right = contradicted(evidence.observed, middles) is None
+    right = right and (_local(evidence) or not _blank(evidence))
     return Explanation(
         name=cause.name,
         kind=cause.kind,
@@ -200,6 +203,18 @@ def explain(evidence: Evidence, cause: Cause) -> Explanation:
         touches=len(variation.touches),
         values=evidence.wrong_values if right and fit.explains else 0,
     )
+
+
+def _local(evidence: Evidence) -> bool:
+    """Whether the trace has all inputs of each failed step."""
+    return all(check.rung == LOCAL for check in evidence.failed)
+
+
+def _blank(evidence: Evidence) -> bool:
+    """Whether no failed check has a finite value. Then only the step that made the others could tell why."""
+    taps = [evidence.observed[key] for key in evidence.keys(evidence.whole)]
+    numbers = [tap for tap in taps if not tap.choice]
+    return bool(numbers) and all(bool(tap.gaps.all()) for tap in numbers)
 
 
 def _held_against(evidence: Evidence, variation: Variation, part: Part) -> tuple[int, int, dict[Key, Recorded]]:

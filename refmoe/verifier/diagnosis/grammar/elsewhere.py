@@ -107,10 +107,11 @@ def _own_tap(search: Search, view: View) -> str | None:
         return search.step
     return {
         "the contexts that it reads": "attention.context", "the logits that it reads": "router.logits",
-        "the gate": "expert.gate", "the factor of the gate": "expert.up", "the hidden units that it reads": "expert.hidden",
+        "the gate": "expert.gate", "the factor of the gate": "expert.up",
+        "the hidden units that it reads": "expert.hidden",
         "the experts' outputs": "expert.output", "the weights that it reads": "router.weights",
         "the rotated queries": "attention.q_rope", "the scores": "attention.scores",
-        "the probabilities that mix the values": "attention.probs",
+        "the mixing probabilities": "attention.probs",
         ("the input" if search.step == "attention.q_rope" else "?"): "attention.q",
         ("the input" if search.step == "attention.k_rope" else "?"): "attention.k",
         ("the input" if search.step in ("attention.q", "attention.k", "attention.v") else "?"): "attention_norm",
@@ -184,7 +185,7 @@ def _as_computed(search: Search, view: View, lab: Laboratory, key: Key) -> Enclo
 
 
 def _other_calls(search: Search, view: View, own: str | None) -> Iterator[tuple[str, float, Source]]:
-    """The same tap of an earlier call."""
+    """Sources in an earlier call: the same tap."""
     if own is None or view.dims[0] != "T":
         return
     for words, bits, same, pick in (
@@ -225,12 +226,14 @@ def _other_calls(search: Search, view: View, own: str | None) -> Iterator[tuple[
 
 
 def _other_layers(search: Search, view: View, own: str | None) -> Iterator[tuple[str, float, Source]]:
-    """The same tap of another layer."""
+    """Sources in another layer: the same tap."""
     if own is None or own in MODEL_TAPS or search.lab.config.layers < 2 or not search.step or search.step in MODEL_TAPS:
         return
     count = search.lab.config.layers
-    choices = [("the layer before", 4.0, lambda i: i - 1), ("the next layer", 4.0, lambda i: i + 1)]
-    choices += [(f"layer {j}", 5.0, lambda i, j=j: j) for j in range(min(count, 8))]
+    choices: list[tuple[str, float, Callable[[int], int]]] = [
+        ("the layer before", 4.0, lambda i: i - 1), ("the next layer", 4.0, lambda i: i + 1),
+        *((f"layer {j}", 5.0, _always(j)) for j in range(min(count, 8))),
+    ]  # fmt: skip
     for words, bits, other in choices:
 
         def source(lab: Laboratory, key: Key, other: Any = other) -> Enclosure | None:
@@ -243,3 +246,7 @@ def _other_layers(search: Search, view: View, own: str | None) -> Iterator[tuple
             return _as_computed(search, view, lab, (key[0], name))
 
         yield words, bits, source
+
+
+def _always(number: int) -> Callable[[int], int]:
+    return lambda _: number

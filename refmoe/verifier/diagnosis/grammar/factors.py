@@ -182,6 +182,6 @@ def simple(factor: float, format: Format, config: Config) -> tuple[float, str, f
             f"1/{name} = {1 / value:.6g}": 1 / value,
         }  # fmt: skip
     for name, number in known.items():
-        if abs(factor - number) <= 4 * format.u * max(abs(number), 0.01):
+        if abs(factor - number) <= 4 * format.u * max(abs(number), 0.25):
             return number, name, 1.0 if number == 0 else 2.0 if number in (-1.0, 2.0) else KNOWN_BITS
     return factor, f"{factor:.{max(2, min(7, round(format.precision * math.log10(2)) + 1))}g}", FACTOR_BITS

@@ -143,35 +143,22 @@ class Search:
     def rows(self) -> Rows:
         """The attributes of all rows of the step."""
         runs = list(self.lab.runs.values())
-        columns: list[list[Any]] = [[] for _ in range(9)]
+        parts: list[tuple[Any, ...]] = []
         for name, tap in self.keys:
             i = next(i for i, run in enumerate(runs) if run.run == name)
             run, layer = runs[i], layer_of(tap)
-            tokens = np.arange(len(run.tokens))
-            expert, slot = np.full(len(tokens), -1), np.zeros(len(tokens), int)
+            tokens: Any = np.arange(len(run.tokens))
+            expert: Any = np.full(len(tokens), -1)
+            slot: Any = np.zeros(len(tokens), int)
             if self.dims[:2] == ["T", "k"]:
                 chosen = self.lab.read((name, f"layers.{layer}.router.experts"))
                 k = chosen.shape[1]
                 expert, slot, tokens = chosen.reshape(-1), np.tile(np.arange(k), len(tokens)), np.repeat(tokens, k)
-            n = len(tokens)
-            for column, value in zip(
-                columns,
-                (
-                    i,
-                    run.op,
-                    run.sequence,
-                    len(run.tokens),
-                    run.past,
-                    -1 if layer is None else layer,
-                    tokens,
-                    expert,
-                    slot,
-                ),
-                strict=True,
-            ):
-                column.append(np.broadcast_to(value, n))
-        joined = [np.concatenate(each) for each in columns]
-        return Rows(*joined, names=[run.run for run in runs])
+            facts = (i, run.op, run.sequence, len(run.tokens), run.past, -1 if layer is None else layer)
+            parts.append((*(np.full(len(tokens), fact) for fact in facts), tokens, expert, slot))
+        names = ("run", "op", "sequence", "length", "past", "layer", "token", "expert", "slot")
+        joined = {name: np.concatenate(column) for name, column in zip(names, zip(*parts, strict=True), strict=True)}
+        return Rows(**joined, names=[run.run for run in runs])
 
     def fits(self, lab: Laboratory, key: Key, x: Enclosure) -> Any:
         """Which values of a tap are legal under an enclosure: booleans of its shape."""
@@ -284,7 +271,10 @@ class Search:
                 evidence += float(self._gain(x, right, found)[wrong].sum())
         if not passed or not evidence >= ENOUGH or not size or not reach:
             return None
-        return Proof(fault, where, values, evidence, along / reach, math.sqrt(left / size))
+        coefficient, residual = along / reach, math.sqrt(left / size)
+        return Proof(
+            fault=fault, where=where, values=values, evidence=evidence, coefficient=coefficient, residual=residual
+        )
 
     def _gain(self, x: Enclosure, right: Enclosure, found: Any) -> Any:
         """The evidence of each value, in bits: its error over the room that the fault leaves it."""

@@ -31,7 +31,7 @@ from refmoe.verifier.tally import Tally
 from refmoe.verifier.verify import NO_BOUND, alike_values
 
 Inputs = dict[str, Any]
-"""What one step reads, by name: enclosures, weights as arrays, positions, numbers of the configuration."""
+"""All that one step reads, by name: enclosures, weights as arrays, positions, numbers of the configuration."""
 
 LINEAR = {
     "attention.q": "wq", "attention.k": "wk", "attention.v": "wv", "attention.output": "wo", "router.logits": "router",

@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 
 from refmoe.arithmetic.enclosure.array import Enclosure
-from refmoe.arithmetic.formats import nearest
 from refmoe.verifier.diagnosis.grammar.factors import along, factors, fitted, no_groups, scaled, simple
 from refmoe.verifier.diagnosis.grammar.fault import CLOSE, Fault, Search
 from refmoe.verifier.diagnosis.grammar.laboratory import LINEAR, Held, Laboratory
 from refmoe.verifier.diagnosis.grammar.orders import in_short, laws, nearest_slices, order_in_words, orders
 from refmoe.verifier.diagnosis.grammar.pointwise import rounded
-from refmoe.verifier.diagnosis.grammar.views import View, layer, output
+from refmoe.verifier.diagnosis.grammar.views import View, layer, least_squares, output
 from refmoe.verifier.diagnosis.grammar.where import listed
 from refmoe.verifier.passes import Key
 
@@ -83,89 +82,100 @@ def with_matrix(name: str, about: str, bits: float, change: Change) -> Fault:
         found: Enclosure = lab.compute(key, {**given, "weight": held})
         return found
 
-    return Fault(name, about, FIX, bits, predict)
+    return Fault(name=name, about=about, fix=FIX, bits=bits, predict=predict)
 
 
-def _own(lab: Laboratory, key: Key, name: str, expert: int | None, by: int = 0, to: int | None = None) -> Any:
+def _own(lab: Laboratory, key: Key, name: str, expert: int | None, to: int | None = None) -> Any:
+    """A matrix as an engine holds it. None where there is no such layer, or it is the layer's own.
+
+    to: another layer
+    """
     at = layer(key)
-    if at is None:
-        return nearest(lab.weight(name, None).values, lab.policy.at("weights"))
-    at = at + by if to is None else to
-    if not 0 <= at < lab.config.layers or ((by or to is not None) and at == layer(key)):
+    if to is not None and (to == at or not 0 <= to < lab.config.layers):
         return None
-    return nearest(lab.weight(name, at, expert).values, lab.policy.at("weights"))
+    held = lab.weight(name, at if to is None else to, expert) if at is not None else lab.weight(name, None)
+    return held.rounded(lab.policy.at("weights"))
+
+
+def _of_layer(name: str, other: Callable[[int, int], int]) -> Change:
+    """The matrix of another layer.   other: from the number of the layer and the count of layers"""
+
+    def change(lab: Laboratory, key: Key, expert: int | None) -> Any:
+        return _own(lab, key, name, expert, other(layer(key) or 0, lab.config.layers))
+
+    return change
+
+
+def _always(number: int) -> Callable[[int, int], int]:
+    return lambda at, count: number
+
+
+def _rearranged(name: str, change: Callable[[Any], Any]) -> Change:
+    """The matrix with its elements elsewhere.   change: from [m, n] to [m, n], or None where it cannot be"""
+
+    def changed(lab: Laboratory, key: Key, expert: int | None) -> Any:
+        return change(_own(lab, key, name, expert))
+
+    return changed
+
+
+def _in_the_place(name: str, other: str) -> Change:
+    def change(lab: Laboratory, key: Key, expert: int | None) -> Any:
+        values = _own(lab, key, other, expert)
+        return values if values.shape == _own(lab, key, name, expert).shape else None
+
+    return change
+
+
+def _ordered(law: Any, axis: int) -> Callable[[Any], Any]:
+    """Rows (axis 0) or columns (1) in the order of a law."""
+
+    def change(values: Any) -> Any:
+        sources = law(values.shape[axis])
+        if sources is None:
+            return None
+        moved = np.take(values, np.maximum(sources, 0), axis=axis)
+        return np.where(np.expand_dims(np.asarray(sources) < 0, 1 - axis), 0.0, moved)
+
+    return change
+
+
+ALIKE = {
+    "wk": "wv", "wv": "wk", "w1": "w3", "w3": "w1", "wq": "wo", "wo": "wq", "output": "embedding",
+}  # fmt: skip
+"""The matrix that may be in the place of another, where their shapes are equal."""
+IN_MEMORY: tuple[tuple[str, float, Callable[[Any], Any]], ...] = (
+    ("transposed", 3.0, lambda w: w.T if w.shape[0] == w.shape[1] else None),
+    ("transposed in memory", 3.5, lambda w: w.T.reshape(w.shape)),
+    ("read as if transposed in memory", 3.5, lambda w: w.reshape(w.shape[::-1]).T),
+)
 
 
 def _replaced(search: Search, name: str) -> Iterator[Fault]:
-    inside, layers = search.step not in ("logits",), search.lab.config.layers
-    if inside and layers > 1:
-        for words, by in (("the layer before", -1), ("the next layer", 1)):
-            yield with_matrix(
-                f"{name} of {words}", f"{name} of {words} is in the place of its own", 4.0,
-                lambda lab, key, e, by=by: _own(lab, key, name, e, by),
-            )  # fmt: skip
-        for words, by in (
-            ("the next layer, the last of the first", 1),
-            ("the layer before, the first of the last", -1),
-        ):
-
-            def around(lab: Laboratory, key: Key, e: int | None, by: int = by) -> Any:
-                return _own(lab, key, name, e, 0, ((layer(key) or 0) + by) % layers)
-
-            words = "the other layer" if layers == 2 else words
-            yield with_matrix(f"{name} of {words}", f"{name} of {words} is in the place of its own", 4.5, around)
-        for j in range(min(layers, 8)):
-            yield with_matrix(
-                f"{name} of layer {j}", f"{name} of layer {j} is in the place of its own", 5.0,
-                lambda lab, key, e, j=j: _own(lab, key, name, e, 0, j),
-            )  # fmt: skip
-    alike = {
-        "wk": ("wv",),
-        "wv": ("wk",),
-        "w1": ("w3",),
-        "w3": ("w1",),
-        "wq": ("wo",),
-        "wo": ("wq",),
-        "output": ("embedding",),
-    }
-    for other in alike.get(name, ()):
-
-        def taken(lab: Laboratory, key: Key, e: int | None, other: str = other) -> Any:
-            values = _own(lab, key, other, e)
-            right = _own(lab, key, name, e)
-            return values if values.shape == right.shape else None
-
-        yield with_matrix(f"{other} in the place of {name}", f"the step multiplies by {other}, not {name}", 3.0, taken)
-
-    def transposed(lab: Laboratory, key: Key, e: int | None) -> Any:
-        values = _own(lab, key, name, e)
-        return values.T if values.shape[0] == values.shape[1] else None
-
-    yield with_matrix(f"{name} transposed", f"{name} is used as its transpose", 3.0, transposed)
-    for words, read in (
-        ("transposed in memory", lambda w: w.T.reshape(w.shape)),
-        ("read as if transposed in memory", lambda w: w.reshape(w.shape[::-1]).T),
-    ):
-        yield with_matrix(
-            f"{name} {words}", f"{name} is {words}: its shape is right and its order is not", 3.5,
-            lambda lab, key, e, read=read: read(_own(lab, key, name, e)),
-        )  # fmt: skip
+    """The matrix of another layer or step, transposed, or with its rows or columns in the order of a law."""
+    layers = search.lab.config.layers
+    if search.step != "logits" and layers > 1:
+        others: list[tuple[str, float, Callable[[int, int], int]]] = [
+            ("the layer before", 4.0, lambda at, count: at - 1), ("the next layer", 4.0, lambda at, count: at + 1),
+            ("the next layer, the last of the first", 4.5, lambda at, count: (at + 1) % count),
+            ("the layer before, the first of the last", 4.5, lambda at, count: (at - 1) % count),
+            *((f"layer {j}", 5.0, _always(j)) for j in range(min(layers, 8))),
+        ]  # fmt: skip
+        for words, bits, other in others:
+            words = "the other layer" if layers == 2 and bits == 4.5 else words
+            about = f"{name} of {words} is in the place of its own"
+            yield with_matrix(f"{name} of {words}", about, bits, _of_layer(name, other))
+    if name in ALIKE:
+        words = f"{ALIKE[name]} in the place of {name}"
+        yield with_matrix(words, f"the step multiplies with {words}", 3.0, _in_the_place(name, ALIKE[name]))
+    for words, bits, change in IN_MEMORY:
+        about = f"{name} is {words}, so that its elements are in the wrong places"
+        yield with_matrix(f"{name} {words}", about, bits, _rearranged(name, change))
     shape = _own(search.lab, search.failed[0], name, 0 if search.step.startswith("expert.") else None).shape
-    for words, bits, law, open_ in laws("D", True):
+    for words, bits, law, _ in laws("D", True):
         for axis, noun in ((0, "rows"), (1, "columns")):
-            if open_ is not None:
-                continue
-
-            def ordered(lab: Laboratory, key: Key, e: int | None, law: Any = law, axis: int = axis) -> Any:
-                values = _own(lab, key, name, e)
-                sources = law(values.shape[axis])
-                if sources is None:
-                    return None
-                moved = np.take(values, np.maximum(sources, 0), axis=axis)
-                return np.where(np.expand_dims(np.asarray(sources) < 0, 1 - axis), 0.0, moved)
-
-            short = in_short(law(shape[axis]), noun[:-1], words)
-            yield with_matrix(f"{noun} of {name} {short}", f"the {noun} of {name} are {short}", bits + 1.5, ordered)
+            short = f"{noun} of {name} {in_short(law(shape[axis]), noun[:-1], words)}"
+            yield with_matrix(short, f"the {short}", bits + 1.5, _rearranged(name, _ordered(law, axis)))
 
 
 def _rescaled(search: Search, name: str) -> Iterator[Fault]:
@@ -190,10 +200,14 @@ def _rescaled(search: Search, name: str) -> Iterator[Fault]:
             what = "zeroed" if said[1] == "0" else f"times {said[1]}"
             yield with_matrix(
                 f"{which} {what}", f"{which} is {said[1]} times what it should be", bits,
-                lambda lab, key, e, scale=scale: _own(lab, key, name, e) * scale,
+                _rearranged(name, _times(scale)),
             )  # fmt: skip
         if not words:
             yield _of_input(search, said[1], bits, float(numbers[0]))
+
+
+def _times(scale: Any) -> Callable[[Any], Any]:
+    return lambda values: values * scale
 
 
 def _of_input(search: Search, number: str, bits: float, factor: float) -> Fault:
@@ -204,7 +218,11 @@ def _of_input(search: Search, number: str, bits: float, factor: float) -> Fault:
         return found
 
     return Fault(
-        f"times {number} of the input", f"the input is {number} times what it should be", FIX, bits + 1.0, predict
+        name=f"times {number} of the input",
+        about=f"the input is {number} times what it should be",
+        fix=FIX,
+        bits=bits + 1.0,
+        predict=predict,
     )
 
 
@@ -221,7 +239,7 @@ def flattened(view: View) -> View:
 
 @dataclass(frozen=True)
 class Product:
-    """The rows of one layer's product: x [n, D], right y [n, O] of them, and the error.   matrices: [n, O, D] or [O, D]"""
+    """Rows of one layer's product: x [n, D], found y [n, O] and its error [n, O].   matrices: [n, O, D] or [O, D]"""
 
     x: Any
     matrices: Any
@@ -281,15 +299,15 @@ def _columns(search: Search, name: str) -> Iterator[Fault]:
         yield from _exchanged_of_experts(search, name, product)
         return
     yield from _exchanged_columns(search, name, rows, w, product.error)
-    if np.linalg.matrix_rank(rows) == rows.shape[1]:
-        solved = np.linalg.lstsq(rows, had, rcond=None)[0].T
+    solved = least_squares(rows, had)
+    if solved is not None:
+        solved = solved.T
         for axis, noun in ((1, "columns"), (0, "rows")):
             sources = nearest_slices(np.moveaxis(solved, axis, 0), np.moveaxis(w, axis, 0))
             if sources is not None:
                 yield _reordered(name, noun, axis, sources)
-    elif len(w) >= w.shape[1]:
-        flat = np.linalg.lstsq(w, had.T, rcond=None)[0].T
-        sources = nearest_slices(flat.T, rows.T)
+    elif (channels := least_squares(w, had.T)) is not None:
+        sources = nearest_slices(channels, rows.T)
         if sources is not None:
             back = np.empty(len(sources), int)
             if len(set(sources.tolist())) == len(sources):
@@ -309,8 +327,8 @@ def _permuted_columns(search: Search, name: str, product: Product) -> Iterator[F
     if count**2 > MOST_UNKNOWN or rows < 1.1 * count**2 or search.least < 20.0:
         return
     effects = np.einsum("noi,nj->noij", w, product.x).reshape(rows, -1)[: 2 * count**2]
-    share, _, rank, _ = np.linalg.lstsq(effects, product.had.reshape(-1)[: 2 * count**2], rcond=None)
-    if rank < count**2:
+    share = least_squares(effects, product.had.reshape(-1)[: 2 * count**2])
+    if share is None:
         return
     sources = share.reshape(count, count).argmax(1)
     back = np.empty(count, int)
@@ -380,9 +398,8 @@ def _scaled_columns(search: Search, name: str, product: Product) -> Iterator[Fau
     error = product.error.reshape(-1)
     if len(effects) < effects.shape[1] + 4:
         return
-    more, _, rank, _ = np.linalg.lstsq(effects, error, rcond=None)
-    left = np.linalg.norm(error - effects @ more)
-    if rank < len(more) or not left <= CLOSE * np.linalg.norm(error):
+    more = least_squares(effects, error)
+    if more is None or not np.linalg.norm(error - effects @ more) <= CLOSE * np.linalg.norm(error):
         return
     tolerance = max(16 * search.u, 1e-4)
     more = np.where(np.abs(more) <= 4 * tolerance, 0.0, more)
@@ -416,7 +433,7 @@ def _scaled_columns(search: Search, name: str, product: Product) -> Iterator[Fau
         )
         return found
 
-    yield Fault(words, words, FIX, bits + 1.5, predict)
+    yield Fault(name=words, about=words, fix=FIX, bits=bits + 1.5, predict=predict)
 
 
 def _exchanged_columns(search: Search, name: str, rows: Any, w: Any, error: Any) -> Iterator[Fault]:
@@ -463,7 +480,13 @@ def _channel_of_input(search: Search, count: int, i: int, j: int) -> Fault:
         found: Enclosure = lab.compute(key, {**given, "x": flat[..., sources]})
         return found
 
-    return Fault(f"channels {words} of the input", f"channels of the input: {listing}", FIX, bits + 1.5, predict)
+    return Fault(
+        name=f"channels {words} of the input",
+        about=f"channels of the input: {listing}",
+        fix=FIX,
+        bits=bits + 1.5,
+        predict=predict,
+    )
 
 
 # ---- experts

@@ -101,7 +101,7 @@ def order_in_words(sources: Any, noun: str) -> tuple[str, str, float]:
         by = shifts[0] if shifts[0] <= count // 2 else shifts[0] - count
         if 2 * abs(by) == count and count > 2:
             return "with their halves exchanged", listing, 3.0
-        return f"shifted by {by:+d}, the last before the first", listing, 3 + min(abs(by), each)
+        return f"shifted by {by:+d} in a circle", listing, 3 + min(abs(by), each)
     if (sources == own[::-1]).all():
         return "in reverse order", listing, 3.0
     if len(moved) == 2:
@@ -170,60 +170,56 @@ def laws(dimension: str, inner: bool) -> Iterator[tuple[str, float, Law, Any]]:
     A source of -1 is a zero.   inner: whether the array is an input, where no map can be read off
     """
     if dimension in ("T", "S"):
-        yield "shifted by +1", 4.0, lambda n: np.maximum(np.arange(n) - 1, 0), [0]
-        yield "shifted by -1", 4.0, lambda n: np.minimum(np.arange(n) + 1, n - 1), [-1]
-        yield "shifted by +1, the last before the first", 4.5, lambda n: (np.arange(n) - 1) % n, None
-        yield "shifted by -1, the first after the last", 4.5, lambda n: (np.arange(n) + 1) % n, None
-        yield "shifted by +1, the first repeated", 5.0, lambda n: np.maximum(np.arange(n) - 1, 0), None
-        yield "shifted by -1, the last repeated", 5.0, lambda n: np.minimum(np.arange(n) + 1, n - 1), None
-        yield "shifted by +1, the first zero", 5.0, lambda n: np.arange(n) - 1, None
-        yield "shifted by -1, the last zero", 5.0, lambda n: np.where(np.arange(n) + 1 < n, np.arange(n) + 1, -1), None
-        yield "in reverse order", 3.0, lambda n: np.arange(n)[::-1], None
-        yield "all replaced by the first", 3.0, lambda n: np.zeros(n, int), None
-        yield "all replaced by the last", 3.0, lambda n: np.full(n, n - 1), None
-        yield (
-            "exchanged in pairs",
-            3.5,
-            lambda n: (
-                np.minimum(np.arange(n) ^ 1, n - 1)
-                if n % 2 == 0
-                else np.where(np.arange(n) == n - 1, n - 1, np.arange(n) ^ 1)
-            ),
-            None,
-        )
-        yield "with the first zero", 4.0, lambda n: np.where(np.arange(n) == 0, -1, np.arange(n)), None
-        yield "with the last zero", 4.0, lambda n: np.where(np.arange(n) == n - 1, -1, np.arange(n)), None
-        yield "with the first and last exchanged", 4.0, _ends, None
-    if not inner and dimension not in ("T", "S"):
-        return
-    if dimension not in ("T", "S"):
-        yield "in reverse order", 3.0, lambda n: np.arange(n)[::-1], None
-        for by in (1, -1):
-            yield f"shifted by {by:+d}, the last before the first", 4.0, lambda n, by=by: (np.arange(n) - by) % n, None
-        yield (
-            "with their halves exchanged",
-            3.0,
-            lambda n: (np.arange(n) + n // 2) % n if n % 2 == 0 and n > 2 else None,
-            None,
-        )
-        yield "exchanged in pairs", 3.0, lambda n: np.arange(n) ^ 1 if n % 2 == 0 and n > 2 else None, None
-        for parts in (2, 4, 8):
-            yield (
-                f"interleaved by {parts}",
-                4.0,
-                lambda n, p=parts: np.arange(n).reshape(p, -1).T.reshape(-1) if n % p == 0 and n > p else None,
-                None,
-            )
-            yield (
-                f"split by {parts} as if interleaved",
-                4.0,
-                lambda n, p=parts: np.arange(n).reshape(-1, p).T.reshape(-1) if n % p == 0 and n > p else None,
-                None,
-            )
-        for parts in (2, 4):
-            for i in range(parts):
-                yield f"with part {i} of {parts} zeroed", 5.0, lambda n, p=parts, i=i: _dropped(n, p, i), None
-        yield "all replaced by the first", 4.0, lambda n: np.zeros(n, int), None
+        yield from OF_TOKENS
+    elif inner:
+        yield from OF_OTHERS
+
+
+def _circle(by: int) -> Law:
+    return lambda n: (np.arange(n) - by) % n
+
+
+def _ended(by: int) -> Law:
+    """Shifted, and the slice at the end repeated."""
+    return lambda n: np.clip(np.arange(n) - by, 0, n - 1)
+
+
+def _emptied(by: int) -> Law:
+    """Shifted, and zeros at the end."""
+
+    def law(n: int) -> Any:
+        sources = np.arange(n) - by
+        return np.where((sources < 0) | (sources >= n), -1, sources)
+
+    return law
+
+
+def _without(end: int) -> Law:
+    """A zero in the first or last slice."""
+
+    def law(n: int) -> Any:
+        sources = np.arange(n)
+        sources[end] = -1
+        return sources
+
+    return law
+
+
+def _pairs(n: int) -> Any:
+    """Neighbours exchanged; the last of an odd number stays."""
+    return np.where(np.arange(n) ^ 1 < n, np.arange(n) ^ 1, np.arange(n))
+
+
+def _halves(n: int) -> Any:
+    return (np.arange(n) + n // 2) % n if n % 2 == 0 and n > 2 else None
+
+
+def _interleaved(parts: int) -> Law:
+    return lambda n: np.arange(n).reshape(parts, -1).T.reshape(-1) if n % parts == 0 and n > parts else None
+
+
+def _split(parts: int) -> Law:
+    return lambda n: np.arange(n).reshape(-1, parts).T.reshape(-1) if n % parts == 0 and n > parts else None
 
 
 def _ends(n: int) -> Any:
@@ -232,10 +228,51 @@ def _ends(n: int) -> Any:
     return sources
 
 
-def _dropped(n: int, parts: int, part: int) -> Any:
-    if n % parts or n <= parts:
-        return None
-    return np.where(np.arange(n) // (n // parts) == part, -1, np.arange(n))
+def _dropped(parts: int, part: int) -> Law:
+    """Zeros in one of several equal parts."""
+
+    def law(n: int) -> Any:
+        if n % parts or n <= parts:
+            return None
+        return np.where(np.arange(n) // (n // parts) == part, -1, np.arange(n))
+
+    return law
+
+
+OF_TOKENS: tuple[tuple[str, float, Law, Any], ...] = (
+    ("shifted by +1", 4.0, _ended(1), [0]),
+    ("shifted by -1", 4.0, _ended(-1), [-1]),
+    ("shifted by +1 in a circle", 4.5, _circle(1), None),
+    ("shifted by -1 in a circle", 4.5, _circle(-1), None),
+    ("shifted by +2 in a circle", 5.5, _circle(2), None),
+    ("shifted by -2 in a circle", 5.5, _circle(-2), None),
+    ("shifted by +1, the first repeated", 5.0, _ended(1), None),
+    ("shifted by -1, the last repeated", 5.0, _ended(-1), None),
+    ("shifted by +1, the first zero", 5.0, _emptied(1), None),
+    ("shifted by -1, the last zero", 5.0, _emptied(-1), None),
+    ("in reverse order", 3.0, lambda n: np.arange(n)[::-1], None),
+    ("all replaced by the first", 3.0, lambda n: np.zeros(n, int), None),
+    ("all replaced by the last", 3.0, lambda n: np.full(n, n - 1), None),
+    ("exchanged in pairs", 3.5, _pairs, None),
+    ("with the first zero", 4.0, _without(0), None),
+    ("with the last zero", 4.0, _without(-1), None),
+    ("with the first and last exchanged", 4.0, _ends, None),
+)
+"""Orders of tokens and cached positions."""
+OF_OTHERS: tuple[tuple[str, float, Law, Any], ...] = (
+    ("in reverse order", 3.0, lambda n: np.arange(n)[::-1], None),
+    ("shifted by +1 in a circle", 4.0, _circle(1), None),
+    ("shifted by -1 in a circle", 4.0, _circle(-1), None),
+    ("shifted by +2 in a circle", 5.0, _circle(2), None),
+    ("shifted by -2 in a circle", 5.0, _circle(-2), None),
+    ("with their halves exchanged", 3.0, _halves, None),
+    ("exchanged in pairs", 3.0, _pairs, None),
+    *((f"interleaved by {parts}", 4.0, _interleaved(parts), None) for parts in (2, 4, 8)),
+    *((f"split by {parts} as if interleaved", 4.0, _split(parts), None) for parts in (2, 4, 8)),
+    *((f"with part {i} of {n} zeroed", 5.0, _dropped(n, i), None) for n in (2, 4) for i in range(n)),
+    ("all replaced by the first", 4.0, lambda n: np.zeros(n, int), None),
+)
+"""Orders of heads, channels, experts, slots, rows and columns of inputs, where no map can be read off."""
 
 
 def zeroed_at(x: Enclosure, axis: int, zero: Any) -> Enclosure:

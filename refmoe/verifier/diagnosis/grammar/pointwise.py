@@ -11,7 +11,7 @@ import numpy as np
 
 from refmoe.arithmetic.enclosure.array import Enclosure
 from refmoe.arithmetic.formats import ulp
-from refmoe.verifier.diagnosis.grammar.fault import AXES, CLOSE, Fault, Search
+from refmoe.verifier.diagnosis.grammar.fault import AXES, CLOSE, Fault, Predict, Search
 from refmoe.verifier.diagnosis.grammar.laboratory import NORMS, Laboratory
 from refmoe.verifier.diagnosis.grammar.views import View, layer, stored_again, tokens_of
 from refmoe.verifier.passes import Key
@@ -100,7 +100,7 @@ def _log_softmax(search: Search, view: View) -> Iterator[Fault]:
 
 
 def _bias(search: Search, view: View) -> Iterator[Fault]:
-    """The same vector added to every token of a layer."""
+    """Every token of a layer with the same vector added."""
     vectors, left, whole = {}, 0.0, 0.0
     layers = {layer(key) for key in view.pairs}
     for at in layers:
@@ -154,9 +154,9 @@ ADDED: tuple[tuple[str, Function], ...] = (
     ("a number added to all values ({})", lambda x, c: x + c),
     ("a number added to all values (-{})", lambda x, c: x - c),
 )
-"""The same for inputs that the output does not determine."""
+"""Numbers that are added to inputs that the output does not determine."""
 FACTORS: tuple[tuple[str, Function], ...] = (("times {}", lambda x, c: x * c), ("times -{}", lambda x, c: -x * c))
-"""The same for the gate, which the output determines only in part."""
+"""Factors of the gate, which the output determines only in part."""
 FINEST, COARSEST = 300.0, 3e-5
 """The largest and smallest number that is tried, over the largest value."""
 
@@ -275,5 +275,9 @@ def _functions(search: Search, view: View) -> Iterator[Fault]:
             about=f"the hidden units are computed with {words}",
             fix="hidden = silu(gate) * up",
             bits=3.0,
-            predict=lambda lab, key, f=function: f(lab, lab.inputs(key)["gate"], lab.inputs(key)["up"]),
+            predict=_hidden(function),
         )
+
+
+def _hidden(function: Callable[[Laboratory, Any, Any], Any]) -> Predict:
+    return lambda lab, key: function(lab, lab.inputs(key)["gate"], lab.inputs(key)["up"])

@@ -11,10 +11,14 @@ from refmoe.verifier.diagnosis.evidence import Evidence
 from refmoe.verifier.diagnosis.grammar.elsewhere import elsewhere
 from refmoe.verifier.diagnosis.grammar.factors import factors
 from refmoe.verifier.diagnosis.grammar.fault import Fault, Proof, Search
+from refmoe.verifier.diagnosis.grammar.masks import masks
 from refmoe.verifier.diagnosis.grammar.matrices import matrices
+from refmoe.verifier.diagnosis.grammar.norms import norms
+from refmoe.verifier.diagnosis.grammar.operands import operands
 from refmoe.verifier.diagnosis.grammar.orders import orders
 from refmoe.verifier.diagnosis.grammar.pointwise import pointwise
-from refmoe.verifier.diagnosis.grammar.settings import settings
+from refmoe.verifier.diagnosis.grammar.rotation import rotation
+from refmoe.verifier.diagnosis.grammar.softmaxes import softmaxes
 from refmoe.verifier.diagnosis.grammar.views import inputs, output
 from refmoe.verifier.findings import STRUCTURE, Explanation, proven
 
@@ -43,8 +47,8 @@ def hypotheses(search: Search) -> Iterator[Fault]:
     for view in (output(search), *inputs(search)):
         for family in (factors, orders, elsewhere, pointwise):
             yield from family(search, view)
-    yield from settings(search)
-    yield from matrices(search)
+    for kind in (norms, rotation, softmaxes, masks, operands, matrices):
+        yield from kind(search)
 
 
 def _explanation(step: str, proofs: list[Proof]) -> Explanation:

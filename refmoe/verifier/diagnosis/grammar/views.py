@@ -64,7 +64,7 @@ INPUT_DIMS = {
 
 WORDS = {
     ("attention.scores", "q"): "the rotated queries", ("attention.scores", "k"): "the cached keys",
-    ("attention.probs", "scores"): "the scores", ("attention.context", "probs"): "the probabilities that mix the values",
+    ("attention.probs", "scores"): "the scores", ("attention.context", "probs"): "the mixing probabilities",
     ("attention.context", "v"): "the cached values", ("attention.output", "x"): "the contexts that it reads",
     ("router.weights", "logits"): "the logits that it reads", ("expert.hidden", "gate"): "the gate",
     ("expert.hidden", "up"): "the factor of the gate", ("expert.output", "x"): "the hidden units that it reads",
@@ -98,11 +98,13 @@ def inputs(search: Search) -> Iterator[View]:
     if step in NORMS:
         choices.append(("x", "T D", _unnormed_in_part))
     for name, dims, inverse in choices:
-        pairs = {}
+        pairs: dict[Key, tuple[Any, Any]] = {}
         with np.errstate(all="ignore"):
-            for key in search.failed if inverse is not None else ():
+            for key in search.failed:
                 right = search.lab.inputs(key)[name].mid
-                had = inverse(search.lab, key, search.lab.inputs(key), search.lab.found(key))
+                had = (
+                    None if inverse is None else inverse(search.lab, key, search.lab.inputs(key), search.lab.found(key))
+                )
                 if had is None or had.shape != right.shape or not np.isfinite(had).all():
                     pairs = {}
                     break
@@ -155,7 +157,10 @@ def _unnormed(lab: Laboratory, key: Key, given: Inputs, found: Any) -> Any:
 def _unnormed_in_part(lab: Laboratory, key: Key, given: Inputs, found: Any) -> Any:
     """The input of a norm, if more than half of each row is right."""
     shape, right = _unnormed(lab, key, given, found), given["x"].mid
-    return None if shape is None else shape * np.nanmedian(right / shape, axis=-1, keepdims=True)
+    if shape is None:
+        return None
+    ratio = right / shape
+    return shape * np.median(np.where(np.isfinite(ratio), ratio, 1.0), axis=-1, keepdims=True)
 
 
 def _unrotated(lab: Laboratory, key: Key, given: Inputs, found: Any) -> Any:
@@ -168,7 +173,8 @@ def _weights_of(lab: Laboratory, key: Key, given: Inputs, found: Any) -> Any:
     outputs = given["outputs"].mid
     if outputs.shape[2] < 2 * outputs.shape[1]:
         return None
-    return np.stack([np.linalg.lstsq(y.T, row, rcond=None)[0] for y, row in zip(outputs, found, strict=True)])
+    solved = [least_squares(y.T, row) for y, row in zip(outputs, found, strict=True)]
+    return None if any(each is None for each in solved) else np.stack(solved)
 
 
 def _unprojected(lab: Laboratory, key: Key, given: Inputs, found: Any) -> Any:
@@ -184,6 +190,17 @@ def _unprojected_slots(lab: Laboratory, key: Key, given: Inputs, found: Any) -> 
     return np.stack(
         [[backs[e] @ y for e, y in zip(es, ys, strict=True)] for es, ys in zip(given["experts"], found, strict=True)]
     )
+
+
+def least_squares(a: Any, b: Any, unique: bool = True) -> Any:
+    """The solution of a x = b with the least error. None if a value is not finite.
+
+    unique: whether there is no solution where columns depend on each other
+    """
+    if not (np.isfinite(a).all() and np.isfinite(b).all()) or min(a.shape, default=0) < 1:
+        return None
+    solved, _, rank, _ = np.linalg.lstsq(a, b, rcond=None)
+    return solved if rank == a.shape[1] or not unique else None
 
 
 def pseudo_inverse(matrix: Any) -> Any:
@@ -221,6 +238,3 @@ def masked(view: View, search: Search, key: Key, array: Any, by_slot: bool = Tru
 
 def layer(key: Key) -> int | None:
     return layer_of(key[1])
-
-
-__all__ = ["Move", "View", "inputs", "layer", "masked", "output", "pseudo_inverse", "stored_again", "tokens_of"]

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rule by which a change explains errors, on values made by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from refmoe.arithmetic.formats import FLOAT32
+from refmoe.verifier.diagnosis.fit import LEFT, NOTHING, SIZE, by_size, by_value, contradicted, within_own_rounding
+from refmoe.verifier.diagnosis.observed import Observed, Recorded
+
+KEY = ("prefill", "layers.0.attention.v")
+N = 400
+SIGMA = 1e-6
+
+
+def noise(seed: int, size: float = 1.0) -> Any:
+    return np.random.default_rng(seed).standard_normal(N) * size
+
+
+def tap(found: Any, passes: bool = False) -> dict[Any, Observed]:
+    """Values beside a specification that says 1 everywhere, with errors of about SIGMA."""
+    return {
+        KEY: Observed(
+            found=found,
+            mid=np.ones(N),
+            variance=np.full(N, SIGMA**2),
+            format=FLOAT32,
+            read=np.ones(N, bool),
+            wrong=np.abs(found - 1) > 20 * SIGMA,
+            passes=passes,
+            as_stored=True,
+        )
+    }
+
+
+def recorded(mid: Any, sigma: float) -> dict[Any, Recorded]:
+    """A changed specification with errors of about sigma."""
+    mid = np.broadcast_to(mid, N)
+    everywhere = np.full(N, sigma**2)
+    return {KEY: Recorded(mid, everywhere, everywhere, mid, np.ones(N, bool))}
+
+
+EFFECT = noise(1, 1e-3)
+"""What a bug does."""
+
+
+def test_the_bug_itself_leaves_nothing_and_its_half_leaves_half() -> None:
+    observed = tap(1 + EFFECT)
+    whole, half = by_value(observed, [KEY], {KEY: 1 + EFFECT}), by_value(observed, [KEY], {KEY: 1 + EFFECT / 2})
+    assert (whole.coefficient, whole.residual) == (pytest.approx(1), pytest.approx(0, abs=1e-4))
+    assert (half.coefficient, half.residual) == (pytest.approx(2), pytest.approx(0.5, abs=1e-3))
+
+
+def test_a_change_that_moves_no_value_explains_nothing() -> None:
+    fit = by_value(tap(1 + EFFECT), [KEY], {KEY: np.ones(N)})
+    assert fit.residual == pytest.approx(1)
+    assert not fit.explains
+
+
+@given(st.integers(0, 1000), st.floats(0.5, 2))
+def test_an_unrelated_effect_of_any_size_explains_nothing(seed: int, size: float) -> None:
+    other = np.random.default_rng([7, seed]).standard_normal(N) * 1e-3 * size
+    assert not by_value(tap(1 + EFFECT), [KEY], {KEY: 1 + other}).explains
+
+
+def test_values_that_are_not_finite_must_be_predicted_in_their_places() -> None:
+    gap = np.where(np.arange(N) == 3, np.nan, 1 + EFFECT)
+    assert by_value(tap(gap), [KEY], {KEY: gap}).explains
+    assert by_value(tap(gap), [KEY], {KEY: 1 + EFFECT}) == NOTHING
+    assert by_value(tap(1 + EFFECT), [KEY], {KEY: gap}) == NOTHING
+    assert by_value(tap(1 + EFFECT), [KEY], {KEY: np.ones(N - 1)}) == NOTHING
+
+
+def test_a_check_that_passes_refutes_a_change_with_an_effect_on_it() -> None:
+    honest = tap(1 + noise(2, SIGMA), passes=True)
+    assert contradicted(honest, {KEY: 1 + EFFECT}) == KEY
+    assert contradicted(honest, {KEY: np.full(N, np.nan)}) == KEY
+
+
+def test_an_effect_that_rounding_hides_refutes_nothing() -> None:
+    honest = tap(1 + noise(2, SIGMA), passes=True)
+    assert contradicted(honest, {KEY: 1 + noise(3, SIGMA)}) is None
+    assert contradicted(tap(1 + EFFECT), {KEY: 1 + EFFECT}) is None
+    assert contradicted(honest, {}) is None
+
+
+@pytest.mark.parametrize(("size", "explains"), [(0.1, False), (0.3, True), (1.0, True), (3.5, True), (8.0, False)])
+def test_errors_of_another_size_than_predicted_are_not_explained(size: float, explains: bool) -> None:
+    """Too small as well as too large: a coarser arithmetic predicts errors, it does not only allow them."""
+    assert by_size(tap(1 + noise(4, 1e-3 * size)), [KEY], recorded(1.0, 1e-3)).explains == explains
+
+
+def test_one_large_value_among_right_ones_has_no_size() -> None:
+    one = np.ones(N)
+    one[7] += 1e-3 * math.sqrt(N)  # its root mean square is as predicted
+    assert not by_size(tap(one), [KEY], recorded(1.0, 1e-3)).explains
+
+
+def test_a_change_that_predicts_no_larger_errors_has_no_size() -> None:
+    assert by_size(tap(1 + EFFECT), [KEY], recorded(1.0, SIGMA)) == NOTHING
+
+
+def test_what_nothing_bounds_must_be_predicted_up_to_the_rounding_of_the_change() -> None:
+    observed = tap(1 + EFFECT)
+    for factor, within in ((SIZE / 2, True), (SIZE * 2, False)):
+        left = noise(5, 1e-5)
+        predicted = {KEY: 1 + EFFECT + left}
+        ideal = {KEY: predicted[KEY] + noise(6, 1e-5 / factor)}
+        assert within_own_rounding(observed, KEY, predicted, ideal) == within
+    assert not within_own_rounding(observed, KEY, {KEY: np.ones(N)}, {KEY: np.ones(N) + noise(6, 1.0)})
+
+
+def test_the_limit_is_half_of_the_mean_square() -> None:
+    assert pytest.approx(0.5) == LEFT**2
