@@ -7,14 +7,14 @@ of taps by which it is seen, on a golden case that shows it with all taps.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
-from importlib.resources import files
 from typing import Any
 
 from refmoe.arithmetic.formats import FLOAT32
+from refmoe.files.parsing import strict_json
+from refmoe.files.reading import own_text
 from refmoe.profiles.policy import Policy
 from refmoe.spec.config import Config
 from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS, step_of, tap_names
@@ -45,7 +45,7 @@ Seen = dict[str, dict[str, dict[str, Any]]]
 @cache
 def table() -> Seen:
     """The measured table, as the package holds it."""
-    document: dict[str, Any] = json.loads(files("refmoe.suite").joinpath(TABLE).read_text(encoding="utf-8"))
+    document: dict[str, Any] = strict_json(own_text("refmoe.suite", TABLE))
     assert document["format_version"] == FORMAT_VERSION
     seen: Seen = document["mutants"]
     return seen

@@ -43,6 +43,7 @@ PACKAGE = Path(refmoe.__file__).parent
 # ---- one room
 
 ELSEWHERE = {
+    "arithmetic/native/mkl.py": "arithmetic imports no other room; it reads /proc/cpuinfo",
     "engines/scaffold/harness.py": "it becomes a user's program, which does not have refmoe",
 }
 """Files outside `refmoe/files` that may read by themselves, and the reason."""
