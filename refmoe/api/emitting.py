@@ -11,6 +11,7 @@ from typing import Any
 from refmoe.api.facts import named_case
 from refmoe.api.progress import Bars, silent
 from refmoe.errors import InputError
+from refmoe.files.writable import need_space
 from refmoe.jobs.emission import Emission, check_emission, cpu_only, emit, require_memory
 from refmoe.jobs.estimate import Estimate
 from refmoe.jobs.job import POLICY
@@ -81,6 +82,7 @@ def emit_trace(emission: Emission, bars: Bars = silent) -> Estimate:
         raise InputError(f"--policy is computed on the CPU, but --device {emission.place.name} was given")
     needed = check_emission(emission)
     require_memory(emission, needed)
+    need_space(emission.out, needed.trace)
     with bars("emit", len(emission.runs) * len(emission.computed)) as advance:
         emit(emission, advance)
     return needed

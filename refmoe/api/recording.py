@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from refmoe.checkpoints.size import total_parameters
 from refmoe.checkpoints.write import DTYPE_NAMES, write_checkpoint
 from refmoe.engines.capture import transformers as engine
 from refmoe.errors import InputError
+from refmoe.files.scratch import Scratch
 from refmoe.traces.script import AnyCall, plan
 from refmoe.traces.trace import Recorder, write_trace
 
@@ -51,7 +51,7 @@ def record(asked: Recording, calls: Callable[[], Sequence[AnyCall]], bars: Bars 
     with ExitStack() as stack:
         if asked.checkpoint is None:
             case = named_case(str(asked.case), asked.golden)
-            folder, runs, digest = Path(stack.enter_context(tempfile.TemporaryDirectory())), case.runs(), None
+            folder, runs, digest = stack.enter_context(Scratch("capture")).path, case.runs(), None
             write_checkpoint(folder, case.config, case.checkpoint().parameters, "float32")
         else:
             loaded = load_checkpoint(asked.checkpoint, asked.layout)

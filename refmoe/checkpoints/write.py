@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 from refmoe import __version__
 from refmoe.checkpoints import hf, mistral
 from refmoe.checkpoints.names import parameter_shapes
+from refmoe.checkpoints.size import total_parameters
 from refmoe.checkpoints.weight import BFLOAT16, Weight
 from refmoe.errors import InputError
 from refmoe.files.atomic import replacing
 from refmoe.files.reading import exists
 from refmoe.files.safetensors_file import open_safetensors, write_tensors
+from refmoe.files.writable import need_space
 from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters
 
@@ -163,6 +165,7 @@ def _write(
     if strangers - ({f"{stem}.safetensors.index.json"} if shards else set()):
         raise InputError(f"{folder}: holds {min(strangers)} of another checkpoint, but a folder without was expected")
     _refuse_others(folder, configuration, [folder / name for name in files])
+    need_space(folder / files[0], total_parameters(config) * wanted.itemsize)
     configuration.unlink(missing_ok=True)
     if shards:
         _write_shards(folder, stem, files, parts)

@@ -20,8 +20,8 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from refmoe.engines.adapters import SHIPPED
-from refmoe.engines.scratch import Scratch
 from refmoe.errors import InputError
+from refmoe.files.scratch import Scratch
 from refmoe.traces.trace import Run
 
 Arrays = dict[str, NDArray[Any]]

@@ -27,8 +27,8 @@ from refmoe.engines.run_case import (
     run_case,
     without_folders,
 )
-from refmoe.engines.scratch import Scratch
 from refmoe.errors import InputError
+from refmoe.files.scratch import Scratch
 from refmoe.files.sentences import one_line
 from refmoe.profiles.load import policy as named_policy
 from refmoe.profiles.policy import Policy

@@ -24,10 +24,10 @@ from typing import Any
 from refmoe.checkpoints.write import write_checkpoint
 from refmoe.engines.harness import Harness
 from refmoe.engines.process import BROKEN, HarnessError
-from refmoe.engines.scratch import Scratch
 from refmoe.errors import InputError
 from refmoe.files.atomic import replacing
 from refmoe.files.safetensors_file import open_safetensors
+from refmoe.files.scratch import Scratch
 from refmoe.files.sentences import quoted
 from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters

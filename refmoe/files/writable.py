@@ -8,6 +8,7 @@ All outputs go through `refmoe.files.atomic.replacing`, which asks `refuse_to_re
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import tempfile
 import weakref
@@ -80,6 +81,14 @@ def refuse_output(path: Path) -> None:
             trial.flush()
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def need_space(path: Path, size: int) -> None:
+    """Raises InputError when the disk of an output has less free than its size, in bytes."""
+    there = next((each for each in path.absolute().parents if each.exists()), Path("/"))
+    free = shutil.disk_usage(there).free
+    if size > free:
+        raise InputError(f"{path}: takes {size:,} bytes, but {free:,} bytes are free on its disk")
 
 
 def refuse_to_replace(path: Path) -> None:

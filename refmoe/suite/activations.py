@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from refmoe.cuda.place import CPU, Place
 from refmoe.errors import InputError
+from refmoe.files.scratch import Scratch
 from refmoe.jobs import job
 from refmoe.jobs.emission import compute_in_place
 from refmoe.jobs.source import Formula
@@ -58,8 +58,8 @@ def compute_fingerprints(
     if place.on_gpu:
         compute_in_place(place, "exact", case.checkpoint(), case.runs(), recorder, case.computed)
         return recorder.fingerprints
-    with tempfile.TemporaryDirectory() as folder:
-        kept = parts or Path(folder) / "parts"
+    with Scratch("fingerprints") as scratch:
+        kept = parts or scratch.path / "parts"
         found = job.compute(full_size_job(case), kept, recorder, lambda: _take_fingerprints(recorder))
         return {key: from_json(entry) for key, entry in found.facts().items()}
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from refmoe.verifier.diagnosis.weights import MATRICES
 
 from refmoe.bugs.catalogue import MUTANTS
 from refmoe.bugs.changed_weights import mapped, with_layers

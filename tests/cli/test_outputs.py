@@ -188,3 +188,15 @@ def test_pages_may_lie_beside_results(tmp_path: Path) -> None:
             with pytest.raises(InputError):
                 refuse_outputs([], [folder])
     refuse_outputs([tmp_path / "results.json"], [tmp_path])
+
+
+def test_a_disk_without_room_is_known_before_the_work(
+    given: Path, tmp_path: Path, refmoe: Refmoe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    status, _, err = refmoe("emit", "--checkpoint", given / "model", "--tokens", "1,2", "--out", tmp_path / "t")
+    assert (status, "bytes are free" in err) == (2, True)
+    status, _, err = refmoe("materialise", "one-pair", tmp_path / "m")
+    assert (status, "bytes are free" in err) == (2, True)
+    assert list(tmp_path.iterdir()) == []

@@ -30,11 +30,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from refmoe.engines import scratch
 from refmoe.engines.conform import UNFINISHED
 from refmoe.engines.guard import PR_SET_CHILD_SUBREAPER, descendants
 from refmoe.engines.results import GOOD, Results, read_results
 from refmoe.errors import InputError
+from refmoe.files import scratch
 from refmoe.files.parsing import strict_json
 from refmoe.suite import read_case
 from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT

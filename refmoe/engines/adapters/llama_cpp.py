@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Collection, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +18,7 @@ from refmoe.engines.adapter import Arrays, Skipped
 from refmoe.engines.adapters import llama_cpp_library as native
 from refmoe.engines.protocol import TAPS
 from refmoe.errors import InputError
+from refmoe.files.scratch import Scratch
 from refmoe.spec.config import Config
 from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS, step_of
 from refmoe.traces.trace import Run
@@ -94,8 +94,8 @@ class Adapter:
         loaded = load_checkpoint(checkpoint)
         self.config = loaded.config
         self.library.llama_model_free(self.model)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.gguf"
+        with Scratch("llama-cpp") as scratch:
+            path = scratch.path / "model.gguf"
             try:
                 write_gguf(path, loaded.config, loaded.parameters, self.file)
             except InputError as unwritten:

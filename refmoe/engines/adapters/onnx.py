@@ -7,7 +7,6 @@ may fuse everything. Scores are not seen, because no module of transformers retu
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Collection, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +21,7 @@ from refmoe.engines.adapters.onnx_export import export
 from refmoe.engines.capture.transformers import shaped
 from refmoe.engines.protocol import TAPS
 from refmoe.errors import InputError, require
+from refmoe.files.scratch import Scratch
 from refmoe.spec.taps import step_of
 from refmoe.traces.trace import Recorder, Run
 
@@ -52,8 +52,8 @@ class Adapter:
         options = self.ort.SessionOptions()
         options.graph_optimization_level = self.optimise
         options.intra_op_num_threads = 1
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.onnx"
+        with Scratch("onnx") as scratch:
+            path = scratch.path / "model.onnx"
             self.graph = export(checkpoint, dtype, self.taps, path)
             self.session = self.ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self.dtype = np.dtype(dtype)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from refmoe.engines import scratch
-from refmoe.engines.scratch import Scratch, remove_tree
+from refmoe.files import scratch
+from refmoe.files.scratch import Scratch, remove_tree
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +99,7 @@ def test_removal_copes_with_depth_links_and_closed_folders(tmp_path: Path) -> No
 KILLED = """
 import os, signal, sys, tempfile
 tempfile.tempdir = sys.argv[1]
-from refmoe.engines.scratch import Scratch
+from refmoe.files.scratch import Scratch
 made = Scratch("test")
 (made.path / "file").touch()
 print(made.path, flush=True)
