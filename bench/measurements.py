@@ -153,9 +153,10 @@ The number of cases with each verdict (`refmoe conform --adapter NAME --out FILE
 {table(("engine", "dtype", *kinds), rows)}
 
 - `transformers`: no deviation. In float16 the case `huge-activations` overflows by design, so nothing is left to judge.
-- llama.cpp: with float32 sums, no deviation. Its default is flash attention, which sums weighted values in float16 in
-  calls of fewer than 64 tokens. Only `attention.context` shows it. The source confirms it. Float16 sums reproduce 95 %
-  of the values to 2^-22. It has no sliding window for this architecture.
+- llama.cpp: no deviation from its profiles. Its default is flash attention, which sums weighted values in float16 in
+  calls of fewer than 64 tokens. Only `attention.context` shows it, and the source confirms it. A float16 or bfloat16
+  file rounds the inputs of products. In a float16 file `huge-activations` overflows. It has no sliding window for this
+  architecture.
 - mlx-lm: its Mixtral has no sliding window. The first token beyond the window shows it. The source confirms it.
 - onnxruntime: in float32 `expert.hidden` deviates, and nothing else. Its sigmoid is precise in absolute terms, to 3
   units of 2^-24. Where a gate is far below 0, few digits or none are right. The kernel alone shows it

@@ -54,6 +54,8 @@ class Judge:
     significance: float = SIGNIFICANCE
     diagnosing: bool = True
     """Whether failures are explained."""
+    named: dict[str, float] = field(default_factory=dict, compare=False)
+    """The causes named so far, each with the largest residual that it has left. The next failure tries them first."""
 
     def judge(self, case: Case, parameters: Parameters, dtype: str, trace: Trace, policy: Policy) -> Outcome:
         """The outcome of a case at a dtype. A trace that cannot come from this model is a broken answer.
@@ -87,9 +89,13 @@ class Judge:
 
     def _diagnosed(self, report: Report, case: Case, parameters: Parameters, trace: Trace, policy: Policy) -> Report:
         from refmoe.bugs.catalogue import MUTANTS
-        from refmoe.verifier.diagnosis import diagnose, explained
+        from refmoe.verifier.diagnosis import explained, gather, search
 
-        found = diagnose(trace, case.config, parameters, case.runs(), policy, report, MUTANTS.values())
+        evidence = gather(trace, case.config, parameters, case.runs(), policy, report)
+        found = search(evidence, MUTANTS.values(), before=self.named)
+        for each in found:
+            if each.explains and math.isfinite(each.residual):
+                self.named[each.name] = max(each.residual, self.named.get(each.name, 0.0))
         return explained(report, found)
 
 

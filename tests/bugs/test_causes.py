@@ -15,8 +15,9 @@ from refmoe.profiles.load import policy
 from refmoe.steps.rounding import CUT_STEPS
 from refmoe.traces.held import held_trace
 from refmoe.traces.trace import Trace
+from refmoe.verifier.diagnosis import gather, search
 from refmoe.verifier.findings import ARITHMETIC, BUG_AND_ARITHMETIC, KNOWN_BUG, STRUCTURE
-from tests.bugs.judging import case_named, parameters_of, traced
+from tests.bugs.judging import case_named, judged, parameters_of, traced
 from tests.bugs.left_out import keeping
 from tests.bugs.test_diagnosis import found_in, held
 
@@ -94,3 +95,18 @@ def test_two_bugs_that_are_one_function_here_are_rivals() -> None:
     assert {"load-sanitise-twice", "load-qk-permute-missing"} <= names
     for each in found:
         assert set(each.rivals) == {other.name for other in found} - {each.name}
+
+
+def test_a_cause_named_before_is_tried_first_and_alone() -> None:
+    """A suite of failures with one cause is searched once."""
+    name, named = "walking-skeleton", "attn-scale-missing"
+    trace, case = traced(named, name, "float32"), case_named(name)
+    report = judged(trace, name, "float32")
+    evidence = gather(trace, case.config, parameters_of(name), case.runs(), policy("float32"), report)
+    steps: list[None] = []
+    found = search(evidence, MUTANTS.values(), lambda: steps.append(None), {named: 1e-3, "rope-sign-flipped": 1e-3})
+    assert [each.name for each in found if each.explains] == [named]
+    assert not steps
+    others = search(evidence, MUTANTS.values(), lambda: steps.append(None), {"rope-sign-flipped": 1e-3})
+    assert [each.name for each in others if each.explains] == [named]
+    assert steps

@@ -45,7 +45,7 @@ def test_a_bad_value_is_refused_with_its_field_and_itself(field: str, value: Any
 def test_a_size_beyond_any_model_is_refused(field: str, value: int) -> None:
     """Before a list of that many weights is made."""
     if field not in ("window", "context") or value > 2**40:
-        with pytest.raises(ConfigError, match="at most|exceeds|does not divide"):
+        with pytest.raises(ConfigError, match=r"at most|exceeds|does not divide"):
             checked({**asdict(SMALL), field: value})
 
 

@@ -48,7 +48,7 @@ def recorded(mid: Any, sigma: float) -> dict[Any, Recorded]:
 
 
 EFFECT = noise(1, 1e-3)
-"""What a bug does."""
+"""The effect of a bug."""
 
 
 def test_the_bug_itself_leaves_nothing_and_its_half_leaves_half() -> None:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The diagnosis of a failed verification: a known bug, two at once, or a structure such as permuted heads."""
 
-from refmoe.verifier.diagnosis.diagnose import diagnose, explained
+from refmoe.verifier.diagnosis.diagnose import diagnose, explained, search
+from refmoe.verifier.diagnosis.evidence import gather
 from refmoe.verifier.findings import Explanation
 
-__all__ = ["Explanation", "diagnose", "explained"]
+__all__ = ["Explanation", "diagnose", "explained", "gather", "search"]

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 import numpy as np
 
@@ -16,10 +17,10 @@ from refmoe.spec.model import Parameters
 from refmoe.steps.sharded.layout import layouts
 from refmoe.traces.trace import Run, Trace
 from refmoe.verifier.diagnosis.arithmetic import other_arithmetic
-from refmoe.verifier.diagnosis.evidence import gather
+from refmoe.verifier.diagnosis.evidence import Evidence, gather
 from refmoe.verifier.diagnosis.grammar import of_grammar
 from refmoe.verifier.diagnosis.known import candidates, cause_of, explanations, pairs, rank
-from refmoe.verifier.diagnosis.rivals import settle
+from refmoe.verifier.diagnosis.rivals import ALIKE, noise, settle
 from refmoe.verifier.diagnosis.settings import other_settings
 from refmoe.verifier.findings import FAIL, STRUCTURE, Explanation, Report
 
@@ -45,12 +46,33 @@ def diagnose(
     """
     if not any(check.verdict == FAIL for check in report.checks):
         return ()
-    evidence = gather(trace, config, parameters, runs, policy, report)
+    return search(gather(trace, config, parameters, runs, policy, report), mutants, progress)
+
+
+@np.errstate(all="ignore")
+def search(
+    evidence: Evidence,
+    mutants: Iterable[Mutant],
+    progress: Callable[[], None] | None = None,
+    before: Mapping[str, float] = MappingProxyType({}),
+) -> tuple[Explanation, ...]:
+    """The explanations of a failed trace, as `diagnose` gives them.
+
+    before: the causes that explain other traces of the same engine, each with its residual. They are tried first. If
+    one explains this trace as well, and leaves as little, no other cause is tried.
+    """
     step = progress if progress is not None else lambda: None
-    known = tuple(mutants)
+    known, config = tuple(mutants), evidence.right.config
     causes = [cause_of(each) for each in known if each.in_one_pass]
     causes += [cause_of(each, STRUCTURE) for each in other_settings(config)]
-    causes += other_arithmetic(policy)
+    causes += other_arithmetic(evidence.policy)
+    again = [each for each in causes if each.name in before]
+    if again:
+        found = explanations(evidence, candidates(evidence, again, lambda: None))
+        found = settle(evidence, found, {each.name: each.variation for each in again})
+        best = next((each for each in found if each.explains), None)
+        if best is not None and best.residual <= ALIKE * max(before[best.name], noise(evidence)):
+            return tuple(sorted(found, key=rank))
     tried = candidates(evidence, causes, step)
     found = explanations(evidence, tried, step)
     if not any(each.explains for each in found):

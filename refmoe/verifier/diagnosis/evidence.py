@@ -142,7 +142,9 @@ def held(config: Config, parameters: Parameters) -> Parameters:
 
     def kept(owner: Any) -> Any:
         weights = {
-            name: Weight(each.name, each.shape, each.dtype, source=cache(each.read), origin=each.origin)
+            name: Weight(
+                name=each.name, shape=each.shape, dtype=each.dtype, source=cache(each.read), origin=each.origin
+            )
             for name, each in vars(owner).items()
             if isinstance(each, Weight) and not isinstance(each, QuantisedWeight | SmoothedGain)  # these have more
         }

@@ -5,20 +5,20 @@ A change explains by the values that it predicts, not by what it allows. Let b b
 value to the cell of the value found: the real numbers that round to it. Let b' be the distance from the changed value.
 The residual is norm(b') / norm(b) over all values of the failed checks, in units of their spacing.
 
-    predicts  The residual must be at most LEFT = sqrt(1/2): at most half of the mean square may be left, halfway
-              between an error that is all predicted (0) and one to which the change is indifferent (1). A change that
-              only widens intervals leaves b' = b.
+    predicts  The residual must be at most LEFT = sqrt(1/2), so that at most half of the mean square is left. That is
+              halfway between an error that is all predicted (0) and one to which the change is indifferent (1). A
+              change that only widens intervals leaves b' = b.
     own       The values left must also pass as its own rounding: every failed check passes in its own enclosures.
     nowhere   In each check, failed or passed, where its effect is beyond what rounding hides, the matched filter must
               lean to it by more than LEAN = 1/2. The effect counts beyond CALM = 5 standard deviations a value, and
               from SNR = 26 in all, as in the test of truncation.
 
 Some changes predict no value, but only the size of errors: sums in another order and dtype, noise. Let z be the error
-over its predicted deviation. Their residual is LEFT abs(ln z) / ln SIZE, the worst over each step in each call, and
-over each step in each layer, in which the change predicts errors twice as large as the policy does. A deviation is an
-upper size: legal errors are 0.25 to 1.15 of it, as measured. So the limit is a factor SIZE of 4. z is taken as a root
-mean square and as a mean: a single large value makes the two disagree. A size counts only where the trace has all
-inputs of each failed step: further on, any change of arithmetic makes errors of about any size.
+over its predicted deviation. Their residual is LEFT abs(ln z) / ln SIZE. It is the worst over each step in each call,
+and over each step in each layer. Only values count for which the change predicts errors twice as large as the policy
+does. A deviation is an upper size: legal errors are 0.25 to 1.15 of it, as measured. So the limit is a factor SIZE of
+4. z is taken as a root mean square and as a mean: a single large value makes the two disagree. A size counts only where
+the trace has all inputs of each failed step: further on, any change of arithmetic makes errors of about any size.
 """
 
 from __future__ import annotations
@@ -162,7 +162,8 @@ def by_size(observed: Mapping[Key, Observed], failed: Iterable[Key], changed: Ma
             groups[group].append(z)
     if not groups or not set(failed) <= predicted:
         return NOTHING
-    sizes, whole = [], math.nan
+    sizes: list[float] = []
+    whole = math.nan
     for name, parts in groups.items():
         z = np.minimum(np.concatenate(parts), FARTHEST)
         if z.size < FEWEST:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The causes that explain a failed verification: known bugs, other arithmetic, settings, single or in pairs.
 
-A cause is a changed specification. It explains a trace if every failed check passes under it, no passed check fails
-in any call, and it accounts for the errors as `refmoe.verifier.diagnosis.fit` says. That is a proof within the cause's
-own enclosures. Causes are first filtered by predictions, which cost little.
+A cause is a changed specification. It explains a trace if every failed check passes under it, and no passed check fails
+in any call. It must also account for the errors, as `refmoe.verifier.diagnosis.fit` says. That is a proof within the
+cause's own enclosures. Causes are first filtered by predictions, which cost little.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def settle(evidence: Evidence, found: Sequence[Explanation], variations: Mapping
     able = sorted((each for each in found if each.explains), key=lambda each: each.residual)
     if not able:
         return [*found]
-    limit = ALIKE * max(able[0].residual, _noise(evidence))
+    limit = ALIKE * max(able[0].residual, noise(evidence))
     tied = [*{each.name: each for each in reversed(able) if each.residual <= limit}.values()][::-1]
     worse = [replace(each, explains=False, values=0) for each in able if each.residual > limit]
     names = [each.name for each in tied]
@@ -50,7 +50,7 @@ def settle(evidence: Evidence, found: Sequence[Explanation], variations: Mapping
     return said + worse + [each for each in found if not each.explains]
 
 
-def _noise(evidence: Evidence) -> float:
+def noise(evidence: Evidence) -> float:
     """The residual that rounding under the policy leaves, before the last rounding, at the failed taps."""
     rounding = error = 0.0
     for key in evidence.keys(evidence.whole):

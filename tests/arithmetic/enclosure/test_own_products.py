@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from refmoe.arithmetic.enclosure.array import Enclosure
 from refmoe.arithmetic.formats import FORMATS, Format, nearest
 from refmoe.checkpoints.weight import Weight
-from refmoe.profiles.cut_points import PROJECTIONS
+from refmoe.profiles.cut_points import PROJECTIONS, ROW_PARALLEL
 from refmoe.profiles.load import policy
 from refmoe.profiles.policy import Policy
 from refmoe.steps.enclosure_ops import EnclosureOps
-from refmoe.steps.rounding import context_of
+from refmoe.steps.rounding import combine, context_of
 from tests.arithmetic.enclosure.legal import KINDS, LegalOps, draw
 from tests.arithmetic.enclosure.test_steps import hold
 
@@ -74,6 +74,67 @@ def test_no_legal_product_of_a_coarser_input_fails(name: str, step: str, seed: i
         legal = LegalOps(p, rng)
         found = nearest(legal.matmul(nearest(x, FORMATS[low]), w.T), p.at(step))
     hold(expected, found, step, p, bool(ops.events), f"{name} {step} {kind} {seed}")
+
+
+RANKED = (
+    "bfloat16",
+    "float16",
+    "float32",
+    "float64",
+    "float32+rank.partial=bfloat16",
+    "bfloat16+combine.partial=float32",
+)
+
+
+def reduced(parts: list[Any], p: Policy, rng: np.random.Generator) -> Any:
+    """The sum of stored parts in a random tree; an addition may round to the accumulation dtype before it is stored."""
+    stored = p.at("rank.partial")
+    left = [nearest(part, stored) for part in parts]
+    while len(left) > 1:
+        i, j = sorted(rng.choice(len(left), 2, replace=False))
+        total = left[i] + left[j]
+        total = nearest(nearest(total, p.accumulation) if rng.random() < 0.5 else total, stored)
+        left = [part for at, part in enumerate(left) if at not in (i, j)] + [total]
+    return left[0]
+
+
+@pytest.mark.parametrize("name", RANKED)
+@pytest.mark.parametrize("step", ROW_PARALLEL)
+@settings(max_examples=20)
+@given(seed=st.integers(0, 2**32), kind=st.sampled_from(KINDS), ranks=st.integers(2, 9))
+def test_no_sum_over_ranks_fails(name: str, step: str, seed: int, kind: str, ranks: int) -> None:
+    p, rng = policy(f"{name}+ranks={ranks}"), np.random.default_rng(seed)
+    n = int(rng.integers(1, 40))
+    x, w = draw(rng, kind, (4, n), p.storage), draw(rng, "gaussian", (5, n), p.storage)
+    expected, ops = enclosed(x, step, w, p)
+    legal = LegalOps(p, rng)
+    shares = [slice(r * n // ranks, (r + 1) * n // ranks) for r in range(ranks)]
+    with np.errstate(all="ignore"):
+        parts = [np.float64(legal.matmul(x[:, each], w[:, each].T)) for each in shares if each.start < each.stop]
+        found = nearest(reduced(parts, p, rng), p.at(step))
+    hold(expected, found, step, p, bool(ops.events), f"{name} {step} {kind} {seed} {ranks}")
+
+
+@pytest.mark.parametrize("name", RANKED)
+@settings(max_examples=30)
+@given(seed=st.integers(0, 2**32), kind=st.sampled_from(KINDS), ranks=st.integers(2, 9), k=st.integers(1, 6))
+def test_no_sum_of_experts_over_ranks_fails(name: str, seed: int, kind: str, ranks: int, k: int) -> None:
+    """Each expert is on some rank. A rank adds its own in the accumulation dtype, and the ranks' parts are reduced."""
+    p, rng = policy(f"{name}+ranks={ranks}"), np.random.default_rng(seed)
+    outputs, shares = draw(rng, kind, (4, k, 6), p.storage), nearest(rng.dirichlet(np.ones(k), 4), p.storage)
+    ops = EnclosureOps(p)
+    inputs = [Enclosure(each, accumulation=p.accumulation) for each in (outputs, shares)]
+    expected = combine(ops, *inputs)
+    owner, parts = rng.integers(0, ranks, k), []
+    with np.errstate(all="ignore"):
+        weighted = nearest(outputs * shares[:, :, None], p.accumulation)
+        for rank in range(ranks):
+            part = np.zeros((4, 6))
+            for slot in np.flatnonzero(owner == rank):
+                part = nearest(part + weighted[:, slot], p.accumulation)
+            parts.append(part)
+        found = nearest(reduced(parts, p, rng), p.at("moe.output"))
+    hold(expected, found, "moe.output", p, bool(ops.events), f"{name} {kind} {seed} {ranks} {k}")
 
 
 @settings(max_examples=60)
