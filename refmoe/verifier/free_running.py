@@ -260,7 +260,7 @@ def replicate(trace: Trace, subject: Subject, policy: Policy, wanted: set[Key], 
     """The noise at the wanted taps."""
 
     def drawn(draw: Draw | None) -> Replica:
-        replica = Replica(trace, subject, policy, wanted, draw)
+        replica = Replica(trace, subject, policy, wanted=wanted, draw=draw)
         replica.arrays()
         return replica
 
