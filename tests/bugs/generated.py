@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -174,7 +174,8 @@ def _drawn(random: Any, seed: int, case: str, step: str, place: str) -> Generate
             "wq": (config.heads * config.head_dim, config.dim), "wk": (config.kv_heads * config.head_dim, config.dim),
             "wv": (config.kv_heads * config.head_dim, config.dim), "wo": (config.dim, config.heads * config.head_dim),
             "router": (config.experts, config.dim), "w1": (config.hidden_dim, config.dim),
-            "w3": (config.hidden_dim, config.dim), "w2": (config.dim, config.hidden_dim), "output": (config.vocab, config.dim),
+            "w3": (config.hidden_dim, config.dim), "w2": (config.dim, config.hidden_dim),
+            "output": (config.vocab, config.dim),
         }  # fmt: skip
         sizes |= dict(zip(dims, shapes[name], strict=True))
         limits["calls"] = ()
@@ -300,7 +301,8 @@ def _change(
             return None
         small = (
             [
-                rf"{noun}.* (in reverse|exchanged|permuted|halves|with the first and last|all replaced|with the (first|last) zero|0 zeroed|\d zeroed|taken from)"
+                rf"{noun}.* (in reverse|exchanged|permuted|halves|with the first and last|all replaced|taken from)",
+                rf"{noun}.* (with the (first|last) zero|\d zeroed)",
             ]
             if loose or n <= 4
             else []
@@ -316,6 +318,8 @@ def _change(
         )
     if kind == "reversed":
         small = [rf"{noun}.* (exchanged|permuted|shifted|with the first and last|halves)"] if loose or n <= 3 else []
+        if step == "router.weights" and n == 2:
+            small.append(r"times -1 of the logits")  # two weights exchanged are the softmax of the negated logits
         return made(lambda x: x.flip(axis), rf"{noun}.* in reverse order", *small)
     if kind == "halves" and not loose and n % 2 == 0 and n > 2:
         order = (np.arange(n) + n // 2) % n
@@ -341,6 +345,8 @@ def _change(
         )
         if dim == "k":
             words.append(rf"(all values zeroed|times .*) \|.*in slots? {first}\b")
+        if step == "attention.context" and dim == "K":  # the query heads of the group have the same factor
+            words.append(r"heads? .*(zeroed|times)")
         if factor and dims == ("H", "T", "S"):
             words.append(rf"heads? {first}\b.*times")
         return made(part, *words, detail=f"{which.tolist()[:6]} x{factor}", number=factor or None)
@@ -490,7 +496,8 @@ def _setting(random: Any, limits: dict[str, Any], config: Any) -> Generated | No
             return made(kind, eps, r"eps", detail=str(eps), value=lambda x, place: eps)
         words = {
             "no gain": (r"gain left out",), "gain plus one": (r"1 added to the gain",),
-            "norm skipped": (r"taken from",), "mean subtracted": (r"mean subtracted",), "no division": (r"division left out",),
+            "norm skipped": (r"taken from",), "mean subtracted": (r"mean subtracted",),
+            "no division": (r"division left out",),
         }[kind]  # fmt: skip
         return made(kind, None, *words)
     if step in ("attention.q_rope", "attention.k_rope"):
@@ -523,7 +530,7 @@ def _setting(random: Any, limits: dict[str, Any], config: Any) -> Generated | No
         if kind == "per sequence":
             return made(kind, None, r"positions off by", value=lambda p, place: p + 3 * place.run.sequence)
         words = {
-            "skipped": (r"rotation left out|positions left out|taken from attention",),
+            "skipped": (r"rotation left out|positions left out|positions from 0|taken from attention",),
             "interleaved": (r"neighbours paired",),
             "sign": (r"other sign",),
         }[kind]
@@ -590,6 +597,7 @@ def _setting(random: Any, limits: dict[str, Any], config: Any) -> Generated | No
         return made(kind, None, *words)
     if step == "expert.hidden":
         kind = str(random.choice(["swapped", "no activation", "no up", "sigmoid", "relu"]))
+        known: tuple[str, ...] = ("expert-w1-w3-swapped",) if kind == "swapped" else ()
         words = {
             "swapped": (r"gate and up exchanged",),
             "no activation": (r"activation left out",),
@@ -597,7 +605,7 @@ def _setting(random: Any, limits: dict[str, Any], config: Any) -> Generated | No
             "sigmoid": (r"sigmoid of the gate",),
             "relu": (r"ReLU",),
         }[kind]
-        return made(kind, None, *words)
+        return replace(made(kind, None, *words), known=known)
     if step == "moe.output":
         kind = str(random.choice(["first token's weights", "expert twice", "expert dropped", "no weights"]))
         expert = int(random.integers(config.experts))
