@@ -109,7 +109,7 @@ def test_logits_that_cannot_fail_are_not_called_tested() -> None:
 
 @pytest.mark.slow
 def test_a_deep_model_whose_rows_are_mostly_open_cannot_be_judged_by_its_logits() -> None:
-    """Six layers leave hardly a row without an open choice: the noise is up to 60 % of a row, so most rows cannot fail."""
+    """Six layers leave few rows without an open choice: the noise is up to 60 % of a row, and most rows cannot fail."""
     config = Config(
         dim=32, layers=6, heads=4, kv_heads=2, head_dim=8, hidden_dim=48, vocab=331, experts=8, experts_per_token=2
     )
