@@ -36,7 +36,9 @@ def filled(value: float, step: str) -> Trace:
     return held_trace(honest.header, arrays)
 
 
-@pytest.mark.parametrize("value", VALUES, ids=repr)
+@pytest.mark.parametrize(
+    "value", [pytest.param(value, marks=[pytest.mark.slow] * (0 < value < 1e-300)) for value in VALUES], ids=repr
+)
 def test_no_value_in_a_step_makes_a_diagnosis_raise_or_warn(value: float) -> None:
     for step in STEPS:
         survives(value, step)
