@@ -95,7 +95,7 @@ def judge(fault: Generated, dtype: str, taps: str = "all", explain: Explain = wi
         name, kind, where = first.name, first.kind, first.where
         # a structure with rivals says: one of these
         names = (name, *first.rivals) if kind == STRUCTURE else ()
-        right = name in fault.known or any(named_right(fault, each, where, dtype) for each in names)
+        right = name in fault.equal_to or any(named_right(fault, each, where, dtype) for each in names)
         verdict = RIGHT if right else WRONG
         limits = limited_right(
             fault, where, [(c.run, layer_of(c.tap) or 0) for c in report.checks if c.step == fault.step]
