@@ -96,8 +96,18 @@ class Generated:
     tokens_second: bool = False
     """Whether the tokens are the second axis of the array, as in [H, T, S]."""
 
-    known: tuple[str, ...] = ()
-    """The bugs of the catalogue that compute the same function."""
+    @property
+    def equal_to(self) -> tuple[str, ...]:
+        """The bugs of the catalogue that compute the same function."""
+        named = {
+            ("final_norm", "norm skipped"): "head-final-norm-missing",
+            ("moe.output", "first token's weights"): "expert-weights-of-first-token",
+            ("expert.hidden", "swapped"): "expert-w1-w3-swapped",
+        }  # fmt: skip
+        if (self.step, self.place, self.kind) == ("expert.hidden", "up", "zeroed"):
+            return ("expert-swiglu-limit-default-zero",)  # a limit of zero makes the factor of the gate zero
+        found = named.get((self.step, self.kind))
+        return (found,) if found and self.place == "setting" else ()
 
     def acts(self, run: Run, layer: int) -> bool:
         return (not self.calls or run.op in self.calls) and (not self.layers or layer in self.layers)
@@ -174,7 +184,8 @@ def _drawn(random: Any, seed: int, case: str, step: str, place: str) -> Generate
             "wq": (config.heads * config.head_dim, config.dim), "wk": (config.kv_heads * config.head_dim, config.dim),
             "wv": (config.kv_heads * config.head_dim, config.dim), "wo": (config.dim, config.heads * config.head_dim),
             "router": (config.experts, config.dim), "w1": (config.hidden_dim, config.dim),
-            "w3": (config.hidden_dim, config.dim), "w2": (config.dim, config.hidden_dim), "output": (config.vocab, config.dim),
+            "w3": (config.hidden_dim, config.dim), "w2": (config.dim, config.hidden_dim),
+            "output": (config.vocab, config.dim),
         }  # fmt: skip
         sizes |= dict(zip(dims, shapes[name], strict=True))
         limits["calls"] = ()
@@ -300,13 +311,21 @@ def _change(
             return None
         small = (
             [
-                rf"{noun}.* (in reverse|exchanged|permuted|halves|with the first and last|all replaced|with the (first|last) zero|0 zeroed|\d zeroed|taken from)"
+                rf"{noun}.* (in reverse|exchanged|permuted|halves|with the first and last|all replaced|taken from)",
+                rf"{noun}.* (with the (first|last) zero|\d zeroed)",
             ]
             if loose or n <= 4
             else []
         )
         if loose and ends == "zero":
             small += [r"all values zeroed", rf"{noun}s? .*zero"]
+        back = "-" if by > 0 else "+"
+        # the columns of a matrix shifted one way read the channels of its input shifted the other way
+        if step in LINEAR and (dim == "C" or (place == "x" and not loose)):
+            small.append(rf"{'channel' if dim == 'C' else 'column'}s?.* shifted by \{back}{abs(by)}")
+        # scores are products: queries moved one way are keys moved the other way
+        if step == "attention.probs" and dim == "d":
+            small.append(rf"channels shifted by \{back}{abs(by)}.* of the (rotated queries|cached keys)")
         return made(
             shift,
             rf"{noun}.* shifted by \{'+' if by > 0 else '-'}{abs(by)}",
@@ -316,6 +335,8 @@ def _change(
         )
     if kind == "reversed":
         small = [rf"{noun}.* (exchanged|permuted|shifted|with the first and last|halves)"] if loose or n <= 3 else []
+        if step == "router.weights" and n == 2:
+            small.append(r"times -1 of the logits")  # two weights exchanged are the softmax of the negated logits
         return made(lambda x: x.flip(axis), rf"{noun}.* in reverse order", *small)
     if kind == "halves" and not loose and n % 2 == 0 and n > 2:
         order = (np.arange(n) + n // 2) % n
@@ -341,6 +362,8 @@ def _change(
         )
         if dim == "k":
             words.append(rf"(all values zeroed|times .*) \|.*in slots? {first}\b")
+        if step == "attention.context" and dim == "K":  # the query heads of the group have the same factor
+            words.append(r"heads? .*(zeroed|times)")
         if factor and dims == ("H", "T", "S"):
             words.append(rf"heads? {first}\b.*times")
         return made(part, *words, detail=f"{which.tolist()[:6]} x{factor}", number=factor or None)
@@ -490,7 +513,8 @@ def _setting(random: Any, limits: dict[str, Any], config: Any) -> Generated | No
             return made(kind, eps, r"eps", detail=str(eps), value=lambda x, place: eps)
         words = {
             "no gain": (r"gain left out",), "gain plus one": (r"1 added to the gain",),
-            "norm skipped": (r"taken from",), "mean subtracted": (r"mean subtracted",), "no division": (r"division left out",),
+            "norm skipped": (r"taken from",), "mean subtracted": (r"mean subtracted",),
+            "no division": (r"division left out",),
         }[kind]  # fmt: skip
         return made(kind, None, *words)
     if step in ("attention.q_rope", "attention.k_rope"):
@@ -523,7 +547,7 @@ def _setting(random: Any, limits: dict[str, Any], config: Any) -> Generated | No
         if kind == "per sequence":
             return made(kind, None, r"positions off by", value=lambda p, place: p + 3 * place.run.sequence)
         words = {
-            "skipped": (r"rotation left out|positions left out|taken from attention",),
+            "skipped": (r"rotation left out|positions left out|positions from 0|taken from attention",),
             "interleaved": (r"neighbours paired",),
             "sign": (r"other sign",),
         }[kind]

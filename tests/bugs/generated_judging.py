@@ -6,16 +6,21 @@ from __future__ import annotations
 import re
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from refmoe.bugs.catalogue import MUTANTS
 from refmoe.profiles.load import policy
 from refmoe.spec.taps import layer_of, step_of, tap_names
 from refmoe.traces.trace import Header, Run, read_trace, write_trace
 from refmoe.verifier.diagnosis import diagnose
-from refmoe.verifier.findings import FAIL, STRUCTURE
+from refmoe.verifier.diagnosis.evidence import gather
+from refmoe.verifier.diagnosis.grammar import of_grammar
+from refmoe.verifier.findings import FAIL, STRUCTURE, Explanation
 from refmoe.verifier.verify import verify
 from tests.bugs.generated import Generated
 from tests.bugs.generated_engine import arrays_of
@@ -53,8 +58,23 @@ class Outcome:
         return asdict(self)
 
 
-def judge(fault: Generated, dtype: str, taps: str = "all") -> Outcome:
-    """Run, verify, diagnose with the whole catalogue, and compare with what was drawn."""
+Explain = Callable[..., Sequence[Explanation]]
+"""The diagnosis: takes what `diagnose` takes before the mutants."""
+
+
+def with_catalogue(*arguments: Any) -> Sequence[Explanation]:
+    """The whole diagnosis, with every known bug."""
+    return diagnose(*arguments, MUTANTS.values())
+
+
+@np.errstate(all="ignore")
+def by_grammar(*arguments: Any) -> Sequence[Explanation]:
+    """The structures alone."""
+    return of_grammar(gather(*arguments))
+
+
+def judge(fault: Generated, dtype: str, taps: str = "all", explain: Explain = with_catalogue) -> Outcome:
+    """Run, verify, diagnose, and compare with what was drawn."""
     model, rules = model_named(fault.case), f"hf-{dtype}"
     config, parameters, used = model.config, model.checkpoint.parameters, policy(rules)
     with tempfile.TemporaryDirectory() as folder:
@@ -63,7 +83,7 @@ def judge(fault: Generated, dtype: str, taps: str = "all") -> Outcome:
         trace = read_trace(path)
         report = verify(trace, fault.case, config, parameters, model.runs, used)
         start = time.perf_counter()
-        found = diagnose(trace, config, parameters, model.runs, used, report, MUTANTS.values())
+        found = explain(trace, config, parameters, model.runs, used, report)
         seconds = time.perf_counter() - start
     failed = [check for check in report.checks if check.verdict == FAIL]
     if not failed or report.first_wrong is None:
@@ -73,8 +93,9 @@ def judge(fault: Generated, dtype: str, taps: str = "all") -> Outcome:
     limits = False
     if first is not None:
         name, kind, where = first.name, first.kind, first.where
-        right = kind == STRUCTURE and named_right(fault, name, where, dtype)
-        right |= name in fault.known
+        # a structure with rivals says: one of these
+        names = (name, *first.rivals) if kind == STRUCTURE else ()
+        right = name in fault.equal_to or any(named_right(fault, each, where, dtype) for each in names)
         verdict = RIGHT if right else WRONG
         limits = limited_right(
             fault, where, [(c.run, layer_of(c.tap) or 0) for c in report.checks if c.step == fault.step]

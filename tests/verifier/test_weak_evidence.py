@@ -16,10 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refmoe.bugs.run_engine import run
+from refmoe.checkpoints.synthetic import synthetic_checkpoint
 from refmoe.profiles.load import policy
+from refmoe.spec.config import Config
 from refmoe.suite import Case, read_case
 from refmoe.traces.held import held_trace
-from refmoe.traces.trace import Trace
+from refmoe.traces.trace import Run, Trace
 from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT, FREE, NOT_CONFORMANT, Report
 from refmoe.verifier.free_running import Draw, Replica, other_way, rate, row_limit, whole_limit
 from refmoe.verifier.subject import Subject
@@ -105,6 +107,22 @@ def test_logits_that_cannot_fail_are_not_called_tested() -> None:
     assert 2 * tested < sum(check.values for check in report.checks)
 
 
+@pytest.mark.slow
+def test_a_deep_model_whose_rows_are_mostly_open_cannot_be_judged_by_its_logits() -> None:
+    """Six layers leave few rows without an open choice: the noise is up to 60 % of a row, and most rows cannot fail."""
+    config = Config(
+        dim=32, layers=6, heads=4, kv_heads=2, head_dim=8, hidden_dim=48, vocab=331, experts=8, experts_per_token=2
+    )
+    parameters = synthetic_checkpoint(config, seed=1).parameters
+    tokens = tuple((7 + 29 * i) % config.vocab for i in range(16))
+    runs = (Run("prefill", op="prefill", sequence=0, tokens=tokens, positions=tuple(range(16)), past=0),)
+    whole = run(None, config, parameters, runs, RULES)
+    trace = with_logits(whole, {"prefill/logits": np.asarray(whole.get("prefill", "logits"))})
+    report = verify(trace, "a deep model", config, parameters, runs, RULES)
+    assert report.verdict == CANNOT_JUDGE, report.headline
+    assert 0 < report.checks[0].values - report.checks[0].undecided < report.checks[0].values / 2
+
+
 @pytest.mark.parametrize("name", SHOWS)
 def test_values_counted_as_tested_fail_when_they_are_zero(name: str) -> None:
     """A row whose values all count as tested fails when it alone is zero."""
@@ -130,7 +148,7 @@ def test_a_run_with_random_roundings_never_fails(name: str, seed: int) -> None:
     subject = Subject(of.config, of.checkpoint().parameters, of.runs())
     wanted = {(each.run, "logits") for each in of.runs()}
     with np.errstate(all="ignore"):
-        drawn = Replica(right(name), subject, RULES, wanted, Draw(np.random.default_rng(seed))).arrays()
+        drawn = Replica(right(name), subject, RULES, wanted=wanted, draw=Draw(np.random.default_rng(seed))).arrays()
     report = judged(name, with_logits(right(name), {"/".join(key): x for key, x in drawn.items()}))
     assert report.verdict != NOT_CONFORMANT, report.headline
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from refmoe.spec.taps import tap_names
 from refmoe.verifier.diagnosis.evidence import Evidence, Variation, predict
-from refmoe.verifier.findings import Explanation
+from refmoe.verifier.findings import KNOWN_BUG, STRUCTURE, Explanation
 from refmoe.verifier.passes import Key
 
 ALIKE = 1.5
@@ -35,6 +36,9 @@ def settle(evidence: Evidence, found: Sequence[Explanation], variations: Mapping
         return [*found]
     limit = ALIKE * max(able[0].residual, noise(evidence))
     tied = [*{each.name: each for each in reversed(able) if each.residual <= limit}.values()][::-1]
+    bugs = [each.residual for each in tied if each.kind == KNOWN_BUG]
+    # a wrong setting that is also a bug of the catalogue is one cause with two names
+    tied = [each for each in tied if each.kind != STRUCTURE or not any(map(partial(_equal, each.residual), bugs))]
     worse = [replace(each, explains=False, values=0) for each in able if each.residual > limit]
     names = [each.name for each in tied]
     said = [
@@ -48,6 +52,10 @@ def settle(evidence: Evidence, found: Sequence[Explanation], variations: Mapping
         for each in tied
     ]
     return said + worse + [each for each in found if not each.explains]
+
+
+def _equal(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=1e-6)
 
 
 def noise(evidence: Evidence) -> float:

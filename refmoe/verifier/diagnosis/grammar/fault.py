@@ -293,6 +293,3 @@ class Search:
                 found.append(proof)
                 self.least = min(self.least, proof.bits + SPARE)
         return sorted(found, key=lambda proof: (proof.bits, proof.fault.name))
-
-
-__all__ = ["AXES", "CLOSE", "Fault", "Proof", "Search"]

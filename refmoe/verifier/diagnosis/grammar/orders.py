@@ -30,6 +30,42 @@ def orders(search: Search, view: View) -> Iterator[Fault]:
             yield from _mapped_tokens(search, view, axis)
         yield from _laws(search, view, axis, dimension)
     yield from _transposed(search, view)
+    for axis, dimension in enumerate(view.dims):
+        if not view.pairs and dimension not in ("T", "S"):
+            yield from _few(search, view, axis, AXES[dimension])
+
+
+FEW = 12
+"""The most slices of which every pair is tried, where no map can be read off."""
+
+
+def _few(search: Search, view: View, axis: int, noun: str) -> Iterator[Fault]:
+    """Two slices exchanged, one in the place of another, or one of them zero."""
+    count = view.base(search.rough, search.failed[0]).mid.shape[axis]
+    if count > FEW or search.least < 5.0:
+        return
+    own = np.arange(count)
+    for i in range(count):
+        for j in range(count):
+            sources = own.copy()
+            if i < j:
+                sources[[i, j]] = j, i
+                yield mapped(view, axis, noun, sources)
+            if i != j:
+                sources = own.copy()
+                sources[i] = j
+                yield mapped(view, axis, noun, sources)
+
+        def move(lab: Laboratory, key: Key, x: Enclosure, zero: Any = own == i) -> Enclosure | None:
+            return zeroed_at(x, axis, zero) if x.mid.shape[axis] == count else None
+
+        yield Fault(
+            name=f"{noun} {i} zeroed{view.of}",
+            about=f"{noun} {i}{view.of} is zero",
+            fix="look for a part that is dropped, masked or never written",
+            bits=5.0 + float(np.log2(count)),
+            predict=view.predict(move),
+        )
 
 
 # ---- any map, found by the nearest slice
@@ -137,7 +173,7 @@ def _laws(search: Search, view: View, axis: int, dimension: str) -> Iterator[Fau
         def move(lab: Laboratory, key: Key, x: Enclosure, law: Any = law, open_: Any = open_) -> Enclosure | None:
             count = x.mid.shape[axis]
             sources = law(count)
-            if sources is None or count < 2:
+            if sources is None:
                 return None
             sources = np.asarray(sources)
             if (sources == np.arange(count)).all():

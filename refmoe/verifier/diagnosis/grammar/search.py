@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
 from refmoe.verifier.diagnosis.evidence import Evidence
 from refmoe.verifier.diagnosis.grammar.elsewhere import elsewhere
 from refmoe.verifier.diagnosis.grammar.factors import factors
-from refmoe.verifier.diagnosis.grammar.fault import Fault, Proof, Search
+from refmoe.verifier.diagnosis.grammar.fault import SPARE, Fault, Proof, Search
 from refmoe.verifier.diagnosis.grammar.masks import masks
 from refmoe.verifier.diagnosis.grammar.matrices import matrices
 from refmoe.verifier.diagnosis.grammar.norms import norms
@@ -53,8 +54,9 @@ def hypotheses(search: Search) -> Iterator[Fault]:
 
 def _explanation(step: str, proofs: list[Proof]) -> Explanation:
     best = proofs[0]
+    rivals = dict.fromkeys(f"{step}: {each.fault.name}" for each in proofs[1:] if each.bits <= best.bits + SPARE)
     words = f" {best.where.words}" if best.where.words else ""
-    return proven(
+    found = proven(
         name=f"{step}: {best.fault.name}",
         kind=STRUCTURE,
         about=f"in {step}{words}, {best.fault.about}",
@@ -64,3 +66,4 @@ def _explanation(step: str, proofs: list[Proof]) -> Explanation:
         values=best.values,
         where=best.where.words,
     )
+    return replace(found, rivals=tuple(name for name in rivals if name != found.name))

@@ -105,7 +105,7 @@ def _temperature(search: Search, name: str) -> Iterator[Fault]:
         said = said if bits < FACTOR_BITS else f"{number:.6g}"
         yield setting(
             f"times {said} of the {name}", f"the {name} are {said} times what they should be",
-            "look for a scale or a temperature that is applied twice, or not at all", bits,
+            "look for a scale or a temperature that is applied twice, or not at all", bits + 4.0 * (number < 0),
             **{name: _scaled(name, np.asarray(number), np.asarray(radius))},
         )  # fmt: skip
 

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Faults drawn at random and patched into transformers get the right structure in words, with the right rows, or none.
+
+A few seeds only. `python -m bench.faults` draws as many as one likes, and holds them against the whole catalogue.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+from refmoe.profiles.load import policy
+from refmoe.traces.trace import Run
+from refmoe.verifier.diagnosis.grammar.where import Rows, describe
+from refmoe.verifier.findings import Explanation
+from tests.bugs.generated import Generated, draw
+from tests.bugs.generated_judging import RIGHT, UNSEEN, WRONG, Outcome, by_grammar, judge
+from tests.bugs.judging import DTYPES, case_named, parameters_of, traced
+from tests.bugs.judging import judged as judged_trace
+from tests.bugs.test_diagnosis import edited
+
+pytestmark = pytest.mark.engines
+
+SEEDS = (0, 2, 4, 9, 11, 13, 22, 26, 37, 48, 52)
+"""One of most families: settings, orders, limits, constants, factors, sources, in some calls or in all."""
+
+
+@cache
+def outcome(seed: int, dtype: str) -> Outcome:
+    return judge(draw(seed), dtype, explain=by_grammar)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_drawn_fault_is_seen_in_its_place_and_given_no_wrong_name(seed: int, dtype: str) -> None:
+    found = outcome(seed, dtype)
+    assert found.verdict != WRONG, found
+    assert found.place or found.verdict == UNSEEN, found
+
+
+def test_most_drawn_faults_are_named() -> None:
+    found = [outcome(seed, "float32") for seed in SEEDS]
+    assert sum(each.verdict == RIGHT for each in found) >= 0.8 * len(found), found
+    assert all(each.limits for each in found if each.verdict == RIGHT), found
+
+
+# ---- faults that engines had
+
+
+def fault(case: str, step: str, kind: str, accepts: str, value: Any = None, calls: tuple[str, ...] = ()) -> Generated:
+    """A fault of the generator that is not drawn."""
+    return Generated(
+        seed=-1, case=case, step=step, place="setting", kind=kind, axis="", detail="", accepts=(accepts,),
+        change=lambda x, place: x, calls=calls, value=value,
+    )  # fmt: skip
+
+
+REPORTED = (
+    fault("mini-8x7b", "moe.output", "first token's weights", "tokens all replaced by the first of the weights"),
+    fault("every-expert", "moe.output", "expert twice", r"expert 2 times 2", value=2),
+    fault("dims-distinct", "logits", "log-probabilities", "log-probabilities"),
+    fault("walking-skeleton", "moe.output", "expert dropped", "expert 1 zeroed", value=1, calls=("prefill",)),
+)
+
+
+@pytest.mark.parametrize("reported", REPORTED, ids=lambda each: each.kind)
+def test_a_fault_that_an_engine_had_is_named(reported: Generated) -> None:
+    found = judge(reported, "float32", explain=by_grammar)
+    assert (found.verdict, found.limits) == (RIGHT, True), found
+
+
+def named_in(trace: Any, case: str, dtype: str) -> list[Explanation]:
+    """The structures that the grammar finds."""
+    right, report = case_named(case), judged_trace(trace, case, dtype)
+    return [*by_grammar(trace, right.config, parameters_of(case), right.runs(), policy(dtype), report)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_come_back_in_another_order_are_named(dtype: str) -> None:
+    """Gather and scatter undone in another order: a permutation of tokens after the experts."""
+    order = [0, 3, 1, 2, 4, 5, 6, 7, 8]
+
+    def exchanged(x: Any) -> Any:
+        return x[order] if len(x) == len(order) else x
+
+    (found,) = named_in(edited("skewed-weights", dtype, "moe.output", exchanged), "skewed-weights", dtype)
+    assert found.name.startswith("moe.output: tokens permuted (1 holds 3, 2 holds 1, 3 holds 2)")
+    assert found.where == "in prefill calls"
+
+
+# ---- no name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("step", ["attention.q", "attention.probs", "router.weights", "moe.output", "logits"])
+def test_values_of_no_structure_get_no_name(step: str, dtype: str) -> None:
+    random = np.random.default_rng(7)
+
+    def noise(x: Any) -> Any:
+        return np.abs(x) * random.uniform(0.5, 2.0, x.shape)
+
+    assert named_in(edited("walking-skeleton", dtype, step, noise), "walking-skeleton", dtype) == []
+
+
+@pytest.mark.parametrize("value", [1e300, -1e300, 1e38, 1e-300, 0.0, np.inf, np.nan])
+@pytest.mark.parametrize("step", ["attention_norm", "attention.k", "attention.probs", "expert.gate", "moe.output"])
+@pytest.mark.filterwarnings("error")
+def test_no_value_of_a_stranger_raises_or_warns(step: str, value: float) -> None:
+    def planted(x: Any) -> Any:
+        y = x.astype(np.float64)
+        y.reshape(-1)[::5] = value
+        return y
+
+    named_in(edited("dims-distinct", "float64", step, planted), "dims-distinct", "float64")
+
+
+def test_an_honest_trace_has_nothing_to_explain() -> None:
+    assert named_in(traced(None, "walking-skeleton", "float32"), "walking-skeleton", "float32") == []
+
+
+# ---- where
+
+RUNS = (Run("prefill", "prefill", 0, (1, 2, 3), (0, 1, 2), 0), Run("decode1", "decode", 0, (4,), (3,), 3))
+
+
+def rows() -> Rows:
+    """The rows of two calls and two layers: three tokens and one."""
+    found = [(i, run, layer, t) for i, run in enumerate(RUNS) for layer in (0, 1) for t in range(len(run.tokens))]
+    column = {
+        "run": [i for i, *_ in found], "op": [run.op for _, run, *_ in found], "sequence": [0] * len(found),
+        "length": [len(run.tokens) for _, run, *_ in found], "past": [run.past for _, run, *_ in found],
+        "layer": [layer for *_, layer, _ in found], "token": [t for *_, t in found],
+        "expert": [-1] * len(found), "slot": [0] * len(found),
+    }  # fmt: skip
+    return Rows(**{name: np.array(values) for name, values in column.items()}, names=[run.run for run in RUNS])
+
+
+@pytest.mark.parametrize(
+    ("acts", "words"),
+    [
+        (lambda op, layer, token: True, ""),
+        (lambda op, layer, token: op == "decode", "in decode calls"),
+        (lambda op, layer, token: layer == 1, "in layer 1"),
+        (lambda op, layer, token: op == "prefill" and layer == 0, "in prefill calls, in layer 0"),
+        (lambda op, layer, token: token == 1, "in token 1"),
+        (lambda op, layer, token: op == "prefill" and token > 0, "not in the first token of a call"),
+    ],
+)
+def test_rows_are_described_in_the_fewest_words(acts: Any, words: str) -> None:
+    table = rows()
+    acting = np.array([acts(*each) for each in zip(table.op, table.layer, table.token, strict=True)])
+    found = describe(table, acting, ~acting)
+    assert found is not None
+    assert found.words == words
+    assert (found.inside == acting).all()
+
+
+def test_rows_without_a_common_description_have_none() -> None:
+    table = rows()
+    acting = np.arange(len(table.token)) % 3 == 0
+    assert describe(table, acting, ~acting) is None
