@@ -32,9 +32,6 @@ from refmoe.errors import InputError
 from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT
 
 EXIT_STATUS = {CONFORMANT: 0, NOT_CONFORMANT: 1, CANNOT_JUDGE: 3}
-WEAK = 4
-"""The exit status of a conformant trace whose taps show fewer than half of the known bugs, or were not measured."""
-
 
 @dataclass(frozen=True)
 class Output:
@@ -91,8 +88,8 @@ def verify_command(
     VALUES is a trace, or arrays by their taps in a .npz, .pt or .safetensors file. For arrays held against a
     checkpoint, --tokens, --chunk and --decode say which calls the engine made. Each step is recomputed from the
     engine's own inputs, as an interval of all values that the policy allows. Exit status 0: conformant. 1: not
-    conformant. 2: the input cannot be used. 3: cannot judge. 4: conformant as far as the taps show, which is fewer
-    than half of the known bugs, or was not measured.
+    conformant. 2: the input cannot be used. 3: cannot judge, or conformant
+    by taps that show fewer than half of the known bugs.
 
     --distances prints, per layer and tap, the relative RMS, the worst element and its place, and the routing decisions
     that differ. It needs neither model nor policy, and the exit status is 0 whatever the distances are.
@@ -116,9 +113,9 @@ def verify_command(
 
 
 def exit_status(report: Report) -> int:
-    """The exit status of a verdict."""
+    """The exit status of a verdict. Evidence too weak to see half of the known bugs is no judgement for a script."""
     weak = report.verdict == CONFORMANT and report.power is not None and report.power.weak
-    return WEAK if weak else EXIT_STATUS[report.verdict]
+    return EXIT_STATUS[CANNOT_JUDGE if weak else report.verdict]
 
 
 def refuse_judging(context: click.Context) -> None:
