@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 import click
@@ -13,6 +12,7 @@ from refmoe.cli.options import json_option
 from refmoe.cli.table import console, print_table
 from refmoe.profiles.load import BUDGETS, Difference, differences, policies, policy
 from refmoe.profiles.policy import Policy
+from refmoe.report.json_text import json_text
 
 
 @click.command(
@@ -34,7 +34,7 @@ def policies_command(names: tuple[str, ...], as_json: bool) -> None:
     """
     chosen = [policy(name) for name in names]
     if as_json:
-        click.echo(json.dumps(as_data(chosen)))
+        click.echo(json_text(as_data(chosen)))
         return
     if not chosen:
         print_table(("policy", "whose arithmetic"), [(each.name, each.about) for each in policies()], wrap=True)
