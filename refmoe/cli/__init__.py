@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno
 import io
-import json
 import os
 import signal
 import sys
@@ -35,6 +34,7 @@ from refmoe.cli.streams import safe_streams
 from refmoe.cli.suite import suite_command
 from refmoe.cli.verify import verify_command
 from refmoe.errors import InputError
+from refmoe.report.json_text import json_text
 from refmoe.report.terminal import sentence
 
 UNUSABLE = 2
@@ -129,7 +129,7 @@ def say(message: str, status: int) -> int:
     """Say why a command ended, and return its exit status."""
     said = sentence(message)
     if wants_json():
-        click.echo(json.dumps({"error": said}))
+        click.echo(json_text({"error": said}))
     click.echo(f"refmoe: {said}", err=True)
     return status
 
@@ -137,8 +137,9 @@ def say(message: str, status: int) -> int:
 def refuse_options(error: click.ClickException) -> int:
     """Say what is wrong with the options, below the usage of the command."""
     if wants_json():
-        click.echo(json.dumps({"error": sentence(error.format_message())}))
+        click.echo(json_text({"error": sentence(error.format_message())}))
     text = io.StringIO()
+    error.message = sentence(error.message)  # a value that is repeated in it may have several lines
     error.show(text)
     for line in text.getvalue().splitlines():
         click.echo(sentence(line), err=True)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from refmoe.cli.options import (
     record_of,
     taps_option,
 )
+from refmoe.report.json_text import json_text
 
 
 @click.command("capture", cls=GuardedCommand, short_help="Record a trace from transformers.")
@@ -51,6 +51,6 @@ def capture_command(case_name: str | None, as_json: bool, **options: Any) -> Non
     counted = record(asked, lambda: script.calls(asked.checkpoint or Path()), progress_bar)
     size = asked.out.stat().st_size
     if as_json:
-        click.echo(json.dumps({"trace": str(asked.out), "bytes": size, **counted}))
+        click.echo(json_text({"trace": str(asked.out), "bytes": size, **counted}))
     else:
         click.echo(f"{asked.out}: {counted['runs']} runs, {counted['taps']} arrays, {size:,} bytes")

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from refmoe.api.facts import case_facts, listed_cases, named_case
 from refmoe.cli.guard import GuardedCommand
 from refmoe.cli.options import golden_option, json_option
 from refmoe.cli.table import print_table
+from refmoe.report.json_text import json_text
 
 LISTED = ("bfloat16", "float32")
 """The dtypes whose sizes are listed; float16 takes as much as bfloat16."""
@@ -36,11 +36,11 @@ def cases_command(name: str | None, golden: Path, as_json: bool) -> None:
     """
     if name is not None:
         facts = case_facts(named_case(name, golden))
-        click.echo(json.dumps(facts)) if as_json else print_case(facts)
+        click.echo(json_text(facts)) if as_json else print_case(facts)
         return
     found = [case_facts(case) for case in listed_cases(golden)]
     if as_json:
-        click.echo(json.dumps(found))
+        click.echo(json_text(found))
         return
     rows = [[each["name"], *cells(each), each["shows"]] for each in found]
     headings = ["case", "dims", "layers", "experts", "tokens", *LISTED, "what it shows"]

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,7 @@ from refmoe.cli.options import (
     significance_option,
 )
 from refmoe.errors import InputError
+from refmoe.report.json_text import json_text
 
 UNUSABLE = 2
 EXIT_STATUS = {WELL: 0, FAILED: 1, CANNOT: 3}
@@ -138,7 +138,7 @@ def conform_command(
     if scaffold is not None:
         write_scaffold(*scaffold)
         if as_json:
-            click.echo(json.dumps({"harness": str(scaffold[1]), "usage": usage(*scaffold)}))
+            click.echo(json_text({"harness": str(scaffold[1]), "usage": usage(*scaffold)}))
         else:
             click.echo(f"{scaffold[1]}: a harness that skips every case as yet; run it with\n    {usage(*scaffold)}")
         return
@@ -167,7 +167,7 @@ def conform_command(
         unwritten, status = error, UNUSABLE
     if as_json:
         why = {} if unwritten is None else {"error": str(unwritten)}
-        click.echo(json.dumps({"status": status, **why, **run_facts(results, failures)}))
+        click.echo(json_text({"status": status, **why, **run_facts(results, failures)}))
     else:
         from refmoe.report.scoreboard_text import print_results
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ from refmoe.cli.options import (
 )
 from refmoe.cuda.place import Place
 from refmoe.errors import InputError
+from refmoe.report.json_text import json_text
 from refmoe.report.terminal import error_console
 
 
@@ -133,7 +133,7 @@ def _emit(emission: Emission, only_estimate: bool, as_json: bool) -> None:
     if only_estimate:
         needed = estimate_emission(emission)
         facts = {"memory_bytes": needed.memory, "weight_bytes": needed.weights, "trace_bytes": needed.trace}
-        click.echo(json.dumps(facts) if as_json else in_words(needed))
+        click.echo(json_text(facts) if as_json else in_words(needed))
         return
     console, on_cpu = error_console(), not emission.place.on_gpu
     if on_cpu and console.is_terminal:
@@ -142,7 +142,7 @@ def _emit(emission: Emission, only_estimate: bool, as_json: bool) -> None:
     runs, size = len(emission.runs), emission.out.stat().st_size
     if as_json:
         more = {"memory_bytes": needed.memory} if on_cpu else {}
-        click.echo(json.dumps({"trace": str(emission.out), "bytes": size, "runs": runs, **more}))
+        click.echo(json_text({"trace": str(emission.out), "bytes": size, "runs": runs, **more}))
     else:
         click.echo(f"{emission.out}: {runs} run{'s' * (runs != 1)}, {size:,} bytes")
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from refmoe.cli.guard import GuardedCommand
 from refmoe.cli.options import PATH, Decimal, Input, Integer, Tokens, device_option, json_option, layout_option
 from refmoe.cli.streams import reader_gone
 from refmoe.cuda.place import Place
+from refmoe.report.json_text import json_text
 
 BLAS_HELP = """The library for products on the CPU. mkl: Intel's, weights packed once (pip install 'refmoe[mkl]').
 Faster from the second use of a weight on; much faster with bfloat16 weights on a processor with AMX."""
@@ -61,7 +61,7 @@ def generate_command(
     if as_json:
         ids = list(new.tokens)
         text = "".join(new.pieces(ids)) if new.tokenizer else None
-        click.echo(json.dumps({"prompt": list(start), "tokens": ids, "text": text}))
+        click.echo(json_text({"prompt": list(start), "tokens": ids, "text": text}))
         return
     for piece in new.pieces():
         click.echo(piece, nl=False)

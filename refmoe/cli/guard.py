@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from refmoe.api.arguments import path_of
 from refmoe.errors import require
 from refmoe.files.writable import protecting, refuse_outputs
 
@@ -50,11 +51,11 @@ class GuardedCommand(click.Command):
             if kind is None:
                 inputs += _paths(values)
             else:
+                for path in paths:
+                    path_of(path, parameter.opts[0])
                 (folders if isinstance(kind, OutputFolder) else files).extend(paths)
             if isinstance(kind, Page) and paths:
                 require("jinja2", "html", f"the page of {parameter.opts[0]}")
-        # a command may fill a folder that it also reads: then the folder is its own
-        inputs = [each for each in inputs if each not in folders]
         with protecting(inputs):
             refuse_outputs(files, folders)
             return super().invoke(ctx)

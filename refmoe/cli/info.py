@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
@@ -14,6 +13,7 @@ from refmoe.cli.options import Integer, device_option, json_option, layout_optio
 from refmoe.cli.table import print_table
 from refmoe.cuda.place import Place
 from refmoe.files.sentences import one_line
+from refmoe.report.json_text import json_text
 from refmoe.spec.config import PRESETS
 
 CALLS = "With --device cuda: "
@@ -46,7 +46,7 @@ def info_command(
     """
     facts = model_facts(model, layout, place=device, tokens=tokens, max_new_tokens=max_new_tokens)
     if as_json:
-        click.echo(json.dumps(facts))
+        click.echo(json_text(facts))
         return
     rows = [(name, "none" if value is None else worded(value)) for name, value in facts["config"].items()]
     for name in ("total", "active"):

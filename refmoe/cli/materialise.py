@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -11,6 +10,7 @@ import click
 from refmoe.api.recording import WRITTEN_DTYPES, materialise
 from refmoe.cli.guard import OUTPUT_FOLDER, GuardedCommand
 from refmoe.cli.options import LAYOUTS, golden_option, json_option
+from refmoe.report.json_text import json_text
 
 
 @click.command(
@@ -38,6 +38,6 @@ def materialise_command(
     """
     parameters = materialise(case_name, folder, golden, dtype, layout)
     if as_json:
-        click.echo(json.dumps({"checkpoint": str(folder), "parameters": parameters, "dtype": dtype}))
+        click.echo(json_text({"checkpoint": str(folder), "parameters": parameters, "dtype": dtype}))
     else:
         click.echo(f"{folder}: {parameters:,} parameters in {dtype}")

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from refmoe.cli.guard import OUTPUT, PAGE, GuardedCommand
 from refmoe.cli.options import golden_option, jobs_option, json_option, progress_bar, written_golden_option
 from refmoe.cli.table import print_table
 from refmoe.errors import InputError
+from refmoe.report.json_text import json_text
 from refmoe.report.matrix_text import repeated_lines, stale_lines, summary_lines
 
 Names = tuple[str, ...]
@@ -56,7 +56,7 @@ def list_command(as_json: bool) -> None:
     refmoe mutants list
     """
     if as_json:
-        click.echo(json.dumps([mutant_facts(each) for each in mutants()]))
+        click.echo(json_text([mutant_facts(each) for each in mutants()]))
         return
     rows = [(each.id, each.kind, " ".join(each.breaks), " ".join(each.about.split())) for each in mutants()]
     print_table(("mutant", "class", "breaks", "what it does"), rows, optional=[1, 2])
@@ -73,7 +73,7 @@ def show_command(name: str, as_json: bool) -> None:
     """
     facts = mutant_facts(mutant(name))
     if as_json:
-        click.echo(json.dumps(facts))
+        click.echo(json_text(facts))
         return
     for field, value in facts.items():
         if field == "unseen":
@@ -126,7 +126,7 @@ def matrix_command(
     elif part.given:
         outcomes = judge_mutants(part, golden, jobs=jobs, bars=progress_bar)
         if as_json:
-            click.echo(json.dumps([asdict(each) for each in outcomes]))
+            click.echo(json_text([asdict(each) for each in outcomes]))
         else:
             places = [f"{each.step}: {each.by}, {each.rung}" if each.killed else "" for each in outcomes]
             rows = [
@@ -199,7 +199,7 @@ def power_command(
 def _summary(context: click.Context, recorded: Recorded, as_json: bool) -> None:
     summary = recorded.summary
     if as_json:
-        click.echo(json.dumps(asdict(summary) | {"problems": summary.problems, "changed": recorded.stale}))
+        click.echo(json_text(asdict(summary) | {"problems": summary.problems, "changed": recorded.stale}))
     else:
         for line in [*summary_lines(summary), *stale_lines(recorded.stale)]:
             click.echo(line)
@@ -215,7 +215,7 @@ def _again(context: click.Context, mode: str, golden: Path | None, jobs: int | N
             "changed": done.parts, "runs": len(done.outcomes), "lost": [asdict(each) for each in done.lost],
             "gained": [asdict(each) for each in done.gained], "problems": done.problems,
         }  # fmt: skip
-        click.echo(json.dumps(values))
+        click.echo(json_text(values))
     else:
         for line in repeated_lines(done.parts, done.work, done.problems):
             click.echo(line)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 import click
@@ -15,6 +14,7 @@ from refmoe.errors import InputError
 from refmoe.profiles.cut_points import CUT_POINTS
 from refmoe.profiles.load import BUDGETS, GROUPS, Difference, differences, policies, policy
 from refmoe.profiles.policy import FIELDS, Policy
+from refmoe.report.json_text import json_text
 
 
 @click.command(
@@ -43,7 +43,7 @@ def policies_command(names: tuple[str, ...], cut_points: bool, as_json: bool) ->
         return
     chosen = [policy(name) for name in names]
     if as_json:
-        click.echo(json.dumps(as_data(chosen)))
+        click.echo(json_text(as_data(chosen)))
         return
     if not chosen:
         print_table(("policy", "whose arithmetic"), [(each.name, each.about) for each in policies()], wrap=True)
@@ -77,7 +77,7 @@ def explain(as_json: bool) -> None:
     rows += [(name, cut.default, ", ".join(cut.shown_by), cut.about) for name, cut in CUT_POINTS.items()]
     if as_json:
         keys = ("name", "default", "shown_by", "about")
-        click.echo(json.dumps({"cut_points": [dict(zip(keys, row, strict=True)) for row in rows]}))
+        click.echo(json_text({"cut_points": [dict(zip(keys, row, strict=True)) for row in rows]}))
         return
     print_table(("field or cut point", "default", "first shown by", "what it is"), rows, optional=(1, 2), wrap=True)
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,7 @@ from refmoe.cli.guard import OUTPUT, GuardedCommand
 from refmoe.cli.options import PATH, Decimal, Integer, json_option, progress_bar, record_of
 from refmoe.cli.sections import Sections
 from refmoe.cli.table import console, print_table
+from refmoe.report.json_text import json_text
 from refmoe.report.terminal import sentence
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def show_command(name: str, seed: int, out: Path | None, as_json: bool, **option
     if out is not None:
         routed.draw(out)
     if as_json:
-        click.echo(json.dumps(routed.to_dict()))
+        click.echo(json_text(routed.to_dict()))
         return
     place = console()
     place.print(routed.title, markup=False)
@@ -174,7 +174,7 @@ def check_command(
         for line in found.printed[-SHOWN:]:
             click.echo(f"  {sentence(line)}", err=True)
     if as_json:
-        click.echo(json.dumps({"laws": [verdict_facts(verdict) for verdict in found.verdicts]}))
+        click.echo(json_text({"laws": [verdict_facts(verdict) for verdict in found.verdicts]}))
     else:
         print_verdicts(found.verdicts)
     outcomes = {verdict.outcome for verdict in found.verdicts}

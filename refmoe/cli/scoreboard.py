@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -12,6 +11,7 @@ from refmoe.api.conforming import board_facts, result_files, scoreboard
 from refmoe.api.files import write_text
 from refmoe.cli.guard import PAGE, GuardedCommand
 from refmoe.cli.options import PATH, json_option
+from refmoe.report.json_text import json_text
 
 
 @click.command("scoreboard", cls=GuardedCommand, short_help="Put the results of several engines side by side.")
@@ -35,7 +35,7 @@ def scoreboard_command(paths: tuple[Path, ...], html: Path | None, as_json: bool
 
         write_text(html, to_html(board))
     if as_json:
-        click.echo(json.dumps(board_facts(board)))
+        click.echo(json_text(board_facts(board)))
     else:
         from refmoe.report.scoreboard_text import print_scoreboard
 

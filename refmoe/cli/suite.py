@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -26,6 +25,7 @@ from refmoe.cli.options import (
 from refmoe.cli.sections import Sections
 from refmoe.cli.table import print_table
 from refmoe.cuda.place import Place
+from refmoe.report.json_text import json_text
 from refmoe.report.matrix_text import failures, stale_lines
 from refmoe.report.terminal import sentence
 
@@ -74,7 +74,7 @@ def check_command(
     if as_json:
         facts = {"ok": found.ok, "cases": found.cases, "documents": found.documents or []}
         more = {"leftovers": found.leftovers, "not_recomputed": [case.name for case in found.not_recomputed]}
-        click.echo(json.dumps(facts | more | {"unchecked": found.unchecked}))
+        click.echo(json_text(facts | more | {"unchecked": found.unchecked}))
     else:
         print_checked(found)
     if found.differs:
@@ -121,7 +121,7 @@ def certify_command(names: Names, golden: Path | None, jobs: int | None, as_json
     """
     named = certify_goldens(golden, names, write=golden is not None, jobs=jobs, bars=progress_bar)
     if as_json:
-        click.echo(json.dumps({name: certificate.to_json() for name, certificate in named.items()}))
+        click.echo(json_text({name: certificate.to_json() for name, certificate in named.items()}))
         return
     for name, certificate in named.items():
         key = max(certificate.relative, key=lambda tap: certificate.relative[tap])
@@ -152,7 +152,7 @@ def emit_command(names: Names, golden: Path, device: Place, jobs: int | None, as
     written = emit_goldens(golden, names, place=device, jobs=jobs, bars=progress_bar)
     if as_json:
         emitted = [path.parent.resolve().name for path in written]
-        click.echo(json.dumps({"emitted": emitted, "files": [str(path) for path in written]}))
+        click.echo(json_text({"emitted": emitted, "files": [str(path) for path in written]}))
         return
     for path in written:
         click.echo(f"{path}: {path.stat().st_size:,} bytes")
@@ -182,7 +182,7 @@ def audit_command(context: click.Context, golden: Path, tests: Path | None, as_j
     """
     audited = audit_suite(golden, tests)
     if as_json:
-        click.echo(json.dumps(audit_facts(audited)))
+        click.echo(json_text(audit_facts(audited)))
     else:
         print_audit(audited)
     if audited.problems:

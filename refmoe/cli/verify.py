@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,11 @@ from refmoe.cli.options import (
     significance_option,
 )
 from refmoe.errors import InputError
+from refmoe.report.json_text import json_text
 from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT
 
 EXIT_STATUS = {CONFORMANT: 0, NOT_CONFORMANT: 1, CANNOT_JUDGE: 3}
+
 
 @dataclass(frozen=True)
 class Output:
@@ -131,7 +132,7 @@ def print_distances(values: Path, reference: Path, golden: Path, only: str | Non
     """Print how far a trace is from a reference: a trace, or the golden of a case."""
     comparison = distances(values, reference, golden)
     if as_json:
-        click.echo(json.dumps(asdict(comparison)))
+        click.echo(json_text(asdict(comparison)))
         return
     from refmoe.report.distances import print_distances as print_table
 

@@ -10,7 +10,9 @@ import numpy as np
 from numpy.lib.format import MAGIC_PREFIX
 from numpy.typing import NDArray
 
+from refmoe.errors import InputError
 from refmoe.files.reading import foreign_parser, need_file, open_file
+from refmoe.files.sentences import quoted
 
 
 def is_npy(path: Path) -> bool:
@@ -31,4 +33,9 @@ def read_npz(path: Path) -> dict[str, NDArray[Any]]:
     """The arrays of a .npz file, by name. Raises InputError when the file is not one, or has objects."""
     need_file(path, "a .npz file")
     with foreign_parser(path, "a .npz file without pickled objects"), np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}
+        arrays = {name: file[name] for name in file.files}
+    # NumPy gives the bytes of a member that is no array
+    other = next((name for name, array in arrays.items() if not isinstance(array, np.ndarray)), None)
+    if other is not None:
+        raise InputError(f"{path}: {quoted(other)} is no array, but only arrays of NumPy were expected in a .npz file")
+    return arrays

@@ -85,11 +85,12 @@ def read_bytes(path: Path, expected: str, largest: int = LARGEST) -> bytes:
     """The content of an ordinary file. Raises InputError when it cannot be read, or has more than `largest` bytes."""
     parts, total = list[bytes](), 0
     with open_file(path, expected) as file:
+        size = os.fstat(file.fileno()).st_size
         # in parts: a buffer of the largest size would cost more than most files, and /proc tells no sizes
-        while part := file.read(max(os.fstat(file.fileno()).st_size + 1, 1 << 16) if total <= largest else 0):
-            parts.append(part[: largest + 1])
+        while size <= largest and (part := file.read(min(max(size + 1, 1 << 16), largest + 1 - total))):
+            parts.append(part)
             total += len(part)
-    if total > largest:
+    if max(size, total) > largest:
         raise InputError(f"{path}: has more than {largest:,} bytes, but {expected} of at most that size was expected")
     return b"".join(parts)
 

@@ -89,8 +89,8 @@ def error_console() -> Console:
 
 
 def can_move(console: Console) -> bool:
-    """Whether the cursor can be moved, as a bar that grows needs it."""
-    return console.is_terminal and not console.is_dumb_terminal
+    """Whether the cursor can be moved, as a bar that grows needs it. FORCE_COLOR asks for colours only."""
+    return console.is_terminal and not console.is_dumb_terminal and console.file.isatty()
 
 
 def print_text(console: Console, text: str, style: str = "") -> None:

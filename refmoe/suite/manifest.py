@@ -20,7 +20,7 @@ from refmoe import __version__
 from refmoe.errors import InputError
 from refmoe.files.atomic import replacing
 from refmoe.files.parsing import json_value
-from refmoe.files.reading import decoded, exists, open_file, read_bytes
+from refmoe.files.reading import decoded, exists, need_file, open_file, read_bytes
 from refmoe.suite.case import CASE_FILE, is_count, is_list
 from refmoe.traces.trace import FORMAT_VERSION
 
@@ -30,6 +30,8 @@ CONTENT = r"(?:trace-[0-9a-f]{16}\.safetensors|fingerprint-[0-9a-f]{16}\.json)"
 LEFTOVER = re.compile(rf"{CONTENT}|\.(?:{CONTENT}|manifest\.json)\.[a-z0-9_]+\.tmp")
 """The names of files that an emission writes, and of its temporary files."""
 DIGEST = re.compile(r"[0-9a-f]{64}")
+LARGEST = 1 << 30
+"""No file of a golden has more bytes. A larger one is a mistake, and to read it takes minutes."""
 NO_DIGEST = "0" * 64
 
 
@@ -117,7 +119,9 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 def file_digest(path: Path) -> str:
-    """The SHA-256 of a file's bytes. Raises InputError when the file cannot be read."""
+    """The SHA-256 of a file's bytes. Raises InputError when the file cannot be read, or is larger than `LARGEST`."""
+    if need_file(path, "a file of the goldens") > LARGEST:
+        raise InputError(f"{path}: has more than {LARGEST:,} bytes, but a file of the goldens was expected")
     with open_file(path, "a file of the goldens") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
