@@ -189,7 +189,7 @@ def power_command(
         return
     known, found = measured_power()
     if as_json:
-        click.echo(json.dumps({"known": known, "seen": found}))
+        click.echo(json_text({"known": known, "seen": found}))
         return
     rows = [(taps, *(str(found[dtype][taps]) for dtype in DTYPES)) for taps in found[DTYPES[0]]]
     print_table(("taps", *DTYPES), rows)
