@@ -46,6 +46,11 @@ def results(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def _measured(name: str) -> bool:
+    """Whether there is a file of results."""
+    return (RESULTS / f"{name}.json").exists()
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
@@ -326,9 +331,51 @@ NumPy's PCG64 makes {found["pcg64_million_integers_per_second"]:.0f} million int
 Command: `python bench/weight_formula.py`; file: {link("weight_formula.json")}."""
 
 
+def robustness() -> str:
+    found = results("robustness_inputs")
+    engines = results("robustness_engines")
+    kills = results("robustness_kills")["total"] if _measured("robustness_kills") else None
+    rows = [
+        ("hostile engines", "`python -m tests.fuzz.hostile_engines --all --json FILE`", f"{engines['runs']:,}",
+         f"{len(engines['faults'])}"),
+        *([("kills of commands", "`python -m tests.fuzz.kills --count 200 --json FILE`", f"{kills['killed']:,}",
+            f"{kills['faults']}")] if kills else []),
+        *((f"inputs: {name}", "", f"{kind['tried']:,}", f"{kind['faulty']}") for name, kind in found["kinds"].items()),
+        ("**inputs, all**", "`python -m tests.fuzz --jobs 2 --minutes M --json FILE`", f"**{found['inputs']:,}**",
+         f"**{found['faulty']}**"),
+    ]  # fmt: skip
+    return f"""## Whatever a stranger hands in
+
+Each trial has one oracle: the exit status means what the manual says, there is one sentence and no traceback, no input
+is changed, nothing half-written is left, no process stays, and time and memory are bounded. `tests/fuzz/` has the
+rules. A seed repeats a campaign.
+Files: {link("robustness_inputs.json", "robustness_engines.json", *(["robustness_kills.json"] if kills else []))}.
+
+{table(("attack", "command", "trials", "with a fault"), rows)}"""
+
+
+def versions() -> str:
+    if not _measured("versions"):
+        return "## Versions of Python and NumPy\n\nNot measured yet (`python -m bench.versions`)."
+    found = results("versions")
+    rows = [(each["python"], each["numpy"]) for each in found["versions"]]
+    missing = "".join(f"\n- {each}" for each in found["not_tried"])
+    return f"""## Versions of Python and NumPy
+
+The wheel, installed outside a clone, and run in an empty folder: `refmoe suite check`, `emit`, `verify` and
+`materialise`. The bytes of all that they print and write are compared.
+Outputs that differ between these versions: {_no(len(found["different"]))}.
+Command: `python -m bench.versions --python PATH --numpy VERSION`; file: {link("versions.json")}.
+
+{table(("Python", "NumPy"), rows)}
+
+Not tried:
+{missing}"""
+
+
 SECTIONS = (
     goldens, known_bugs, diagnosis, engines, faults, verify_cost, invariance, exact_cost, full_size, peers, elementary,
-    weight_formula,
+    weight_formula, robustness, versions,
 )  # fmt: skip
 
 

@@ -139,9 +139,9 @@ def refuse_options(error: click.ClickException) -> int:
     if wants_json():
         click.echo(json_text({"error": sentence(error.format_message())}))
     text = io.StringIO()
-    error.message = sentence(error.message)  # a value that is repeated in it may have several lines
     error.show(text)
-    for line in text.getvalue().splitlines():
+    said = error.format_message()  # a value that is repeated in it may have several lines
+    for line in text.getvalue().replace(said, sentence(said)).splitlines():
         click.echo(sentence(line), err=True)
     return UNUSABLE
 

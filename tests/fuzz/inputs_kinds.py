@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import chdir, contextmanager, redirect_stdout
 from dataclasses import replace
 from functools import cache
 from io import StringIO
@@ -167,8 +167,9 @@ def base() -> Path:
     ):  # fmt: skip
         out = place / f"{name}.safetensors"
         refmoe(f"emit --checkpoint {place / model} --tokens 1,2,3 --decode 4 {more} --out {out}")
-    with _kept_parts():
-        refmoe(f"emit --checkpoint {place / 'sharded'} --tokens 1,2,3 --out {place / 'job.safetensors'}")
+    # a job knows its checkpoint by the path that was given
+    with _kept_parts(), chdir(place):
+        refmoe("emit --checkpoint sharded --tokens 1,2,3 --out job.safetensors")
     (place / "job.safetensors").unlink()
     _goldens(place)
     _dumps(place)
@@ -333,7 +334,8 @@ def mutated(
         path.write_bytes(changed)
         if after is not None and dice.random() < 0.9:
             after(path.parent)
-        return Run(words, encoding=dice.choice(ENCODINGS))
+        # a job that ends well removes its finished parts
+        return Run(words, dice.choice(ENCODINGS), writes=tuple(word for word in words if word == "job.safetensors"))
 
     return prepare
 
@@ -352,6 +354,8 @@ def copy_needed(words: Sequence[str], folder: Path) -> None:
                 shutil.copyfile(each, folder / each.name)
     if "job.safetensors" in words:
         shutil.copytree(source / "job.safetensors.parts", folder / "job.safetensors.parts", dirs_exist_ok=True)
+        job = folder / "job.safetensors.parts" / "job.json"  # it names the folder of the checkpoint
+        job.write_text(job.read_text().replace(str(source.resolve()), str(folder.resolve())))
 
 
 WEIGHTS = ("hf/model.safetensors", "mistral/*.safetensors", "sharded/*1-of*.safetensors", "fused/model.safetensors")
