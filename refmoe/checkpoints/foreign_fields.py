@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from refmoe.errors import InputError
 from refmoe.files.json_file import JsonFile
 from refmoe.spec.config import Config
 
@@ -163,7 +164,9 @@ FOREIGN: dict[str, tuple[str, Neutral]] = {
 FIELDS = {name: (fact, neutral) for fact, (names, neutral) in FOREIGN.items() for name in names.split()}
 """Per field the fact, and the test of its value."""
 
-_HARMLESS = """
+_BASES = 2.0**-8, 2.0**512
+"""The bases of angles for which `refmoe.arithmetic.exact.elementary.unit_circle` is defined."""
+HARMLESS = """
     _attn_implementation _name_or_path add_bos_token add_eos_token architectures attention_dropout attn_implementation
     auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward cross_attention_hidden_size
     decoder_start_token_id diversity_penalty do_sample dtype early_stopping embd_pdrop
@@ -177,6 +180,8 @@ _HARMLESS = """
     torchscript transformers_version transformers.js_config typical_p unsloth_fixed unsloth_version use_bfloat16
     use_cache use_return_dict hidden_act
 """
+BASES = 2.0**-8, 2.0**512
+"""The bases of angles for which `refmoe.arithmetic.exact.elementary.unit_circle` is defined."""
 HARMLESS = frozenset(_HARMLESS.split())
 """Fields that a Mixtral's file may have besides its dimensions, and that change no value of a forward pass."""
 
@@ -187,6 +192,14 @@ def refuse_foreign(file: JsonFile, config: Config) -> None:
         fact, neutral = FIELDS.get(name, ("", _anything))
         if value is not None and not neutral(value, config):
             raise file.refuse(name, value, fact)
+
+
+def need_theta(file: JsonFile, theta: float) -> float:
+    """The base of the rotary angles. Raises InputError for one whose angles the exact arithmetic does not define."""
+    low, high = BASES
+    if not low <= theta <= high:
+        raise InputError(f"{file.path}: 'rope_theta' is {theta:g}, but a base from {low:g} to {high:g} was expected")
+    return theta
 
 
 def unknown_fields(file: JsonFile, used: frozenset[str]) -> tuple[str, ...]:

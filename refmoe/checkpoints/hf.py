@@ -8,7 +8,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from refmoe.checkpoints import layout
-from refmoe.checkpoints.foreign_fields import refuse_foreign, unknown_fields
+from refmoe.checkpoints.foreign_fields import need_theta, refuse_foreign, unknown_fields
 from refmoe.checkpoints.layout import Checkpoint, Expected, Found, View, whole, whole_parameter
 from refmoe.checkpoints.names import expert_names
 from refmoe.errors import InputError
@@ -109,7 +109,7 @@ def _rope_theta(file: JsonFile) -> float:
     if len(set(found.values())) > 1:
         pairs = " but ".join(f"{quoted(name)} is {value}" for name, value in found.items())
         raise InputError(f"{file.path}: {pairs}, and the same was expected of both")
-    return next(iter(found.values()))
+    return need_theta(file, next(iter(found.values())))
 
 
 def layer_names(config: Config, i: int, block: str, fused: bool) -> Iterator[tuple[str, str]]:

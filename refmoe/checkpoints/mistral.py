@@ -10,6 +10,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from refmoe.checkpoints import layout
+from refmoe.checkpoints.foreign_fields import need_theta
 from refmoe.checkpoints.layout import Checkpoint, Expected, Found, whole, whole_parameter
 from refmoe.checkpoints.names import expert_names
 from refmoe.errors import InputError
@@ -93,7 +94,7 @@ def read_config(path: Path) -> Config:
 
 def _rope_theta(file: JsonFile, window: Any) -> float:
     if file.values.get("rope_theta") is not None:
-        return file.number("rope_theta")
+        return need_theta(file, file.number("rope_theta"))
     if window is not None:
         # Mistral's code first used 1e4 with a window and 1e6 without, and later always 1e6
         raise InputError(f"{file.path}: 'rope_theta' is missing, and with 'sliding_window' its default is not settled")

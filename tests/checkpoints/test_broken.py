@@ -227,7 +227,10 @@ KINDS = [
     Kind("window of zero", "hf", config(sliding_window=0), ("config.json: sliding_window = 0", "at least 1")),
     Kind("window of false", "hf", config(sliding_window=False), ("'sliding_window' is false", "an integer")),
     Kind("negative epsilon", "hf", config(rms_norm_eps=-1e-5), ("config.json: rms_norm_eps = -1e-05 is negative",)),
-    Kind("theta of zero", "hf", config(rope_theta=0), ("config.json: rope_theta = 0.0", "positive")),
+    Kind("theta of zero", "hf", config(rope_theta=0), ("config.json: 'rope_theta' is 0", "a base from")),
+    Kind("theta huge", "hf", config(rope_theta=1e300), ("config.json: 'rope_theta' is 1e+300", "a base from")),
+    Kind("theta tiny", "hf", config(rope_theta=1e-300), ("config.json: 'rope_theta' is 1e-300", "a base from")),
+    Kind("theta huge", "mistral", params(rope_theta=1e300), ("params.json: 'rope_theta' is 1e+300", "a base from")),
     Kind(
         "uneven groups", "hf", config(num_key_value_heads=4),
         ("config.json: num_key_value_heads = 4 does not divide num_attention_heads = 6",),
