@@ -164,9 +164,9 @@ FOREIGN: dict[str, tuple[str, Neutral]] = {
 FIELDS = {name: (fact, neutral) for fact, (names, neutral) in FOREIGN.items() for name in names.split()}
 """Per field the fact, and the test of its value."""
 
-_BASES = 2.0**-8, 2.0**512
+BASES = 2.0**-8, 2.0**512
 """The bases of angles for which `refmoe.arithmetic.exact.elementary.unit_circle` is defined."""
-HARMLESS = """
+_HARMLESS = """
     _attn_implementation _name_or_path add_bos_token add_eos_token architectures attention_dropout attn_implementation
     auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward cross_attention_hidden_size
     decoder_start_token_id diversity_penalty do_sample dtype early_stopping embd_pdrop
@@ -180,8 +180,6 @@ HARMLESS = """
     torchscript transformers_version transformers.js_config typical_p unsloth_fixed unsloth_version use_bfloat16
     use_cache use_return_dict hidden_act
 """
-BASES = 2.0**-8, 2.0**512
-"""The bases of angles for which `refmoe.arithmetic.exact.elementary.unit_circle` is defined."""
 HARMLESS = frozenset(_HARMLESS.split())
 """Fields that a Mixtral's file may have besides its dimensions, and that change no value of a forward pass."""
 
