@@ -7,6 +7,7 @@ import errno
 import math
 import operator
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ def path_of(value: object, name: str) -> Path:
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENOTDIR):
             raise InputError(f"{name}: {quoted(text)} cannot be used as a path: {error.strerror}") from None
-        if not text.isprintable():  # later messages have the name as it is
+        # later messages have the name as it is; Python stands for a byte that is no text by a lone surrogate
+        if not re.sub("[\udc80-\udcff]", "", text).isprintable():
             raise InputError(f"{name}: {quoted(text)} has control characters, but a path was expected") from None
     except ValueError as error:  # a null character, or letters that the file system cannot encode
         raise InputError(f"{name}: {quoted(text)} cannot be used as a path: {one_line(error)}") from None

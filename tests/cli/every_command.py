@@ -78,6 +78,7 @@ EXAMPLES = {
     "mutants matrix": Example(
         "--mutant rope-sign-flipped --case one-pair --dtype float32", "--mutant none --case one-pair"
     ),
+    "mutants power": Example("", "--all"),
     "mutants results": Example("--html {out}/page", "--golden {in}/none", ("page",), needs="jinja2"),
 }  # fmt: skip
 
