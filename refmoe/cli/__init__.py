@@ -138,10 +138,10 @@ def refuse_options(error: click.ClickException) -> int:
     """Say what is wrong with the options, below the usage of the command."""
     if wants_json():
         click.echo(json_text({"error": sentence(error.format_message())}))
-    text = io.StringIO()
+    text, message = io.StringIO(), error.format_message()
     error.show(text)
-    said = error.format_message()  # a value that is repeated in it may have several lines
-    for line in text.getvalue().replace(said, sentence(said)).splitlines():
+    # a value that is repeated in the message may have several lines
+    for line in text.getvalue().replace(message, sentence(message)).splitlines():
         click.echo(sentence(line), err=True)
     return UNUSABLE
 

@@ -3,25 +3,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
+from refmoe.arithmetic.enclosure.array import Enclosure
 from refmoe.bugs.catalogue import MUTANTS
+from refmoe.profiles.load import policy
 from refmoe.report.html import to_html
 from refmoe.report.verification_json import to_json
 from refmoe.traces.held import held_trace
 from refmoe.traces.trace import Trace
-from refmoe.verifier.diagnosis import explained
+from refmoe.verifier.diagnosis import explained, gather
+from refmoe.verifier.diagnosis.grammar.fault import MOST_REFUTED, MOST_TRIED, Fault, Predict, Search
 from refmoe.verifier.distances import compare_traces
 from refmoe.verifier.findings import KNOWN_BUG, NOT_CONFORMANT
-from tests.bugs.judging import diagnosed, judged, traced
+from tests.bugs.judging import case_named, diagnosed, judged, parameters_of, traced
 
 CASE, DTYPE = "one-pair", "float64"
-VALUES = (1e200, 1e300, -1e308, np.nan, np.inf, -np.inf, -0.0, 5e-324, 1e-310)
+VALUES = (1e200, 1e300, 1e308, -1e308, np.nan, np.inf, -np.inf, -0.0, 5e-324, 1e-310)
 STEPS = ("attention.scores", "router.weights")
-"""The ends of the keys that are filled."""
+"""The ends of the keys that are filled. Every key ends with the empty string."""
 SOME = [*MUTANTS.values()][::12]
 """A part of the catalogue, because each diagnosis tries all that it is given."""
 
@@ -36,19 +40,10 @@ def filled(value: float, step: str) -> Trace:
     return held_trace(honest.header, arrays)
 
 
-@pytest.mark.parametrize(
-    "value", [pytest.param(value, marks=[pytest.mark.slow] * (0 < value < 1e-300)) for value in VALUES], ids=repr
-)
-def test_no_value_in_a_step_makes_a_diagnosis_raise_or_warn(value: float) -> None:
-    for step in STEPS:
-        survives(value, step)
-
-
-@pytest.mark.parametrize(
-    "value", [pytest.param(value, marks=[pytest.mark.slow] * (value != -1e308)) for value in VALUES], ids=repr
-)
-def test_no_value_everywhere_makes_a_diagnosis_raise_or_warn(value: float) -> None:
-    survives(value, "")
+@pytest.mark.parametrize("step", [*STEPS, ""], ids=[*STEPS, "everywhere"])
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+def test_no_value_makes_a_diagnosis_raise_or_warn(value: float, step: str) -> None:
+    survives(value, step)
 
 
 def survives(value: float, step: str) -> None:
@@ -62,3 +57,30 @@ def survives(value: float, step: str) -> None:
     assert to_json(report)
     assert to_html(report)
     assert compare_traces(trace, traced(None, CASE, DTYPE)).distances
+
+
+# ---- the limit of a search
+
+
+@pytest.mark.parametrize(
+    ("predict", "most"),
+    [
+        (lambda lab, key: None, MOST_TRIED),
+        (lambda lab, key: Enclosure(lab.found(key) * 1.001), MOST_REFUTED),  # near, and not what was found
+    ],
+    ids=["far", "near"],
+)
+def test_a_search_in_vain_ends(predict: Predict, most: int) -> None:
+    """However many faults come close to what was found."""
+    case, trace = case_named(CASE), filled(2.0, "attention.scores")
+    report = judged(trace, CASE, DTYPE)
+    evidence = gather(trace, case.config, parameters_of(CASE), case.runs(), policy(DTYPE), report)
+    tried: list[None] = []
+
+    def endless() -> Iterator[Fault]:
+        while True:
+            tried.append(None)
+            yield Fault(name="", about="", fix="", bits=0.0, predict=predict)
+
+    assert Search(evidence, "attention.scores").proofs(endless()) == []
+    assert len(tried) == most

@@ -29,6 +29,10 @@ SPARE = 1.0
 """The bits by which a description may be longer than the shortest, and is still told."""
 MOST_PER_VALUE = 20.0
 """The most evidence that one value counts for, in bits."""
+MOST_TRIED = 4000
+"""The most hypotheses of one step whose effect is computed."""
+MOST_REFUTED = 60
+"""The most proofs of one step that may fail before its search ends."""
 AXES = {
     "T": "token", "H": "head", "K": "key/value head", "E": "expert", "k": "slot", "S": "cached position",
     "F": "hidden unit", "D": "channel", "d": "channel", "V": "vocabulary entry", "R": "row", "C": "column",
@@ -191,6 +195,11 @@ class Search:
         ordered = sorted(self.failed, key=lambda key: len(self.lab.runs[key[0]].tokens))
         return list(dict.fromkeys([*ordered[:2], ordered[-1]]))
 
+    @cached_property
+    def hardest(self) -> list[Key]:
+        """All taps of the step, in the order in which a proof reads them: small failed ones first."""
+        return list(dict.fromkeys([*self.by_size, *self.failed, *self.keys]))
+
     def near(self, fault: Fault) -> bool:
         """Whether the fault comes close to the wrong rows of the failed taps, so that a proof is worth its time."""
         return all(self.left(key, fault.predict(self.rough, key)) <= CLOSE for key in self.by_size)
@@ -218,8 +227,8 @@ class Search:
         return None
 
     def _prove(self, fault: Fault, lab: Laboratory) -> Proof | None:
-        acting, resting, predicted = [], [], []
-        for key in self.keys:
+        acting, resting, predicted = {}, {}, {}
+        for key in self.hardest:  # a failed check refutes a hypothesis sooner than one that passed
             x, right = fault.predict(lab, key), self.right_rows(key, lab)
             must = ~right
             if key in self.failed and right.all():
@@ -227,13 +236,15 @@ class Search:
             able = np.zeros(len(right), bool) if x is None else self.units(key, self.fits(lab, key, x))
             if (must & ~able).any():
                 return None
-            acting.append(must)
-            resting.append(right & ~able & ~must)
-            predicted.append(x)
-        where = describe(self.rows, np.concatenate(acting), np.concatenate(resting))
+            acting[key], resting[key], predicted[key] = must, right & ~able & ~must, x
+        where = describe(
+            self.rows,
+            np.concatenate([acting[key] for key in self.keys]),
+            np.concatenate([resting[key] for key in self.keys]),
+        )
         if where is None:
             return None
-        return self._checked(fault, lab, where, predicted)
+        return self._checked(fault, lab, where, [predicted[key] for key in self.keys])
 
     def _checked(self, fault: Fault, lab: Laboratory, where: Where, predicted: list[Any]) -> Proof | None:
         start, passed, values, evidence = 0, False, 0, -fault.bits - where.bits
@@ -286,10 +297,18 @@ class Search:
         return np.clip(np.log2(np.maximum(np.nan_to_num(ratio, nan=1.0), 1e-9)), 0.0, MOST_PER_VALUE)
 
     def proofs(self, faults: Iterator[Fault]) -> list[Proof]:
-        """The faults that hold, the shortest description first."""
-        found = []
+        """The faults that hold, the shortest description first. The search ends where too many are tried in vain."""
+        found, tried, refuted = [], 0, 0
         for fault in faults:
-            if fault.bits <= self.least and self.near(fault) and (proof := self.prove(fault)) is not None:
-                found.append(proof)
-                self.least = min(self.least, proof.bits + SPARE)
+            if fault.bits > self.least:
+                continue
+            tried += 1
+            if self.near(fault):
+                proof = self.prove(fault)
+                if proof is not None:
+                    found.append(proof)
+                    self.least = min(self.least, proof.bits + SPARE)
+                refuted += proof is None
+            if tried >= MOST_TRIED or refuted >= MOST_REFUTED:
+                break
         return sorted(found, key=lambda proof: (proof.bits, proof.fault.name))

@@ -234,7 +234,7 @@ def flattened(view: View) -> View:
         return values.reshape(*values.shape[:kept], -1)
 
     pairs = {key: (flat(right), flat(had)) for key, (right, had) in view.pairs.items()}
-    return View("", (*view.dims[:kept], "R"), pairs, view.base, view.lift)
+    return View(name="", dims=(*view.dims[:kept], "R"), pairs=pairs, base=view.base, lift=view.lift)
 
 
 @dataclass(frozen=True)
@@ -517,7 +517,7 @@ def _experts(search: Search, name: str) -> Iterator[Fault]:
     if (sources == np.arange(count)).all():
         return
     moved = [f"{e} has that of {p}" for e, p in enumerate(sources.tolist()) if e != p]
-    words, _, bits = order_in_words(_completed(sources, seen > 0), "expert")
+    _, _, bits = order_in_words(_completed(sources, seen > 0), "expert")
 
     def change(lab: Laboratory, key: Key, e: int | None) -> Any:
         return _own(lab, key, name, int(sources[e or 0]))
@@ -526,7 +526,6 @@ def _experts(search: Search, name: str) -> Iterator[Fault]:
         f"experts with another's {name} ({listed(moved)})", f"experts compute with another's {name}: {listed(moved)}",
         min(bits, 4.0 + 2.0 * len(moved)), change,
     )  # fmt: skip
-    del words
 
 
 def _completed(sources: Any, seen: Any) -> Any:
