@@ -11,7 +11,7 @@ from numpy.lib.format import MAGIC_PREFIX
 from numpy.typing import NDArray
 
 from refmoe.errors import InputError
-from refmoe.files.reading import foreign_parser, need_file, open_file
+from refmoe.files.reading import foreign_parser, open_file
 from refmoe.files.sentences import quoted
 
 
@@ -23,7 +23,8 @@ def is_npy(path: Path) -> bool:
 
 def map_npy(path: Path) -> NDArray[Any]:
     """The array of a .npy file, mapped read-only. Raises InputError when the file is not one, or has objects."""
-    need_file(path, "a .npy file")
+    with open_file(path, "a .npy file"):
+        pass  # what cannot be read is refused here
     with foreign_parser(path, "a .npy file of numbers"):
         array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
         return np.asarray(array)
@@ -31,7 +32,8 @@ def map_npy(path: Path) -> NDArray[Any]:
 
 def read_npz(path: Path) -> dict[str, NDArray[Any]]:
     """The arrays of a .npz file, by name. Raises InputError when the file is not one, or has objects."""
-    need_file(path, "a .npz file")
+    with open_file(path, "a .npz file"):
+        pass
     with foreign_parser(path, "a .npz file without pickled objects"), np.load(path, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
     # NumPy gives the bytes of a member that is no array

@@ -74,8 +74,12 @@ def open_file(path: Path, expected: str) -> Iterator[BufferedReader]:
         # O_NONBLOCK: should a pipe have taken the file's place since, to open it must not wait
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
         with os.fdopen(handle, "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
                 raise InputError(f"{path}: is no ordinary file, but {expected} was expected")
+            if found.st_size == 0 and hasattr(os, "pread"):
+                # some files of the system look ordinary and have nothing to read yet, such as /proc/kmsg
+                os.pread(file.fileno(), 1, 0)
             yield file
     except OSError as error:
         raise unreadable(path, error, expected) from None

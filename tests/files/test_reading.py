@@ -151,7 +151,7 @@ SPECIAL: dict[str, Callable[[Path], None]] = {
     "pipe": pipe, "socket": listening, "folder": lambda path: path.mkdir(), "zero": link_to("/dev/zero"),
     "random": link_to("/dev/urandom"), "full": link_to("/dev/full"), "null": link_to("/dev/null"),
     "dangling": link_to("nowhere"), "loop": link_to("strange"), "empty": lambda path: path.touch(),
-    "terminal": link_to("/dev/tty"), "memory": link_to("/proc/self/mem"),
+    "kernel messages": link_to("/proc/kmsg"), "terminal": link_to("/dev/tty"), "memory": link_to("/proc/self/mem"),
 }  # fmt: skip
 
 
