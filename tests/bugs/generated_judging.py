@@ -98,7 +98,7 @@ def judge(fault: Generated, dtype: str, taps: str = "all", explain: Explain = wi
         right = name in fault.equal_to or any(named_right(fault, each, where, dtype) for each in names)
         verdict = RIGHT if right else WRONG
         limits = limited_right(
-            fault, where, [(c.run, layer_of(c.tap) or 0) for c in report.checks if c.step == fault.step]
+            fault, where, {(c.run, layer_of(c.tap) or 0): c.verdict for c in report.checks if c.step == fault.step}
         )
     place = report.first_wrong[1] in expected_places(fault, config, {check.tap for check in report.checks})
     return Outcome(fault.seed, str(fault), verdict, place, name, kind, where, limits, seconds)
@@ -119,15 +119,16 @@ def expected_places(fault: Generated, config: Any, present: set[str]) -> set[str
     return {next((tap for tap in order[i:] if tap in present), "") for i in starts}
 
 
-def limited_right(fault: Generated, where: str, keys: list[tuple[str, int]]) -> bool:
-    """Whether the words hold all calls and layers that the fault acts in, and no others.
+def limited_right(fault: Generated, where: str, verdicts: dict[tuple[str, int], str]) -> bool:
+    """Whether the words hold only calls and layers that the fault acts in, and all of those in which it shows.
 
-    keys: the calls and layers in which the step was checked
+    verdicts: by the calls and layers in which the step was checked
     """
     runs = {run.run: run for run in model_named(fault.case).runs}
     order = list(runs)
-    said = [(name, layer) for name, layer in keys if _holds(where, runs[name], layer, order)]
-    return said == [(name, layer) for name, layer in keys if fault.acts(runs[name], layer)]
+    said = {(name, layer) for name, layer in verdicts if _holds(where, runs[name], layer, order)}
+    acts = {(name, layer) for name, layer in verdicts if fault.acts(runs[name], layer)}
+    return {each for each in acts if verdicts[each] == FAIL} <= said <= acts
 
 
 CALLS = {

@@ -68,8 +68,8 @@ STRUCTURES: dict[str, tuple[str, Edit, str, str]] = {
     "factor": ("attention.output", lambda x: x * 1.75, "times 1.75", "1.75 times"),
     "sign": ("expert.output", lambda x: -x, "times -1", "-1 times"),
     "root": ("attention.q", lambda x: x * np.sqrt(6), "times sqrt(head_dim)", "sqrt(head_dim)"),
-    "shift": ("moe_norm", lambda x: np.roll(x, 1, axis=0), "tokens shifted by +1", "0 holds 5"),
-    "early": ("moe_norm", lambda x: np.roll(x, -1, axis=0), "tokens shifted by -1", "0 holds 1"),
+    "shift": ("moe_norm", lambda x: np.roll(x, 1, axis=0), "tokens shifted by +1", "shifted by +1 in a circle"),
+    "early": ("moe_norm", lambda x: np.roll(x, -1, axis=0), "tokens shifted by -1", "shifted by -1 in a circle"),
     "axes": ("attention.v", lambda x: np.swapaxes(x, 1, 2).reshape(x.shape), "transposed", "exchanged in memory"),
 }  # fmt: skip
 

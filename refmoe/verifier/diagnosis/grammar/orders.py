@@ -176,8 +176,6 @@ def _laws(search: Search, view: View, axis: int, dimension: str) -> Iterator[Fau
             if sources is None:
                 return None
             sources = np.asarray(sources)
-            if (sources == np.arange(count)).all():
-                return None
             moved = x.map(lambda part: np.take(np.broadcast_to(part, x.mid.shape), np.maximum(sources, 0), axis=axis))
             if (sources < 0).any():
                 moved = zeroed_at(moved, axis, sources < 0)
