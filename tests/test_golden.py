@@ -96,7 +96,7 @@ def test_a_case_under_another_name_is_another_case(case: Path) -> None:
 
 CHANGES = {
     "format_version": ('format_version = "1"', 'format_version = "9"', "'format_version'"),
-    "not toml": ("[config]", "[config", "not a readable TOML"),
+    "not toml": ("[config]", "[config", "not valid TOML"),
     "no why": ("why =", "reason =", "'why' is missing"),
     "no conditions": ("conditions =", "terms =", "'conditions' is missing"),
     "not strings": ("conditions = [", "conditions = [1, ", "not a list of strings"),

@@ -242,9 +242,9 @@ def test_schema_and_reader_refuse_the_same_manifests_of_folders(emitted: Path, t
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{", "not a readable JSON"),
-        ("[" * 100_000, "not a readable JSON"),
-        ("\xff", "not a readable JSON"),
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "nested too deeply"),
+        ("\xff", "not UTF-8"),
         ("{}", "'format_version'"),
         ("[]", "'format_version'"),
         ('{"format_version": "1"}', "'digest' is not the SHA-256"),

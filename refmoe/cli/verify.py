@@ -115,7 +115,8 @@ def verify_command(
 
 def exit_status(report: Report) -> int:
     """The exit status of a verdict. Evidence too weak to see half of the known bugs is no judgement for a script."""
-    weak = report.verdict == CONFORMANT and report.power is not None and report.power.weak
+    power = report.power
+    weak = report.verdict == CONFORMANT and power is not None and power.taps != "" and power.weak
     return EXIT_STATUS[CANNOT_JUDGE if weak else report.verdict]
 
 

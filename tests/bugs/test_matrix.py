@@ -104,7 +104,7 @@ def test_a_matrix_without_problems(golden: Path) -> None:
     assert summary.redundant == ("other",)
     assert summary.unique == {"tiny": sum(summary.killed.values())}
     assert summary.mutants + summary.outside + len(summary.equivalent) == len(MUTANTS) == 138
-    assert len(summary.dead) == 110
+    assert len(summary.dead) == 136
 
 
 def test_whoever_lives_and_whatever_fails_is_a_problem(golden: Path) -> None:

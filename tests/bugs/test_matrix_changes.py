@@ -151,9 +151,11 @@ def test_the_tokenizers_are_judged_again_only_where_they_can_have_changed() -> N
 
 
 IRRELEVANT = (
-    "", "arithmetic.native.lanes", "arithmetic.native.slabs", "bugs", "checkpoints", "checkpoints.hf",
+    "", "arithmetic.native.lanes", "arithmetic.native.slabs", "bugs", "checkpoints", "checkpoints.foreign_fields", "checkpoints.hf",
     "checkpoints.load", "checkpoints.mistral", "checkpoints.names", "checkpoints.size", "cuda", "cuda.device",
-    "cuda.memory", "cuda.place", "errors", "files", "files.atomic", "files.json_file", "files.safetensors_file", "jobs",
+    "cuda.memory", "cuda.place", "errors", "files", "files.atomic", "files.json_file", "files.lock",
+    "files.numbers", "files.parsing", "files.reading", "files.safetensors_file", "files.scratch", "files.sentences",
+    "files.writable", "jobs",
     "jobs.emission", "jobs.estimate", "jobs.job", "jobs.layerwise", "jobs.parts", "jobs.source", "jobs.spread",
     "parallel", "routers", "routers.literature", "steps.native", "steps.native_attention", "steps.native_cache",
     "suite", "suite.activations", "suite.checking", "suite.emission", "suite.fingerprint", "suite.manifest",

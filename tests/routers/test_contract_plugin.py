@@ -53,7 +53,7 @@ def test_a_class_has_one_item_per_law(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
     assert "test_mine.py::TestMyRouter::test_tie_rule PASSED" in done.stdout
     assert "test_mine.py::TestMyRouter::test_nan SKIPPED (needs a declared behaviour: nan)" in done.stdout
-    assert "17 passed, 10 skipped" in done.stdout
+    assert "18 passed, 10 skipped" in done.stdout
     assert "TestMyRouter::test_tie_rule: ties declared 'lower': of equal logits it seems to choose the lower id" in (
         done.stdout
     )
@@ -88,7 +88,7 @@ def test_router(router_law, model):
     done = run(tmp_path, "-v", "--router-examples", "5")
     assert done.returncode == 0, done.stdout
     assert "test_mine.py::test_router[batch-size] PASSED" in done.stdout
-    assert "17 passed, 10 skipped" in done.stdout
+    assert "18 passed, 10 skipped" in done.stdout
 
 
 def test_the_class_needs_no_plugin(tmp_path: Path) -> None:

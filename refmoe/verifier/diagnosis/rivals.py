@@ -55,7 +55,7 @@ def settle(evidence: Evidence, found: Sequence[Explanation], variations: Mapping
 
 
 def _equal(one: float, other: float) -> bool:
-    return math.isclose(one, other, rel_tol=1e-6)
+    return f"{one:.6g}" == f"{other:.6g}"
 
 
 def noise(evidence: Evidence) -> float:
