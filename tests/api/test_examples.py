@@ -33,8 +33,8 @@ def test_the_quickstart_reaches_its_verdicts(tmp_path: Path) -> None:
     command = [sys.executable, "quickstart.py"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    verdicts = [line for line in done.stdout.splitlines() if line in ("CONFORMANT", "NOT CONFORMANT")]
-    assert verdicts == ["CONFORMANT", "NOT CONFORMANT"]
+    verdicts = [line for line in done.stdout.splitlines() if line.startswith(("CONFORMANT", "NOT CONFORMANT"))]
+    assert [line.partition("CONFORMANT")[0] for line in verdicts] == ["", "NOT "]
     assert done.stdout.splitlines()[-1].endswith("rope-theta-default")
 
 

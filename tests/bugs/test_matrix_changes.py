@@ -151,7 +151,8 @@ def test_the_tokenizers_are_judged_again_only_where_they_can_have_changed() -> N
 
 
 IRRELEVANT = (
-    "", "arithmetic.native.lanes", "arithmetic.native.slabs", "bugs", "checkpoints", "checkpoints.foreign_fields", "checkpoints.hf",
+    "", "arithmetic.native.lanes", "arithmetic.native.slabs", "bugs", "checkpoints", "checkpoints.foreign_fields",
+    "checkpoints.hf",
     "checkpoints.load", "checkpoints.mistral", "checkpoints.names", "checkpoints.size", "cuda", "cuda.device",
     "cuda.memory", "cuda.place", "errors", "files", "files.atomic", "files.json_file", "files.lock",
     "files.numbers", "files.parsing", "files.reading", "files.safetensors_file", "files.scratch", "files.sentences",

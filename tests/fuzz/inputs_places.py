@@ -69,6 +69,7 @@ INVOCATIONS = (
     "mutants results --golden whole --html out/p.html",
     "mutants matrix --golden golden --case small --mutant rope-sign-flipped --dtype float32",
     "mutants list",
+    "mutants power",
     "mutants show rope-sign-flipped",
 )
 """Invocations in which every option that names an input, and every output, is given."""

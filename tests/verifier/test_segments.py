@@ -148,7 +148,7 @@ def test_the_command_judges_a_synthetic_model_side_by_side(
     assert status == 2
     assert "so --seed SEED was expected" in said
     status, _, said = refmoe("verify", out, *given, "--policy", "float64", "--executor", "dask")
-    assert (status, "processes:N or dask:ADDRESS was expected" in said) == (2, True)
+    assert (status, "or dask:ADDRESS was expected" in said) == (2, True)
     status, _, said = refmoe("verify", out, "--seed", 5, "--policy", "float64")
     assert (status, "--seed 5 goes with --checkpoint" in said) == (2, True)
     arrays = {key: np.array(tensor.map()) for key, tensor in read_trace(out).tensors.items()}
