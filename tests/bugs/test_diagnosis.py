@@ -215,4 +215,8 @@ def test_another_setting_is_named(name: str, field: str, value: Any, words: str,
     trace = run(None, replace(case.config, **{field: value}), parameters_of(name), case.runs(), policy(dtype))
     found = found_in(trace, name, dtype)
     named = [each.name for each in found if each.kind in (KNOWN_BUG, STRUCTURE)]
-    assert named[:1] == [words]
+    if dtype == "bfloat16" and value == 2e5:  # eight bits of the angles tell it to some permille
+        step, fitted = named[0].rpartition(" ")[::2]
+        assert (step, float(fitted)) == (words.rpartition(" ")[0], pytest.approx(value, rel=2**-8))
+    else:
+        assert named[:1] == [words]

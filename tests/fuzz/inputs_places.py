@@ -69,7 +69,7 @@ INVOCATIONS = (
     "mutants results --golden whole --html out/p.html",
     "mutants matrix --golden golden --case small --mutant rope-sign-flipped --dtype float32",
     "mutants list",
-    "mutants power",
+    "mutants power --measure out/power.json --mutant rope-sign-flipped --golden golden",
     "mutants show rope-sign-flipped",
 )
 """Invocations in which every option that names an input, and every output, is given."""
