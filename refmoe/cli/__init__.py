@@ -63,9 +63,10 @@ def commands() -> None:
     refmoe conform --adapter my_engine.py
     refmoe verify trace.safetensors --case walking-skeleton
 
-    Exit status: 0 well, or conformant. 1 not conformant, or a difference was found. 2 the input cannot be used.
-    3 no verdict can be given. 70 a defect of refmoe. 74 standard output cannot be written. 128 + N after signal N.
-    With --json the answer is JSON in all cases; of status 2 and 70 it is {"error": SENTENCE}.
+    Exit status 0: well, or conformant. Status 1: not conformant, or a difference was found. Status 2: the input cannot
+    be used. Status 3: no verdict can be given. Status 70: a defect of refmoe. Status 74: standard output cannot be
+    written. Status 128 + N: ended by signal N. With --json the answer is JSON in all cases. Of status 2 and 70 it is
+    {"error": SENTENCE}.
     """
 
 

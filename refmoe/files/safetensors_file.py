@@ -39,7 +39,7 @@ DTYPES: dict[str, Any] = {
 }  # fmt: skip
 """NumPy dtypes by their names in the safetensors format."""
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
-"""Those names by the dtypes."""
+"""The names of the dtypes in the safetensors format."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +178,7 @@ def write_tensors(path: Path, arrays: Mapping[str, Callable[[], NDArray[Any]]], 
     """Write a safetensors file, with only one array in memory at a time. Equal arguments give equal bytes.
 
     arrays: by name, the function that gives an array whenever it is called
+
     The safetensors library writes several entries of metadata in an order of its own.   Raises OSError.
     """
     entries: dict[str, Any] = {}
