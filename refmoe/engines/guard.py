@@ -119,6 +119,8 @@ def end_alike(status: int) -> None:
 
 def main(life: int, report: int, command: list[str]) -> None:
     """Run the program until it ends, or LIFE does."""
+    given, life = life, os.dup(life)  # `select` takes no descriptor above 1023, and refmoe may have many files open
+    os.close(given)
     refmoe = os.getppid()
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
