@@ -14,6 +14,7 @@ from typing import Any
 
 from refmoe.errors import InputError
 from refmoe.files.sentences import one_line, quoted
+from refmoe.files.writable import refuse_output
 from refmoe.traces.script import AnyCall, Call
 
 Tokens = Sequence[int] | Sequence[Sequence[int]]
@@ -46,8 +47,7 @@ def path_of(value: object, name: str) -> Path:
 def writable_file(value: object, name: str) -> Path:
     """The path of a file to write. Raises InputError when it cannot be one."""
     path = path_of(value, name)
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder, but the name of a file to write was expected")
+    refuse_output(path)
     return path
 
 

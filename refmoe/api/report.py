@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import io
 import os
-from pathlib import Path
 from typing import Any
 
 from refmoe.api.arguments import kind, writable_file
+from refmoe.api.files import write_text
 from refmoe.errors import InputError
-from refmoe.files.atomic import replacing
 from refmoe.files.parsing import strict_json
 from refmoe.verifier.findings import CONFORMANT, Check, Explanation, Power
 from refmoe.verifier.findings import Report as Findings
@@ -115,15 +114,10 @@ class Report:
 
     def html(self, path: str | os.PathLike[str]) -> None:
         """Write one page that needs no network. Raises InputError when it cannot be written."""
-        _write(writable_file(path, "html"), self._page())
+        write_text(writable_file(path, "html"), self._page())
 
     def junit(self, path: str | os.PathLike[str]) -> None:
         """Write JUnit XML. Raises InputError when it cannot be written."""
         from refmoe.report.junit import to_junit
 
-        _write(writable_file(path, "junit"), to_junit(self.findings))
-
-
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        write_text(writable_file(path, "junit"), to_junit(self.findings))
