@@ -346,9 +346,9 @@ def robustness() -> str:
     ]  # fmt: skip
     return f"""## Whatever a stranger hands in
 
-Each trial has one oracle: the exit status means what the manual says, there is one sentence and no traceback, no input
-is changed, nothing half-written is left, no process stays, and time and memory are bounded. `tests/fuzz/` has the
-rules. A seed repeats a campaign.
+Each trial is held to the same rules. The exit status means what the manual says. There is one sentence and no
+traceback. No input is changed. Nothing half-written is left, and no process stays. Time and memory are bounded.
+`tests/fuzz/` has the rules. A seed repeats a campaign.
 Files: {link("robustness_inputs.json", "robustness_engines.json", *(["robustness_kills.json"] if kills else []))}.
 
 {table(("attack", "command", "trials", "with a fault"), rows)}"""

@@ -42,6 +42,18 @@ LOOK = 0.05
 """Seconds between two checks that the process still lives. Open pipes prove nothing: a child may hold them."""
 
 
+def new_pipe() -> tuple[int, int]:
+    """A pipe beside the standard streams, whose places another process fills, also where some of them are closed."""
+    low: list[int] = []
+    ends = os.pipe()
+    while min(ends) < 3:
+        low += ends
+        ends = os.pipe()
+    for each in low:
+        os.close(each)
+    return ends
+
+
 class HarnessError(Exception):
     """A harness has failed at a request."""
 
@@ -62,8 +74,8 @@ class Process:
         """
         self._mark = uuid4().hex
         variables = {**os.environ, **(environment or {}), VARIABLE: self._mark}
-        life, self._life = os.pipe()
-        told, report = os.pipe()
+        life, self._life = new_pipe()
+        told, report = new_pipe()
         guarded = [sys.executable, "-I", "-S", str(GUARD), str(life), str(report), *command]
         try:
             self._process: subprocess.Popen[bytes] = subprocess.Popen(

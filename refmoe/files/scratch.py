@@ -18,11 +18,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from refmoe.errors import InputError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from refmoe.files.lock import lock
 
 YOUNGEST = 10.0
 """Seconds since the last change of a folder that is removed: between its creation and its lock there is a moment."""
@@ -65,8 +61,7 @@ class Scratch:
         Path(tempfile.gettempdir()).mkdir(mode=0o700, parents=True, exist_ok=True)
         self.path = Path(tempfile.mkdtemp(prefix=self._prefix)).absolute()
         self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        with suppress(OSError):  # where there are no locks, as on some network disks, nobody removes the folder
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(self._lock, wait=False)  # where there are no locks, as on some network disks, nobody removes the folder
 
     @property
     def whole(self) -> bool:
@@ -105,12 +100,12 @@ def _remove_if_abandoned(path: Path) -> None:
         return
     if stat.S_IMODE(found.st_mode) & 0o700 != 0o700:
         os.chmod(path, 0o700)
-    lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where a run that lives holds it
-        remove_tree(path)
+        if lock(handle, wait=False):  # else a run that lives holds it
+            remove_tree(path)
     finally:
-        os.close(lock)
+        os.close(handle)
 
 
 def remove_tree(path: Path, patience: float = PATIENCE) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import resource
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,3 +38,21 @@ def test_a_harness_runs_beside_many_open_files(many_open_files: None) -> None:
     )  # fmt: skip
     results, _ = conform(asked)
     assert [each.verdict for each in results.outcomes] == ["conformant"]
+
+
+CLOSED = """
+import os, sys
+for number in {numbers}:
+    os.close(number)
+from refmoe.api.conforming import Conformance, conform
+asked = Conformance(harness=(sys.executable, {honest!r}), cases=("top-1",), dtypes=("float32",), diagnose=False)
+results, _ = conform(asked)
+sys.exit([each.verdict for each in results.outcomes] != ["conformant"])
+"""
+
+
+@pytest.mark.parametrize("numbers", [(0,), (1,), (0, 1), (0, 1, 2)], ids=str)
+def test_a_harness_runs_without_standard_streams(numbers: tuple[int, ...]) -> None:
+    """A service has none: a pipe must not get the number of one."""
+    code = CLOSED.format(numbers=numbers, honest=str(HONEST))
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -301,22 +301,19 @@ BAD_TOML = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", BAD_JSON)
-def test_a_fault_of_json_is_one_sentence(tmp_path: Path, fault: str) -> None:
-    path = tmp_path / "bad.json"
-    path.write_text(BAD_JSON[fault])
-    with pytest.raises(InputError) as caught:
-        read_json_value(path, "a value")
-    assert str(caught.value).startswith(f"{path}: ")
-    assert len(str(caught.value)) < 1000
+BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
+    **{f"JSON, {name}": (lambda path: read_json_value(path, "a value"), text) for name, text in BAD_JSON.items()},
+    **{f"TOML, {name}": (lambda path: toml(path, "a table"), text) for name, text in BAD_TOML.items()},
+}
 
 
-@pytest.mark.parametrize("fault", BAD_TOML)
-def test_a_fault_of_toml_is_one_sentence(tmp_path: Path, fault: str) -> None:
-    path = tmp_path / "bad.toml"
-    path.write_text(BAD_TOML[fault])
+@pytest.mark.parametrize("fault", BAD)
+def test_a_fault_is_one_sentence(tmp_path: Path, fault: str) -> None:
+    read, text = BAD[fault]
+    path = tmp_path / "bad"
+    path.write_text(text)
     with pytest.raises(InputError) as caught:
-        toml(path, "a table")
+        read(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert len(str(caught.value)) < 1000
 
