@@ -101,6 +101,7 @@ def is_wider(policy: Policy, dtype: str) -> bool:
         or any(a == wide != b for a, b, wide in choices)
         or (policy.truncates and not own.truncates)
         or (policy.flushes and not own.flushes)
+        or policy.ranks > own.ranks
     )
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from refmoe.arithmetic.formats import FORMATS
 from refmoe.engines.observations import is_wider, policies_used
 from refmoe.engines.results import read_results
 from refmoe.profiles.load import policy
-from refmoe.profiles.policy import CUT_POINTS
+from refmoe.profiles.policy import CUT_POINTS, Policy
 from tests.command_line import Refmoe
 from tests.engines.running import HONEST
 
@@ -36,6 +37,34 @@ def test_a_dtype_is_as_wide_as_itself(dtype: str) -> None:
 def test_one_coarser_cut_is_wider(dtype: str, cut: str) -> None:
     assert is_wider(policy(f"{dtype}+{cut}={NARROWER[dtype]}"), dtype)
     assert not is_wider(policy(f"{dtype}+{cut}=float64"), dtype)
+
+
+ALLOWING = {"ranks": 8, "truncates": True, "flushes": True, "ties": "any", "compared": "unrounded",
+    "consumers": "unrounded", "sigmoid": "absolute"}  # fmt: skip
+"""Fields whose value allows more than another one, with the value that allows most."""
+ANOTHER_WAY = {"name", "about", "source", "scale", "router_order"}
+"""Fields that say something else, and allow neither more nor less."""
+MEASURES = {"storage", "accumulation", "statistics", "exp", "angles", "circle", "cuts"}
+"""Dtypes and budgets, which the other tests change."""
+
+
+@pytest.mark.parametrize("field", [each.name for each in fields(Policy) if each.name not in ANOTHER_WAY | MEASURES])
+def test_no_field_that_allows_more_is_forgotten(field: str) -> None:
+    """A new field of a policy must be among these, or be said to allow nothing."""
+    strict = {"ranks": 1, "truncates": False, "flushes": False, "ties": "lower", "compared": "stored",
+        "consumers": "stored", "sigmoid": "relative"}  # fmt: skip
+    own = replace(policy("float32"), **strict)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("refmoe.engines.observations.named_policy", lambda _: own)
+        assert not is_wider(own, "float32")
+        assert is_wider(replace(own, **{field: ALLOWING[field]}), "float32")
+
+
+@pytest.mark.parametrize("field", ["exp", "angles", "circle"])
+def test_a_larger_budget_is_wider(field: str) -> None:
+    own = policy("float32")
+    budget = getattr(own, field)
+    assert is_wider(replace(own, **{field: replace(budget, constant=budget.constant + 1)}), "float32")
 
 
 def test_a_policy_of_less_precision_is_wider_and_the_reverse_is_not() -> None:

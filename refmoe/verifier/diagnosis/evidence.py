@@ -311,13 +311,6 @@ class Judged:
         return {(check.run, check.tap): check.verdict for check in self.checks}
 
 
-def judge_again(
-    evidence: Evidence, subject: Subject, policy: Policy, judge: Callable[..., Recording] = UnderBug
-) -> dict[Key, str]:
-    """The verdict of each check against a changed specification."""
-    return judge_part(evidence, evidence.whole, subject, policy, judge).verdicts
-
-
 def judge_part(
     evidence: Evidence, part: Part, subject: Subject, policy: Policy, judge: Callable[..., Recording] = UnderBug
 ) -> Judged:
