@@ -27,7 +27,7 @@ from refmoe.cli.table import print_table
 from refmoe.cuda.place import Place
 from refmoe.report.json_text import json_text
 from refmoe.report.matrix_text import failures, stale_lines
-from refmoe.report.terminal import sentence
+from refmoe.report.neutral import sentence
 
 Names = tuple[str, ...]
 

@@ -36,7 +36,7 @@ from random import Random
 from typing import Any
 
 from refmoe.parallel import SET_DEATH_SIGNAL
-from refmoe.report.terminal import LONGEST
+from refmoe.report.neutral import LONGEST
 
 SECONDS = 20.0
 """Seconds of the processor for a run. The slowest run of a good input takes one."""
