@@ -18,7 +18,7 @@ from refmoe.engines.results import NOT_JUDGED, SKIPPED, Engine, Outcome, Results
 from refmoe.profiles.load import policy
 from refmoe.spec.model import Parameters
 from refmoe.suite import Case, read_case
-from refmoe.suite.overflow import Overflow, excused, overflow
+from refmoe.suite.overflow import Overflow, explains_open, overflow
 from refmoe.traces.held import held_trace
 from refmoe.traces.trace import Trace
 from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT, UNDECIDABLE
@@ -77,16 +77,16 @@ def test_a_nan_where_nothing_overflows_is_its_fault() -> None:
         assert judged(name, dtype, trace).verdict == NOT_CONFORMANT
 
 
-def test_what_is_open_before_the_overflow_is_not_excused() -> None:
+def test_what_is_open_before_the_overflow_has_another_reason() -> None:
     case, parameters = setting("huge-activations")
     trace = traced("huge-activations", "float16")
     report = verify(trace, "a case", case.config, parameters, case.runs(), policy("float16"))
     assert report.verdict == CANNOT_JUDGE
-    assert excused(report, case, FIRST)
+    assert explains_open(report, case, FIRST)
     opened = tuple(
         replace(check, verdict=UNDECIDABLE) if check.tap == "layers.0.attention.q" else check for check in report.checks
     )
-    assert not excused(replace(report, checks=opened), case, FIRST)
+    assert not explains_open(replace(report, checks=opened), case, FIRST)
 
 
 def results_of(*verdicts: str) -> Results:
