@@ -9,14 +9,14 @@ cause's own enclosures. Causes are first filtered by predictions, which cost lit
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 
-from refmoe.bugs.mutant import Mutant
+from refmoe.bugs.mutant import POLICY, Mutant
 from refmoe.profiles.policy import Policy
 from refmoe.spec.config import Config
 from refmoe.spec.model import Model, Parameters
@@ -37,6 +37,8 @@ from refmoe.verifier.diagnosis.evidence import (
 )
 from refmoe.verifier.diagnosis.fit import NOTHING, Fit, by_size, by_value, contradicted, moves
 from refmoe.verifier.diagnosis.observed import Recorded
+from refmoe.verifier.diagnosis.one_step import fails_alone
+from refmoe.verifier.diagnosis.rivals import noise
 from refmoe.verifier.findings import (
     ARITHMETIC,
     BUG_AND_ARITHMETIC,
@@ -90,6 +92,8 @@ class Candidate:
     fit: Fit
     alike: bool
     """Whether the effect has the size of the error, though perhaps another direction, as noise has."""
+    fails: bool = False
+    """Whether the first failed check fails under the cause too. Then nothing is predicted."""
 
 
 def touching(evidence: Evidence, causes: Iterable[Cause]) -> list[Cause]:
@@ -110,12 +114,23 @@ def touching(evidence: Evidence, causes: Iterable[Cause]) -> list[Cause]:
 
 
 def candidates(evidence: Evidence, causes: Iterable[Cause], progress: Callable[[], None]) -> list[Candidate]:
-    """The causes with an effect on the first part, by rising residual."""
+    """The causes with an effect on the first part, by rising residual.
+
+    One step alone is the cheapest test: it refutes most changes of the policy, so that these need no prediction.
+    """
     found = []
     for cause in touching(evidence, causes):
-        found.append(_candidate(evidence, cause))
+        if _of_policy(cause) and fails_alone(evidence, cause.variation.policy(evidence.policy)):
+            found.append(Candidate(cause=cause, delta=None, fit=NOTHING, alike=False, fails=True))
+        else:
+            found.append(_candidate(evidence, cause))
         progress()
     return sorted(found, key=lambda each: each.fit.residual)
+
+
+def _of_policy(cause: Cause) -> bool:
+    """Whether a cause changes the policy and nothing else."""
+    return cause.kind == ARITHMETIC or (isinstance(cause.variation, Mutant) and cause.variation.changes == POLICY)
 
 
 def _candidate(evidence: Evidence, cause: Cause) -> Candidate:
@@ -170,38 +185,64 @@ def explanations(
 
 
 def explain(evidence: Evidence, cause: Cause) -> Explanation:
-    """Hold the trace against a cause as if it were the specification: first a part of it, then all of it."""
+    """Hold the trace against a cause as if it were the specification.
+
+    What costs least comes first: predictions, then the enclosures of a part of the trace, then those of all of it. The
+    part is left out where the predictions leave no more than rounding does, because then it hardly ever refutes.
+    """
     variation, keys = cause.variation, evidence.keys(evidence.whole)
-    fit = NOTHING
-    still, newly, _ = _held_against(evidence, variation, evidence.first)
-    right = not still and not newly
-    if right:
-        predicted = predict(evidence, variation, evidence.whole)
-        fit = by_value(evidence.observed, keys, predicted)
-        right = not fit.explains or contradicted(evidence.observed, predicted) is None
-    if right:
+    predicted = predict(evidence, variation, evidence.whole)
+    fit = by_value(evidence.observed, keys, predicted)
+    if not _may_explain(evidence, cause, fit, predicted):
+        return refuted(evidence, cause, fit)
+    local, part = _local(evidence), evidence.first
+    if fit.residual <= noise(evidence):
+        part = evidence.whole
+    still, newly, recorded = _held_against(evidence, variation, part)
+    if not still and not newly and part != evidence.whole:
         still, newly, recorded = _held_against(evidence, variation, evidence.whole)
-        right = not still and not newly
-        middles = {key: each.mid for key, each in recorded.items()}
-        if right and not fit.explains and _local(evidence):
-            foreseen = (middles, predicted) if cause.kind == ARITHMETIC else (middles,)
-            if not any(moves(evidence.observed, keys, each) for each in foreseen):
-                fit = min(fit, by_size(evidence.observed, keys, recorded), key=lambda each: each.residual)
-            right = contradicted(evidence.observed, middles) is None
-    right = right and (_local(evidence) or not _blank(evidence))
+    right = not still and not newly
+    middles = {key: each.mid for key, each in recorded.items()}
+    if right and not fit.explains and local:
+        if not moves(evidence.observed, keys, middles):
+            fit = min(fit, by_size(evidence.observed, keys, recorded), key=lambda each: each.residual)
+        right = contradicted(evidence.observed, middles) is None
+    right = right and (local or not _blank(evidence))
+    return replace(
+        refuted(evidence, cause, fit),
+        explains=right and fit.explains,
+        still_failing=still,
+        newly_failing=newly,
+        values=evidence.wrong_values if right and fit.explains else 0,
+    )
+
+
+def _may_explain(evidence: Evidence, cause: Cause, fit: Fit, predicted: Mapping[Key, Any]) -> bool:
+    """Whether the predictions of a cause leave it possible. They are the middles of its enclosures.
+
+    fit: of the predictions at all failed checks
+    """
+    if not fit.explains:  # then only the size of errors may explain the trace
+        keys = evidence.keys(evidence.whole)
+        return _local(evidence) and not moves(evidence.observed, keys, predicted)
+    return contradicted(evidence.observed, predicted) is None
+
+
+def refuted(evidence: Evidence, cause: Cause, fit: Fit) -> Explanation:
+    """The cause as one that does not explain the trace. It then leaves all that failed."""
     return Explanation(
         name=cause.name,
         kind=cause.kind,
         about=cause.about,
         fix=cause.fix,
         sources=cause.sources,
-        explains=right and fit.explains,
-        still_failing=still,
-        newly_failing=newly,
+        explains=False,
+        still_failing=len(evidence.failed),
+        newly_failing=0,
         coefficient=fit.coefficient,
         residual=fit.residual,
-        touches=len(variation.touches),
-        values=evidence.wrong_values if right and fit.explains else 0,
+        touches=len(cause.variation.touches),
+        values=0,
     )
 
 
@@ -281,6 +322,7 @@ def _steps(variation: Variation) -> set[str]:
 def pairs(evidence: Evidence, found: list[Candidate]) -> list[Explanation]:
     """The pairs of causes that explain the trace. Their effects must add up to the error."""
     error = _error(evidence, evidence.keys(evidence.first))
+    found = [_candidate(evidence, each.cause) if each.fails else each for each in found]
     able = [each for each in found if each.delta is not None and each.delta.shape == error.shape and np.any(each.delta)]
     size = float(error @ error)
     if len(able) < 2 or not size:
