@@ -22,6 +22,7 @@ from refmoe.cli.capture import capture_command
 from refmoe.cli.cases import cases_command
 from refmoe.cli.conform import conform_command
 from refmoe.cli.emit import emit_command
+from refmoe.cli.engines import engines_command
 from refmoe.cli.generate import generate_command
 from refmoe.cli.info import info_command
 from refmoe.cli.materialise import materialise_command
@@ -73,7 +74,8 @@ def commands() -> None:
 assert isinstance(commands, Sections)
 commands.section(
     "Judge an engine",
-    verify_command, conform_command, capture_command, scoreboard_command, policies_command, cases_command,
+    verify_command, conform_command, engines_command, capture_command, scoreboard_command,
+    policies_command, cases_command,
 )  # fmt: skip
 commands.section("Models", info_command, emit_command, generate_command, materialise_command)
 commands.section("Routers", router_command)

@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 from refmoe.arithmetic.formats import FLOAT64, FORMATS, nearest
 from refmoe.engines.results import Results
 from refmoe.errors import InputError
-from refmoe.profiles.cut_points import CUT_POINTS
+from refmoe.profiles.cut_points import CUT_POINTS, PROJECTIONS
 from refmoe.profiles.load import policy as named_policy
 from refmoe.profiles.policy import Policy
+from refmoe.spec.taps import step_of
 from refmoe.suite import Case, trace_path
 from refmoe.traces.trace import Trace, read_trace
+from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT
 
 # ---- the bits of the goldens
 
@@ -33,11 +35,8 @@ def has_golden_bits(trace: Trace, case: Case) -> bool:
     sums are in another order than that of an exact sum. False where too few values are rounded at all, as in a case of
     small integers, and where the case has no golden trace.
     """
-    if case.store != "trace":
-        return False
-    try:
-        golden = read_trace(trace_path(case.folder))
-    except InputError:
+    golden = _golden(case)
+    if golden is None:
         return False
     rounded = 0
     for run in trace.runs:
@@ -71,6 +70,15 @@ def _inexact(exact: NDArray[Any], values: NDArray[Any]) -> int:
     return int(np.unique(exact[rounded]).size)
 
 
+def golden_bits_notes(results: Results) -> list[str]:
+    """A sentence for each dtype in which the engine has the bits of the goldens."""
+    judged: dict[str, list[bool]] = {}
+    for each in results.outcomes:
+        if each.verdict in (CONFORMANT, NOT_CONFORMANT, CANNOT_JUDGE):
+            judged.setdefault(each.dtype, []).append(each.golden_bits)
+    return [golden_bits_note(dtype, sum(same), len(same)) for dtype, same in judged.items() if any(same)]
+
+
 def golden_bits_note(dtype: str, same: int, judged: int) -> str:
     """The observation about a dtype.   same: cases with the golden's bits, among those judged"""
     many = f"in {same} of {judged} cases" if judged > 1 else "in its case"
@@ -82,6 +90,42 @@ def golden_bits_note(dtype: str, same: int, judged: int) -> str:
         f"{dtype}: {many} every value is the golden's own, rounded once; {why}. The values were copied, or {or_else}. "
         "--fresh SEED tells which"
     )
+
+
+# ---- values that the dtype cannot hold
+
+
+def overflow(case: Case, policy: Policy) -> str | None:
+    """In words, the first exact value that no engine can hold under a policy. None where there is none, or no golden.
+
+    Taps are held in their own dtype, and read by products in another. An engine that overflows there is healthy.
+    """
+    golden = _golden(case)
+    if golden is None:
+        return None
+    for run in golden.runs:
+        for tap in golden.names(run.run):
+            step = step_of(tap)
+            if step not in CUT_POINTS:
+                continue
+            readers = [f"{product}.input" for product, (_, read) in PROJECTIONS.items() if read == step]
+            narrow = min((policy.at(cut) for cut in (step, *readers)), key=lambda format: format.largest)
+            reached = float(np.abs(golden.get(run.run, tap)).max(initial=0))
+            if reached > narrow.largest:
+                return (
+                    f"the golden's own {run.run}/{tap} reaches {reached:.3g}, and {narrow} ends at {narrow.largest:.5g}"
+                )
+    return None
+
+
+def _golden(case: Case) -> Trace | None:
+    """The golden trace of a case, None where it has none."""
+    if case.store != "trace":
+        return None
+    try:
+        return read_trace(trace_path(case.folder))
+    except InputError:
+        return None
 
 
 # ---- the policies
