@@ -27,7 +27,7 @@ class Engine:
     about: str
     """The first sentence of its module."""
     requirements: tuple[str, ...]
-    """What pip installs for it; empty where it declares nothing."""
+    """The packages that pip installs for it; empty where it declares none."""
     options: tuple[Listed, ...]
 
 

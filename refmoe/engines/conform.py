@@ -209,8 +209,8 @@ def conform(harness: Harness, options: Mapping[str, str], suite: Suite, watch: W
 def outcomes_so_far(before: Results, now: Results, policies: Mapping[str, Policy]) -> dict[tuple[str, str], Outcome]:
     """The outcomes of a run that was ended, by case and dtype.
 
-    now: the results of the run that goes on, without outcomes   policies: per dtype the one of the run that goes on
-    Raises InputError that names what differs, because outcomes of two runs do not make one result.
+    now: the results of the run that goes on, without outcomes.   policies: those of the run that goes on, per dtype.
+    Outcomes of two runs do not make one result: raises InputError that names the difference.
     """
     alike = {
         "engine": (before.engine.name, now.engine.name),

@@ -15,7 +15,7 @@ from refmoe.errors import InputError
 from refmoe.files.sentences import one_line
 
 NEEDED = ("numpy>=2.0", "ml_dtypes>=0.4.1", "safetensors>=0.6")
-"""What the engine's side of the protocol needs. refmoe itself is not installed there."""
+"""The packages that the engine's side of the protocol needs. refmoe itself is not installed there."""
 
 Say = Callable[[str], None]
 """Called with a sentence about what is being done."""

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Option:
-    """What an adapter declares about an option, beside its name and default."""
+    """The declaration of an option by its adapter, beside its name and default."""
 
     about: str
-    """What it sets, without a full stop."""
+    """The purpose of the option, without a full stop."""
     choices: tuple[str, ...] = ()
     """The values that it takes. Without any, it takes an integer from 1."""
 

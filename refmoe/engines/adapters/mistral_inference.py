@@ -175,9 +175,10 @@ def halved(array: NDArray[Any]) -> NDArray[Any]:
 
 
 def attention(torch: Any, q: Any, k: Any, v: Any, bias: Any = None) -> Any:
-    """What memory_efficient_attention computes.   q: [1, T, H, d]   k, v: [1, S, H, d]   returns: [1, T, H, d]
+    """Plain attention with the arguments of memory_efficient_attention.
 
-    bias: a mask of xformers.   Unused cells of the cache are hidden from every row, and may hold anything.
+    q: [1, T, H, d]   k, v: [1, S, H, d]   bias: a mask of xformers   returns: [1, T, H, d]
+    Unused cells of the cache are hidden from every row, and may hold anything.
     """
     q, k, v = (each.transpose(1, 2) for each in (q, k, v))
     scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
