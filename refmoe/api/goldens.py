@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,9 +26,9 @@ from refmoe.suite.matrix.summary import Summary, summarise
 Names = Sequence[str]
 
 
-def chosen(names: Names, golden: Path) -> list[Path]:
-    """The folders of these cases; without names, of all that are not of full size. Raises InputError."""
-    return [case_folder(name, golden) for name in names] if names else suite.find_cases(golden)
+def chosen(names: Names, golden: Path, families: Collection[str] = suite.FAMILIES) -> list[Path]:
+    """The folders of these cases; without names, of all of the families that are not of full size. Raises InputError."""
+    return [case_folder(name, golden) for name in names] if names else suite.find_cases(golden, families)
 
 
 # ---- check
@@ -157,7 +157,7 @@ def emit_goldens(
         folder; a case of full size must be named.
     Returns the files of values that were written. Raises InputError for a case that cannot be read.
     """
-    cases = [suite.read_case(path) for path in (chosen(names, golden) if names else suite.find_cases(golden))]
+    cases = [suite.read_case(path) for path in chosen(names, golden)]
     if not names and cases[0].folder == golden:
         raise InputError(f"{golden}: is a case, but a folder of cases was expected")
     with locked(golden):

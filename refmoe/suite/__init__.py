@@ -2,7 +2,7 @@
 """Golden cases: compute them, write them, check them."""
 
 from refmoe.suite.activations import case_source, compute, compute_fingerprints, compute_ideal
-from refmoe.suite.case import CASE_FILE, STORES, Case, find_cases, find_full_size_cases, read_case
+from refmoe.suite.case import CASE_FILE, FAMILIES, PRODUCTION, SMALL, STORES, Case, find_cases, find_full_size_cases, read_case
 from refmoe.suite.checking import (
     Difference,
     check,
@@ -26,7 +26,10 @@ from refmoe.suite.manifest import (
 
 __all__ = [
     "CASE_FILE",
+    "FAMILIES",
     "MANIFEST_FILE",
+    "PRODUCTION",
+    "SMALL",
     "STORES",
     "Case",
     "Difference",

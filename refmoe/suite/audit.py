@@ -13,7 +13,7 @@ from refmoe.bugs.mutant import Mutant
 from refmoe.errors import InputError
 from refmoe.files.json_file import read_json
 from refmoe.files.reading import read_text
-from refmoe.suite import find_cases, read_case
+from refmoe.suite import FAMILIES, find_cases, read_case
 
 PACKAGE = Path(__file__).parents[1]
 AREAS = {
@@ -142,7 +142,7 @@ def tests_of(tree: ast.Module, lines: Sequence[str]) -> Iterator[tuple[str, str]
 def in_cases(golden: Path) -> dict[str, list[str]]:
     """Per clause the cases and the files of vectors that name it."""
     found: dict[str, list[str]] = {}
-    for case in map(read_case, find_cases(golden)):
+    for case in map(read_case, find_cases(golden, FAMILIES)):
         for clause in case.clauses:
             found.setdefault(clause, []).append(case.name)
     for path in sorted((golden / "vectors").glob("*.json")):

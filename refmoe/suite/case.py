@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,12 @@ from refmoe.traces.trace import FORMAT_VERSION, Run
 
 CASE_FILE = "case.toml"
 STORES = ("trace", "fingerprint")
+SMALL, PRODUCTION = FAMILIES = ("small", "production")
+"""The families of cases.
+
+small: dimensions as small as a bug allows, with every value of the golden.   production: dimensions that the kernels of
+production engines take, such as head_dim 64 and 128, and columns in multiples of 256, with fingerprints.
+"""
 LATEST_START = 1 << 30
 """The last position at which a sequence may start: the exact rotary table is defined up to 2^31 - 1."""
 FULL_SIZE = 1 << 32
@@ -47,6 +53,8 @@ class Case:
     """The first layer to compute, and the layer to stop before; None: all layers."""
     store: str = "trace"
     """The form of the golden: ``trace``, or for a large case ``fingerprint``."""
+    family: str = SMALL
+    """One of `FAMILIES`."""
     digest: str = ""
     """The SHA-256 of case.toml."""
 
@@ -73,22 +81,32 @@ class Case:
         return plan(self.calls, self.config.vocab, self.start)
 
 
-def find_cases(golden: Path) -> list[Path]:
-    """The folders of all cases in a golden folder that are not of full size, in name order.
+def find_cases(golden: Path, families: Collection[str] = (SMALL,)) -> list[Path]:
+    """The folders of all cases of some families in a golden folder that are not of full size, in name order.
 
-    golden: the folder of cases, or the folder of one case of any size.   Raises InputError when there is no case.
+    golden: the folder of cases, or the folder of one case of any size and family.   families: some of `FAMILIES`
+    Raises InputError when there is no case of any family.
     """
     if (golden / CASE_FILE).exists():
         return [golden]
     folders = sorted(path.parent for path in golden.glob(f"*/{CASE_FILE}"))
     if not folders:
         raise InputError(f"{golden}: no case is there; folders with a {CASE_FILE} were expected")
-    return [folder for folder in folders if not _is_full_size(folder)]
+    return [folder for folder in folders if _is_listed(folder, families)]
 
 
 def find_full_size_cases(golden: Path) -> list[Path]:
     """The folders of all cases of full size, in name order."""
     return [path.parent for path in sorted(golden.glob(f"*/{CASE_FILE}")) if _is_full_size(path.parent)]
+
+
+def _is_listed(folder: Path, families: Collection[str]) -> bool:
+    """Whether a case is of one of the families and not of full size."""
+    try:
+        case = read_case(folder)
+    except InputError:
+        return True  # the next attempt to read the case reports the error
+    return case.family in families and not case.full_size
 
 
 def _is_full_size(folder: Path) -> bool:
@@ -142,6 +160,7 @@ def _parse(folder: Path, values: dict[str, Any]) -> Case:
         edits=tuple(weights["edits"]),
         layers=_layers(values["layers"], config),
         store=values["store"],
+        family=values["family"],
     )
     case.runs()
     return case
@@ -196,5 +215,6 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str, Any]] = {
     "start": (lambda value: is_count(value) and value <= LATEST_START, f"an integer from 0 to {LATEST_START}", 0),
     "layers": (lambda value: value is None or is_tokens(value), "a list of two integers", None),
     "store": (lambda value: value in STORES, f"one of {', '.join(STORES)}", "trace"),
+    "family": (lambda value: value in FAMILIES, f"one of {', '.join(FAMILIES)}", SMALL),
 }
 """Per field of case.toml: a predicate of its value, the same in words, and the default."""

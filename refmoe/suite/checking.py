@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from refmoe.cuda.place import CPU, Place
 from refmoe.errors import InputError
 from refmoe.suite.activations import compute, compute_fingerprints
-from refmoe.suite.case import CASE_FILE, Case, find_cases, read_case
+from refmoe.suite.case import CASE_FILE, FAMILIES, Case, find_cases, read_case
 from refmoe.suite.fingerprint import fingerprint_difference, read_fingerprints
 from refmoe.suite.manifest import (
     MANIFEST_FILE,
@@ -42,7 +42,7 @@ class Difference:
 def verify_files(golden: Path) -> list[Difference]:
     """Compare every file of a golden folder with the manifests, and return the differences. Nothing is recomputed."""
     found = verify_documents(golden)
-    for folder in find_cases(golden):
+    for folder in find_cases(golden, FAMILIES):
         found += verify_case_files(folder)
     return found
 

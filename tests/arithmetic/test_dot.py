@@ -58,12 +58,15 @@ def random_floats(rng: np.random.Generator, shape: tuple[int, ...], spread: int,
 
 
 def check(x: Array, stored: Array) -> None:
-    """The law: linear, matmul and sum meet DOT-1 and DOT-2 for x [t, n] and stored [m, n]."""
+    """The law: linear, matmul and sum meet DOT-1 and DOT-2 for x [t, n] and stored [m, n]; a row is summed alone too."""
     wide = stored.astype(np.float64)
     expected = expected_matmul(x, wide.T)
     assert same_bits(dot.linear(x, dot.prepare(stored)), expected)
     assert same_bits(dot.matmul(x, wide.T), expected)
-    assert same_bits(dot.sum(x, -1), expected_matmul(x, np.ones((x.shape[1], 1)))[:, 0])
+    sums = expected_matmul(x, np.ones((x.shape[1], 1)))[:, 0]
+    assert same_bits(dot.sum(x, -1), sums)
+    for row, expected_sum in zip(x, sums, strict=True):
+        assert same_bits(np.asarray(dot.sum(row, 0)), expected_sum)
 
 
 @pytest.fixture

@@ -155,6 +155,8 @@ def sum(x: Array, axis: int, xp: Any = np) -> Array:
     axis %= x.ndim
     if not x.size:
         return xp.zeros((*x.shape[:axis], *x.shape[axis + 1 :]))
+    if x.ndim == 1:
+        return _sum_block(x[None], 1, xp)[0]  # an element that is not proven is replaced, which needs an array
     if xp is np and axis and x.size > IN_CACHE and len(x) > 1:
         step = max(1, IN_CACHE * len(x) // x.size)
         return np.concatenate([_sum_block(x[start : start + step], axis, np) for start in range(0, len(x), step)])
