@@ -2,7 +2,17 @@
 """Golden cases: compute them, write them, check them."""
 
 from refmoe.suite.activations import case_source, compute, compute_fingerprints, compute_ideal
-from refmoe.suite.case import CASE_FILE, FAMILIES, PRODUCTION, SMALL, STORES, Case, find_cases, find_full_size_cases, read_case
+from refmoe.suite.case import (
+    CASE_FILE,
+    FAMILIES,
+    PRODUCTION,
+    SMALL,
+    STORES,
+    Case,
+    find_cases,
+    find_full_size_cases,
+    read_case,
+)
 from refmoe.suite.checking import (
     Difference,
     check,

@@ -25,6 +25,10 @@ from refmoe.files.scratch import Scratch
 from refmoe.traces.trace import Run
 
 
+POLICIES = {"f32": "openvino-float32", "bf16": "bfloat16", "f16": "float16"}
+"""Per type that OpenVINO infers in the policy of its float32 arrays."""
+
+
 class Adapter:
     """A compiled model with one thread."""
 
@@ -44,7 +48,12 @@ class Adapter:
         self.settings = {**hints, "INFERENCE_NUM_THREADS": 1}
         self.taps = GIVEN[taps]
         self.version = f"{version('openvino')} (torch {version('torch')}, transformers {version('transformers')})"
-        self.policies = {"float32": "openvino-float32"}
+        used = "f32" if precision == "f32" else self._preferred()
+        self.policies = {"float32": POLICIES[used]}
+
+    def _preferred(self) -> str:
+        """The name of the type that OpenVINO infers in on this processor, without a hint."""
+        return str(self.openvino.Core().get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name())
 
     def load(self, checkpoint: Path, dtype: str) -> None:
         """Export the checkpoint to ONNX and compile it."""
