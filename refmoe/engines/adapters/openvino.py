@@ -24,7 +24,6 @@ from refmoe.engines.protocol import ABILITIES
 from refmoe.files.scratch import Scratch
 from refmoe.traces.trace import Run
 
-
 POLICIES = {"f32": "openvino-float32", "bf16": "bfloat16", "f16": "float16"}
 """Per type that OpenVINO infers in the policy of its float32 arrays."""
 
