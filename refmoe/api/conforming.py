@@ -176,7 +176,7 @@ def whole_verdict(results: Results, failures: Failures) -> str:
     """The verdict of a run: `FAILED` where a case fails or no longer does, `CANNOT` where nothing could be judged."""
     if failures.passing or any(each.verdict != CANNOT_JUDGE for each in failures.failing):
         return FAILED
-    if failures.failing or all(each.verdict == SKIPPED or each.overflow for each in results.outcomes):
+    if failures.failing or all(each.verdict == SKIPPED for each in results.outcomes):
         return CANNOT
     return WELL
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from refmoe import __version__
 from refmoe.checkpoints.size import total_parameters
 from refmoe.engines.harness import Description, Harness, HarnessUnusable, Refused
-from refmoe.engines.observations import golden_bits_notes, has_golden_bits, is_wider, overflow
+from refmoe.engines.observations import golden_bits_notes, has_golden_bits, is_wider
 from refmoe.engines.process import BROKEN, CRASHED, HarnessError
 from refmoe.engines.protocol import TAPS
 from refmoe.engines.results import SKIPPED, Cause, Engine, Outcome, Results
@@ -295,7 +295,7 @@ class _Run:
             with run_case(self.harness, model, dtype, labels, self.folders.own, kept) as received:
                 outcome = self.suite.judge.judge(model.case, model.parameters, dtype, received.trace, policy)
                 if self.suite.fresh is None and outcome.verdict != BROKEN:
-                    outcome = beside_the_golden(outcome, model.case, received.trace, policy)
+                    outcome = replace(outcome, golden_bits=has_golden_bits(received.trace, model.case))
             return replace(outcome, reason=outcome.reason + received.unkept)
         except Refused as refused:
             return replace(skipped, reason=refused.reason, issue=refused.issue)
@@ -303,13 +303,6 @@ class _Run:
             return replace(skipped, verdict=error.kind, reason=error.reason)
         except Exception as error:  # of whatever kind: no verdict about one case ends the run
             return replace(skipped, verdict=CANNOT_JUDGE, reason=f"refmoe could not judge it: {in_words(error)}")
-
-
-def beside_the_golden(outcome: Outcome, case: Case, trace: Trace, policy: Policy) -> Outcome:
-    """An outcome with what only the golden tells: whether the bits are its own, and why nothing could be judged."""
-    outcome = replace(outcome, golden_bits=has_golden_bits(trace, case))
-    why = overflow(case, policy) if outcome.verdict == CANNOT_JUDGE else None
-    return outcome if why is None else replace(outcome, overflow=True, reason=f"{outcome.reason}; {why}")
 
 
 def in_words(error: Exception) -> str:

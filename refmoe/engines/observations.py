@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 from refmoe.arithmetic.formats import FLOAT64, FORMATS, nearest
 from refmoe.engines.results import Results
 from refmoe.errors import InputError
-from refmoe.profiles.cut_points import CUT_POINTS, PROJECTIONS
+from refmoe.profiles.cut_points import CUT_POINTS
 from refmoe.profiles.load import policy as named_policy
 from refmoe.profiles.policy import Policy
-from refmoe.spec.taps import step_of
 from refmoe.suite import Case, trace_path
 from refmoe.traces.trace import Trace, read_trace
 from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT
@@ -55,6 +54,16 @@ def has_golden_bits(trace: Trace, case: Case) -> bool:
     return rounded >= FEWEST
 
 
+def _golden(case: Case) -> Trace | None:
+    """The golden trace of a case, None where it has none."""
+    if case.store != "trace":
+        return None
+    try:
+        return read_trace(trace_path(case.folder))
+    except InputError:
+        return None
+
+
 def _rounded(exact: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     """Values of float64 rounded once to nearest, in a dtype."""
     with np.errstate(over="ignore"):
@@ -90,42 +99,6 @@ def golden_bits_note(dtype: str, same: int, judged: int) -> str:
         f"{dtype}: {many} every value is the golden's own, rounded once; {why}. The values were copied, or {or_else}. "
         "--fresh SEED tells which"
     )
-
-
-# ---- values that the dtype cannot hold
-
-
-def overflow(case: Case, policy: Policy) -> str | None:
-    """In words, the first exact value that no engine can hold under a policy. None where there is none, or no golden.
-
-    Taps are held in their own dtype, and read by products in another. An engine that overflows there is healthy.
-    """
-    golden = _golden(case)
-    if golden is None:
-        return None
-    for run in golden.runs:
-        for tap in golden.names(run.run):
-            step = step_of(tap)
-            if step not in CUT_POINTS:
-                continue
-            readers = [f"{product}.input" for product, (_, read) in PROJECTIONS.items() if read == step]
-            narrow = min((policy.at(cut) for cut in (step, *readers)), key=lambda format: format.largest)
-            reached = float(np.abs(golden.get(run.run, tap)).max(initial=0))
-            if reached > narrow.largest:
-                return (
-                    f"the golden's own {run.run}/{tap} reaches {reached:.3g}, and {narrow} ends at {narrow.largest:.5g}"
-                )
-    return None
-
-
-def _golden(case: Case) -> Trace | None:
-    """The golden trace of a case, None where it has none."""
-    if case.store != "trace":
-        return None
-    try:
-        return read_trace(trace_path(case.folder))
-    except InputError:
-        return None
 
 
 # ---- the policies

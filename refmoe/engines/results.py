@@ -60,13 +60,11 @@ class Outcome:
     """The explanations of a failure, the best first."""
     golden_bits: bool = False
     """Whether every value is the golden's own, rounded once."""
-    overflow: bool = False
-    """Whether it cannot be judged because the exact values exceed the dtype. That is no failure of the engine."""
 
     @property
     def failed(self) -> bool:
         """Whether the verdict is a failure."""
-        return self.verdict not in GOOD and not self.overflow
+        return self.verdict not in GOOD
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ OPTIONAL = ("fresh", "wider")
 OUTCOME_FIELDS = (
     "case", "dtype", "policy", "verdict", "reason", "issue", "first_wrong", "worst_errors", "explanations",
 )  # fmt: skip
-OUTCOME_OPTIONAL = ("golden_bits", "overflow")
+OUTCOME_OPTIONAL = ("golden_bits",)
 """Fields that are left out where they are false."""
 CAUSE_FIELDS = ("name", "kind", "about", "fix", "sources")
 UNBOUNDED = {"NaN": math.nan, "Infinity": math.inf}

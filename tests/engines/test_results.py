@@ -117,7 +117,6 @@ def put(values: dict[str, Any], path: str, value: Any) -> None:
         ("outcomes.1.dtype", "float32", "'outcomes' has a case and dtype more than once"),
         ("outcomes.0.policy", ..., "'outcomes[0].policy' is missing"),
         ("outcomes.0.golden_bits", False, "'outcomes[0].golden_bits' is false"),
-        ("outcomes.0.overflow", 3, "'outcomes[0].overflow' is 3"),
     ],
 )
 def test_a_file_that_says_something_else_is_one_sentence(folder: Path, field: str, value: Any, words: str) -> None:
@@ -164,14 +163,6 @@ def test_an_entry_may_list_cases_and_dtypes(tmp_path: Path) -> None:
     assert all(each.options == {"cache": "static"} for each in found)
     path.write_text(GOOD + GOOD.partition("\n")[2] + "options = { cache = 'static' }\n")
     assert len(read_known(path)) == 2, "they are about different engines"
-
-
-def test_an_overflow_of_the_dtype_is_no_failure_of_the_engine(tmp_path: Path) -> None:
-    results = replace(RESULTS, outcomes=(outcome("three", "float16", "cannot judge", "no bound", overflow=True),))
-    assert not results.outcomes[0].failed
-    write_results(tmp_path / "out.json", results)
-    assert read_results(tmp_path / "out.json").outcomes == results.outcomes
-    assert not sort_failures(results, ()).failing
 
 
 def test_todays_failures_are_written_and_read(tmp_path: Path) -> None:
