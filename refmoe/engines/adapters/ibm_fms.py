@@ -81,21 +81,14 @@ class Adapter:
             raise Skipped(f"ibm-fms knows no head_dim but dim / heads = {derived}; it is {values['head_dim']}")
         self.window, self.context = values["sliding_window"], values["max_position_embeddings"]
         loading: Any = needed("safetensors.torch", "ibm_fms")
-        self.model = self.engine.Mixtral(
-            self.engine.MixtralConfig(
-                src_vocab_size=values["vocab_size"],
-                dim=values["hidden_size"],
-                norm_eps=values["rms_norm_eps"],
-                nheads=values["num_attention_heads"],
-                kvheads=values["num_key_value_heads"],
-                nlayers=values["num_hidden_layers"],
-                hidden_dim=values["intermediate_size"],
-                num_experts=values["num_local_experts"],
-                top_k_experts=values["num_experts_per_tok"],
-                max_expected_seq_len=self.context,
-                rope_base=values["rope_theta"],
-            )
-        )
+        config = self.engine.MixtralConfig(
+            src_vocab_size=values["vocab_size"], dim=values["hidden_size"], norm_eps=values["rms_norm_eps"],
+            nheads=values["num_attention_heads"], kvheads=values["num_key_value_heads"],
+            nlayers=values["num_hidden_layers"], hidden_dim=values["intermediate_size"],
+            num_experts=values["num_local_experts"], top_k_experts=values["num_experts_per_tok"],
+            max_expected_seq_len=self.context, rope_base=values["rope_theta"],
+        )  # fmt: skip
+        self.model = self.engine.Mixtral(config)
         self.model.load_state_dict(self._named(loading.load_file(checkpoint / "model.safetensors"), values))
         self.model.to(getattr(self.torch, dtype)).eval()
         self.model.post_init()
