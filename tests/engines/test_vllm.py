@@ -249,7 +249,7 @@ def test_what_no_request_does_is_skipped(name: str, adapter: vllm.Adapter) -> No
 
 
 def test_a_head_that_the_kernel_lacks_is_skipped(adapter: vllm.Adapter, tmp_path: Path) -> None:
-    case = read_case(GOLDEN / "one-pair")
+    case = read_case(GOLDEN / "head-dim-64")
     write_checkpoint(tmp_path / "model", case.config, case.checkpoint().parameters, dtype="float32")
     with pytest.raises(Skipped, match=f"not of {case.config.head_dim}"):
         adapter.load(tmp_path / "model", "float32")

@@ -81,8 +81,9 @@ class Adapter:
                     raise Skipped(f"{run.run} has positions {run.positions}, but a cache cell is a position here")
                 if run.sequence not in caches:
                     caches[run.sequence] = caching.BufferCache(
-                        args.n_layers, 1, longest, args.n_kv_heads, args.head_dim, args.sliding_window
-                    ).to("cpu", self.dtype)
+                        n_layers=args.n_layers, max_batch_size=1, max_seq_len=longest, n_kv_heads=args.n_kv_heads,
+                        head_dim=args.head_dim, sliding_window=args.sliding_window,
+                    ).to("cpu", self.dtype)  # fmt: skip
                 cache = caches[run.sequence]
                 if cache.kv_seqlens is not None:
                     cache.kv_seqlens[:] = run.past
