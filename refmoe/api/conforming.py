@@ -20,7 +20,16 @@ from refmoe.engines.known import Failures, known_failures, read_known, sort_fail
 from refmoe.engines.observations import policies_used
 from refmoe.engines.options import options_of
 from refmoe.engines.protocol import DTYPES
-from refmoe.engines.results import SKIPPED, Outcome, Results, json_number, read_results, to_json, write_results
+from refmoe.engines.results import (
+    NOT_JUDGED,
+    SKIPPED,
+    Outcome,
+    Results,
+    json_number,
+    read_results,
+    to_json,
+    write_results,
+)
 from refmoe.engines.run_case import keep_folder
 from refmoe.engines.scaffold import SCAFFOLDS, usage, write_scaffold
 from refmoe.engines.scaffold.workflow import check_source, known_file, write_workflow
@@ -31,7 +40,7 @@ from refmoe.files.parsing import strict_json
 from refmoe.files.writable import refuse_output
 from refmoe.profiles.load import policy as named_policy
 from refmoe.profiles.policy import Policy
-from refmoe.suite import Case, find_cases, read_case
+from refmoe.suite import FAMILIES, SMALL, Case, find_cases, read_case
 from refmoe.suite.fresh import fresh_case
 from refmoe.suite.golden_folder import case_folder, golden_folder
 from refmoe.verifier.findings import CANNOT_JUDGE
@@ -55,7 +64,9 @@ class Conformance:
     python: Path | None = None
     """The Python in which the adapter runs; None: this one."""
     cases: Names = ()
-    """The cases to run; empty: all."""
+    """The cases to run; empty: all of the families."""
+    families: Names = ()
+    """The families of cases to run, some of `FAMILIES`; empty: those with small dimensions."""
     dtypes: Names = ()
     """The dtypes to run; empty: all that the engine has."""
     policies: Names = ()
@@ -76,6 +87,8 @@ class Conformance:
             raise InputError("exactly one of --adapter NAME and -- COMMAND was expected")
         if self.adapter is None and (self.options or self.python is not None):
             raise InputError("--option and --python are about an adapter, but no --adapter was given")
+        if self.cases and self.families:
+            raise InputError("--family says which cases are run, so no --case was expected beside it")
         if self.keep is not None:
             keep_folder(self.keep)
 
@@ -83,13 +96,18 @@ class Conformance:
         """The cases and dtypes to run. Raises InputError."""
         golden = golden_folder(self.golden)
         try:
-            folders = find_cases(golden)
+            folders = find_cases(golden, self.families or (SMALL,))
         except InputError as error:
             raise InputError(f"{error}; --golden DIR says where they are") from None
         wanted = {case_folder(name, golden) for name in self.cases} or {*folders}
-        large = wanted - {*folders}
+        if not wanted:
+            raise InputError(
+                f"{golden}: no case is of the family {' or '.join(self.families or (SMALL,))}; --family or --case says "
+                "which are run"
+            )
+        others = wanted - {*folders}
         return Suite(
-            cases=[self._read(folder) for folder in [*folders, *sorted(large)] if folder in wanted],
+            cases=[self._read(folder) for folder in [*folders, *sorted(others)] if folder in wanted],
             smoke=[self._read(folder) for folder in folders],
             dtypes=[*dict.fromkeys(self.dtypes)],
             policies=policies_of(self.policies),
@@ -105,7 +123,8 @@ class Conformance:
     def arguments(self) -> list[str]:
         """The options of ``refmoe conform`` that a run on another machine needs too."""
         repeated = {
-            "--option": self.options, "--case": self.cases, "--dtype": self.dtypes, "--policy": self.policies,
+            "--option": self.options, "--case": self.cases, "--family": self.families, "--dtype": self.dtypes,
+            "--policy": self.policies,
         }  # fmt: skip
         words = ["--adapter", self.adapter] if self.adapter is not None else []
         for option, values in repeated.items():
@@ -176,7 +195,7 @@ def whole_verdict(results: Results, failures: Failures) -> str:
     """The verdict of a run: `FAILED` where a case fails or no longer does, `CANNOT` where nothing could be judged."""
     if failures.passing or any(each.verdict != CANNOT_JUDGE for each in failures.failing):
         return FAILED
-    if failures.failing or all(each.verdict == SKIPPED for each in results.outcomes):
+    if failures.failing or all(each.verdict in (NOT_JUDGED, SKIPPED) for each in results.outcomes):
         return CANNOT
     return WELL
 
@@ -259,8 +278,8 @@ def _engine(entrant: Entrant) -> dict[str, Any]:
 
 
 __all__ = [
-    "CANNOT", "DTYPES", "FAILED", "SCAFFOLDS", "SHIPPED", "WELL", "Conformance", "EndedBySignal", "Failures",
-    "HarnessUnusable", "Results", "Scoreboard", "Workflow", "board_facts", "conform", "ended_by_signals", "read_known",
-    "read_results", "refuse_output", "result_files", "run_facts", "scoreboard", "sort_failures", "usage",
+    "CANNOT", "DTYPES", "FAILED", "FAMILIES", "SCAFFOLDS", "SHIPPED", "WELL", "Conformance", "EndedBySignal",
+    "Failures", "HarnessUnusable", "Results", "Scoreboard", "Workflow", "board_facts", "conform", "ended_by_signals",
+    "read_known", "read_results", "refuse_output", "result_files", "run_facts", "scoreboard", "sort_failures", "usage",
     "whole_verdict", "write_results", "write_scaffold",
 ]  # fmt: skip

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from refmoe.checkpoints.size import active_parameters, total_parameters
 from refmoe.cuda.memory import cache_bytes, gibibytes, missing, resident, widest
 from refmoe.cuda.place import CPU, Place
 from refmoe.spec.config import PRESETS, Config
-from refmoe.suite import Case, read_case
+from refmoe.suite import FAMILIES, PRODUCTION, Case, read_case
 from refmoe.suite.golden_folder import case_folder, case_folders, golden_folder
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
@@ -81,9 +81,13 @@ def _on_device(config: Config, tokens: int, max_new_tokens: int, dtypes: Sequenc
 # ---- cases
 
 
-def listed_cases(golden: Path | None = None) -> list[Case]:
-    """All cases of a golden folder; of the package's own if None. Raises InputError when there is none."""
-    return [read_case(folder) for folder in case_folders(golden_folder(golden)).values()]
+def listed_cases(golden: Path | None = None, families: Collection[str] = ()) -> list[Case]:
+    """The cases of some families, those of full size included. Raises InputError when there is no case at all.
+
+    golden: the folder of cases; None: the package's own   families: some of `FAMILIES`; empty: all
+    """
+    found = [read_case(folder) for folder in case_folders(golden_folder(golden)).values()]
+    return [case for case in found if not families or case.family in families]
 
 
 def named_case(name: str, golden: Path | None = None) -> Case:
@@ -95,6 +99,7 @@ def case_facts(case: Case) -> dict[str, Any]:
     """The facts of a case, as JSON: the reason for it, its model, its calls."""
     return {
         "name": case.name,
+        "family": case.family,
         "shows": shows(case),
         "why": " ".join(case.why.split()),
         "clauses": list(case.clauses),
@@ -119,6 +124,6 @@ def shows(case: Case) -> str:
 
 
 __all__ = [
-    "BYTES", "case_facts", "config_facts", "gibibytes", "listed_cases", "model_facts", "named_case",
+    "BYTES", "FAMILIES", "PRODUCTION", "case_facts", "config_facts", "gibibytes", "listed_cases", "model_facts", "named_case",
     "weight_bytes",
 ]  # fmt: skip

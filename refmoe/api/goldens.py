@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The golden folder: check it, certify it, emit it, audit it."""
+"""The golden folder: check it, certify it, emit it."""
 
 from __future__ import annotations
 
@@ -10,24 +10,19 @@ from pathlib import Path
 
 from refmoe import suite
 from refmoe.api.progress import Bars, silent
-from refmoe.bugs.catalogue import MUTANTS
 from refmoe.cuda.place import CPU, Place
 from refmoe.errors import InputError
 from refmoe.files.lock import locked
 from refmoe.parallel import WorkerDied, results
 from refmoe.suite import Case
-from refmoe.suite.audit import Audit, Coverage, audit
 from refmoe.suite.certify import Certificate, certify
-from refmoe.suite.golden_folder import PACKAGE, case_folder, golden_folder
-from refmoe.suite.matrix.dependencies import changed
-from refmoe.suite.matrix.file import MATRIX_FILE, read_matrix
-from refmoe.suite.matrix.summary import Summary, summarise
+from refmoe.suite.golden_folder import case_folder, golden_folder
 
 Names = Sequence[str]
 
 
 def chosen(names: Names, golden: Path, families: Collection[str] = suite.FAMILIES) -> list[Path]:
-    """The folders of these cases; without names, of all of the families that are not of full size. Raises InputError."""
+    """The folders of these cases; without names, of all in the families below full size. Raises InputError."""
     return [case_folder(name, golden) for name in names] if names else suite.find_cases(golden, families)
 
 
@@ -186,53 +181,3 @@ def _emit_missing(golden: Path, cases: list[Case], place: Place, jobs: int | Non
 def _emit_one(case: Case, place: Place, bars: Bars) -> Path:
     with bars(case.name, len(case.runs()) * len(case.computed)) as advance:
         return suite.emit(case, advance, place)
-
-
-# ---- audit
-
-
-@dataclass(frozen=True)
-class Audited:
-    """Every clause with its proof, and the problems found."""
-
-    found: Audit
-    summary: Summary
-    problems: list[str]
-    stale: list[str]
-    """The parts that have changed since the matrix was computed."""
-
-    @property
-    def counts(self) -> dict[str, dict[str, int]]:
-        """The number of clauses by the kind of their proof: of all, and of those of the forward pass."""
-        rows = self.found.rows
-        return {"all": counts(rows), "forward pass": counts([row for row in rows if row.forward_pass])}
-
-
-def audit_suite(golden: Path | None = None, tests: Path | None = None) -> Audited:
-    """The proof of every clause of the specification: tests that name it, and killed mutants that break it.
-
-    tests: the folder of tests; None: that of the clone, since an installed package has none
-    Raises InputError when the folder of tests, or the matrix, is missing.
-    """
-    golden = golden_folder(golden)
-    tests = tests if tests is not None else PACKAGE.parent / "tests"
-    if not tests.is_dir():
-        raise InputError(f"{tests}: no such folder, but that of the tests was expected")
-    matrix = read_matrix(golden / MATRIX_FILE)
-    summary = summarise(matrix, [folder.name for folder in suite.find_cases(golden)])
-    found = audit(golden, MUTANTS, summary.dead, tests)
-    problems = [f"{row.clause} ({row.code}): {gap}" for row in found.gaps for gap in row.gaps]
-    problems += [f"{stray} names it, but nobody states it" for stray in found.strays]
-    problems += summary.problems
-    return Audited(found, summary, problems, sorted(changed(matrix.sources, golden)))
-
-
-def counts(rows: Sequence[Coverage]) -> dict[str, int]:
-    """The number of clauses, by the kind of their proof."""
-    return {
-        "stated": len(rows),
-        "with a killed mutant": sum(bool(row.killed) for row in rows),
-        "named by a test": sum(bool(row.tests) for row in rows),
-        "both": sum(bool(row.killed and row.tests) for row in rows),
-        "neither": sum(bool(row.gaps) for row in rows),
-    }

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from refmoe.bugs.mutant import Mutant
 from refmoe.errors import InputError
 from refmoe.suite import (
     MANIFEST_FILE,
+    PRODUCTION,
+    SMALL,
     Case,
     file_digest,
     find_cases,
@@ -24,12 +26,13 @@ from refmoe.suite import (
     write_manifest,
 )
 from refmoe.suite.golden_folder import golden_folder
-from refmoe.suite.matrix.changes import Loss, gains, losses, outside_changed, plan, revised_matrix, sample
+from refmoe.suite.matrix.changes import Loss, gains, losses, outside_changed, plan, revised_matrix, sample, to_work
 from refmoe.suite.matrix.dependencies import changed, digests
-from refmoe.suite.matrix.file import MATRIX_FILE, Matrix, read_matrix, to_matrix, write_matrix
+from refmoe.suite.matrix.file import MATRIX_FILE, MATRIX_FILES, Matrix, read_matrix, to_matrix, write_matrix
 from refmoe.suite.matrix.outcomes import POLICIES, SPECIFICATION, Outcome, Work, compute_matrix, runnable, whole
 from refmoe.suite.matrix.power import compute_power, write_power
 from refmoe.suite.matrix.power import plan as plan_power
+from refmoe.suite.matrix.search import SEARCHED, Search, affected_pairs, pairs_of, search, searched
 from refmoe.suite.matrix.summary import Summary, summarise
 from refmoe.suite.matrix.surroundings import judge_outside
 from refmoe.suite.power import TAP_SETS, table
@@ -73,12 +76,42 @@ class Recorded:
     summary: Summary
     stale: list[str]
     """The parts that have changed since it was computed."""
+    production: Recorded | None = None
+    """The matrix of the family of cases for production kernels; None where the folder has no such case."""
+
+    @property
+    def problems(self) -> list[str]:
+        """The faults of the proof of either family, a sentence each."""
+        more = [] if self.production is None else self.production.summary.problems
+        return [*self.summary.problems, *(f"{PRODUCTION} cases: {each}" for each in more)]
 
 
 def recorded_matrix(golden: Path | None = None) -> Recorded:
     """The matrix of a golden folder. Raises InputError when it is missing."""
     golden = golden_folder(golden)
-    return _in_short(read_matrix(golden / MATRIX_FILE), golden)
+    matrix = read_matrix(golden / MATRIX_FILE)
+    return replace(_in_short(matrix, golden), production=recorded_production(golden, matrix))
+
+
+def production_cases(golden: Path) -> dict[str, Case]:
+    """The cases for production kernels in a golden folder, by name."""
+    return {case.name: case for case in map(read_case, find_cases(golden, (PRODUCTION,))) if case.family == PRODUCTION}
+
+
+def recorded_production(golden: Path, small: Matrix) -> Recorded | None:
+    """The recorded matrix of the cases for production kernels, or None where there is no such case.
+
+    small: the matrix of the first family, which has the mutants outside of the forward pass
+    """
+    cases = production_cases(golden)
+    if not cases:
+        return None
+    return _of_production(read_matrix(golden / MATRIX_FILES[PRODUCTION]), small, cases, golden)
+
+
+def _of_production(matrix: Matrix, small: Matrix, cases: Mapping[str, Case], golden: Path) -> Recorded:
+    summary = summarise(replace(matrix, outside=small.outside), [*cases], SEARCHED)
+    return Recorded(matrix, summary, sorted(changed(matrix.sources, golden, PRODUCTION)))
 
 
 def matrix_page(recorded: Recorded, golden: Path | None = None) -> str:
@@ -101,6 +134,7 @@ class Part:
     """A part of the matrix."""
 
     cases: Names = ()
+    """Empty: those of the first family."""
     mutants: Names = ()
     dtypes: Names = ()
 
@@ -117,7 +151,7 @@ def judge_mutants(
     golden = golden_folder(golden)
     for name in part.mutants:
         mutant(name)
-    work = whole(chosen(part.cases, golden), part.mutants or runnable(), part.dtypes or DTYPES)
+    work = whole(chosen(part.cases, golden, (SMALL,)), part.mutants or runnable(), part.dtypes or DTYPES)
     with bars("matrix", len(work)) as advance:
         return compute_matrix(work, jobs, advance)
 
@@ -135,8 +169,25 @@ def judge_all(
     seen = judge_outside(golden)
     matrix = to_matrix(judge_mutants(Part(), golden, jobs=jobs, bars=bars), seen, digests(golden))
     if write:
-        _write(matrix, golden)
-    return _in_short(matrix, golden)
+        _write(matrix, golden, SMALL)
+    cases = production_cases(golden)
+    if not cases:
+        return _in_short(matrix, golden)
+    asked = Search(pairs_of(runnable()), cases, _known(golden))
+    with bars("production cases", 0) as advance:
+        outcomes = search(asked, jobs, advance)
+    found = to_matrix(outcomes, {}, digests(golden, PRODUCTION))
+    if write:
+        _write(found, golden, PRODUCTION)
+    return replace(_in_short(matrix, golden), production=_of_production(found, matrix, cases, golden))
+
+
+def _known(golden: Path) -> Matrix | None:
+    """The recorded matrix of the cases for production kernels, whose killers are tried first, if it can be read."""
+    try:
+        return read_matrix(golden / MATRIX_FILES[PRODUCTION])
+    except InputError:
+        return None
 
 
 # ---- power
@@ -182,6 +233,7 @@ class Repeated:
     parts: list[str]
     """The parts that have changed since the matrix was computed."""
     work: list[Work]
+    """The mutants that were run, by case and policy."""
     outcomes: list[Outcome]
     lost: list[Loss]
     """The mutants that were killed and are not any more."""
@@ -209,17 +261,67 @@ def repeat(
     lost = losses(matrix, outcomes, seen)
     revised = revised_matrix(matrix, outcomes, seen, digests(golden) if mode == "changed" else matrix.sources)
     if write and mode == "changed" and parts:
-        _write(revised, golden)
+        _write(revised, golden, SMALL)
     problems = [*map(str, lost), *summarise(revised, [*cases]).problems]
     return Repeated(
         parts=sorted(parts), work=work, outcomes=outcomes, lost=lost, gained=gains(matrix, outcomes), problems=problems
     )
 
 
-def _write(matrix: Matrix, golden: Path) -> None:
-    """Write the matrix, and enter it in the manifest of the golden folder, where there is one."""
-    write_matrix(golden / MATRIX_FILE, matrix)
+def repeat_production(
+    mode: str, golden: Path | None = None, *, write: bool = False, jobs: int | None = None, bars: Bars = silent
+) -> Repeated | None:
+    """Compute a part of the matrix of the cases for production kernels again; None where there is no such case.
+
+    mode, write: as for `repeat`. With ``changed``, a matrix that is not there is computed as a whole.
+    """
+    golden = golden_folder(golden)
+    cases = production_cases(golden)
+    if not cases:
+        return None
+    if mode == "changed" and not (golden / MATRIX_FILES[PRODUCTION]).exists():
+        matrix = Matrix({}, {}, {}, {})
+    else:
+        matrix = read_matrix(golden / MATRIX_FILES[PRODUCTION])
+    parts = changed(matrix.sources, golden, PRODUCTION)
+    if mode == "changed":
+        asked = Search(affected_pairs(parts, matrix) if parts else (), cases, matrix)
+        with bars("production cases", 0) as advance:
+            outcomes = search(asked, jobs, advance) if parts else []
+        revised = searched(matrix, asked, outcomes, digests(golden, PRODUCTION))
+    else:
+        work = sample(matrix, cases)
+        with bars("production cases", len(work)) as advance:
+            outcomes = compute_matrix(work, jobs, advance)
+        revised = revised_matrix(matrix, outcomes, {}, matrix.sources)
+    lost = losses(matrix, outcomes, {}) if mode == "sample" else []
+    if write and mode == "changed" and parts:
+        _write(revised, golden, PRODUCTION)
+    small = read_matrix(golden / MATRIX_FILE)
+    problems = summarise(replace(revised, outside=small.outside), [*cases], SEARCHED).problems
+    return Repeated(
+        parts=sorted(parts),
+        work=to_work(_by_place(outcomes), cases),
+        outcomes=outcomes,
+        lost=lost,
+        gained=gains(matrix, outcomes),
+        problems=[*map(str, lost), *problems],
+    )
+
+
+def _by_place(outcomes: Sequence[Outcome]) -> dict[str, dict[str, set[str]]]:
+    """Per policy and case the mutants of some outcomes."""
+    found: dict[str, dict[str, set[str]]] = {}
+    for each in outcomes:
+        found.setdefault(each.policy, {}).setdefault(each.case, set()).add(each.mutant)
+    return found
+
+
+def _write(matrix: Matrix, golden: Path, family: str) -> None:
+    """Write the matrix of a family, and enter it in the manifest of the golden folder, where there is one."""
+    name = MATRIX_FILES[family]
+    write_matrix(golden / name, matrix)
     if (golden / MANIFEST_FILE).exists():
         manifest = read_folder_manifest(golden)
-        files = manifest["files"] | {MATRIX_FILE: file_digest(golden / MATRIX_FILE)}
+        files = manifest["files"] | {name: file_digest(golden / name)}
         write_manifest(golden, manifest | {"files": dict(sorted(files.items()))})

@@ -10,10 +10,11 @@ from typing import Any
 import click
 from rich.filesize import decimal
 
-from refmoe.api.facts import case_facts, listed_cases, named_case
+from refmoe.api.facts import FAMILIES, case_facts, listed_cases, named_case
 from refmoe.cli.guard import GuardedCommand
 from refmoe.cli.options import golden_option, json_option
 from refmoe.cli.table import print_table
+from refmoe.errors import InputError
 from refmoe.report.json_text import json_text
 
 LISTED = ("bfloat16", "float32")
@@ -24,21 +25,31 @@ MANY = 12
 
 @click.command("cases", cls=GuardedCommand, short_help="List the golden cases, or print one in full.")
 @click.argument("name", required=False)
+@click.option(
+    "--family", "families", multiple=True, type=click.Choice(FAMILIES),
+    help="Only the cases of this family; repeatable.",
+)  # fmt: skip
 @golden_option
 @json_option
-def cases_command(name: str | None, golden: Path, as_json: bool) -> None:
+def cases_command(name: str | None, families: tuple[str, ...], golden: Path, as_json: bool) -> None:
     """List the golden cases with what each shows, its dimensions and the size of its weights; or print one in full.
 
     \b
     refmoe cases
     refmoe cases near-tie
+    refmoe cases --family production
     refmoe cases --json
+
+    The family `small` has dimensions as small as a bug allows. `production` has those that the kernels of production
+    engines take, such as head_dim 64 and 128, and rows in multiples of 256.
     """
+    if name is not None and families:
+        raise InputError("--family says which cases are listed, but one case was named")
     if name is not None:
         facts = case_facts(named_case(name, golden))
         click.echo(json_text(facts)) if as_json else print_case(facts)
         return
-    found = [case_facts(case) for case in listed_cases(golden)]
+    found = [case_facts(case) for case in listed_cases(golden, families)]
     if as_json:
         click.echo(json_text(found))
         return

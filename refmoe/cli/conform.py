@@ -13,6 +13,7 @@ from refmoe.api.conforming import (
     CANNOT,
     DTYPES,
     FAILED,
+    FAMILIES,
     SCAFFOLDS,
     SHIPPED,
     WELL,
@@ -116,6 +117,10 @@ def _about(option: Listed) -> str:
 @click.option(
     "--case", "cases", multiple=True, metavar="NAME", help="Only this case (refmoe cases lists them); repeatable."
 )
+@click.option(
+    "--family", "families", multiple=True, type=click.Choice(FAMILIES), show_default="small",
+    help="The cases of this family; production has the dimensions of production kernels; repeatable.",
+)  # fmt: skip
 @click.option("--dtype", "dtypes", multiple=True, type=click.Choice(DTYPES), help="Only this dtype; repeatable.")
 @click.option(
     "--policy", "policies", multiple=True, metavar="POLICY",
@@ -159,6 +164,7 @@ def conform_command(
     \b
     refmoe conform --adapter transformers --option attention=sdpa --out results/transformers.json
     refmoe conform --adapter ./my_adapter.py --python ../venv/bin/python
+    refmoe conform --family production --adapter transformers
     refmoe conform --keep traces -- ./my-harness --threads 4
     refmoe conform --fresh 20261128 -- ./my-harness
     refmoe conform --adapter llama_cpp --out llama.json --resume

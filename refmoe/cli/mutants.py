@@ -5,14 +5,17 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
+from refmoe.api.facts import PRODUCTION
 from refmoe.api.files import write_text
 from refmoe.api.known_bugs import (
     DTYPES,
     Part,
     Recorded,
+    Repeated,
     judge_all,
     judge_mutants,
     matrix_page,
@@ -23,6 +26,7 @@ from refmoe.api.known_bugs import (
     mutants,
     recorded_matrix,
     repeat,
+    repeat_production,
     specification_fails,
 )
 from refmoe.cli.guard import OUTPUT, PAGE, GuardedCommand
@@ -30,7 +34,7 @@ from refmoe.cli.options import golden_option, jobs_option, json_option, progress
 from refmoe.cli.table import print_table
 from refmoe.errors import InputError
 from refmoe.report.json_text import json_text
-from refmoe.report.matrix_text import repeated_lines, stale_lines, summary_lines
+from refmoe.report.matrix_text import family_lines, repeated_lines, stale_lines, summary_lines
 
 Names = tuple[str, ...]
 
@@ -113,7 +117,8 @@ def matrix_command(
 
     The whole matrix takes some twenty minutes of two cores. With --golden it is written to matrix.json of that folder,
     with digests of all that it depends on, and entered in the manifest. A part of it is printed only. With --changed,
-    the runs that changed files can affect are repeated, and with --golden matrix.json is made current.
+    the runs that changed files can affect are repeated, and with --golden matrix.json is made current. On the cases for
+    production kernels each mutant runs until one kills it; matrix-production.json has that.
 
     Exit status 1 when the specification itself fails somewhere, or a mutant lives without a known reason. With
     --changed and --sample, also when a mutant that was killed is not any more.
@@ -198,26 +203,42 @@ def power_command(
 
 def _summary(context: click.Context, recorded: Recorded, as_json: bool) -> None:
     summary = recorded.summary
+    production = recorded.production
     if as_json:
-        click.echo(json_text(asdict(summary) | {"problems": summary.problems, "changed": recorded.stale}))
+        facts = asdict(summary) | {"problems": recorded.problems, "changed": recorded.stale}
+        if production is not None:
+            facts |= {"production": {"killed": production.summary.killed, "changed": production.stale}}
+        click.echo(json_text(facts))
     else:
-        for line in [*summary_lines(summary), *stale_lines(recorded.stale)]:
+        lines = [*summary_lines(summary), *stale_lines(recorded.stale)]
+        if production is not None:
+            lines += [*family_lines(PRODUCTION, production.summary), *stale_lines(production.stale)]
+        for line in lines:
             click.echo(line)
-    if summary.problems:
+    if recorded.problems:
         context.exit(1)
 
 
 def _again(context: click.Context, mode: str, golden: Path | None, jobs: int | None, as_json: bool) -> None:
     """Repeat a part of the recorded matrix."""
     done = repeat(mode, golden, write=golden is not None, jobs=jobs, bars=progress_bar)
+    production = repeat_production(mode, golden, write=golden is not None, jobs=jobs, bars=progress_bar)
     if as_json:
-        values = {
-            "changed": done.parts, "runs": len(done.outcomes), "lost": [asdict(each) for each in done.lost],
-            "gained": [asdict(each) for each in done.gained], "problems": done.problems,
-        }  # fmt: skip
-        click.echo(json_text(values))
+        more = {} if production is None else {"production": _repeated_facts(production)}
+        click.echo(json_text(_repeated_facts(done) | more))
     else:
         for line in repeated_lines(done.parts, done.work, done.problems):
             click.echo(line)
-    if done.problems:
+        if production is not None:
+            click.echo("\nthe cases for production kernels")
+            for line in repeated_lines(production.parts, production.work, production.problems):
+                click.echo(line)
+    if done.problems or (production is not None and production.problems):
         context.exit(1)
+
+
+def _repeated_facts(done: Repeated) -> dict[str, Any]:
+    return {
+        "changed": done.parts, "runs": len(done.outcomes), "lost": [asdict(each) for each in done.lost],
+        "gained": [asdict(each) for each in done.gained], "problems": done.problems,
+    }  # fmt: skip

@@ -6,15 +6,21 @@ from __future__ import annotations
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import click
 
-from refmoe.api.goldens import Audited, Checked, audit_suite, certify_goldens, check_goldens, emit_goldens
+from refmoe.api.auditing import Audited, audit_suite
+from refmoe.api.facts import FAMILIES, case_facts
+from refmoe.api.goldens import Checked, certify_goldens, check_goldens, emit_goldens
 from refmoe.api.known_bugs import mutants
+from refmoe.api.new_cases import PRESETS, SMALL, Call, Wanted, new_case
 from refmoe.cli.guard import GuardedCommand
 from refmoe.cli.options import (
     PATH,
     Command,
+    Integer,
+    Tokens,
     device_option,
     golden_option,
     jobs_option,
@@ -25,6 +31,7 @@ from refmoe.cli.options import (
 from refmoe.cli.sections import Sections
 from refmoe.cli.table import print_table
 from refmoe.cuda.place import Place
+from refmoe.errors import InputError
 from refmoe.report.json_text import json_text
 from refmoe.report.matrix_text import failures, stale_lines
 from refmoe.report.terminal import sentence
@@ -37,7 +44,7 @@ def cases_argument(command: Command) -> Command:
     return click.argument("names", nargs=-1, metavar="[CASE]...")(command)
 
 
-@click.group("suite", cls=Sections, short_help="Check, certify, audit and emit the golden cases.")
+@click.group("suite", cls=Sections, short_help="Check, certify, audit and emit the golden cases, and make new ones.")
 def suite_command() -> None:
     """The golden cases and the specification themselves.
 
@@ -160,6 +167,49 @@ def emit_command(names: Names, golden: Path, device: Place, jobs: int | None, as
         click.echo(f"{golden}: {len(written)} cases written, the others were up to date")
 
 
+@click.command("new", cls=GuardedCommand, short_help="Make a case of your own dimensions, with its golden.")
+@click.argument("name")
+@written_golden_option("the case is", required=True)
+@click.option(
+    "--like", metavar="CASE", default="walking-skeleton", show_default=True,
+    help=f"The case, or {' or '.join(PRESETS)}, whose dimensions it has.",
+)  # fmt: skip
+@click.option("--config", type=PATH, metavar="FILE", help="A config.json whose dimensions it has instead.")
+@click.option(
+    "--set", "changes", multiple=True, metavar="FIELD=VALUE",
+    help="Change a field of [config] in case.toml, such as layers=2 or window=none; repeatable.",
+)  # fmt: skip
+@click.option("--seed", type=Integer(0), default=1, show_default=True, help="The weights, by the weight formula.")
+@click.option("--tokens", type=Tokens(), help="Token ids of the prefill; drawn by the seed if not given.")
+@click.option("--chunk", type=Tokens(), multiple=True, help="After the prefill, a chunk of tokens; repeatable.")
+@click.option("--decode", type=Tokens(), help="After the prefill and chunks, decode these tokens one by one.")
+@click.option("--why", default="", metavar="TEXT", help="What the case is there to show.")
+@click.option("--family", type=click.Choice(FAMILIES), default=SMALL, show_default=True, help="Its family.")
+@json_option
+def new_command(golden: Path, as_json: bool, **options: Any) -> None:
+    """Make the case NAME in a folder of your own: case.toml, its golden and the manifests.
+
+    \b
+    refmoe suite new mine --golden my-cases --config path/to/config.json --set layers=2
+    refmoe suite new long --golden my-cases --like production-first --set window=16 --tokens 1,2,3 --decode 4,5
+    refmoe conform --golden my-cases --adapter transformers
+
+    The conditions that hold are found and written. Weights come from the formula, so nothing is downloaded. Where all
+    values would take more than 4 MiB, a fingerprint of each tap is stored; every command takes either.
+    """
+    tokens, chunk, decode = (options.pop(each) for each in ("tokens", "chunk", "decode"))
+    if tokens is None and (chunk or decode):
+        raise InputError("--chunk and --decode come after a prefill, so --tokens was expected beside them")
+    calls = [] if tokens is None else [Call("prefill", 0, tokens), *(Call("chunk", 0, piece) for piece in chunk)]
+    calls += [Call("decode", 0, decode)] if decode else []
+    case = new_case(golden, Wanted(calls=tuple(calls), **options))
+    if as_json:
+        click.echo(json_text(case_facts(case) | {"folder": str(case.folder)}))
+        return
+    click.echo(f"{case.folder}: {len(case.runs())} runs; conditions: {', '.join(case.conditions) or 'none'}")
+    click.echo(f"run an engine on it: refmoe conform --golden {golden} --case {case.name} --adapter NAME")
+
+
 @click.command("audit", cls=GuardedCommand, short_help="Print the proof of each clause: code, tests, mutants, cases.")
 @golden_option
 @click.option(
@@ -224,4 +274,4 @@ def print_audit(audited: Audited) -> None:
 
 
 assert isinstance(suite_command, Sections)
-suite_command.section("Commands", check_command, certify_command, audit_command, emit_command)
+suite_command.section("Commands", check_command, certify_command, audit_command, emit_command, new_command)

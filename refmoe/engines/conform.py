@@ -16,7 +16,7 @@ from refmoe.engines.harness import Description, Harness, HarnessUnusable, Refuse
 from refmoe.engines.observations import golden_bits_notes, has_golden_bits, is_wider
 from refmoe.engines.process import BROKEN, CRASHED, HarnessError
 from refmoe.engines.protocol import TAPS
-from refmoe.engines.results import SKIPPED, Cause, Engine, Outcome, Results
+from refmoe.engines.results import NOT_JUDGED, SKIPPED, Cause, Engine, Outcome, Results
 from refmoe.engines.run_case import (
     Labels,
     Materialised,
@@ -34,6 +34,7 @@ from refmoe.profiles.load import policy as named_policy
 from refmoe.profiles.policy import Policy
 from refmoe.spec.model import Parameters
 from refmoe.suite import Case
+from refmoe.suite.overflow import excused, overflow
 from refmoe.suite.power import with_power
 from refmoe.traces.trace import Trace
 from refmoe.verifier.findings import CANNOT_JUDGE, FAIL, NOT_CONFORMANT, Report
@@ -69,6 +70,11 @@ class Judge:
             report = with_power(report, trace, config, policy)
         except InputError as error:
             return replace(outcome, reason=_about_its_file(error, trace))
+        if report.verdict == CANNOT_JUDGE:
+            first = overflow(case, parameters, policy)
+            if first is not None and excused(report, case, first):
+                reason = f"the case overflows under {policy.name}: the specification itself is not finite at {first}"
+                return replace(outcome, verdict=NOT_JUDGED, reason=reason, worst_errors=worst_errors(report))
         unexplained = ""
         if self.diagnosing and report.verdict == NOT_CONFORMANT:
             try:

@@ -20,10 +20,10 @@ from refmoe.files.sentences import quoted
 from refmoe.suite.case import is_list
 from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT
 
-SKIPPED = "skipped"
-VERDICTS = (CONFORMANT, NOT_CONFORMANT, CANNOT_JUDGE, SKIPPED, CRASHED, TIMED_OUT, BROKEN)
+SKIPPED, NOT_JUDGED = "skipped", "not judged"
+VERDICTS = (CONFORMANT, NOT_CONFORMANT, CANNOT_JUDGE, NOT_JUDGED, SKIPPED, CRASHED, TIMED_OUT, BROKEN)
 """The verdicts on a case at a dtype, as PROTOCOL.md defines them."""
-GOOD = (CONFORMANT, SKIPPED)
+GOOD = (CONFORMANT, NOT_JUDGED, SKIPPED)
 """The verdicts that are no failure."""
 
 

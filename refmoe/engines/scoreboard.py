@@ -12,15 +12,16 @@ from pathlib import Path
 from refmoe.engines.observations import Used, policies_used
 from refmoe.engines.process import BROKEN, CRASHED, TIMED_OUT
 from refmoe.engines.protocol import DTYPES, TAPS
-from refmoe.engines.results import SKIPPED, Cause, Outcome, Results, read_results
+from refmoe.engines.results import NOT_JUDGED, SKIPPED, Cause, Outcome, Results, read_results
 from refmoe.errors import InputError
 from refmoe.spec.taps import step_of
 from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT
 
 DEVIATES, UNDECIDABLE, UNSUPPORTED, FAILED = "deviates", "undecidable", "not supported", "crashed"
+OVERFLOWS = "overflows"
 KINDS = {
-    CONFORMANT: CONFORMANT, NOT_CONFORMANT: DEVIATES, CANNOT_JUDGE: UNDECIDABLE, SKIPPED: UNSUPPORTED,
-    CRASHED: FAILED, TIMED_OUT: FAILED, BROKEN: FAILED,
+    CONFORMANT: CONFORMANT, NOT_CONFORMANT: DEVIATES, CANNOT_JUDGE: UNDECIDABLE, NOT_JUDGED: OVERFLOWS,
+    SKIPPED: UNSUPPORTED, CRASHED: FAILED, TIMED_OUT: FAILED, BROKEN: FAILED,
 }  # fmt: skip
 """Per verdict the kind of outcome under which the scoreboard counts it."""
 NOT_RUN = "not run"

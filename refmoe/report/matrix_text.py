@@ -25,6 +25,13 @@ def summary_lines(summary: Summary) -> Iterable[str]:
     yield from failures(summary.problems)
 
 
+def family_lines(family: str, summary: Summary) -> Iterable[str]:
+    """The mutants that the cases of one family kill by themselves."""
+    killed = ", ".join(f"{summary.killed[policy]} in {policy}" for policy in summary.killed)
+    yield f"the {family} cases by themselves kill, of {summary.mutants} mutants: {killed}"
+    yield from failures(summary.problems)
+
+
 def repeated_lines(parts: Sequence[str], work: Sequence[Work], problems: Sequence[str]) -> Iterable[str]:
     """The changes since the matrix was computed, the runs that were repeated, and the failures among them."""
     yield f"changed: {', '.join(parts)}" if parts else "nothing has changed since the matrix was computed"

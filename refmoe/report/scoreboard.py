@@ -12,6 +12,7 @@ from refmoe.engines.scoreboard import (
     FAILED,
     KINDS,
     NOT_RUN,
+    OVERFLOWS,
     UNDECIDABLE,
     UNSUPPORTED,
     Entrant,
@@ -25,6 +26,7 @@ MARKS = {
     CONFORMANT: ("good", "✓", "conformant"),
     DEVIATES: ("bad", "✕", "deviates from what its policy allows"),
     UNDECIDABLE: ("unsure", "?", "undecidable: too few values have a bound, or refmoe could not judge it"),
+    OVERFLOWS: ("absent", "∞", "not judged: the case overflows in this dtype, for every engine"),
     UNSUPPORTED: ("absent", "-", "not supported, by the engine's own word"),
     FAILED: ("bad", "!", "crashed, timed out, or gave a broken answer"),
     NOT_RUN: ("absent", "·", "not run"),
@@ -69,7 +71,7 @@ def to_html(board: Scoreboard) -> str:
             (case, [[mark(each, case, dtype) for dtype in each.dtypes] for each in entrants]) for case in board.cases
         ],
         marks=list(MARKS.values()),
-        groups={kind: board.groups(kind) for kind in (DEVIATES, FAILED, UNDECIDABLE, UNSUPPORTED)},
+        groups={kind: board.groups(kind) for kind in (DEVIATES, FAILED, UNDECIDABLE, OVERFLOWS, UNSUPPORTED)},
         errors=errors(board),
         count=count,
     )

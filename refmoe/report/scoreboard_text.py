@@ -12,12 +12,13 @@ from rich.text import Text
 from refmoe.engines.known import Failures
 from refmoe.engines.observations import policies_used
 from refmoe.engines.process import BROKEN, CRASHED, TIMED_OUT
-from refmoe.engines.results import SKIPPED, Outcome, Results
+from refmoe.engines.results import NOT_JUDGED, SKIPPED, Outcome, Results
 from refmoe.engines.scoreboard import (
     DEVIATES,
     FAILED,
     KINDS,
     NOT_RUN,
+    OVERFLOWS,
     UNDECIDABLE,
     UNSUPPORTED,
     Group,
@@ -30,10 +31,10 @@ from refmoe.report.wording import count, number, visible
 from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT
 
 STYLES = {
-    CONFORMANT: "green", NOT_CONFORMANT: "bold red", CANNOT_JUDGE: "yellow", SKIPPED: "dim", CRASHED: "bold red",
-    TIMED_OUT: "bold red", BROKEN: "bold red",
+    CONFORMANT: "green", NOT_CONFORMANT: "bold red", CANNOT_JUDGE: "yellow", NOT_JUDGED: "dim", SKIPPED: "dim",
+    CRASHED: "bold red", TIMED_OUT: "bold red", BROKEN: "bold red",
 }  # fmt: skip
-MARKS = {CONFORMANT: "✓", DEVIATES: "✕", UNDECIDABLE: "?", UNSUPPORTED: "-", FAILED: "!", NOT_RUN: "·"}
+MARKS = {CONFORMANT: "✓", DEVIATES: "✕", UNDECIDABLE: "?", OVERFLOWS: "∞", UNSUPPORTED: "-", FAILED: "!", NOT_RUN: "·"}
 """Per kind of outcome its mark, one character."""
 LISTED = 10
 """The most cases of a group that are named, and the most lines of standard error that are shown."""
@@ -65,8 +66,9 @@ def print_results(results: Results, failures: Failures, logs: Mapping[tuple[str,
         print_text(
             console, f"{_place(outcome)}: conformant, but listed as known to fail: {visible(entry.reason)}", "bold red"
         )
-    for reason, outcomes in _skips(results).items():
-        print_text(console, f"skipped: {visible(reason)}: {_places(outcomes)}", "dim")
+    for verdict in (NOT_JUDGED, SKIPPED):
+        for reason, outcomes in _with_verdict(results, verdict).items():
+            print_text(console, f"{verdict}: {visible(reason)}: {_places(outcomes)}", "dim")
     for note in results.notes:
         print_text(console, f"note: {visible(note)}")
     counts = results.counts
@@ -105,11 +107,11 @@ def _print_failures(console: Console, outcomes: Sequence[Outcome], log: str) -> 
             print_text(console, f"{INDENT}  {visible(line)}", "dim")
 
 
-def _skips(results: Results) -> dict[str, list[Outcome]]:
-    """Per reason, with its issue, the skipped outcomes."""
+def _with_verdict(results: Results, verdict: str) -> dict[str, list[Outcome]]:
+    """Per reason, with its issue, the outcomes of this verdict."""
     found: dict[str, list[Outcome]] = {}
     for each in results.outcomes:
-        if each.verdict == SKIPPED:
+        if each.verdict == verdict:
             found.setdefault(each.reason + _issue(each.issue), []).append(each)
     return found
 
@@ -154,7 +156,7 @@ def print_scoreboard(board: Scoreboard) -> None:
         ", ".join(f"{mark} {kind}" for kind, mark in MARKS.items()) + "; a mark for each dtype, in the order above",
     )
     console.print(_marks(board))
-    for kind in (DEVIATES, FAILED, UNDECIDABLE, UNSUPPORTED):
+    for kind in (DEVIATES, FAILED, UNDECIDABLE, OVERFLOWS, UNSUPPORTED):
         groups = board.groups(kind)
         if groups:
             console.print()

@@ -58,7 +58,7 @@ def random_floats(rng: np.random.Generator, shape: tuple[int, ...], spread: int,
 
 
 def check(x: Array, stored: Array) -> None:
-    """The law: linear, matmul and sum meet DOT-1 and DOT-2 for x [t, n] and stored [m, n]; a row is summed alone too."""
+    """The law: linear, matmul and sum meet DOT-1 and DOT-2 for x [t, n] and stored [m, n], and so does sum of a row."""
     wide = stored.astype(np.float64)
     expected = expected_matmul(x, wide.T)
     assert same_bits(dot.linear(x, dot.prepare(stored)), expected)

@@ -14,7 +14,7 @@ from pathlib import Path
 from refmoe.bugs.catalogue import MUTANTS
 from refmoe.files.reading import read_bytes, read_text
 from refmoe.profiles.load import policy
-from refmoe.suite import find_cases
+from refmoe.suite import SMALL, find_cases
 from refmoe.suite.matrix.outcomes import POLICIES
 
 PACKAGE = Path(__file__).parents[2]
@@ -102,22 +102,25 @@ def with_imports(path: Path) -> set[Path]:
     return {path}.union(*(with_imports(path.with_name(f"{name}.py")) for name in names))
 
 
-def digests(golden: Path) -> dict[str, str]:
-    """Per part its digest: ``core``, ``surroundings``, each file of the catalogue, each case, each file of vectors."""
+def digests(golden: Path, family: str = SMALL) -> dict[str, str]:
+    """Per part its digest: ``core``, ``surroundings``, each file of the catalogue, each case, each file of vectors.
+
+    family: whose matrix it is. Mutants of tokenizer, sampler and loss belong to the first family's alone.
+    """
     core = hashlib.sha256(f"{digest(files_of(CORE))} {policies()}".encode()).hexdigest()
-    found = {"core": core, "surroundings": digest(files_of(SURROUNDINGS))}
+    found = {"core": core} | ({"surroundings": digest(files_of(SURROUNDINGS))} if family == SMALL else {})
     for path in sorted((PACKAGE / "bugs" / "catalogue").glob("*.py")):
         if path.name != "__init__.py":
             found[CATALOGUE + path.stem] = digest(with_imports(path))
-    for folder in find_cases(golden):
+    for folder in find_cases(golden, (family,)):
         found[CASES + folder.name] = digest([folder / "case.toml"])
-    for path in sorted((golden / "vectors").glob("*.json")):
+    for path in sorted((golden / "vectors").glob("*.json")) if family == SMALL else ():
         if not path.name.endswith(".schema.json"):
             found[VECTORS + path.stem] = digest([path])
     return found
 
 
-def changed(recorded: Mapping[str, str], golden: Path) -> set[str]:
-    """The parts that are not as they were."""
-    now = digests(golden)
+def changed(recorded: Mapping[str, str], golden: Path, family: str = SMALL) -> set[str]:
+    """The parts that are not as they were.   family: as for `digests`"""
+    now = digests(golden, family)
     return {name for name in now.keys() | recorded.keys() if now.get(name) != recorded.get(name)}

@@ -13,12 +13,15 @@ from refmoe.bugs.catalogue import MUTANTS
 from refmoe.errors import InputError
 from refmoe.files.atomic import replacing
 from refmoe.files.json_file import JsonFile, read_json
+from refmoe.suite.case import PRODUCTION, SMALL
 from refmoe.suite.matrix.outcomes import INERT, MANNERS, POLICIES, SPECIFICATION, Outcome
 from refmoe.suite.matrix.surroundings import Outside
 from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT
 
 FORMAT_VERSION = "1"
 MATRIX_FILE = "matrix.json"
+MATRIX_FILES = {SMALL: MATRIX_FILE, PRODUCTION: "matrix-production.json"}
+"""Per family of cases the file of its matrix."""
 LIVING = (CONFORMANT, CANNOT_JUDGE)
 """The verdicts about a mutant that changes something and is not killed."""
 

@@ -56,34 +56,34 @@ class Summary:
         found = [f"the specification itself fails: {place}" for place in self.false_alarms]
         for where, told in ((self.alive, LIVES), (self.refuted, REFUTED)):
             for name in MUTANTS:
-                policies = [policy for policy in POLICIES if name in where[policy]]
+                policies = [policy for policy in where if name in where[policy]]
                 if policies:
                     found.append(told.format(name=name, policies=", ".join(policies)))
         return found + [f"mutant {name} lives: it gets every vector right" for name in self.outside_alive]
 
 
-def summarise(matrix: Matrix, cases: Sequence[str]) -> Summary:
-    """cases: the names of all present cases. Mutants and cases that are gone do not count."""
+def summarise(matrix: Matrix, cases: Sequence[str], policies: Sequence[str] = POLICIES) -> Summary:
+    """cases: the names of all present cases. Mutants and cases that are gone do not count.   policies: those that count"""
     names, existing = runnable(), set(cases)
-    killers = {(name, policy): existing & matrix.killers(name, policy).keys() for name in names for policy in POLICIES}
-    surviving = {policy: [name for name in names if not killers[name, policy]] for policy in POLICIES}
+    killers = {(name, policy): existing & matrix.killers(name, policy).keys() for name in names for policy in policies}
+    surviving = {policy: [name for name in names if not killers[name, policy]] for policy in policies}
     alone = Counter(next(iter(by)) for by in killers.values() if len(by) == 1)
     alarms = [
         f"case {case} in {policy}"
-        for policy in POLICIES
+        for policy in policies
         for case in matrix.killers(SPECIFICATION, policy)
         if case in existing
     ]
     return Summary(
         mutants=len(names),
-        killed={policy: len(names) - len(surviving[policy]) for policy in POLICIES},
-        alive={policy: tuple(n for n in surviving[policy] if policy not in MUTANTS[n].unseen) for policy in POLICIES},
+        killed={policy: len(names) - len(surviving[policy]) for policy in policies},
+        alive={policy: tuple(n for n in surviving[policy] if policy not in MUTANTS[n].unseen) for policy in policies},
         unseen={
             policy: {n: MUTANTS[n].unseen[policy] for n in surviving[policy] if policy in MUTANTS[n].unseen}
-            for policy in POLICIES
+            for policy in policies
         },
         refuted={
-            policy: tuple(n for n in names if policy in MUTANTS[n].unseen and killers[n, policy]) for policy in POLICIES
+            policy: tuple(n for n in names if policy in MUTANTS[n].unseen and killers[n, policy]) for policy in policies
         },
         outside=len(outside()),
         outside_alive=tuple(name for name in outside() if not matrix.outside.get(name)),
