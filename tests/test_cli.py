@@ -79,8 +79,18 @@ def test_the_commands_are_listed_by_who_asks(refmoe: Refmoe) -> None:
     """Each of them once, and every one is in a section."""
     out = refmoe("--help")[1]
     listed = re.findall(r"^  (\w+) {2,}\S", out.partition("Judge an engine:")[2], re.MULTILINE)
-    assert listed == [*commands.commands]
+    assert listed == [*dict.fromkeys(name.split()[0] for name in COMMANDS)]
     assert "_REFMOE_COMPLETE" in out
+
+
+def test_the_list_has_the_line_of_each_command_without_importing_it() -> None:
+    for name, member in commands.members().items():
+        command = commands.get_command(click.Context(commands), name)
+        assert member.get_short_help_str(200) == command.get_short_help_str(200), name
+    script = "import sys, refmoe.cli\ntry: refmoe.cli.commands(['--help'])\nexcept SystemExit: pass\n"
+    script += "print([name for name in sys.modules if name.startswith(('refmoe.api', 'refmoe.verifier', 'rich'))])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "refmoe"
 
 ROOMS = (
-    "errors", "files", "parallel", "arithmetic", "spec", "profiles", "checkpoints", "traces", "text", "steps",
-    "routers", "cuda", "jobs", "bugs", "verifier", "suite", "engines", "report", "api", "testing",
+    "errors", "signals", "files", "parallel", "arithmetic", "spec", "profiles", "checkpoints", "traces", "text",
+    "steps", "routers", "cuda", "jobs", "bugs", "verifier", "suite", "engines", "report", "api", "testing",
     "cli", "__main__",
 )  # fmt: skip
 """A room imports only from the rooms before it."""

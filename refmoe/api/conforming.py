@@ -34,12 +34,12 @@ from refmoe.engines.run_case import keep_folder
 from refmoe.engines.scaffold import SCAFFOLDS, usage, write_scaffold
 from refmoe.engines.scaffold.workflow import check_source, known_file, write_workflow
 from refmoe.engines.scoreboard import KINDS, Entrant, Scoreboard, result_files, scoreboard
-from refmoe.engines.signals import EndedBySignal, ended_by_signals
 from refmoe.errors import InputError
 from refmoe.files.parsing import strict_json
 from refmoe.files.writable import refuse_output
 from refmoe.profiles.load import policy as named_policy
 from refmoe.profiles.policy import Policy
+from refmoe.signals import ended_by_signals
 from refmoe.suite import FAMILIES, SMALL, Case, find_cases, read_case
 from refmoe.suite.fresh import fresh_case
 from refmoe.suite.golden_folder import case_folder, golden_folder
@@ -278,8 +278,8 @@ def _engine(entrant: Entrant) -> dict[str, Any]:
 
 
 __all__ = [
-    "CANNOT", "DTYPES", "FAILED", "FAMILIES", "SCAFFOLDS", "SHIPPED", "WELL", "Conformance", "EndedBySignal",
-    "Failures", "HarnessUnusable", "Results", "Scoreboard", "Workflow", "board_facts", "conform", "ended_by_signals",
-    "read_known", "read_results", "refuse_output", "result_files", "run_facts", "scoreboard", "sort_failures", "usage",
-    "whole_verdict", "write_results", "write_scaffold",
+    "CANNOT", "DTYPES", "FAILED", "FAMILIES", "SCAFFOLDS", "SHIPPED", "WELL", "Conformance", "Failures",
+    "HarnessUnusable", "Results", "Scoreboard", "Workflow", "board_facts", "conform", "read_known", "read_results",
+    "refuse_output", "result_files", "run_facts", "scoreboard", "sort_failures", "usage", "whole_verdict",
+    "write_results", "write_scaffold",
 ]  # fmt: skip

@@ -17,26 +17,12 @@ import click
 import numpy as np
 
 from refmoe import __version__
-from refmoe.api.conforming import EndedBySignal, ended_by_signals
-from refmoe.cli.capture import capture_command
-from refmoe.cli.cases import cases_command
-from refmoe.cli.conform import conform_command
-from refmoe.cli.emit import emit_command
-from refmoe.cli.engines import engines_command
-from refmoe.cli.generate import generate_command
-from refmoe.cli.info import info_command
-from refmoe.cli.materialise import materialise_command
-from refmoe.cli.mutants import mutants_command
-from refmoe.cli.policies import policies_command
-from refmoe.cli.router import router_command
-from refmoe.cli.scoreboard import scoreboard_command
-from refmoe.cli.sections import Sections
+from refmoe.cli.sections import Later, Sections
 from refmoe.cli.streams import safe_streams
-from refmoe.cli.suite import suite_command
-from refmoe.cli.verify import verify_command
 from refmoe.errors import InputError
 from refmoe.report.json_text import json_text
-from refmoe.report.terminal import sentence
+from refmoe.report.neutral import sentence
+from refmoe.signals import EndedBySignal, ended_by_signals
 
 UNUSABLE = 2
 INTERNAL = 70
@@ -74,12 +60,27 @@ def commands() -> None:
 assert isinstance(commands, Sections)
 commands.section(
     "Judge an engine",
-    verify_command, conform_command, engines_command, capture_command, scoreboard_command,
-    policies_command, cases_command,
-)  # fmt: skip
-commands.section("Models", info_command, emit_command, generate_command, materialise_command)
-commands.section("Routers", router_command)
-commands.section("The suite itself", suite_command, mutants_command)
+    Later("verify", "Judge values: conformant, or wrong, where and by how much."),
+    Later("conform", "Run an engine on the golden cases, and judge each."),
+    Later("engines", "List the adapters, their options, or install an engine."),
+    Later("capture", "Record a trace from transformers."),
+    Later("scoreboard", "Put the results of several engines side by side."),
+    Later("policies", "List the numeric policies, or print where some of them differ."),
+    Later("cases", "List the golden cases, or print one in full."),
+)
+commands.section(
+    "Models",
+    Later("info", "Print the configuration, parameters and memory of a model."),
+    Later("emit", "Compute the values of a checkpoint or a case."),
+    Later("generate", "Stream text from a checkpoint."),
+    Later("materialise", "Write the model of a golden case as an ordinary checkpoint."),
+)
+commands.section("Routers", Later("router", "Show what a router does; check one of your own."))
+commands.section(
+    "The suite itself",
+    Later("suite", "Check, certify, audit and emit the golden cases."),
+    Later("mutants", "Known bugs of the field, and the proof that each is caught."),
+)
 
 
 def main() -> None:

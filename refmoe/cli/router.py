@@ -27,7 +27,7 @@ from refmoe.cli.options import PATH, Decimal, Integer, json_option, progress_bar
 from refmoe.cli.sections import Sections
 from refmoe.cli.table import console, print_table
 from refmoe.report.json_text import json_text
-from refmoe.report.terminal import sentence
+from refmoe.report.neutral import sentence
 
 if TYPE_CHECKING:
     from refmoe.routers.contract import Verdict

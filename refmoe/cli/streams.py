@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from refmoe.report.terminal import READABLE, neutral
+from refmoe.report.neutral import READABLE, neutral
 
 
 class Styled:

@@ -34,7 +34,7 @@ from refmoe.cuda.place import Place
 from refmoe.errors import InputError
 from refmoe.report.json_text import json_text
 from refmoe.report.matrix_text import failures, stale_lines
-from refmoe.report.terminal import sentence
+from refmoe.report.neutral import sentence
 
 Names = tuple[str, ...]
 

@@ -7,7 +7,6 @@ PROTOCOL.md specifies the protocol. Two sides speak it:
     adapter, serve      the engine's side: needs no packages but NumPy, ml_dtypes and safetensors
     process, harness    the runner's side: a child process, and the requests to it
     guard, marked       the program between refmoe and a harness, which ends with it all that it has started
-    scratch, signals    temporary folders and signals of a run, so that nothing is left however it ends
     run_case, conform   one case on a harness, and the whole run with its smoke test and verdicts
     observations        whose bits an engine has, and which policies are wider than a dtype's own
     results, known      the file of results, and the list of failures that are expected

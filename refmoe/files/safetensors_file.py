@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import struct
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import RawIOBase
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import ml_dtypes
 import numpy as np
@@ -38,6 +41,10 @@ DTYPES: dict[str, Any] = {
     "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
 }  # fmt: skip
 """NumPy dtypes by their names in the safetensors format."""
+_MAPPINGS: WeakValueDictionary[tuple[int, int, int, int], mmap.mmap] = WeakValueDictionary()
+"""The mapped files by device, inode, size and time of change."""
+_LOCK = threading.Lock()
+
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 """The names of the dtypes in the safetensors format."""
 
@@ -63,10 +70,9 @@ class StoredTensor:
             return np.zeros(self.shape, DTYPES[self.dtype])
         try:
             # not np.memmap: its arrays carry a subclass into every result
-            raw = np.asarray(np.memmap(self.path, np.uint8, "r", self.offset, self.nbytes))
+            return self._shaped(np.frombuffer(_mapping(self.path), np.uint8, self.nbytes, self.offset))
         except (OSError, ValueError) as error:
             raise self._gone(error) from None
-        return self._shaped(raw)
 
     def get(self, file: bytes | None = None) -> NDArray[Any]:
         """The values, read-only. Up to `SMALL` bytes are read, which is several times faster than to map them.
@@ -141,6 +147,20 @@ class StoredTensor:
     def nbytes(self) -> int:
         """Bytes of all elements."""
         return math.prod(self.shape) * self.itemsize
+
+
+def _mapping(path: Path) -> mmap.mmap:
+    """The whole file, mapped read-only. All tensors of one file share it, as long as one of them is in use.
+
+    Each mapping holds a file descriptor, and a process may have 1024. A checkpoint of 8x22B has more tensors.
+    """
+    with open(path, "rb") as file, _LOCK:
+        facts = os.fstat(file.fileno())
+        key = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+        found = _MAPPINGS.get(key)
+        if found is None:
+            found = _MAPPINGS[key] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return found
 
 
 def open_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:

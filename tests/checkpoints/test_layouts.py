@@ -211,7 +211,7 @@ def owner(array: Any) -> Any:
     """The object that owns the memory of an array."""
     while isinstance(array, np.ndarray) and array.base is not None:
         array = array.base
-    return array
+    return array.obj if isinstance(array, memoryview) else array
 
 
 @pytest.mark.parametrize("variant", ["apart", "fused", "mistral"])

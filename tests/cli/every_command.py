@@ -17,7 +17,10 @@ ROOT = Path(__file__).parents[2]
 def every_command(group: click.Group = commands, name: str = "") -> dict[str, click.Command]:
     """Every command that is no group, by its words."""
     found: dict[str, click.Command] = {}
-    for word, command in group.commands.items():
+    context = click.Context(group)
+    for word in group.list_commands(context):
+        command = group.get_command(context, word)
+        assert command is not None
         words = f"{name} {word}".strip()
         found |= every_command(command, words) if isinstance(command, click.Group) else {words: command}
     return found

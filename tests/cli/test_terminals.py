@@ -24,7 +24,8 @@ from rich.text import Text
 from safetensors.numpy import load_file, save_file
 
 from refmoe.cli.streams import Plain
-from refmoe.report.terminal import LONGEST, SafeConsole, neutral, sentence
+from refmoe.report.neutral import LONGEST, neutral, sentence
+from refmoe.report.terminal import SafeConsole
 from tests.cli.every_command import COMMANDS, EXAMPLES, ROOT, arguments
 from tests.command_line import Refmoe
 

@@ -36,7 +36,7 @@ from random import Random
 from typing import Any
 
 from refmoe.parallel import SET_DEATH_SIGNAL
-from refmoe.report.terminal import LONGEST
+from refmoe.report.neutral import LONGEST
 
 SECONDS = 20.0
 """Seconds of the processor for a run. The slowest run of a good input takes one."""
@@ -219,7 +219,7 @@ def _faults_of_files(run: Run, status: int | None, before: dict[str, Any], folde
     for name in before:
         if after.get(name) != before[name] and not name.startswith(run.writes):
             yield f"the input {name!r} was {'changed' if name in after else 'removed'}"
-    outputs = [*run.writes, *(word for word in run.words if word.startswith("out/"))]
+    outputs = [*run.writes, *(os.path.normpath(word) for word in run.words if word.startswith("out/"))]
     for name in after.keys() - before.keys():
         parts = name.partition(".parts")[0]
         if name not in outputs and (".tmp" in name or os.path.basename(name).startswith(".")):

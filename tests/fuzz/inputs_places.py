@@ -398,8 +398,8 @@ def locale(number: int, dice: Random, folder: Path) -> Run:
     known = [words for words in INVOCATIONS if not words.startswith((*SLOW, "conform"))]
     words = known[number % len(known)].split()
     copy_needed(words, folder)
+    written = ("golden",) if words[:2] in (["suite", "emit"], ["suite", "certify"]) else ()
     if dice.random() < 0.7:
-        written = ("golden",) if words[:2] in (["suite", "emit"], ["suite", "certify"]) else ()
         names = [word for word in words if (folder / word).exists() and word not in ("small", *written)]
         if names:
             old = dice.choice(names)
@@ -407,7 +407,7 @@ def locale(number: int, dice: Random, folder: Path) -> Run:
             (folder / old).rename(folder / new)
             words = [new if word == old else word for word in words]
     variables = {**dice.choice(LOCALES), "PYTHONPATH": str(Path(__file__).parents[2])}
-    return Run(words, "utf-8", variables)
+    return Run(words, "utf-8", variables, writes=written)
 
 
 @cache

@@ -201,8 +201,7 @@ def wait_for_moment(process: subprocess.Popen[bytes], folder: Path, seconds: flo
     while process.poll() is None and time.monotonic() < deadline:
         if until_writing and next(folder.rglob(".*.tmp"), None) is not None:
             return
-        if not until_writing:
-            time.sleep(min(0.005, seconds))
+        time.sleep(min(0.002, seconds))
 
 
 @dataclass(frozen=True)
@@ -260,6 +259,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the counts")
     options = parser.parse_args()
     tried, hits, faulty = Counter[str](), Counter[str](), Counter[str]()
+    total: dict[str, int] = {}
     for trial in trials(2 * options.count, options.seed, options.only):
         if hits.total() == options.count:
             break
@@ -269,15 +269,18 @@ def main() -> None:
         faulty[trial.name] += bool(faults)
         for fault in faults:
             print(f"{trial.name}, seed {trial.seed}: {fault}", flush=True)
-    facts = {
-        name: {"tried": tried[name], "killed": hits[name], "faults": faulty[name]} for name in COMMANDS if tried[name]
-    }
-    total = {"tried": tried.total(), "killed": hits.total(), "faults": faulty.total()}
-    if options.json is not None:
-        options.json.write_text(json.dumps({"seed": options.seed, "total": total, "commands": facts}, indent=1) + "\n")
+        total = {"tried": tried.total(), "killed": hits.total(), "faults": faulty.total()}
+        if options.json is not None:
+            facts = {
+                each: {"tried": tried[each], "killed": hits[each], "faults": faulty[each]}
+                for each in COMMANDS
+                if tried[each]
+            }
+            counts = {"seed": options.seed, "total": total, "commands": facts}
+            options.json.write_text(json.dumps(counts, indent=1) + "\n")
     print(json.dumps(total))
     shutil.rmtree(prepared(), ignore_errors=True)
-    sys.exit(bool(faulty.total()))
+    sys.exit(bool(total.get("faults")))
 
 
 if __name__ == "__main__":
