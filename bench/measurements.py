@@ -155,33 +155,49 @@ def entrant(found: Results) -> str:
     return f"{found.engine.name} {found.engine.version}{options}"
 
 
-def engines() -> str:
+def outcomes(folder: str) -> str:
+    """The table of the results in a folder: per engine and dtype the number of cases with each verdict."""
     kinds = (CONFORMANT, NOT_CONFORMANT, CANNOT_JUDGE, SKIPPED)
     rows = []
-    for file in sorted((RESULTS / "conform").glob("*.json")):
+    for file in sorted((RESULTS / folder).glob("*.json")):
         found = read_results(file)
         for dtype in dict.fromkeys(each.dtype for each in found.outcomes):
             verdicts = [each.verdict for each in found.outcomes if each.dtype == dtype]
             rows.append((entrant(found), dtype, *(str(verdicts.count(kind)) for kind in kinds)))
+    return table(("engine", "dtype", *kinds), rows)
+
+
+def engines() -> str:
     return f"""## Real engines
 
 The number of cases with each verdict (`refmoe conform --adapter NAME --out FILE`; files:
 [`bench/results/conform/`](../bench/results/conform)). `refmoe scoreboard bench/results/conform` prints the same files.
+Each failure is in [`known.toml`](../bench/results/conform/known.toml) with its reason in the engine's source. `refmoe
+engines NAME --install DIR` makes the environment of an engine.
 
-{table(("engine", "dtype", *kinds), rows)}
+{outcomes("conform")}
 
-- `transformers`: no deviation. In float16 the case `huge-activations` overflows by design, so nothing is left to judge.
+Cases with the dimensions of production kernels (`--case production-8x7b` and so on; files:
+[`bench/results/conform_production/`](../bench/results/conform_production)):
+
+{outcomes("conform_production")}
+
+- `transformers`: one deviation. In float64, eager attention makes real tokens NaN where a batch is padded on the left
+  ([finding](findings/transformers-float64-padding.md)). Grouped products of torch take rows of whole 16 bytes, so most
+  small cases are skipped in two dtypes. In float16 the case `huge-activations` overflows by design, for every engine.
+- vLLM: no deviation. Its attention on a CPU has heads of 32 and more.
+- mistral-inference: no deviation. Its attention kernel has no CPU version and is replaced. A sequence starts at 0.
+- OpenVINO: no deviation in float32. By default it infers in bfloat16 on this processor, and conforms to that policy.
 - llama.cpp: no deviation from its profiles. Its default is flash attention, which sums weighted values in float16 in
   calls of fewer than 64 tokens. Only `attention.context` shows it, and the source confirms it. A float16 or bfloat16
   file rounds the inputs of products. In a float16 file `huge-activations` overflows. It has no sliding window for this
   architecture.
-- mlx-lm: its Mixtral has no sliding window. The first token beyond the window shows it. The source confirms it.
-- onnxruntime: in float32 `expert.hidden` deviates, and nothing else. Its sigmoid is precise in absolute terms, to 3
-  units of 2^-24. Where a gate is far below 0, few digits or none are right. The kernel alone shows it
-  ([related](https://github.com/microsoft/onnxruntime/issues/22557)
-  [reports](https://github.com/microsoft/onnxruntime/issues/26281)). In float16 there is no deviation.
-  With `taps=logits` it conforms. Logits alone say little: float32 allows thousands of times this error at the end of a
-  model. A step had to be seen."""
+- mlx-lm: its Mixtral has no sliding window ([finding](findings/mlx-lm-window.md)).
+- litgpt: a chunk beyond the window sees wrong tokens ([finding](findings/litgpt-window.md)).
+- ibm-fms: no deviation from its profiles.
+- keras-hub: in the narrow dtypes the factor of the scores is rounded, which shows where it is no power of 2.
+- onnxruntime: no deviation from its profile, which allows a sigmoid with absolute precision
+  ([finding](findings/onnxruntime-sigmoid.md)). By the profile of `transformers` only `expert.hidden` deviates."""
 
 
 def faults() -> str:

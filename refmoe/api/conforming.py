@@ -6,20 +6,30 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from refmoe.api.progress import Bars, silent
-from refmoe.engines.adapter import adapter_command, options_of
+from refmoe.engines.adapter import adapter_command
 from refmoe.engines.adapters import SHIPPED
 from refmoe.engines.conform import Judge, Suite, Watch
 from refmoe.engines.conform import conform as run_suite
 from refmoe.engines.harness import Harness, HarnessUnusable
 from refmoe.engines.known import Failures, known_failures, read_known, sort_failures, write_known
 from refmoe.engines.observations import policies_used
+from refmoe.engines.options import options_of
 from refmoe.engines.protocol import DTYPES
-from refmoe.engines.results import NOT_JUDGED, SKIPPED, Outcome, Results, json_number, to_json, write_results
+from refmoe.engines.results import (
+    NOT_JUDGED,
+    SKIPPED,
+    Outcome,
+    Results,
+    json_number,
+    read_results,
+    to_json,
+    write_results,
+)
 from refmoe.engines.run_case import keep_folder
 from refmoe.engines.scaffold import SCAFFOLDS, usage, write_scaffold
 from refmoe.engines.scaffold.workflow import check_source, known_file, write_workflow
@@ -137,13 +147,16 @@ def policies_of(names: Names) -> dict[str, Policy]:
     return found
 
 
-def conform(asked: Conformance, bars: Bars = silent, out: Path | None = None) -> tuple[Results, Logs]:
+def conform(
+    asked: Conformance, bars: Bars = silent, out: Path | None = None, before: Results | None = None
+) -> tuple[Results, Logs]:
     """Run an engine on the cases and judge each.
 
     out: a file that is written after each outcome, with a note that the run has not ended. So nothing is lost where
         the run is killed.
+    before: the results of a run that was ended. Its outcomes are kept, and the others are added.
     SIGTERM and SIGHUP end the engine and remove temporary files, and raise SystemExit. Raises InputError when the
-    engine cannot be run.
+    engine cannot be run, or `before` is of another run.
     """
     asked.check()
     suite = asked.suite()
@@ -170,7 +183,7 @@ def conform(asked: Conformance, bars: Bars = silent, out: Path | None = None) ->
                 with suppress(InputError):  # the disk may be full for now; at the end it is tried once more
                     write_results(out, results)
 
-        return run_suite(harness, identity, suite, Watch(log, save)), logs
+        return run_suite(harness, identity, replace(suite, before=before), Watch(log, save)), logs
 
 
 # ---- known failures, and the verdict of the whole run
@@ -266,7 +279,7 @@ def _engine(entrant: Entrant) -> dict[str, Any]:
 
 __all__ = [
     "CANNOT", "DTYPES", "FAILED", "FAMILIES", "SCAFFOLDS", "SHIPPED", "WELL", "Conformance", "Failures",
-    "HarnessUnusable", "Results", "Scoreboard", "Workflow", "board_facts", "conform", "read_known", "refuse_output",
-    "result_files", "run_facts", "scoreboard", "sort_failures", "usage", "whole_verdict",
+    "HarnessUnusable", "Results", "Scoreboard", "Workflow", "board_facts", "conform", "read_known", "read_results",
+    "refuse_output", "result_files", "run_facts", "scoreboard", "sort_failures", "usage", "whole_verdict",
     "write_results", "write_scaffold",
 ]  # fmt: skip

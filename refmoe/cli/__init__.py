@@ -62,6 +62,7 @@ commands.section(
     "Judge an engine",
     Later("verify", "Judge values: conformant, or wrong, where and by how much."),
     Later("conform", "Run an engine on the golden cases, and judge each."),
+    Later("engines", "List the adapters, their options, or install an engine."),
     Later("capture", "Record a trace from transformers."),
     Later("scoreboard", "Put the results of several engines side by side."),
     Later("policies", "List the numeric policies, or print where some of them differ."),

@@ -19,9 +19,11 @@ from refmoe.api.conforming import (
     WELL,
     Conformance,
     HarnessUnusable,
+    Results,
     Workflow,
     conform,
     read_known,
+    read_results,
     run_facts,
     sort_failures,
     usage,
@@ -29,6 +31,7 @@ from refmoe.api.conforming import (
     write_results,
     write_scaffold,
 )
+from refmoe.api.engines import Listed, engine, engines
 from refmoe.cli.guard import OUTPUT, OUTPUT_FOLDER, GuardedCommand
 from refmoe.cli.options import (
     PATH,
@@ -53,6 +56,8 @@ class Files:
 
     known: Path | None
     out: Path | None
+    resume: bool
+    """Whether outcomes that `out` already has are kept."""
     write_ci: Path | None
     source: str | None
     """``OWNER/REPOSITORY[@REF]`` of refmoe, for the workflow."""
@@ -66,17 +71,42 @@ class Files:
                 "--write-ci needs --refmoe-from OWNER/REPOSITORY, the repository on GitHub that has refmoe and its "
                 "cases"
             )
+        if self.resume and self.out is None:
+            raise InputError("--resume needs --out FILE, which has the results so far")
         workflow = None
         if self.write_ci is not None and self.source is not None:
             workflow = Workflow(self.write_ci, self.source)
             workflow.check()
         return workflow
 
+    def before(self) -> Results | None:
+        """The results to go on with, None without any. Raises InputError for a file that holds no results."""
+        there = self.resume and self.out is not None and self.out.exists()
+        return read_results(self.out) if there and self.out is not None else None
 
-@click.command("conform", cls=GuardedCommand, short_help="Run an engine on the golden cases, and judge each.")
+
+class ConformCommand(GuardedCommand):
+    """The command, whose help ends with the options of the adapter that is named, or of every one."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the table of options."""
+        named = ctx.params.get("adapter")
+        for each in engines() if named is None else [engine(named)]:
+            with formatter.section(f"Options of --adapter {each.adapter}, each as --option KEY=VALUE"):
+                rows = [(option.name, _about(option)) for option in each.options]
+                formatter.write_dl(rows or [("none", "")])
+
+
+def _about(option: Listed) -> str:
+    default = "it has to be given" if option.default is None else f"default: {option.default}"
+    about = f"{option.about[:1].upper()}{option.about[1:]}: " if option.about else ""
+    return f"{about}{option.takes}.  [{default}]"
+
+
+@click.command("conform", cls=ConformCommand, short_help="Run an engine on the golden cases, and judge each.")
 @click.argument("harness", nargs=-1, type=click.UNPROCESSED, metavar="[-- COMMAND [ARGUMENTS]]")
 @click.option(
-    "--adapter", metavar="NAME",
+    "--adapter", metavar="NAME", is_eager=True,  # so that --help after it knows the name
     help=f"{', '.join(SHIPPED)}; or a FILE.py or module.of.yours with a class Adapter, executed with your rights.",
 )  # fmt: skip
 @click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="An option of the adapter; repeatable.")
@@ -110,6 +140,9 @@ class Files:
 @click.option("--known", type=PATH, metavar="FILE", help="Failures that are known (TOML).")
 @click.option("--out", type=OUTPUT, metavar="FILE", help="Write the results (JSON), after each outcome anew.")
 @click.option(
+    "--resume", is_flag=True, help="Go on with the results in --out, where the run that wrote them was ended."
+)
+@click.option(
     "--keep", type=OUTPUT_FOLDER, metavar="DIR", help="Keep the traces that the engine returned, one for each case."
 )
 @click.option("--write-ci", type=OUTPUT, metavar="FILE", help="Write a GitHub workflow, today's failures known.")
@@ -134,7 +167,9 @@ def conform_command(
     refmoe conform --family production --adapter transformers
     refmoe conform --keep traces -- ./my-harness --threads 4
     refmoe conform --fresh 20261128 -- ./my-harness
+    refmoe conform --adapter llama_cpp --out llama.json --resume
     refmoe conform --scaffold c harness.c
+    refmoe conform --adapter transformers --help
 
     COMMAND, an adapter of your own and the Python that runs it are programs. They are executed with your rights.
 
@@ -154,7 +189,7 @@ def conform_command(
     workflow = files.check()
     listed = read_known(files.known) if files.known is not None else []
     try:
-        results, logs = conform(asked, progress_bar, files.out)
+        results, logs = conform(asked, progress_bar, files.out, files.before())
     except HarnessUnusable as unusable:
         from refmoe.report.wording import visible
 

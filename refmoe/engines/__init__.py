@@ -11,6 +11,6 @@ PROTOCOL.md specifies the protocol. Two sides speak it:
     observations        whose bits an engine has, and which policies are wider than a dtype's own
     results, known      the file of results, and the list of failures that are expected
     scoreboard          the results of several engines side by side
-    adapters, capture   adapters of five engines, and hooks that record a trace
+    adapters, capture   adapters of real engines, and hooks that record a trace
     scaffold            harnesses and a workflow to begin with
 """

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from refmoe.engines.adapters import SHIPPED
+from refmoe.engines.options import options_of
 from refmoe.errors import InputError
 from refmoe.files.scratch import Scratch
 from refmoe.traces.trace import Run
@@ -41,7 +42,9 @@ class Skipped(Exception):
 class Adapter(Protocol):
     """An engine behind the protocol. Its constructor takes the options of the command line as keyword strings.
 
-    It may also have `layouts`, some of `protocol.LAYOUTS`, the preferred one first; without it, it reads ``"hf"``.
+    It may also have `layouts`, some of `protocol.LAYOUTS`, the preferred one first; without it, it reads ``"hf"``. As
+    class attributes it may have `options`, per option an `Option`; `requirements`, what pip installs for it; and
+    `unwanted`, packages that these bring and that are removed again.
     """
 
     name: str
@@ -123,17 +126,6 @@ def _from_file(name: str) -> ModuleType:
 
 
 # ---- the command that serves one
-
-
-def options_of(arguments: Sequence[str]) -> Mapping[str, str]:
-    """The options of an adapter from arguments ``key=value``. Raises InputError."""
-    options = {}
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals or not key.isidentifier():
-            raise InputError(f"option '{argument}': key=value was expected")
-        options[key] = value
-    return options
 
 
 @contextmanager

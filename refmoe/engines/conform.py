@@ -13,7 +13,7 @@ from pathlib import Path
 from refmoe import __version__
 from refmoe.checkpoints.size import total_parameters
 from refmoe.engines.harness import Description, Harness, HarnessUnusable, Refused
-from refmoe.engines.observations import golden_bits_note, has_golden_bits, is_wider
+from refmoe.engines.observations import golden_bits_notes, has_golden_bits, is_wider
 from refmoe.engines.process import BROKEN, CRASHED, HarnessError
 from refmoe.engines.protocol import TAPS
 from refmoe.engines.results import NOT_JUDGED, SKIPPED, Cause, Engine, Outcome, Results
@@ -29,7 +29,7 @@ from refmoe.engines.run_case import (
 )
 from refmoe.errors import InputError
 from refmoe.files.scratch import Scratch
-from refmoe.files.sentences import one_line
+from refmoe.files.sentences import one_line, shown
 from refmoe.profiles.load import policy as named_policy
 from refmoe.profiles.policy import Policy
 from refmoe.spec.model import Parameters
@@ -147,6 +147,8 @@ class Suite:
     """A folder for the traces that come back."""
     fresh: int | None = None
     """The seed by which the cases got other weights and tokens; None: they are the suite's own."""
+    before: Results | None = None
+    """The results of a run of the same suite that was ended: its outcomes are kept."""
 
     def labels(self, case: Case, policy: Policy) -> Labels:
         """The names in the header of a trace. Weights of another seed make it a trace of no golden case."""
@@ -191,14 +193,52 @@ def conform(harness: Harness, options: Mapping[str, str], suite: Suite, watch: W
                 fresh=suite.fresh,
                 wider=tuple(dtype for dtype, policy in policies.items() if is_wider(policy, dtype)),
             )
+            done = {} if suite.before is None else outcomes_so_far(suite.before, results, policies)
+            order = [(case.name, dtype) for case in suite.cases for dtype in policies]
             run = _Run(harness, suite, policies, folders)
             for case in suite.cases:
-                for outcome in run.outcomes(case):
-                    results = replace(results, outcomes=(*results.outcomes, outcome))
+                missing = [dtype for dtype in policies if (case.name, dtype) not in done]
+                for dtype in policies.keys() - {*missing}:
+                    watch.log(done[case.name, dtype], "")
+                for outcome in run.outcomes(case, missing):
+                    done[outcome.case, outcome.dtype] = outcome
+                    results = replace(results, outcomes=tuple(done[place] for place in order if place in done))
                     watch.save(results)
                     watch.log(outcome, harness.log if outcome.failed else "")
+            results = replace(results, outcomes=tuple(done[place] for place in order))
             note = harness.stop()
-    return replace(results, notes=(*([] if note is None else [note]), *run.observations()))
+    return replace(results, notes=(*([] if note is None else [note]), *golden_bits_notes(results)))
+
+
+def outcomes_so_far(before: Results, now: Results, policies: Mapping[str, Policy]) -> dict[tuple[str, str], Outcome]:
+    """The outcomes of a run that was ended, by case and dtype.
+
+    now: the results of the run that goes on, without outcomes.   policies: those of the run that goes on, per dtype.
+    Outcomes of two runs do not make one result: raises InputError that names the difference.
+    """
+    alike = {
+        "engine": (before.engine.name, now.engine.name),
+        "version": (before.engine.version, now.engine.version),
+        "options": (before.engine.options, now.engine.options),
+        "platform": (before.platform, now.platform),
+        "version of refmoe": (before.refmoe, now.refmoe),
+        "significance": (before.significance, now.significance),
+        "seed of fresh cases": (before.fresh, now.fresh),
+        "cases": (before.cases, now.cases),
+    }
+    for what, (then, this) in alike.items():
+        if then != this:
+            differ = "" if what == "cases" else f", {shown(then)} and {shown(this)}"
+            raise InputError(f"--resume: the results so far and this run differ by their {what}{differ}")
+    for each in before.outcomes:
+        if each.dtype not in policies:
+            raise InputError(f"--resume: the results so far have outcomes in {each.dtype}, which this run leaves out")
+        if each.policy != policies[each.dtype].name:
+            raise InputError(
+                f"--resume: the results so far judge {each.dtype} by {each.policy}, and this run by "
+                f"{policies[each.dtype].name}"
+            )
+    return {(each.case, each.dtype): each for each in before.outcomes}
 
 
 @contextmanager
@@ -226,21 +266,22 @@ def chosen_policies(described: Description, suite: Suite) -> dict[str, Policy]:
 
 @dataclass(frozen=True)
 class _Run:
-    """A run of a suite: its settings, and per dtype whether the values of each case were the golden's."""
+    """A run of a suite: its settings."""
 
     harness: Harness
     suite: Suite
     policies: Mapping[str, Policy]
     folders: Places
-    same_bits: dict[str, list[bool]] = field(default_factory=dict)
 
-    def outcomes(self, case: Case) -> Iterator[Outcome]:
+    def outcomes(self, case: Case, dtypes: Sequence[str]) -> Iterator[Outcome]:
         """The outcomes of one case, dtype by dtype."""
+        if not dtypes:
+            return
         keep = self.suite.keep
-        kept = {dtype: None if keep is None else kept_file(keep, case.name, dtype) for dtype in self.policies}
+        kept = {dtype: None if keep is None else kept_file(keep, case.name, dtype) for dtype in dtypes}
         skipped = {
-            dtype: Outcome(case=case.name, dtype=dtype, policy=policy.name, verdict=SKIPPED, reason="")
-            for dtype, policy in self.policies.items()
+            dtype: Outcome(case=case.name, dtype=dtype, policy=self.policies[dtype].name, verdict=SKIPPED, reason="")
+            for dtype in dtypes
         }
         lacking = lacks(case.runs(), self.harness.description.abilities)
         if lacking is not None:
@@ -258,7 +299,7 @@ class _Run:
             with run_case(self.harness, model, dtype, labels, self.folders.own, kept) as received:
                 outcome = self.suite.judge.judge(model.case, model.parameters, dtype, received.trace, policy)
                 if self.suite.fresh is None and outcome.verdict != BROKEN:
-                    self.same_bits.setdefault(dtype, []).append(has_golden_bits(received.trace, model.case))
+                    outcome = replace(outcome, golden_bits=has_golden_bits(received.trace, model.case))
             return replace(outcome, reason=outcome.reason + received.unkept)
         except Refused as refused:
             return replace(skipped, reason=refused.reason, issue=refused.issue)
@@ -266,10 +307,6 @@ class _Run:
             return replace(skipped, verdict=error.kind, reason=error.reason)
         except Exception as error:  # of whatever kind: no verdict about one case ends the run
             return replace(skipped, verdict=CANNOT_JUDGE, reason=f"refmoe could not judge it: {in_words(error)}")
-
-    def observations(self) -> list[str]:
-        """A sentence for each dtype in which the engine has the bits of the goldens."""
-        return [golden_bits_note(dtype, sum(same), len(same)) for dtype, same in self.same_bits.items() if any(same)]
 
 
 def in_words(error: Exception) -> str:

@@ -9,20 +9,22 @@
     dtype = "bfloat16"
     reason = "no sliding window yet"
     issue = "https://example.org/issues/12"     # may be left out
+    options = { attention = "eager" }           # only the engine with these; may be left out
 
-A listed case that fails does not fail the run. A listed case that conforms does, because the file is out of date.
+`case` and `dtype` may be lists: then the entry is about each case in each dtype. A listed case that fails does not fail
+the run. A listed case that conforms does, because the file is out of date.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from refmoe.engines.protocol import DTYPES
-from refmoe.engines.results import Outcome, Results
+from refmoe.engines.results import Engine, Outcome, Results
 from refmoe.errors import InputError
 from refmoe.files.atomic import replacing
 from refmoe.files.parsing import toml
@@ -31,6 +33,7 @@ from refmoe.verifier.findings import CONFORMANT
 
 FORMAT_VERSION = "1"
 FIELDS = ("engine", "case", "dtype", "reason")
+OPTIONAL = ("issue", "options")
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,12 @@ class KnownFailure:
     dtype: str
     reason: str
     issue: str | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
+    """The options of the engine that the entry is about; others may be any."""
+
+    def fits(self, engine: Engine) -> bool:
+        """Whether the entry is about this engine."""
+        return self.engine == engine.name and self.options.items() <= engine.options.items()
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,7 @@ class Failures:
 
 def sort_failures(results: Results, listed: Iterable[KnownFailure]) -> Failures:
     """Separate known failures from new ones. Entries about cases that did not run are ignored."""
-    entries = {(each.case, each.dtype): each for each in listed if each.engine == results.engine.name}
+    entries = {(each.case, each.dtype): each for each in listed if each.fits(results.engine)}
     failing, known, passing = [], [], []
     for outcome in results.outcomes:
         entry = entries.get((outcome.case, outcome.dtype))
@@ -82,6 +91,7 @@ def known_failures(results: Results) -> list[KnownFailure]:
             dtype=each.dtype,
             reason=f"{each.verdict}: {each.reason}",
             issue=each.issue,
+            options={key: value for key, value in results.engine.options.items() if key != "command"},
         )
         for each in results.outcomes
         if each.failed
@@ -99,28 +109,50 @@ def read_known(path: Path) -> list[KnownFailure]:
     listed = values.get("known", [])
     if not isinstance(listed, list):
         raise InputError(f"{path}: 'known' is {shown(listed)}, but tables [[known]] were expected")
-    entries = [_entry(path, f"known[{i}]", entry) for i, entry in enumerate(listed)]
-    places = [(each.engine, each.case, each.dtype) for each in entries]
-    for i, place in enumerate(places):
-        if place in places[:i]:
-            raise InputError(f"{path}: known[{i}] is about {', '.join(place)}, which an entry before it has already")
-    return entries
+    entries: dict[tuple[str, ...], KnownFailure] = {}
+    for i, entry in enumerate(listed):
+        for each in _entries(path, f"known[{i}]", entry):
+            options = [f"{key}={value}" for key, value in sorted(each.options.items())]
+            place = (each.engine, *options, each.case, each.dtype)
+            if place in entries:
+                raise InputError(f"{path}: known[{i}] is about {', '.join(place)}, which an entry has already")
+            entries[place] = each
+    return [*entries.values()]
 
 
-def _entry(path: Path, at: str, entry: Any) -> KnownFailure:
+def _entries(path: Path, at: str, entry: Any) -> list[KnownFailure]:
+    """An entry of the file, once for each case and dtype that it lists."""
     if not isinstance(entry, dict):
         raise InputError(f"{path}: '{at}' is {shown(entry)}, but a table was expected")
-    for name in entry.keys() - {*FIELDS, "issue"}:
-        raise InputError(f"{path}: {at} has a field {quoted(name)}, but only {', '.join(FIELDS)}, issue were expected")
+    for name in entry.keys() - {*FIELDS, *OPTIONAL}:
+        known = ", ".join((*FIELDS, *OPTIONAL))
+        raise InputError(f"{path}: {at} has a field {quoted(name)}, but only {known} were expected")
+    values = {**entry}
+    places: dict[str, list[Any]] = {}
+    for name in ("case", "dtype"):
+        listed = values.pop(name, None)
+        places[name] = listed if isinstance(listed, list) and listed else [listed]
     for name in FIELDS + ("issue",) * ("issue" in entry):
-        if not isinstance(entry.get(name), str) or not entry[name].strip():
+        several = places.get(name, [values.get(name)])
+        if not all(map(_is_text, several)):
             found = shown(entry[name]) if name in entry else "missing"
             raise InputError(f"{path}: '{at}.{name}' is {found}, but a text was expected")
-    if entry["dtype"] not in DTYPES:
-        raise InputError(
-            f"{path}: '{at}.dtype' is {shown(entry['dtype'])}, but one of {', '.join(DTYPES)} was expected"
-        )
-    return KnownFailure(**entry)
+    options = values.setdefault("options", {})
+    if not isinstance(options, dict) or not all(map(_is_text, options.values())):
+        raise InputError(f"{path}: '{at}.options' is {shown(options)}, but a table of texts was expected")
+    for dtype in places["dtype"]:
+        if dtype not in DTYPES:
+            raise InputError(f"{path}: '{at}.dtype' is {shown(dtype)}, but one of {', '.join(DTYPES)} was expected")
+    return [KnownFailure(**values, case=case, dtype=dtype) for case in places["case"] for dtype in places["dtype"]]
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _string(value: str) -> str:
+    # a TOML string is a JSON string, except for characters that JSON escapes as two
+    return json.dumps(value, ensure_ascii=False)
 
 
 def write_known(path: Path, entries: Iterable[KnownFailure]) -> None:
@@ -131,8 +163,10 @@ def write_known(path: Path, entries: Iterable[KnownFailure]) -> None:
         for name in (*FIELDS, "issue"):
             value = getattr(each, name)
             if value is not None:
-                # a TOML string is a JSON string, except for characters that JSON escapes as two
-                lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}")
+                lines.append(f"{name} = {_string(value)}")
+        if each.options:
+            options = ", ".join(f"{key} = {_string(value)}" for key, value in each.options.items())
+            lines.append(f"options = {{ {options} }}")
         lines.append("")
     with replacing(path) as temporary:
         temporary.write_text("\n".join(lines), encoding="utf-8")

@@ -19,6 +19,7 @@ from refmoe.spec.taps import READ_OUT_TAPS
 from refmoe.suite import Case, trace_path
 from refmoe.traces.pieces import only_last
 from refmoe.traces.trace import Trace, read_trace
+from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT
 
 # ---- the bits of the goldens
 
@@ -35,11 +36,8 @@ def has_golden_bits(trace: Trace, case: Case) -> bool:
     sums are in another order than that of an exact sum. False where too few values are rounded at all, as in a case of
     small integers, and where the case has no golden trace.
     """
-    if case.store != "trace":
-        return False
-    try:
-        golden = read_trace(trace_path(case.folder))
-    except InputError:
+    golden = _golden(case)
+    if golden is None:
         return False
     rounded = 0
     for run in trace.runs:
@@ -62,6 +60,16 @@ def has_golden_bits(trace: Trace, case: Case) -> bool:
     return rounded >= FEWEST
 
 
+def _golden(case: Case) -> Trace | None:
+    """The golden trace of a case, None where it has none."""
+    if case.store != "trace":
+        return None
+    try:
+        return read_trace(trace_path(case.folder))
+    except InputError:
+        return None
+
+
 def _rounded(exact: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     """Values of float64 rounded once to nearest, in a dtype."""
     with np.errstate(over="ignore"):
@@ -75,6 +83,15 @@ def _inexact(exact: NDArray[Any], values: NDArray[Any]) -> int:
     else:
         rounded = values.astype(np.float64) != exact
     return int(np.unique(exact[rounded]).size)
+
+
+def golden_bits_notes(results: Results) -> list[str]:
+    """A sentence for each dtype in which the engine has the bits of the goldens."""
+    judged: dict[str, list[bool]] = {}
+    for each in results.outcomes:
+        if each.verdict in (CONFORMANT, NOT_CONFORMANT, CANNOT_JUDGE):
+            judged.setdefault(each.dtype, []).append(each.golden_bits)
+    return [golden_bits_note(dtype, sum(same), len(same)) for dtype, same in judged.items() if any(same)]
 
 
 def golden_bits_note(dtype: str, same: int, judged: int) -> str:

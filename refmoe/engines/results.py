@@ -58,6 +58,8 @@ class Outcome:
     """Per step (a tap without its layer) the largest error in units of the allowed one: above 1 is impossible."""
     explanations: tuple[Cause, ...] = ()
     """The explanations of a failure, the best first."""
+    golden_bits: bool = False
+    """Whether every value is the golden's own, rounded once."""
 
     @property
     def failed(self) -> bool:
@@ -114,6 +116,8 @@ OPTIONAL = ("fresh", "wider")
 OUTCOME_FIELDS = (
     "case", "dtype", "policy", "verdict", "reason", "issue", "first_wrong", "worst_errors", "explanations",
 )  # fmt: skip
+OUTCOME_OPTIONAL = ("golden_bits",)
+"""Fields that are left out where they are false."""
 CAUSE_FIELDS = ("name", "kind", "about", "fix", "sources")
 UNBOUNDED = {"NaN": math.nan, "Infinity": math.inf}
 """Words for numbers that JSON lacks."""
@@ -157,6 +161,7 @@ def _plain(outcome: Outcome) -> dict[str, Any]:
             {**{name: getattr(each, name) for name in CAUSE_FIELDS}, "sources": list(each.sources)}
             for each in outcome.explanations
         ],
+        **{name: True for name in OUTCOME_OPTIONAL if getattr(outcome, name)},
     }  # fmt: skip
 
 
@@ -208,7 +213,10 @@ def _wider(file: JsonFile) -> tuple[str, ...]:
 
 
 def _outcome(file: JsonFile) -> Outcome:
-    _only(file, OUTCOME_FIELDS)
+    _only(file, OUTCOME_FIELDS, OUTCOME_OPTIONAL)
+    for name in OUTCOME_OPTIONAL:
+        if name in file.values and file.values[name] is not True:
+            raise file.refuse(name, file.values[name], "true, or no such field, was expected")
     for name, known in (("dtype", DTYPES), ("verdict", VERDICTS)):
         if file.values.get(name) not in known:
             raise file.refuse(name, file.values.get(name), f"one of {', '.join(known)} was expected")
@@ -228,6 +236,7 @@ def _outcome(file: JsonFile) -> Outcome:
         first_wrong=first,
         worst_errors=_errors(file),
         explanations=tuple(_cause(each) for each in _objects(file, "explanations")),
+        **{name: name in file.values for name in OUTCOME_OPTIONAL},
     )
 
 

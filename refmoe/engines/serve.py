@@ -19,7 +19,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from safetensors.numpy import save_file
 
-from refmoe.engines.adapter import Adapter, Skipped, adapter_class, options_of
+from refmoe.engines.adapter import Adapter, Skipped, adapter_class
+from refmoe.engines.options import made, options_of
 from refmoe.engines.protocol import (
     DTYPES,
     LONGEST_SENTENCE,
@@ -184,7 +185,7 @@ def main(arguments: list[str]) -> None:
     if not arguments:
         sys.exit("usage: python -m refmoe.engines.serve NAME [key=value ...]")
     name, *rest = arguments
-    serve(lambda: adapter_class(name)(**options_of(rest)))
+    serve(lambda: made(name, adapter_class(name), options_of(rest)))
     # leave at once: an engine that takes long to clean up would be killed anyway
     sys.stderr.flush()
     os._exit(0)

@@ -55,6 +55,7 @@ EXAMPLES = {
         "--checkpoint {in}/model --tokens 1,2 --out {out}/trace", "--checkpoint {in}/none --tokens 1 --out {out}/trace",
         ("trace",), needs="transformers",
     ),
+    "engines": Example("onnx", "none"),
     "scoreboard": Example("{in}/results --html {out}/page", "{in}/none", ("page",), needs="jinja2"),
     "policies": Example("float32 bfloat16", "float33"),
     "cases": Example("one-pair", "none"),

@@ -156,7 +156,7 @@ def test_an_adapter_that_prints_speaks_the_protocol_all_the_same(
     assert "9 outcomes: 4 conformant, 5 skipped" in out
     status, _, err = refmoe(*adapter, "--option", "speed=7", *CASES)
     assert status == 2
-    assert "unexpected keyword argument 'speed'" in err
+    assert "option 'speed'" in err
 
 
 def test_a_run_that_skips_everything_is_no_success(refmoe: Refmoe, monkeypatch: pytest.MonkeyPatch) -> None:

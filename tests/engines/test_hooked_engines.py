@@ -16,7 +16,6 @@ from refmoe.checkpoints.write import write_checkpoint
 from refmoe.engines.adapter import Adapter, Arrays, Skipped, adapter_class
 from refmoe.engines.adapters import ibm_fms, keras_hub, litgpt, tinygrad
 from refmoe.engines.protocol import TAPS
-from refmoe.errors import InputError
 from refmoe.profiles.load import policy
 from refmoe.suite import Case, read_case
 from refmoe.traces.trace import Header, Run, read_trace, write_trace
@@ -198,16 +197,3 @@ def test_a_head_dim_of_its_own_is_skipped(name: str, tmp_path: Path) -> None:
 def test_a_start_above_position_0_is_skipped(name: str, tmp_path: Path) -> None:
     with pytest.raises(Skipped, match="starts at position 252"):
         ran(adapter_class(name)(), case_named("positions-256"), "float32", tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("litgpt", {"threads": "0"}), ("ibm_fms", {"threads": "many"}), ("keras_hub", {"backend": "numpy"}),
-        ("tinygrad", {"norm_key": "1"}),
-    ],
-)  # fmt: skip
-def test_a_wrong_option_is_one_sentence(name: str, options: dict[str, str]) -> None:
-    """It is looked at before the engine is: so it can be, where there is none."""
-    with pytest.raises(InputError, match=next(iter(options))):
-        adapter_class(name)(**options)

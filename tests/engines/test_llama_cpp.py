@@ -21,6 +21,7 @@ from refmoe.checkpoints.weight import Weight
 from refmoe.checkpoints.write import named_weights, write_checkpoint
 from refmoe.engines.adapter import Arrays, Skipped
 from refmoe.engines.adapters import llama_cpp, llama_cpp_library
+from refmoe.engines.options import made
 from refmoe.errors import InputError
 from refmoe.profiles.cut_points import PROJECTIONS
 from refmoe.profiles.load import policy
@@ -216,8 +217,8 @@ def test_a_window_is_skipped_where_it_hides_something(tmp_path: Path) -> None:
 @needs_engine
 def test_options_and_builds_that_are_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
     for options in ({"cache": "q8_0"}, {"flash": "auto"}, {"threads": "two"}, {"file": "q4_0"}):
-        with pytest.raises(InputError, match="options file="):
-            llama_cpp.Adapter(**options)
+        with pytest.raises(InputError, match=f"option {next(iter(options))} is"):
+            made("llama_cpp", llama_cpp.Adapter, options)
     monkeypatch.setitem(llama_cpp_library.DEFAULTS, "n_ubatch", 511)
     with pytest.raises(RuntimeError, match="n_ubatch = 512 by default, but 511 was expected"):
         llama_cpp.Adapter()

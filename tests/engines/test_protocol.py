@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from refmoe.engines.adapter import Skipped, options_of
+from refmoe.engines.adapter import Skipped
 from refmoe.engines.adapters import SHIPPED
 from refmoe.engines.harness import EngineError, Refused, describe, expect_done
+from refmoe.engines.options import options_of
 from refmoe.engines.process import Process
 from refmoe.engines.protocol import MessageError, parse
 from refmoe.engines.serve import Server

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adapter of transformers: three cases in every dtype, with each attention."""
+"""The adapter of transformers: three cases in every dtype, in each setting that people run it in."""
 
 from __future__ import annotations
 
@@ -8,30 +8,71 @@ from pathlib import Path
 import pytest
 
 from refmoe.engines.protocol import TAPS
-from refmoe.engines.results import read_results
+from refmoe.engines.results import Results, read_results
+from refmoe.suite import read_case
 from tests.command_line import Refmoe
 
 pytestmark = pytest.mark.engines
 
 CASES = ("walking-skeleton", "batch-ragged", "window-chunks")
 """Chunks and decoding, several sequences, a window."""
-UNSEEN = {"eager": {"attention.scores"}, "sdpa": {"attention.scores", "attention.probs"}}
+PROBS = {"attention.scores", "attention.probs"}
+EXPERTS = {tap for tap in TAPS if tap.startswith("expert.")}
+SETTINGS = {
+    "attention=eager": {"attention.scores"},
+    "attention=sdpa": PROBS,
+    "attention=sdpa experts=batched_mm": PROBS | EXPERTS,
+    "cache=static": PROBS,
+    "attention=sdpa cache=static": PROBS,
+    "attention=sdpa batch=left-padded": PROBS,
+}
+"""Per setting the taps that are not seen."""
 
 
-@pytest.mark.parametrize("attention", UNSEEN)
-def test_it_is_conformant_in_every_dtype(attention: str, refmoe: Refmoe, tmp_path: Path) -> None:
-    golden, out = Path(__file__).parents[2] / "golden", tmp_path / "results.json"
-    cases = [word for case in CASES for word in ("--case", case)]
-    option = f"attention={attention}"
-    status, said, err = refmoe(
-        "conform", "--adapter", "transformers", "--option", option, "--golden", golden, *cases, "--out", out
-    )  # fmt: skip
+def results_of(setting: str, cases: tuple[str, ...], refmoe: Refmoe, folder: Path, *more: str) -> Results:
+    """The results of a run without failures."""
+    golden, out = Path(__file__).parents[2] / "golden", folder / "results.json"
+    words = [word for option in setting.split() for word in ("--option", option)]
+    words += [word for case in cases for word in ("--case", case)]
+    status, said, err = refmoe("conform", "--adapter", "transformers", "--golden", golden, *words, *more, "--out", out)
     assert status == 0, said + err
-    results = read_results(out)
+    return read_results(out)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_it_is_conformant_in_every_dtype(setting: str, refmoe: Refmoe, tmp_path: Path) -> None:
+    results = results_of(setting, CASES, refmoe, tmp_path)
     assert results.counts == {"conformant": 12}
     assert {each.policy for each in results.outcomes} == {f"hf-{each.dtype}" for each in results.outcomes}
     seen = set(results.outcomes[0].worst_errors) | {"router.experts"}
-    assert set(TAPS) - seen == UNSEEN[attention]
+    assert set(TAPS) - seen == SETTINGS[setting]
+
+
+def test_grouped_products_run_where_their_rows_are_aligned(refmoe: Refmoe, tmp_path: Path) -> None:
+    """A row of torch's grouped_mm is a whole number of 16 bytes. There is no kernel in float64."""
+    results = results_of("experts=grouped_mm", ("square", "walking-skeleton", "one-pair"), refmoe, tmp_path)
+    assert {each.dtype for each in results.outcomes} == {"float32", "bfloat16", "float16"}
+    found = {(each.case, each.dtype): each.verdict for each in results.outcomes}
+    for name in ("square", "walking-skeleton", "one-pair"):
+        config = read_case(Path(__file__).parents[2] / "golden" / name).config
+        for dtype, size in (("float32", 4), ("bfloat16", 2), ("float16", 2)):
+            aligned = config.dim * size % 16 == 0 == config.hidden_dim * size % 16
+            assert found[name, dtype] == ("conformant" if aligned else "skipped"), (name, dtype)
+    assert {*found.values()} == {"conformant", "skipped"}
+
+
+@pytest.mark.slow
+def test_compiled_layers_conform(refmoe: Refmoe, tmp_path: Path) -> None:
+    results = results_of("attention=sdpa compile=layers", ("walking-skeleton",), refmoe, tmp_path, "--dtype", "float32")
+    assert results.counts == {"conformant": 1}
+    assert {*results.outcomes[0].worst_errors} == {"embedding", "residual", "final_norm", "logits"}
+
+
+def test_settings_that_exclude_each_other_are_one_sentence(refmoe: Refmoe) -> None:
+    words = ("--option", "batch=left-padded", "--option", "cache=static")
+    status, _, err = refmoe("conform", "--adapter", "transformers", *words, "--case", "top-1")
+    assert status == 2
+    assert "single was expected" in err
 
 
 def test_an_option_that_is_none_is_one_sentence(refmoe: Refmoe) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's adapter, held to a stand-in, because vLLM itself was never run here.
+"""vLLM's adapter, held to a stand-in, because the engine takes gigabytes. bench/results/conform has runs of it.
 
-The stand-in has the modules, names, fused parameters and writes in place of vLLM 0.33.0's
-vllm/model_executor/models/mixtral.py, and float32 arithmetic of its own.
+The stand-in has the modules, names, fused parameters and writes in place of vLLM's
+vllm/model_executor/models/mixtral.py, and float32 arithmetic of its own. It samples greedily, as the engine does.
 """
 
 from __future__ import annotations
@@ -107,21 +107,16 @@ def fake_mixtral(config: Config, weights: dict[str, np.ndarray[Any, Any]]) -> An
             q, k = self.rotary_emb(positions, q, k)
             return self.o_proj(self.attn(q, k, v))[0]
 
-    class Router:
-        def select_experts(self, hidden_states: Any, router_logits: Any) -> Any:
-            weights, experts = router_logits.softmax(-1).topk(config.experts_per_token)
-            return weights / weights.sum(-1, keepdim=True), experts.int()
-
     class Experts(nn.Module):
         def __init__(self, prefix: str) -> None:
             super().__init__()
-            self.router = Router()
             every = [f"{prefix}experts.{e}." for e in range(config.experts)]
             self.w13_weight = torch.stack([torch.cat([w[f"{name}w1"], w[f"{name}w3"]]) for name in every])
             self.w2_weight = torch.stack([w[f"{name}w2"] for name in every])
 
         def forward(self, x: Any, router_logits: Any) -> Any:
-            weights, chosen = self.router.select_experts(hidden_states=x, router_logits=router_logits)
+            weights, chosen = router_logits.softmax(-1).topk(config.experts_per_token)
+            weights = weights / weights.sum(-1, keepdim=True)
             gate, up = torch.einsum("td,tknd->tkn", x, self.w13_weight[chosen]).chunk(2, -1)
             out = torch.einsum("tkf,tkdf->tkd", nn.functional.silu(gate) * up, self.w2_weight[chosen])
             return (out * weights[..., None]).sum(1)
@@ -193,12 +188,12 @@ class FakeLLM:
 
         for layer in self.model.model.layers:
             layer.self_attn.attn.kept = None
-        assert len(sampling.trace_decode_token_ids) == sampling.max_tokens
+        assert (sampling.temperature, sampling.ignore_eos) == (0.0, True)
         tokens, past = prompt["prompt_token_ids"], 0
-        for sampled in sampling.trace_decode_token_ids:
+        for _ in range(sampling.max_tokens):
             positions = torch.arange(past, past + len(tokens))
-            self.model.compute_logits(self.model(torch.tensor(tokens), positions)[-1:])
-            tokens, past = [sampled], past + len(tokens)
+            logits = self.model.compute_logits(self.model(torch.tensor(tokens), positions)[-1:])
+            tokens, past = [int(logits.argmax())], past + len(tokens)
 
 
 @pytest.fixture
@@ -210,6 +205,9 @@ def adapter(monkeypatch: pytest.MonkeyPatch) -> vllm.Adapter:
         monkeypatch.setattr(package, name, value, raising=False)
     monkeypatch.setitem(sys.modules, "vllm", package)
     monkeypatch.setitem(sys.modules, "vllm.distributed", distributed)
+    sizes = SimpleNamespace(get_supported_head_sizes=lambda: [4, 6, 8, 10, 16, 32])
+    kernel = SimpleNamespace(CPUAttentionBackend=sizes)
+    monkeypatch.setitem(sys.modules, "vllm.v1.attention.backends.cpu_attn", kernel)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     return vllm.Adapter()
 
@@ -238,9 +236,8 @@ def test_the_engine_is_asked_for_no_graph_no_chunks_and_no_prefix_cache(adapter:
     write_checkpoint(tmp_path / "model", case.config, case.checkpoint().parameters, dtype="float32")
     adapter.load(tmp_path / "model", "float32")
     assert adapter.llm.options == {
-        "skip_tokenizer_init": True, "enforce_eager": True, "enable_trace_replay": True, "async_scheduling": False,
-        "enable_prefix_caching": False, "enable_chunked_prefill": False, "moe_backend": "triton",
-        "gpu_memory_utilization": 0.3,
+        "skip_tokenizer_init": True, "enforce_eager": True, "max_num_seqs": 1, "async_scheduling": False,
+        "enable_prefix_caching": False, "enable_chunked_prefill": False,
     }  # fmt: skip
     adapter.load(tmp_path / "model", "float32")  # in place of the first
 
@@ -251,7 +248,14 @@ def test_what_no_request_does_is_skipped(name: str, adapter: vllm.Adapter) -> No
         adapter.run(read_case(GOLDEN / name).runs(), adapter.taps)
 
 
+def test_a_head_that_the_kernel_lacks_is_skipped(adapter: vllm.Adapter, tmp_path: Path) -> None:
+    case = read_case(GOLDEN / "head-dim-64")
+    write_checkpoint(tmp_path / "model", case.config, case.checkpoint().parameters, dtype="float32")
+    with pytest.raises(Skipped, match=f"not of {case.config.head_dim}"):
+        adapter.load(tmp_path / "model", "float32")
+
+
 def test_it_can_be_imported_without_the_package() -> None:
     if "vllm" not in sys.modules:
-        with pytest.raises(InputError, match=r"refmoe\[vllm\]"):
+        with pytest.raises(InputError, match="refmoe engines vllm --install DIR"):
             vllm.Adapter()

@@ -19,8 +19,9 @@ from typing import Any
 from refmoe.engines.adapter import Arrays, Skipped
 from refmoe.engines.capture.patching import replaced
 from refmoe.engines.capture.transformers import DTYPES, module_hooks, to_numpy
+from refmoe.engines.environment import needed
+from refmoe.engines.options import Option
 from refmoe.engines.protocol import ABILITIES, TAPS
-from refmoe.errors import InputError, require
 from refmoe.files.json_file import read_json
 from refmoe.spec.taps import step_of
 from refmoe.traces.trace import Recorder, Run
@@ -48,11 +49,10 @@ HEADED = ("attention.q", "attention.k", "attention.v", "attention.context")
 TURNED = ("attention.q", "attention.k")
 COMBINED = "tai,ta -> ti"
 """The equation of the sum of a token's experts: outputs, weights."""
-EXTRA = ("ibm-fms", "running ibm-fms")
 
 
 class Adapter:
-    """Options: cache=yes|no (no: each call computes its whole sequence anew); threads=N (of torch), by default 1."""
+    """A `Mixtral` of ibm-fms."""
 
     name = "ibm-fms"
     dtypes = DTYPES
@@ -61,14 +61,17 @@ class Adapter:
     policies = MappingProxyType(
         {"float32": "hf-float32", **{dtype: f"fms-{dtype}" for dtype in ("float64", "bfloat16", "float16")}}
     )
+    options = MappingProxyType({
+        "cache": Option("a cache of keys and values, or each call computes its whole sequence anew", ("yes", "no")),
+        "threads": Option("the threads of torch; sums over another number have other bits"),
+    })  # fmt: skip
+    requirements = ("torch==2.13.0", "ibm-fms==1.13.1")
 
     def __init__(self, cache: str = "yes", threads: str = "1") -> None:
-        if cache not in ("yes", "no") or not threads.isdecimal() or int(threads) < 1:
-            raise InputError(f"options cache={cache}, threads={threads}: {Adapter.__doc__}")
         self.cached = cache == "yes"
-        self.torch: Any = require("torch", *EXTRA)
+        self.torch: Any = needed("torch", "ibm_fms")
         self.torch.set_num_threads(int(threads))
-        self.engine: Any = require("fms.models.mixtral", *EXTRA)
+        self.engine: Any = needed("fms.models.mixtral", "ibm_fms")
         self.version = f"{version('ibm-fms')} (torch {version('torch')})"
 
     def load(self, checkpoint: Path, dtype: str) -> None:
@@ -78,7 +81,7 @@ class Adapter:
         if values["head_dim"] != derived:
             raise Skipped(f"ibm-fms knows no head_dim but dim / heads = {derived}; it is {values['head_dim']}")
         self.window, self.context = values["sliding_window"], values["max_position_embeddings"]
-        loading: Any = require("safetensors.torch", *EXTRA)
+        loading: Any = needed("safetensors.torch", "ibm_fms")
         config = self.engine.MixtralConfig(
             src_vocab_size=values["vocab_size"], dim=values["hidden_size"], norm_eps=values["rms_norm_eps"],
             nheads=values["num_attention_heads"], kvheads=values["num_key_value_heads"],
@@ -178,8 +181,8 @@ class Watch:
     @contextmanager
     def hooks(self) -> Iterator[None]:
         """While the context lasts, every tap is recorded."""
-        torch: Any = require("torch", *EXTRA)
-        rotary: Any = require("fms.modules.positions", *EXTRA).RotaryEmbedding
+        torch: Any = needed("torch", "ibm_fms")
+        rotary: Any = needed("fms.modules.positions", "ibm_fms").RotaryEmbedding
         rotate, combine, multiply = rotary.adjusted_qk, torch.einsum, torch.ops.moe.moe_mm
         first = [True]
 

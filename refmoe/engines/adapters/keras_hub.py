@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from itertools import cycle
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
@@ -21,8 +22,9 @@ from numpy.typing import NDArray
 
 from refmoe.engines.adapter import Arrays, Skipped
 from refmoe.engines.capture.patching import replaced
+from refmoe.engines.environment import needed
+from refmoe.engines.options import Option
 from refmoe.engines.protocol import ABILITIES, DTYPES, TAPS
-from refmoe.errors import InputError, require
 from refmoe.files.json_file import read_json
 from refmoe.files.scratch import Scratch
 from refmoe.spec.taps import step_of
@@ -36,26 +38,28 @@ ON_JAX = {"float64": "+".join(["keras-hub-float64", *(f"{cut}=float64" for cut i
 """Where JAX needs another policy: its products of matrices stay float64."""
 DEFAULTS = {"output_router_logits": False}
 """The keys of the published config.json that keras-hub insists on."""
-EXTRA = ("keras-hub", "running keras-hub")
 
 
 class Adapter:
-    """Options: backend=torch|jax; threads=N (of torch), by default 1."""
+    """A `MixtralCausalLM` of keras-hub."""
 
     name = "keras-hub"
     dtypes = DTYPES
     taps = TAPS
     abilities = ABILITIES
+    options = MappingProxyType({
+        "backend": Option("the backend of Keras", (*BACKENDS,)),
+        "threads": Option("the threads of torch; sums over another number have other bits"),
+    })  # fmt: skip
+    requirements = ("torch==2.13.0", "jax==0.10.2", "keras-hub==0.32.0")
 
     def __init__(self, backend: str = "torch", threads: str = "1") -> None:
-        if backend not in BACKENDS or not threads.isdecimal() or int(threads) < 1:
-            raise InputError(f"options backend={backend}, threads={threads}: {Adapter.__doc__}")
         os.environ.update(BACKENDS[backend], KERAS_BACKEND=backend)
-        self.keras: Any = require("keras", *EXTRA)
-        self.engine: Any = require("keras_hub", *EXTRA)
+        self.keras: Any = needed("keras", "keras_hub")
+        self.engine: Any = needed("keras_hub", "keras_hub")
         self.policies: Mapping[str, str] = {**POLICIES, **(ON_JAX if backend == "jax" else {})}
         if backend == "torch":
-            torch: Any = require("torch", *EXTRA)
+            torch: Any = needed("torch", "keras_hub")
             torch.set_num_threads(int(threads))
             torch.set_grad_enabled(False)
         self.version = f"{version('keras-hub')} (keras {version('keras')}, {backend} {version(backend)})"
@@ -138,8 +142,8 @@ class Watch:
     @contextmanager
     def wrapped(self) -> Iterator[None]:
         """While the context lasts, every tap is recorded."""
-        decoder: Any = require("keras_hub.src.models.mixtral.mixtral_decoder", *EXTRA)
-        attention: Any = require("keras_hub.src.models.mixtral.mixtral_attention", *EXTRA)
+        decoder: Any = needed("keras_hub.src.models.mixtral.mixtral_decoder", "keras_hub")
+        attention: Any = needed("keras_hub.src.models.mixtral.mixtral_attention", "keras_hub")
         router = Watched(self.ops, {"einsum": self._experts, "top_k": self._choice, "sum": self._routing})
         inner = Watched(self.ops, {"einsum": self._attention, "multiply": self._scores})
         with ExitStack() as stack:

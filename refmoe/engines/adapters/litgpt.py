@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 from refmoe.engines.adapter import Arrays, Skipped
 from refmoe.engines.capture.patching import replaced
 from refmoe.engines.capture.transformers import DTYPES, module_hooks, to_numpy
+from refmoe.engines.environment import needed
+from refmoe.engines.options import Option
 from refmoe.engines.protocol import ABILITIES, TAPS
-from refmoe.errors import InputError, require
 from refmoe.files.json_file import read_json
 from refmoe.spec.taps import step_of
 from refmoe.traces.trace import Recorder, Run
@@ -47,30 +48,31 @@ NAMES = {
 """Modules of litgpt/model.py, `GPT`, to taps, as in `refmoe.engines.capture.names`."""
 
 UNSEEN = ("attention.scores", "attention.probs")
-EXTRA = ("litgpt", "running litgpt")
 
 
 class Adapter:
-    """Options: threads=N (of torch), by default 1."""
+    """A `GPT` of litgpt."""
 
     name = "litgpt"
     dtypes = DTYPES
     taps = tuple(tap for tap in TAPS if tap not in UNSEEN)
     abilities = ABILITIES
     policies = MappingProxyType({dtype: f"litgpt-{dtype}" for dtype in ("float64", "bfloat16", "float16")})
+    options = MappingProxyType({
+        "threads": Option("the threads of torch; sums over another number have other bits"),
+    })  # fmt: skip
+    requirements = ("torch==2.13.0", "litgpt==0.5.13")
 
     def __init__(self, threads: str = "1") -> None:
-        if not threads.isdecimal() or int(threads) < 1:
-            raise InputError(f"option threads is '{threads}', but an integer from 1 was expected")
-        self.torch: Any = require("torch", *EXTRA)
+        self.torch: Any = needed("torch", "litgpt")
         self.torch.set_num_threads(int(threads))
-        self.engine: Any = require("litgpt.model", *EXTRA)
+        self.engine: Any = needed("litgpt.model", "litgpt")
         self.version = f"{version('litgpt')} (torch {version('torch')})"
 
     def load(self, checkpoint: Path, dtype: str) -> None:
         """Convert the checkpoint by litgpt's own function, and load it at this dtype."""
-        converting: Any = require("litgpt.scripts.convert_hf_checkpoint", *EXTRA)
-        loading: Any = require("safetensors.torch", *EXTRA)
+        converting: Any = needed("litgpt.scripts.convert_hf_checkpoint", "litgpt")
+        loading: Any = needed("safetensors.torch", "litgpt")
         self.config = converted(read_json(checkpoint / "config.json").values)
         weights: dict[str, Any] = {}
         converting.copy_weights_hf_llama(self.config, {}, weights, loading.load_file(checkpoint / "model.safetensors"))
@@ -112,7 +114,7 @@ class Adapter:
 
 def converted(values: dict[str, Any]) -> Any:
     """The configuration of litgpt. With a window, every layer has it.   values: of config.json"""
-    config: Any = require("litgpt.config", *EXTRA).Config
+    config: Any = needed("litgpt.config", "litgpt").Config
     window, layers, heads = values["sliding_window"], values["num_hidden_layers"], values["num_attention_heads"]
     return config(
         name="mixtral", block_size=values["max_position_embeddings"], n_layer=layers, n_embd=values["hidden_size"],
@@ -158,7 +160,7 @@ class Watch:
     @contextmanager
     def hooks(self, engine: Any) -> Iterator[None]:
         """While the context lasts, every tap is recorded.   engine: the module litgpt.model"""
-        torch: Any = require("torch", *EXTRA)
+        torch: Any = needed("torch", "litgpt")
         mode: Any = torch.overrides.TorchFunctionMode
         chosen, weighed, rotate = self._chosen, self._weighed, engine.apply_rope
         rotated = cycle(("q_rope", "k_rope"))

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Collection, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from refmoe.checkpoints.gguf_file import FILE_TYPES, write_gguf
 from refmoe.checkpoints.load import load_checkpoint
 from refmoe.engines.adapter import Arrays, Skipped
 from refmoe.engines.adapters import llama_cpp_library as native
+from refmoe.engines.options import Option
 from refmoe.engines.protocol import TAPS
 from refmoe.errors import InputError
 from refmoe.files.scratch import Scratch
@@ -66,21 +68,26 @@ PAD = 256
 
 
 class Adapter:
-    """Options: file=float32|float16|bfloat16 (matrices), cache=float32|float16, flash=off|on (attention), threads=N."""
+    """llama.cpp through its C interface."""
 
     name = "llama.cpp"
     dtypes = ("float32",)
     abilities = ("chunk", "decode", "sequences")
+    options = MappingProxyType({
+        "cache": Option("the dtype of the cache; llama.cpp's own default is float16", (*native.TYPES,)),
+        "flash": Option("flash attention; llama.cpp's own default is on", (*native.FLASH,)),
+        "threads": Option("the threads of llama.cpp"),
+        "file": Option("the dtype of the matrices in the GGUF file", (*FILE_TYPES,)),
+    })  # fmt: skip
+    requirements = ("xllamacpp==2026.10.11549", "gguf==0.19.0")
+    """NAMES and `llama_cpp_library` know two structs of this build."""
 
     def __init__(self, cache: str = "float32", flash: str = "off", threads: str = "1", file: str = "float32") -> None:
-        known = cache in native.TYPES and flash in native.FLASH and file in FILE_TYPES
-        if not known or not threads.isdecimal():
-            raise InputError(f"options file={file}, cache={cache}, flash={flash}, threads={threads}: {Adapter.__doc__}")
         self.file = file
         self.library = native.load_library(lambda text: print(text, end="", file=sys.stderr))
         self.version = f"{native.PACKAGE} {version(native.PACKAGE)}"
-        self.options = {"type_k": native.TYPES[cache], "type_v": native.TYPES[cache], "n_threads": int(threads)}
-        self.options |= {"n_threads_batch": int(threads), "flash_attn_type": native.FLASH[flash]}
+        self.settings = {"type_k": native.TYPES[cache], "type_v": native.TYPES[cache], "n_threads": int(threads)}
+        self.settings |= {"n_threads_batch": int(threads), "flash_attn_type": native.FLASH[flash]}
         unseen = ("attention.scores", "attention.probs") if flash == "on" else ("attention.scores",)
         self.taps = tuple(tap for tap in TAPS if tap not in unseen)
         self.policies = {"float32": policy_of(file, cache, flash)}
@@ -126,7 +133,7 @@ class Adapter:
         callback, sequences = native.EvalCallback(watch), sorted({run.sequence for run in runs})
         cells = -(-longest // PAD) * PAD
         options = {"n_ctx": cells * len(sequences), "n_seq_max": len(sequences), "n_batch": cells, "n_ubatch": cells}
-        options |= {"n_outputs_max_per_seq": cells, **self.options}
+        options |= {"n_outputs_max_per_seq": cells, **self.settings}
         context = native.new_context(self.library, self.model, callback, options)
         found: Arrays = {}
         try:

@@ -26,13 +26,14 @@ EXTRA = ("mlx", "running mlx-lm")
 
 
 class Adapter:
-    """No options."""
+    """A Mixtral of mlx-lm, watched."""
 
     name = "mlx-lm"
     dtypes = ("float32",)
     taps = tuple(tap for tap in TAPS if tap not in UNSEEN)
     abilities = ("chunk", "decode", "sequences")
     policies = MappingProxyType({"float32": "mlx-float32"})
+    requirements = ("mlx[cpu]==0.32.4", "mlx-lm==0.32.2")
 
     def __init__(self) -> None:
         self.mx: Any = require("mlx.core", *EXTRA)

@@ -7,7 +7,7 @@ may fuse everything. Scores are not seen, because no module of transformers retu
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refmoe.engines.adapter import Arrays
-from refmoe.engines.adapters.onnx_export import export
+from refmoe.engines.adapters.onnx_export import EXPORTING, Graph, export
 from refmoe.engines.capture.transformers import shaped
+from refmoe.engines.options import Option
 from refmoe.engines.protocol import TAPS
-from refmoe.errors import InputError, require
+from refmoe.errors import require
 from refmoe.files.scratch import Scratch
 from refmoe.spec.taps import step_of
 from refmoe.traces.trace import Recorder, Run
@@ -32,16 +33,19 @@ GIVEN = {"all": tuple(tap for tap in TAPS if tap != "attention.scores"), "logits
 
 
 class Adapter:
-    """Options: optimise=all|extended|basic|off (onnxruntime's own changes to the graph), taps=all|logits."""
+    """An ONNX graph in a session of one thread."""
 
     name = "onnxruntime"
     dtypes = ("float32", "float64", "float16")
     abilities = ("chunk", "decode", "sequences")
     policies = MappingProxyType({"float32": "onnx-float32", "float64": "hf-float64", "float16": "onnx-float16"})
+    options = MappingProxyType({
+        "optimise": Option("onnxruntime's own changes to the graph", (*LEVELS,)),
+        "taps": Option("the outputs of the graph: onnxruntime fuses nothing across one", (*GIVEN,)),
+    })  # fmt: skip
+    requirements = (*EXPORTING, "onnxruntime==1.32.0")
 
     def __init__(self, optimise: str = "all", taps: str = "all") -> None:
-        if optimise not in LEVELS or taps not in GIVEN:
-            raise InputError(f"options optimise={optimise}, taps={taps}: {Adapter.__doc__}")
         self.ort: Any = require("onnxruntime", "onnx", "running an ONNX graph")
         self.optimise = getattr(self.ort.GraphOptimizationLevel, LEVELS[optimise])
         self.taps = GIVEN[taps]
@@ -60,20 +64,36 @@ class Adapter:
 
     def run(self, runs: Sequence[Run], taps: Collection[str]) -> Arrays:
         """Run each call with the cache of its sequence, cut to `past` tokens."""
-        count, kv_heads, head_dim = self.graph.cache
-        empty = [np.zeros((1, kv_heads, 0, head_dim), self.dtype)] * count
+        return run_graph(self.graph, runs, self.dtype, self._call)
+
+    def _call(self, given: list[NDArray[Any]]) -> list[NDArray[Any]]:
         inputs = [value.name for value in self.session.get_inputs()]
-        caches: dict[int, list[NDArray[Any]]] = {}
-        recorder = Recorder()
-        for run in runs:
-            recorder.run = run.run
-            past = [part[:, :, : run.past] for part in caches.get(run.sequence, empty)]
-            given = [np.array([run.tokens]), np.array([run.positions]), *past]
-            made = self.session.run(None, dict(zip(inputs, given, strict=True)))
-            caches[run.sequence] = made[-count:]
-            for tap, array in zip(self.graph.taps, made[:-count], strict=True):
-                recorder(tap, shaped(tap, without_batch(tap, array), head_dim))
-        return recorder.arrays
+        made: list[NDArray[Any]] = self.session.run(None, dict(zip(inputs, given, strict=True)))
+        return made
+
+
+def run_graph(
+    graph: Graph,
+    runs: Sequence[Run],
+    dtype: np.dtype[Any],
+    call: Callable[[list[NDArray[Any]]], list[NDArray[Any]]],
+) -> Arrays:
+    """Run each call of a graph with the cache of its sequence, cut to `past` tokens.
+
+    dtype: of the cache   call: from the graph's inputs to its outputs, both in order
+    """
+    count, kv_heads, head_dim = graph.cache
+    empty = [np.zeros((1, kv_heads, 0, head_dim), dtype)] * count
+    caches: dict[int, list[NDArray[Any]]] = {}
+    recorder = Recorder()
+    for run in runs:
+        recorder.run = run.run
+        past = [part[:, :, : run.past] for part in caches.get(run.sequence, empty)]
+        made = call([np.array([run.tokens]), np.array([run.positions]), *past])
+        caches[run.sequence] = made[-count:]
+        for tap, array in zip(graph.taps, made[:-count], strict=True):
+            recorder(tap, shaped(tap, without_batch(tap, array), head_dim))
+    return recorder.arrays
 
 
 def without_batch(tap: str, array: NDArray[Any]) -> NDArray[Any]:

@@ -20,6 +20,9 @@ from refmoe.engines.capture.transformers import load_model
 from refmoe.errors import require
 from refmoe.spec.taps import step_of
 
+EXPORTING = ("torch==2.13.0", "transformers==5.23.0", "onnx==1.23.2", "onnxscript==0.7.2")
+"""The packages that write the graph."""
+
 Record = Callable[[str, Any], None]
 
 

@@ -24,8 +24,9 @@ from refmoe.checkpoints.gguf_file import write_gguf
 from refmoe.checkpoints.load import load_checkpoint
 from refmoe.engines.adapter import Arrays, Skipped
 from refmoe.engines.capture.patching import replaced
+from refmoe.engines.environment import needed
+from refmoe.engines.options import Option
 from refmoe.engines.protocol import ABILITIES, TAPS
-from refmoe.errors import InputError, require
 from refmoe.files.scratch import Scratch
 from refmoe.spec.taps import step_of
 from refmoe.traces.trace import Recorder, Run
@@ -57,29 +58,31 @@ STATES = ("embedding", "residual", "final_norm", "logits")
 """The taps that are seen between the blocks. Blocks then run as tinygrad compiles them, several operations in one."""
 AMD = "tinygrad.llm.kernels.amd"
 """A module that tinygrad/llm/model.py imports, and that the wheel of 0.14.0 lacks. It has kernels for AMD's GPUs."""
-EXTRA = ("tinygrad", "running tinygrad")
 
 
 class Adapter:
-    """Options: norm_key=yes|no (whether the file has expert_weights_norm); taps=all|states (between blocks alone)."""
+    """A `Transformer` of tinygrad's llm."""
 
     name = "tinygrad"
     dtypes = ("float32",)
     taps: tuple[str, ...] = tuple(tap for tap in TAPS if tap not in UNSEEN)
     abilities = ABILITIES
     policies = MappingProxyType({"float32": "tinygrad-float32"})
+    options = MappingProxyType({
+        "norm_key": Option("whether the GGUF file has the key expert_weights_norm", ("yes", "no")),
+        "taps": Option("all, or those between the blocks, which tinygrad then compiles", ("all", "states")),
+    })  # fmt: skip
+    requirements = ("tinygrad==0.14.0", "gguf==0.19.0")
 
     def __init__(self, norm_key: str = "yes", taps: str = "all") -> None:
-        if norm_key not in ("yes", "no") or taps not in ("all", "states"):
-            raise InputError(f"options norm_key={norm_key}, taps={taps}: {Adapter.__doc__}")
         self.norm_key = norm_key == "yes"
         if taps == "states":
             self.taps = STATES
         os.environ.update(DEV="CPU", HALF="0")  # HALF=0: weights stay float32
-        require("tinygrad", *EXTRA)
-        require("gguf", *EXTRA)
+        needed("tinygrad", "tinygrad")
+        needed("gguf", "tinygrad")
         without_amd()
-        self.engine: Any = require("tinygrad.llm.model", *EXTRA)
+        self.engine: Any = needed("tinygrad.llm.model", "tinygrad")
         self.version = version("tinygrad")
 
     def load(self, checkpoint: Path, dtype: str) -> None:
@@ -97,7 +100,7 @@ class Adapter:
                     f"at position {run.positions[0]}"
                 )
         longest = max(run.past + len(run.tokens) for run in runs)
-        tensor: Any = require("tinygrad", *EXTRA).Tensor
+        tensor: Any = needed("tinygrad", "tinygrad").Tensor
         watch = Watch(self.checkpoint.config.head_dim, frozenset(taps))
         models: dict[int, Any] = {}
         inside = self.taps != STATES
@@ -124,7 +127,7 @@ class Adapter:
 
     def _write(self, path: Path) -> None:
         """Write the GGUF file, with the keys that tinygrad reads beside those of llama.cpp."""
-        writer: Any = require("gguf", *EXTRA).GGUFWriter
+        writer: Any = needed("gguf", "tinygrad").GGUFWriter
         add = writer.add_vocab_size
 
         def added(self_: Any, size: int) -> None:
@@ -142,7 +145,7 @@ def without_amd() -> None:
     if find_spec("tinygrad.llm.kernels") is not None:
         return
     package, amd = ModuleType(AMD.rpartition(".")[0]), ModuleType(AMD)
-    amd.Linear = require("tinygrad.nn", *EXTRA).Linear  # type: ignore[attr-defined]
+    amd.Linear = needed("tinygrad.nn", "tinygrad").Linear  # type: ignore[attr-defined]
     amd.amd_custom_kernels_supported = lambda device: False  # type: ignore[attr-defined]
     amd.gated_delta_prefill = amd.flash_attention = None  # type: ignore[attr-defined]
     sys.modules[package.__name__], sys.modules[AMD] = package, amd

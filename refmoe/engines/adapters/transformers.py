@@ -1,56 +1,121 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transformers' own Mixtral, watched by forward hooks.
-
-Options: `attention`, ``eager`` (the default) or ``sdpa``; `threads` of torch, by default 1, because sums over another
-number of threads have other bits.
-"""
+"""transformers' own Mixtral, in each setting that people run it in, watched by forward hooks."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from refmoe.engines.adapter import Arrays
+from refmoe.engines.adapter import Arrays, Skipped
+from refmoe.engines.adapters.transformers_batch import PaddedBatch
 from refmoe.engines.capture import transformers as engine
+from refmoe.engines.options import Option
 from refmoe.engines.protocol import ABILITIES, DTYPES, TAPS
 from refmoe.errors import InputError, require
 from refmoe.traces.trace import Recorder, Run
 
-NEVER_SEEN = ("attention.scores",)
-"""No module returns them."""
-UNSEEN = {"eager": NEVER_SEEN, "sdpa": (*NEVER_SEEN, "attention.probs")}
-"""Per attention implementation the taps that no hook sees. A fused one has no probabilities."""
+EXPERTS = tuple(tap for tap in TAPS if tap.startswith("expert."))
+AROUND = ("embedding", "residual", "final_norm", "logits")
+"""The taps that a compiled layer does not hide."""
+ALIGNED = 16
+"""torch's grouped_mm wants strides that are multiples of this number of bytes."""
+ALIGNMENT = "https://github.com/pytorch/pytorch/issues/172440"
 
 
 class Adapter:
-    """`MixtralForCausalLM` on the CPU, its experts one by one."""
+    """`MixtralForCausalLM` on the CPU."""
 
     name = "transformers"
-    dtypes = DTYPES
     abilities = ABILITIES
-    policies = MappingProxyType({dtype: f"hf-{dtype}" for dtype in DTYPES})
+    options = MappingProxyType({
+        "attention": Option("the implementation of attention; transformers' own default is sdpa", ("eager", "sdpa")),
+        "threads": Option("the threads of torch; sums over another number have other bits"),
+        "experts": Option(
+            "the implementation of the experts; transformers' own default is grouped_mm",
+            ("eager", "batched_mm", "grouped_mm"),
+        ),
+        "cache": Option("the cache of keys and values: one that grows, or one of a fixed size", ("dynamic", "static")),
+        "batch": Option("a sequence by itself, or as the padded row of a batch of two", ("single", "left-padded")),
+        "compile": Option("whether torch.compile compiles each layer; that takes a minute a case", ("off", "layers")),
+    })  # fmt: skip
+    requirements = ("torch==2.13.0", "transformers==5.23.0")
 
-    def __init__(self, attention: str = "eager", threads: str = "1") -> None:
-        """Raises InputError for an invalid option, or when torch or transformers is missing."""
-        if attention not in UNSEEN:
-            raise InputError(f"option attention is '{attention}', but one of {', '.join(UNSEEN)} was expected")
-        if not threads.isdecimal() or int(threads) < 1:
-            raise InputError(f"option threads is '{threads}', but an integer from 1 was expected")
+    def __init__(
+        self,
+        attention: str = "eager",
+        threads: str = "1",
+        experts: str = "eager",
+        cache: str = "dynamic",
+        batch: str = "single",
+        compile: str = "off",
+    ) -> None:
+        """Raises InputError for options that exclude each other, or when torch or transformers is missing."""
+        if batch != "single" and (cache != "dynamic" or compile != "off"):
+            raise InputError(f"option batch is '{batch}', but with cache=static or compile=layers single was expected")
         torch = require("torch", "engines", "the adapter of transformers")
         torch.set_num_threads(int(threads))
-        self.attention = attention
+        self.attention, self.experts, self.cache = attention, experts, cache
+        self.padded, self.compiled = batch != "single", compile != "off"
         self.version: str = require("transformers", "engines", "the adapter of transformers").__version__
-        self.taps = tuple(tap for tap in TAPS if tap not in UNSEEN[attention])
+        self.dtypes = tuple(dtype for dtype in DTYPES if experts != "grouped_mm" or dtype != "float64")
+        self.policies = {dtype: f"hf-{dtype}" for dtype in self.dtypes}
+        self.taps = AROUND if self.compiled else tuple(tap for tap in TAPS if tap not in self._unseen())
         self.model: Any = None
 
+    def _unseen(self) -> tuple[str, ...]:
+        """The taps that no hook sees. A fused attention has no probabilities, and a static cache has more columns."""
+        probs = () if self.attention == "eager" and self.cache == "dynamic" else ("attention.probs",)
+        return ("attention.scores", *probs, *(EXPERTS if self.experts != "eager" else ()))
+
     def load(self, checkpoint: Path, dtype: str) -> None:
-        """Load a checkpoint of the Hugging Face layout."""
-        self.model = engine.load_model(checkpoint, dtype, self.attention)
+        """Load a checkpoint of the Hugging Face layout. Raises Skipped for dims that grouped_mm does not take."""
+        self.model = engine.load_model(checkpoint, dtype, self.attention, self.experts)
+        config, size = self.model.config, self.model.dtype.itemsize
+        widths = (config.hidden_size, config.intermediate_size)
+        if self.experts == "grouped_mm" and any(width * size % ALIGNED for width in widths):
+            raise Skipped(
+                f"torch.nn.functional.grouped_mm takes rows of whole {ALIGNED} bytes; {widths[0]} and {widths[1]} "
+                f"values of {dtype} are not", ALIGNMENT,
+            )  # fmt: skip
+        if self.compiled:
+            torch: Any = require("torch", "engines", "the adapter of transformers")
+            torch.compiler.reset()
+            layers = self.model.model.layers
+            for i in range(len(layers)):
+                layers[i] = torch.compile(layers[i], dynamic=True)
 
     def run(self, runs: Sequence[Run], taps: Collection[str]) -> Arrays:
-        """Capture all runs, every tap that the hooks see."""
+        """Capture all runs, every tap that the hooks see. Raises Skipped for what the setting cannot do."""
         recorder = Recorder()
-        engine.capture(self.model, runs, recorder)
-        return recorder.arrays
+        if self.padded:
+            PaddedBatch(self.model, recorder).run(runs)
+            return recorder.arrays
+        if self.cache == "static":
+            refuse_cuts(runs)
+        watching = engine.modules_alone if self.compiled else engine.hooks
+        engine.capture(self.model, runs, recorder, self._new_cache(runs), watching)
+        return {key: array for key, array in recorder.arrays.items() if not self._is_wider(key)}
+
+    def _is_wider(self, key: str) -> bool:
+        """Whether a value has columns for the unused cells of a static cache."""
+        return self.cache == "static" and key.endswith("attention.probs")
+
+    def _new_cache(self, runs: Sequence[Run]) -> Callable[[], Any]:
+        """A maker of empty caches."""
+        transformers: Any = require("transformers", "engines", "the adapter of transformers")
+        if self.cache == "dynamic":
+            return engine.growing_cache
+        longest = max(run.past + len(run.tokens) for run in runs)
+        # some cells stay unused, as in an engine that has allocated for the longest answer
+        return lambda: transformers.StaticCache(config=self.model.config, max_cache_len=longest + 3)
+
+
+def refuse_cuts(runs: Sequence[Run]) -> None:
+    """Raises Skipped where a run begins with its cache cut, which a cache of a fixed size does not do."""
+    seen: dict[int, int] = {}
+    for run in runs:
+        if run.past < seen.get(run.sequence, 0):
+            raise Skipped(f"{run.run} begins with a cache that is cut, which StaticCache of transformers cannot be")
+        seen[run.sequence] = run.past + len(run.tokens)

