@@ -78,7 +78,7 @@ commands.section(
 commands.section("Routers", Later("router", "Show what a router does; check one of your own."))
 commands.section(
     "The suite itself",
-    Later("suite", "Check, certify, audit and emit the golden cases."),
+    Later("suite", "Check, certify, audit and emit the golden cases, and make new ones."),
     Later("mutants", "Known bugs of the field, and the proof that each is caught."),
 )
 
