@@ -9,7 +9,7 @@ cause's own enclosures. Causes are first filtered by predictions, which cost lit
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -170,38 +170,61 @@ def explanations(
 
 
 def explain(evidence: Evidence, cause: Cause) -> Explanation:
-    """Hold the trace against a cause as if it were the specification: first a part of it, then all of it."""
+    """Hold the trace against a cause as if it were the specification.
+
+    Its predictions refute it at little cost. If they do not, a part of the trace is enclosed, and then all of it.
+    """
     variation, keys = cause.variation, evidence.keys(evidence.whole)
-    fit = NOTHING
-    still, newly, _ = _held_against(evidence, variation, evidence.first)
-    right = not still and not newly
-    if right:
-        predicted = predict(evidence, variation, evidence.whole)
-        fit = by_value(evidence.observed, keys, predicted)
-        right = not fit.explains or contradicted(evidence.observed, predicted) is None
-    if right:
+    predicted = predict(evidence, variation, evidence.whole)
+    fit = by_value(evidence.observed, keys, predicted)
+    if not _may_explain(evidence, cause, fit, predicted):
+        return refuted(evidence, cause, fit)
+    local = _local(evidence)
+    still, newly, recorded = _held_against(evidence, variation, evidence.first)
+    if not still and not newly and evidence.first != evidence.whole:
         still, newly, recorded = _held_against(evidence, variation, evidence.whole)
-        right = not still and not newly
-        middles = {key: each.mid for key, each in recorded.items()}
-        if right and not fit.explains and _local(evidence):
-            foreseen = (middles, predicted) if cause.kind == ARITHMETIC else (middles,)
-            if not any(moves(evidence.observed, keys, each) for each in foreseen):
-                fit = min(fit, by_size(evidence.observed, keys, recorded), key=lambda each: each.residual)
-            right = contradicted(evidence.observed, middles) is None
-    right = right and (_local(evidence) or not _blank(evidence))
+    right = not still and not newly
+    middles = {key: each.mid for key, each in recorded.items()}
+    if right and not fit.explains and local:
+        if not moves(evidence.observed, keys, middles):
+            fit = min(fit, by_size(evidence.observed, keys, recorded), key=lambda each: each.residual)
+        right = contradicted(evidence.observed, middles) is None
+    right = right and (local or not _blank(evidence))
+    return replace(
+        refuted(evidence, cause, fit),
+        explains=right and fit.explains,
+        still_failing=still,
+        newly_failing=newly,
+        values=evidence.wrong_values if right and fit.explains else 0,
+    )
+
+
+def _may_explain(evidence: Evidence, cause: Cause, fit: Fit, predicted: Mapping[Key, Any]) -> bool:
+    """Whether the predictions of a cause leave it possible. They are the middles of its enclosures.
+
+    fit: of the predictions at all failed checks
+    """
+    if not fit.explains:  # then only the size of errors may explain the trace
+        keys = evidence.keys(evidence.whole)
+        return _local(evidence) and not moves(evidence.observed, keys, predicted)
+    return contradicted(evidence.observed, predicted) is None
+
+
+def refuted(evidence: Evidence, cause: Cause, fit: Fit) -> Explanation:
+    """The cause as one that does not explain the trace, because of its predictions. It then leaves all that failed."""
     return Explanation(
         name=cause.name,
         kind=cause.kind,
         about=cause.about,
         fix=cause.fix,
         sources=cause.sources,
-        explains=right and fit.explains,
-        still_failing=still,
-        newly_failing=newly,
+        explains=False,
+        still_failing=len(evidence.failed),
+        newly_failing=0,
         coefficient=fit.coefficient,
         residual=fit.residual,
-        touches=len(variation.touches),
-        values=evidence.wrong_values if right and fit.explains else 0,
+        touches=len(cause.variation.touches),
+        values=0,
     )
 
 
