@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from refmoe.arithmetic.arrays import Tap
-from refmoe.arithmetic.formats import FLOAT64
+from refmoe.arithmetic.formats import FLOAT64, Format
 from refmoe.arithmetic.weight_cache import WeightCache
 from refmoe.bugs.forced_rounding import rounded
 from refmoe.bugs.quantised_checkpoint import QuantisedWeight, SmoothedGain
@@ -129,7 +129,7 @@ def gather(
     evidence = Evidence(
         trace=trace, right=right, policy=policy, contents=contents, limits=limits, report=report, failed=failed
     )
-    judging = Recording(trace, replace(right, ops=_ops(evidence, policy)), policy, limits.excess)
+    judging = Recording(trace, replace(right, ops=ops_under(evidence, policy)), policy, limits.excess)
     checks = assemble(judging.go(evidence.whole.layers), contents, config, policy, limits)
     taps = observe(judging.recorded(), policy, limits.excess, checks, report.checks)
     return replace(evidence, observed=taps | _choices(trace, config, report))
@@ -265,12 +265,19 @@ class ForcingOps(EnclosureOps):
         return made
 
 
-def _ops(evidence: Evidence, policy: Policy) -> Callable[..., EnclosureOps]:
+def ops_under(evidence: Evidence, policy: Policy) -> Callable[..., EnclosureOps]:
     """Enclosures under a policy, with the cut points that it changes forced, and with shared weights."""
     exact = policy.accumulation.precision == 53 or policy.storage.precision == 53
-    matrices = evidence.weights.setdefault((policy.at("weights"), exact), WeightCache(MATRIX_BYTES))
+    matrices = WeightCache(MATRIX_BYTES)
+    if _accumulators(policy) == _accumulators(evidence.policy):  # a matrix is prepared for the arithmetic of its product
+        matrices = evidence.weights.setdefault((policy.at("weights"), exact), matrices)
     forced = forced_cuts(evidence.policy, policy)
     return lambda used, tap: ForcingOps(used, tap, forced, matrices)
+
+
+def _accumulators(policy: Policy) -> dict[str, Format]:
+    """The dtypes of products that have their own."""
+    return {name: policy.at(name) for name in ACCUMULATION_CUTS if name in policy.cuts}
 
 
 def predict(
@@ -321,7 +328,7 @@ def judge_part(
     last pass would change.
     """
     names = {run.run for run in part.runs}
-    subject = replace(subject, runs=until(subject.runs, names), ops=_ops(evidence, policy))
+    subject = replace(subject, runs=until(subject.runs, names), ops=ops_under(evidence, policy))
     contents = replace(evidence.contents, runs=part.runs, present=dict(part.present))
     recorded: dict[Key, Recorded] = {}
 

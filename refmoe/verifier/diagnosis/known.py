@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.bugs.mutant import Mutant
+from refmoe.bugs.mutant import POLICY, Mutant
 from refmoe.profiles.policy import Policy
 from refmoe.spec.config import Config
 from refmoe.spec.model import Model, Parameters
@@ -37,6 +37,7 @@ from refmoe.verifier.diagnosis.evidence import (
 )
 from refmoe.verifier.diagnosis.fit import NOTHING, Fit, by_size, by_value, contradicted, moves
 from refmoe.verifier.diagnosis.observed import Recorded
+from refmoe.verifier.diagnosis.one_step import fails_alone
 from refmoe.verifier.findings import (
     ARITHMETIC,
     BUG_AND_ARITHMETIC,
@@ -172,9 +173,12 @@ def explanations(
 def explain(evidence: Evidence, cause: Cause) -> Explanation:
     """Hold the trace against a cause as if it were the specification.
 
-    Its predictions refute it at little cost. If they do not, a part of the trace is enclosed, and then all of it.
+    What costs least comes first: one step under another policy, then predictions, then the enclosures of a part of the
+    trace, and those of all of it.
     """
     variation, keys = cause.variation, evidence.keys(evidence.whole)
+    if _of_policy(cause) and fails_alone(evidence, variation.policy(evidence.policy)):
+        return refuted(evidence, cause, NOTHING)
     predicted = predict(evidence, variation, evidence.whole)
     fit = by_value(evidence.observed, keys, predicted)
     if not _may_explain(evidence, cause, fit, predicted):
@@ -199,6 +203,11 @@ def explain(evidence: Evidence, cause: Cause) -> Explanation:
     )
 
 
+def _of_policy(cause: Cause) -> bool:
+    """Whether a cause changes the policy and nothing else."""
+    return cause.kind == ARITHMETIC or (isinstance(cause.variation, Mutant) and cause.variation.changes == POLICY)
+
+
 def _may_explain(evidence: Evidence, cause: Cause, fit: Fit, predicted: Mapping[Key, Any]) -> bool:
     """Whether the predictions of a cause leave it possible. They are the middles of its enclosures.
 
@@ -211,7 +220,7 @@ def _may_explain(evidence: Evidence, cause: Cause, fit: Fit, predicted: Mapping[
 
 
 def refuted(evidence: Evidence, cause: Cause, fit: Fit) -> Explanation:
-    """The cause as one that does not explain the trace, because of its predictions. It then leaves all that failed."""
+    """The cause as one that does not explain the trace. It then leaves all that failed."""
     return Explanation(
         name=cause.name,
         kind=cause.kind,

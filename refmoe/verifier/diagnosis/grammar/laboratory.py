@@ -185,16 +185,20 @@ class Laboratory:
     def weight(self, name: str, layer: int | None, expert: int | None = None) -> Held:
         """A parameter as it is stored."""
 
-        def make() -> Held:
-            owner: Any = self.evidence.right.parameters
-            owner = owner if layer is None else owner.layers[layer]
-            owner = owner if expert is None else owner.experts[expert]
-            return Held(np.asarray(getattr(owner, name).read(), np.float64))
-
         key = (name, layer, expert)
         if key not in self._weights:
-            self._weights[key] = make()
+            self._weights[key] = Held(np.asarray(self.parameter(*key).read(), np.float64))
         return self._weights[key]
+
+    def parameter(self, name: str, layer: int | None, expert: int | None = None) -> Any:
+        """A parameter of the model itself."""
+        owner: Any = self.evidence.right.parameters
+        owner = owner if layer is None else owner.layers[layer]
+        return getattr(owner if expert is None else owner.experts[expert], name)
+
+    def gain(self, step: str, layer: int | None) -> Any:
+        """The gain of a norm: [D]"""
+        return self.weight(step, layer).values
 
     def inputs(self, key: Key) -> Inputs:
         """Everything that the step of a tap reads."""
@@ -207,7 +211,7 @@ class Laboratory:
             return {"tokens": np.asarray(self.runs[run].tokens), "weight": self.weight("embedding", None)}
         before = [(run, name) for name in inputs(tap, self.config)]
         if step in NORMS:
-            return {"x": self.read(before[0]), "gain": self.weight(step, layer).values, "eps": self.config.norm_eps}
+            return {"x": self.read(before[0]), "gain": self.gain(step, layer), "eps": self.config.norm_eps}
         if step in ("attention.q_rope", "attention.k_rope"):
             positions = np.asarray(self.runs[run].positions)
             return {"x": self.read(before[0]), "positions": positions, "theta": self.config.rope_theta}
