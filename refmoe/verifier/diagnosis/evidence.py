@@ -246,6 +246,8 @@ def forced_cuts(right: Policy, changed: Policy) -> frozenset[str]:
 
     A router that now takes the softmax first loses the probabilities that underflow.
     """
+    if changed is right:
+        return frozenset()
     coarser = (name for name in CUT_POINTS if name not in NO_VALUE and not changed.at(name).holds(right.at(name)))
     first = changed.router_order != right.router_order
     return frozenset([*coarser, *["router.probs"] * first])

@@ -91,6 +91,8 @@ class Candidate:
     fit: Fit
     alike: bool
     """Whether the effect has the size of the error, though perhaps another direction, as noise has."""
+    fails: bool = False
+    """Whether the first failed check fails under the cause too. Then nothing is predicted."""
 
 
 def touching(evidence: Evidence, causes: Iterable[Cause]) -> list[Cause]:
@@ -111,12 +113,23 @@ def touching(evidence: Evidence, causes: Iterable[Cause]) -> list[Cause]:
 
 
 def candidates(evidence: Evidence, causes: Iterable[Cause], progress: Callable[[], None]) -> list[Candidate]:
-    """The causes with an effect on the first part, by rising residual."""
+    """The causes with an effect on the first part, by rising residual.
+
+    One step alone is the cheapest test: it refutes most changes of the policy, so that these need no prediction.
+    """
     found = []
     for cause in touching(evidence, causes):
-        found.append(_candidate(evidence, cause))
+        if _of_policy(cause) and fails_alone(evidence, cause.variation.policy(evidence.policy)):
+            found.append(Candidate(cause=cause, delta=None, fit=NOTHING, alike=False, fails=True))
+        else:
+            found.append(_candidate(evidence, cause))
         progress()
     return sorted(found, key=lambda each: each.fit.residual)
+
+
+def _of_policy(cause: Cause) -> bool:
+    """Whether a cause changes the policy and nothing else."""
+    return cause.kind == ARITHMETIC or (isinstance(cause.variation, Mutant) and cause.variation.changes == POLICY)
 
 
 def _candidate(evidence: Evidence, cause: Cause) -> Candidate:
@@ -173,12 +186,9 @@ def explanations(
 def explain(evidence: Evidence, cause: Cause) -> Explanation:
     """Hold the trace against a cause as if it were the specification.
 
-    What costs least comes first: one step under another policy, then predictions, then the enclosures of a part of the
-    trace, and those of all of it.
+    What costs least comes first: predictions, then the enclosures of a part of the trace, then those of all of it.
     """
     variation, keys = cause.variation, evidence.keys(evidence.whole)
-    if _of_policy(cause) and fails_alone(evidence, variation.policy(evidence.policy)):
-        return refuted(evidence, cause, NOTHING)
     predicted = predict(evidence, variation, evidence.whole)
     fit = by_value(evidence.observed, keys, predicted)
     if not _may_explain(evidence, cause, fit, predicted):
@@ -201,11 +211,6 @@ def explain(evidence: Evidence, cause: Cause) -> Explanation:
         newly_failing=newly,
         values=evidence.wrong_values if right and fit.explains else 0,
     )
-
-
-def _of_policy(cause: Cause) -> bool:
-    """Whether a cause changes the policy and nothing else."""
-    return cause.kind == ARITHMETIC or (isinstance(cause.variation, Mutant) and cause.variation.changes == POLICY)
 
 
 def _may_explain(evidence: Evidence, cause: Cause, fit: Fit, predicted: Mapping[Key, Any]) -> bool:
@@ -313,6 +318,7 @@ def _steps(variation: Variation) -> set[str]:
 def pairs(evidence: Evidence, found: list[Candidate]) -> list[Explanation]:
     """The pairs of causes that explain the trace. Their effects must add up to the error."""
     error = _error(evidence, evidence.keys(evidence.first))
+    found = [_candidate(evidence, each.cause) if each.fails else each for each in found]
     able = [each for each in found if each.delta is not None and each.delta.shape == error.shape and np.any(each.delta)]
     size = float(error @ error)
     if len(able) < 2 or not size:

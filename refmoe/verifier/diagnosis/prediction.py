@@ -6,11 +6,14 @@ A prediction costs a fraction of a pass of enclosures, so that every hypothesis 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, cast
 
 import numpy as np
 
 from refmoe.arithmetic.arrays import StoredWeight, Tap
+from refmoe.arithmetic.exact import elementary
 from refmoe.arithmetic.formats import nearest
 from refmoe.arithmetic.weight_cache import WeightCache
 from refmoe.profiles.cut_points import PROJECTIONS, product_of
@@ -26,6 +29,19 @@ from refmoe.verifier.subject import Subject
 
 WEIGHT_BYTES = 256 << 20
 """The memory for weights in binary64 that predictions share."""
+
+
+MOST_TURNED = 1024
+"""The most positions whose cosines and sines are kept for the next prediction."""
+
+
+@lru_cache(maxsize=32)
+def _unit_circle(
+    positions: bytes, dtype: str, shape: tuple[int, ...], base: float, numerators: tuple[int, ...], denominator: int
+) -> Any:
+    """Cosines and sines as `elementary.unit_circle` has them. Nearly all predictions ask for the same."""
+    at = np.frombuffer(positions, dtype).reshape(shape)
+    return elementary.unit_circle(at, base, numerators, denominator)
 
 
 class PlainOps(PolicyOps):
@@ -46,11 +62,25 @@ class PlainOps(PolicyOps):
     def _held(self, stored: Any) -> Any:
         return nearest(stored, self.policy.at("weights"))
 
+    def vector(self, weight: StoredWeight) -> Any:
+        return self._kept(weight)
+
     def linear(self, x: Any, weight: StoredWeight) -> Any:
-        step, ops = product_of(weight), cast(CutOps, self)
+        step = product_of(weight) if self._forced else None
         if step is not None:
-            x = cut_again(ops, f"{step}.input", PROJECTIONS[step][1], x)
-        return x @ self._weights.get(weight, lambda: self._held(weight.read()), lambda made: int(made.nbytes)).T
+            x = cut_again(cast(CutOps, self), f"{step}.input", PROJECTIONS[step][1], x)
+        return x @ self._kept(weight).T
+
+    def _kept(self, weight: StoredWeight) -> Any:
+        """The values of a parameter, rounded once for all passes."""
+        return self._weights.get(weight, lambda: self._held(weight.read()), lambda made: int(made.nbytes))
+
+    def unit_circle(self, positions: Any, base: float, numerators: Sequence[int], denominator: int) -> Any:
+        positions = np.asarray(positions)
+        if positions.size > MOST_TURNED:
+            return elementary.unit_circle(positions, base, numerators, denominator)
+        turned = positions.tobytes(), str(positions.dtype), positions.shape
+        return _unit_circle(*turned, base, tuple(numerators), denominator)
 
     def matmul(self, a: Any, b: Any) -> Any:
         return a @ b
