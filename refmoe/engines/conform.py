@@ -54,8 +54,8 @@ class Judge:
     significance: float = SIGNIFICANCE
     diagnosing: bool = True
     """Whether failures are explained."""
-    named: dict[str, float] = field(default_factory=dict, compare=False)
-    """The causes named so far, each with the largest residual that it has left. The next failure tries them first."""
+    named: set[str] = field(default_factory=set, compare=False)
+    """What has been named so far. The next failure tries it first, because the failures of an engine are alike."""
 
     def judge(self, case: Case, parameters: Parameters, dtype: str, trace: Trace, policy: Policy) -> Outcome:
         """The outcome of a case at a dtype. A trace that cannot come from this model is a broken answer.
@@ -93,9 +93,7 @@ class Judge:
 
         evidence = gather(trace, case.config, parameters, case.runs(), policy, report)
         found = search(evidence, MUTANTS.values(), before=self.named)
-        for each in found:
-            if each.explains and math.isfinite(each.residual):
-                self.named[each.name] = max(each.residual, self.named.get(each.name, 0.0))
+        self.named.update(each.name for each in found if each.explains)
         return explained(report, found)
 
 

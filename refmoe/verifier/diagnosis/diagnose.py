@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
-from types import MappingProxyType
 
 import numpy as np
 
@@ -54,12 +53,12 @@ def search(
     evidence: Evidence,
     mutants: Iterable[Mutant],
     progress: Callable[[], None] | None = None,
-    before: Mapping[str, float] = MappingProxyType({}),
+    before: Collection[str] = (),
 ) -> tuple[Explanation, ...]:
     """The explanations of a failed trace, as `diagnose` gives them.
 
-    before: the causes that explain other traces of the same engine, each with its residual. They are tried first. If
-    one explains this trace as well, and leaves as little, no other cause is tried.
+    before: the names of what explains other traces of the same engine. These causes are tried first. If one leaves no
+    more than rounding does, no other cause can be better, and none is tried.
     """
     step = progress if progress is not None else lambda: None
     known, config = tuple(mutants), evidence.right.config
@@ -71,7 +70,7 @@ def search(
         found = explanations(evidence, candidates(evidence, again, lambda: None))
         found = settle(evidence, found, {each.name: each.variation for each in again})
         best = next((each for each in found if each.explains), None)
-        if best is not None and best.residual <= ALIKE * max(before[best.name], noise(evidence)):
+        if best is not None and best.residual <= ALIKE * noise(evidence):
             return tuple(sorted(found, key=rank))
     tried = candidates(evidence, causes, step)
     found = explanations(evidence, tried, step)
