@@ -38,6 +38,7 @@ from refmoe.verifier.diagnosis.evidence import (
 from refmoe.verifier.diagnosis.fit import NOTHING, Fit, by_size, by_value, contradicted, moves
 from refmoe.verifier.diagnosis.observed import Recorded
 from refmoe.verifier.diagnosis.one_step import fails_alone
+from refmoe.verifier.diagnosis.rivals import noise
 from refmoe.verifier.findings import (
     ARITHMETIC,
     BUG_AND_ARITHMETIC,
@@ -186,16 +187,19 @@ def explanations(
 def explain(evidence: Evidence, cause: Cause) -> Explanation:
     """Hold the trace against a cause as if it were the specification.
 
-    What costs least comes first: predictions, then the enclosures of a part of the trace, then those of all of it.
+    What costs least comes first: predictions, then the enclosures of a part of the trace, then those of all of it. The
+    part is left out where the predictions leave no more than rounding does, because then it hardly ever refutes.
     """
     variation, keys = cause.variation, evidence.keys(evidence.whole)
     predicted = predict(evidence, variation, evidence.whole)
     fit = by_value(evidence.observed, keys, predicted)
     if not _may_explain(evidence, cause, fit, predicted):
         return refuted(evidence, cause, fit)
-    local = _local(evidence)
-    still, newly, recorded = _held_against(evidence, variation, evidence.first)
-    if not still and not newly and evidence.first != evidence.whole:
+    local, part = _local(evidence), evidence.first
+    if fit.residual <= noise(evidence):
+        part = evidence.whole
+    still, newly, recorded = _held_against(evidence, variation, part)
+    if not still and not newly and part != evidence.whole:
         still, newly, recorded = _held_against(evidence, variation, evidence.whole)
     right = not still and not newly
     middles = {key: each.mid for key, each in recorded.items()}
