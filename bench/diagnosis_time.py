@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from refmoe.bugs.catalogue import MUTANTS
-from refmoe.spec.config import Config
 from refmoe.parallel import results
 from refmoe.profiles.load import policy
 from refmoe.profiles.policy import Policy
+from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters
 from refmoe.traces.held import held_trace
 from refmoe.traces.trace import Header, Run, Trace
@@ -129,9 +129,7 @@ def measure(work: Work) -> Timed | None:
     if report.verdict != NOT_CONFORMANT:
         return None
     found, wall, processor = timed(
-        lambda: diagnose(
-            made.trace, made.config, made.parameters, made.runs, made.policy, report, MUTANTS.values()
-        )
+        lambda: diagnose(made.trace, made.config, made.parameters, made.runs, made.policy, report, MUTANTS.values())
     )
     named = tuple(f"{each.name} [{each.where}]" if each.where else each.name for each in found if each.explains)
     return Timed(

@@ -136,6 +136,19 @@ Command: `python -m bench.diagnosis`; file: {link("diagnosis.json")}.
 {table(("engines", "number", "of these", "number"), rows)}"""
 
 
+def diagnosis_time() -> str:
+    found = results("diagnosis_time")
+    columns = {"traces": "traces", "median_processor": "median", "worst_processor": "worst", "median_ratio": "ratio"}
+    rows = [(row["what"], *(str(row[key]) for key in columns)) for row in found["table"]]
+    return f"""## Time of a diagnosis
+
+Seconds of the processor for one failed trace, and the median ratio to the verification before it. A known bug runs on
+the cheapest golden case that shows it. A drawn fault is patched into `transformers`. The taps are all, or few.
+Command: `python -m bench.diagnosis_time`; file: {link("diagnosis_time.json")}.
+
+{table(("kind, dtype, taps", *columns.values()), rows)}"""
+
+
 def entrant(found: Results) -> str:
     """The engine with its version and options."""
     options = "".join(f" {key}={value}" for key, value in found.engine.options.items())
@@ -374,8 +387,8 @@ Not tried:
 
 
 SECTIONS = (
-    goldens, known_bugs, diagnosis, engines, faults, verify_cost, invariance, exact_cost, full_size, peers, elementary,
-    weight_formula, robustness, versions,
+    goldens, known_bugs, diagnosis, diagnosis_time, engines, faults, verify_cost, invariance, exact_cost, full_size,
+    peers, elementary, weight_formula, robustness, versions,
 )  # fmt: skip
 
 

@@ -55,7 +55,7 @@ class Judge:
     diagnosing: bool = True
     """Whether failures are explained."""
     named: set[str] = field(default_factory=set, compare=False)
-    """What has been named so far. The next failure tries it first, because the failures of an engine are alike."""
+    """The names given so far. The next diagnosis tries them first, because the failures of an engine are alike."""
 
     def judge(self, case: Case, parameters: Parameters, dtype: str, trace: Trace, policy: Policy) -> Outcome:
         """The outcome of a case at a dtype. A trace that cannot come from this model is a broken answer.

@@ -271,7 +271,7 @@ def ops_under(evidence: Evidence, policy: Policy) -> Callable[..., EnclosureOps]
     """Enclosures under a policy, with the cut points that it changes forced, and with shared weights."""
     exact = policy.accumulation.precision == 53 or policy.storage.precision == 53
     matrices = WeightCache(MATRIX_BYTES)
-    if _accumulators(policy) == _accumulators(evidence.policy):  # a matrix is prepared for the arithmetic of its product
+    if _accumulators(policy) == _accumulators(evidence.policy):  # else matrices are prepared for other products
         matrices = evidence.weights.setdefault((policy.at("weights"), exact), matrices)
     forced = forced_cuts(evidence.policy, policy)
     return lambda used, tap: ForcingOps(used, tap, forced, matrices)
