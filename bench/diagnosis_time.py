@@ -3,7 +3,7 @@
 
 It is measured on failed traces of three kinds. Each known bug of a forward pass, on the cheapest golden case that shows
 it. Faults of the generator, patched into transformers. Some of both again with fewer taps. Other programs on the
-machine lengthen the wall time, but hardly the processor's time. The names are kept too, because speed may change none.
+machine lengthen the wall time, but hardly the processor's time. First names are kept, because speed may change none.
 
     python -m bench.diagnosis_time --json bench/results/diagnosis_time.json
     python -m bench.diagnosis_time --only rope- --count 0      known bugs whose name begins so, and no faults
@@ -81,20 +81,20 @@ class Failed:
 
 @dataclass(frozen=True)
 class Timed:
-    """The time of one diagnosis, and the names that it gives."""
+    """The time of one diagnosis, and the name that it gives."""
 
     work: Work
     case: str
-    verify_wall: float
-    verify_processor: float
+    verification: float
+    """Seconds of the processor for the verification before it."""
     wall: float
     processor: float
-    named: tuple[str, ...]
-    """What explains the trace, best first, each with its place."""
+    named: str
+    """The first name, with its place; empty if none is given."""
 
     def as_json(self) -> dict[str, Any]:
-        rounded = {key: round(value, 3) for key, value in asdict(self).items() if isinstance(value, float)}
-        return {**asdict(self.work), "case": self.case, **rounded, "named": list(self.named)}
+        rounded = {key: round(value, 2) for key, value in asdict(self).items() if isinstance(value, float)}
+        return {**asdict(self.work), "case": self.case, **rounded, "named": self.named}
 
 
 def failed(work: Work) -> Failed | None:
@@ -125,21 +125,20 @@ def measure(work: Work) -> Timed | None:
     def verified() -> Report:
         return verify(made.trace, made.case, made.config, made.parameters, made.runs, made.policy)
 
-    report, verify_wall, verify_processor = timed(verified)
+    report, _, verification = timed(verified)
     if report.verdict != NOT_CONFORMANT:
         return None
     found, wall, processor = timed(
         lambda: diagnose(made.trace, made.config, made.parameters, made.runs, made.policy, report, MUTANTS.values())
     )
-    named = tuple(f"{each.name} [{each.where}]" if each.where else each.name for each in found if each.explains)
+    named = (f"{each.name} [{each.where}]" if each.where else each.name for each in found if each.explains)
     return Timed(
         work=work,
         case=made.case,
-        verify_wall=verify_wall,
-        verify_processor=verify_processor,
+        verification=verification,
         wall=wall,
         processor=processor,
-        named=named,
+        named=next(named, ""),
     )
 
 
@@ -171,8 +170,8 @@ def summary(found: Sequence[Timed]) -> list[dict[str, Any]]:
             "median_wall": _median(each.wall for each in here), "worst_wall": max(round(e.wall, 2) for e in here),
             "median_processor": _median(each.processor for each in here),
             "worst_processor": round(slowest.processor, 2), "worst": slowest.work.name,
-            "median_verification": _median(each.verify_processor for each in here),
-            "median_ratio": _median(each.processor / max(each.verify_processor, 1e-9) for each in here),
+            "median_verification": _median(each.verification for each in here),
+            "median_ratio": _median(each.processor / max(each.verification, 1e-9) for each in here),
         })  # fmt: skip
     return rows
 
@@ -187,18 +186,17 @@ def other_names(found: Sequence[Timed], before: Path) -> list[str]:
     old = {tuple(row[key] for key in asdict(found[0].work)): row["named"] for row in rows} if found else {}
     pairs = [(each, old.get(tuple(asdict(each.work).values()))) for each in found]
     return [
-        f"{each.work.name}, {each.work.group}: {list(each.named)}, but {names} before"
-        for each, names in pairs
-        if names is not None and names != list(each.named)
+        f"{each.work.name}, {each.work.group}: {each.named or 'no name'}, but {name or 'no name'} before"
+        for each, name in pairs
+        if name is not None and name != each.named
     ]
 
 
 def line(each: Timed) -> str:
     """A row of the table."""
-    first = each.named[0] if each.named else "-"
     return (
-        f"{each.work.name:36} {each.case:26} {each.work.group:36} verified in {each.verify_processor:5.2f} s, "
-        f"diagnosed in {each.processor:6.2f} s ({each.wall:6.2f} s of wall time)  {first}"
+        f"{each.work.name:36} {each.case:26} {each.work.group:36} verified in {each.verification:5.2f} s, "
+        f"diagnosed in {each.processor:6.2f} s ({each.wall:6.2f} s of wall time)  {each.named or '-'}"
     )
 
 

@@ -143,7 +143,7 @@ def diagnosis_time() -> str:
     return f"""## Time of a diagnosis
 
 Seconds of the processor for one failed trace, and the median ratio to the verification before it. A known bug runs on
-the cheapest golden case that shows it. A drawn fault is patched into `transformers`. The taps are all, or few.
+the cheapest golden case that shows it. A drawn fault is patched into `transformers`.
 Command: `python -m bench.diagnosis_time`; file: {link("diagnosis_time.json")}.
 
 {table(("kind, dtype, taps", *columns.values()), rows)}"""
