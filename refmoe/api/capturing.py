@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from refmoe.api.arguments import kind, name_of, shown
 from refmoe.api.arrays import libraries_of, to_numpy
 from refmoe.api.calls import Call, CallReader
-from refmoe.api.values import BY_HEAD, HEADS, Part, divided
+from refmoe.api.values import HEADS, Part, divided
 from refmoe.engines.capture import transformers as engine
 from refmoe.engines.capture.names import tap_of
 from refmoe.errors import InputError
 from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS, step_of
 from refmoe.traces.held import HeldTensor, held_trace
+from refmoe.traces.pieces import BY_HEAD
 from refmoe.traces.trace import Header, Run, Trace
 
 

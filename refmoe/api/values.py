@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from refmoe.api.arguments import kind, shown
@@ -17,16 +16,16 @@ from refmoe.api.arrays import to_numpy
 from refmoe.errors import InputError
 from refmoe.files.sentences import quoted
 from refmoe.spec.config import Config
-from refmoe.spec.taps import step_of, tap_names
+from refmoe.spec.taps import READ_OUT_TAPS, observable, step_of, tap_names
 from refmoe.traces.held import HeldTensor, held_trace
+from refmoe.traces.pieces import BY_HEAD, LAST_ONLY, piece, rows_of_tokens
 from refmoe.traces.trace import Header, Run, Trace
+from refmoe.verifier.intake import INTEGERS, padded
 from refmoe.verifier.subject import shape_of
 
 KEY = re.compile(r"(?:(?P<run>.+)/)?(?P<tap>[^/\[]+)(?:\[(?P<rows>[^\]]*)\])?", re.DOTALL)
 TOKEN = re.compile(r"-?\d{1,9}", re.ASCII)
 TOKENS = re.compile(r"(-?\d{1,9})?:(-?\d{1,9})?", re.ASCII)
-BY_HEAD = ("attention.scores", "attention.probs")
-"""Taps whose second axis is the token."""
 HEADS = ("attention.q", "attention.k", "attention.v", "attention.q_rope", "attention.k_rope", "attention.context")
 """Taps with an axis of heads. An engine may have all heads of a token in one row."""
 
@@ -101,31 +100,16 @@ def divided(runs: Sequence[Run], parts: Sequence[Part]) -> tuple[tuple[Run, ...]
         mine = [part for part in parts if part.run == run.run]
         bounds = sorted({0, len(run.tokens), *(part.start for part in mine), *(part.stop for part in mine)})
         for start, stop in pairwise(bounds):
-            piece = run if len(bounds) == 2 else _piece(run, start, stop)
-            pieces.append(piece)
+            each = run if len(bounds) == 2 else piece(run, start, stop)
+            pieces.append(each)
             for part in mine:
-                key = f"{piece.run}/{part.tap}"
+                key = f"{each.run}/{part.tap}"
                 if part.start <= start and stop <= part.stop:
                     if key in arrays:
                         raise InputError(f"values: {run.run}/{part.tap} of token {start} is there twice, expected once")
-                    arrays[key] = _rows(part, start, stop, piece)
+                    first, last, cached = start - part.start, stop - part.start, each.past + len(each.tokens)
+                    arrays[key] = rows_of_tokens(part.tap, part.array, first, last, cached)
     return tuple(pieces), arrays
-
-
-def _piece(run: Run, start: int, stop: int) -> Run:
-    """Some consecutive tokens of a run, as a run of their own."""
-    return replace(
-        run, run=f"{run.run}[{start}:{stop}]", op=run.op if not start else "chunk", tokens=run.tokens[start:stop],
-        positions=run.positions[start:stop], past=run.past + start,
-    )  # fmt: skip
-
-
-def _rows(part: Part, start: int, stop: int, piece: Run) -> NDArray[Any]:
-    """The rows of some tokens of a part."""
-    first, last = start - part.start, stop - part.start
-    if step_of(part.tap) in BY_HEAD:
-        return np.ascontiguousarray(part.array[:, first:last, : piece.past + len(piece.tokens)])
-    return np.ascontiguousarray(part.array[first:last])
 
 
 def parts_of(text: str, value: Any, runs: Sequence[Run], config: Config) -> list[Part]:
@@ -138,7 +122,7 @@ def parts_of(text: str, value: Any, runs: Sequence[Run], config: Config) -> list
         raise InputError(f"values: the key {quoted(text)} is none of tap, run/tap, (run, tap) and tap[token]")
     key = Key(text=text, run=match["run"], tap=match["tap"], rows=match["rows"])
     targets = named_runs(key, runs)
-    if key.tap not in {*tap_names(config)}:
+    if key.tap not in {*observable(config)}:
         raise key.refuse(f": {quoted(key.tap)} is no tap of this model, such as logits or layers.0.residual")
     array = to_numpy(value, f"values[{quoted(text)}]")
     _refuse_dtype(key, array)
@@ -156,7 +140,7 @@ def parts_of(text: str, value: Any, runs: Sequence[Run], config: Config) -> list
 
 def _refuse_dtype(key: Key, array: NDArray[Any]) -> None:
     """Raises InputError for integers where real numbers belong, and the reverse."""
-    wanted = "integers" if step_of(key.tap) == "router.experts" else "floating-point numbers"
+    wanted = "integers" if step_of(key.tap) in INTEGERS else "floating-point numbers"
     if (array.dtype.kind == "i") != (wanted == "integers"):
         raise key.refuse(f" has dtype {array.dtype}, but {wanted} were expected")
 
@@ -181,7 +165,7 @@ def _sequences(key: Key, array: NDArray[Any], targets: Sequence[Run], config: Co
     batch, count = len(targets), len(targets[0].tokens)
     start, stop = token_range(key, count)
     rank = len(shape_of(key.tap, config, targets[0]))
-    tokens = 1 if key.tap == "logits" and array.shape[:1] == (batch,) else stop - start
+    tokens = 1 if key.tap in LAST_ONLY and array.shape[:1] == (batch,) else stop - start
     if array.ndim >= rank and array.shape[0] == batch and (array.ndim > rank or array.shape[1] == tokens):
         return [*array]
     if array.ndim and array.shape[0] == batch * tokens and step_of(key.tap) not in BY_HEAD:
@@ -196,7 +180,7 @@ def _part(key: Key, array: NDArray[Any], run: Run, config: Config) -> Part:
     """The part of one run. Raises InputError for a shape that does not fit."""
     count = len(run.tokens)
     start, stop = token_range(key, count)
-    last_only = [(count - 1, count)] if key.tap == "logits" and key.rows is None else []
+    last_only = [(count - 1, count)] if key.tap in LAST_ONLY and key.rows is None else []
     candidates = [array]
     while candidates[-1].ndim > 1 and candidates[-1].shape[0] == 1:
         candidates.append(candidates[-1][0])  # a batch of one
@@ -205,13 +189,18 @@ def _part(key: Key, array: NDArray[Any], run: Run, config: Config) -> Part:
             found = fitted(each, key.tap, run, tokens, config)
             if found is not None:
                 return Part(run=run.run, tap=key.tap, start=tokens[0], stop=tokens[1], array=found)
-    wanted = [*_wanted(key.tap, run, (start, stop), config)]
-    raise key.refuse(f" has shape {[*array.shape]}, but {wanted} was expected for {stop - start} tokens")
+    wanted = _wanted(key.tap, run, (start, stop), config)
+    raise key.refuse(
+        f" has shape {[*array.shape]}, but {[*wanted]} was expected for {stop - start} tokens"
+        f"{padded(array.shape, wanted)}"
+    )
 
 
-def _wanted(tap: str, run: Run, tokens: tuple[int, int], config: Config) -> tuple[int, ...]:
-    """The shape of a tap for the tokens [start, stop) of a run."""
-    shape, count = shape_of(tap, config, run), tokens[1] - tokens[0]
+def _wanted(
+    tap: str, run: Run, tokens: tuple[int, int], config: Config, entries: int | None = None
+) -> tuple[int, ...]:  # fmt: skip
+    """The shape of a tap for the tokens [start, stop) of a run.   entries: as in `shape_of`"""
+    shape, count = shape_of(tap, config, run, entries), tokens[1] - tokens[0]
     return (shape[0], count, shape[2]) if step_of(tap) in BY_HEAD else (count, *shape[1:])
 
 
@@ -222,7 +211,9 @@ def fitted(
 
     tokens: the tokens [start, stop) of the run that the array is of
     """
-    wanted = _wanted(tap, run, tokens, config)
+    # a list of log-probabilities has any number of entries, which intake holds against that of their ids
+    listed = array.shape[-1] if tap in READ_OUT_TAPS and array.ndim else None
+    wanted = _wanted(tap, run, tokens, config, listed)
     if array.shape == wanted:
         return array
     flat = (wanted[0], wanted[1] * wanted[2]) if step_of(tap) in HEADS else wanted

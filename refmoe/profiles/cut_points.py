@@ -95,7 +95,13 @@ RANK_CUTS = {
 TAP_CUTS = {tap: CutPoint(f"the tap {tap}", (tap,)) for tap in (*LAYER_TAPS, *MODEL_TAPS) if tap != "router.experts"}
 """The taps that are real numbers."""
 
-CUT_POINTS = {**INNER_CUTS, **INPUT_CUTS, **ACCUMULATION_CUTS, **RANK_CUTS, **TAP_CUTS}
+READ_OUT_CUTS = {
+    "logprobs.softmax_input": CutPoint("the input of the log-softmax", ("logprobs",), "statistics"),
+    "logprobs": CutPoint("the tap logprobs, which is computed in the dtype of statistics", ("logprobs",)),
+}
+"""The cut points of log-probabilities, which are computed from the logits."""
+
+CUT_POINTS = {**INNER_CUTS, **INPUT_CUTS, **ACCUMULATION_CUTS, **RANK_CUTS, **TAP_CUTS, **READ_OUT_CUTS}
 """All cut points by name."""
 
 STATISTICS = tuple(name for name, cut in CUT_POINTS.items() if cut.default == "statistics")

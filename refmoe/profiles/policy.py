@@ -34,7 +34,7 @@ class Policy:
     statistics: Format
     """The dtype of norms, softmax and angles."""
     exp: Budget
-    """The error of exp and sigmoid; x is their argument."""
+    """The error of exp and sigmoid, and of a logarithm of such values; x is the argument, or the logarithm."""
     angles: Budget
     """The error of the rotary frequency of pair i; x is ln(theta^(2i/d)), the exponent given to pow."""
     circle: Budget
@@ -89,7 +89,7 @@ FIELDS = {
     "truncates": "whether an accumulator may cut off, as tensor cores do",
     "flushes": "whether subnormal inputs and results of a product may become zero",
     "ranks": "the ranks that share the sums of attention.output and expert.output, or the experts of a token",
-    "exp": "the error that exp and sigmoid may have, in units of the roundoff of statistics",
+    "exp": "the error that exp, sigmoid and the log of a softmax may have, in units of the roundoff of statistics",
     "angles": "the error of a rotary frequency, relative, in the same units",
     "circle": "the error of cosine and sine, absolute, in the same units",
 }

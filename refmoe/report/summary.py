@@ -7,10 +7,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from refmoe.spec.taps import LAYER_TAPS
+from refmoe.spec.taps import LAYER_TAPS, READ_OUT_TAPS
 from refmoe.verifier.findings import CONTESTABLE, FAIL, FORCED, PASS, TIE, UNDECIDABLE, Check, Decision, Report
 
-STEPS = ("embedding", *LAYER_TAPS, "final_norm", "logits")
+STEPS = ("embedding", *LAYER_TAPS, "final_norm", "logits", *READ_OUT_TAPS)
 """The steps in order of computation. A layer's steps occur once."""
 
 

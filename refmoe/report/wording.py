@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 
 from refmoe.report.summary import wrong_choices
-from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS, step_of
+from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS, READ_OUT_TAPS, step_of
 from refmoe.verifier.findings import (
     FAIL,
     FREE,
@@ -28,6 +28,7 @@ from refmoe.verifier.findings import (
 AXES = {
     "T": "token", "H": "head", "K": "key/value head", "E": "expert", "k": "slot", "S": "cached position",
     "F": "hidden unit", "D": "channel", "d": "channel", "V": "vocabulary entry",
+    "n": "vocabulary entry",
 }  # fmt: skip
 """The noun for an index along each dimension of a tap."""
 
@@ -42,9 +43,16 @@ NOUNS = {
     "expert.gate": "the gate projection (w1)", "expert.up": "the up projection (w3)",
     "expert.hidden": "the hidden activation", "expert.output": "the output of an expert (w2)",
     "moe.output": "the weighted sum of the experts", "residual": "the output of the layer",
-    "final_norm": "the final norm", "logits": "the logit",
+    "final_norm": "the final norm", "logits": "the logit", "logprobs": "the log-probability",
+    "logprobs.ids": "the list of largest log-probabilities",
 }  # fmt: skip
 """Per step the noun for one value of it."""
+
+DIMENSIONS = LAYER_TAPS | MODEL_TAPS | READ_OUT_TAPS
+"""Per step the dimensions of its tap."""
+
+CHOICES = ("router.experts", "logprobs.ids")
+"""The steps that are choices: their checks count tokens."""
 
 CHANNELS = "DdF"
 """The dimensions that a sentence for a person leaves out: in a wrong row, which channel is the worst says little."""
@@ -88,7 +96,7 @@ def place(step: str, where: tuple[int, ...], expert: int | None = None) -> str:
 
     expert: the expert of the slot; if given, it is named instead of the slot.
     """
-    shape = (LAYER_TAPS | MODEL_TAPS).get(step, "").split()
+    shape = DIMENSIONS.get(step, "").split()
     if len(shape) != len(where):
         return f"element {list(where)}" if where else ""
     return _indices(zip(shape, where, strict=True), expert)
@@ -117,7 +125,7 @@ def _value(report: Report, check: Check | None, run: str, tap: str) -> str:
         return f"{noun} of token {choices[0].token}"
     if check is None or check.worst is None:
         return noun
-    shape = (LAYER_TAPS | MODEL_TAPS).get(step, "").split()
+    shape = DIMENSIONS.get(step, "").split()
     named = [(d, i) for d, i in zip(shape, check.worst.where, strict=False) if d not in CHANNELS]
     if not named or len(shape) != len(check.worst.where):
         return noun
@@ -183,7 +191,7 @@ def excess_words(check: Check) -> str:
 def in_short(check: Check) -> str:
     """The reason of a failed check in a few words."""
     parts = []
-    if check.outside and check.values and check.step != "router.experts":
+    if check.outside and check.values and check.step not in CHOICES:
         parts.append(f"{check.outside} of {count(check.values, 'value')} impossible")
     if 0 < check.excess_limit < check.excess:
         parts.append(f"excess {number(check.excess)}, limit {number(check.excess_limit)}")

@@ -36,14 +36,24 @@ LAYER_TAPS = {
 MODEL_TAPS = {"embedding": "T D", "final_norm": "T D", "logits": "T V"}
 """Taps outside the layers and their dimensions."""
 
+LOGPROBS, IDS = "logprobs", "logprobs.ids"
+READ_OUT_TAPS = {LOGPROBS: "T n", IDS: "T n"}
+"""Taps that an engine may give beside the model's own: the log-softmax of the logits, of the whole vocabulary, or of
+the n entries that the ids (integers) name for each token."""
+
 
 def tap_names(config: Config) -> Iterator[str]:
     """Every tap of one call, in order of computation."""
     yield "embedding"
     for i in range(config.layers):
         yield from (f"layers.{i}.{name}" for name in LAYER_TAPS)
-    yield "final_norm"
-    yield "logits"
+    yield from (tap for tap in MODEL_TAPS if tap != "embedding")
+
+
+def observable(config: Config) -> Iterator[str]:
+    """Every tap that a trace may hold, in order of computation."""
+    yield from tap_names(config)
+    yield from READ_OUT_TAPS
 
 
 def offer(ops: Ops, step: str, **values: Array) -> Array:

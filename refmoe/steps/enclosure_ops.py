@@ -227,6 +227,11 @@ class EnclosureOps(ArrayOps):
         return functions.softmax(x, mask, exponentials, self.policy, above)
 
     @quiet
+    def log_softmax(self, x: Enclosure) -> Enclosure:
+        exponentials = self._exp(x.mid - x.mid.max(-1, keepdims=True))
+        return functions.log_softmax(x, exponentials, self.policy)
+
+    @quiet
     def weigh(self, logits: Enclosure, experts: Any) -> Enclosure:
         """The softmax over the chosen logits, or over all logits and then renormalised.
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from refmoe.arithmetic.arrays import StoredWeight, Tap
 from refmoe.arithmetic.exact import dot
 from refmoe.arithmetic.exact.ops import PREPARED_BYTES, ExactOps
@@ -85,6 +87,10 @@ class PolicyOps(ExactOps):
     def softmax(self, x: Any, mask: Any | None) -> Any:
         ops: Any = self
         return softmax(ops, x, mask)
+
+    def log_softmax(self, x: Any) -> Any:
+        shifted = x - self.max(x, axis=-1)[..., None]
+        return shifted - np.log(self.sum(self.exp(shifted), axis=-1))[..., None]
 
     def silu(self, x: Any) -> Any:
         return self.cut("expert.silu", x * self.cut("expert.sigmoid", self.sigmoid(x)))

@@ -38,6 +38,10 @@ class CutOps(ArrayOps):
         """`refmoe.spec.softmax.softmax` as one operation of the statistics dtype."""
         raise NotImplementedError
 
+    def log_softmax(self, x: Array) -> Array:
+        """The logarithm of the softmax over the last axis, as one operation of the statistics dtype."""
+        raise NotImplementedError
+
     def silu(self, x: Array) -> Array:
         """x * sigmoid(x), with the cut points `expert.sigmoid` and `expert.silu` inside."""
         raise NotImplementedError

@@ -33,6 +33,16 @@ def places(shape: tuple[int, ...], origin: tuple[int, ...], flat: Any = None) ->
     return place
 
 
+def by_entry(place: Place, ids: Any, start: int) -> Place:
+    """The places in a list of entries as places in the vocabulary.   ids: integers [T, n] of the tokens from `start`"""
+
+    def entry(at: int) -> tuple[int, ...]:
+        token, slot = place(at)
+        return token, int(ids[token - start, slot])
+
+    return entry
+
+
 def without_bound(x: Enclosure, tokens: Any) -> Enclosure:
     """The enclosure with an infinite radius and variance in the rows of `tokens`."""
     radius = np.array(np.broadcast_to(x.r, x.shape), np.float64)

@@ -11,13 +11,17 @@ import numpy as np
 
 from refmoe.arithmetic.formats import OF_DTYPE
 from refmoe.errors import InputError
-from refmoe.files.safetensors_file import DTYPES
+from refmoe.files.safetensors_file import DTYPES, StoredTensor
 from refmoe.files.sentences import quoted, shown
 from refmoe.spec.config import Config
-from refmoe.spec.taps import step_of, tap_names
+from refmoe.spec.taps import IDS, LOGPROBS, READ_OUT_TAPS, observable, step_of, tap_names
+from refmoe.traces.pieces import LAST_ONLY, by_pieces
 from refmoe.traces.trace import Run, Trace
+from refmoe.verifier.routing import NO_PADDING
 from refmoe.verifier.subject import shape_of
 
+INTEGERS = ("router.experts", IDS)
+"""The taps that are ids."""
 LAST_POSITION = (1 << 31) - 1
 """The last position for which the exact rotary table is defined."""
 
@@ -26,6 +30,8 @@ LAST_POSITION = (1 << 31) - 1
 class Contents:
     """The contents of a trace that fits the model and the runs."""
 
+    trace: Trace
+    """The trace, where a run with some taps of its last position only is two pieces."""
     runs: tuple[Run, ...]
     """All runs to compute, in order of execution."""
     present: dict[str, frozenset[str]]
@@ -49,30 +55,29 @@ def take_in(trace: Trace, config: Config, expected: tuple[Run, ...] | None) -> C
     """
     runs = _fit_runs(trace, config, expected)
     taps = [*tap_names(config)]
-    known = frozenset(taps)
-    present: dict[str, frozenset[str]] = {}
+    known = frozenset(observable(config))
     unknown: list[str] = []
-    values = tensors = 0
     for run in runs:
         names = trace.names(run.run)
-        present[run.run] = frozenset(names) & known
         unknown += [_cut_short(f"{run.run}/{name}") for name in names if name not in known]
-        for tap in present[run.run]:
+        for tap in known.intersection(names):
             _fit_tensor(trace, run, tap, config)
-            values += math.prod(shape_of(tap, config, run))
-            tensors += 1
-    if not tensors:
+    trace, runs = by_pieces(trace, runs, config)
+    present = {run.run: known.intersection(trace.names(run.run)) for run in runs}
+    shapes = [trace.tensors[f"{run}/{tap}"].shape for run, names in present.items() for tap in names]
+    if not shapes:
         raise InputError(f"{trace.path}: holds no tap of this model, such as {taps[0]} or {taps[-1]}")
     held = {step_of(tap) for names in present.values() for tap in names}
     missing = tuple(dict.fromkeys(step_of(tap) for tap in taps if step_of(tap) not in held))
     return Contents(
+        trace=trace,
         runs=runs,
         present=present,
-        values=values,
-        tensors=tensors,
+        values=sum(map(math.prod, shapes)),
+        tensors=len(shapes),
         missing=missing,
         unknown=tuple(unknown),
-        notes=tuple(_gaps(runs, present, taps, missing)),
+        notes=tuple([*_gaps(runs, present, taps, missing), *_positions(runs, present)]),
     )
 
 
@@ -85,12 +90,23 @@ def _gaps(
     if absent:
         said.append(f"the trace holds nothing of {', '.join(absent[:5])}{' and more' * (len(absent) > 5)}")
     there = [names for names in present.values() if names]
-    wanted = Counter(step_of(tap) for tap in taps if step_of(tap) not in missing)
+    wanted = Counter(step_of(tap) for tap in taps if step_of(tap) not in {*missing, *LAST_ONLY})
     held = Counter(step_of(tap) for names in there for tap in names)
     partly = [f"{step} ({held[step]} of {n * len(there)})" for step, n in wanted.items() if held[step] < n * len(there)]
     if partly:
         more = f" and {len(partly) - 5} more" if len(partly) > 5 else ""
         said.append(f"the trace holds some taps only in some runs or layers: {', '.join(partly[:5])}{more}")
+    return said
+
+
+def _positions(runs: tuple[Run, ...], present: dict[str, frozenset[str]]) -> list[str]:
+    """Sentences about logits and log-probabilities that the trace has for some positions only."""
+    said = []
+    for tap in ("logits", LOGPROBS):
+        here = sum(len(run.tokens) for run in runs if tap in present[run.run])
+        every = sum(len(run.tokens) for run in runs)
+        if 0 < here < every:
+            said.append(f"the trace has {tap} of {here} of {every} positions, and only those were judged")
     return said
 
 
@@ -161,18 +177,47 @@ def _fit_tensor(trace: Trace, run: Run, tap: str, config: Config) -> None:
     """Check the shape and dtype of one tap. Raises InputError when they do not fit."""
     tensor = trace.tensors[f"{run.run}/{tap}"]
     origin = f"{trace.path}: tensor {quoted(tensor.name)}"
-    wanted = shape_of(tap, config, run)
-    if tensor.shape != wanted:
+    listed = trace.tensors.get(f"{run.run}/{IDS}") if tap in READ_OUT_TAPS else None
+    if listed is not None:
+        _fit_list(trace, run, config, listed)
+    entries = None if listed is None else listed.shape[-1]
+    wanted = shape_of(tap, config, run, entries)
+    fits = (wanted, (1, *wanted[1:]), wanted[1:]) if tap in LAST_ONLY else (wanted,)
+    if tensor.shape not in fits:
         raise InputError(
             f"{origin} has shape {shown(list(tensor.shape))}, but {list(wanted)} was expected of a model with these "
-            f"dimensions and {len(run.tokens)} tokens"
+            f"dimensions and {len(run.tokens)} tokens{padded(tensor.shape, wanted)}"
         )
     dtype = np.dtype(DTYPES[tensor.dtype]) if tensor.dtype in DTYPES else None
-    if step_of(tap) == "router.experts":
+    if step_of(tap) in INTEGERS:
         if dtype is None or dtype.kind not in "iu":
             raise InputError(f"{origin} has dtype {tensor.dtype}, but integers were expected")
     elif dtype not in OF_DTYPE:
         raise InputError(f"{origin} has dtype {tensor.dtype}, but one of F64, F32, F16, BF16 was expected")
+
+
+def _fit_list(trace: Trace, run: Run, config: Config, ids: StoredTensor) -> None:
+    """Check the shape of the ids of listed log-probabilities. Raises InputError when it does not fit."""
+    values = trace.tensors.get(f"{run.run}/{LOGPROBS}")
+    origin = f"{trace.path}: tensor {quoted(ids.name)}"
+    if values is None:
+        raise InputError(f"{origin} names the entries of {quoted(f'{run.run}/{LOGPROBS}')}, which is not there")
+    if not ids.shape or not 1 <= ids.shape[-1] <= config.vocab:
+        raise InputError(
+            f"{origin} has shape {shown(list(ids.shape))}, but [{len(run.tokens)}, n] was expected, with n from 1 to "
+            f"the {config.vocab} entries of the vocabulary"
+        )
+    if values.shape != ids.shape:
+        raise InputError(
+            f"{origin} has shape {shown(list(ids.shape))}, but {shown(list(values.shape))} was expected, the shape of "
+            f"{quoted(f'{run.run}/{LOGPROBS}')}"
+        )
+
+
+def padded(found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    """A clause about rows that are too many; empty where there are none."""
+    more = len(found) == len(wanted) > 0 and found[1:] == wanted[1:] and found[0] > wanted[0]
+    return f". {NO_PADDING}" if more else ""
 
 
 def _differing(value: object, other: object) -> str:

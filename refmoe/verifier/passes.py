@@ -13,12 +13,14 @@ from refmoe.arithmetic.enclosure.array import Enclosure
 from refmoe.arithmetic.formats import OF_DTYPE, ulp
 from refmoe.profiles.policy import Policy
 from refmoe.spec.model import Caches, Model, embed, head, run_layers
-from refmoe.spec.taps import layer_of, step_of
+from refmoe.spec.taps import IDS, LOGPROBS, layer_of, step_of
+from refmoe.steps.rounding import cut_again
 from refmoe.traces.script import cut
 from refmoe.traces.trace import Trace
-from refmoe.verifier.blocks import block_size, places, without_bound
+from refmoe.verifier import ranking
+from refmoe.verifier.blocks import block_size, by_entry, places, without_bound
 from refmoe.verifier.findings import CONTESTABLE, FORCED
-from refmoe.verifier.routing import Routing, judge, valid
+from refmoe.verifier.routing import Routing, invalid_choices, judge, valid
 from refmoe.verifier.subject import Findings, Subject
 from refmoe.verifier.tally import Tally
 
@@ -74,6 +76,7 @@ class Pass:
         self._present: Set[str] = frozenset()
         self._logits: tuple[Enclosure, Any, bool] | None = None
         self._unknown: Any = None
+        self._ids: Any = None
 
     def go(self, layers: range | None = None) -> Findings:
         """The findings of all runs in order. Each run goes in blocks of tokens, which MODEL-4 allows.
@@ -109,8 +112,25 @@ class Pass:
             x = embed(ops, model, ops.integers(tokens))
         x, extended = run_layers(ops, model, layers, x, positions, before)
         if layers.stop == model.config.layers:
-            head(ops, model, x)
+            self._read_out(head(ops, model, x))
         return extended
+
+    def _read_out(self, logits: Any) -> None:
+        """Test the log-probabilities of the trace, and the list of their entries if it has one.   logits: [T, V]"""
+        if LOGPROBS not in self._present:
+            return
+        ops: Any = self.ops
+        logits = cut_again(ops, "logprobs.softmax_input", "logits", logits)
+        x = ops.log_softmax(logits)
+        if IDS in self._present:
+            ids = np.asarray(self._read(IDS, IDS)).astype(np.int64)
+            if isinstance(logits, Enclosure):
+                lists = ranking.judge(logits, x.mid, ids, self.policy, self.spreads, self._start)
+                self.findings.rankings.setdefault((self._run.run, IDS), ranking.Ranking()).add(lists)
+            # an entry that does not exist is a failure of the list; its value is held against any other
+            self._ids = np.where((ids >= 0) & (ids < x.shape[-1]), ids, 0)
+            x = ops.gather(x, self._ids)
+        ops.tap(LOGPROBS, x)
 
     def _tap(self, name: str, x: Any) -> Any:
         step = step_of(name)
@@ -171,6 +191,8 @@ class Pass:
         tally.rows += self._tokens
         before = tally.outside
         place = places(dumped.shape, origin, flat)
+        if name == LOGPROBS and IDS in self._present:
+            place = by_entry(place, self._ids, self._start)
         tally.add(x, values, self.policy.at(step), OF_DTYPE[dumped.dtype], place, bool(self.ops.events))
         if step == "attention.probs":
             self._test_masked(name, tally)
@@ -214,15 +236,10 @@ class Pass:
         if name in self._present:
             array = self.trace.get(run, name)
             found = np.asarray(array[self._start : self._start + self._tokens]).astype(np.int64)
-            wrong = ~valid(found, config.experts)
-            if wrong.any():
-                token = int(np.flatnonzero(wrong)[0])
-                self.findings.invalid.setdefault(
-                    (run, name),
-                    f"{int(wrong.sum())} tokens have no {config.experts_per_token} different experts from 0 to "
-                    f"{config.experts - 1}: token {self._start + token} has {found[token].tolist()}",
-                )
-                found = np.where(wrong[:, None], expected, found)
+            reason = invalid_choices(found, config.experts, self._start)
+            if reason:
+                self.findings.invalid.setdefault((run, name), reason)
+                found = np.where(valid(found, config.experts)[:, None], found, expected)
         routing = judge(x, dumped, trusted, found, config.experts_per_token, self.policy, self.spreads)
         self._record(run, name, routing)
         if found is not None:

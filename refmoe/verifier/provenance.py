@@ -7,7 +7,7 @@ from collections.abc import Set
 from dataclasses import dataclass
 
 from refmoe.spec.config import Config
-from refmoe.spec.taps import LAYER_TAPS, step_of, tap_names
+from refmoe.spec.taps import IDS, LAYER_TAPS, LOGPROBS, observable, step_of
 from refmoe.verifier.findings import FREE, LOCAL, REPLAYED
 
 INPUTS = {
@@ -54,8 +54,9 @@ def inputs(tap: str, config: Config) -> tuple[str, ...]:
     if tap == "embedding":
         return ()
     last = f"layers.{config.layers - 1}.residual"
-    if tap in ("final_norm", "logits"):
-        return (last,) if tap == "final_norm" else ("final_norm",)
+    outside = {"final_norm": last, "logits": "final_norm", LOGPROBS: "logits", IDS: "logits"}
+    if tap in outside:
+        return (outside[tap],)
     _, layer, step = tap.split(".", 2)
     before = "embedding" if layer == "0" else f"layers.{int(layer) - 1}.residual"
     return tuple(before if name == "x" else f"layers.{layer}.{name}" for name in INPUTS[step])
@@ -63,7 +64,7 @@ def inputs(tap: str, config: Config) -> tuple[str, ...]:
 
 def origins(config: Config, present: Set[str]) -> dict[str, Origin]:
     """The origin of every tap of a run that has the taps `present`."""
-    order = {tap: i for i, tap in enumerate(tap_names(config))}
+    order = {tap: i for i, tap in enumerate(observable(config))}
     found: dict[str, Origin] = {}
     for tap in order:
         since: set[str] = set()

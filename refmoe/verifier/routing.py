@@ -18,6 +18,8 @@ from refmoe.arithmetic.enclosure.functions import relative_error
 from refmoe.profiles.policy import Policy
 from refmoe.verifier.findings import CONTESTABLE, FORCED, TIE, Decision
 
+NO_PADDING = "A trace has no padding: leave padded rows out of all arrays"
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -121,6 +123,25 @@ def valid(found: Any, experts: int) -> Any:
     """Whether the ids of a row are in range and all different. found: integers [T, k]   returns: booleans [T]"""
     ordered = np.sort(found, axis=-1)
     return (ordered[:, 0] >= 0) & (ordered[:, -1] < experts) & (np.diff(ordered, axis=-1) > 0).all(-1)
+
+
+def invalid_choices(found: Any, experts: int, start: int) -> str:
+    """The tokens with ids that are no choice of experts, in words; empty where there are none.
+
+    found: integers [T, k]   start: the position of the first token in its run
+    Many engines write -1 for a padded row, and some for a token that they drop.
+    """
+    wrong = ~valid(found, experts)
+    if not wrong.any():
+        return ""
+    token = int(np.flatnonzero(wrong)[0])
+    reason = (
+        f"{int(wrong.sum())} tokens have no {found.shape[1]} different experts from 0 to {experts - 1}: token "
+        f"{start + token} has {found[token].tolist()}"
+    )
+    if (found[wrong] == -1).all():
+        reason += f". Its row is padding, or no expert was given the token. {NO_PADDING}"
+    return reason
 
 
 def blur(low: Any, high: Any, policy: Policy) -> tuple[Any, Any]:

@@ -19,6 +19,7 @@ from refmoe.jobs.spread import result_of
 from refmoe.profiles.policy import Policy
 from refmoe.spec.config import Config
 from refmoe.spec.taps import layer_of
+from refmoe.traces.pieces import by_pieces
 from refmoe.traces.trace import Run, Trace, read_trace
 from refmoe.verifier.passes import Key, Pass, Reading
 from refmoe.verifier.subject import Findings, Subject
@@ -66,6 +67,7 @@ def merge(found: Sequence[Findings], runs: Sequence[Run]) -> Findings:
     for part in found:
         whole.tallies |= part.tallies
         whole.invalid |= part.invalid
+        whole.rankings |= part.rankings
         whole.open_choices |= part.open_choices
         whole.unbounded |= part.unbounded
         whole.decisions += part.decisions
@@ -102,7 +104,7 @@ def judge_segment(work: Work) -> Findings:
     """The findings of one segment, in any process that can read the trace and the model."""
     loaded = _loaded(work.source)
     subject = Subject(loaded.config, loaded.parameters, work.runs)
-    judging = Pass(_opened(work.trace), subject, work.policy, spreads=work.spreads, reading=work.reading)
+    judging = Pass(_opened(work.trace, loaded.config), subject, work.policy, spreads=work.spreads, reading=work.reading)
     return judging.go(work.layers)
 
 
@@ -112,8 +114,9 @@ def _loaded(source: Any) -> Any:
 
 
 @lru_cache(maxsize=1)
-def _opened(path: Path) -> Trace:
-    return read_trace(path)
+def _opened(path: Path, config: Config) -> Trace:
+    trace = read_trace(path)
+    return by_pieces(trace, trace.runs, config)[0]
 
 
 def judge_all(

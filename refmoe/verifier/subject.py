@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 
 from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters, Steps
-from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS, step_of
+from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS, READ_OUT_TAPS, step_of
 from refmoe.steps.enclosure_ops import EnclosureOps
 from refmoe.steps.rounding import CUT_STEPS
 from refmoe.traces.trace import Run
 from refmoe.verifier.findings import Decision
+from refmoe.verifier.ranking import Ranking
 from refmoe.verifier.tally import Tally
 
 
@@ -39,18 +40,20 @@ class Findings:
     """The number of decisions per kind and legality."""
     invalid: dict[tuple[str, str], str] = field(default_factory=dict)
     """Per router tap, in words: ids that are out of range or repeated, and so no choice of experts."""
+    rankings: dict[tuple[str, str], Ranking] = field(default_factory=dict)
+    """The choices of the listed log-probabilities."""
     open_choices: dict[tuple[str, str], set[int]] = field(default_factory=dict)
     """Per router tap that the trace lacks: the tokens whose experts rounding alone can decide."""
     unbounded: dict[tuple[str, str], set[int]] = field(default_factory=dict)
     """Per tap of the trace: the tokens without any bound, because rounding decided a choice in an earlier step."""
 
 
-def shape_of(tap: str, config: Config, run: Run) -> tuple[int, ...]:
-    """The shape of a tap in a run."""
+def shape_of(tap: str, config: Config, run: Run, entries: int | None = None) -> tuple[int, ...]:
+    """The shape of a tap in a run.   entries: the listed log-probabilities of each token; None: the whole vocabulary"""
     sizes = {
         "T": len(run.tokens), "S": run.past + len(run.tokens), "D": config.dim, "H": config.heads,
         "K": config.kv_heads, "d": config.head_dim, "E": config.experts, "k": config.experts_per_token,
-        "F": config.hidden_dim, "V": config.vocab,
+        "F": config.hidden_dim, "V": config.vocab, "n": config.vocab if entries is None else entries,
     }  # fmt: skip
-    dimensions = MODEL_TAPS[tap] if tap in MODEL_TAPS else LAYER_TAPS[step_of(tap)]
+    dimensions = (MODEL_TAPS | READ_OUT_TAPS | LAYER_TAPS)[step_of(tap)]
     return tuple(sizes[name] for name in dimensions.split())

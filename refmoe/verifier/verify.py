@@ -11,7 +11,7 @@ from refmoe.profiles.cut_points import INPUT_CUTS
 from refmoe.profiles.policy import Policy
 from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters
-from refmoe.spec.taps import layer_of, step_of, tap_names
+from refmoe.spec.taps import IDS, LOGPROBS, layer_of, observable, step_of
 from refmoe.steps.enclosure_ops import EnclosureOps
 from refmoe.traces.trace import Run, Trace
 from refmoe.verifier.findings import (
@@ -32,6 +32,7 @@ from refmoe.verifier.free_running import against_noise
 from refmoe.verifier.intake import Contents, take_in
 from refmoe.verifier.passes import Reading
 from refmoe.verifier.provenance import MIXING, Origin, origins
+from refmoe.verifier.ranking import Ranking
 from refmoe.verifier.segments import Spread, judge_all
 from refmoe.verifier.subject import Findings, Subject
 from refmoe.verifier.tally import LIKE_POINTWISE, Limits, Tally
@@ -79,6 +80,7 @@ def verify(
     Raises InputError when the runs, tokens, shapes or dtypes of the trace do not fit the model and the runs.
     """
     contents = take_in(trace, config, runs)
+    trace = contents.trace
     subject = Subject(config, parameters, contents.runs, ops=settings.ops)
     limits = Limits(settings.significance, contents.values, contents.tensors)
 
@@ -114,10 +116,14 @@ def assemble(findings: Findings, contents: Contents, config: Config, policy: Pol
         present = contents.present[run.run]
         alike = max(Counter(run.tokens).values())
         came_from = origins(config, present)
-        for tap in tap_names(config):
+        for tap in observable(config):
             if tap not in present:
                 continue
             origin = came_from[tap]
+            if tap == IDS:
+                unjudged = Check(run=run.run, tap=tap, since=origin.since, rung=origin.rung, verdict=PASS, reason="")
+                checks.append(findings.rankings.get((run.run, tap), Ranking()).judged(unjudged))
+                continue
             if step_of(tap) == "router.experts":
                 mine = decisions.get((run.run, layer_of(tap)), [])
                 checks.append(_routing_check(mine, findings.invalid.get((run.run, tap)), run.run, tap, origin))
@@ -161,8 +167,8 @@ def alike_values(tap: str, origin: Origin, repeats: int) -> float | None:
 
     repeats: the number of times that the most frequent token occurs
     """
-    if step_of(tap) == "attention.scores":
-        return None  # all scores share the error of one constant, 1 / sqrt(head_dim)
+    if step_of(tap) in ("attention.scores", LOGPROBS):
+        return None  # all scores share the error of one constant, 1 / sqrt(head_dim), and a row of the log of its sum
     if origin.spans == 1 and step_of(tap) in MIXING:
         return float(repeats)  # equal tokens err alike
     layers = {layer_of(name) for name in (tap, *origin.since)}

@@ -154,6 +154,71 @@ def softmax(x: Enclosure, mask: Any, exponentials: Any, budgets: Budgets, above:
 
 
 @quiet
+def log_softmax(x: Enclosure, exponentials: Any, budgets: Budgets) -> Enclosure:
+    """The enclosure of log-softmax over the last axis, before its last rounding.
+
+    x: [..., n]   exponentials: exp(x.mid - the largest x.mid)
+
+    An engine subtracts the largest argument and the logarithm of the sum, or both as one number, or takes the logarithm
+    of a probability. A log-probability is largest if its own argument is largest and all others are smallest.
+    """
+    x = x.settle()
+    u, n = budgets.statistics.u, x.shape[-1]
+    r = np.broadcast_to(x.r, x.shape)
+    most, total = x.mid.max(-1, keepdims=True), exponentials.sum(-1, keepdims=True)
+    below, logarithm = most - x.mid, np.log(total)
+    mid = -below - logarithm
+    moved = r + r.max(-1, keepdims=True)  # the error of the argument of exp, including that of the largest
+    own = u * below + relative_error(budgets.exp, budgets.statistics, below)
+    k = own + u * moved + budgets.exp.slope * u * moved + OWN * (2 * below + 16)
+    share = exponentials / total
+    less, more = share * np.expm1(-r - k), share * np.expm1(r + k)
+    all_less, all_more = less.sum(-1, keepdims=True), more.sum(-1, keepdims=True)
+    spare = (n + 8) * OWN  # the error of the sums here
+    # the change of the sum, over the sum: an argument moves its own term along, up to the error of that term's exp
+    least = np.maximum(all_less * (1 + spare) - less + share * np.expm1(r - k), -1.0)
+    largest = all_more * (1 + spare) - more + share * np.expm1(k - r)
+    moves = np.maximum(r - np.log1p(least), r + np.log1p(largest))
+    apart = log_softmax_apart(x, mid, budgets)
+    # n additions of positive terms in any order, where those below the smallest normal value may be lost
+    added = n * (u * (1 + n * u) + budgets.statistics.tiny)
+    radius = moves + apart + added + OWN * (n + 16 + 4 * (below + logarithm + r))
+    # an argument without a bound may be infinite, which makes the whole row NaN
+    radius = np.where(np.isfinite(r.max(-1, keepdims=True)), radius, np.inf)
+    # the errors of exp and log are budgets, which a row shares
+    variance = ((share * own).sum(-1, keepdims=True) ** 2 + apart**2) / 3
+    variance = variance + u**2 * n / 9 + (n * budgets.statistics.tiny) ** 2 / 3
+    if x.variance is not None:
+        v = np.broadcast_to(x.variance, x.shape)
+        terms = (share * np.expm1(TAIL * np.sqrt(v)) / TAIL) ** 2
+        variance = variance + v * (1 - share) ** 2 + np.maximum(terms.sum(-1, keepdims=True) - terms, 0.0)
+    return Enclosure(mid, bounded(radius * SLACK), bounded(variance), accumulation=budgets.statistics, owed=True)
+
+
+@quiet
+def log_softmax_apart(x: Enclosure, mid: Any, budgets: Budgets) -> Any:
+    """The largest error of a log-probability beyond that of the sum of exponentials, before its last rounding: [..., n]
+
+    x: the settled arguments, [..., n]   mid: their log-softmax
+
+    One of two is larger. A logarithm of a probability has the errors of one exponential, its quotient and the
+    logarithm. A difference from the logarithm of the whole sum has the roundings of that. A logarithm errs by as much
+    as exp may err at the result.
+    """
+    u = budgets.statistics.u
+    r = np.broadcast_to(x.r, x.shape)
+    widest = r.max(-1, keepdims=True)
+    reach, level = x.mid.max(-1, keepdims=True) - x.mid + r + widest, np.abs(x.mid - mid).max(-1, keepdims=True)
+
+    def error(at: Any) -> Any:
+        return relative_error(budgets.exp, budgets.statistics, at)
+
+    of_probability = u * reach + error(reach) + 2 * u + error(np.abs(mid) + r + widest)
+    of_sum = error(np.log(x.shape[-1]) + 2 * widest) + u * (level + widest)
+    return np.maximum(of_probability, of_sum)
+
+
+@quiet
 def unit_circle(
     positions: Any, logarithms: Any, cos: Any, sin: Any, budgets: Budgets, any_offset: bool = False
 ) -> tuple[Enclosure, Enclosure]:

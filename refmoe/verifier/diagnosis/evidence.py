@@ -127,12 +127,12 @@ def gather(
     right = Subject(config, held(config, parameters), contents.runs)
     failed = tuple(check for check in report.checks if check.verdict == FAIL)
     evidence = Evidence(
-        trace=trace, right=right, policy=policy, contents=contents, limits=limits, report=report, failed=failed
+        trace=contents.trace, right=right, policy=policy, contents=contents, limits=limits, report=report, failed=failed
     )
-    judging = Recording(trace, replace(right, ops=_ops(evidence, policy)), policy, limits.excess)
+    judging = Recording(contents.trace, replace(right, ops=_ops(evidence, policy)), policy, limits.excess)
     checks = assemble(judging.go(evidence.whole.layers), contents, config, policy, limits)
     taps = observe(judging.recorded(), policy, limits.excess, checks, report.checks)
-    return replace(evidence, observed=taps | _choices(trace, config, report))
+    return replace(evidence, observed=taps | _choices(contents.trace, config, report))
 
 
 def held(config: Config, parameters: Parameters) -> Parameters:

@@ -176,6 +176,24 @@ class LegalOps(ArrayOps):
         total = self.sum(e, -1)[..., None]
         return (e / total if self._maybe() else e * (1 / total)).astype(self.dtype)
 
+    def log_softmax(self, x: Any) -> Any:
+        """As a difference of logits, from the logarithm of the whole sum, or of each probability that is normal."""
+        x = np.asarray(x).astype(self.stat)
+        top = x.max(-1, keepdims=True)
+        e = self._exp(x - top)
+        total = self.sum(e, -1)[..., None]
+        apart = x - top - self._log(total)
+        scheme = self.rng.choice(["difference", "whole", "probability"])
+        if scheme == "whole":
+            return x - (top + self._log(total))
+        normal = (e / total >= self.policy.statistics.tiny) & (scheme == "probability")
+        return np.where(normal, self._log(np.where(normal, e / total, self.stat.type(1))), apart)
+
+    def _log(self, x: Any) -> Any:
+        """Logarithms with any error that the budget allows: that of exp at the result, the last rounding included."""
+        exact = np.log(np.asarray(x, np.float64))
+        return (exact + self._erring(np.ones_like(exact), exact, self.policy.statistics.u) - 1).astype(self.stat)
+
     def silu(self, x: Any) -> Any:
         one = self.dtype.type(1)
         if self._maybe(0.3):

@@ -25,6 +25,10 @@ def total_probs(ops: Any, x: Any, y: Any) -> Any:
     return softmax(ops, x) if isinstance(ops, BallOps) else ops.softmax(x, None)
 
 
+def log_softmax(ops: Any, x: Any, y: Any) -> Any:
+    return ops.log(softmax(ops, x)) if isinstance(ops, BallOps) else ops.log_softmax(x)
+
+
 def silu(ops: Any, x: Any, y: Any) -> Any:
     return x * ops.sigmoid(x) if isinstance(ops, BallOps) else ops.silu(x)
 
@@ -58,12 +62,13 @@ RULES: dict[str, Callable[[Any, Any, Any], Any]] = {
     "sigmoid": lambda ops, x, y: ops.sigmoid(x),
     "silu": silu,
     "softmax": total_probs,
+    "log_softmax": log_softmax,
     "accumulate": lambda ops, x, y: ops.sum(x, axis=-1) if isinstance(ops, BallOps) else ops.accumulate(x, axis=1),
     "total": lambda ops, x, y: ops.sum(x, axis=-1),
     "matmul": lambda ops, x, y: ops.matmul(x, y.transpose(1, 0)),
     "rms_norm": lambda ops, x, y: rms_norm(ops, x, np.ones(1), 1e-5),
 }
-SCALES = {"exp": 20.0, "sigmoid": 100.0, "silu": 100.0, "softmax": 100.0}
+SCALES = {"exp": 20.0, "sigmoid": 100.0, "silu": 100.0, "softmax": 100.0, "log_softmax": 100.0}
 """The largest arguments that these functions are tried at."""
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from refmoe.spec.taps import READ_OUT_TAPS
 from refmoe.verifier.diagnosis.evidence import Evidence
 from refmoe.verifier.diagnosis.grammar.elsewhere import elsewhere
 from refmoe.verifier.diagnosis.grammar.factors import factors
@@ -37,7 +38,7 @@ def of_grammar(evidence: Evidence) -> list[Explanation]:
 
 def proofs_of(evidence: Evidence, step: str) -> list[Proof]:
     """The faults that explain a failed step, the shortest description first."""
-    if step == "router.experts":
+    if step in ("router.experts", *READ_OUT_TAPS):
         return []
     search = Search(evidence, step)
     return search.proofs(hypotheses(search)) if search.usable else []
