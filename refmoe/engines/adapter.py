@@ -51,7 +51,7 @@ class Adapter(Protocol):
     dtypes: tuple[str, ...]
     """Some of `protocol.DTYPES`."""
     taps: tuple[str, ...]
-    """The taps that a run can give: some of `protocol.TAPS`, ``"logits"`` among them."""
+    """The taps that a run can give: some of `protocol.TAPS`, ``"logits"`` or ``"logprobs"`` among them."""
     abilities: tuple[str, ...]
     """Some of `protocol.ABILITIES`."""
     policies: Mapping[str, str]
@@ -66,7 +66,7 @@ class Adapter(Protocol):
         A run whose `past` is less than its sequence has seen begins with the cache cut to that many tokens.
         taps: names without layer; arrays of other taps are ignored.
         returns: keys ``<run>/<tap>``, such as ``prefill/layers.0.moe_norm``, with the taps' full names and the shapes
-        of golden/FORMAT.md.   Raises Skipped.
+        of golden/FORMAT.md. Logits may be those of each run's last position.   Raises Skipped.
         """
 
 

@@ -37,7 +37,7 @@ from refmoe.suite import Case
 from refmoe.suite.power import with_power
 from refmoe.traces.trace import Trace
 from refmoe.verifier.findings import CANNOT_JUDGE, FAIL, NOT_CONFORMANT, Report
-from refmoe.verifier.intake import take_in
+from refmoe.verifier.intake import INTEGERS, take_in
 from refmoe.verifier.verify import SIGNIFICANCE, Settings, verify
 
 TRIED = 3
@@ -117,7 +117,7 @@ def worst_errors(report: Report) -> dict[str, float]:
     """
     worst: dict[str, float] = {}
     for check in report.checks:
-        if check.step == "router.experts":
+        if check.step in INTEGERS:
             continue  # a choice has no size of error
         before, now = worst.get(check.step, 0.0), check.worst_error
         if check.verdict != FAIL:

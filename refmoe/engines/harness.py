@@ -24,6 +24,7 @@ from refmoe.engines.protocol import (
 )
 from refmoe.errors import InputError
 from refmoe.profiles.load import policy as named_policy
+from refmoe.spec.taps import IDS, LOGPROBS
 from refmoe.traces.trace import Run
 
 START_FIELDS = ("protocol", "name", "version", "dtypes", "taps", "abilities", "policies", "layouts")
@@ -174,8 +175,10 @@ def describe(answer: Message) -> Description:
     dtypes, taps = names_field(answer, "dtypes", DTYPES), names_field(answer, "taps", TAPS)
     if not dtypes:
         raise wrong_field("dtypes", answer["dtypes"], "at least one dtype")
-    if "logits" not in taps:
-        raise wrong_field("taps", answer["taps"], 'at least "logits"')
+    if not {"logits", LOGPROBS} & {*taps}:
+        raise wrong_field("taps", answer["taps"], f'at least "logits" or "{LOGPROBS}"')
+    if IDS in taps and LOGPROBS not in taps:
+        raise wrong_field("taps", answer["taps"], f'"{LOGPROBS}" beside "{IDS}"')
     layouts = names_field(answer, "layouts", LAYOUTS)
     if not layouts:
         raise wrong_field("layouts", answer["layouts"], f"at least one of {', '.join(LAYOUTS)}")

@@ -9,7 +9,7 @@ from typing import Any
 
 from refmoe.files.parsing import strict_json
 from refmoe.files.sentences import one_line, quoted, shown
-from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS
+from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS, READ_OUT_TAPS
 
 PROTOCOL = "1"
 """The version of the protocol."""
@@ -17,9 +17,9 @@ PROTOCOL = "1"
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 """The dtypes in which an engine can be asked to compute, the widest first."""
 
-TAPS = ("embedding", *LAYER_TAPS, "final_norm", "logits")
+TAPS = ("embedding", *LAYER_TAPS, "final_norm", "logits", *READ_OUT_TAPS)
 """Every tap without its layer, in order of computation."""
-assert set(TAPS) == {*LAYER_TAPS, *MODEL_TAPS}
+assert set(TAPS) == {*LAYER_TAPS, *MODEL_TAPS, *READ_OUT_TAPS}
 
 ABILITIES = ("chunk", "decode", "sequences")
 """chunk: several tokens on top of a cache. decode: one token on top of a cache. sequences: more than one sequence, each

@@ -31,7 +31,7 @@ from refmoe.files.scratch import Scratch
 from refmoe.files.sentences import quoted
 from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters
-from refmoe.spec.taps import step_of, tap_names
+from refmoe.spec.taps import observable, step_of
 from refmoe.suite import Case
 from refmoe.traces.trace import Header, Run, Trace, write_trace
 from refmoe.verifier.subject import shape_of
@@ -201,11 +201,11 @@ def received(out: Path, copy: Path, header: Header, config: Config, taps: Collec
 
 
 def elements_per_key(runs: Sequence[Run], config: Config, taps: Collection[str]) -> dict[str, int]:
-    """Per key of the file the number of elements that its tensor must have."""
+    """Per key of the file the most elements that its tensor may have. Intake says whether a shape fits."""
     return {
         f"{run.run}/{tap}": math.prod(shape_of(tap, config, run))
         for run in runs
-        for tap in tap_names(config)
+        for tap in observable(config)
         if step_of(tap) in taps
     }
 

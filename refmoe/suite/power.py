@@ -17,7 +17,8 @@ from refmoe.files.parsing import strict_json
 from refmoe.files.reading import own_text
 from refmoe.profiles.policy import Policy
 from refmoe.spec.config import Config
-from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS, step_of, tap_names
+from refmoe.spec.taps import IDS, LAYER_TAPS, LOGPROBS, MODEL_TAPS, step_of, tap_names
+from refmoe.traces.pieces import by_pieces, call_of
 from refmoe.traces.trace import Trace
 from refmoe.verifier.findings import ALL_TAPS, CONFORMANT, Power, Report
 
@@ -74,14 +75,21 @@ def in_words(report: Report) -> str:
 
 
 def held_steps(trace: Trace, config: Config) -> frozenset[str]:
-    """The steps whose taps a trace holds in every layer of every run of which it holds anything."""
+    """The steps whose taps a trace holds in every layer and position of every call of which it holds anything.
+
+    Log-probabilities of the whole vocabulary count as the logits. They differ by a number for each position, and see
+    the same known bugs.
+    """
     known = frozenset(tap_names(config))
-    lacking: set[str] = set()
-    held = False
-    for run in trace.header.runs:
-        names = known & frozenset(trace.names(run.run))
-        held |= bool(names)
-        lacking.update(step_of(tap) for tap in known - names if names)
+    calls: dict[str, list[frozenset[str]]] = {}
+    trace, runs = by_pieces(trace, trace.runs, config)
+    for run in runs:
+        names = frozenset(trace.names(run.run))
+        if LOGPROBS in names and IDS not in names:
+            names |= {"logits"}
+        calls.setdefault(call_of(run), []).append(known & names)
+    held = [pieces for pieces in calls.values() if any(pieces)]
+    lacking = {step_of(tap) for pieces in held for names in pieces for tap in known - names}
     return frozenset(STEPS) - lacking if held else frozenset()
 
 

@@ -7,6 +7,7 @@ has these taps.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -34,6 +35,11 @@ def piece(run: Run, start: int, stop: int) -> Run:
         run, run=f"{run.run}[{start}:{stop}]", op=run.op if not start else "chunk", tokens=run.tokens[start:stop],
         positions=run.positions[start:stop], past=run.past + start,
     )  # fmt: skip
+
+
+def call_of(run: Run) -> str:
+    """The name of the call that a run is, or is a piece of."""
+    return re.sub(r"\[\d+:\d+\]$", "", run.run)
 
 
 def rows_of_tokens(tap: str, array: NDArray[Any], start: int, stop: int, cached: int) -> NDArray[Any]:

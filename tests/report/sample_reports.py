@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import cache
 from math import inf, nan
 
-from refmoe.report.summary import STEPS
+from refmoe.spec.taps import LAYER_TAPS
 from refmoe.verifier.findings import (
     CANNOT_JUDGE,
     CONFORMANT,
@@ -37,7 +37,7 @@ WRONG = "layers.0.router.logits"
 
 def taps(layers: int) -> list[str]:
     """The taps of one call, in order of computation."""
-    inner = [f"layers.{i}.{step}" for i in range(layers) for step in STEPS[1:-2]]
+    inner = [f"layers.{i}.{step}" for i in range(layers) for step in LAYER_TAPS]
     return ["embedding", *inner, "final_norm", "logits"]
 
 
