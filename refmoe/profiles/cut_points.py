@@ -97,6 +97,9 @@ TAP_CUTS = {tap: CutPoint(f"the tap {tap}", (tap,)) for tap in (*LAYER_TAPS, *MO
 
 READ_OUT_CUTS = {
     "logprobs.softmax_input": CutPoint("the input of the log-softmax", ("logprobs",), "statistics"),
+    "logprobs.sum": CutPoint(
+        "the sum of exponentials of a log-softmax, and its logarithm", ("logprobs",), "statistics"
+    ),
     "logprobs": CutPoint("the tap logprobs, which is computed in the dtype of statistics", ("logprobs",)),
 }
 """The cut points of log-probabilities, which are computed from the logits."""

@@ -229,7 +229,7 @@ class EnclosureOps(ArrayOps):
     @quiet
     def log_softmax(self, x: Enclosure) -> Enclosure:
         exponentials = self._exp(x.mid - x.mid.max(-1, keepdims=True))
-        return functions.log_softmax(x, exponentials, self.policy)
+        return functions.log_softmax(x, exponentials, self.policy, self.policy.at("logprobs.sum"))
 
     @quiet
     def weigh(self, logits: Enclosure, experts: Any) -> Enclosure:

@@ -90,7 +90,8 @@ class PolicyOps(ExactOps):
 
     def log_softmax(self, x: Any) -> Any:
         shifted = x - self.max(x, axis=-1)[..., None]
-        return shifted - np.log(self.sum(self.exp(shifted), axis=-1))[..., None]
+        total = self.cut("logprobs.sum", self.sum(self.exp(shifted), axis=-1))
+        return shifted - self.cut("logprobs.sum", np.log(total))[..., None]
 
     def silu(self, x: Any) -> Any:
         return self.cut("expert.silu", x * self.cut("expert.sigmoid", self.sigmoid(x)))

@@ -154,10 +154,11 @@ def softmax(x: Enclosure, mask: Any, exponentials: Any, budgets: Budgets, above:
 
 
 @quiet
-def log_softmax(x: Enclosure, exponentials: Any, budgets: Budgets) -> Enclosure:
+def log_softmax(x: Enclosure, exponentials: Any, budgets: Budgets, stored: Format) -> Enclosure:
     """The enclosure of log-softmax over the last axis, before its last rounding.
 
     x: [..., n]   exponentials: exp(x.mid - the largest x.mid)
+    stored: the dtype of the sum of exponentials and of its logarithm
 
     An engine subtracts the largest argument and the logarithm of the sum, or both as one number, or takes the logarithm
     of a probability. A log-probability is largest if its own argument is largest and all others are smallest.
@@ -182,11 +183,14 @@ def log_softmax(x: Enclosure, exponentials: Any, budgets: Budgets) -> Enclosure:
     apart = log_softmax_apart(x, mid, budgets)
     # n additions of positive terms in any order, where those below the smallest normal value may be lost
     added = n * (u * (1 + n * u) + budgets.statistics.tiny)
-    radius = moves + apart + added + OWN * (n + 16 + 4 * (below + logarithm + r))
+    cut = np.zeros(())
+    if stored.precision < budgets.statistics.precision:
+        cut = stored.u * (1 + stored.u) + ulp(logarithm + np.log1p(all_more) + stored.u, stored) / 2
+    radius = moves + apart + added + cut + OWN * (n + 16 + 4 * (below + logarithm + r))
     # an argument without a bound may be infinite, which makes the whole row NaN
     radius = np.where(np.isfinite(r.max(-1, keepdims=True)), radius, np.inf)
     # the errors of exp and log are budgets, which a row shares
-    variance = ((share * own).sum(-1, keepdims=True) ** 2 + apart**2) / 3
+    variance = ((share * own).sum(-1, keepdims=True) ** 2 + apart**2 + cut**2) / 3
     variance = variance + u**2 * n / 9 + (n * budgets.statistics.tiny) ** 2 / 3
     if x.variance is not None:
         v = np.broadcast_to(x.variance, x.shape)

@@ -20,6 +20,7 @@ from refmoe.verifier.diagnosis.arithmetic import other_arithmetic
 from refmoe.verifier.diagnosis.evidence import Evidence, gather
 from refmoe.verifier.diagnosis.grammar import of_grammar
 from refmoe.verifier.diagnosis.known import candidates, cause_of, explanations, pairs, rank
+from refmoe.verifier.diagnosis.read_outs import under_the_other_name
 from refmoe.verifier.diagnosis.rivals import ALIKE, noise, settle
 from refmoe.verifier.diagnosis.settings import other_settings
 from refmoe.verifier.findings import FAIL, STRUCTURE, Explanation, Report
@@ -62,6 +63,9 @@ def search(
     one explains this trace as well, and leaves as little, no other cause is tried.
     """
     step = progress if progress is not None else lambda: None
+    misnamed = under_the_other_name(evidence)
+    if misnamed:
+        return tuple(misnamed)
     known, config = tuple(mutants), evidence.right.config
     causes = [cause_of(each) for each in known if each.in_one_pass]
     causes += [cause_of(each, STRUCTURE) for each in other_settings(config)]

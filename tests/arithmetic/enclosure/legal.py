@@ -181,8 +181,8 @@ class LegalOps(ArrayOps):
         x = np.asarray(x).astype(self.stat)
         top = x.max(-1, keepdims=True)
         e = self._exp(x - top)
-        total = self.sum(e, -1)[..., None]
-        apart = x - top - self._log(total)
+        total = self.cut("logprobs.sum", self.sum(e, -1)[..., None])
+        apart = x - top - self.cut("logprobs.sum", self._log(total))
         scheme = self.rng.choice(["difference", "whole", "probability"])
         if scheme == "whole":
             return x - (top + self._log(total))

@@ -47,7 +47,7 @@ def test_a_rule_contains_the_function_of_every_point(name: str, rule: str, seed:
     "name",
     [
         "float32", "float32+flushes=true", "float32+sigmoid=absolute",
-        "bfloat16+expert.sigmoid=bfloat16+expert.silu=float32", "hf-float64",
+        "bfloat16+expert.sigmoid=bfloat16+expert.silu=float32+logprobs.sum=bfloat16", "hf-float64",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("rule", RULES)
