@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 import refmoe
 from refmoe import InputError
+from refmoe.verifier.routing import NO_PADDING
 
 TOKENS = [1, 31, 41, 59]
 
@@ -134,6 +135,55 @@ def test_last_logits_of_a_batch(model: refmoe.Model, shape: tuple[int, ...]) -> 
     last = np.stack([trace[f"prefill.row{row}", "logits"][-1] for row in range(2)])
     assert count(judged({"logits": last.reshape(shape)}, model, tokens)) == 2 * 97
     assert not refmoe.verify({"logits": last[::-1].copy()}, model, tokens, policy="float32", diagnose=False)
+
+
+def log_probabilities(logits: Any) -> Any:
+    x = np.asarray(logits, np.float64)
+    return (x - np.log(np.exp(x).sum(-1, keepdims=True))).astype(np.float32)
+
+
+@pytest.mark.parametrize("shape", [(97,), (1, 97), (4, 97), (1, 4, 97)])
+def test_log_probabilities_of_the_last_position_or_of_all(
+    model: refmoe.Model, right: refmoe.Trace, shape: tuple[int, ...]
+) -> None:
+    found = log_probabilities(right["prefill", "logits"])
+    report = judged({"logprobs": (found if 4 in shape else found[-1]).reshape(shape)}, model, TOKENS)
+    assert count(report) == (4 * 97 if 4 in shape else 97)
+
+
+@pytest.mark.parametrize("rows", ["", "[-1]", "[1:3]"])
+def test_the_largest_log_probabilities_with_their_ids(model: refmoe.Model, right: refmoe.Trace, rows: str) -> None:
+    found = log_probabilities(right["prefill", "logits"])
+    found = found[{"": slice(None), "[-1]": slice(3, 4), "[1:3]": slice(1, 3)}[rows]]
+    ids = np.argsort(-found, -1)[:, :5].astype(np.uint16)
+    values = np.take_along_axis(found, ids.astype(int), -1)
+    report = judged({f"logprobs{rows}": values, f"logprobs.ids{rows}": ids}, model, TOKENS)
+    assert {check.tap for check in report.checks} == {"logprobs", "logprobs.ids"}
+    wrong = ids.copy()
+    wrong[0, 0] = int(found[0].argmin())
+    values = np.take_along_axis(found, wrong.astype(int), -1)
+    again = refmoe.verify({f"logprobs{rows}": values, f"logprobs.ids{rows}": wrong}, model, TOKENS, diagnose=False)
+    assert again.first_wrong_step is not None
+    assert again.first_wrong_step.tap == "logprobs.ids"
+
+
+def test_log_probabilities_of_a_batch(model: refmoe.Model) -> None:
+    tokens = [[1, 2, 3], [8, 9, 10]]
+    trace = model.run(tokens, dtype="float32")
+    both = np.stack([log_probabilities(trace[f"prefill.row{row}", "logits"]) for row in range(2)])
+    ids = np.argsort(-both, -1)[..., :3]
+    values = {"logprobs": np.take_along_axis(both, ids, -1), "logprobs.ids": ids}
+    assert count(judged(values, model, tokens)) == 2 * 3 * 3 + 2 * 3
+    last = {name: array[:, -1] for name, array in values.items()}
+    assert count(judged(last, model, tokens)) == 2 * 3 + 2
+
+
+@pytest.mark.parametrize("tap", ["layers.0.router.experts", "layers.0.residual"])
+def test_padded_rows_are_explained(model: refmoe.Model, right: refmoe.Trace, tap: str) -> None:
+    array = right["prefill", tap]
+    padded = np.concatenate([array, np.full_like(array[:1], -1)])
+    with pytest.raises(InputError, match=NO_PADDING):
+        refmoe.verify({tap: padded}, model, TOKENS, policy="float32")
 
 
 def test_a_batch_of_different_lengths_needs_keys(model: refmoe.Model) -> None:

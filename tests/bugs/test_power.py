@@ -7,7 +7,9 @@ import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from refmoe.bugs.catalogue import MUTANTS
@@ -15,11 +17,12 @@ from refmoe.cli.verify import exit_status
 from refmoe.profiles.load import policy
 from refmoe.report.junit import to_junit
 from refmoe.report.verification_json import to_json
-from refmoe.spec.taps import tap_names
-from refmoe.suite.matrix.outcomes import POLICIES, runnable
-from refmoe.suite.matrix.power import compute_power, plan, restricted, seen_by, write_power
+from refmoe.spec.taps import LOGPROBS, tap_names
+from refmoe.suite.matrix.outcomes import POLICIES, runnable, setting
+from refmoe.suite.matrix.power import compute_power, plan, restricted, seen_by, traces, write_power
 from refmoe.suite.power import FORMAT_VERSION, STEPS, TAP_SETS, held_steps, in_words, power_of, table, with_power
-from refmoe.verifier.findings import ALL_TAPS, CONFORMANT, Power
+from refmoe.traces.held import HeldTensor
+from refmoe.verifier.findings import ALL_TAPS, CONFORMANT, NOT_CONFORMANT, Power
 from refmoe.verifier.verify import verify
 from tests.bugs.judging import GOLDEN, case_named, parameters_of, traced
 
@@ -55,6 +58,33 @@ def test_every_mutant_is_seen_with_all_taps_and_a_larger_set_sees_what_a_smaller
 def test_the_table_says_what_is_measured_now(bug: str, dtype: str) -> None:
     recorded = table()[bug][dtype]
     assert seen_by(bug, case_named(recorded["case"]), dtype) == recorded["seen"]
+
+
+@pytest.mark.parametrize(
+    ("bug", "dtype"),
+    [
+        pytest.param(bug, dtype, marks=() if (bug, dtype) in SAMPLE else pytest.mark.slow)
+        for bug, found in table().items()
+        for dtype, at in found.items()
+        if "logits" in at["seen"]
+    ],
+)
+def test_log_probabilities_of_the_whole_vocabulary_show_what_logits_show(bug: str, dtype: str) -> None:
+    """So they count as logits (`held_steps`). They are those of float32, whatever the dtype of the logits is."""
+    case = case_named(table()[bug][dtype]["case"])
+    rules, parameters = setting(bug, case, dtype)
+    for trace in traces(bug, case, rules, parameters):
+        tensors: dict[str, Any] = {}
+        for run in trace.runs:
+            x = np.asarray(trace.get(run.run, "logits"), np.float64)
+            x = x - x.max(-1, keepdims=True)
+            values = (x - np.log(np.exp(x).sum(-1, keepdims=True))).astype(np.float32)
+            tensors[f"{run.run}/{LOGPROBS}"] = HeldTensor(f"{run.run}/{LOGPROBS}", values)
+        alone = replace(trace, tensors=tensors)
+        assert held_steps(alone, case.config) == {"logits"}
+        if verify(alone, case.name, case.config, parameters, case.runs(), rules).verdict == NOT_CONFORMANT:
+            return
+    pytest.fail("no trace of the engine with this bug is rejected")
 
 
 def test_a_plan_begins_with_the_cheapest_deep_case_and_leaves_out_what_nothing_can_show() -> None:
