@@ -45,7 +45,8 @@ def verify(
     values: a dictionary from tap to array, a `Trace`, or the path of a trace, a ``.safetensors``, ``.npz`` or ``.pt``
         file. Arrays may be of NumPy, PyTorch (any device), JAX, CuPy or MLX. With several runs the keys are
         ``run/tap``. ``logits[-1]`` and ``layers.0.residual[2:5]`` are arrays of some tokens only. Logits of shape [V]
-        are those of the last token. An array of a batch, [B, T, ...], holds all sequences.
+        are those of the last token. An array of a batch, [B, T, ...], holds all sequences. ``logprobs`` are
+        log-probabilities: of the whole vocabulary, or the n largest with their ``logprobs.ids``, both [T, n].
     model: as `refmoe.load` gives it, or a name or path that it takes
     tokens, decode, chunks: the calls that the engine made, as in `Model.run`; a trace has its own
     policy: a name of `refmoe.policies`, with changes if need be; default: the trace's own, or the dtype of the values
