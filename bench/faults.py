@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.bugs.generated import draw
 from tests.bugs.generated_judging import RIGHT, TAPS, UNNAMED, UNSEEN, WRONG, Outcome, judge
+from tests.bugs.generated_wider import draw
 
 DEVELOPED = 1000
 """Seeds below this number were seen in development."""
@@ -35,6 +35,7 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "drawn": len(outcomes), "detected": len(seen), "place_right": sum(each.place for each in seen),
         **{f"name_{verdict}": number for verdict, number in count.items()},
         "share_right": round(count[RIGHT] / max(len(seen), 1), 4),
+        "right_in_other_words": sum(each.equal for each in named),
         "calls_and_layers_exact": sum(each.limits for each in named),
         "median_seconds": round(statistics.median(seconds), 2), "longest_seconds": round(seconds[-1], 2),
     }  # fmt: skip
@@ -44,7 +45,7 @@ def line(each: Outcome) -> str:
     """A row of the table."""
     place = "" if each.place or each.verdict == UNSEEN else "PLACE "
     where = f" [{each.where}]" if each.where else ""
-    verdict = each.verdict.upper() if each.verdict == WRONG else each.verdict
+    verdict = each.verdict.upper() if each.verdict == WRONG else "equal" if each.equal else each.verdict
     return f"{verdict:8} {each.seconds:5.1f} s  {place}{each.fault}  ->  {each.named}{where}"
 
 

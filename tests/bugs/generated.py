@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from refmoe.spec.config import Config
 from refmoe.traces.trace import Run
 from tests.verifier.engines import model_named
 
@@ -96,19 +97,6 @@ class Generated:
     tokens_second: bool = False
     """Whether the tokens are the second axis of the array, as in [H, T, S]."""
 
-    @property
-    def equal_to(self) -> tuple[str, ...]:
-        """The bugs of the catalogue that compute the same function."""
-        named = {
-            ("final_norm", "norm skipped"): "head-final-norm-missing",
-            ("moe.output", "first token's weights"): "expert-weights-of-first-token",
-            ("expert.hidden", "swapped"): "expert-w1-w3-swapped",
-        }  # fmt: skip
-        if (self.step, self.place, self.kind) == ("expert.hidden", "up", "zeroed"):
-            return ("expert-swiglu-limit-default-zero",)  # a limit of zero makes the factor of the gate zero
-        found = named.get((self.step, self.kind))
-        return (found,) if found and self.place == "setting" else ()
-
     def acts(self, run: Run, layer: int) -> bool:
         return (not self.calls or run.op in self.calls) and (not self.layers or layer in self.layers)
 
@@ -140,8 +128,8 @@ def _number(text: str) -> float:
 # ---- drawing
 
 
-def draw(seed: int, cases: Sequence[str] = CASES) -> Generated:
-    """A fault of this seed."""
+def drawn_plainly(seed: int, cases: Sequence[str] = CASES) -> Generated:
+    """A fault of this seed: a change of one array along one axis, or of a setting."""
     random = np.random.default_rng([20, seed])
     while True:
         case = str(random.choice(cases))
@@ -162,7 +150,7 @@ def draw(seed: int, cases: Sequence[str] = CASES) -> Generated:
 def _drawn(random: Any, seed: int, case: str, step: str, place: str) -> Generated | None:
     model = model_named(case)
     config = model.config
-    calls, layers = _limits(random, model.runs, config.layers, step)
+    calls, layers = limits_of(random, model.runs, config.layers, step)
     limits: dict[str, Any] = {
         "seed": seed,
         "case": case,
@@ -180,14 +168,7 @@ def _drawn(random: Any, seed: int, case: str, step: str, place: str) -> Generate
     if place == "weight":
         dims = ("R", "C")
         name = LINEAR[step]
-        shapes = {
-            "wq": (config.heads * config.head_dim, config.dim), "wk": (config.kv_heads * config.head_dim, config.dim),
-            "wv": (config.kv_heads * config.head_dim, config.dim), "wo": (config.dim, config.heads * config.head_dim),
-            "router": (config.experts, config.dim), "w1": (config.hidden_dim, config.dim),
-            "w3": (config.hidden_dim, config.dim), "w2": (config.dim, config.hidden_dim),
-            "output": (config.vocab, config.dim),
-        }  # fmt: skip
-        sizes |= dict(zip(dims, shapes[name], strict=True))
+        sizes |= dict(zip(dims, shapes(config)[name], strict=True))
         limits["calls"] = ()
     else:
         dims = tuple((LAYOUT[step] if place == "output" else READS[step][place]).split())
@@ -217,7 +198,18 @@ def _drawn(random: Any, seed: int, case: str, step: str, place: str) -> Generate
     return _change(random, limits, kind, axis, dim, dims, sizes)
 
 
-def _limits(random: Any, runs: tuple[Run, ...], layers: int, step: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
+def shapes(config: Config) -> dict[str, tuple[int, int]]:
+    """The shapes of the matrices."""
+    heads, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    dim, hidden = config.dim, config.hidden_dim
+    return {
+        "wq": (heads, dim), "wk": (kv, dim), "wv": (kv, dim), "wo": (dim, heads), "router": (config.experts, dim),
+        "w1": (hidden, dim), "w3": (hidden, dim), "w2": (dim, hidden), "output": (config.vocab, dim),
+    }  # fmt: skip
+
+
+def limits_of(random: Any, runs: tuple[Run, ...], layers: int, step: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The calls and layers that a fault acts in; empty: all."""
     ops = sorted({run.op for run in runs})
     calls = (str(random.choice(ops)),) if random.random() < 0.35 and len(ops) > 1 else ()
     inside = step not in ("final_norm", "logits")
@@ -225,7 +217,7 @@ def _limits(random: Any, runs: tuple[Run, ...], layers: int, step: str) -> tuple
     return calls, chosen
 
 
-def _words(step: str, place: str, dim: str, dims: tuple[str, ...]) -> str:
+def words_of(step: str, place: str, dim: str) -> str:
     """A pattern of the nouns for an axis. In a linear step the axis of a channel is also one of its matrix."""
     nouns = {NOUNS.get(dim, ""), {"R": "row", "C": "column"}.get(dim, "")} - {""}
     if step in LINEAR:
@@ -261,7 +253,7 @@ def _change(
 ) -> Generated | None:
     n, step, place = sizes[dim], limits["step"], limits["place"]
     loose = dim in ("T", "S")
-    noun = _words(step, place, dim, dims)
+    noun = words_of(step, place, dim)
     said: dict[str, Any] = {**limits, "kind": kind, "axis": dim}
 
     def made(change: Callable[[Any], Any], *accepts: str, detail: str = "", number: float | None = None) -> Generated:

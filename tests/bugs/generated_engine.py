@@ -18,9 +18,10 @@ from tests.verifier.faults import Patch, functional, modeling, set_linear, wrap
 class Engine:
     """transformers with a fault: it knows which call and layer are running."""
 
-    def __init__(self, patch: Patch, model: Any, fault: Generated) -> None:
+    def __init__(self, patch: Patch, model: Any, fault: Generated, runs: tuple[Run, ...] = ()) -> None:
+        """runs: other calls than those of the fault's case, if any"""
         self.patch, self.model, self.fault = patch, model, fault
-        self.runs = model_named(fault.case).runs
+        self.runs = runs or model_named(fault.case).runs
         self.memory: dict[Any, Any] = {}
         self.call = -1
         wrap(patch, model.model, self._entered)
@@ -43,6 +44,7 @@ class Engine:
         """
         if self.fault.place != place:
             return x
+        self.memory["experts"] = ids
         where = Place(self.run, layer, self.memory, self.runs)
         remembers = self.fault.kind in ("stale", "other layer")
         changed = self.fault.change(x, where) if remembers or self.acts(layer) else x
@@ -70,10 +72,16 @@ class Engine:
         return self.fault.change(x, Place(self.run, layer, self.memory, self.runs))
 
 
-def install(patch: Patch, model: Any, fault: Generated) -> None:
+def install(patch: Patch, model: Any, fault: Generated, runs: tuple[Run, ...] = ()) -> None:
     """Patch the fault into the model."""
-    engine = Engine(patch, model, fault)
-    step = fault.step
+    engine = Engine(patch, model, fault, runs)
+    _faulty(engine, fault.step)
+    if fault.kind == "another tap":
+        _recorded(engine)  # outside of the fault, which may replace a whole layer
+
+
+def _faulty(engine: Engine, step: str) -> None:
+    fault = engine.fault
     if fault.place == "weight" or (
         fault.place == "setting" and fault.kind in ("other layer", "another", "expert") and step in LINEAR
     ):
@@ -92,6 +100,29 @@ def install(patch: Patch, model: Any, fault: Generated) -> None:
         _router(engine)
     else:
         _experts(engine)
+
+
+def _recorded(engine: Engine) -> None:
+    """Keep the values that another step reads in the place of its own."""
+    source = engine.fault.value
+    for i, layer in enumerate(engine.model.model.layers):
+        module = {
+            "entering": layer, "attention_norm": layer.input_layernorm, "attention.output": layer.self_attn.o_proj,
+            "attention_residual": layer.post_attention_layernorm, "moe_norm": layer.post_attention_layernorm,
+            "moe.output": layer.mlp,
+        }[source]  # fmt: skip
+
+        def run(forward: Any, x: Any = None, i: int = i, **rest: Any) -> Any:
+            x = rest.pop("hidden_states", x)
+            before = source in ("entering", "attention_residual")
+            if before:
+                engine.memory[source, i] = x[0]
+            out = forward(x, **rest)
+            if not before:
+                engine.memory[source, i] = out.reshape(-1, out.shape[-1])
+            return out
+
+        wrap(engine.patch, module, run)
 
 
 def _modules(model: Any, step: str) -> Iterator[tuple[int, Any]]:
@@ -184,10 +215,12 @@ def _norms(engine: Engine) -> None:
                 eps = engine.value(y, i) if kind == "eps" else module.variance_epsilon
                 if kind != "no division":
                     y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
-                gain = module.weight if kind != "no gain" else torch.ones_like(module.weight)
-                out = (
-                    given if kind == "norm skipped" else (gain + 1 if kind == "gain plus one" else gain) * y.to(x.dtype)
-                )
+                w = module.weight
+                gain = {
+                    "no gain": torch.ones_like(w), "gain plus one": w + 1, "gain twice": w * w,
+                    "gain of final_norm": engine.model.model.norm.weight,
+                }.get(kind, w)  # fmt: skip
+                out = given if kind == "norm skipped" else gain * y.to(x.dtype)
             else:
                 out = forward(given)
             return engine.at("output", out[0], i)[None]
@@ -257,6 +290,11 @@ def _rotation(engine: Engine) -> None:
                 y = rotate(x[..., order], x[..., order], cos, sin, **rest)[0][..., order.argsort()]
             else:
                 y = rotate(x, x, cos, sin, **rest)[0]
+                if fault.kind == "twice":
+                    y = rotate(y, y, cos, sin, **rest)[0]
+                elif fault.kind == "in part":
+                    half = x.shape[-1] // 2
+                    y = torch.where(torch.arange(x.shape[-1]) % half < half // 2, y, x)
         else:
             y = rotate(x, x, cos, sin, **rest)[0]
         plain = rotate(q, k, cos, sin, **rest) if fault.place != "setting" else rotate_plain(q, k)
@@ -301,6 +339,9 @@ def _attention(engine: Engine) -> None:
             shown = torch.where(strict.any(-1, keepdim=True), strict, shown)
         if first and engine.setting("no mask", i):
             shown = torch.ones_like(shown)
+        if first and engine.setting("position hidden", i):
+            rest = shown & (columns != fault.value)
+            shown = torch.where(rest.any(-1, keepdim=True), rest, shown)
         if first and engine.setting("no cache", i):
             shown = shown & (columns >= run.past)
         scores = (q @ repeat(k, groups).transpose(2, 3) * scaling)[0]
@@ -441,8 +482,8 @@ def _experts(engine: Engine) -> None:
         wrap(engine.patch, layer.mlp.experts, run)
 
 
-def arrays_of(fault: Generated, dtype: str) -> Arrays:
-    """The trace of transformers with the fault."""
+def arrays_of(fault: Generated, dtype: str, runs: tuple[Run, ...] = ()) -> Arrays:
+    """The trace of transformers with the fault.   runs: other calls than the case's, if any"""
     with pytest.MonkeyPatch.context() as patch:
-        install(patch, loaded(fault.case, dtype), fault)
-        return captured(fault.case, dtype)
+        install(patch, loaded(fault.case, dtype), fault, runs)
+        return captured(fault.case, dtype, runs=runs)

@@ -23,6 +23,7 @@ from refmoe.verifier.diagnosis.grammar import of_grammar
 from refmoe.verifier.findings import FAIL, STRUCTURE, Explanation
 from refmoe.verifier.verify import verify
 from tests.bugs.generated import Generated
+from tests.bugs.generated_effect import Given, holds_elsewhere
 from tests.bugs.generated_engine import arrays_of
 from tests.verifier.engines import model_named, only
 
@@ -53,6 +54,8 @@ class Outcome:
     """Whether the calls and layers that the name says are those that were drawn."""
     seconds: float
     """Of the diagnosis."""
+    equal: bool = False
+    """Whether the name is not in the words of what was drawn, but holds for other tokens as well."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -90,18 +93,22 @@ def judge(fault: Generated, dtype: str, taps: str = "all", explain: Explain = wi
         return Outcome(fault.seed, str(fault), UNSEEN, False, "", "", "", False, seconds)
     first = next((each for each in found if each.explains), None)
     verdict, name, kind, where = UNNAMED, "", "", ""
-    limits = False
+    limits = equal = False
     if first is not None:
         name, kind, where = first.name, first.kind, first.where
         # a structure with rivals says: one of these
         names = (name, *first.rivals) if kind == STRUCTURE else ()
-        right = name in fault.equal_to or any(named_right(fault, each, where, dtype) for each in names)
-        verdict = RIGHT if right else WRONG
+        right = any(named_right(fault, each, where, dtype) for each in names)
+        equal = not right and holds_elsewhere(
+            model, Given(name, kind, where), dtype,
+            lambda runs: only(arrays_of(fault, dtype, runs), TAPS[taps]), PRECISION[dtype],
+        )  # fmt: skip
+        verdict = RIGHT if right or equal else WRONG
         limits = limited_right(
             fault, where, {(c.run, layer_of(c.tap) or 0): c.verdict for c in report.checks if c.step == fault.step}
         )
     place = report.first_wrong[1] in expected_places(fault, config, {check.tap for check in report.checks})
-    return Outcome(fault.seed, str(fault), verdict, place, name, kind, where, limits, seconds)
+    return Outcome(fault.seed, str(fault), verdict, place, name, kind, where, limits, seconds, equal)
 
 
 def named_right(fault: Generated, name: str, where: str, dtype: str) -> bool:

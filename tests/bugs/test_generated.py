@@ -16,8 +16,9 @@ from refmoe.profiles.load import policy
 from refmoe.traces.trace import Run
 from refmoe.verifier.diagnosis.grammar.where import Rows, describe
 from refmoe.verifier.findings import Explanation
-from tests.bugs.generated import Generated, draw
+from tests.bugs.generated import Generated
 from tests.bugs.generated_judging import RIGHT, UNSEEN, WRONG, Outcome, by_grammar, judge
+from tests.bugs.generated_wider import draw
 from tests.bugs.judging import DTYPES, case_named, parameters_of, traced
 from tests.bugs.judging import judged as judged_trace
 from tests.bugs.test_diagnosis import edited

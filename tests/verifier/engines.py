@@ -107,13 +107,13 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def captured(name: str, dtype: str, attention: str = "eager") -> Arrays:
-    """Every tap that hooks see, with the model's current patches."""
+def captured(name: str, dtype: str, attention: str = "eager", runs: tuple[Run, ...] = ()) -> Arrays:
+    """Every tap that hooks see, with the model's current patches.   runs: other calls than the case's, if any"""
     model = loaded(name, dtype)
     model.set_attn_implementation(attention)
     recorder = Recorder()
     with one_thread():
-        engine.capture(model, model_named(name).runs, recorder)
+        engine.capture(model, runs or model_named(name).runs, recorder)
     return recorder.arrays
 
 

@@ -33,10 +33,14 @@ def orders(search: Search, view: View) -> Iterator[Fault]:
     for axis, dimension in enumerate(view.dims):
         if not view.pairs and dimension not in ("T", "S"):
             yield from _few(search, view, axis, AXES[dimension])
+        elif dimension == "S":
+            yield from _positions(search, view, axis)
 
 
 FEW = 12
 """The most slices of which every pair is tried, where no map can be read off."""
+MOST_POSITIONS = 256
+"""The most cached positions of which each is tried as zero."""
 
 
 def _few(search: Search, view: View, axis: int, noun: str) -> Iterator[Fault]:
@@ -66,6 +70,41 @@ def _few(search: Search, view: View, axis: int, noun: str) -> Iterator[Fault]:
             bits=5.0 + float(np.log2(count)),
             predict=view.predict(move),
         )
+
+
+def _positions(search: Search, view: View, axis: int) -> Iterator[Fault]:
+    """One cached position zero, one with what belongs to another, or two exchanged. Calls have different numbers."""
+    count = max(view.base(search.rough, key).mid.shape[axis] for key in search.failed)
+    if count > MOST_POSITIONS or search.least < 5.0:
+        return
+    each = float(np.log2(max(count, 2)))
+    for i in range(count):
+        yield _position(view, axis, {i: -1}, f"cached position {i} zeroed", 4.0 + each)
+    for i, j in combinations(range(count if count <= 2 * FEW else 0), 2):
+        yield _position(view, axis, {i: j, j: i}, f"cached positions {i} and {j} exchanged", 4.0 + 2 * each)
+        for to, source in ((i, j), (j, i)):
+            words = f"cached positions taken from other cached positions ({to} holds {source})"
+            yield _position(view, axis, {to: source}, words, 4.0 + 2 * each)
+
+
+def _position(view: View, axis: int, moved: dict[int, int], words: str, bits: float) -> Fault:
+    """Cached positions that hold others, or zeros.   moved: the source of each, -1 for a zero"""
+
+    def move(lab: Laboratory, key: Key, x: Enclosure) -> Enclosure | None:
+        count = x.mid.shape[axis]
+        sources = np.arange(count)
+        if max(*moved, *moved.values()) < count:
+            sources[list(moved)] = list(moved.values())
+        taken = x.map(lambda part: np.take(np.broadcast_to(part, x.mid.shape), np.maximum(sources, 0), axis=axis))
+        return zeroed_at(taken, axis, sources < 0) if (sources < 0).any() else taken
+
+    return Fault(
+        name=f"{words}{view.of}",
+        about=f"{words}{view.of}",
+        fix="look at the slots of the cache that are written, and at those that are read",
+        bits=bits + 2.0 * bool(view.name),
+        predict=view.predict(move),
+    )
 
 
 # ---- any map, found by the nearest slice
