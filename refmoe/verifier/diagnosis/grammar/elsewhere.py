@@ -195,16 +195,18 @@ def _other_calls(search: Search, view: View, own: str | None) -> Iterator[tuple[
         ("the last tokens of the call before of its sequence", 5.0, True, "tail"),
         ("the last token of the call before", 5.0, False, "last"),
         ("the first tokens of the call before", 5.0, False, "first"),
-        ("the first call", 5.5, False, "origin"),
+        ("the first call", 5.5, False, "origin"), ("the first call with as many tokens", 5.0, False, "alike"),
     ):  # fmt: skip
 
         def source(lab: Laboratory, key: Key, same: bool = same, pick: str = pick) -> Enclosure | None:
             runs = list(lab.runs.values())
             i = next(i for i, run in enumerate(runs) if run.run == key[0])
             earlier = [run for run in runs[:i] if not same or run.sequence == runs[i].sequence]
+            if pick == "alike":  # a recorded graph keeps the input of the call that it was recorded in
+                earlier = [run for run in earlier if len(run.tokens) == len(runs[i].tokens)]
             if not earlier:
                 return None
-            other = earlier[0] if pick == "origin" else earlier[-1]
+            other = earlier[0] if pick in ("origin", "alike") else earlier[-1]
             at = layer(key)
             name = own if at is None or own in MODEL_TAPS else f"layers.{at}.{own}"
             if at is not None and own == "residual" and not key[1].endswith(".residual"):
@@ -214,7 +216,7 @@ def _other_calls(search: Search, view: View, own: str | None) -> Iterator[tuple[
             if not lab.present((other.run, name)):
                 return None
             x, count = _as_computed(search, view, lab, (other.run, name)), len(runs[i].tokens)
-            if pick == "same":
+            if pick in ("same", "alike"):
                 return x if len(x.mid) == count else None
             if pick == "last":
                 return x[np.full(count, len(x.mid) - 1)]

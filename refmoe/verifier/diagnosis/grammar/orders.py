@@ -278,6 +278,19 @@ def _without(end: int) -> Law:
     return law
 
 
+def _copied(source: int, to: int) -> Law:
+    """One slice in the place of another, both counted from the end."""
+
+    def law(n: int) -> Any:
+        sources = np.arange(n)
+        if n < 2:
+            return None
+        sources[to] = n + source
+        return sources
+
+    return law
+
+
 def _pairs(n: int) -> Any:
     """Neighbours exchanged; the last of an odd number stays."""
     return np.where(np.arange(n) ^ 1 < n, np.arange(n) ^ 1, np.arange(n))
@@ -330,6 +343,8 @@ OF_TOKENS: tuple[tuple[str, float, Law, Any], ...] = (
     ("with the first zero", 4.0, _without(0), None),
     ("with the last zero", 4.0, _without(-1), None),
     ("with the first and last exchanged", 4.0, _ends, None),
+    ("with the last also in the place before it", 4.5, _copied(-1, -2), None),
+    ("with the last but one also in the place of the last", 4.5, _copied(-2, -1), None),
 )
 """Orders of tokens and cached positions."""
 OF_OTHERS: tuple[tuple[str, float, Law, Any], ...] = (

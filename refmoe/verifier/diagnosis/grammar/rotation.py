@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from refmoe.steps import rounding
 from refmoe.verifier.diagnosis.grammar.factors import FACTOR_BITS
 from refmoe.verifier.diagnosis.grammar.fault import CLOSE, Fault, Search
 from refmoe.verifier.diagnosis.grammar.laboratory import Laboratory, only_where, spread
@@ -211,6 +212,20 @@ def _rotations() -> Iterator[Fault]:
         bits=3.0,
         predict=twice,
     )
+
+    def normed(lab: Laboratory, key: Key) -> Any:
+        given = lab.inputs(key)
+        x, width = given["x"], given["x"].mid.shape[-1]
+        heads = rounding.rms_norm(lab.ops, x.reshape(-1, width), np.ones(width), lab.config.norm_eps)
+        return lab.compute(key, {**given, "x": heads.reshape(*x.mid.shape)})
+
+    yield Fault(
+        name="each head divided by its root mean square first",
+        about="each head is divided by its root mean square, as models with a norm of queries and keys do",
+        fix="turn the heads as they are: Mixtral has no norm there",
+        bits=3.0,
+        predict=normed,
+    )
     for parts in (2, 4):
         yield Fault(
             name=f"only 1/{parts} of the pairs turned",
@@ -218,6 +233,13 @@ def _rotations() -> Iterator[Fault]:
             fix="turn all of head_dim",
             bits=4.0,
             predict=_partly(parts),
+        )
+        yield Fault(
+            name=f"only the first 1/{parts} of the channels turned, as a head of that width",
+            about=f"only the first 1/{parts} of the channels is turned, in pairs of its own and by its own angles",
+            fix="turn all of head_dim: this model has no partial rotation",
+            bits=4.0,
+            predict=_narrowly(parts),
         )
 
 
@@ -232,5 +254,20 @@ def _partly(parts: int) -> At:
         first = np.arange(width) % (width // 2) < width // 2 // parts
         right = lab.compute(key, given)
         return only_where(first, spread(right, right.mid.shape), spread(given["x"], right.mid.shape))
+
+    return turned
+
+
+def _narrowly(parts: int) -> At:
+    """The first channels turned as if they were the whole head, as models with a partial rotation do."""
+
+    def turned(lab: Laboratory, key: Key) -> Any:
+        given = lab.inputs(key)
+        x, width = given["x"], given["x"].mid.shape[-1]
+        if width % (2 * parts):
+            return None
+        narrow = width // parts
+        table = rounding.rotary_table(lab.ops, given["positions"], narrow, given["theta"])
+        return lab.ops.concatenate([rounding.rotate(lab.ops, x[..., :narrow], table), x[..., narrow:]], axis=-1)
 
     return turned
