@@ -87,6 +87,20 @@ def _other_norms() -> Iterator[Fault]:
         x=centred,
     )
 
+    def twice(lab: Laboratory, key: Key) -> Enclosure:
+        given = lab.inputs(key)
+        once: Enclosure = lab.ops.cut(key[1].rpartition(".")[2], lab.compute(key, given))
+        again: Enclosure = lab.compute(key, {**given, "x": once})
+        return again
+
+    yield Fault(
+        name="the norm applied twice",
+        about="the row is normalised, and the result once more",
+        fix="normalise once",
+        bits=3.0,
+        predict=twice,
+    )
+
     def without(lab: Laboratory, key: Key) -> Enclosure:
         given = lab.inputs(key)
         plain: Enclosure = given["x"] * given["gain"]
