@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from refmoe.parallel import results
 from tests.bugs.generated_judging import RIGHT, TAPS, UNNAMED, UNSEEN, WRONG, Outcome, judge
 from tests.bugs.generated_wider import draw
 
@@ -49,6 +50,12 @@ def line(each: Outcome) -> str:
     return f"{verdict:8} {each.seconds:5.1f} s  {place}{each.fault}  ->  {each.named}{where}"
 
 
+def judge_drawn(work: tuple[int, str, str]) -> Outcome:
+    """The diagnosis of a fault, by its seed, dtype and taps."""
+    seed, dtype, taps = work
+    return judge(draw(seed), dtype, taps)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
@@ -56,11 +63,15 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--taps", default="all", choices=sorted(TAPS))
     parser.add_argument("--json", type=Path, help="add the table to this file")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     options = parser.parse_args()
-    outcomes = []
-    for seed in range(options.seed, options.seed + options.count):
-        outcomes.append(judge(draw(seed), options.dtype, options.taps))
-        print(line(outcomes[-1]), flush=True)
+    work = [(seed, options.dtype, options.taps) for seed in range(options.seed, options.seed + options.count)]
+    judged: dict[Any, Outcome] = {}
+    with results(judge_drawn, work, options.jobs) as found:
+        for item, outcome in found:
+            judged[item] = outcome
+            print(line(outcome), flush=True)
+    outcomes = [judged[item] for item in work]
     counts = summary(outcomes)
     print(json.dumps(counts, indent=1))
     if options.json:

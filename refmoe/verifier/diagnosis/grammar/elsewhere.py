@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from refmoe.verifier.diagnosis.grammar.views import View, layer, masked, stored_
 from refmoe.verifier.passes import Key
 
 ROWS = {"T D", "T H d", "T K d", "T k F", "T k D", "T k", "T E", "T V", "H T S"}
+MOST_SEQUENCES = 8
+"""The most sequences of which any two may be exchanged."""
 Source = Callable[[Laboratory, Key], Enclosure | None]
 """The values that take the place of a view's, or are added to it."""
 FIX = "look at which buffer is read here, and when it is written"
@@ -30,6 +33,7 @@ def elsewhere(search: Search, view: View) -> Iterator[Fault]:
     for words, bits, source in (
         *_other_taps(search, view),
         *_other_calls(search, view, own),
+        *_batch(search, view, own),
         *_other_layers(search, view, own),
     ):
         yield _instead(view, words, bits, source)
@@ -207,12 +211,7 @@ def _other_calls(search: Search, view: View, own: str | None) -> Iterator[tuple[
             if not earlier:
                 return None
             other = earlier[0] if pick in ("origin", "alike") else earlier[-1]
-            at = layer(key)
-            name = own if at is None or own in MODEL_TAPS else f"layers.{at}.{own}"
-            if at is not None and own == "residual" and not key[1].endswith(".residual"):
-                name = "embedding" if at == 0 else f"layers.{at - 1}.residual"
-            if at is None and own not in MODEL_TAPS:
-                name = f"layers.{lab.config.layers - 1}.{own}"
+            name = _name(lab, key, own)
             if not lab.present((other.run, name)):
                 return None
             x, count = _as_computed(search, view, lab, (other.run, name)), len(runs[i].tokens)
@@ -225,6 +224,50 @@ def _other_calls(search: Search, view: View, own: str | None) -> Iterator[tuple[
             return x[len(x.mid) - count :] if pick == "tail" else x[:count]
 
         yield words, bits, source
+
+
+def _name(lab: Laboratory, key: Key, own: str) -> str:
+    """The tap of a view in the layer of a key, or before it where the view is what enters the layer."""
+    at = layer(key)
+    if own in MODEL_TAPS:
+        return own
+    if at is None:
+        return f"layers.{lab.config.layers - 1}.{own}"
+    if own == "residual" and not key[1].endswith(".residual"):
+        return "embedding" if at == 0 else f"layers.{at - 1}.residual"
+    return f"layers.{at}.{own}"
+
+
+def _batch(search: Search, view: View, own: str | None) -> Iterator[tuple[str, float, Source]]:
+    """Sources in the same call of another sequence: the rows of a batch, exchanged or off by one."""
+    runs = search.lab.runs.values()
+    sequences = sorted({run.sequence for run in runs})
+    if own is None or view.dims[0] != "T" or len(sequences) < 2:
+        return
+
+    def source(other: Callable[[int], int]) -> Source:
+        def at(lab: Laboratory, key: Key) -> Enclosure | None:
+            run = lab.runs[key[0]]
+            batch, _, _ = run.run.partition(".")
+            to = other(sequences.index(run.sequence))
+            if to < 0:
+                return None
+            mates = [each for each in lab.runs.values() if each.run.partition(".")[0] == batch]
+            mate = next((each for each in mates if each.sequence == sequences[to]), None)
+            if mate is None or len(mate.tokens) != len(run.tokens) or mate.run == run.run:
+                return None
+            name = _name(lab, key, own)
+            return _as_computed(search, view, lab, (mate.run, name)) if lab.present((mate.run, name)) else None
+
+        return at
+
+    count = len(sequences)
+    if count > 2:
+        yield "the next sequence of the batch", 5.0, source(lambda i: (i + 1) % count)
+        yield "the sequence before of the batch", 5.0, source(lambda i: (i - 1) % count)
+    for i, j in combinations(range(min(count, MOST_SEQUENCES)), 2):
+        words = f"the other one of sequences {sequences[i]} and {sequences[j]}"
+        yield words, 6.0, source(lambda at, i=i, j=j: {i: j, j: i}.get(at, -1))  # type: ignore[misc]
 
 
 def _other_layers(search: Search, view: View, own: str | None) -> Iterator[tuple[str, float, Source]]:

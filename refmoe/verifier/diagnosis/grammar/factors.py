@@ -12,7 +12,7 @@ import numpy as np
 from refmoe.arithmetic.enclosure.array import Enclosure
 from refmoe.arithmetic.formats import Format
 from refmoe.spec.config import Config
-from refmoe.verifier.diagnosis.grammar.fault import AXES, CLOSE, Fault, Search
+from refmoe.verifier.diagnosis.grammar.fault import AXES, CLOSE, MOST_PER_VALUE, Fault, Search
 from refmoe.verifier.diagnosis.grammar.laboratory import Laboratory
 from refmoe.verifier.diagnosis.grammar.views import View, layer, masked, stored_again
 from refmoe.verifier.diagnosis.grammar.where import listed
@@ -21,7 +21,12 @@ from refmoe.verifier.passes import Key
 FACTOR_BITS = 12.0
 """The length of a fitted number. One that the model uses, such as head_dim, has KNOWN_BITS."""
 KNOWN_BITS = 5.0
+VECTOR_BITS = MOST_PER_VALUE
+"""The length of one of several fitted numbers. It is what one value can prove at most, so that numbers that are fitted
+to as many values prove nothing."""
 MOST_GROUPS = 512
+DIFFERENT = 0.999
+"""The cosine of the angle above which two rows count as one."""
 FIX = "look for a scale that is applied twice, or not at all, or for the inverse of it"
 FIX_ZERO = "look for a part that is dropped, masked or never written"
 
@@ -41,11 +46,12 @@ def factors(search: Search, view: View) -> Iterator[Fault]:
 
 def _groupings(search: Search, view: View) -> Iterator[tuple[str, Groups, int]]:
     yield "", no_groups, 1
+    several = several_rows(search, view)
     for axis, dimension in enumerate(view.dims):
         if dimension in ("T", "S"):
             continue
         count = next(iter(view.pairs.values()))[0].shape[axis]
-        if 2 <= count <= MOST_GROUPS:
+        if 2 <= count <= MOST_GROUPS and (several or not _one_each(view, axis)):
             yield AXES[dimension], along(axis), count
     if view.dims[:2] == ("T", "k"):
         yield "expert", _by_expert(len(view.dims)), search.lab.config.experts
@@ -53,6 +59,27 @@ def _groupings(search: Search, view: View) -> Iterator[tuple[str, Groups, int]]:
         yield "layer", _by_layer, search.lab.config.layers
     if view.dims[0] == "T" and len(view.dims) > 1:
         yield "token", along(0), max(len(pair[0]) for pair in view.pairs.values())
+
+
+def _one_each(view: View, axis: int) -> bool:
+    """Whether each slice along the axis has one value in a row. Then a number for each explains any single row."""
+    rows = 2 if view.dims[:2] == ("T", "k") else 1
+    return axis >= rows and len(view.dims) == rows + 1
+
+
+def several_rows(search: Search, view: View) -> bool:
+    """Whether two wrong rows of the right array differ, in more than size."""
+    first = None
+    for key, (right, _) in view.pairs.items():
+        rows = masked(view, search, key, right)
+        for row in rows.reshape(-1, rows.shape[-1]):
+            size = np.linalg.norm(row)
+            if not size or not np.isfinite(size):
+                continue
+            first = row / size if first is None else first
+            if abs(float(first @ row)) < DIFFERENT * size:
+                return True
+    return False
 
 
 def no_groups(lab: Laboratory, key: Key, shape: tuple[int, ...]) -> Any:
@@ -102,7 +129,7 @@ def _fault(search: Search, view: View, noun: str, groups: Groups, found: Any) ->
     values, radii, bits, names = [], [], 0.0, {}
     for g, factor in enumerate(found.tolist()):
         number, name, cost = simple(factor, format, search.lab.config)
-        if math.isnan(factor) or abs(factor - 1) <= 8 * format.u or number == 1:
+        if math.isnan(factor) or abs(factor - 1) <= 2 * format.u or number == 1:
             values.append(1.0)
             radii.append(0.0)
             continue
@@ -113,7 +140,9 @@ def _fault(search: Search, view: View, noun: str, groups: Groups, found: Any) ->
     if not names:
         return None
     distinct = set(names.values())
-    if len(distinct) == 1:
+    if len(distinct) > 1:
+        bits = VECTOR_BITS * len(names)
+    else:
         bits = bits / len(names) + (3.0 + 1.5 * min(len(names), len(values) - len(names)) if noun else 0.0)
     numbers, radius = np.array(values), np.array(radii)
 
@@ -182,6 +211,6 @@ def simple(factor: float, format: Format, config: Config) -> tuple[float, str, f
             f"1/{name} = {1 / value:.6g}": 1 / value,
         }  # fmt: skip
     for name, number in known.items():
-        if abs(factor - number) <= 4 * format.u * max(abs(number), 0.25):
+        if abs(factor - number) <= 2 * format.u * max(abs(number), 0.25):
             return number, name, 1.0 if number == 0 else 2.0 if number in (-1.0, 2.0) else KNOWN_BITS
     return factor, f"{factor:.{max(2, min(7, round(format.precision * math.log10(2)) + 1))}g}", FACTOR_BITS

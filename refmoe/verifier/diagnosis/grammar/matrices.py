@@ -10,7 +10,16 @@ from typing import Any
 import numpy as np
 
 from refmoe.arithmetic.enclosure.array import Enclosure
-from refmoe.verifier.diagnosis.grammar.factors import along, factors, fitted, no_groups, scaled, simple
+from refmoe.verifier.diagnosis.grammar.factors import (
+    DIFFERENT,
+    VECTOR_BITS,
+    along,
+    factors,
+    fitted,
+    no_groups,
+    scaled,
+    simple,
+)
 from refmoe.verifier.diagnosis.grammar.fault import CLOSE, Fault, Search
 from refmoe.verifier.diagnosis.grammar.laboratory import LINEAR, Held, Laboratory
 from refmoe.verifier.diagnosis.grammar.orders import in_short, laws, nearest_slices, order_in_words, orders
@@ -391,13 +400,20 @@ def _reordered(name: str, noun: str, axis: int, sources: Any) -> Fault:
     return with_matrix(f"{noun} of {name} {words}", f"{noun} of {name} hold others: {listing}", bits + 1.5, change)
 
 
+def _several(rows: Any) -> bool:
+    """Whether two rows differ in more than size. rows: [n, D]"""
+    sizes = np.linalg.norm(rows, axis=1)
+    rows = rows[sizes > 0] / sizes[sizes > 0][:, None]
+    return bool(len(rows) and (np.abs(rows @ rows[0]) < DIFFERENT).any())
+
+
 def _scaled_columns(search: Search, name: str, product: Product) -> Iterator[Fault]:
     """Columns times numbers, or channels of the input: the effect is linear in these."""
     w = product.matrices if product.matrices.ndim == 3 else product.matrices[None]
     effects = (product.x[:, None, :] * w).reshape(-1, w.shape[-1])
     error = product.error.reshape(-1)
-    if len(effects) < effects.shape[1] + 4:
-        return
+    if len(effects) < effects.shape[1] + 4 or not _several(product.x):
+        return  # the input of a single row may be anything
     more = least_squares(effects, error)
     if more is None or not np.linalg.norm(error - effects @ more) <= CLOSE * np.linalg.norm(error):
         return
@@ -417,7 +433,7 @@ def _scaled_columns(search: Search, name: str, product: Product) -> Iterator[Fau
         factor[moved] = rounded(number, max(tolerance, 1e-3))
         words, bits = f"{which} times {said if cost < 12 else f'{factor[moved][0]:.5g}'}", cost + 1.5 * shortest
     else:
-        words, bits = f"a factor for each column of {name}", 12.0 * len(moved)
+        words, bits = f"a factor for each column of {name}", VECTOR_BITS * len(moved)
     scale, radius = factor, np.where(np.isin(factor, (0.0, 1.0)), 0.0, np.abs(factor) * search.u)
 
     def predict(lab: Laboratory, key: Key) -> Enclosure | None:

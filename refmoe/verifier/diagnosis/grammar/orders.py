@@ -325,6 +325,19 @@ def _dropped(parts: int, part: int) -> Law:
     return law
 
 
+def _parts(parts: int, i: int, j: int) -> Law:
+    """Two of several equal parts exchanged."""
+
+    def law(n: int) -> Any:
+        if n % parts or n <= parts:
+            return None
+        blocks = np.arange(n).reshape(parts, -1)
+        blocks[[i, j]] = blocks[[j, i]]
+        return blocks.reshape(-1)
+
+    return law
+
+
 OF_TOKENS: tuple[tuple[str, float, Law, Any], ...] = (
     ("shifted by +1", 4.0, _ended(1), [0]),
     ("shifted by -1", 4.0, _ended(-1), [-1]),
@@ -358,6 +371,7 @@ OF_OTHERS: tuple[tuple[str, float, Law, Any], ...] = (
     *((f"interleaved by {parts}", 4.0, _interleaved(parts), None) for parts in (2, 4, 8)),
     *((f"split by {parts} as if interleaved", 4.0, _split(parts), None) for parts in (2, 4, 8)),
     *((f"with part {i} of {n} zeroed", 5.0, _dropped(n, i), None) for n in (2, 4) for i in range(n)),
+    *((f"with parts {i} and {j} of 4 exchanged", 5.5, _parts(4, i, j), None) for i, j in combinations(range(4), 2)),
     ("all replaced by the first", 4.0, lambda n: np.zeros(n, int), None),
 )
 """Orders of heads, channels, experts, slots, rows and columns of inputs, where no map can be read off."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from refmoe.arithmetic.enclosure.array import Enclosure
 from refmoe.arithmetic.formats import ulp
+from refmoe.verifier.diagnosis.grammar.factors import VECTOR_BITS
 from refmoe.verifier.diagnosis.grammar.fault import AXES, CLOSE, Fault, Predict, Search
 from refmoe.verifier.diagnosis.grammar.laboratory import NORMS, Laboratory
 from refmoe.verifier.diagnosis.grammar.views import View, layer, stored_again, tokens_of
@@ -97,6 +98,13 @@ def _log_softmax(search: Search, view: View) -> Iterator[Fault]:
         bits=3.0,
         predict=view.predict(move),
     )
+    yield Fault(
+        name="probabilities instead of logits",
+        about="each row is the softmax of what it should be: these are probabilities",
+        fix="dump the logits before the softmax",
+        bits=3.0,
+        predict=lambda lab, key: lab.ops.softmax(lab.ops.cut(search.step, lab.right(key)), None),
+    )
 
 
 def _bias(search: Search, view: View) -> Iterator[Fault]:
@@ -129,7 +137,7 @@ def _bias(search: Search, view: View) -> Iterator[Fault]:
         name=f"a constant added to each {noun}{view.of}",
         about=f"a constant added to each {noun}{view.of}, the same for all tokens",
         fix="look for a bias: Mixtral has none",
-        bits=NUMBER_BITS * size,
+        bits=VECTOR_BITS * size,
         predict=view.predict(move),
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from refmoe.arithmetic.enclosure.array import Enclosure
-from refmoe.verifier.diagnosis.grammar.factors import FACTOR_BITS, scaled, simple
+from refmoe.verifier.diagnosis.grammar.factors import FACTOR_BITS, VECTOR_BITS, scaled, simple
 from refmoe.verifier.diagnosis.grammar.fault import CLOSE, Fault, Search
 from refmoe.verifier.diagnosis.grammar.laboratory import Laboratory
 from refmoe.verifier.diagnosis.grammar.pointwise import Function, least, rounded, soft_cap
@@ -71,12 +71,13 @@ def _scales(search: Search) -> Iterator[Fault]:
         distinct = sorted(set(numbers[wrong].tolist()))
         which = ", ".join(map(str, wrong.tolist()))
         same = len(distinct) == 1
+        bits = FACTOR_BITS + 3 * len(wrong) if same else VECTOR_BITS * len(wrong)
         words = f"heads {which}: scores times {distinct[0]:.5g}" if same else "a factor for each head of the scores"
         scale = numbers[:, None, None]
         radius = np.where(scale == 1, 0.0, np.abs(scale) * search.u)
         yield setting(
             words, f"the scores have a factor of their own in heads {which}", "look for a scale of each head",
-            FACTOR_BITS * len(distinct) + 3 * len(wrong) * same, scores=_scaled("scores", scale, radius),
+            bits, scores=_scaled("scores", scale, radius),
         )  # fmt: skip
 
 
@@ -141,7 +142,7 @@ def _by_expert(search: Search) -> Iterator[Fault]:
     radius = tolerance * np.abs(factor)
     yield setting(
         "a factor for each expert of the logits", "each expert's logit has a factor of its own before the softmax",
-        "look for a scale of experts that this model does not have", FACTOR_BITS * int(seen.sum()),
+        "look for a scale of experts that this model does not have", VECTOR_BITS * int(seen.sum()),
         logits=_scaled("logits", factor, radius),
     )  # fmt: skip
     shift = least_squares(np.array(biases), values - effects.sum(1), unique=False)
@@ -155,7 +156,7 @@ def _by_expert(search: Search) -> Iterator[Fault]:
 
     yield setting(
         "a bias for each expert of the logits", "each expert's logit has a bias before the softmax",
-        "look for a bias of experts that this model does not have", FACTOR_BITS * int(seen.sum()), logits=biased,
+        "look for a bias of experts that this model does not have", VECTOR_BITS * int(seen.sum()), logits=biased,
     )  # fmt: skip
 
 
