@@ -13,15 +13,20 @@ import numpy as np
 import pytest
 
 from refmoe.profiles.load import policy
-from refmoe.traces.trace import Run
+from refmoe.traces.held import held_trace
+from refmoe.traces.trace import Header, Run
 from refmoe.verifier.diagnosis.grammar.where import Rows, describe
-from refmoe.verifier.findings import Explanation
-from tests.bugs.generated import Generated
+from refmoe.verifier.findings import KNOWN_BUG, STRUCTURE, Explanation
+from refmoe.verifier.verify import verify
+from tests.bugs.generated import Change, Generated, Place
+from tests.bugs.generated_effect import Given, holds_elsewhere
+from tests.bugs.generated_engine import arrays_of
 from tests.bugs.generated_judging import RIGHT, UNSEEN, WRONG, Outcome, by_grammar, judge
 from tests.bugs.generated_wider import draw
 from tests.bugs.judging import DTYPES, case_named, parameters_of, traced
 from tests.bugs.judging import judged as judged_trace
 from tests.bugs.test_diagnosis import edited
+from tests.verifier.engines import Arrays, honest, model_named
 
 pytestmark = pytest.mark.engines
 
@@ -52,11 +57,43 @@ def test_most_drawn_faults_are_named() -> None:
 
 
 def fault(case: str, step: str, kind: str, accepts: str, value: Any = None, calls: tuple[str, ...] = ()) -> Generated:
-    """A fault of the generator that is not drawn."""
+    """A fault of the generator that is not drawn: a setting."""
     return Generated(
         seed=-1, case=case, step=step, place="setting", kind=kind, axis="", detail="", accepts=(accepts,),
         change=lambda x, place: x, calls=calls, value=value,
     )  # fmt: skip
+
+
+def changed(case: str, step: str, place: str, kind: str, accepts: str, change: Change) -> Generated:
+    """A fault that changes an array of a step."""
+    return Generated(
+        seed=-1, case=case, step=step, place=place, kind=kind, axis="", detail="", accepts=(accepts,), change=change
+    )
+
+
+def frozen(x: Any, where: Place) -> Any:
+    """The input of the first call with one token, in all calls with one token."""
+    return where.memory.setdefault((where.layer, "first"), x.clone()) if len(x) == 1 else x
+
+
+def divided(x: Any, where: Place) -> Any:
+    """Each head divided by its root mean square. x: [T, heads, d]"""
+    return x * (x.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt()
+
+
+def overwritten(x: Any, where: Place) -> Any:
+    """The newest key also in the slot before it, in decode. x: [S, heads, d]"""
+    x = x.clone()
+    if where.run.op == "decode":
+        x[-2] = x[-1]
+    return x
+
+
+def lost(x: Any, where: Place) -> Any:
+    """Slot 2 of the cache never written. x: [S, heads, d]"""
+    x = x.clone()
+    x[2:3] = 0
+    return x
 
 
 REPORTED = (
@@ -64,6 +101,11 @@ REPORTED = (
     fault("every-expert", "moe.output", "expert twice", r"expert 2 times 2", value=2),
     fault("dims-distinct", "logits", "log-probabilities", "log-probabilities"),
     fault("walking-skeleton", "moe.output", "expert dropped", "expert 1 zeroed", value=1, calls=("prefill",)),
+    fault("mini-8x7b", "attention_norm", "gain twice", "the gain applied twice"),
+    changed("window-decode", "attention.q", "x", "frozen", "first call with as many tokens", frozen),
+    changed("dims-distinct", "attention.k_rope", "x", "divided", "divided by its root mean square", divided),
+    changed("window-decode", "attention.probs", "k", "overwritten", "the last also in the place before", overwritten),
+    changed("walking-skeleton", "attention.context", "v", "lost", "cached position 2 zeroed", lost),
 )
 
 
@@ -92,7 +134,65 @@ def test_rows_that_come_back_in_another_order_are_named(dtype: str) -> None:
     assert found.where == "in prefill calls"
 
 
+def test_rows_of_a_batch_that_are_exchanged_are_named() -> None:
+    arrays = dict(honest("batch-ragged", "float32"))
+    one, two = "decode1.row0/logits", "decode1.row1/logits"
+    arrays[one], arrays[two] = arrays[two], arrays[one]
+    (found,) = structures_of("batch-ragged", arrays)
+    assert found.name == "logits: values taken from the other one of sequences 0 and 1"
+
+
+def structures_of(name: str, arrays: Arrays) -> list[Explanation]:
+    """The structures in a trace of transformers at float32."""
+    model, used = model_named(name), policy("hf-float32")
+    trace = held_trace(Header(model.runs, policy="hf-float32"), arrays)
+    parameters = model.checkpoint.parameters
+    report = verify(trace, name, model.config, parameters, model.runs, used)
+    return [*by_grammar(trace, model.config, parameters, model.runs, used, report)]
+
+
+# ---- the judge: a name in other words must hold for other tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "right"),
+    [
+        ("moe.output: slots all replaced by slot 0 of the weights that it reads", "", False),
+        ("moe.output: expert 1 zeroed of the weights that it reads", "in prefill calls", True),
+        ("moe.output: expert 1 zeroed of the weights that it reads", "", False),
+        ("moe.output: expert 0 zeroed of the weights that it reads", "in prefill calls", False),
+    ],
+)
+def test_a_name_in_other_words_must_hold_for_other_tokens(name: str, where: str, right: bool) -> None:
+    dropped = next(each for each in REPORTED if each.kind == "expert dropped")
+    model = model_named(dropped.case)
+    given = Given(name, STRUCTURE, where)
+    assert holds_elsewhere(model, given, "float32", lambda runs: arrays_of(dropped, "float32", runs), 1e-3) == right
+
+
+@pytest.mark.parametrize(("name", "right"), [("expert-w1-w3-swapped", True), ("expert-gelu", False)])
+def test_a_known_bug_is_held_against_other_tokens(name: str, right: bool) -> None:
+    swapped = fault("walking-skeleton", "expert.hidden", "swapped", "never said")
+    model = model_named(swapped.case)
+    given = Given(name, KNOWN_BUG, "")
+    assert holds_elsewhere(model, given, "float32", lambda runs: arrays_of(swapped, "float32", runs), 1e-3) == right
+
+
 # ---- no name
+
+
+@pytest.mark.parametrize("step", ["logits", "attention_norm", "moe.output"])
+def test_a_single_row_that_may_be_anything_gets_no_name(step: str) -> None:
+    """Numbers for each channel explain any single row."""
+    arrays = dict(honest("window-decode", "float32"))
+    key = next(key for key in arrays if key.startswith("decode2/") and key.endswith(step))
+    random = np.random.default_rng(5)
+    if step == "logits":
+        output = np.asarray(model_named("window-decode").checkpoint.parameters.output.read(), np.float64)
+        arrays[key] = (random.normal(size=(1, output.shape[1])) @ output.T).astype(np.float32)
+    else:
+        arrays[key] = random.normal(size=arrays[key].shape).astype(np.float32)
+    assert structures_of("window-decode", arrays) == []
 
 
 NOISY = ("attention.q", "attention.probs", "router.weights", "moe.output", "logits")
