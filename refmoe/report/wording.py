@@ -27,7 +27,7 @@ from refmoe.verifier.findings import (
 
 AXES = {
     "T": "token", "H": "head", "K": "key/value head", "E": "expert", "k": "slot", "S": "cached position",
-    "F": "hidden unit", "D": "channel", "d": "channel", "V": "vocabulary entry",
+    "F": "hidden unit", "D": "channel", "d": "channel", "V": "vocabulary item",
 }  # fmt: skip
 """The noun for an index along each dimension of a tap."""
 
