@@ -27,8 +27,8 @@ from refmoe.verifier.findings import (
 
 AXES = {
     "T": "token", "H": "head", "K": "key/value head", "E": "expert", "k": "slot", "S": "cached position",
-    "F": "hidden unit", "D": "channel", "d": "channel", "V": "vocabulary entry",
-    "n": "vocabulary entry",
+    "F": "hidden unit", "D": "channel", "d": "channel", "V": "vocabulary item",
+    "n": "vocabulary item",
 }  # fmt: skip
 """The noun for an index along each dimension of a tap."""
 

@@ -47,7 +47,7 @@ READS = {
 """The inputs of the steps and their axes."""
 NOUNS = {
     "T": "token", "H": "head", "K": "key/value head", "E": "expert", "k": "slot", "S": "cached position",
-    "F": "hidden unit", "D": "channel", "d": "channel", "V": "vocabulary entry",
+    "F": "hidden unit", "D": "channel", "d": "channel", "V": "vocabulary item",
 }  # fmt: skip
 LINEAR = {
     "attention.q": "wq", "attention.k": "wk", "attention.v": "wv", "attention.output": "wo", "router.logits": "router",
@@ -234,7 +234,7 @@ def words_of(step: str, place: str, dim: str) -> str:
                         "row",
                         {
                             "router.logits": "expert",
-                            "logits": "vocabulary entry",
+                            "logits": "vocabulary item",
                             "expert.gate": "hidden unit",
                             "expert.up": "hidden unit",
                         }.get(step, "channel"),

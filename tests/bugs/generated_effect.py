@@ -19,6 +19,7 @@ from refmoe.bugs.catalogue import MUTANTS
 from refmoe.profiles.load import policy
 from refmoe.traces.trace import Header, Run, read_trace, write_trace
 from refmoe.verifier.diagnosis.arithmetic import other_arithmetic
+from refmoe.verifier.diagnosis.diagnose import placed
 from refmoe.verifier.diagnosis.evidence import Evidence, gather
 from refmoe.verifier.diagnosis.grammar.fault import Search
 from refmoe.verifier.diagnosis.grammar.search import hypotheses
@@ -93,6 +94,7 @@ def _structure_holds(evidence: Evidence, step: str, given: Given, precision: flo
 def _causes(evidence: Evidence) -> Iterator[Cause]:
     """Every known bug, setting and other arithmetic."""
     yield from (cause_of(each) for each in MUTANTS.values() if each.in_one_pass)
+    yield from map(cause_of, placed(MUTANTS.values(), evidence.right.config))
     yield from (cause_of(each, STRUCTURE) for each in other_settings(evidence.right.config))
     yield from other_arithmetic(evidence.policy)
 

@@ -135,10 +135,10 @@ def _shards(random: Any, limits: dict[str, Any], config: Config, runs: tuple[Run
         "shards exchanged": (rf"{noun}.* (halves exchanged|permuted|exchanged|shifted|split|interleaved)",),
         "shard zeroed": (
             rf"{noun}s? {first}\b.* zeroed",
-            rf"{noun}.*part {i + 1} of {parts} zeroed",
+            rf"{noun}.*part {i} of {parts} zeroed",
             rf"{noun} \d+ zeroed",
         ),
-        "shard twice": (rf"{noun}s? {first}\b.* times 2", rf"{noun} \d+.* times 2"),
+        "shard twice": (rf"{noun}s? {first}\b.* times 2", rf"{noun}.*part {i} of {parts} times 2"),
     }[kind]
     limits = {**limits, "step": step, "place": "weight", "calls": ()}
     if step == "logits":

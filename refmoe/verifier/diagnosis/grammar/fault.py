@@ -35,7 +35,7 @@ MOST_REFUTED = 60
 """The most proofs of one step that may fail before its search ends."""
 AXES = {
     "T": "token", "H": "head", "K": "key/value head", "E": "expert", "k": "slot", "S": "cached position",
-    "F": "hidden unit", "D": "channel", "d": "channel", "V": "vocabulary entry", "R": "row", "C": "column",
+    "F": "hidden unit", "D": "channel", "d": "channel", "V": "vocabulary item", "R": "row", "C": "column",
 }  # fmt: skip
 """The noun for one index along a dimension."""
 

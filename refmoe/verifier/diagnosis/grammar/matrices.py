@@ -153,6 +153,8 @@ ALIKE = {
     "wk": "wv", "wv": "wk", "w1": "w3", "w3": "w1", "wq": "wo", "wo": "wq", "output": "embedding",
 }  # fmt: skip
 """The matrix that may be in the place of another, where their shapes are equal."""
+SHARDS = tuple((part, parts) for parts in (2, 4) for part in range(parts))
+"""Equal parts of a matrix, each with their number."""
 IN_MEMORY: tuple[tuple[str, float, Callable[[Any], Any]], ...] = (
     ("transposed", 3.0, lambda w: w.T if w.shape[0] == w.shape[1] else None),
     ("transposed in memory", 3.5, lambda w: w.T.reshape(w.shape)),
@@ -180,11 +182,26 @@ def _replaced(search: Search, name: str) -> Iterator[Fault]:
     for words, bits, change in IN_MEMORY:
         about = f"{name} is {words}, so that its elements are in the wrong places"
         yield with_matrix(f"{name} {words}", about, bits, _rearranged(name, change))
+    for part, parts in SHARDS:
+        short = f"columns of {name} with part {part} of {parts} times 2"
+        yield with_matrix(short, f"the {short}", 5.5, _rearranged(name, _counted_twice(part, parts)))
     shape = _own(search.lab, search.failed[0], name, 0 if search.step.startswith("expert.") else None).shape
     for words, bits, law, _ in laws("D", True):
         for axis, noun in ((0, "rows"), (1, "columns")):
             short = f"{noun} of {name} {in_short(law(shape[axis]), noun[:-1], words)}"
             yield with_matrix(short, f"the {short}", bits + 1.5, _rearranged(name, _ordered(law, axis)))
+
+
+def _counted_twice(part: int, parts: int) -> Callable[[Any], Any]:
+    """Columns of one of several equal parts times 2: a sum over shards that has one of them twice."""
+
+    def change(values: Any) -> Any:
+        count = values.shape[1]
+        if count % parts or count == parts:
+            return None
+        return values * np.where(np.arange(count) // (count // parts) == part, 2.0, 1.0)
+
+    return change
 
 
 def _rescaled(search: Search, name: str) -> Iterator[Fault]:

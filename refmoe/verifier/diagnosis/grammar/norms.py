@@ -35,8 +35,8 @@ def norms(search: Search) -> Iterator[Fault]:
             )  # fmt: skip
     gains: tuple[tuple[str, At], ...] = (
         ("the gain left out", lambda lab, key: np.ones_like(lab.inputs(key)["gain"])),
-        ("1 added to the gain", lambda lab, key: lab.inputs(key)["gain"] + 1.0),
-        ("the gain applied twice", lambda lab, key: lab.inputs(key)["gain"] ** 2),
+        ("1 added to the gain", lambda lab, key: _stored(lab, lab.inputs(key)["gain"] + 1.0)),
+        ("the gain applied twice", lambda lab, key: _stored(lab, lab.inputs(key)["gain"] ** 2)),
         ("the gain of attention_norm", lambda lab, key: _gain(lab, key, "attention_norm", 0)),
         ("the gain of moe_norm", lambda lab, key: _gain(lab, key, "moe_norm", 0)),
         ("the gain of final_norm", lambda lab, key: lab.weight("final_norm", None).values),
@@ -46,6 +46,12 @@ def norms(search: Search) -> Iterator[Fault]:
     for words, gain in gains:
         yield setting(words, f"the norm runs with {words}", "look at which gain is loaded here", 4.0, gain=gain)
     yield from _other_norms()
+
+
+def _stored(lab: Laboratory, gain: Any) -> Enclosure:
+    """A computed gain, rounded to the storage dtype or not. gain: [D]"""
+    room = lab.policy.storage.u * np.abs(gain)
+    return Enclosure(gain, room, room**2 / 3, accumulation=lab.policy.accumulation)
 
 
 def _gain(lab: Laboratory, key: Key, name: str | None, by: int) -> Any:
@@ -58,19 +64,20 @@ def _gain(lab: Laboratory, key: Key, name: str | None, by: int) -> Any:
 
 def _fitted_eps(search: Search) -> Iterator[float]:
     """The eps that fits best: from the size of each row."""
-    found = []
+    found, weights = [], []
     for key in search.failed:
         given, y = search.lab.inputs(key), search.lab.found(key)
         with np.errstate(all="ignore"):
-            shape = given["x"].mid * given["gain"]
-            factor = (y * shape).sum(-1) / (shape * shape).sum(-1)
-            eps = factor**-2.0 - (given["x"].mid ** 2).mean(-1)
-        wrong = search.wrong_tokens(key)
-        found += eps[wrong & np.isfinite(eps)].tolist()
+            shape, square = given["x"].mid * given["gain"], (given["x"].mid ** 2).mean(-1)
+            eps = ((y * shape).sum(-1) / (shape * shape).sum(-1)) ** -2.0 - square
+            weight = (eps + square) ** -2.0  # the size of a row is known up to a relative error
+        able = search.wrong_tokens(key) & np.isfinite(eps) & np.isfinite(weight)
+        found += eps[able].tolist()
+        weights += weight[able].tolist()
     if found:
-        middle = float(np.median(found))
-        if middle > 0:
-            yield from dict.fromkeys(rounded(middle, tolerance) for tolerance in (0.2, 3e-2, 1e-2, 1e-3, 1e-5))
+        for middle in (float(np.average(found, weights=weights)), float(np.median(found))):
+            if middle > 0:
+                yield from dict.fromkeys(rounded(middle, tolerance) for tolerance in (0.2, 3e-2, 1e-2, 1e-3, 1e-5))
 
 
 def _other_norms() -> Iterator[Fault]:
