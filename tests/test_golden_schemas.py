@@ -17,7 +17,7 @@ from refmoe.errors import InputError
 from tests.golden_cases import TEXT, write_case
 
 REPOSITORY = Path(__file__).parent.parent / "golden"
-CASES = golden.find_cases(REPOSITORY)
+CASES = golden.find_cases(REPOSITORY, golden.FAMILIES)
 
 
 def validator(name: str) -> Any:

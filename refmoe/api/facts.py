@@ -124,6 +124,6 @@ def shows(case: Case) -> str:
 
 
 __all__ = [
-    "BYTES", "FAMILIES", "PRODUCTION", "case_facts", "config_facts", "gibibytes", "listed_cases", "model_facts", "named_case",
-    "weight_bytes",
+    "BYTES", "FAMILIES", "PRODUCTION", "case_facts", "config_facts", "gibibytes", "listed_cases", "model_facts",
+    "named_case", "weight_bytes",
 ]  # fmt: skip

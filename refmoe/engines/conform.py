@@ -34,7 +34,7 @@ from refmoe.profiles.load import policy as named_policy
 from refmoe.profiles.policy import Policy
 from refmoe.spec.model import Parameters
 from refmoe.suite import Case
-from refmoe.suite.overflow import excused, overflow
+from refmoe.suite.overflow import explains_open, overflow
 from refmoe.suite.power import with_power
 from refmoe.traces.trace import Trace
 from refmoe.verifier.findings import CANNOT_JUDGE, FAIL, NOT_CONFORMANT, Report
@@ -72,7 +72,7 @@ class Judge:
             return replace(outcome, reason=_about_its_file(error, trace))
         if report.verdict == CANNOT_JUDGE:
             first = overflow(case, parameters, policy)
-            if first is not None and excused(report, case, first):
+            if first is not None and explains_open(report, case, first):
                 reason = f"the case overflows under {policy.name}: the specification itself is not finite at {first}"
                 return replace(outcome, verdict=NOT_JUDGED, reason=reason, worst_errors=worst_errors(report))
         unexplained = ""

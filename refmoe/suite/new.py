@@ -51,7 +51,8 @@ class New:
 def write_new_case(golden: Path, new: New) -> Case:
     """Write a case into a folder of cases: case.toml, golden, manifest, and the manifest of the folder.
 
-    golden: the folder of cases, which is made where it does not exist
+    golden: the folder of cases. It is made where it does not exist.
+
     Raises InputError for a name that is taken or none, calls that do not fit the model, and a folder that cannot be
     written. Then nothing of the case is left.
     """

@@ -40,10 +40,10 @@ def overflow(case: Case, parameters: Parameters, policy: Policy) -> Overflow | N
     return None
 
 
-def excused(report: Report, case: Case, first: Overflow) -> bool:
+def explains_open(report: Report, case: Case, first: Overflow) -> bool:
     """Whether all that a verification left open lies at the overflow or behind it, in order of computation.
 
-    A value that is open before it has another reason, and nothing excuses it.
+    A value that is open before it has another reason.
     """
     order = {key: place for place, key in enumerate(_keys(case))}
     opened = [order[check.run, check.tap] for check in report.checks if check.verdict == UNDECIDABLE or check.undecided]

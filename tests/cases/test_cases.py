@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from refmoe.arithmetic.native.ops import NativeOps
+from refmoe.bugs.catalogue import MUTANTS
 from refmoe.spec.model import Model
-from refmoe.suite import Case, compute, find_cases, read_case
+from refmoe.suite import PRODUCTION, Case, compute, find_cases, find_full_size_cases, read_case
 from refmoe.suite.conditions import CONDITIONS, NOT_OF_A_CASE, golden_arrays, holding, mistakes, render
 from refmoe.suite.conditions.__main__ import main
 from refmoe.traces.script import Call, execute
@@ -25,14 +26,16 @@ from tests.cases.order_free import OrderedOps, ProvingOps, lowest_bits
 REPOSITORY = Path(__file__).parents[2]
 GOLDEN = REPOSITORY / "golden"
 CASES = {folder.name: read_case(folder) for folder in find_cases(GOLDEN)}
+PRODUCTION_CASES = {folder.name: read_case(folder) for folder in find_cases(GOLDEN, (PRODUCTION,))}
+ALL = CASES | PRODUCTION_CASES
 DYADIC = [case for case in CASES.values() if "DYADIC" in case.conditions]
-each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+each_case = pytest.mark.parametrize("case", ALL.values(), ids=ALL)
 each_dyadic = pytest.mark.parametrize("case", DYADIC, ids=lambda case: case.name)
 
 
 @cache
 def arrays_of(name: str) -> Mapping[str, np.ndarray[Any, Any]]:
-    return golden_arrays(CASES[name])
+    return golden_arrays(ALL[name])
 
 
 def spec_clauses() -> set[str]:
@@ -74,7 +77,7 @@ def test_every_condition_has_a_case() -> None:
 
 
 def test_the_table_is_current() -> None:
-    assert (GOLDEN / "CASES.md").read_text(encoding="utf-8") == render([*CASES.values()])
+    assert (GOLDEN / "CASES.md").read_text(encoding="utf-8") == render([*ALL.values()])
 
 
 def test_most_cases_are_of_a_shape_that_engines_take() -> None:
@@ -85,6 +88,49 @@ def test_most_cases_are_of_a_shape_that_engines_take() -> None:
 
 def test_the_suite_is_under_20_mb() -> None:
     assert sum(path.stat().st_size for path in GOLDEN.rglob("*") if path.is_file()) < 20e6
+
+
+@pytest.mark.parametrize("case", [*ALL.values(), *map(read_case, find_full_size_cases(GOLDEN))], ids=lambda x: x.name)
+def test_no_position_is_beyond_the_context_that_the_case_declares(case: Case) -> None:
+    """An engine may size its table of angles, and its cache, by max_position_embeddings."""
+    assert max(position for run in case.runs() for position in run.positions) < case.config.context
+
+
+# --- the cases for production kernels -------------------------------------------------------------------------------
+
+EXCEPTIONS = {"production-tail": "hidden_dim is divided by no tile", "production-positions-decoded": "2048 tokens"}
+"""The cases whose rows are no multiples of a block of 256, each with the reason."""
+
+
+def test_a_production_case_has_what_its_kernels_take() -> None:
+    """vLLM on a CPU takes head_dim 32, 64, ...; GGUF's block formats rows of 256; grouped products strides of 16 B."""
+    for name, case in PRODUCTION_CASES.items():
+        config = case.config
+        assert config.head_dim in (32, 64, 80, 128), name
+        assert name in EXCEPTIONS or (config.dim % 256, config.hidden_dim % 256) == (0, 0), name
+        assert (config.heads * config.head_dim) % (64 if name in EXCEPTIONS else 256) == 0, name
+        for columns in (config.dim, config.hidden_dim):
+            assert columns % 8 == 0 or name == "production-tail", name
+        assert max(position for run in case.runs() for position in run.positions) + 64 >= config.context, name
+    values = {
+        field: {getattr(case.config, field) for case in PRODUCTION_CASES.values()}
+        for field in ("head_dim", "experts", "vocab")
+    }
+    assert {32, 64, 80, 128} <= values["head_dim"]
+    assert {8, 128} <= values["experts"]
+    assert {vocab % 64 == 0 for vocab in values["vocab"]} == {True, False}
+
+
+def test_the_production_cases_have_the_conditions_that_a_bug_needs() -> None:
+    declared = {name for case in PRODUCTION_CASES.values() for name in case.conditions}
+    needed = {need for each in MUTANTS.values() for need in each.needs} & CONDITIONS.keys()
+    assert needed - declared == set()
+    assert {"CHUNK>W", "EMPTY", "SCORE-UNDERFLOW", "ROUTER-UNDERFLOW", "SEQMIX", "PACKED", "TOP-ALL"} <= declared
+
+
+def test_the_production_cases_are_under_3_mb() -> None:
+    sizes = [path.stat().st_size for case in PRODUCTION_CASES.values() for path in case.folder.iterdir()]
+    assert sum(sizes) < 3e6
 
 
 # --- conditions can fail --------------------------------------------------------------------------------------------

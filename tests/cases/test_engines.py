@@ -16,7 +16,7 @@ import pytest
 
 from refmoe.checkpoints.write import write_checkpoint
 from refmoe.engines.capture.transformers import capture, load_model
-from refmoe.suite import Case, find_cases, read_case
+from refmoe.suite import FAMILIES, Case, find_cases, read_case
 from refmoe.suite.conditions import golden_arrays
 from refmoe.traces.trace import Recorder
 from tests.capture.test_transformers import _lifted  # noqa: F401  (a fixture)
@@ -24,7 +24,7 @@ from tests.models import relative_rms
 
 pytestmark = pytest.mark.engines
 
-CASES = [read_case(folder) for folder in find_cases(Path(__file__).parents[2] / "golden")]
+CASES = [read_case(folder) for folder in find_cases(Path(__file__).parents[2] / "golden", FAMILIES)]
 DYADIC = [case for case in CASES if "DYADIC" in case.conditions]
 NEVER_SEEN = {"attention.scores"}  # no module's value
 

@@ -77,6 +77,10 @@ EXAMPLES = {
     "suite certify": Example("one-pair", "none", needs="flint"),
     "suite audit": Example("--tests {in}/tests", "--tests {in}/none", status=1),
     "suite emit": Example("one-pair --golden {out}/golden", "none --golden {out}/golden"),
+    "suite new": Example(
+        "mine --golden {out}/golden --like one-pair", "mine --golden {out}/golden --set heads=5",
+        ("golden/mine/case.toml", "golden/mine/manifest.json"),
+    ),
     "mutants list": Example("", "--none"),
     "mutants show": Example("rope-sign-flipped", "none"),
     "mutants matrix": Example(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from refmoe.errors import InputError
 from refmoe.files.atomic import replacing
-from refmoe.suite.case import find_cases, read_case
+from refmoe.suite.case import FAMILIES, find_cases, read_case
 from refmoe.suite.conditions.table import mistakes, render
 from refmoe.suite.golden_folder import golden_folder
 
@@ -23,7 +23,7 @@ def main() -> None:
     if options.write and options.golden is None:
         parser.error("--write needs --golden DIR, the folder to write into")
     try:
-        cases = [read_case(folder) for folder in find_cases(golden_folder(options.golden))]
+        cases = [read_case(folder) for folder in find_cases(golden_folder(options.golden), FAMILIES)]
         found = [f"{case.folder}: {what}" for case in cases for what in mistakes(case)]
     except InputError as error:
         sys.exit(f"refmoe: {error}")

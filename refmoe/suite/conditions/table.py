@@ -12,9 +12,14 @@ from numpy.typing import NDArray
 from refmoe.suite.conditions import calls, shapes, windows, magnitudes, decisions  # noqa: F401
 from refmoe.suite.conditions.observed import CONDITIONS, Observed
 from refmoe.suite import compute, is_emitted, trace_path
-from refmoe.suite.case import Case
+from refmoe.suite.case import FAMILIES, PRODUCTION, SMALL, Case
 from refmoe.traces.trace import read_trace
 
+ABOUT = {
+    SMALL: "small: dimensions as small as a bug allows",
+    PRODUCTION: "production: dimensions that the kernels of production engines take",
+}
+"""Per family its heading."""
 NOT_OF_A_CASE = {
     "POISON": "memory filled with NaN before a call: what a harness does, on any case with EMPTY or DECODE",
     "REPEAT": "the same call twice: what a harness does, on any case",
@@ -43,34 +48,49 @@ def golden_arrays(case: Case) -> Mapping[str, NDArray[Any]]:
 
 def render(cases: list[Case]) -> str:
     """The text of golden/CASES.md."""
-    names = [*CONDITIONS]
-    width = max(map(len, names))
-    numbers = range(1, len(cases) + 1)
+    families = {name: [case for case in cases if case.family == name] for name in FAMILIES}
+    present = {name: members for name, members in families.items() if members}
     lines = [
         "# Cases and conditions",
         "",
         "Written by `python -m refmoe.suite.conditions --write` from the case.toml files. A test checks that it is",
         "current, that exactly the conditions which a case declares hold in its golden, and that each has a case.",
+    ]
+    for name, members in present.items():
+        lines += ["", f"## {ABOUT[name]}", "", *_grid(members)]
+    lines += [
         "",
+        "## The conditions",
+        "",
+        f"| condition | holds when there is | needed by the known bugs that say | {' | '.join(present)} |",
+        f"|---|---|---|{'---|' * len(present)}",
+    ]
+    for each in CONDITIONS.values():
+        counts = [str(sum(each.name in case.conditions for case in members)) for members in present.values()]
+        lines.append(f"| `{each.name}` | {each.what} | {', '.join(each.needs)} | {' | '.join(counts)} |")
+    lines += ["", "What known bugs need that no case can give:", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {why} |" for name, why in NOT_OF_A_CASE.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _grid(cases: list[Case]) -> list[str]:
+    """A line for each condition with a mark for each case, then a line for each case."""
+    width = max(map(len, CONDITIONS))
+    numbers = range(1, len(cases) + 1)
+    return [
         "```",
         f"{'':{width}} {''.join(str(n // 10) if n > 9 else ' ' for n in numbers)}",
         f"{'':{width}} {''.join(str(n % 10) for n in numbers)}",
-        *(f"{name:{width}} {''.join('x' if name in case.conditions else '.' for case in cases)}" for name in names),
+        *(
+            f"{name:{width}} {''.join('x' if name in case.conditions else '.' for case in cases)}"
+            for name in CONDITIONS
+        ),
         "```",
         "",
         "| | case | shows | conditions |",
         "|---|---|---|---|",
         *(f"| {n} | `{case.name}` | {summary(case)} | {len(case.conditions)} |" for n, case in enumerate(cases, 1)),
-        "",
-        "| condition | holds when there is | needed by the known bugs that say | cases |",
-        "|---|---|---|---|",
     ]
-    for each in CONDITIONS.values():
-        count = sum(each.name in case.conditions for case in cases)
-        lines.append(f"| `{each.name}` | {each.what} | {', '.join(each.needs)} | {count} |")
-    lines += ["", "What known bugs need that no case can give:", "", "| | |", "|---|---|"]
-    lines += [f"| {name} | {why} |" for name, why in NOT_OF_A_CASE.items()]
-    return "\n".join(lines) + "\n"
 
 
 def summary(case: Case) -> str:

@@ -63,7 +63,10 @@ class Summary:
 
 
 def summarise(matrix: Matrix, cases: Sequence[str], policies: Sequence[str] = POLICIES) -> Summary:
-    """cases: the names of all present cases. Mutants and cases that are gone do not count.   policies: those that count"""
+    """cases: the names of all present cases. Mutants and cases that are gone do not count.
+
+    policies: those under which each mutant has to be killed
+    """
     names, existing = runnable(), set(cases)
     killers = {(name, policy): existing & matrix.killers(name, policy).keys() for name in names for policy in policies}
     surviving = {policy: [name for name in names if not killers[name, policy]] for policy in policies}
