@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -47,13 +48,22 @@ def install(name: str, make: object, folder: Path, say: Say = lambda _: None) ->
     returns: the Python of the environment, for ``refmoe conform --python``.
     Raises InputError where the adapter declares no requirements, the folder is in use, or pip fails.
     """
-    pinned = requirements(make)
-    if not pinned:
+    if not requirements(make):
         raise InputError(
             f"adapter '{name}': declares no requirements, but a class attribute `requirements` was expected"
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: is in use, but a new or empty folder was expected")
+    try:
+        return _filled(name, make, folder, say)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)  # half an environment would be in the way of the next try
+        raise
+
+
+def _filled(name: str, make: object, folder: Path, say: Say) -> Path:
+    """A virtual environment in a folder that is new or empty; its Python."""
+    pinned = requirements(make)
     say(f"making {folder}")
     _do([sys.executable, "-m", "venv", str(folder)], f"{folder}: cannot be made a virtual environment")
     python = folder / "bin" / "python"

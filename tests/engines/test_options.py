@@ -181,6 +181,7 @@ def test_what_pip_cannot_find_is_one_sentence(refmoe: Refmoe, tmp_path: Path, wh
     assert status == 2
     assert "pip could not install" in err
     assert "myengine==5" in err
+    assert not (tmp_path / "environment").exists(), "else a second try would find the folder in use"
 
 
 @pytest.mark.parametrize(
