@@ -658,9 +658,19 @@ def batch_of_one(draft: Draft) -> None:
     draft.put("prefill/logits", draft.array("prefill/logits")[None])
 
 
-@hostile(REFUSED, "'prefill/logits' has shape [1, 97]", "12 tokens")
+@hostile(CONFORMANT, "positions")
 def logits_of_the_last_token_only(draft: Draft) -> None:
     draft.put("prefill/logits", draft.array("prefill/logits")[-1:])
+
+
+@hostile(REFUSED, "'prefill/logits' has shape [2, 97]", "12 tokens")
+def logits_of_the_last_two_tokens(draft: Draft) -> None:
+    draft.put("prefill/logits", draft.array("prefill/logits")[-2:])
+
+
+@hostile(WRONG, "prefill[11:12]")
+def logits_of_the_first_token_only(draft: Draft) -> None:
+    draft.put("prefill/logits", draft.array("prefill/logits")[:1])
 
 
 @hostile(REFUSED, "has shape [13, 48]", "[12, 48] was expected")
