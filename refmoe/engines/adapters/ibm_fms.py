@@ -38,7 +38,6 @@ NAMES = {
     "base_model.layers.{i}.ff_ln:out": "moe_norm",
     "base_model.layers.{i}.ff_sub_layer.gate:out": "router.logits",
     "base_model.layers.{i}.ff_sub_layer:out": "moe.output",
-    "base_model.layers.{i}:out0": "residual",
     "base_model.dec_norm:out": "final_norm",
     "head:out": "logits",
 }
@@ -58,16 +57,20 @@ class Adapter:
     name = "ibm-fms"
     dtypes = DTYPES
     taps = tuple(tap for tap in TAPS if tap not in UNSEEN)
-    abilities = ABILITIES
+    abilities: tuple[str, ...] = ABILITIES
     policies = MappingProxyType(
         {"float32": "hf-float32", **{dtype: f"fms-{dtype}" for dtype in ("float64", "bfloat16", "float16")}}
     )
     options = MappingProxyType({
+        "cache": Option("whether calls have a cache; without one only first calls run, as by default", ("yes", "no")),
         "threads": Option("the threads of torch; sums over another number have other bits"),
     })  # fmt: skip
     requirements = ("torch==2.13.0", "ibm-fms==1.13.1")
 
-    def __init__(self, threads: str = "1") -> None:
+    def __init__(self, cache: str = "yes", threads: str = "1") -> None:
+        self.cached = cache == "yes"
+        if not self.cached:
+            self.abilities = ("sequences",)
         self.torch: Any = needed("torch", "ibm_fms")
         self.torch.set_num_threads(int(threads))
         self.engine: Any = needed("fms.models.mixtral", "ibm_fms")
@@ -95,26 +98,30 @@ class Adapter:
         self.head_dim = derived
 
     def run(self, runs: Sequence[Run], taps: Collection[str]) -> Arrays:
-        """Run each call with the cache of its sequence. Raises Skipped for a window that would hide tokens."""
+        """Run each call. Raises Skipped for a window that would hide tokens, and for positions beyond the table."""
         longest = max(run.past + len(run.tokens) for run in runs)
         if self.window is not None and longest > self.window:
             raise Skipped(f"ibm-fms's Mixtral has no window; this model's is {self.window}, and a call sees {longest}")
         last = max(max(run.positions) for run in runs)
         if last >= self.context:
             raise Skipped(f"ibm-fms has angles for {self.context} positions; a call has position {last}")
-        caches: dict[int, Any] = {}
         watch = Watch(self.model, self.head_dim, frozenset(taps))
         with self.torch.no_grad(), watch.hooks():
+            caches: dict[int, Any] = {}
             for run in runs:
                 watch.recorder.run = run.run
-                tokens, past, mask = len(run.tokens), run.past, {}
+                tokens, positions = self.torch.tensor([run.tokens]), self.torch.tensor([run.positions])
+                if not self.cached:
+                    self.model(tokens, position_ids=positions)
+                    continue
+                past, mask = run.past, {}
                 cache = [[each[:, :, :past] for each in layer] for layer in caches.get(run.sequence, [])]
-                if past and tokens > 1:  # ibm-fms hides later tokens by itself in a first call alone
-                    hidden = self.torch.ones(tokens, past + tokens, dtype=self.torch.bool)
-                    mask = {"mask": hidden.tril(past)[None]}
+                if past and len(run.tokens) > 1:  # ibm-fms hides later tokens by itself in a first call alone
+                    visible = self.torch.ones(len(run.tokens), past + len(run.tokens), dtype=self.torch.bool)
+                    mask = {"mask": visible.tril(past)[None]}
                 _, caches[run.sequence] = self.model(
-                    self.torch.tensor([run.tokens]), position_ids=self.torch.tensor([run.positions]),
-                    past_key_value_states=cache, use_cache=True, attn_name="sdpa_causal", **mask,
+                    tokens, position_ids=positions, past_key_value_states=cache, use_cache=True,
+                    attn_name="sdpa_causal", **mask,
                 )  # fmt: skip
         return watch.recorder.arrays
 
@@ -194,7 +201,9 @@ class Watch:
         with ExitStack() as stack:
             for i, block in enumerate(self.model.base_model.layers):
                 begin = block.register_forward_pre_hook(partial(self._begin, f"layers.{i}."), with_kwargs=True)
+                end = block.register_forward_hook(self._end, with_kwargs=True)
                 stack.callback(begin.remove)
+                stack.callback(end.remove)
             stack.enter_context(module_hooks(self.model, NAMES, self._seen))
             stack.enter_context(replaced(rotary, "adjusted_qk", rotated))
             stack.enter_context(replaced(torch, "einsum", combined))
@@ -203,6 +212,10 @@ class Watch:
 
     def _begin(self, layer: str, *_: Any) -> None:
         self.layer = layer
+
+    def _end(self, _module: Any, _args: Any, _kwargs: Any, made: Any) -> None:
+        """made: the residual, [1, T, D], with the cache behind it where there is one"""
+        self._record(f"{self.layer}residual", (made[0] if isinstance(made, tuple) else made)[0])
 
     def _seen(self, tap: str, value: Any) -> None:
         """Record what a module has got or given.   value: [1, T, n]; of the router [T, E]"""
