@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from refmoe.bugs.catalogue import MUTANTS
-from refmoe.engines.results import SKIPPED, Results, read_results
+from refmoe.engines.results import NOT_JUDGED, SKIPPED, Results, read_results
 from refmoe.suite import find_cases, find_full_size_cases
 from refmoe.suite.conditions import CONDITIONS
 from refmoe.suite.matrix.file import read_matrix
@@ -155,18 +155,18 @@ def entrant(found: Results) -> str:
     return f"{found.engine.name} {found.engine.version}{options}"
 
 
-KINDS = (CONFORMANT, NOT_CONFORMANT, CANNOT_JUDGE, SKIPPED)
+KINDS = (CONFORMANT, NOT_CONFORMANT, CANNOT_JUDGE, NOT_JUDGED, SKIPPED)
 
 
-def outcomes(folder: str) -> str:
-    """The table of the results in a folder: per engine and dtype the number of cases with each verdict."""
+def verdicts(folder: str) -> list[tuple[str, ...]]:
+    """A row for each engine and dtype of a folder of results."""
     rows = []
     for file in sorted((RESULTS / folder).glob("*.json")):
         found = read_results(file)
         for dtype in dict.fromkeys(each.dtype for each in found.outcomes):
             given = [each.verdict for each in found.outcomes if each.dtype == dtype]
             rows.append((entrant(found), dtype, *(str(given.count(kind)) for kind in KINDS)))
-    return table(("engine", "dtype", *KINDS), rows)
+    return rows
 
 
 def engines() -> str:
@@ -177,12 +177,7 @@ The number of cases with each verdict (`refmoe conform --adapter NAME --out FILE
 Each failure is in [`known.toml`](../bench/results/conform/known.toml) with its reason in the engine's source. `refmoe
 engines NAME --install DIR` makes the environment of an engine.
 
-{outcomes("conform")}
-
-Cases with the dimensions of production kernels (`--case production-8x7b` and so on; files:
-[`bench/results/conform_production/`](../bench/results/conform_production)):
-
-{outcomes("conform_production")}
+{table(("engine", "dtype", *KINDS), verdicts("conform"))}
 
 - `transformers`: one deviation. In float64, eager attention makes real tokens NaN where a batch is padded on the left
   ([finding](findings/transformers-float64-padding.md)). Grouped products of torch take rows of whole 16 bytes, so most
@@ -195,23 +190,25 @@ Cases with the dimensions of production kernels (`--case production-8x7b` and so
   file rounds the inputs of products. In a float16 file `huge-activations` overflows. It has no sliding window for this
   architecture.
 - mlx-lm: its Mixtral has no sliding window ([finding](findings/mlx-lm-window.md)).
-- litgpt: a chunk beyond the window is attended to wrongly ([finding](findings/litgpt-window.md)). A slot of its cache is
-  a position, so that no sequence starts above 0.
+- litgpt: a chunk beyond the window is attended to wrongly ([finding](findings/litgpt-window.md)). A slot of its cache
+  is a position, so that no sequence starts above 0.
 - ibm-fms: no deviation with a cache. It has no window, and no `head_dim` of its own.
 - keras-hub: in float16 and bfloat16 it rounds the factor `1 / sqrt(head_dim)` of the scores. The scores are the rounded
   dots times that factor, bit for bit. It has no `head_dim` of its own, and no start above position 0.
 - onnxruntime: no deviation from its profile, which allows a sigmoid with absolute precision
   ([finding](findings/onnxruntime-sigmoid.md)). By the profile of `transformers` only `expert.hidden` deviates.
 
-Runs of some cases, or with a setting that excludes most of them ([`conform_some/`](../bench/results/conform_some)):
+Runs of some cases, or with a setting that excludes most of them ([`conform_some/`](../bench/results/conform_some)).
+Those of vLLM and of grouped products are of the family `production`:
 
-{outcomes("conform_some")}
+{table(("engine", "dtype", *KINDS), verdicts("conform_some"))}
 
 - ibm-fms without a cache, as its `forward` runs by default: a prompt of as many tokens as there are key/value heads is
   wrong ([finding](findings/ibm-fms-heads.md)).
 - keras-hub on JAX: the factor of the scores as on torch. In float16 JAX rounds inside the router's softmax.
 - tinygrad with `taps=states`: no deviation at small positions. With all taps its rotations deviate
-  ([finding](findings/tinygrad-cos.md))."""
+  ([finding](findings/tinygrad-cos.md)).
+- `transformers` with grouped products, and vLLM, conform over the production cases that were run."""
 
 
 def faults() -> str:

@@ -62,7 +62,7 @@ class Adapter:
         {"float32": "hf-float32", **{dtype: f"fms-{dtype}" for dtype in ("float64", "bfloat16", "float16")}}
     )
     options = MappingProxyType({
-        "cache": Option("a cache of keys and values, or first calls alone, as `forward` runs them by default", ("yes", "no")),
+        "cache": Option("whether calls have a cache; without one only first calls run, as by default", ("yes", "no")),
         "threads": Option("the threads of torch; sums over another number have other bits"),
     })  # fmt: skip
     requirements = ("torch==2.13.0", "ibm-fms==1.13.1")
