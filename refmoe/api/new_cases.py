@@ -40,7 +40,7 @@ class Wanted:
     def checked_config(self) -> Config:
         """The configuration. Raises InputError for a field or value that a Mixtral cannot have."""
         if self.config is not None:
-            values = asdict(read_config(self.config)[0])
+            values = asdict(read_config(self.config).config)
         elif self.like in PRESETS:
             values = asdict(PRESETS[self.like])
         else:
