@@ -212,7 +212,7 @@ def test_the_scoreboard_as_text_and_json(folder: Path, refmoe: Refmoe) -> None:
     status, out, _ = refmoe("scoreboard", folder / "engine.json", "--json")
     (engine,) = json.loads(out)["engines"]
     assert engine["counts"]["bfloat16"] == {
-        "conformant": 0, "deviates": 1, "undecidable": 0, "not supported": 0, "crashed": 2
+        "conformant": 0, "deviates": 1, "undecidable": 0, "overflows": 0, "not supported": 0, "crashed": 2
     }  # fmt: skip
     assert engine["worst_errors"]["bfloat16"] == {"attention.q_rope": "Infinity", "logits": "NaN"}
     assert engine["outcomes"][1]["first_wrong"] == "decode1/layers.1.attention.q_rope"
