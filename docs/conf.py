@@ -19,7 +19,7 @@ copyright = "the authors of refmoe"
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 root_doc = "docs/index"
 include_patterns = [
-    "docs/*.md", "golden/*.md", "golden/vectors/FORMAT.md", "refmoe/engines/PROTOCOL.md", "CONTRIBUTING.md",
+    "docs/*.md", "docs/findings/*.md", "golden/*.md", "golden/vectors/FORMAT.md", "refmoe/engines/PROTOCOL.md", "CONTRIBUTING.md",
     "CHANGELOG.md", "SECURITY.md", "tests/README.md",
 ]  # fmt: skip
 html_theme = "furo"
