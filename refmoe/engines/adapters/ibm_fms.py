@@ -79,15 +79,14 @@ class Adapter:
             raise Skipped(f"ibm-fms knows no head_dim but dim / heads = {derived}; it is {values['head_dim']}")
         self.window, self.context = values["sliding_window"], values["max_position_embeddings"]
         loading: Any = require("safetensors.torch", *EXTRA)
-        self.model = self.engine.Mixtral(
-            self.engine.MixtralConfig(
-                src_vocab_size=values["vocab_size"], dim=values["hidden_size"], norm_eps=values["rms_norm_eps"],
-                nheads=values["num_attention_heads"], kvheads=values["num_key_value_heads"],
-                nlayers=values["num_hidden_layers"], hidden_dim=values["intermediate_size"],
-                num_experts=values["num_local_experts"], top_k_experts=values["num_experts_per_tok"],
-                max_expected_seq_len=self.context, rope_base=values["rope_theta"],
-            )  # fmt: skip
-        )
+        config = self.engine.MixtralConfig(
+            src_vocab_size=values["vocab_size"], dim=values["hidden_size"], norm_eps=values["rms_norm_eps"],
+            nheads=values["num_attention_heads"], kvheads=values["num_key_value_heads"],
+            nlayers=values["num_hidden_layers"], hidden_dim=values["intermediate_size"],
+            num_experts=values["num_local_experts"], top_k_experts=values["num_experts_per_tok"],
+            max_expected_seq_len=self.context, rope_base=values["rope_theta"],
+        )  # fmt: skip
+        self.model = self.engine.Mixtral(config)
         self.model.load_state_dict(self._named(loading.load_file(checkpoint / "model.safetensors"), values))
         self.model.to(getattr(self.torch, dtype)).eval()
         self.model.post_init()
@@ -143,9 +142,7 @@ class Adapter:
                 f"{to}attn.in_proj.qkv_fused.weight": fused,
                 f"{to}attn.dense.weight": given[f"{of}self_attn.o_proj.weight"],
                 f"{to}ff_sub_layer.gate.weight": given[f"{moe}gate.weight"],
-                f"{to}ff_sub_layer.cond_ffn.w13": torch.stack(
-                    [torch.cat(pair) for pair in zip(w1, w3, strict=True)]
-                ),
+                f"{to}ff_sub_layer.cond_ffn.w13": torch.stack([torch.cat(pair) for pair in zip(w1, w3, strict=True)]),
                 f"{to}ff_sub_layer.cond_ffn.w2": torch.stack(w2),
             }
         return named

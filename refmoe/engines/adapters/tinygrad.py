@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import cycle
@@ -53,24 +53,28 @@ INPUTS = {
 HEADED = ("attention.q", "attention.k", "attention.v", "attention.context")
 """Taps [T, heads, d] that tinygrad holds as [1, T, heads d]."""
 UNSEEN = ("attention.scores", "attention.probs")
+STATES = ("embedding", "residual", "final_norm", "logits")
+"""The taps that are seen between the blocks. Blocks then run as tinygrad compiles them, several operations in one."""
 AMD = "tinygrad.llm.kernels.amd"
 """A module that tinygrad/llm/model.py imports, and that the wheel of 0.14.0 lacks. It has kernels for AMD's GPUs."""
 EXTRA = ("tinygrad", "running tinygrad")
 
 
 class Adapter:
-    """Options: norm_key=yes|no (whether the file has expert_weights_norm)."""
+    """Options: norm_key=yes|no (whether the file has expert_weights_norm); taps=all|states (between blocks alone)."""
 
     name = "tinygrad"
     dtypes = ("float32",)
-    taps = tuple(tap for tap in TAPS if tap not in UNSEEN)
+    taps: tuple[str, ...] = tuple(tap for tap in TAPS if tap not in UNSEEN)
     abilities = ABILITIES
     policies = MappingProxyType({"float32": "tinygrad-float32"})
 
-    def __init__(self, norm_key: str = "yes") -> None:
-        if norm_key not in ("yes", "no"):
-            raise InputError(f"option norm_key is '{norm_key}', but yes or no was expected")
+    def __init__(self, norm_key: str = "yes", taps: str = "all") -> None:
+        if norm_key not in ("yes", "no") or taps not in ("all", "states"):
+            raise InputError(f"options norm_key={norm_key}, taps={taps}: {Adapter.__doc__}")
         self.norm_key = norm_key == "yes"
+        if taps == "states":
+            self.taps = STATES
         os.environ.update(DEV="CPU", HALF="0")  # HALF=0: weights stay float32
         require("tinygrad", *EXTRA)
         require("gguf", *EXTRA)
@@ -96,14 +100,16 @@ class Adapter:
         tensor: Any = require("tinygrad", *EXTRA).Tensor
         watch = Watch(self.checkpoint.config.head_dim, frozenset(taps))
         models: dict[int, Any] = {}
-        with Scratch("tinygrad") as scratch, watch.rotations(self.engine):
+        inside = self.taps != STATES
+        with Scratch("tinygrad") as scratch, watch.functions(self.engine) if inside else nullcontext():
             path = scratch.path / "model.gguf"
             self._write(path)
             for run in runs:
                 watch.recorder.run = run.run
                 if run.sequence not in models:
                     models[run.sequence], _ = self.engine.Transformer.from_gguf(str(path), max_context=longest)
-                    watch.wrap(models[run.sequence])
+                    if inside:
+                        watch.wrap(models[run.sequence])
                 model = models[run.sequence]
                 x = model.token_embd(tensor([list(run.tokens)], dtype="int32")).float()
                 watch.record("embedding", x)
@@ -159,7 +165,7 @@ class Watch:
                 setattr(block, name, self._wrapped(name, getattr(block, name)))
 
     @contextmanager
-    def rotations(self, engine: Any) -> Iterator[None]:
+    def functions(self, engine: Any) -> Iterator[None]:
         """While the context lasts, three functions are watched too, and blocks run at once instead of being traced."""
         rotate, choose, tensor = engine.apply_rope, engine.pairwise_topk, engine.Tensor
         softmax, later = tensor.softmax, [False]
