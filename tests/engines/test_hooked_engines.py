@@ -75,7 +75,7 @@ def test_each_promised_tap_has_a_name_or_a_function() -> None:
     experts = {tap for tap in TAPS if tap.startswith("expert.")}
     split = {"attention.q", "attention.k", "attention.v"}
     assert set(litgpt.Adapter.taps) == {*litgpt.NAMES.values()} - {"attention.qkv"} | split | by_functions | experts
-    assert set(ibm_fms.Adapter.taps) == {*ibm_fms.NAMES.values()} | by_functions | experts
+    assert set(ibm_fms.Adapter.taps) == {*ibm_fms.NAMES.values()} | by_functions | experts | {"residual"}
     recorded = {*tinygrad.OUTPUTS.values(), *tinygrad.INPUTS.values()} | by_functions
     assert set(tinygrad.Adapter.taps) == recorded | {*tinygrad.STATES}
     assert keras_hub.Adapter.taps == TAPS
@@ -122,6 +122,16 @@ def test_litgpt_writes_its_ring_before_a_chunk_is_attended_to(tmp_path: Path) ->
     assert failed(report) == {"attention.context"}
     chunks = {r.run for r in case.runs() if r.op == "chunk" and r.past + len(r.tokens) > case.config.window}
     assert {check.run for check in report.checks if check.verdict == "fail"} == chunks
+
+
+@needs("ibm_fms")
+def test_ibm_fms_takes_tokens_for_heads_where_there_are_as_many(tmp_path: Path) -> None:
+    """Only without a cache, and only in calls of as many tokens as key/value heads."""
+    adapter, case = ibm_fms.Adapter(cache="no"), case_named("token-sweep")
+    report = judged(adapter, case, "float32", ran(adapter, case, "float32", tmp_path), tmp_path)
+    assert failed(report) == {"attention.context"}
+    as_many = {r.run for r in case.runs() if len(r.tokens) == case.config.kv_heads}
+    assert {check.run for check in report.checks if check.verdict == "fail"} == as_many
 
 
 @needs("keras_hub")

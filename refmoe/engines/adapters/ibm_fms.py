@@ -37,7 +37,6 @@ NAMES = {
     "base_model.layers.{i}.ff_ln:out": "moe_norm",
     "base_model.layers.{i}.ff_sub_layer.gate:out": "router.logits",
     "base_model.layers.{i}.ff_sub_layer:out": "moe.output",
-    "base_model.layers.{i}:out0": "residual",
     "base_model.dec_norm:out": "final_norm",
     "head:out": "logits",
 }
@@ -53,7 +52,7 @@ EXTRA = ("ibm-fms", "running ibm-fms")
 
 
 class Adapter:
-    """Options: threads=N (of torch), by default 1."""
+    """Options: cache=yes|no (no: each call computes its whole sequence anew); threads=N (of torch), by default 1."""
 
     name = "ibm-fms"
     dtypes = DTYPES
@@ -63,9 +62,10 @@ class Adapter:
         {"float32": "hf-float32", **{dtype: f"fms-{dtype}" for dtype in ("float64", "bfloat16", "float16")}}
     )
 
-    def __init__(self, threads: str = "1") -> None:
-        if not threads.isdecimal() or int(threads) < 1:
-            raise InputError(f"option threads is '{threads}', but an integer from 1 was expected")
+    def __init__(self, cache: str = "yes", threads: str = "1") -> None:
+        if cache not in ("yes", "no") or not threads.isdecimal() or int(threads) < 1:
+            raise InputError(f"options cache={cache}, threads={threads}: {Adapter.__doc__}")
+        self.cached = cache == "yes"
         self.torch: Any = require("torch", *EXTRA)
         self.torch.set_num_threads(int(threads))
         self.engine: Any = require("fms.models.mixtral", *EXTRA)
@@ -93,28 +93,44 @@ class Adapter:
         self.head_dim = derived
 
     def run(self, runs: Sequence[Run], taps: Collection[str]) -> Arrays:
-        """Run each call with the cache of its sequence. Raises Skipped for a window that would hide tokens."""
+        """Run each call. Raises Skipped for a window that would hide tokens, and for positions beyond the table."""
         longest = max(run.past + len(run.tokens) for run in runs)
         if self.window is not None and longest > self.window:
             raise Skipped(f"ibm-fms's Mixtral has no window; this model's is {self.window}, and a call sees {longest}")
         last = max(max(run.positions) for run in runs)
         if last >= self.context:
             raise Skipped(f"ibm-fms has angles for {self.context} positions; a call has position {last}")
-        caches: dict[int, Any] = {}
         watch = Watch(self.model, self.head_dim, frozenset(taps))
         with self.torch.no_grad(), watch.hooks():
-            for run in runs:
-                watch.recorder.run = run.run
-                tokens, past, mask = len(run.tokens), run.past, {}
-                cache = [[each[:, :, :past] for each in layer] for layer in caches.get(run.sequence, [])]
-                if past and tokens > 1:  # ibm-fms hides later tokens by itself in a first call alone
-                    hidden = self.torch.ones(tokens, past + tokens, dtype=self.torch.bool)
-                    mask = {"mask": hidden.tril(past)[None]}
-                _, caches[run.sequence] = self.model(
-                    self.torch.tensor([run.tokens]), position_ids=self.torch.tensor([run.positions]),
-                    past_key_value_states=cache, use_cache=True, attn_name="sdpa_causal", **mask,
-                )  # fmt: skip
+            if self.cached:
+                self._with_caches(runs, watch)
+            else:
+                self._without(runs, watch)
         return watch.recorder.arrays
+
+    def _with_caches(self, runs: Sequence[Run], watch: Watch) -> None:
+        """Run each call with the cache of its sequence."""
+        caches: dict[int, Any] = {}
+        for run in runs:
+            watch.recorder.run, tokens, past, mask = run.run, len(run.tokens), run.past, {}
+            cache = [[each[:, :, :past] for each in layer] for layer in caches.get(run.sequence, [])]
+            if past and tokens > 1:  # ibm-fms hides later tokens by itself in a first call alone
+                hidden = self.torch.ones(tokens, past + tokens, dtype=self.torch.bool)
+                mask = {"mask": hidden.tril(past)[None]}
+            _, caches[run.sequence] = self.model(
+                self.torch.tensor([run.tokens]), position_ids=self.torch.tensor([run.positions]),
+                past_key_value_states=cache, use_cache=True, attn_name="sdpa_causal", **mask,
+            )  # fmt: skip
+
+    def _without(self, runs: Sequence[Run], watch: Watch) -> None:
+        """Run each call on all tokens of its sequence, and record the values of its own tokens."""
+        seen: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+        for run in runs:
+            tokens, positions = seen.get(run.sequence, ((), ()))
+            seen[run.sequence] = tokens[: run.past] + run.tokens, positions[: run.past] + run.positions
+            watch.recorder.run, watch.past = run.run, run.past
+            tokens, positions = seen[run.sequence]
+            self.model(self.torch.tensor([tokens]), position_ids=self.torch.tensor([positions]))
 
     def _named(self, given: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
         """The weights of a Hugging Face checkpoint under the names of ibm-fms, whose projections are fused."""
@@ -156,6 +172,8 @@ class Watch:
         self.model, self.head_dim, self.wanted, self.recorder = model, head_dim, wanted, Recorder()
         self.layer = ""
         """The prefix of the taps of the layer that runs now."""
+        self.past = 0
+        """The tokens of a call whose values are not recorded."""
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -192,7 +210,9 @@ class Watch:
         with ExitStack() as stack:
             for i, block in enumerate(self.model.base_model.layers):
                 begin = block.register_forward_pre_hook(partial(self._begin, f"layers.{i}."), with_kwargs=True)
+                end = block.register_forward_hook(self._end, with_kwargs=True)
                 stack.callback(begin.remove)
+                stack.callback(end.remove)
             stack.enter_context(module_hooks(self.model, NAMES, self._seen))
             stack.enter_context(replaced(rotary, "adjusted_qk", rotated))
             stack.enter_context(replaced(torch, "einsum", combined))
@@ -201,6 +221,10 @@ class Watch:
 
     def _begin(self, layer: str, *_: Any) -> None:
         self.layer = layer
+
+    def _end(self, _module: Any, _args: Any, _kwargs: Any, made: Any) -> None:
+        """made: the residual, [1, T, D], with the cache behind it where there is one"""
+        self._record(f"{self.layer}residual", (made[0] if isinstance(made, tuple) else made)[0])
 
     def _seen(self, tap: str, value: Any) -> None:
         """Record what a module has got or given.   value: [1, T, n]; of the router [T, E]"""
@@ -215,7 +239,7 @@ class Watch:
 
     def _record(self, tap: str, value: Any) -> None:
         if step_of(tap) in self.wanted:
-            self.recorder(tap, to_numpy(value))
+            self.recorder(tap, to_numpy(value[self.past :]))
 
 
 def halves(value: Any) -> Any:
