@@ -142,20 +142,27 @@ def entrant(found: Results) -> str:
     return f"{found.engine.name} {found.engine.version}{options}"
 
 
-def engines() -> str:
-    kinds = (CONFORMANT, NOT_CONFORMANT, CANNOT_JUDGE, SKIPPED)
+KINDS = (CONFORMANT, NOT_CONFORMANT, CANNOT_JUDGE, SKIPPED)
+
+
+def verdicts(folder: str) -> list[tuple[str, ...]]:
+    """A row for each engine and dtype of a folder of results."""
     rows = []
-    for file in sorted((RESULTS / "conform").glob("*.json")):
+    for file in sorted((RESULTS / folder).glob("*.json")):
         found = read_results(file)
         for dtype in dict.fromkeys(each.dtype for each in found.outcomes):
-            verdicts = [each.verdict for each in found.outcomes if each.dtype == dtype]
-            rows.append((entrant(found), dtype, *(str(verdicts.count(kind)) for kind in kinds)))
+            given = [each.verdict for each in found.outcomes if each.dtype == dtype]
+            rows.append((entrant(found), dtype, *(str(given.count(kind)) for kind in KINDS)))
+    return rows
+
+
+def engines() -> str:
     return f"""## Real engines
 
 The number of cases with each verdict (`refmoe conform --adapter NAME --out FILE`; files:
 [`bench/results/conform/`](../bench/results/conform)). `refmoe scoreboard bench/results/conform` prints the same files.
 
-{table(("engine", "dtype", *kinds), rows)}
+{table(("engine", "dtype", *KINDS), verdicts("conform"))}
 
 - `transformers`: no deviation. In float16 the case `huge-activations` overflows by design, so nothing is left to judge.
 - llama.cpp: no deviation from its profiles. Its default is flash attention, which sums weighted values in float16 in
@@ -168,7 +175,22 @@ The number of cases with each verdict (`refmoe conform --adapter NAME --out FILE
   ([related](https://github.com/microsoft/onnxruntime/issues/22557)
   [reports](https://github.com/microsoft/onnxruntime/issues/26281)). In float16 there is no deviation.
   With `taps=logits` it conforms. Logits alone say little: float32 allows thousands of times this error at the end of a
-  model. A step had to be seen."""
+  model. A step had to be seen.
+- litgpt: a chunk beyond the window is attended to wrongly ([page](findings/litgpt-window.md)). A slot of its cache is a
+  position, so that no sequence starts above 0.
+- ibm-fms: no deviation with a cache. It has no window, and no `head_dim` of its own.
+- keras-hub: in float16 and bfloat16 it rounds the factor `1 / sqrt(head_dim)` of the scores. The scores are the rounded
+  dots times that factor, bit for bit. It has no `head_dim` of its own, and no start above position 0.
+
+Runs of some cases, or with a setting that excludes most of them ([`conform_some/`](../bench/results/conform_some)):
+
+{table(("engine", "dtype", *KINDS), verdicts("conform_some"))}
+
+- ibm-fms without a cache, as its `forward` runs by default: a prompt of as many tokens as there are key/value heads is
+  wrong ([page](findings/ibm-fms-heads.md)).
+- keras-hub on JAX: the factor of the scores as on torch. In float16 JAX rounds inside the router's softmax.
+- tinygrad with `taps=states`: no deviation at small positions. With all taps its rotations deviate
+  ([page](findings/tinygrad-cos.md))."""
 
 
 def faults() -> str:

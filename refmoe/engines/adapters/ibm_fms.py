@@ -52,12 +52,12 @@ EXTRA = ("ibm-fms", "running ibm-fms")
 
 
 class Adapter:
-    """Options: cache=yes|no (no: each call computes its whole sequence anew); threads=N (of torch), by default 1."""
+    """Options: cache=yes|no (no: first calls alone, as `forward` runs them by default); threads=N, by default 1."""
 
     name = "ibm-fms"
     dtypes = DTYPES
     taps = tuple(tap for tap in TAPS if tap not in UNSEEN)
-    abilities = ABILITIES
+    abilities: tuple[str, ...] = ABILITIES
     policies = MappingProxyType(
         {"float32": "hf-float32", **{dtype: f"fms-{dtype}" for dtype in ("float64", "bfloat16", "float16")}}
     )
@@ -66,6 +66,8 @@ class Adapter:
         if cache not in ("yes", "no") or not threads.isdecimal() or int(threads) < 1:
             raise InputError(f"options cache={cache}, threads={threads}: {Adapter.__doc__}")
         self.cached = cache == "yes"
+        if not self.cached:
+            self.abilities = ("sequences",)
         self.torch: Any = require("torch", *EXTRA)
         self.torch.set_num_threads(int(threads))
         self.engine: Any = require("fms.models.mixtral", *EXTRA)
@@ -102,35 +104,23 @@ class Adapter:
             raise Skipped(f"ibm-fms has angles for {self.context} positions; a call has position {last}")
         watch = Watch(self.model, self.head_dim, frozenset(taps))
         with self.torch.no_grad(), watch.hooks():
-            if self.cached:
-                self._with_caches(runs, watch)
-            else:
-                self._without(runs, watch)
+            caches: dict[int, Any] = {}
+            for run in runs:
+                watch.recorder.run = run.run
+                tokens, positions = self.torch.tensor([run.tokens]), self.torch.tensor([run.positions])
+                if not self.cached:
+                    self.model(tokens, position_ids=positions)
+                    continue
+                past, mask = run.past, {}
+                cache = [[each[:, :, :past] for each in layer] for layer in caches.get(run.sequence, [])]
+                if past and len(run.tokens) > 1:  # ibm-fms hides later tokens by itself in a first call alone
+                    visible = self.torch.ones(len(run.tokens), past + len(run.tokens), dtype=self.torch.bool)
+                    mask = {"mask": visible.tril(past)[None]}
+                _, caches[run.sequence] = self.model(
+                    tokens, position_ids=positions, past_key_value_states=cache, use_cache=True,
+                    attn_name="sdpa_causal", **mask,
+                )  # fmt: skip
         return watch.recorder.arrays
-
-    def _with_caches(self, runs: Sequence[Run], watch: Watch) -> None:
-        """Run each call with the cache of its sequence."""
-        caches: dict[int, Any] = {}
-        for run in runs:
-            watch.recorder.run, tokens, past, mask = run.run, len(run.tokens), run.past, {}
-            cache = [[each[:, :, :past] for each in layer] for layer in caches.get(run.sequence, [])]
-            if past and tokens > 1:  # ibm-fms hides later tokens by itself in a first call alone
-                hidden = self.torch.ones(tokens, past + tokens, dtype=self.torch.bool)
-                mask = {"mask": hidden.tril(past)[None]}
-            _, caches[run.sequence] = self.model(
-                self.torch.tensor([run.tokens]), position_ids=self.torch.tensor([run.positions]),
-                past_key_value_states=cache, use_cache=True, attn_name="sdpa_causal", **mask,
-            )  # fmt: skip
-
-    def _without(self, runs: Sequence[Run], watch: Watch) -> None:
-        """Run each call on all tokens of its sequence, and record the values of its own tokens."""
-        seen: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}
-        for run in runs:
-            tokens, positions = seen.get(run.sequence, ((), ()))
-            seen[run.sequence] = tokens[: run.past] + run.tokens, positions[: run.past] + run.positions
-            watch.recorder.run, watch.past = run.run, run.past
-            tokens, positions = seen[run.sequence]
-            self.model(self.torch.tensor([tokens]), position_ids=self.torch.tensor([positions]))
 
     def _named(self, given: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
         """The weights of a Hugging Face checkpoint under the names of ibm-fms, whose projections are fused."""
@@ -172,8 +162,6 @@ class Watch:
         self.model, self.head_dim, self.wanted, self.recorder = model, head_dim, wanted, Recorder()
         self.layer = ""
         """The prefix of the taps of the layer that runs now."""
-        self.past = 0
-        """The tokens of a call whose values are not recorded."""
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -239,7 +227,7 @@ class Watch:
 
     def _record(self, tap: str, value: Any) -> None:
         if step_of(tap) in self.wanted:
-            self.recorder(tap, to_numpy(value[self.past :]))
+            self.recorder(tap, to_numpy(value))
 
 
 def halves(value: Any) -> Any:
