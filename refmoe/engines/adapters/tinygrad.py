@@ -3,8 +3,8 @@
 
 Scores and probabilities stay inside `Tensor.scaled_dot_product_attention` and are not seen. A slot of its cache is a
 position, so that no sequence can start above 0, and it has no window. tinygrad renormalises the weights of chosen
-experts only where the file has the key expert_weights_norm, which llama.cpp's converter does not write for a Mixtral.
-It compiles each operation: the variable CC names the compiler, clang by default.
+experts only where the file has the key expert_weights_norm. llama.cpp's converter does not write it for a Mixtral.
+tinygrad compiles each operation: the variable CC names the compiler, clang by default.
 """
 
 from __future__ import annotations
