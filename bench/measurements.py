@@ -192,7 +192,8 @@ Those of vLLM and of grouped products are of the family `production`:
 
 - ibm-fms without a cache, as its `forward` runs by default: a prompt of as many tokens as there are key/value heads is
   wrong ([page](findings/ibm-fms-heads.md)).
-- keras-hub on JAX: the factor of the scores as on torch. In float16 JAX rounds inside the router's softmax.
+- keras-hub on JAX: the factor of the scores as on torch. In float16 a weight of the router
+  deviates: JAX divides float16 on a CPU without correct rounding.
 - tinygrad with `taps=states`: no deviation at small positions. With all taps its rotations deviate
   ([page](findings/tinygrad-cos.md)).
 - `transformers` with grouped products, and vLLM, conform over the production cases that were run."""
