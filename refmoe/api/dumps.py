@@ -12,8 +12,9 @@ import numpy as np
 
 from refmoe.api.arguments import kind
 from refmoe.errors import InputError, require
+from refmoe.files.foreign import foreign_parser
 from refmoe.files.npy_file import read_npz
-from refmoe.files.reading import foreign_parser, need_file
+from refmoe.files.reading import need_file
 from refmoe.files.safetensors_file import open_safetensors
 from refmoe.traces.trace import Trace, read_trace
 

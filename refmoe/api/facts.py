@@ -8,10 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from refmoe.checkpoints.load import load_checkpoint
+from refmoe.checkpoints.gguf_file import is_gguf, read_gguf
+from refmoe.checkpoints.load import has_weights, load_checkpoint, read_configuration
 from refmoe.checkpoints.size import active_parameters, total_parameters
 from refmoe.cuda.memory import cache_bytes, gibibytes, missing, resident, widest
 from refmoe.cuda.place import CPU, Place
+from refmoe.files.reading import is_folder
 from refmoe.spec.config import PRESETS, Config
 from refmoe.suite import Case, read_case
 from refmoe.suite.golden_folder import case_folder, case_folders, golden_folder
@@ -20,20 +22,20 @@ BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 """Per dtype the bytes of a parameter."""
 
 
-def config_facts(config: Config) -> dict[str, Any]:
-    """The facts that follow from a configuration."""
+def config_facts(config: Config, tied: bool = False) -> dict[str, Any]:
+    """The facts that follow from a configuration.   tied: whether the output matrix is the embedding"""
     return {
         "config": asdict(config),
-        "total_parameters": total_parameters(config),
-        "active_parameters": active_parameters(config),
-        "weight_bytes": weight_bytes(config),
+        "total_parameters": total_parameters(config, tied),
+        "active_parameters": active_parameters(config, tied),
+        "weight_bytes": weight_bytes(config, tied),
         "cache_bytes_per_token_float32": cache_bytes(config),
     }
 
 
-def weight_bytes(config: Config) -> dict[str, int]:
-    """The bytes of all weights, per dtype."""
-    return {dtype: total_parameters(config) * size for dtype, size in BYTES.items()}
+def weight_bytes(config: Config, tied: bool = False) -> dict[str, int]:
+    """The bytes of all weights, per dtype.   tied: whether the output matrix is the embedding"""
+    return {dtype: total_parameters(config, tied) * size for dtype, size in BYTES.items()}
 
 
 def model_facts(
@@ -41,7 +43,7 @@ def model_facts(
 ) -> dict[str, Any]:
     """The facts of a model.
 
-    model: the folder of a checkpoint, a published size, or the name of a case
+    model: the folder of a checkpoint, its configuration's file, a GGUF file, a published size, or the name of a case
     place: on a GPU, the facts include the memory that float32 generation takes there
     tokens, max_new_tokens: the length of the prompt and of its continuation
 
@@ -49,17 +51,22 @@ def model_facts(
     """
     stored: dict[str, Any] = {}
     widths: tuple[str, ...] = ("bfloat16", "float32")
-    folder = Path(model)
+    tied, folder = False, Path(model)
     if model in PRESETS and not folder.exists():
         config = PRESETS[model]
     elif not folder.exists() and model in case_folders(golden_folder()):
         config, widths = read_case(case_folder(model, golden_folder())).config, ("float32",)
-    else:
+    elif is_folder(folder) and has_weights(folder):
         found = load_checkpoint(folder, layout)
-        config, widths = found.config, (widest(found.dtypes),)
+        config, tied, widths = found.config, found.tied, (widest(found.dtypes),)
         stored = {"layout": found.layout, "files": [path.name for path in found.files], "stored": found.dtypes}
         stored |= {"unknown_fields": found.unknown} if found.unknown else {}
-    facts = config_facts(config)
+    else:
+        read, kinds = read_gguf(folder) if is_gguf(folder) else (read_configuration(folder, layout), ())
+        config, tied = read.config, read.tied
+        stored = {"layout": read.layout, "files": [read.path.name]} | ({"stored": kinds} if kinds else {})
+        stored |= {"unknown_fields": read.unknown} if read.unknown else {}
+    facts = config_facts(config, tied) | ({"tied": True} if tied else {})
     if place.on_gpu:
         facts["device"] = _on_device(config, tokens, max_new_tokens, widths, place.free_memory())
     return facts | stored

@@ -158,8 +158,7 @@ class Model:
 
     def digest(self) -> str | None:
         """``sha256:`` and the digest of the checkpoint's files; None where there are none."""
-        files = self._checkpoint.files
-        return checkpoint_digest(files) if files else None
+        return checkpoint_digest(self._checkpoint)
 
 
 def _layout(layout: object) -> str:

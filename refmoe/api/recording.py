@@ -58,7 +58,7 @@ def record(asked: Recording, calls: Callable[[], Sequence[AnyCall]], bars: Bars 
             if loaded.layout != "hf":
                 raise InputError(f"{asked.checkpoint}: transformers reads the Hugging Face layout only")
             runs = plan(calls(), loaded.config.vocab)
-            folder, digest = asked.checkpoint, checkpoint_digest(loaded.files)
+            folder, digest = asked.checkpoint, checkpoint_digest(loaded)
         model = engine.load_model(folder, asked.dtype, asked.attention)
         with bars("capture", len(runs) * model.config.num_hidden_layers) as advance:
             recorder = Recorder(asked.taps, advance)

@@ -127,13 +127,9 @@ def _against(trace: Trace, model: ModelChoice) -> Against:
             )
         return Against(f"case {case.name}", case_source(case), case.runs())
     source = find_source(model.checkpoint, model.layout, model.seed)
-    found, files = trace.header.checkpoint, loaded(source).files
-    if found is not None and (not files or found != checkpoint_digest(files)):
-        digest = (
-            f'"{checkpoint_digest(files)}", the digest of {model.checkpoint},'
-            if files
-            else "null, as there are no files,"
-        )
+    found = trace.header.checkpoint
+    if found is not None and found != (own := checkpoint_digest(loaded(source))):
+        digest = "null, as there are no files," if own is None else f'"{own}", the digest of {model.checkpoint},'
         raise InputError(f"{trace.path}: metadata field 'checkpoint' is {shown(found)}, but {digest} was expected")
     return Against(f"checkpoint {model.checkpoint}", source, None)
 

@@ -23,6 +23,8 @@ LARGEST_OTHER = 1 << 40
 """The bound of every other integer."""
 MOST_EXPERTS = 1 << 17
 """The bound of the experts of all layers together."""
+BASES = 2.0**-8, 2.0**512
+"""The bases of angles for which `refmoe.arithmetic.exact.elementary.unit_circle` is defined."""
 
 
 class ConfigError(ValueError):
@@ -83,5 +85,6 @@ def _check_together(config: Config) -> None:
         )
     if config.norm_eps < 0:
         raise ConfigError(f"norm_eps = {config.norm_eps!r} is negative, but it is added under a square root")
-    if config.rope_theta <= 0:
-        raise ConfigError(f"rope_theta = {config.rope_theta!r}, but a positive base of powers was expected")
+    low, high = BASES
+    if not low <= config.rope_theta <= high:
+        raise ConfigError(f"rope_theta = {config.rope_theta:g}, but a base from {low:g} to {high:g} was expected")

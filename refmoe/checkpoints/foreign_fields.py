@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from refmoe.errors import InputError
 from refmoe.files.json_file import JsonFile
 from refmoe.spec.config import Config
 
@@ -64,7 +63,6 @@ FOREIGN: dict[str, tuple[str, Neutral]] = {
         "moe_router_bias use_router_bias expert_bias use_expert_bias e_score_correction_bias",
         OFF,
     ),
-    "Mixtral's output matrix is its own": ("tie_word_embeddings", OFF),
     "weights that are not quantised were expected": ("quantization_config quantization compression_config", _is({})),
     "Mixtral's rotary embedding is not scaled": ("rope_scaling", _plain_rope),
     "Mixtral's rotary embedding is the default one": ("rope_type", _is("default")),
@@ -164,8 +162,6 @@ FOREIGN: dict[str, tuple[str, Neutral]] = {
 FIELDS = {name: (fact, neutral) for fact, (names, neutral) in FOREIGN.items() for name in names.split()}
 """Per field the fact, and the test of its value."""
 
-BASES = 2.0**-8, 2.0**512
-"""The bases of angles for which `refmoe.arithmetic.exact.elementary.unit_circle` is defined."""
 _HARMLESS = """
     _attn_implementation _name_or_path add_bos_token add_eos_token architectures attention_dropout attn_implementation
     auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward cross_attention_hidden_size
@@ -190,14 +186,6 @@ def refuse_foreign(file: JsonFile, config: Config) -> None:
         fact, neutral = FIELDS.get(name, ("", _anything))
         if value is not None and not neutral(value, config):
             raise file.refuse(name, value, fact)
-
-
-def need_theta(file: JsonFile, theta: float) -> float:
-    """The base of the rotary angles. Raises InputError for one whose angles the exact arithmetic does not define."""
-    low, high = BASES
-    if not low <= theta <= high:
-        raise InputError(f"{file.path}: 'rope_theta' is {theta:g}, but a base from {low:g} to {high:g} was expected")
-    return theta
 
 
 def unknown_fields(file: JsonFile, used: frozenset[str]) -> tuple[str, ...]:

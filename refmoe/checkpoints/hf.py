@@ -8,8 +8,8 @@ from operator import itemgetter
 from pathlib import Path
 
 from refmoe.checkpoints import layout
-from refmoe.checkpoints.foreign_fields import need_theta, refuse_foreign, unknown_fields
-from refmoe.checkpoints.layout import Checkpoint, Expected, Found, View, whole, whole_parameter
+from refmoe.checkpoints.foreign_fields import refuse_foreign, unknown_fields
+from refmoe.checkpoints.layout import Checkpoint, ConfigurationFile, Expected, Found, View, whole, whole_parameter
 from refmoe.checkpoints.names import expert_names
 from refmoe.errors import InputError
 from refmoe.files.json_file import JsonFile, read_json
@@ -35,6 +35,9 @@ FIELDS = {
 }
 """The spec's fields and their names in config.json."""
 
+TIED = "tie_word_embeddings"
+"""The field of config.json that says whether the output matrix is the embedding."""
+
 NOT_PLAIN = ("head_dim", "window", "norm_eps", "rope_theta")
 """The spec's fields that are no integers or may be absent from config.json."""
 
@@ -59,11 +62,11 @@ BLOCKS = ("block_sparse_moe", "mlp")
 """Names of the module of the mixture of experts: in checkpoints, and in the model class of transformers 5."""
 
 
-def read_config(path: Path) -> tuple[Config, tuple[str, ...]]:
-    """The configuration in a config.json, and the fields of the file that refmoe does not know.
+def read_config(path: Path) -> ConfigurationFile:
+    """A config.json.
 
     Both generations are read: `rope_theta` at the top level, and `rope_parameters.rope_theta`. Raises InputError for
-    fields that would change the mathematics: another rope type or activation, biases, a tied output.
+    fields that would change the mathematics: another rope type or activation, biases.
     """
     file = read_json(path)
     for name, value in {"model_type": "mixtral", "hidden_act": "silu"}.items():
@@ -76,7 +79,10 @@ def read_config(path: Path) -> tuple[Config, tuple[str, ...]]:
     rest = {"head_dim": head_dim, "window": window, "norm_eps": file.number("rms_norm_eps"), "rope_theta": theta}
     config = layout.make_config(file, FIELDS, values | rest)
     refuse_foreign(file, config)
-    return config, unknown_fields(file, frozenset(FIELDS.values()))
+    return ConfigurationFile(
+        layout="hf", path=path, config=config, fields=FIELDS, tied=file.flag(TIED),
+        unknown=unknown_fields(file, frozenset((*FIELDS.values(), TIED))),
+    )  # fmt: skip
 
 
 def _head_dim(file: JsonFile, dim: int, heads: int) -> int:
@@ -109,7 +115,7 @@ def _rope_theta(file: JsonFile) -> float:
     if len(set(found.values())) > 1:
         pairs = " but ".join(f"{quoted(name)} is {value}" for name, value in found.items())
         raise InputError(f"{file.path}: {pairs}, and the same was expected of both")
-    return need_theta(file, next(iter(found.values())))
+    return next(iter(found.values()))
 
 
 def layer_names(config: Config, i: int, block: str, fused: bool) -> Iterator[tuple[str, str]]:
@@ -150,11 +156,17 @@ def _halves(expert: int, hidden: int) -> tuple[tuple[str, View], tuple[str, View
 def weight_files(folder: Path) -> tuple[list[Path], dict[str, StoredTensor]]:
     """The safetensors files of a checkpoint, in name order, and their tensors.
 
-    Raises InputError when the folder holds no such files, or a single file and an index.
+    Raises InputError when the folder holds no such files, or a single file beside an index that names others.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if exists(single) and exists(index):
-        raise InputError(f"{folder}: holds both {single.name} and {index.name}, but one of them was expected")
+        other = [path for path in layout.shards_of(index)[0] if path != single]
+        if other:
+            raise InputError(
+                f"{folder}: holds {single.name} beside {index.name}, which names {quoted(other[0].name)}, but one of "
+                "the two was expected"
+            )
+        return layout.indexed_tensors(index)
     if exists(single):
         return [single], layout.gather_tensors([single])
     if exists(index):
@@ -165,12 +177,9 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, StoredTensor]]:
 
 def load(folder: Path) -> Checkpoint:
     """A checkpoint in this layout. Raises InputError, one sentence, for anything that does not fit."""
-    config, unknown = read_config(folder / "config.json")
+    file = read_config(folder / "config.json")
     files, tensors = weight_files(folder)
     block = next((b for b in reversed(BLOCKS) if any(f".{b}." in name for name in tensors)), BLOCKS[0])
     fused = any(name.endswith(".experts.gate_up_proj") for name in tensors)
-    found = Found(
-        layout="hf", folder=folder, config=config, config_name="config.json", fields=FIELDS, files=files,
-        tensors=tensors, unknown=unknown,
-    )  # fmt: skip
-    return layout.match(found, lambda: expected_tensors(config, block, fused))
+    found = Found(file=file, files=files, tensors=tensors)
+    return layout.match(found, lambda: expected_tensors(file.config, block, fused))

@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from refmoe.checkpoints.configuration import ConfigError, checked
@@ -27,6 +28,8 @@ from refmoe.spec.model import Parameters
 WEIGHT_DTYPES = ("BF16", "F16", "F32", "F64")
 LISTED = 1 << 16
 """How many expected names are listed to find an unknown tensor. No published model has a tenth of this number."""
+COMPARED = 1 << 22
+"""How many elements of two matrices are compared at a time."""
 View = Callable[[NDArray[Any]], NDArray[Any]]
 """From a stored tensor to one parameter."""
 
@@ -45,6 +48,29 @@ class Checkpoint:
     """The dtypes that weights are stored in, as safetensors names them."""
     unknown: tuple[str, ...] = ()
     """The fields of the configuration's file that refmoe does not know, and therefore does not obey."""
+    configuration: Path | None = None
+    """The file of the configuration, if there is one."""
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output matrix is the embedding itself."""
+        return self.parameters.output is self.parameters.embedding
+
+
+@dataclass(frozen=True)
+class ConfigurationFile:
+    """The configuration in a file, read and checked."""
+
+    layout: str
+    """``"hf"``, ``"mistral"`` or ``"gguf"``."""
+    path: Path
+    config: Config
+    fields: dict[str, str]
+    """The spec's fields and their names in the file."""
+    tied: bool = False
+    """Whether the file says that the output matrix is the embedding."""
+    unknown: tuple[str, ...] = ()
+    """The fields that refmoe does not know."""
 
 
 @dataclass(frozen=True)
@@ -62,28 +88,20 @@ class Expected:
 class Found:
     """A checkpoint's configuration and tensors as they are on disk, before the tensors are matched with parameters."""
 
-    layout: str
-    folder: Path
-    config: Config
-    config_name: str
-    """The name of the configuration's file."""
-    fields: dict[str, str]
-    """The spec's fields and their names in that file."""
+    file: ConfigurationFile
     files: list[Path]
     """The safetensors files, in name order."""
     tensors: dict[str, StoredTensor]
-    unknown: tuple[str, ...] = ()
-    """The fields of the configuration's file that refmoe does not know."""
 
     @property
     def place(self) -> Path:
         """The one file of tensors, or the folder of several."""
-        return self.files[0] if len(self.files) == 1 else self.folder
+        return self.files[0] if len(self.files) == 1 else self.file.path.parent
 
     def says(self, *fields: str) -> str:
         """The values of some fields, as the configuration's file names them."""
-        pairs = (f"{self.fields[field]} = {getattr(self.config, field)}" for field in fields)
-        return f"{self.config_name} says {', '.join(pairs)}"
+        pairs = (f"{self.file.fields[field]} = {getattr(self.file.config, field)}" for field in fields)
+        return f"{self.file.path.name} says {', '.join(pairs)}"
 
 
 def whole_parameter(config: Config, name: str, view: View) -> Expected:
@@ -121,11 +139,8 @@ def gather_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
     return found
 
 
-def indexed_tensors(index: Path) -> tuple[list[Path], dict[str, StoredTensor]]:
-    """The shards that an index names, in name order, and their tensors.
-
-    Raises InputError where index and shards disagree.
-    """
+def shards_of(index: Path) -> tuple[list[Path], dict[str, str]]:
+    """The shards that an index names, in name order, and per tensor the name of its shard. Raises InputError."""
     mapping = read_json(index).within("weight_map").values
     for listed, name in mapping.items():
         beside = isinstance(name, str) and name.isprintable() and Path(name).name == name and len(name) < 256
@@ -134,7 +149,15 @@ def indexed_tensors(index: Path) -> tuple[list[Path], dict[str, StoredTensor]]:
                 f"{index}: 'weight_map' says that {quoted(listed)} is in {shown(name)}, "
                 "but the name of a safetensors file in the same folder was expected"
             )
-    shards = [index.parent / name for name in sorted(set(mapping.values()))]
+    return [index.parent / name for name in sorted(set(mapping.values()))], mapping
+
+
+def indexed_tensors(index: Path) -> tuple[list[Path], dict[str, StoredTensor]]:
+    """The shards that an index names, in name order, and their tensors.
+
+    Raises InputError where index and shards disagree.
+    """
+    shards, mapping = shards_of(index)
     for shard in shards:
         if not exists(shard):
             raise InputError(f"{shard}: no such file, but {index.name} names it")
@@ -169,11 +192,13 @@ def match(found: Found, expected: Listing) -> Checkpoint:
     Raises InputError for the first that is missing, unexpected, of another shape or of an unusable dtype. The first
     missing tensor ends the listing, so a configuration of a billion layers takes no longer than the files are long.
     """
-    config, tensors = found.config, found.tensors
+    file, config, tensors = found.file, found.file.config, found.tensors
     weights: dict[str, Weight] = {}
     known = set()
     for name, wanted in expected():
         if name not in tensors:
+            if file.tied and any(parameter == "output" for parameter, _ in wanted.parameters):
+                continue
             listed = {name for name, _ in islice(expected(), LISTED)}
             others = [name for name in tensors if name not in listed] if len(listed) < LISTED else []
             instead = f"; found instead {quoted(others[0])}" if others else ""
@@ -198,14 +223,37 @@ def match(found: Found, expected: Listing) -> Checkpoint:
         path, name = tensors[unexpected[0]].path, quoted(unexpected[0])
         more = f", nor {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
         raise InputError(f"{path}: tensor {name} was not expected{more}: {found.says('layers', 'experts')}")
+    if file.tied:
+        weights["output"] = _tied_output(file, weights)
     return Checkpoint(
         config=config,
         parameters=build_parameters(config, weights.__getitem__),
-        layout=found.layout,
+        layout=file.layout,
         files=tuple(found.files),
         dtypes=tuple(sorted({tensor.dtype for tensor in tensors.values()})),
-        unknown=found.unknown,
+        unknown=file.unknown,
+        configuration=file.path,
     )
+
+
+def _tied_output(file: ConfigurationFile, weights: dict[str, Weight]) -> Weight:
+    """The embedding, as the output matrix of a file that ties the two.
+
+    Engines differ where another output matrix is stored as well: transformers 5 computes with it, and others with the
+    embedding. So raises InputError when its values are not those of the embedding.
+    """
+    embedding, output = weights["embedding"], weights.get("output")
+    height, width = embedding.shape
+    step = max(1, COMPARED // width)
+    if output is None:
+        return embedding
+    for start in range(0, height, step):
+        if not np.array_equal(embedding.block(start, start + step), output.block(start, start + step)):
+            raise InputError(
+                f"{output.origin} differs from the embedding, but {file.path.name} says that the two are tied, "
+                "so equal values or no such tensor was expected"
+            )
+    return embedding
 
 
 def _weight(name: str, shape: tuple[int, ...], tensor: StoredTensor, view: View) -> Weight:

@@ -10,8 +10,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from refmoe.checkpoints import layout
-from refmoe.checkpoints.foreign_fields import need_theta
-from refmoe.checkpoints.layout import Checkpoint, Expected, Found, whole, whole_parameter
+from refmoe.checkpoints.layout import Checkpoint, ConfigurationFile, Expected, Found, whole, whole_parameter
 from refmoe.checkpoints.names import expert_names
 from refmoe.errors import InputError
 from refmoe.files.json_file import JsonFile, read_json
@@ -35,6 +34,9 @@ FIELDS = {
     "context": "max_position_embeddings",
 }
 """The spec's fields and their names in params.json."""
+
+TIED = "tied_embeddings"
+"""The field of params.json that says whether the output matrix is the embedding."""
 
 IGNORED = ("max_seq_len", "max_position_embeddings", "max_batch_size", "model_parallel")
 """Fields that do not change the mathematics."""
@@ -67,19 +69,17 @@ def interleaved(rows: NDArray[Any], head_dim: int) -> NDArray[Any]:
     return rows.reshape(-1, 2, head_dim // 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def read_config(path: Path) -> Config:
-    """The configuration in a params.json. Raises InputError, one sentence, for anything that does not fit."""
+def read_config(path: Path) -> ConfigurationFile:
+    """A params.json. Raises InputError, one sentence, for anything that does not fit."""
     file = read_json(path)
     moe = file.within("moe")
-    known = {*FIELDS.values(), *IGNORED, "moe", "model_type", "tied_embeddings"}
+    known = {*FIELDS.values(), *IGNORED, "moe", "model_type", TIED}
     for part in (file, moe):
         for name, value in part.values.items():
             if part.prefix + name not in known and value is not None:
                 raise part.refuse(name, value, "no Mixtral has this field, and ignoring it could change the result")
     if file.values.get("model_type") not in (None, "transformer"):
         raise file.refuse("model_type", file.values["model_type"], "'transformer' was expected")
-    if file.values.get("tied_embeddings"):
-        raise file.refuse("tied_embeddings", file.values["tied_embeddings"], "Mixtral's output matrix is its own")
     integers = ("dim", "layers", "heads", "kv_heads", "head_dim", "hidden_dim", "vocab")
     values: dict[str, Any] = {ours: file.integer(FIELDS[ours]) for ours in integers}
     values["experts"] = moe.integer("num_experts")
@@ -89,12 +89,13 @@ def read_config(path: Path) -> Config:
         if file.values.get(FIELDS[ours]) is not None:
             values[ours] = file.integer(FIELDS[ours])
     values["rope_theta"] = _rope_theta(file, values.get("window"))
-    return layout.make_config(file, FIELDS, values)
+    config = layout.make_config(file, FIELDS, values)
+    return ConfigurationFile(layout="mistral", path=path, config=config, fields=FIELDS, tied=file.flag(TIED))
 
 
 def _rope_theta(file: JsonFile, window: Any) -> float:
     if file.values.get("rope_theta") is not None:
-        return need_theta(file, file.number("rope_theta"))
+        return file.number("rope_theta")
     if window is not None:
         # Mistral's code first used 1e4 with a window and 1e6 without, and later always 1e6
         raise InputError(f"{file.path}: 'rope_theta' is missing, and with 'sliding_window' its default is not settled")
@@ -141,10 +142,6 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, StoredTensor]]:
 
 def load(folder: Path) -> Checkpoint:
     """A checkpoint in this layout. Raises InputError, one sentence, for anything that does not fit."""
-    config = read_config(folder / "params.json")
+    file = read_config(folder / "params.json")
     files, tensors = weight_files(folder)
-    found = Found(
-        layout="mistral", folder=folder, config=config, config_name="params.json", fields=FIELDS, files=files,
-        tensors=tensors,
-    )  # fmt: skip
-    return layout.match(found, lambda: expected_tensors(config))
+    return layout.match(Found(file=file, files=files, tensors=tensors), lambda: expected_tensors(file.config))

@@ -48,6 +48,12 @@ def named_weights(parameters: Parameters) -> dict[str, Weight]:
     return found | {"final_norm": parameters.final_norm, "output": parameters.output}
 
 
+def untied(weights: dict[str, Weight]) -> dict[str, Weight]:
+    """The weights without an output matrix that is the embedding itself, as no file stores it twice."""
+    tied = weights["output"] is weights["embedding"]
+    return {name: weight for name, weight in weights.items() if not (tied and name == "output")}
+
+
 def converted(weight: Weight, dtype: np.dtype[Any]) -> NDArray[Any]:
     """The values at a dtype. Raises InputError when the dtype cannot represent one of them."""
     stored = np.asarray(weight.read())
@@ -58,8 +64,12 @@ def converted(weight: Weight, dtype: np.dtype[Any]) -> NDArray[Any]:
     return result
 
 
-def hf_config(config: Config, dtype: str, rope_parameters: bool = False) -> dict[str, Any]:
-    """The values of a config.json. rope_parameters: write the second generation, with theta in `rope_parameters`."""
+def hf_config(config: Config, dtype: str, rope_parameters: bool = False, tied: bool = False) -> dict[str, Any]:
+    """The values of a config.json: each field of the one that Mixtral 8x7B is published with, as engines need them.
+
+    rope_parameters: write the second generation, with theta in `rope_parameters`
+    tied: whether the output matrix is the embedding
+    """
     values: dict[str, Any] = {theirs: getattr(config, ours) for ours, theirs in hf.FIELDS.items()}
     if rope_parameters:
         values["rope_parameters"] = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
@@ -67,28 +77,38 @@ def hf_config(config: Config, dtype: str, rope_parameters: bool = False) -> dict
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",
         "hidden_act": "silu",
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": tied,
         "torch_dtype": dtype,
+        "transformers_version": "5.0.0" if rope_parameters else "4.36.0",
         "bos_token_id": 1,
         "eos_token_id": 2,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.02,
+        "use_cache": True,
     }
 
 
-def mistral_params(config: Config) -> dict[str, Any]:
-    """The values of a params.json."""
+def mistral_params(config: Config, tied: bool = False) -> dict[str, Any]:
+    """The values of a params.json.   tied: whether the output matrix is the embedding"""
     values = {theirs: getattr(config, ours) for ours, theirs in mistral.FIELDS.items() if "." not in theirs}
     if config.window is None:
         del values["sliding_window"]
+    values |= {mistral.TIED: True} if tied else {}
     return values | {"moe": {"num_experts": config.experts, "num_experts_per_tok": config.experts_per_token}}
 
 
 def hf_tensors(config: Config, weights: dict[str, Weight], dtype: np.dtype[Any], fused: bool) -> Iterator[Tensors]:
-    """The tensors of a Hugging Face checkpoint: one dictionary for the model's own, then one per layer."""
+    """The tensors of a Hugging Face checkpoint: one dictionary for the model's own, then one per layer.
+
+    weights: as `untied` gives them
+    """
 
     def get(name: str) -> NDArray[Any]:
         return converted(weights[name], dtype)
 
-    yield {tensor: get(name) for name, tensor in hf.MODEL_TENSORS.items()}
+    yield {tensor: get(name) for name, tensor in hf.MODEL_TENSORS.items() if name in weights}
     experts, block = range(config.experts), hf.BLOCKS[0]
     for i in range(config.layers):
         tensors = {tensor: get(name) for tensor, name in hf.layer_names(config, i, block, fused)}
@@ -101,13 +121,16 @@ def hf_tensors(config: Config, weights: dict[str, Weight], dtype: np.dtype[Any],
 
 
 def mistral_tensors(config: Config, weights: dict[str, Weight], dtype: np.dtype[Any]) -> Iterator[Tensors]:
-    """The tensors of a checkpoint in Mistral's layout: one dictionary for the model's own, then one per layer."""
+    """The tensors of a checkpoint in Mistral's layout: one dictionary for the model's own, then one per layer.
+
+    weights: as `untied` gives them
+    """
 
     def get(name: str) -> NDArray[Any]:
         array = converted(weights[name], dtype)
         return mistral.interleaved(array, config.head_dim) if name.endswith((".wq", ".wk")) else array
 
-    yield {tensor: get(name) for name, tensor in mistral.MODEL_TENSORS.items()}
+    yield {tensor: get(name) for name, tensor in mistral.MODEL_TENSORS.items() if name in weights}
     for i in range(config.layers):
         yield {tensor: get(name) for tensor, name in mistral.layer_names(config, i)}
 
@@ -127,7 +150,8 @@ def write_checkpoint(
     if weights.keys() != parameter_shapes(config).keys():
         raise ValueError("parameters and config disagree")
     with _folder(folder):
-        _write(folder, config, weights, dtype, layout, fused=fused, rope_parameters=rope_parameters, shards=shards)
+        stored = untied(weights)
+        _write(folder, config, stored, dtype, layout, fused=fused, rope_parameters=rope_parameters, shards=shards)
 
 
 @contextmanager
@@ -152,20 +176,20 @@ def _write(
     rope_parameters: bool, shards: bool,
 ) -> None:  # fmt: skip
     """Write the files of a checkpoint into a folder."""
-    wanted = DTYPE_NAMES[dtype]
+    wanted, tied = DTYPE_NAMES[dtype], "output" not in weights
     if layout == "hf":
         configuration, stem = folder / "config.json", "model"
-        parts, values = hf_tensors(config, weights, wanted, fused), hf_config(config, dtype, rope_parameters)
+        parts, values = hf_tensors(config, weights, wanted, fused), hf_config(config, dtype, rope_parameters, tied)
     else:
         configuration, stem = folder / "params.json", "consolidated"
-        parts, values = mistral_tensors(config, weights, wanted), mistral_params(config)
+        parts, values = mistral_tensors(config, weights, wanted), mistral_params(config, tied)
     pieces = config.layers + 1 if shards else 1
     files = shard_names(stem, pieces)
     strangers = {path.name for path in folder.glob(f"{stem}*.safetensors*")} - set(files)
     if strangers - ({f"{stem}.safetensors.index.json"} if shards else set()):
         raise InputError(f"{folder}: holds {min(strangers)} of another checkpoint, but a folder without was expected")
     _refuse_others(folder, configuration, [folder / name for name in files])
-    need_space(folder / files[0], total_parameters(config) * wanted.itemsize)
+    need_space(folder / files[0], total_parameters(config, tied) * wanted.itemsize)
     configuration.unlink(missing_ok=True)
     if shards:
         _write_shards(folder, stem, files, parts)

@@ -20,7 +20,7 @@ CALLS = "With --device cuda: "
 
 
 @click.command("info", cls=GuardedCommand, short_help="Print the configuration, parameters and memory of a model.")
-@click.argument("model", metavar="DIR|CASE|" + "|".join(PRESETS))
+@click.argument("model", metavar="DIR|FILE|CASE|" + "|".join(PRESETS))
 @layout_option
 @device_option("Print the memory that the model needs there, and the memory that is free.")
 @click.option(
@@ -40,9 +40,12 @@ def info_command(
     \b
     refmoe info mixtral-8x7b
     refmoe info path/to/Mixtral-8x7B-v0.1 --json
+    refmoe info path/to/config.json
+    refmoe info path/to/model.gguf
     refmoe info mixtral-8x7b --device cuda --tokens 4096
 
     Total and active parameters are derived from the configuration. A checkpoint's tensors are all checked against it.
+    FILE is a config.json, a params.json or a GGUF file (pip install 'refmoe[llama-cpp]'), whose tensors are not.
     """
     facts = model_facts(model, layout, place=device, tokens=tokens, max_new_tokens=max_new_tokens)
     if as_json:
@@ -54,6 +57,7 @@ def info_command(
         rows.append((f"{name} parameters", f"{count:,} ({count / 1e9:.1f} B)"))
     rows += [(f"weights in {dtype}", f"{facts['weight_bytes'][dtype] / 2**30:,.1f} GiB") for dtype in BYTES]
     rows.append(("cache per token, float32", f"{facts['cache_bytes_per_token_float32']:,} bytes"))
+    rows += [("output matrix", "the embedding")] if facts.get("tied") else []
     rows += [(name, worded(facts[name])) for name in ("layout", "files", "stored") if name in facts]
     if "unknown_fields" in facts:
         rows.append(("fields not obeyed", worded([one_line(name) for name in facts["unknown_fields"]])))

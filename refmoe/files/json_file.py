@@ -53,6 +53,13 @@ class JsonFile:
         except OverflowError:
             raise self.refuse(name, value, "a number that a float can hold was expected") from None
 
+    def flag(self, name: str) -> bool:
+        """A boolean; false where the field is missing or null."""
+        value = self.values.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise self.refuse(name, value, "true or false was expected")
+        return bool(value)
+
     def within(self, name: str) -> JsonFile:
         """The object that a field holds."""
         value = self.need(name)

@@ -11,7 +11,8 @@ from numpy.lib.format import MAGIC_PREFIX
 from numpy.typing import NDArray
 
 from refmoe.errors import InputError
-from refmoe.files.reading import foreign_parser, open_file
+from refmoe.files.foreign import by_name, foreign_parser
+from refmoe.files.reading import open_file
 from refmoe.files.sentences import quoted
 
 
@@ -39,5 +40,7 @@ def read_npz(path: Path) -> dict[str, NDArray[Any]]:
     # NumPy gives the bytes of a member that is no array
     other = next((name for name, array in arrays.items() if not isinstance(array, np.ndarray)), None)
     if other is not None:
-        raise InputError(f"{path}: {quoted(other)} is no array, but only arrays of NumPy were expected in a .npz file")
+        raise InputError(
+            f"{path}: {quoted(other)} is no array, but only arrays of NumPy were expected in a .npz file{by_name(path)}"
+        )
     return arrays

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import stat
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
@@ -32,6 +31,14 @@ def exists(path: Path) -> bool:
     except (OSError, ValueError) as error:
         raise unreadable(path, error, "") from None
     return True
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder of this name that can be looked at."""
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except (OSError, ValueError):
+        return False
 
 
 def need_folder(path: Path, expected: str) -> None:
@@ -120,23 +127,6 @@ def unreadable(path: Path, error: Exception, expected: str) -> InputError:
         return InputError(f"{path}: cannot be read: permission denied")
     # a path with a NUL character raises ValueError
     return InputError(f"{path}: cannot be read: {one_line(getattr(error, 'strerror', None) or error)}")
-
-
-@contextmanager
-def foreign_parser(path: Path, expected: str) -> Iterator[None]:
-    """Turn whatever the parser of another library raises into one sentence, and show none of its warnings.
-
-    expected: the format, as "a .npy file"
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except InputError:
-        raise
-    except Exception as error:  # no list of exceptions is long enough: tokenize.TokenError, OverflowError, ...
-        reason = one_line(str(error).partition("\n")[0]) or type(error).__name__
-        raise InputError(f"{path}: cannot be read as {expected}: {reason}") from None
 
 
 def system_text(path: str) -> str:

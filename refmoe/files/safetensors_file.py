@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from refmoe.errors import InputError
+from refmoe.files.foreign import other_format
 from refmoe.files.parsing import strict_json
 from refmoe.files.reading import open_file
 from refmoe.files.sentences import one_line, quoted
@@ -174,11 +175,13 @@ def open_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str
                 metadata = dict(checked.metadata() or {})
             (length,) = struct.unpack("<Q", file.read(8))
             header: dict[str, Any] = strict_json(file.read(length))
-    except SafetensorError as error:
-        raise InputError(f"{path}: not a whole safetensors file: {one_line(error)}") from None
     except InputError:
         raise
-    except (ValueError, struct.error) as error:
+    except (SafetensorError, ValueError, struct.error) as error:
+        if found := other_format(path):
+            raise InputError(f"{path}: is {found}, but {EXPECTED} was expected") from None
+        if isinstance(error, SafetensorError):
+            raise InputError(f"{path}: not a whole safetensors file: {one_line(error)}") from None
         raise InputError(f"{path}: the header of the safetensors file cannot be used: {one_line(error)}") from None
     header.pop("__metadata__", None)
     tensors = {

@@ -57,11 +57,10 @@ class Emission:
 
     def header(self) -> Header:
         """The header of the trace."""
-        named = self.digest and self.model.files
         return Header(
             self.runs,
             self.case,
-            checkpoint=checkpoint_digest(self.model.files) if named else None,
+            checkpoint=checkpoint_digest(self.model) if self.digest else None,
             policy=self.arithmetic.removeprefix(POLICY),
         )
 

@@ -23,6 +23,7 @@ from safetensors.numpy import save, save_file
 from refmoe import __version__
 from refmoe.errors import InputError
 from refmoe.files.atomic import replacing
+from refmoe.files.foreign import other_format
 from refmoe.files.parsing import strict_json
 from refmoe.files.reading import need_file, open_file, read_bytes
 from refmoe.files.safetensors_file import StoredTensor, open_safetensors, write_tensors
@@ -214,6 +215,8 @@ def _refuse_a_long_table(path: Path) -> None:
     """Raises InputError for a header too long to read within the memory that verification promises."""
     with open_file(path, A_TRACE) as file:
         length, whole = int.from_bytes(file.read(8), "little"), need_file(path, A_TRACE)
+    if LONGEST_TABLE < length <= whole and (found := other_format(path)):
+        raise InputError(f"{path}: is {found}, but {A_TRACE} was expected")
     if LONGEST_TABLE < length <= whole:
         raise InputError(
             f"{path}: the safetensors header has {length:,} bytes, but at most {LONGEST_TABLE:,} were expected of a "

@@ -227,10 +227,10 @@ KINDS = [
     Kind("window of zero", "hf", config(sliding_window=0), ("config.json: sliding_window = 0", "at least 1")),
     Kind("window of false", "hf", config(sliding_window=False), ("'sliding_window' is false", "an integer")),
     Kind("negative epsilon", "hf", config(rms_norm_eps=-1e-5), ("config.json: rms_norm_eps = -1e-05 is negative",)),
-    Kind("theta of zero", "hf", config(rope_theta=0), ("config.json: 'rope_theta' is 0", "a base from")),
-    Kind("theta huge", "hf", config(rope_theta=1e300), ("config.json: 'rope_theta' is 1e+300", "a base from")),
-    Kind("theta tiny", "hf", config(rope_theta=1e-300), ("config.json: 'rope_theta' is 1e-300", "a base from")),
-    Kind("theta huge", "mistral", params(rope_theta=1e300), ("params.json: 'rope_theta' is 1e+300", "a base from")),
+    Kind("theta of zero", "hf", config(rope_theta=0), ("config.json: rope_theta = 0, but a base from",)),
+    Kind("theta huge", "hf", config(rope_theta=1e300), ("config.json: rope_theta = 1e+300, but a base from",)),
+    Kind("theta tiny", "hf", config(rope_theta=1e-300), ("config.json: rope_theta = 1e-300, but a base from",)),
+    Kind("theta huge", "mistral", params(rope_theta=1e300), ("params.json: rope_theta = 1e+300, but a base from",)),
     Kind(
         "uneven groups", "hf", config(num_key_value_heads=4),
         ("config.json: num_key_value_heads = 4 does not divide num_attention_heads = 6",),
@@ -247,7 +247,8 @@ KINDS = [
     ),
     Kind("another activation", "hf", config(hidden_act="gelu"), ("'hidden_act' is \"gelu\"", "'silu' was expected")),
     Kind("another model", "hf", config(model_type="llama"), ("'model_type' is \"llama\"", "'mixtral' was expected")),
-    Kind("tied output", "hf", config(tie_word_embeddings=True), ("'tie_word_embeddings' is true",)),
+    Kind("tied, another output", "hf", config(tie_word_embeddings=True), ("'lm_head.weight' differs from the emb",)),
+    Kind("tied, a string", "hf", config(tie_word_embeddings="no"), ("'tie_word_embeddings' is \"no\"", "true or")),
     Kind("attention bias", "hf", config(attention_bias=True), ("'attention_bias' is true",)),
     Kind("quantised", "hf", config(quantization_config={"bits": 4}), ("'quantization_config'", '"bits": 4')),
     # config.json: rotary embedding
@@ -292,7 +293,7 @@ KINDS = [
     # which files
     Kind("no weights", "hf", remove(SINGLE), ("neither model.safetensors nor model.safetensors.index.json",)),
     Kind("a pickle", "hf", both(remove(SINGLE), touch("pytorch_model.bin")), ("pytorch_model.bin: is a pickle",)),
-    Kind("one file and an index", "shards", touch(SINGLE), ("holds both model.safetensors and",)),
+    Kind("one file and an index", "shards", touch(SINGLE), ("holds model.safetensors beside model", "names")),
     Kind("weights a folder", "hf", file_to_folder(SINGLE), ("model.safetensors: is a folder",)),
     # a safetensors file
     Kind("empty weights", "hf", text(SINGLE, b""), ("model.safetensors: not a whole safetensors file",)),
@@ -304,7 +305,7 @@ KINDS = [
     Kind("a byte too many", "hf", lambda f: (f / SINGLE).open("ab").write(b"x"), ("model.safetensors: not a whole",)),
     Kind("garbage", "hf", text(SINGLE, b"\x20" + bytes(7) + b"\xf0\x28\x8c" * 40), ("model.safetensors: not a whole",)),
     Kind("header of 2^63 bytes", "hf", text(SINGLE, b"\xff" * 64), ("model.safetensors: not a whole",)),
-    Kind("an LFS pointer", "hf", text(SINGLE, "version https://git-lfs.github.com/spec/v1\n"), ("model.safetensors",)),
+    Kind("an LFS pointer", "hf", text(SINGLE, "version https://git-lfs.github.com/spec/v1\n"), ("git lfs pull",)),
     Kind("header a list", "hf", lambda f: put_together(f / SINGLE, b"[]", b""), ("model.safetensors: not a whole",)),
     Kind(
         "header nested", "hf", lambda f: put_together(f / SINGLE, b'{"a":' * 9999, b""),
@@ -433,7 +434,7 @@ KINDS = [
     Kind("lora", "mistral", params(lora={"rank": 64}), ("params.json: 'lora' is", "no Mixtral has this field")),
     Kind("unknown, on two lines", "mistral", params(**{"a\nb": 1}), ("params.json: 'a\\nb' is 1",)),
     Kind("mamba", "mistral", params(model_type="mamba"), ("'model_type' is \"mamba\"", "'transformer'")),
-    Kind("tied", "mistral", params(tied_embeddings=True), ("'tied_embeddings' is true",)),
+    Kind("tied", "mistral", params(tied_embeddings=True), ("'output.weight' differs from the embedding",)),
     Kind("odd head_dim", "mistral", params(head_dim=9), ("params.json: head_dim = 9 is odd",)),
     Kind(
         "uneven groups", "mistral", params(n_kv_heads=4), ("params.json: n_kv_heads = 4 does not divide n_heads = 6",)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import mmap
 import tracemalloc
@@ -20,6 +22,7 @@ from refmoe.checkpoints.layout import Checkpoint
 from refmoe.checkpoints.load import checkpoint_digest, load_checkpoint
 from refmoe.checkpoints.mistral import half_split, interleaved
 from refmoe.checkpoints.synthetic import synthetic_checkpoint
+from refmoe.checkpoints.weight import Weight
 from refmoe.checkpoints.write import named_weights, write_checkpoint
 from refmoe.errors import InputError
 from refmoe.spec.config import Config
@@ -98,14 +101,75 @@ def test_a_square_model_derives_its_head_dim(tmp_path: Path) -> None:
 
 def test_the_digest_covers_every_shard_in_name_order(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, UNEVEN, SOURCE.parameters, shards=True)
-    files = load_checkpoint(tmp_path).files
-    digest = checkpoint_digest(files)
-    assert digest == checkpoint_digest(files[::-1])
-    path = files[1]
+    loaded = load_checkpoint(tmp_path)
+    digest = checkpoint_digest(loaded)
+    assert digest == checkpoint_digest(replace(loaded, files=loaded.files[::-1]))
+    path = loaded.files[1]
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
     path.write_bytes(raw)
-    assert checkpoint_digest(files) != digest
+    assert checkpoint_digest(loaded) != digest
+
+
+@pytest.mark.parametrize(("layout", "name"), [("hf", "config.json"), ("mistral", "params.json")])
+def test_the_digest_is_that_of_the_configuration_and_the_weights(tmp_path: Path, layout: str, name: str) -> None:
+    """With the same weights, another norm_eps gives other taps; anybody can compute the digest with sha256sum."""
+    write_checkpoint(tmp_path, UNEVEN, SOURCE.parameters, layout=layout, shards=True)
+    loaded = load_checkpoint(tmp_path)
+    bytes_ = (tmp_path / name).read_bytes() + b"".join(path.read_bytes() for path in sorted(loaded.files))
+    assert checkpoint_digest(SOURCE) is None
+    assert checkpoint_digest(loaded) == f"sha256:{hashlib.sha256(bytes_).hexdigest()}"
+    (tmp_path / name).write_text((tmp_path / name).read_text().replace(str(UNEVEN.norm_eps), "0.001"))
+    changed = load_checkpoint(tmp_path)
+    assert changed.config == replace(UNEVEN, norm_eps=0.001)
+    assert checkpoint_digest(changed) != f"sha256:{hashlib.sha256(bytes_).hexdigest()}"
+
+
+# Tied embeddings
+
+
+TIED = replace(SOURCE.parameters, output=SOURCE.parameters.embedding)
+"""The parameters of `SOURCE` with the embedding for an output matrix."""
+
+
+@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize("layout", ["hf", "mistral"])
+def test_a_tied_checkpoint_stores_the_embedding_once(tmp_path: Path, layout: str, shards: bool) -> None:
+    write_checkpoint(tmp_path, UNEVEN, TIED, layout=layout, shards=shards)
+    names = {name for path in tmp_path.glob("*.safetensors") for name in take_apart(path)[0]}
+    assert not names & {"lm_head.weight", "output.weight"}
+    loaded = load_checkpoint(tmp_path)
+    assert loaded.tied
+    assert not SOURCE.tied
+    assert_same_values(loaded.parameters, TIED)
+
+
+def test_an_equal_output_matrix_beside_a_tied_embedding_is_the_embedding(tmp_path: Path) -> None:
+    twice = replace(TIED, output=replaced_name(TIED.embedding, "output"))
+    write_checkpoint(tmp_path, UNEVEN, twice)
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
+    assert "lm_head.weight" in take_apart(tmp_path / "model.safetensors")[0]
+    loaded = load_checkpoint(tmp_path)
+    assert loaded.tied
+    assert_same_values(loaded.parameters, TIED)
+
+
+def replaced_name(weight: Weight, name: str) -> Weight:
+    """Another parameter with the values of this one."""
+    return Weight(name=name, shape=weight.shape, dtype=weight.dtype, source=weight.read, origin=name)
+
+
+# An index
+
+
+def test_an_index_may_name_the_one_file_beside_it(tmp_path: Path) -> None:
+    """Tools that merge shards leave an index of one file."""
+    write_checkpoint(tmp_path, UNEVEN, SOURCE.parameters)
+    names = take_apart(tmp_path / "model.safetensors")[0].keys() - {"__metadata__"}
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_same_values(load_checkpoint(tmp_path).parameters, SOURCE.parameters)
 
 
 # Writing
@@ -114,9 +178,24 @@ def test_the_digest_covers_every_shard_in_name_order(tmp_path: Path) -> None:
 def test_writing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     for _ in range(2):
         write_checkpoint(tmp_path, UNEVEN, SOURCE.parameters, shards=True)
-        digest = checkpoint_digest(tuple(tmp_path.glob("*.safetensors")))
+        digest = checkpoint_digest(load_checkpoint(tmp_path))
     write_checkpoint(tmp_path / "again", UNEVEN, SOURCE.parameters, shards=True)
-    assert digest == checkpoint_digest(tuple((tmp_path / "again").glob("*.safetensors")))
+    assert digest == checkpoint_digest(load_checkpoint(tmp_path / "again"))
+
+
+PUBLISHED = """
+    architectures attention_dropout bos_token_id eos_token_id hidden_act hidden_size initializer_range intermediate_size
+    max_position_embeddings model_type num_attention_heads num_experts_per_tok num_hidden_layers num_key_value_heads
+    num_local_experts output_router_logits rms_norm_eps rope_theta router_aux_loss_coef sliding_window
+    tie_word_embeddings torch_dtype transformers_version use_cache vocab_size
+"""
+"""The fields of config.json in mistralai/Mixtral-8x7B-v0.1."""
+
+
+def test_every_published_field_is_written(tmp_path: Path) -> None:
+    """Engines read fields of the published file without asking: keras-hub output_router_logits, for one."""
+    write_checkpoint(tmp_path, UNEVEN, SOURCE.parameters)
+    assert set(PUBLISHED.split()) <= json.loads((tmp_path / "config.json").read_text()).keys()
 
 
 def test_weights_of_another_checkpoint_are_not_left_beside_new_ones(tmp_path: Path) -> None:
