@@ -11,17 +11,16 @@ from typing import Any
 import numpy as np
 
 from refmoe.arithmetic.exact.slices import on_host
-from refmoe.checkpoints.load import load_checkpoint
+from refmoe.checkpoints.load import load_checkpoint, read_configuration
 from refmoe.cuda.decode import Decoder
 from refmoe.cuda.memory import resident, widest
 from refmoe.cuda.place import CPU, Place
 from refmoe.errors import InputError
 from refmoe.spec.model import Caches, Model, forward
-from refmoe.text.chat import encode_chat, load_chat
+from refmoe.text.chat import load_chat
+from refmoe.text.folder import FolderText, read_folder
 from refmoe.text.generate import generate
 from refmoe.text.sampling import SamplingSettings
-from refmoe.text.stream import stream_text
-from refmoe.text.tokenizer import Tokenizer
 
 DTYPES = ("float32", "float64")
 BLAS = ("numpy", "mkl")
@@ -81,12 +80,12 @@ class Generation:
 
 
 def prompt_tokens(checkpoint: Path, prompt: str, chat: Path | None = None) -> tuple[int, ...]:
-    """The token ids of a text, or of a chat, by the tokenizer of a checkpoint.
+    """The token ids of a text, or of a chat, as the folder of a checkpoint says.
 
     chat: a JSON list of messages, which takes the place of the text.   Raises InputError when a file cannot be read.
     """
-    tokenizer = Tokenizer.load(checkpoint / "tokenizer.model")
-    return tuple(tokenizer.encode(prompt) if chat is None else encode_chat(tokenizer, load_chat(chat)))
+    text = read_folder(checkpoint, read_configuration(checkpoint).config.vocab)
+    return tuple(text.encode(prompt) if chat is None else text.encode_chat(load_chat(chat)))
 
 
 @dataclass(frozen=True)
@@ -94,12 +93,11 @@ class Continuation:
     """New tokens, computed as they are taken."""
 
     tokens: Iterator[int]
-    tokenizer: Tokenizer | None
+    text: FolderText
 
     def pieces(self, tokens: Sequence[int] | None = None) -> Iterator[str]:
         """The text piece by piece; token ids where there is no tokenizer.   tokens: those to write; None: its own"""
-        source = self.tokens if tokens is None else iter(tokens)
-        return stream_text(self.tokenizer, source) if self.tokenizer else (f"{token} " for token in source)
+        return self.text.pieces(self.tokens if tokens is None else tokens)
 
 
 def continuation(checkpoint: Path, prompt: Sequence[int], how: Generation, layout: str | None = None) -> Continuation:
@@ -112,12 +110,10 @@ def continuation(checkpoint: Path, prompt: Sequence[int], how: Generation, layou
         if not 0 <= token < loaded.config.vocab:
             raise InputError(f"token {token} of the prompt is outside the model's vocabulary of {loaded.config.vocab}")
     settings = SamplingSettings(temperature=how.temperature, top_k=how.top_k, top_p=how.top_p)
-    vocabulary = checkpoint / "tokenizer.model"
-    tokenizer = Tokenizer.load(vocabulary) if vocabulary.exists() else None
-    stop = {tokenizer.eos_id} if tokenizer else set()
+    text = read_folder(checkpoint, loaded.config.vocab)
     place, dtype, count = how.place, how.dtype, how.max_new_tokens
     place.require_memory(resident(loaded.config, len(prompt), count, widest(loaded.dtypes), dtype))
     model = Model(loaded.config, loaded.parameters, place.steps(dtype))
     step = session(place, model, len(prompt) + count, dtype, how.blas).step
-    new = generate(step, list(prompt), settings, max_new_tokens=count, stop_ids=stop, seed=how.seed)
-    return Continuation(new, tokenizer)
+    new = generate(step, list(prompt), settings, max_new_tokens=count, stop_ids=text.end, seed=how.seed)
+    return Continuation(new, text)

@@ -24,7 +24,7 @@ Faster from the second use of a weight on; much faster with bfloat16 weights on 
 @layout_option
 @click.option("--prompt", metavar="TEXT", help="Text to continue.")
 @click.option("--chat", type=PATH, metavar="FILE", help="A JSON list of chat messages to answer.")
-@click.option("--tokens", type=Tokens(), help="Token ids to continue; prints ids where there is no tokenizer.model.")
+@click.option("--tokens", type=Tokens(), help="Token ids to continue; prints ids where there is no tokenizer.")
 @click.option("--max-new-tokens", default=64, show_default=True, type=Integer(min=1), help="The most tokens to add.")
 @click.option("--temperature", type=Decimal(), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", type=Integer(), help="Sample from the k most likely tokens only.")
@@ -60,7 +60,7 @@ def generate_command(
     new = continuation(checkpoint, start, Generation(place=device, **options), layout)
     if as_json:
         ids = list(new.tokens)
-        text = "".join(new.pieces(ids)) if new.tokenizer else None
+        text = "".join(new.pieces(ids)) if new.text.tokenizer else None
         click.echo(json_text({"prompt": list(start), "tokens": ids, "text": text}))
         return
     for piece in new.pieces():

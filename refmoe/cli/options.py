@@ -185,7 +185,7 @@ def input_options(command: Command) -> Command:
         click.option("--decode", type=Tokens(), help="After the prefill, decode these tokens one by one."),
         click.option("--chunk", type=Tokens(), multiple=True, help="After the prefill, a chunk of tokens; repeatable."),
         click.option("--chat", type=PATH, metavar="FILE", help="A JSON list of chat messages for the prefill."),
-        click.option("--prompt", metavar="TEXT", help="Text for the prefill, by the checkpoint's tokenizer.model."),
+        click.option("--prompt", metavar="TEXT", help="Text for the prefill, by the checkpoint's tokenizer."),
         click.option("--tokens", type=Tokens(), help="Token ids for the prefill, such as 1,2,3."),
     ):
         command = option(command)
@@ -210,7 +210,7 @@ class Input:
     def calls(self, folder: Path) -> list[Call]:
         """The script. Raises InputError when not exactly one prefill is given.
 
-        folder: the checkpoint, whose tokenizer.model turns text into tokens.
+        folder: the checkpoint, whose tokenizer turns text into tokens.
         """
         if sum(item is not None for item in (self.tokens, self.prompt, self.chat)) != 1:
             raise InputError("exactly one of --tokens, --prompt and --chat was expected")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from refmoe.errors import InputError, require
+from refmoe.files.foreign import by_name
 from refmoe.files.reading import read_bytes
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
@@ -47,7 +48,7 @@ class Tokenizer:
         except (RuntimeError, OSError, ValueError):  # the error's text names a C++ line, which helps no user
             raise InputError(
                 f"{path}: {len(content)} bytes that sentencepiece cannot load, but a complete SentencePiece model "
-                "(tokenizer.model) was expected"
+                f"(tokenizer.model) was expected{by_name(path)}"
             ) from None
         tokenizer = Tokenizer(path, processor)
         check_conventions(tokenizer)
@@ -84,13 +85,7 @@ class Tokenizer:
         second part gets a leading space of its own.
         Raises InputError when `text` holds a lone surrogate, which UTF-8 cannot express.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"the text has the lone surrogate U+{ord(text[error.start]):04X} at index {error.start}, "
-                "but Unicode text was expected"
-            ) from None
+        need_unicode(text)
         ids = [int(token) for token in self.processor.encode(text)]
         return [self.bos_id, *ids] if bos else ids
 
@@ -137,6 +132,17 @@ class Tokenizer:
                 f"token id {number} is outside the vocabulary of {self.path}: 0 to {self.vocab_size - 1} was expected"
             )
         return number
+
+
+def need_unicode(text: str) -> None:
+    """Raises InputError when a text holds a lone surrogate."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the text has the lone surrogate U+{ord(text[error.start]):04X} at index {error.start}, "
+            "but Unicode text was expected"
+        ) from None
 
 
 def check_conventions(tokenizer: Tokenizer) -> None:
