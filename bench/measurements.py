@@ -354,6 +354,31 @@ Files: {link("robustness_inputs.json", "robustness_engines.json", *(["robustness
 {table(("attack", "command", "trials", "with a fault"), rows)}"""
 
 
+def folders() -> str:
+    found = results("folders")
+    rows = [
+        (
+            each["id"], _plain(each["odd"]), _plain(each["source"]),
+            f"refused: {_plain(each['refused'])}" if "refused" in each else f"read: {each['difference']:.1e}",
+        )
+        for each in found["rows"]
+    ]  # fmt: skip
+    return f"""## Folders as people have them
+
+Each folder is one of the field: its configuration with every odd field, small dimensions, random weights. Where it is
+read, the logits of 12 tokens are compared with those of transformers {found["transformers"]}, in float64 on both sides.
+transformers keeps norms, angles and routing weights in float32 all the same, so the differences are of its rounding.
+Each is the largest difference, relative to the largest logit.
+Command: `python -m bench.folders --json bench/results/folders.json`; file: {link("folders.json")}.
+
+{table(("row", "what is odd", "seen in", "outcome"), rows)}"""
+
+
+def _plain(text: str) -> str:
+    """A text in one cell of a table, in which nothing is Markdown."""
+    return re.sub(r"([|*_`<>\[\]])", r"\\\1", text)
+
+
 def versions() -> str:
     if not _measured("versions"):
         return "## Versions of Python and NumPy\n\nNot measured yet (`python -m bench.versions`)."
@@ -375,7 +400,7 @@ Not tried:
 
 SECTIONS = (
     goldens, known_bugs, diagnosis, engines, faults, verify_cost, invariance, exact_cost, full_size, peers, elementary,
-    weight_formula, robustness, versions,
+    weight_formula, robustness, folders, versions,
 )  # fmt: skip
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a folder in Hugging Face's layout says about text beside its vocabulary: added tokens, template, end tokens."""
+"""The settings of text in a folder of Hugging Face's layout: added tokens, chat template, end tokens."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ clauses of `Tokenizer` are not those of this class: a control token in a text is
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from refmoe.errors import InputError, require
 from refmoe.files.foreign import foreign_parser
+from refmoe.files.parsing import strict_json
 from refmoe.files.reading import read_text
 from refmoe.files.sentences import quoted
 from refmoe.text.settings import TextSettings
@@ -59,7 +59,10 @@ class JsonTokenizer:
             raise InputError(f"{path}: holds no token, but {EXPECTED} was expected")
         silent = frozenset(token for token, added in backend.get_added_tokens_decoder().items() if added.special)
         contradiction = _contradiction(backend, settings, path)
-        return JsonTokenizer(path, backend, max(ids) + 1, _decoders(backend), silent, contradiction)
+        return JsonTokenizer(
+            path=path, backend=backend, vocab_size=max(ids) + 1, decoders=_decoders(backend), silent=silent,
+            contradiction=contradiction,
+        )  # fmt: skip
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """The token ids of a text.   bos: whether to add what the file puts around a text, such as BOS
@@ -102,7 +105,7 @@ def _add(tokenizers: Any, backend: Any, settings: TextSettings, path: Path) -> N
 
 
 def _contradiction(backend: Any, settings: TextSettings, path: Path) -> str | None:
-    """What the file puts around a text, where tokenizer_config.json says otherwise; None where the two agree."""
+    """The sentence for a tokenizer_config.json that says otherwise about BOS and EOS; None where the files agree."""
     around = backend.encode("", add_special_tokens=True).tokens
     for name, wanted in {"bos_token": settings.add_bos, "eos_token": settings.add_eos}.items():
         piece = settings.special.get(name)
@@ -117,7 +120,7 @@ def _contradiction(backend: Any, settings: TextSettings, path: Path) -> str | No
 def _decoders(backend: Any) -> tuple[str, ...]:
     if backend.decoder is None:
         return ()
-    state = json.loads(backend.decoder.__getstate__())
+    state: Any = strict_json(backend.decoder.__getstate__())
     return tuple(str(each["type"]) for each in (state["decoders"] if state["type"] == "Sequence" else [state]))
 
 
