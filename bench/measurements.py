@@ -184,7 +184,7 @@ engines NAME --install DIR` makes the environment of an engine.
   small cases are skipped in two dtypes. In float16 the case `huge-activations` overflows by design, for every engine.
 - vLLM: no deviation. Its attention on a CPU has heads of 32 and more.
 - mistral-inference: no deviation. Its attention kernel has no CPU version and is replaced. A sequence starts at 0.
-- OpenVINO: no deviation in float32. By default it infers in bfloat16 on this processor, and conforms to that policy.
+- OpenVINO: no deviation in the cases that were run, in the second table.
 - llama.cpp: no deviation from its profiles. Its default is flash attention, which sums weighted values in float16 in
   calls of fewer than 64 tokens. Only `attention.context` shows it, and the source confirms it. A float16 or bfloat16
   file rounds the inputs of products. In a float16 file `huge-activations` overflows. It has no sliding window for this
@@ -199,7 +199,7 @@ engines NAME --install DIR` makes the environment of an engine.
   ([finding](findings/onnxruntime-sigmoid.md)). By the profile of `transformers` only `expert.hidden` deviates.
 
 Runs of some cases, or with a setting that excludes most of them ([`conform_some/`](../bench/results/conform_some)).
-Those of vLLM and of grouped products are of the family `production`:
+Those of grouped products and of mistral-inference are of the family `production`:
 
 {table(("engine", "dtype", *KINDS), verdicts("conform_some"))}
 
@@ -209,7 +209,7 @@ Those of vLLM and of grouped products are of the family `production`:
   deviates: JAX divides float16 on a CPU without correct rounding.
 - tinygrad with `taps=states`: no deviation at small positions. With all taps its rotations deviate
   ([finding](findings/tinygrad-cos.md)).
-- `transformers` with grouped products, and vLLM, conform over the production cases that were run."""
+- `transformers` with grouped products, and mistral-inference, conform over the production cases that were run."""
 
 
 def faults() -> str:
