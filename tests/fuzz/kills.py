@@ -257,11 +257,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="a part of the names of commands")
     parser.add_argument("--json", type=Path, help="where to write the counts")
+    parser.add_argument("--resume", action="store_true", help="go on from the counts in the file of --json")
     options = parser.parse_args()
     tried, hits, faulty = Counter[str](), Counter[str](), Counter[str]()
     total: dict[str, int] = {}
-    for trial in trials(2 * options.count, options.seed, options.only):
-        if hits.total() == options.count:
+    if options.resume:
+        for name, counts in json.loads(options.json.read_text())["commands"].items():
+            tried[name], hits[name], faulty[name] = counts["tried"], counts["killed"], counts["faults"]
+    for trial in list(trials(2 * options.count, options.seed, options.only))[tried.total() :]:
+        if hits.total() >= options.count:
             break
         hit, faults = trial.run()
         tried[trial.name] += 1
