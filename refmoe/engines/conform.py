@@ -15,7 +15,7 @@ from refmoe.checkpoints.size import total_parameters
 from refmoe.engines.harness import Description, Harness, HarnessUnusable, Refused
 from refmoe.engines.observations import golden_bits_notes, has_golden_bits, is_wider
 from refmoe.engines.process import BROKEN, CRASHED, HarnessError
-from refmoe.engines.protocol import TAPS
+from refmoe.engines.protocol import EVERY_TAP
 from refmoe.engines.results import NOT_JUDGED, SKIPPED, Cause, Engine, Outcome, Results
 from refmoe.engines.run_case import (
     Labels,
@@ -127,7 +127,7 @@ def worst_errors(report: Report) -> dict[str, float]:
         if check.verdict != FAIL:
             now = min(now, 1.0)
         worst[check.step] = math.nan if math.isnan(before) or math.isnan(now) else max(before, now)
-    return {step: worst[step] for step in TAPS if step in worst}
+    return {step: worst[step] for step in EVERY_TAP if step in worst}
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from refmoe.engines.process import BROKEN, CRASHED, HarnessError, Process
 from refmoe.engines.protocol import (
     ABILITIES,
     DTYPES,
+    EVERY_TAP,
     LAYOUTS,
     LONGEST_NAME,
     PROTOCOL,
-    TAPS,
     Message,
     MessageError,
     expect_fields,
@@ -172,7 +172,7 @@ def describe(answer: Message) -> Description:
     expect_fields(answer, START_FIELDS)
     if answer["protocol"] != PROTOCOL:
         raise wrong_field("protocol", answer["protocol"], f'"{PROTOCOL}"')
-    dtypes, taps = names_field(answer, "dtypes", DTYPES), names_field(answer, "taps", TAPS)
+    dtypes, taps = names_field(answer, "dtypes", DTYPES), names_field(answer, "taps", EVERY_TAP)
     if not dtypes:
         raise wrong_field("dtypes", answer["dtypes"], "at least one dtype")
     if not {"logits", LOGPROBS} & {*taps}:

@@ -17,9 +17,11 @@ PROTOCOL = "1"
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 """The dtypes in which an engine can be asked to compute, the widest first."""
 
-TAPS = ("embedding", *LAYER_TAPS, "final_norm", "logits", *READ_OUT_TAPS)
-"""Every tap without its layer, in order of computation."""
-assert set(TAPS) == {*LAYER_TAPS, *MODEL_TAPS, *READ_OUT_TAPS}
+TAPS = ("embedding", *LAYER_TAPS, "final_norm", "logits")
+"""Every tap of the model without its layer, in order of computation."""
+assert set(TAPS) == {*LAYER_TAPS, *MODEL_TAPS}
+EVERY_TAP = (*TAPS, *READ_OUT_TAPS)
+"""All that an engine may give: the taps, and what it reads out of the logits."""
 
 ABILITIES = ("chunk", "decode", "sequences")
 """chunk: several tokens on top of a cache. decode: one token on top of a cache. sequences: more than one sequence, each

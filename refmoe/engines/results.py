@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from refmoe.engines.process import BROKEN, CRASHED, TIMED_OUT
-from refmoe.engines.protocol import DTYPES, TAPS
+from refmoe.engines.protocol import DTYPES, EVERY_TAP
 from refmoe.errors import InputError
 from refmoe.files.atomic import replacing
 from refmoe.files.json_file import JsonFile, read_json
@@ -244,9 +244,10 @@ def _errors(file: JsonFile) -> Mapping[str, float]:
     found = file.within("worst_errors")
     errors = {}
     for step, value in found.values.items():
-        if step not in TAPS:
+        if step not in EVERY_TAP:
             raise InputError(
-                f"{file.path}: 'worst_errors' has the step {quoted(step)}, but one of {', '.join(TAPS)} was expected"
+                f"{file.path}: 'worst_errors' has the step {quoted(step)}, "
+                f"but one of {', '.join(EVERY_TAP)} was expected"
             )
         errors[step] = UNBOUNDED[value] if isinstance(value, str) and value in UNBOUNDED else found.number(step)
         if errors[step] < 0:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from refmoe.engines.observations import Used, policies_used
 from refmoe.engines.process import BROKEN, CRASHED, TIMED_OUT
-from refmoe.engines.protocol import DTYPES, TAPS
+from refmoe.engines.protocol import DTYPES, EVERY_TAP
 from refmoe.engines.results import NOT_JUDGED, SKIPPED, Cause, Outcome, Results, read_results
 from refmoe.errors import InputError
 from refmoe.spec.taps import step_of
@@ -68,7 +68,7 @@ class Entrant:
                 for step, error in each.worst_errors.items():
                     before = worst.get(step, 0.0)
                     worst[step] = math.nan if math.isnan(before) or math.isnan(error) else max(before, error)
-        return {step: worst[step] for step in TAPS if step in worst}
+        return {step: worst[step] for step in EVERY_TAP if step in worst}
 
 
 @dataclass(frozen=True)

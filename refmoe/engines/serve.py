@@ -23,9 +23,9 @@ from refmoe.engines.adapter import Adapter, Skipped, adapter_class
 from refmoe.engines.options import made, options_of
 from refmoe.engines.protocol import (
     DTYPES,
+    EVERY_TAP,
     LONGEST_SENTENCE,
     PROTOCOL,
-    TAPS,
     Message,
     MessageError,
     encode,
@@ -123,7 +123,7 @@ class Server:
 
     def _run(self, request: Message) -> Message:
         runs = parse_runs(request["runs"])
-        taps = names_field(request, "taps", TAPS)
+        taps = names_field(request, "taps", EVERY_TAP)
         out = Path(text_field(request, "out", os.pathconf("/", "PC_PATH_MAX")))
         arrays = self._started().run(runs, frozenset(taps))
         wanted = {key: array for key, array in arrays.items() if step_of(key.partition("/")[2]) in taps}

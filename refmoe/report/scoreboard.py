@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from refmoe.engines.protocol import TAPS
+from refmoe.engines.protocol import EVERY_TAP
 from refmoe.engines.scoreboard import (
     DEVIATES,
     FAILED,
@@ -95,7 +95,7 @@ def errors(board: Scoreboard) -> list[tuple[str, list[Amount | None]]]:
     seen = {step for column in columns for step in column}
     return [
         (step, [amount(column[step]) if step in column else None for column in columns])
-        for step in TAPS
+        for step in EVERY_TAP
         if step in seen
     ]
 
