@@ -10,8 +10,8 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
@@ -28,6 +28,8 @@ ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", 
 """Variables that make a BLAS library start one thread. A process reads them once, when it loads the library."""
 HOPELESS = 3
 """After so many deaths in a row of a worker that had one item to itself, the other items are not tried."""
+PATIENCE = 5.0
+"""Seconds without a result after which a pool is asked whether it has ended."""
 SET_DEATH_SIGNAL = 1
 """The option of Linux's `prctl` that names the signal a process gets when its parent ends (PR_SET_PDEATHSIG)."""
 
@@ -159,12 +161,37 @@ def _until_a_death(
         with suppress(BrokenProcessPool):  # a worker may die before all items are handed in
             for item in items:
                 futures[executor.submit(function, item)] = item
-        for future in as_completed(futures):
+        for future in _ended(executor, futures):
             if not isinstance(future.exception(), BrokenProcessPool):
                 yield futures[future], future.result()
     # items are handed out in their order, so the first ones without a result were being worked on
-    lost = [item for future, item in futures.items() if future.exception() is not None] + items[len(futures) :]
+    lost = [item for future, item in futures.items() if not future.done() or future.exception() is not None]
+    lost += items[len(futures) :]
     return lost[:jobs], lost[jobs:]
+
+
+def _ended(executor: Executor, futures: Iterable[Future[Result]]) -> Iterator[Future[Result]]:
+    """The futures as they end.
+
+    A pool whose worker dies at the moment in which an item is handed in can forget the item, seen in Python 3.11. So
+    whoever waits in vain asks whether the pool has ended.
+    """
+    left = {*futures}
+    while left:
+        done, left = wait(left, PATIENCE, FIRST_COMPLETED)
+        yield from done
+        if not done and _has_ended(executor):
+            yield from wait(left, 0).done
+            return
+
+
+def _has_ended(executor: Executor) -> bool:
+    """Whether a pool takes no more work, as one of its workers has died."""
+    try:
+        executor.submit(int)
+    except BrokenProcessPool:
+        return True
+    return False
 
 
 # ---- the environment

@@ -11,12 +11,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from refmoe import parallel
 from refmoe.errors import InputError
-from refmoe.parallel import SPAWN, WorkerDied, end_with_parent, lifeline, process_pool, results
+from refmoe.parallel import SPAWN, WorkerDied, _ended, end_with_parent, lifeline, process_pool, results
 from tests.command_line import Refmoe
 
 ROOT = Path(__file__).parents[1]
@@ -78,6 +82,17 @@ def test_an_item_that_dies_in_company_is_tried_alone(tmp_path: Path) -> None:
 def test_where_every_worker_dies_the_rest_is_not_tried() -> None:
     """The test would take very long otherwise."""
     assert collected(always_dies, 2000, 2) == ({}, [*range(2000)])
+
+
+def test_items_that_a_dead_pool_has_forgotten_are_lost_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "PATIENCE", 0.05)
+    forgotten: Future[int] = Future()
+    done: Future[int] = Future()
+    done.set_result(7)
+    with process_pool(1) as pool:
+        with suppress(BrokenProcessPool):
+            pool.submit(always_dies, 0).result()
+        assert [*_ended(pool, [forgotten, done])] == [done]
 
 
 def test_an_error_of_an_item_is_raised_as_it_is() -> None:
