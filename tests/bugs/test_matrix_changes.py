@@ -154,7 +154,7 @@ IRRELEVANT = (
     "", "arithmetic.native.lanes", "arithmetic.native.slabs", "bugs", "checkpoints", "checkpoints.foreign_fields",
     "checkpoints.hf",
     "checkpoints.load", "checkpoints.mistral", "checkpoints.names", "checkpoints.size", "cuda", "cuda.device",
-    "cuda.memory", "cuda.place", "errors", "files", "files.atomic", "files.json_file", "files.lock",
+    "cuda.memory", "cuda.place", "errors", "files", "files.atomic", "files.foreign", "files.json_file", "files.lock",
     "files.numbers", "files.parsing", "files.reading", "files.safetensors_file", "files.scratch", "files.sentences",
     "files.writable", "jobs",
     "jobs.emission", "jobs.estimate", "jobs.job", "jobs.layerwise", "jobs.parts", "jobs.source", "jobs.spread",

@@ -13,7 +13,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -155,7 +155,17 @@ def test_whatever_ends_a_command_is_no_difference(refmoe: Refmoe, monkeypatch: p
     assert (status, printed) == (expected, "")
 
 
+@pytest.fixture
+def not_ignored() -> Iterator[None]:
+    """Signals have their usual effect, also where the tests themselves run under nohup."""
+    inherited = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, action in inherited.items():
+        signal.signal(number, action)
+
+
 @every
+@pytest.mark.usefixtures("not_ignored")
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGHUP"])
 def test_a_signal_runs_what_tidies_up(
     refmoe: Refmoe, given: Path, out: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: str
