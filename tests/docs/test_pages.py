@@ -31,6 +31,7 @@ NEEDS = {
 }
 SHOWN = {
     "README.md": ("main", "tests"),
+    "docs/adapters.md": None,
     "docs/install.md": None,
     "docs/pytorch.md": None,
     "CONTRIBUTING.md": None,
