@@ -57,12 +57,29 @@ def test_names_of_cases_stay_whole_at_every_width(browser: Chromium, path: Path,
         page.close()
 
 
-def test_a_desk_shows_all_engines_at_once(browser: Chromium, path: Path) -> None:
-    page = browser.open(path, 1300)
+def test_a_desk_shows_eight_engines_at_once(browser: Chromium, tmp_path: Path) -> None:
+    few = scoreboard(result_files((RESULTS,))[:8])
+    (tmp_path / "few.html").write_text(to_html(few), encoding="utf-8")
+    page = browser.open(tmp_path / "few.html", 1300)
     try:
         fits = """(() => { const box = document.getElementById("board").closest(".scroll");
           return box.scrollWidth <= box.clientWidth; })()"""
         assert page.evaluate(fits)
-        assert page.evaluate('document.querySelectorAll("#board thead th").length') == 1 + len(BOARD.entrants)
+        assert page.evaluate('document.querySelectorAll("#board thead th").length') == 1 + len(few.entrants)
+    finally:
+        page.close()
+
+
+def test_more_engines_move_beneath_the_names_of_the_cases(browser: Chromium, path: Path) -> None:
+    page = browser.open(path, 1300)
+    try:
+        moved = """(() => { const box = document.getElementById("board").closest(".scroll");
+          box.scrollLeft = box.scrollWidth;
+          const name = document.querySelector("#board tbody th").getBoundingClientRect();
+          return [box.scrollLeft > 0, name.left - box.getBoundingClientRect().left]; })()"""
+        assert len(BOARD.entrants) > 12
+        scrolled, left = page.evaluate(moved)
+        assert scrolled
+        assert abs(left) <= 2
     finally:
         page.close()
