@@ -36,7 +36,7 @@ def test_a_command_imports_only_what_the_api_does() -> None:
 def test_a_command_does_its_work_through_the_api() -> None:
     """Of the rooms below it takes only types, places, policies and sizes, and no function that computes."""
     plain = {
-        "cuda.place", "errors", "files.numbers", "files.sentences", "files.writable", "profiles.cut_points",
+        "cuda.place", "errors", "files.numbers", "files.sentences", "files.writable", "profiles.cut_points", "signals",
         "profiles.load", "profiles.policy", "spec.config",
         "suite.golden_folder", "traces.script", "verifier.findings",
     }  # fmt: skip

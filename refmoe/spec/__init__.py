@@ -5,8 +5,7 @@ Read in this order: `config`, `norm`, `rope`, `softmax`, `attention`, `router`, 
 can be observed, and `interface` lists what the functions ask of an array and of `ops`. Every normative statement has a
 clause id, such as ``NORM-1``, in the docstring of the function that states it.
 
-Nothing here imports an array library or another part of refmoe. Nothing here is there for speed. Shapes use one letter
-per dimension:
+Nothing here imports an array library or another part of refmoe, or is there for speed. The dimensions of shapes:
 
     T tokens in this call      S cached positions, this call included     D dim           L layers
     H query heads              K key/value heads                          d head_dim      V vocabulary
@@ -22,6 +21,5 @@ Commands that need cut points or speed run another statement of the same steps. 
     refmoe.steps.native      generate                                                 tests/steps/test_native.py
     refmoe.steps.cuda        any of these with --device cuda, at float32              tests/cuda/test_host.py
 
-Sources: Jiang et al. 2024, "Mixtral of Experts" (arXiv 2401.04088); Jiang et al. 2023, "Mistral 7B"
-(arXiv 2310.06825); others are named where they are used.
+Sources: "Mixtral of Experts" (arXiv 2401.04088), "Mistral 7B" (arXiv 2310.06825); others where they are used.
 """

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operations that the spec needs, of an array and of `ops`.
 
-Plain ``+ - * /``, comparison, indexing and reshaping act on the arrays themselves. Every operation whose result depends
-on an arithmetic goes through `Ops`. So the same functions compute a golden, a certificate or a fast run: the `ops` that
-they are given decide which.
+Plain ``+ - * /``, comparison, indexing and reshaping act on the arrays themselves. What depends on an arithmetic goes
+through `Ops`. So the same functions compute a golden, a certificate or a fast run.
 """
 
 from __future__ import annotations

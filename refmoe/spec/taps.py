@@ -38,8 +38,7 @@ MODEL_TAPS = {"embedding": "T D", "final_norm": "T D", "logits": "T V"}
 
 LOGPROBS, IDS = "logprobs", "logprobs.ids"
 READ_OUT_TAPS = {LOGPROBS: "T n", IDS: "T n"}
-"""Taps that an engine may give beside the model's own: the log-softmax of the logits, of the whole vocabulary, or of
-the n entries that the ids (integers) name for each token."""
+"""Taps beside the model's own: log-probabilities, of all entries or of the n that the integer ids name per token."""
 
 
 def tap_names(config: Config) -> Iterator[str]:

@@ -65,6 +65,7 @@ def assert_equal(ours: FolderText, theirs: Any) -> None:
 
 
 def test_the_ids_of_transformers(pair: tuple[FolderText, Any]) -> None:
+    """TEXT-1."""
     assert_equal(*pair)
 
 
@@ -83,6 +84,7 @@ def test_the_text_of_transformers_streamed(pair: tuple[FolderText, Any], data: s
 
 
 def test_every_row_is_written_one_by_one(pair: tuple[FolderText, Any]) -> None:
+    """TEXT-5."""
     ours, _ = pair
     assert all(isinstance(piece, str) for token in range(ROWS) for piece in ours.pieces([token]))
 
@@ -135,6 +137,7 @@ def dolphin(folder: Path, **files: Any) -> FolderText:
 
 @pytest.mark.parametrize("older", [False, True], ids=["tokenizer_config.json", "added_tokens.json"])
 def test_added_tokens_beyond_a_sentencepiece_file_are_written(tmp_path: Path, older: bool) -> None:
+    """TEXT-2."""
     files: dict[str, Any] = {}
     if older:
         files["tokenizer_config__json"] = {"tokenizer_class": "LlamaTokenizer"}
@@ -156,12 +159,14 @@ def test_a_template_is_not_guessed_without_a_tokenizer_json(tmp_path: Path) -> N
 
 
 def test_a_template_of_plain_text_is_obeyed_without_a_tokenizer_json(tmp_path: Path) -> None:
+    """TEXT-3."""
     plain = "{% for m in messages %}{{ m['role'] | upper }}: {{ m['content'] }}\n{% endfor %}ASSISTANT:"
     found = dolphin(tmp_path, chat_template__jinja=plain).encode_chat([{"role": "user", "content": "hi"}])
     assert found == Tokenizer.load(V1).encode("USER: hi\nASSISTANT:", bos=False)
 
 
 def test_mixtrals_own_template_holds_where_there_is_none(tmp_path: Path) -> None:
+    """TEXT-4."""
     ours = read_folder(FOLDERS["mixtral, both files"](tmp_path), ROWS).encode_chat([{"role": "user", "content": "hi"}])
     assert ours == [1, *Tokenizer.load(V1).encode("[INST] hi [/INST]", bos=False)]
 
