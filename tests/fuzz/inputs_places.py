@@ -285,8 +285,8 @@ LARGE = (
     "9223372036854775807",
     "18446744073709551616",
 )
-PATIENT = {"max_new_tokens", "examples", "timeout", "jobs"}
-"""Options that ask for as much work as their number says, or that have no bound by design."""
+PATIENT = {"max_new_tokens", "examples", "timeout", "jobs", "prompt"}
+"""Options that ask for as much work as their number or length says, or that have no bound by design."""
 FREE = {"harness", "python", "adapter"}
 """Arguments that are programs to run."""
 
