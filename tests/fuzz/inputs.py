@@ -228,7 +228,7 @@ def _faults_of_files(run: Run, status: int | None, before: dict[str, Any], folde
             each.startswith(f"{name}/") and each.endswith(".safetensors") for each in after
         ):
             yield f"{name!r} is left without a finished part"
-        elif not any(name == each or name.startswith(f"{each}/") or parts == each for each in outputs):
+        elif not any(each in (name, parts, ".") or name.startswith(f"{each}/") for each in outputs):
             yield f"the file {name!r} appeared"
         elif status != 1 and after[name] != "folder" and (why := _broken(folder / name)):
             yield f"the output {name!r} is broken: {why}"

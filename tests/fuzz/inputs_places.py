@@ -285,8 +285,10 @@ LARGE = (
     "9223372036854775807",
     "18446744073709551616",
 )
-PATIENT = {"max_new_tokens", "examples", "timeout", "jobs", "prompt"}
-"""Options that ask for as much work as their number or length says, or that have no bound by design."""
+PATIENT = {"max_new_tokens", "examples", "timeout", "jobs"}
+"""Options that ask for as much work as their number says, or that have no bound by design."""
+PROMPT = 200
+"""The most characters of a prompt: the memory of attention grows with the square of its tokens, by design."""
 FREE = {"harness", "python", "adapter"}
 """Arguments that are programs to run."""
 
@@ -322,6 +324,7 @@ def option_value(number: int, dice: Random, folder: Path) -> Run:
     words, place, value = optional_values()[number % len(optional_values())]
     copy_needed(words.split(), folder)
     parts, value = words.split(), value.replace("\0", "\x01")  # no command line can have a NUL
+    value = value[:PROMPT] if place == "--prompt" else value
     at = parts.index("--") if "--" in parts else len(parts)
     if place.startswith("--"):
         parts[at:at] = [place, value]
