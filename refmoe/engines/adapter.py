@@ -22,8 +22,12 @@ from numpy.typing import NDArray
 from refmoe.engines.adapters import SHIPPED
 from refmoe.engines.options import options_of
 from refmoe.errors import InputError
+from refmoe.files.reading import read_bytes
 from refmoe.files.scratch import Scratch
 from refmoe.traces.trace import Run
+
+PROGRAM = 4 << 20
+"""The most bytes of an adapter's file."""
 
 Arrays = dict[str, NDArray[Any]]
 """Keys ``<run>/<tap>``, arrays in the dtype in which the engine holds them."""
@@ -115,6 +119,7 @@ def _from_file(name: str) -> ModuleType:
     path = Path(name).absolute()
     if not path.is_file():
         raise InputError(f"adapter '{name}': no such file, but one with a class Adapter was expected")
+    read_bytes(path, "a Python file with a class Adapter", PROGRAM)  # Python takes memory for any size
     spec = spec_from_file_location("refmoe_adapter", path)
     assert spec is not None
     assert spec.loader is not None
