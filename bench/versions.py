@@ -62,7 +62,12 @@ def tried(folder: Path, wheel: Path, python: str, numpy: str) -> dict[str, Any]:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     if installed.returncode:
-        return {"python": python, "numpy": numpy, "not_tried": installed.stderr.strip().splitlines()[-1]}
+        told = subprocess.run([own, "-c", "import platform; print(platform.python_version())"], capture_output=True)
+        return {
+            "python": told.stdout.decode().strip(),
+            "numpy": numpy,
+            "not_tried": installed.stderr.strip().splitlines()[-1],
+        }
     work.mkdir()
     hidden = ("PYTHONPATH", "REFMOE_GOLDEN")
     surroundings = {name: value for name, value in os.environ.items() if name not in hidden}
