@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from refmoe.arithmetic.exact.ops import ExactOps
 from refmoe.errors import InputError, require
 from refmoe.files.atomic import replacing
 from refmoe.files.npy_file import is_npy, map_npy
+from refmoe.files.python_file import module_from_file
 from refmoe.files.sentences import one_line
 from refmoe.routers.literature.family import FAMILY, Settings, run_router
 from refmoe.routers.literature.record import Routing
@@ -311,19 +311,10 @@ def load_router(where: str) -> Callable[..., Any]:
 
 
 def module_of(name: str) -> Any:
-    """Import a module by its name or its file. Raises InputError for a file that is missing or is not Python."""
+    """Import a module by its name, or execute a file. Raises InputError for a file that cannot be read."""
     if not name.endswith(".py"):
         return importlib.import_module(name)
-    path = Path(name)
-    if not path.is_file():
-        raise InputError(f"{name} is no file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise InputError(f"{name} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
+    return module_from_file(Path(name), Path(name).stem, "a Python file with a router")
 
 
 __all__ = [

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -22,12 +21,9 @@ from numpy.typing import NDArray
 from refmoe.engines.adapters import SHIPPED
 from refmoe.engines.options import options_of
 from refmoe.errors import InputError
-from refmoe.files.reading import read_bytes
+from refmoe.files.python_file import module_from_file
 from refmoe.files.scratch import Scratch
 from refmoe.traces.trace import Run
-
-PROGRAM = 4 << 20
-"""The most bytes of an adapter's file."""
 
 Arrays = dict[str, NDArray[Any]]
 """Keys ``<run>/<tap>``, arrays in the dtype in which the engine holds them."""
@@ -41,6 +37,18 @@ class Skipped(Exception):
         super().__init__(reason)
         self.reason = reason
         self.issue = issue
+
+
+def refuse_shifted(engine: str, run: Run) -> None:
+    """Raises Skipped for a run whose tokens have other positions than slots of the cache.
+
+    engine: the name of one in whose cache a slot is a position
+    """
+    if run.positions != tuple(range(run.past, run.past + len(run.tokens))):
+        raise Skipped(
+            f"a slot of {engine}'s cache is a position: {run.run} has {run.past} tokens before it, and starts at "
+            f"position {run.positions[0]}"
+        )
 
 
 class Adapter(Protocol):
@@ -117,17 +125,9 @@ def _from_module(name: str) -> ModuleType:
 
 def _from_file(name: str) -> ModuleType:
     path = Path(name).absolute()
-    if not path.is_file():
-        raise InputError(f"adapter '{name}': no such file, but one with a class Adapter was expected")
-    read_bytes(path, "a Python file with a class Adapter", PROGRAM)  # Python takes memory for any size
-    spec = spec_from_file_location("refmoe_adapter", path)
-    assert spec is not None
-    assert spec.loader is not None
     # like a script, the file may import modules that lie beside it
     sys.path.insert(0, str(path.parent))
-    module = sys.modules[spec.name] = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_from_file(path, "refmoe_adapter", "a Python file with a class Adapter")
 
 
 # ---- the command that serves one

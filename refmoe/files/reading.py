@@ -23,9 +23,12 @@ LARGEST = 64 << 20
 
 
 def exists(path: Path) -> bool:
-    """Whether there is such a file or folder. Raises InputError when a folder above it may not be searched."""
+    """Whether there is such a file or folder. Raises InputError when a folder above it may not be searched.
+
+    A link that leads nowhere is there: who reads it gets a sentence, and nothing is taken in its place.
+    """
     try:
-        path.stat()
+        path.lstat()
     except (FileNotFoundError, NotADirectoryError):
         return False
     except (OSError, ValueError) as error:

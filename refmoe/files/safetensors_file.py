@@ -42,12 +42,12 @@ DTYPES: dict[str, Any] = {
     "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
 }  # fmt: skip
 """NumPy dtypes by their names in the safetensors format."""
+CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
+"""The names of the dtypes in the safetensors format."""
 _MAPPINGS: WeakValueDictionary[tuple[int, int, int, int], mmap.mmap] = WeakValueDictionary()
 """The mapped files by device, inode, size and time of change."""
 _LOCK = threading.Lock()
-
-CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
-"""The names of the dtypes in the safetensors format."""
+"""Held by the thread that looks up or adds a mapped file."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,6 @@ class StoredTensor:
         if 0 in self.shape:
             return np.zeros(self.shape, DTYPES[self.dtype])
         try:
-            # not np.memmap: its arrays carry a subclass into every result
             return self._shaped(np.frombuffer(_mapping(self.path), np.uint8, self.nbytes, self.offset))
         except (OSError, ValueError) as error:
             raise self._gone(error) from None

@@ -21,7 +21,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import refmoe
-from refmoe.checkpoints.load import load_checkpoint
+from refmoe.api.routing import load_router
+from refmoe.checkpoints.load import load_checkpoint, read_configuration
+from refmoe.engines.adapter import adapter_class
 from refmoe.engines.known import read_known
 from refmoe.engines.results import read_results
 from refmoe.errors import InputError
@@ -35,6 +37,7 @@ from refmoe.suite.case import read_case
 from refmoe.suite.fingerprint import read_fingerprints
 from refmoe.suite.manifest import file_digest, read_manifest
 from refmoe.text.chat import load_chat
+from refmoe.text.folder import read_folder
 from refmoe.text.tokenizer import Tokenizer
 from refmoe.traces.trace import read_trace
 
@@ -47,7 +50,10 @@ ELSEWHERE = {
     "engines/scaffold/harness.py": "it becomes a user's program, which does not have refmoe",
 }
 """Files outside `refmoe/files` that may read by themselves, and the reason."""
-READS = {"read_bytes", "read_text", "load", "loads", "memmap", "fromfile", "genfromtxt"}
+READS = {
+    "read_bytes", "read_text", "load", "loads", "memmap", "fromfile", "genfromtxt", "spec_from_file_location",
+}  # fmt: skip
+OF = {"json", "np", "numpy", "tomllib", "pickle", "util"}
 OWN = {"read_bytes", "read_text"}
 """Names of the room's own functions, which take a path as their first argument."""
 
@@ -64,12 +70,16 @@ def faults_of(source: str) -> Iterator[tuple[int, str]]:
         called = node.func
         if isinstance(called, ast.Attribute):
             of = called.value.id if isinstance(called.value, ast.Name) else ""
-            if called.attr in READS and (called.attr in OWN or of in ("json", "np", "numpy", "tomllib", "pickle")):
+            if called.attr in READS and (
+                called.attr in OWN or of in ("json", "np", "numpy", "tomllib", "pickle", "util")
+            ):
                 yield node.lineno, f"{of}.{called.attr}"
             if called.attr == "open" and of != "os" and not _writes(node):
                 yield node.lineno, f"{of}.open"
         elif isinstance(called, ast.Name) and called.id == "open" and not _writes(node):
             yield node.lineno, "open"
+        elif isinstance(called, ast.Name) and called.id == "spec_from_file_location":
+            yield node.lineno, called.id
 
 
 def _writes(call: ast.Call) -> bool:
@@ -81,7 +91,8 @@ def _writes(call: ast.Call) -> bool:
 def test_the_lint_sees_each_kind() -> None:
     for line in (
         "p.read_bytes()", "p.read_text()", "open(p)", "p.open()", "p.open('rb')", "json.load(f)", "json.loads(t)",
-        "import tomllib", "from tomllib import loads", "np.load(p)", "np.memmap(p)",
+        "import tomllib", "from tomllib import loads", "np.load(p)", "np.memmap(p)", "spec_from_file_location(n, p)",
+        "util.spec_from_file_location(n, p)",
     ):  # fmt: skip
         assert list(faults_of(line)), line
     for line in ("p.open('wb')", "open(p, 'w')", "read_text(p, 'a file')", "torch.load(p)", "os.open(p, 0)"):
@@ -110,6 +121,11 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "case": lambda path: read_case(in_folder(path, "case.toml")),
     "checkpoint": lambda path: load_checkpoint(in_folder(path, "config.json")),
     "params": lambda path: load_checkpoint(in_folder(path, "params.json")),
+    "configuration": lambda path: read_configuration(in_folder(path, "config.json")),
+    "tokenizer.json": lambda path: read_folder(in_folder(path, "tokenizer.json"), 9),
+    "generation_config.json": lambda path: read_folder(in_folder(path, "generation_config.json"), 9),
+    "adapter": lambda path: adapter_class(str(in_folder(path, "mine.py") / "mine.py")),
+    "router": lambda path: load_router(f"{in_folder(path, 'mine.py') / 'mine.py'}:route"),
 }  # fmt: skip
 """Every function that reads a file of a user."""
 every = pytest.mark.parametrize("reader", READERS)

@@ -355,7 +355,7 @@ def test_the_command(tmp_path: Path) -> None:
     [
         (("mine", "--top-k", "2"), "'mine' is not MODULE:FUNCTION, such as my_package.moe:route"),
         (("absent:route", "--top-k", "2"), "absent cannot be imported: ModuleNotFoundError: No module named 'absent'"),
-        (("absent.py:route", "--top-k", "2"), "absent.py is no file"),
+        (("absent.py:route", "--top-k", "2"), "absent.py: no such file, but a Python file with a router was expected"),
         (("json:route", "--top-k", "2"), "json has no function 'route'"),
         (("json:dumps", "--top-k", "9"), "declaration: top_k = 9 of experts = 8, 1 <= top_k <= experts was expected"),
     ],
