@@ -59,7 +59,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def link(*names: str) -> str:
     """Links to files of results, by name."""
-    return " and ".join(f"[`bench/results/{name}`](../bench/results/{name})" for name in names)
+    return ", ".join(f"[`bench/results/{name}`](../bench/results/{name})" for name in names)
 
 
 # ---- the sections, each a text in Markdown
@@ -205,7 +205,7 @@ Those of grouped products and of mistral-inference are of the family `production
 
 - ibm-fms without a cache, as its `forward` runs by default: a prompt of as many tokens as there are key/value heads is
   wrong ([finding](findings/ibm-fms-heads.md)).
-- keras-hub on JAX: the factor of the scores as on torch. In float16 a weight of the router
+- keras-hub on JAX: the factor of the scores is rounded, as on torch. In float16 a weight of the router
   deviates: JAX divides float16 on a CPU without correct rounding.
 - tinygrad with `taps=states`: no deviation at small positions. With all taps its rotations deviate
   ([finding](findings/tinygrad-cos.md)).
@@ -387,8 +387,9 @@ def robustness() -> str:
     ]  # fmt: skip
     return f"""## Whatever a stranger hands in
 
-Each trial is held to the same rules. The exit status means what the manual says. There is one sentence and no
-traceback. No input is changed. Nothing half-written is left, and no process stays. Time and memory are bounded.
+Each trial gives refmoe a damaged input or a hostile engine, or kills it. All are held to the same rules. The exit
+status means what the manual says. There is one sentence and no traceback. No input is changed. Nothing half-written
+is left, and no process stays. Time and memory are bounded.
 `tests/fuzz/` has the rules. A seed repeats a campaign.
 Files: {link("robustness_inputs.json", "robustness_engines.json", *(["robustness_kills.json"] if kills else []))}.
 
@@ -406,10 +407,11 @@ def folders() -> str:
     ]  # fmt: skip
     return f"""## Folders as people have them
 
-Each folder is one of the field: its configuration with every odd field, small dimensions, random weights. Where it is
-read, the logits of 12 tokens are compared with those of transformers {found["transformers"]}, in float64 on both sides.
-transformers keeps norms, angles and routing weights in float32 all the same, so the differences are of its rounding.
-Each is the largest difference, relative to the largest logit.
+Each row is a folder like one that people have. It keeps the odd fields of the configuration, with small dimensions and
+random weights. Where the folder is read, the logits of 12 tokens are compared with those of transformers
+{found["transformers"]}, in float64 on both sides.
+transformers keeps norms, angles and routing weights in float32 all the same. The differences come from its rounding.
+The table has the largest difference, relative to the largest logit.
 Command: `python -m bench.folders --json bench/results/folders.json`; file: {link("folders.json")}.
 
 {table(("row", "what is odd", "seen in", "outcome"), rows)}"""
@@ -428,8 +430,8 @@ def versions() -> str:
     missing = "".join(f"\n- {each}" for each in found["not_tried"])
     return f"""## Versions of Python and NumPy
 
-The wheel, installed outside a clone, and run in an empty folder: `refmoe suite check`, `emit`, `verify` and
-`materialise`. The bytes of all that they print and write are compared.
+The wheel is installed outside a clone and run in an empty folder. The commands are `refmoe suite check`, `emit`,
+`verify` and `materialise`. The bytes of all that they print and write are compared.
 Outputs that differ between these versions: {_no(len(found["different"]))}.
 Command: `python -m bench.versions --python PATH --numpy VERSION`; file: {link("versions.json")}.
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """transformers' Mixtral, exported to ONNX and run by onnxruntime on a CPU.
 
-Taps are outputs of the graph, and onnxruntime does not fuse operations across an output. With the option taps=logits it
-may fuse everything. Scores are not seen, because no module of transformers returns them.
+Taps are outputs of the graph, and onnxruntime does not fuse operations across an output. With the option taps=logits
+only the logits and the new cache are outputs, and all between may be fused. Scores are not seen: no module of
+transformers returns them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """transformers' Mixtral, exported to ONNX and compiled by OpenVINO for a CPU.
 
-OpenVINO infers in bfloat16 by default where the processor has instructions for it. It takes and gives float32 then.
+By default OpenVINO computes in bfloat16 where the processor has instructions for it. Inputs and outputs are float32
+even then.
 """
 
 from __future__ import annotations

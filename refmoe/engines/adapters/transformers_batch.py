@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Each sequence as the left-padded row of a batch of two, as `generate` runs prompts of several lengths.
 
-The second row is longer by the padding, and holds other tokens. Values of the first row are recorded without its
-padding, so that they are those of a sequence by itself.
+The second row is longer by the padding, and holds other tokens. The first row is recorded without its padding, as a
+sequence by itself would be.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 
 Scores and probabilities stay inside the attention kernel and are not seen. The kernel of the experts chooses them too,
 so neither their choice nor anything inside them is seen. The engine calls its `compute_logits` for the last token
-alone; the adapter calls it for all tokens. The engine samples greedily: the adapter gives it logits by which the token
-to be fed next wins.
+alone; the adapter calls it for all tokens. The engine samples greedily. Of the logits that the adapter gives it, the
+token to be fed next has the largest.
 """
 
 from __future__ import annotations

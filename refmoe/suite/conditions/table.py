@@ -53,8 +53,9 @@ def render(cases: list[Case]) -> str:
     lines = [
         "# Cases and conditions",
         "",
-        "Written by `python -m refmoe.suite.conditions --write` from the case.toml files. A test checks that it is",
-        "current, that exactly the conditions which a case declares hold in its golden, and that each has a case.",
+        "Written by `python -m refmoe.suite.conditions --write` from the case.toml files. A test checks three",
+        "things. The table is current. A case declares exactly the conditions that hold in its golden. Each condition",
+        "has a case.",
     ]
     for name, members in present.items():
         lines += ["", f"## {ABOUT[name]}", "", *_grid(members)]
@@ -62,7 +63,7 @@ def render(cases: list[Case]) -> str:
         "",
         "## The conditions",
         "",
-        f"| condition | holds when there is | needed by the known bugs that say | {' | '.join(present)} |",
+        f"| condition | holds when there is | its name in the needs of known bugs | {' | '.join(present)} |",
         f"|---|---|---|{'---|' * len(present)}",
     ]
     for each in CONDITIONS.values():
