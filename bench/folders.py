@@ -67,13 +67,13 @@ class Row:
 # Changes
 
 
-def _edit(folder: Path, change: Callable[[dict[str, Any]], Any], name: str = SINGLE) -> None:
-    """Change the tensors of a file in place."""
+def _edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the tensors of the one file in place."""
     from safetensors.torch import load_file, save_file
 
-    tensors = load_file(folder / name)
+    tensors = load_file(folder / SINGLE)
     change(tensors)
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / name, {"format": "pt"})
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / SINGLE, {"format": "pt"})
 
 
 def _index(folder: Path, **fields: Any) -> None:
@@ -97,6 +97,8 @@ def _beside(*names: str) -> Change:
 
 
 def _renamed(old: str, new: str) -> Change:
+    """Replace a part of the tensors' names."""
+
     def change(tensors: dict[str, Any]) -> None:
         for name in [name for name in tensors if old in name]:
             tensors[name.replace(old, new)] = tensors.pop(name)
@@ -126,6 +128,8 @@ def _twice(other: bool) -> Change:
 
 
 def _add(name: str) -> Change:
+    """Store one more tensor."""
+
     def change(tensors: dict[str, Any]) -> None:
         tensors[name] = tensors["model.norm.weight"][:4].clone()
 

@@ -62,9 +62,10 @@ def tried(folder: Path, wheel: Path, python: str, numpy: str) -> dict[str, Any]:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     if installed.returncode:
-        told = subprocess.run([own, "-c", "import platform; print(platform.python_version())"], capture_output=True)
+        version = "import platform; print(platform.python_version())"
+        told = subprocess.run([own, "-c", version], capture_output=True, text=True, check=False)
         return {
-            "python": told.stdout.decode().strip(),
+            "python": told.stdout.strip(),
             "numpy": numpy,
             "not_tried": installed.stderr.strip().splitlines()[-1],
         }

@@ -173,8 +173,8 @@ def _until_a_death(
 def _ended(executor: Executor, futures: Iterable[Future[Result]]) -> Iterator[Future[Result]]:
     """The futures as they end.
 
-    A pool whose worker dies at the moment in which an item is handed in can forget the item, seen in Python 3.11. So
-    whoever waits in vain asks whether the pool has ended.
+    A worker can die at the moment in which an item is handed in. Then the pool of Python 3.11 can forget the item. So
+    after `PATIENCE` seconds without a result, the pool is asked whether it has ended. If so, no more are waited for.
     """
     left = {*futures}
     while left:

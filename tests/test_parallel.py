@@ -11,16 +11,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from refmoe import parallel
 from refmoe.errors import InputError
-from refmoe.parallel import SPAWN, WorkerDied, _ended, end_with_parent, lifeline, process_pool, results
+from refmoe.parallel import SPAWN, WorkerDied, _ended, _until_a_death, end_with_parent, lifeline, process_pool, results
 from tests.command_line import Refmoe
 
 ROOT = Path(__file__).parents[1]
@@ -93,6 +94,27 @@ def test_items_that_a_dead_pool_has_forgotten_are_lost_and_not_waited_for(monkey
         with suppress(BrokenProcessPool):
             pool.submit(always_dies, 0).result()
         assert [*_ended(pool, [forgotten, done])] == [done]
+
+
+class Forgetful(Executor):
+    """A pool whose worker has died as the second item was handed in, and which has forgotten the first."""
+
+    def __init__(self) -> None:
+        self.handed_in = 0
+
+    def submit(self, *_: Any, **__: Any) -> Future[Any]:
+        self.handed_in += 1
+        if self.handed_in > 1:
+            raise BrokenProcessPool
+        return Future()
+
+
+def test_a_forgotten_item_is_tried_again_before_those_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "PATIENCE", 0.05)
+    monkeypatch.setattr(parallel, "process_pool", lambda _jobs: Forgetful())
+    with pytest.raises(StopIteration) as ended:
+        next(_until_a_death(square, [5, 6, 7], 1))
+    assert ended.value.value == ([5], [6, 7])
 
 
 def test_an_error_of_an_item_is_raised_as_it_is() -> None:

@@ -17,6 +17,9 @@ LAYOUTS = {"hf": hf.load, "mistral": mistral.load}
 CONFIGURATIONS = {"hf": "config.json", "mistral": "params.json"}
 """Per layout the name of the file of the configuration."""
 READERS = {"config.json": hf.read_config, "params.json": mistral.read_config}
+"""By the name of that file, the function that reads it."""
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+"""The suffixes of files of weights."""
 
 
 def load_checkpoint(folder: Path, layout: str | None = None) -> Checkpoint:
@@ -59,11 +62,9 @@ def read_configuration(path: Path, layout: str | None = None) -> ConfigurationFi
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder holds files of weights, in whatever format."""
+    """Whether a folder holds files of weights, in whatever format. Raises InputError when it cannot be listed."""
+    need_folder(folder, "a checkpoint's folder")
     return any(found.suffix in WEIGHTS for found in folder.iterdir())
-
-
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
 def checkpoint_digest(checkpoint: Checkpoint) -> str | None:

@@ -34,7 +34,7 @@ class ChatTemplate:
 
         The environment is that of `apply_chat_template` of transformers, without tools and documents.
         Raises InputError when Jinja is not installed, for a template that refuses the dialogue or is no template, and
-        for one that asks for the day: its text would be another tomorrow.
+        for one that asks for the day: the same dialogue would give another text tomorrow.
         """
         jinja2: Any = require("jinja2", "text", "a chat template")
         sandbox: Any = require("jinja2.sandbox", "text", "a chat template")
@@ -70,9 +70,10 @@ class Refusal(Exception):
 
 
 def _refuse(message: object) -> None:
+    """The function `raise_exception` of templates."""
     raise Refusal(str(message))
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, **how: Any) -> str:
-    """Jinja's own filter writes HTML."""
+    """A value as JSON, as transformers writes it; Jinja's own filter writes it for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, **how)

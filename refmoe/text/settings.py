@@ -18,6 +18,7 @@ NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 LISTED = ("additional_special_tokens", "extra_special_tokens")
 """Fields that list more special tokens."""
 FLAGS = ("special", "lstrip", "rstrip", "normalized", "single_word")
+"""The settings of an added token, by their names in tokenizer_config.json."""
 DEFAULT_END = 2
 """The end token of a config.json that names none: the default of transformers' MixtralConfig."""
 
@@ -59,11 +60,11 @@ def read_settings(folder: Path) -> TextSettings:
     file = _optional(folder / "tokenizer_config.json")
     names = _optional(folder / "special_tokens_map.json")
     template, template_file = _template(folder, file)
-    older = _optional(folder / "added_tokens.json")
+    older, added = _optional(folder / "added_tokens.json"), _added(file)
     special = {name: token for source in (names, file) for name in NAMED if (token := _content(source, name))}
     unnamed = (*_listed(names), *_listed(file))
     return TextSettings(
-        added=_added(file) | _older_added(older, _added(file), {*special.values(), *unnamed}),
+        added=added | _older_added(older, added, {*special.values(), *unnamed}),
         special=special,
         unnamed=unnamed,
         add_bos=_optional_flag(file, "add_bos_token"),
@@ -120,21 +121,26 @@ def _token(file: JsonFile) -> AddedToken:
 
 
 def _content(file: JsonFile, name: str) -> str | None:
-    """The text of a special token, which is written as a string, or as a table with other settings."""
-    value = file.values.get(name)
-    content = value.get("content") if isinstance(value, dict) else value
+    """The text of a special token; None where the file does not name it."""
+    content = _text(file.values.get(name))
     if content is not None and not isinstance(content, str):
-        raise file.refuse(name, value, "the text of a token was expected")
+        raise file.refuse(name, file.values[name], "the text of a token was expected")
     return content
 
 
+def _text(value: Any) -> Any:
+    """The text of a token, which is written as a string, or as an object with other settings."""
+    return value.get("content") if isinstance(value, dict) else value
+
+
 def _listed(file: JsonFile) -> Iterator[str]:
+    """The texts of the special tokens that have no name."""
     for name in LISTED:
         values = file.values.get(name) or []
         if not isinstance(values, list | dict):
             raise file.refuse(name, values, "a list of tokens was expected")
         for value in values.values() if isinstance(values, dict) else values:
-            content = value.get("content") if isinstance(value, dict) else value
+            content = _text(value)
             if not isinstance(content, str):
                 raise file.refuse(name, values, "a list of tokens was expected")
             yield content
@@ -157,7 +163,7 @@ def _template(folder: Path, file: JsonFile) -> tuple[str | None, Path | None]:
 
 
 def _end(folder: Path) -> frozenset[int] | None:
-    """The end tokens of generation_config.json, else of config.json; None where there are no such files."""
+    """The end tokens of generation_config.json, else of config.json, else `DEFAULT_END`; None without a config.json."""
     for name in ("generation_config.json", "config.json"):
         file = _optional(folder / name)
         if "eos_token_id" in file.values:

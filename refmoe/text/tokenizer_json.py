@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A vocabulary in Hugging Face's `tokenizer.json`, by the `tokenizers` library.
 
-The file says how a text is split, which tokens are added, what stands before a text, and how tokens are written. So the
-clauses of `Tokenizer` are not those of this class: a control token in a text is found if the file says so.
+The file says how a text is split, and how tokens are written. It also says which tokens are added, and what stands
+before a text. So the clauses of `Tokenizer` do not hold here: a control token in a text is found if the file says so.
 """
 
 from __future__ import annotations
@@ -35,11 +35,14 @@ class JsonTokenizer:
     vocab_size: int
     """One more than the largest id."""
     decoders: tuple[str, ...]
-    """The names of its decoders, in order."""
+    """The types of its decoders, in their order."""
     silent: frozenset[int]
     """The special tokens, which have no text."""
     contradiction: str | None
-    """Where tokenizer_config.json says otherwise about BOS and EOS: engines follow the one or the other."""
+    """The refusal of a text where tokenizer_config.json says otherwise about BOS and EOS; None where the files agree.
+
+    Engines follow the one file or the other.
+    """
 
     @staticmethod
     def load(path: Path, settings: TextSettings) -> JsonTokenizer:
@@ -84,9 +87,9 @@ class JsonTokenizer:
 
 
 def _add(tokenizers: Any, backend: Any, settings: TextSettings, path: Path) -> None:
-    """Add the tokens of the settings that the file does not have, and mark the special ones.
+    """Add to `backend` the tokens of the settings that the file does not have, and mark the special ones.
 
-    Raises InputError where the file has another token under such an id.
+    Raises InputError where a token would have another id than its own, or the file has another token under that id.
     """
     for token, added in sorted(settings.added.items()):
         found = backend.id_to_token(token)
@@ -118,6 +121,7 @@ def _contradiction(backend: Any, settings: TextSettings, path: Path) -> str | No
 
 
 def _decoders(backend: Any) -> tuple[str, ...]:
+    """The types of the decoders, in their order."""
     if backend.decoder is None:
         return ()
     state: Any = strict_json(backend.decoder.__getstate__())

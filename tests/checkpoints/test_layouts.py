@@ -7,6 +7,8 @@ import hashlib
 import json
 import math
 import mmap
+import os
+import tempfile
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from refmoe.checkpoints.layout import Checkpoint
-from refmoe.checkpoints.load import checkpoint_digest, load_checkpoint
+from refmoe.checkpoints.load import checkpoint_digest, has_weights, load_checkpoint
 from refmoe.checkpoints.mistral import half_split, interleaved
 from refmoe.checkpoints.synthetic import synthetic_checkpoint
 from refmoe.checkpoints.weight import Weight
@@ -145,6 +147,7 @@ def test_a_tied_checkpoint_stores_the_embedding_once(tmp_path: Path, layout: str
 
 
 def test_an_equal_output_matrix_beside_a_tied_embedding_is_the_embedding(tmp_path: Path) -> None:
+    assert isinstance(TIED.embedding, Weight)
     twice = replace(TIED, output=replaced_name(TIED.embedding, "output"))
     write_checkpoint(tmp_path, UNEVEN, twice)
     path = tmp_path / "config.json"
@@ -160,7 +163,19 @@ def replaced_name(weight: Weight, name: str) -> Weight:
     return Weight(name=name, shape=weight.shape, dtype=weight.dtype, source=weight.read, origin=name)
 
 
-# An index
+# Which files
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root can become another user")
+def test_a_folder_that_may_not_be_listed_is_refused() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o711)
+        os.seteuid(65534)
+        try:
+            with pytest.raises(InputError, match="cannot be read: permission denied"):
+                has_weights(Path(folder))
+        finally:
+            os.seteuid(0)
 
 
 def test_an_index_may_name_the_one_file_beside_it(tmp_path: Path) -> None:

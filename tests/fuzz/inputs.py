@@ -4,8 +4,8 @@
 A trial has a folder of its own, which holds the inputs and a folder `out` for outputs. A run is without fault if it
 keeps these rules. Its exit status is 0 to 3, and one that the command has. Status 2 has exactly one sentence on
 standard error, or the usage error of click. With --json, standard output is JSON. There is no traceback and no
-warning. No character acts on a terminal. No file has changed or appeared but the outputs. None of them is half-
-written. The run takes at most `SECONDS` of the processor, `WAIT` in all, and `MEMORY` more than the process had.
+warning. No character acts on a terminal. No file has changed or appeared but the outputs, and each output is whole.
+The run takes at most `SECONDS` of the processor, `WAIT` in all, and `MEMORY` more than the process had.
 """
 
 from __future__ import annotations

@@ -251,6 +251,11 @@ def trials(count: int, seed: int, only: str = "") -> Iterator[Trial]:
         yield Trial(names[number % len(names)], seed + number)
 
 
+def totals(tried: Counter[str], hits: Counter[str], faulty: Counter[str]) -> dict[str, int]:
+    """The sums over all commands."""
+    return {"tried": tried.total(), "killed": hits.total(), "faults": faulty.total()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=20, help="kills that meet a living command")
@@ -260,7 +265,6 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the counts in the file of --json")
     options = parser.parse_args()
     tried, hits, faulty = Counter[str](), Counter[str](), Counter[str]()
-    total: dict[str, int] = {}
     if options.resume:
         for name, counts in json.loads(options.json.read_text())["commands"].items():
             tried[name], hits[name], faulty[name] = counts["tried"], counts["killed"], counts["faults"]
@@ -273,18 +277,17 @@ def main() -> None:
         faulty[trial.name] += bool(faults)
         for fault in faults:
             print(f"{trial.name}, seed {trial.seed}: {fault}", flush=True)
-        total = {"tried": tried.total(), "killed": hits.total(), "faults": faulty.total()}
         if options.json is not None:
             facts = {
                 each: {"tried": tried[each], "killed": hits[each], "faults": faulty[each]}
                 for each in COMMANDS
                 if tried[each]
             }
-            counts = {"seed": options.seed, "total": total, "commands": facts}
+            counts = {"seed": options.seed, "total": totals(tried, hits, faulty), "commands": facts}
             options.json.write_text(json.dumps(counts, indent=1) + "\n")
-    print(json.dumps(total))
+    print(json.dumps(totals(tried, hits, faulty)))
     shutil.rmtree(prepared(), ignore_errors=True)
-    sys.exit(bool(total.get("faults")))
+    sys.exit(bool(faulty.total()))
 
 
 if __name__ == "__main__":

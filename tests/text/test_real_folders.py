@@ -137,19 +137,32 @@ def dolphin(folder: Path, **files: Any) -> FolderText:
 
 @pytest.mark.parametrize("older", [False, True], ids=["tokenizer_config.json", "added_tokens.json"])
 def test_added_tokens_beyond_a_sentencepiece_file_are_written(tmp_path: Path, older: bool) -> None:
-    """TEXT-2."""
+    """TEXT-5."""
     files: dict[str, Any] = {}
     if older:
         files["tokenizer_config__json"] = {"tokenizer_class": "LlamaTokenizer"}
         files["added_tokens__json"] = {"<|im_end|>": 32000, "<|im_start|>": 32001}
-    text, exact = dolphin(tmp_path, **files), Tokenizer.load(V1)
-    assert text.encode("Hello world") == exact.encode("Hello world")
+    text = dolphin(tmp_path, **files)
     end = "<|im_end|>" if older else ""
     assert "".join(text.pieces([1, 22557, 32001, 1526, 32000])) == f"Hello<|im_start|> world{end}"
     assert list(text.pieces([3 + 0xC3, 32001, 3 + 0xA9])) == ["\ufffd<|im_start|>", "\ufffd"]
-    for refused in ("a<|im_end|>b", "<|im_start|>"):
-        with pytest.raises(InputError, match=r"does not say how the text beside the token .* is split"):
-            text.encode(refused)
+
+
+@pytest.mark.parametrize("refused", ["a<|im_end|>b", "<|im_start|>"])
+def test_a_text_with_an_added_token_is_refused_without_a_tokenizer_json(tmp_path: Path, refused: str) -> None:
+    """TEXT-2."""
+    text = dolphin(tmp_path)
+    assert text.encode("Hello <s> world") == Tokenizer.load(V1).encode("Hello <s> world")
+    with pytest.raises(InputError, match=r"does not say how the text beside the token .* is split"):
+        text.encode(refused)
+
+
+@pytest.mark.parametrize("ids", [[32001, 1526], [32000, 1526], [1, 32000, 1526], [1526, 32001, 1526], [32002, 1526]])
+def test_the_space_after_an_added_token_is_that_of_transformers(tmp_path: Path, ids: list[int]) -> None:
+    """TEXT-5. The first space of a reply is not written, and only tokens without text may stand before it."""
+    text = read_folder(write(tmp_path / "ours", tokenizer__model=V1, tokenizer_config__json=DOLPHIN), ROWS)
+    theirs = transformers.AutoTokenizer.from_pretrained(FOLDERS["chatml, added tokens"](tmp_path / "theirs"))
+    assert "".join(text.pieces(ids)) == theirs.decode(ids, skip_special_tokens=True)
 
 
 def test_a_template_is_not_guessed_without_a_tokenizer_json(tmp_path: Path) -> None:
@@ -200,7 +213,7 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     ),
     "not a vocabulary": ({"tokenizer__json": "{}"}, 32002, "cannot be read as a vocabulary"),
     "cut short": ({"tokenizer__json": '{"version": "1.0", "model": {'}, 32002, "cannot be read as a vocabulary"),
-    "a pickle": ({"tokenizer__model": "version https://git-lfs.github.com/spec/v1"}, 32002, "a pointer of Git LFS"),
+    "a pointer": ({"tokenizer__model": "version https://git-lfs.github.com/spec/v1"}, 32002, "a pointer of Git LFS"),
     "end a text": ({"config__json": {"eos_token_id": "</s>"}}, 32002, "'eos_token_id' is"),
     "end below zero": ({"generation_config__json": {"eos_token_id": [2, -1]}}, 32002, "generation_config.json"),
     "a token that is no text": ({"tokenizer_config__json": {"bos_token": 1}}, 32002, "'bos_token' is 1"),
