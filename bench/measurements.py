@@ -105,7 +105,7 @@ def known_bugs() -> str:
 
 The catalogue has {len(MUTANTS)} bugs that implementations really had.
 A forward pass can show {found.mutants} of them. Each of these is run on
-every case in three dtypes, and judged as if it were somebody's engine (`refmoe mutants matrix`,
+every case in three dtypes. It is judged as if it were somebody's engine (`refmoe mutants matrix`,
 [`golden/matrix.json`](../golden/matrix.json)). The specification itself runs beside them,
 with {_no(len(found.false_alarms))} failures.
 
@@ -220,9 +220,10 @@ def faults() -> str:
         rows.append((fault, *("-" if one is None else _fault(one) for one in cells)))
     return f"""## Faults that the verifier sees
 
-One product of {LONGEST} terms, as in an expert of 8x7B. Each cell has the share of outputs that
-`numpy.allclose` accepts (`rtol` and `atol` {found["tolerance"]}), the share outside the proven radius,
-and the largest distance in standard deviations.
+One product of {LONGEST} terms, as in an expert of 8x7B. Each cell has three numbers. The first is the share of outputs
+that
+`numpy.allclose` accepts (`rtol` and `atol` {found["tolerance"]}). The second is the share outside the proven radius.
+The third is the largest distance in standard deviations.
 A distance of {found["limit"]:.1f} is the limit. A healthy engine exceeds it once in a million verifications.
 Command: `python -m bench.enclosures --json bench/results/enclosures.json`; file: {link("enclosures.json")}.
 
@@ -344,9 +345,9 @@ The goal is {found["middle"]["prefill"]["goal"]} times the best of the others in
 {reached["refmoe mkl"]} of {len(rows) // 2} rows reach it, with NumPy {reached["refmoe numpy"]}.
 oneMKL reads a weight stored in bfloat16 as it is where the processor multiplies such
 matrices (AMX). A float32 activation is the exact sum of three bfloat16 values, so the sums are those of float32. The
-other engines hold the same weights in float32. Where refmoe holds them in float32 as well
-(`--only middle --stored float32`, {link("peers_float32.json")}), the best of the others
-takes {prefill:.2f} times its time in
+other engines hold the same weights in float32. In another run refmoe holds them in float32 as well
+(`--only middle --stored float32`, {link("peers_float32.json")}). The best of the others
+then takes {prefill:.2f} times its time in
 prefill and {decode:.2f} in decode. No processor without AMX was tried."""
 
 
