@@ -9,7 +9,8 @@ a patch, no bug may be named. A bug whose effect the policy allows is invisible:
     python -m bench.diagnosis --everywhere     each bug also on every golden case that is aimed at it
     python -m bench.diagnosis --only rope-     only bugs whose name begins so
     python -m bench.diagnosis --leave-one-out --json bench/results/leave-one-out.json
-                                               each bug of the catalogue, diagnosed by a catalogue without it
+                                               each bug of the catalogue, diagnosed by a catalogue without it;
+                                               a stopped run leaves the results that it has
 """
 
 from __future__ import annotations
@@ -128,19 +129,33 @@ def judge_without(work: Missing) -> LeftOut | None:
     return leave_out(work.bug, work.dtype, work.taps)
 
 
-def leave_each_out(only: str, dtypes: Sequence[str], taps: Sequence[str], jobs: int | None) -> list[LeftOut]:
-    """The diagnoses of all bugs, in order. A bug that no case shows at a dtype is left out."""
+def leave_each_out(
+    only: str, dtypes: Sequence[str], taps: Sequence[str], jobs: int | None, path: Path | None
+) -> list[LeftOut]:
+    """The diagnoses of all bugs, in order. A bug that no case shows at a dtype is left out.
+
+    path: a file that has the results so far, after each of them
+    """
     names = [each.id for each in bugs() if each.id.startswith(only)]
     work = [Missing(name, dtype, choice) for choice in taps for dtype in dtypes for name in names]
-    told, found = sys.stderr.isatty(), dict[Missing, LeftOut | None]()
+    known: dict[Missing, LeftOut] = {}
+    found: list[LeftOut] = []
     with results(judge_without, work, jobs) as judged:
         for item, each in judged:
-            found[item] = each
-            if told:
-                print(f"\r{len(found)} of {len(work)}: {item.bug}\033[K", end="", file=sys.stderr)
-    if told:
-        print("\r\033[K", end="", file=sys.stderr)
-    return [each for each in map(found.__getitem__, work) if each is not None]
+            if each is None:
+                continue
+            known[item] = each
+            found = [known[item] for item in work if item in known]
+            print(left_out_line(each), flush=True)
+            write_left_out(found, path)
+    return found
+
+
+def left_out_line(each: LeftOut) -> str:
+    """A line about one bug."""
+    named = each.named or "-" if each.visible else "invisible"
+    verdict = "  WRONG" if each.wrong else ""
+    return f"{each.bug:36} {each.case:26} {each.dtype:9} {each.taps:20} {each.seconds:6.2f} s  {named}{verdict}"
 
 
 def left_out_table(found: Sequence[LeftOut]) -> list[dict[str, Any]]:
@@ -159,19 +174,22 @@ def left_out_table(found: Sequence[LeftOut]) -> list[dict[str, Any]]:
     return rows
 
 
-def report_left_out(found: Sequence[LeftOut], path: Path | None) -> None:
-    """Print the table and the wrong names, and write all of it to a file."""
-    rows = left_out_table(found)
-    for row in rows:
+def write_left_out(found: Sequence[LeftOut], path: Path | None) -> None:
+    """Write the table and the result of each bug to a file, if one is given."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table = {"table": left_out_table(found), "bugs": [each.as_json() for each in found]}
+        path.write_text(json.dumps(table, indent=1) + "\n")
+
+
+def report_left_out(found: Sequence[LeftOut]) -> None:
+    """Print the table and the wrong names."""
+    for row in left_out_table(found):
         print("  ".join(f"{name} {value}" for name, value in row.items()))
     for each in found:
         if each.wrong:
             print(f"WRONG: {each.bug} on {each.case}, {each.dtype}, {each.taps}: {each.named}, {each.residual:.3g}")
     print(f"wrong names: {sum(each.wrong for each in found)} of {sum(each.visible for each in found)}")
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        table = {"table": rows, "bugs": [each.as_json() for each in found]}
-        path.write_text(json.dumps(table, indent=1) + "\n")
 
 
 def main() -> None:
@@ -185,8 +203,8 @@ def main() -> None:
     parser.add_argument("--taps", action="append", choices=tuple(TAPS), help="with --leave-one-out: only these taps")
     options = parser.parse_args()
     if options.leave_one_out:
-        found = leave_each_out(options.only, options.dtype or DTYPES, options.taps or tuple(TAPS), options.jobs)
-        report_left_out(found, options.json)
+        dtypes, taps = options.dtype or DTYPES, options.taps or tuple(TAPS)
+        report_left_out(leave_each_out(options.only, dtypes, taps, options.jobs, options.json))
         return
     namings = measure(all_work(options.everywhere, options.only), options.jobs)
     print(f"{'bug':36} {'case':26} {'right name':34} {'first':38} {'explains':10} rank")

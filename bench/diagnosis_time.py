@@ -34,8 +34,8 @@ from refmoe.traces.trace import Header, Run, Trace
 from refmoe.verifier.diagnosis import diagnose
 from refmoe.verifier.findings import NOT_CONFORMANT, Report
 from refmoe.verifier.verify import verify
-from tests.bugs.generated import draw
 from tests.bugs.generated_engine import arrays_of
+from tests.bugs.generated_wider import draw
 from tests.bugs.judging import case_named, policy_for, reference, traced_under
 from tests.bugs.left_out import bugs, case_for, keeping
 from tests.verifier.engines import model_named

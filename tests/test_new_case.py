@@ -96,6 +96,13 @@ def test_what_cannot_be_made_is_said_and_leaves_nothing(refmoe: Refmoe, own: Pat
     assert not (own / "mine").exists()
 
 
+def test_a_folder_whose_manifest_cannot_be_written_keeps_no_part_of_the_case(refmoe: Refmoe, own: Path) -> None:
+    (own / MANIFEST_FILE).mkdir(parents=True)
+    status, _, _ = refmoe("suite", "new", "mine", "--golden", own, "--like", "one-pair")
+    assert status == 2
+    assert not (own / "mine").exists()
+
+
 @pytest.mark.parametrize("name", ["a/b", "..", ".hidden", ""])
 def test_a_name_that_is_no_folder_is_refused(refmoe: Refmoe, own: Path, name: str) -> None:
     assert refmoe("suite", "new", name, "--golden", own)[0] == 2

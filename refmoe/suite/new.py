@@ -68,10 +68,10 @@ def write_new_case(golden: Path, new: New) -> Case:
     try:
         case = _write(folder, new)
         emit(case)
+        write_folder_manifest(golden)
     except BaseException:
         shutil.rmtree(folder)
         raise
-    write_folder_manifest(golden)
     return case
 
 

@@ -15,6 +15,8 @@ import pytest
 from refmoe.profiles.load import policy
 from refmoe.traces.held import held_trace
 from refmoe.traces.trace import Header, Run
+from refmoe.verifier.diagnosis.grammar.factors import several_rows
+from refmoe.verifier.diagnosis.grammar.views import View
 from refmoe.verifier.diagnosis.grammar.where import Rows, describe
 from refmoe.verifier.findings import KNOWN_BUG, STRUCTURE, Explanation
 from refmoe.verifier.verify import verify
@@ -181,6 +183,22 @@ def test_a_known_bug_is_held_against_other_tokens(name: str, right: bool) -> Non
 # ---- no name
 
 
+@pytest.mark.parametrize(
+    ("arrays", "several"),
+    [
+        ([[[1.0, 2.0]], [[2.0, 4.0]]], False),
+        ([[[1.0, 2.0]], [[2.0, 1.0]]], True),
+        ([[[1.0, 2.0], [0.0, 0.0]], [[np.inf, 1.0]]], False),
+        ([[[1.0, 2.0]], [[1.0, 2.0, 3.0]]], True),  # calls of one head that see different numbers of positions
+    ],
+)
+def test_rows_count_as_several_where_two_differ_in_more_than_size(arrays: Any, several: bool) -> None:
+    pairs: Any = {("run", str(i)): (np.array(rows), None) for i, rows in enumerate(arrays)}
+    unused: Any = None
+    view = View(name="", dims=("H", "S"), pairs=pairs, base=unused, lift=unused)
+    assert several_rows(unused, view) == several
+
+
 @pytest.mark.parametrize("step", ["logits", "attention_norm", "moe.output"])
 def test_a_single_row_that_may_be_anything_gets_no_name(step: str) -> None:
     """Numbers for each channel explain any single row."""
@@ -188,10 +206,11 @@ def test_a_single_row_that_may_be_anything_gets_no_name(step: str) -> None:
     key = f"decode2/{step}" if step == "logits" else f"decode2/layers.0.{step}"
     random = np.random.default_rng(5)
     if step == "logits":
-        output = np.asarray(model_named("window-decode").checkpoint.parameters.output.read(), np.float64)
-        arrays[key] = (random.normal(size=(1, output.shape[1])) @ output.T).astype(np.float32)
+        matrix: Any = model_named("window-decode").checkpoint.parameters.output
+        output = np.asarray(matrix.read(), np.float64)
+        arrays[key] = np.asarray(random.normal(size=(1, output.shape[1])) @ output.T, np.float32)
     else:
-        arrays[key] = random.normal(size=arrays[key].shape).astype(np.float32)
+        arrays[key] = np.asarray(random.normal(size=arrays[key].shape), np.float32)
     assert structures_of("window-decode", arrays) == []
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,7 +50,6 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
 def test_a_mutant_runs_until_it_is_killed_and_the_likely_case_comes_first(asked: list[tuple[str, str]]) -> None:
     outcomes = search(Search((WINDOW, SCALE, SIGN), CASES))
-    assert asked.count((NAMES[0], "window-decode")) == 1
     assert [case for name, case in asked if name == NAMES[0]] == ["window-decode"]  # it has the condition SWA
     assert len([case for name, case in asked if name == NAMES[1]]) == 1
     assert {case for name, case in asked if name == NAMES[2]} == {*CASES}
@@ -136,7 +134,7 @@ def test_a_production_case_shows_the_bugs_that_it_lists(cases: dict[str, Case]) 
         assert {each.mutant for each in outcomes if each.killed} == {*listed}, case.name
 
 
-def test_the_families_have_matrices_of_their_own_cases(tmp_path: Path) -> None:
+def test_the_families_have_matrices_of_their_own_cases() -> None:
     small, production = sources.digests(GOLDEN, SMALL), sources.digests(GOLDEN, PRODUCTION)
     names = [{name for name in found if name.startswith(sources.CASES)} for found in (small, production)]
     assert all(names)

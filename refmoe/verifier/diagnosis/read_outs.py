@@ -24,7 +24,7 @@ WORDS = {
 
 
 def under_the_other_name(evidence: Evidence) -> list[Explanation]:
-    """The explanation of a trace whose only wrong values pass under the other name; none where there is no such."""
+    """The explanation of a trace whose wrong values all pass under the other name. Empty for any other trace."""
     steps = {check.step for check in evidence.failed}
     if len(steps) != 1 or not steps <= WORDS.keys():
         return []
@@ -55,7 +55,10 @@ def under_the_other_name(evidence: Evidence) -> list[Explanation]:
 
 
 def _are_distinct(evidence: Evidence, wrong: str) -> bool:
-    """Whether the probabilities of all rows sum to 1 exactly where log-probabilities belong under the other name."""
+    """Whether the failed rows look like values of the other name: the exponentials of log-probabilities sum to 1.
+
+    wrong: the name in the trace. All rows named logits must sum to 1, and no row named log-probabilities may.
+    """
     for key in ((check.run, check.tap) for check in evidence.failed):
         values = np.asarray(evidence.trace.get(*key), np.float64)
         most = values.max(-1)

@@ -69,17 +69,21 @@ def _one_each(view: View, axis: int) -> bool:
 
 def several_rows(search: Search, view: View) -> bool:
     """Whether two wrong rows of the right array differ, in more than size."""
-    first = None
-    for key, (right, _) in view.pairs.items():
-        rows = masked(view, search, key, right)
-        for row in rows.reshape(-1, rows.shape[-1]):
-            size = np.linalg.norm(row)
-            if not size or not np.isfinite(size):
-                continue
-            first = row / size if first is None else first
-            if abs(float(first @ row)) < DIFFERENT * size:
-                return True
-    return False
+    arrays = [masked(view, search, key, right) for key, (right, _) in view.pairs.items()]
+    rows = [array.reshape(-1, array.shape[-1]) for array in arrays]
+    # calls see different numbers of cached positions
+    return len({each.shape[1] for each in rows}) > 1 or differ(np.concatenate(rows))
+
+
+def differ(rows: Any) -> bool:
+    """Whether two rows differ in more than size. Rows of zeros, or with a value that is not finite, do not count.
+
+    rows: [n, D]
+    """
+    sizes = np.linalg.norm(rows, axis=1)
+    able = (sizes > 0) & np.isfinite(sizes)
+    rows = rows[able] / sizes[able][:, None]
+    return bool(len(rows) and (np.abs(rows @ rows[0]) < DIFFERENT).any())
 
 
 def no_groups(lab: Laboratory, key: Key, shape: tuple[int, ...]) -> Any:

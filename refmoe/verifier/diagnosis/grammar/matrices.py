@@ -11,9 +11,9 @@ import numpy as np
 
 from refmoe.arithmetic.enclosure.array import Enclosure
 from refmoe.verifier.diagnosis.grammar.factors import (
-    DIFFERENT,
     VECTOR_BITS,
     along,
+    differ,
     factors,
     fitted,
     no_groups,
@@ -417,19 +417,12 @@ def _reordered(name: str, noun: str, axis: int, sources: Any) -> Fault:
     return with_matrix(f"{noun} of {name} {words}", f"{noun} of {name} hold others: {listing}", bits + 1.5, change)
 
 
-def _several(rows: Any) -> bool:
-    """Whether two rows differ in more than size. rows: [n, D]"""
-    sizes = np.linalg.norm(rows, axis=1)
-    rows = rows[sizes > 0] / sizes[sizes > 0][:, None]
-    return bool(len(rows) and (np.abs(rows @ rows[0]) < DIFFERENT).any())
-
-
 def _scaled_columns(search: Search, name: str, product: Product) -> Iterator[Fault]:
     """Columns times numbers, or channels of the input: the effect is linear in these."""
     w = product.matrices if product.matrices.ndim == 3 else product.matrices[None]
     effects = (product.x[:, None, :] * w).reshape(-1, w.shape[-1])
     error = product.error.reshape(-1)
-    if len(effects) < effects.shape[1] + 4 or not _several(product.x):
+    if len(effects) < effects.shape[1] + 4 or not differ(product.x):
         return  # the input of a single row may be anything
     more = least_squares(effects, error)
     if more is None or not np.linalg.norm(error - effects @ more) <= CLOSE * np.linalg.norm(error):
