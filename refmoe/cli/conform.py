@@ -81,8 +81,9 @@ class Files:
 
     def before(self) -> Results | None:
         """The results to go on with, None without any. Raises InputError for a file that holds no results."""
-        there = self.resume and self.out is not None and self.out.exists()
-        return read_results(self.out) if there and self.out is not None else None
+        if self.resume and self.out is not None and self.out.exists():
+            return read_results(self.out)
+        return None
 
 
 class ConformCommand(GuardedCommand):

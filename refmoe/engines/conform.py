@@ -198,8 +198,9 @@ def conform(harness: Harness, options: Mapping[str, str], suite: Suite, watch: W
             run = _Run(harness, suite, policies, folders)
             for case in suite.cases:
                 missing = [dtype for dtype in policies if (case.name, dtype) not in done]
-                for dtype in policies.keys() - {*missing}:
-                    watch.log(done[case.name, dtype], "")
+                for dtype in policies:
+                    if dtype not in missing:
+                        watch.log(done[case.name, dtype], "")
                 for outcome in run.outcomes(case, missing):
                     done[outcome.case, outcome.dtype] = outcome
                     results = replace(results, outcomes=tuple(done[place] for place in order if place in done))

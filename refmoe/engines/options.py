@@ -29,6 +29,10 @@ class Option:
     """The values that it takes. Without any, it takes an integer from 1."""
 
 
+TORCH_THREADS = Option("the threads of torch; sums over another number have other bits")
+"""The declaration of `threads`, for engines that compute by torch."""
+
+
 @dataclass(frozen=True)
 class Listed:
     """An option as a user sees it."""

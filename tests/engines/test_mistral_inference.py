@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from refmoe.engines.adapters import mistral_inference
+from refmoe.engines.capture.shapes import half_split
 from refmoe.engines.results import read_results
 from refmoe.errors import InputError
 from tests.command_line import Refmoe
@@ -31,13 +32,13 @@ def test_the_attention_in_place_of_the_kernel_is_attention() -> None:
     expected = np.einsum("hts,shd->thd", weights / weights.sum(-1, keepdims=True), v[0])
     k[:, 4], v[:, 4] = np.nan, np.nan
     bias = SimpleNamespace(materialize=lambda *_, **__: torch.log(torch.tensor(shown)))
-    found = mistral_inference.attention(torch, *(torch.tensor(each) for each in (q, k, v)), bias)
+    found = mistral_inference.attention(torch, torch.tensor(q), torch.tensor(k), torch.tensor(v), bias)
     np.testing.assert_allclose(found.numpy()[0], expected, rtol=1e-6)
 
 
 def test_pairs_are_told_apart() -> None:
     """Interleaved pairs (0, 1), (2, 3) become halves (0, 2), (1, 3)."""
-    assert mistral_inference.halved(np.arange(4)[None, None]).tolist() == [[[0, 2, 1, 3]]]
+    assert half_split(np.arange(4)[None, None]).tolist() == [[[0, 2, 1, 3]]]
 
 
 @pytest.mark.skipif(find_spec("mistral_inference") is not None, reason="mistral-inference is installed here")

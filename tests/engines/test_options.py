@@ -52,9 +52,8 @@ def test_help_lists_every_option(name: str, refmoe: Refmoe) -> None:
         for each in listed(adapter_class(name)):
             assert each.name in words
             assert str(each.default) in words
-    others = {option.name for other in SHIPPED for option in listed(adapter_class(other))}
     own = {option["name"] for option in json.loads(out)["options"]}
-    assert own == {each.name for each in listed(adapter_class(name))} <= others
+    assert own == {each.name for each in listed(adapter_class(name))}
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -66,9 +65,10 @@ def test_a_wrong_option_is_one_sentence_that_names_what_is_expected(name: str, r
         status, out, err = refmoe("conform", "--adapter", name, "--option", f"{key}={value}", "--case", "top-1")
         assert (status, out) == (2, "")
         assert "Traceback" not in err
-        expected = (
-            [each.name for each in options] if key == "nonesuch" else declared_options(adapter_class(name))[key].choices
-        )
+        if key == "nonesuch":
+            expected = [each.name for each in options]
+        else:
+            expected = [*declared_options(adapter_class(name))[key].choices] or ["an integer from 1"]
         assert all(word in err for word in (key, *expected))
 
 

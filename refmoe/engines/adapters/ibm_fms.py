@@ -3,7 +3,7 @@
 
 Scores and probabilities stay inside torch's `scaled_dot_product_attention` and are not seen. ibm-fms has no window, no
 head_dim of its own, and angles for as many positions as the configuration says. It rotates adjacent pairs, as Mistral's
-layout does, so that queries and keys are turned to half-split order for the trace.
+layout does. So the adapter turns queries and keys to half-split order for the trace.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from typing import Any
 
 from refmoe.engines.adapter import Arrays, Skipped
 from refmoe.engines.capture.patching import replaced
+from refmoe.engines.capture.shapes import HEADED, half_split
 from refmoe.engines.capture.transformers import DTYPES, module_hooks, to_numpy
 from refmoe.engines.environment import needed
-from refmoe.engines.options import Option
+from refmoe.engines.options import TORCH_THREADS, Option
 from refmoe.engines.protocol import ABILITIES, TAPS
 from refmoe.files.json_file import read_json
 from refmoe.spec.taps import step_of
@@ -44,9 +45,8 @@ NAMES = {
 """Modules of fms/models/mixtral.py, `Mixtral`, to taps, as in `refmoe.engines.capture.names`."""
 
 UNSEEN = ("attention.scores", "attention.probs")
-HEADED = ("attention.q", "attention.k", "attention.v", "attention.context")
-"""Taps [T, heads, d] that ibm-fms holds as [1, T, heads d]."""
-TURNED = ("attention.q", "attention.k")
+TURNED = ("attention.q", "attention.k", "attention.q_rope", "attention.k_rope")
+"""Taps whose rotary pairs are adjacent."""
 COMBINED = "tai,ta -> ti"
 """The equation of the sum of a token's experts: outputs, weights."""
 
@@ -63,7 +63,7 @@ class Adapter:
     )
     options = MappingProxyType({
         "cache": Option("whether calls have a cache; without one only first calls run, as by default", ("yes", "no")),
-        "threads": Option("the threads of torch; sums over another number have other bits"),
+        "threads": TORCH_THREADS,
     })  # fmt: skip
     requirements = ("torch==2.13.0", "ibm-fms==1.13.1")
 
@@ -177,7 +177,7 @@ class Watch:
         def rotated(*args: Any, **kwargs: Any) -> Any:
             made = rotate(*args, **kwargs)
             for name, value in zip(("q_rope", "k_rope"), made, strict=True):
-                self._record(f"{self.layer}attention.{name}", halves(value[0]))
+                self._record(f"{self.layer}attention.{name}", value[0])
             return made
 
         def combined(equation: str, *given: Any) -> Any:
@@ -226,13 +226,10 @@ class Watch:
         value = value[0]
         if step in HEADED:
             value = value.reshape(len(value), -1, self.head_dim)
-        self._record(tap, halves(value) if step in TURNED else value)
+        self._record(tap, value)
 
     def _record(self, tap: str, value: Any) -> None:
-        if step_of(tap) in self.wanted:
-            self.recorder(tap, to_numpy(value))
-
-
-def halves(value: Any) -> Any:
-    """Heads in half-split order, from adjacent pairs.   value: [T, heads, d]"""
-    return value.reshape(*value.shape[:-1], -1, 2).transpose(-1, -2).reshape(value.shape)
+        step = step_of(tap)
+        if step in self.wanted:
+            array = to_numpy(value)
+            self.recorder(tap, half_split(array) if step in TURNED else array)

@@ -20,10 +20,10 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from refmoe.engines.adapter import Arrays, Skipped
+from refmoe.engines.adapter import Arrays, Skipped, refuse_shifted
 from refmoe.engines.capture.patching import replaced
 from refmoe.engines.environment import needed
-from refmoe.engines.options import Option
+from refmoe.engines.options import TORCH_THREADS, Option
 from refmoe.engines.protocol import ABILITIES, DTYPES, TAPS
 from refmoe.files.json_file import read_json
 from refmoe.files.scratch import Scratch
@@ -49,7 +49,7 @@ class Adapter:
     abilities = ABILITIES
     options = MappingProxyType({
         "backend": Option("the backend of Keras", (*BACKENDS,)),
-        "threads": Option("the threads of torch; sums over another number have other bits"),
+        "threads": TORCH_THREADS,
     })  # fmt: skip
     requirements = ("torch==2.13.0", "jax==0.10.2", "keras-hub==0.32.0")
 
@@ -83,11 +83,7 @@ class Adapter:
         """Run each call with the cache of its sequence. Raises Skipped for a position that is not its slot."""
         ops = self.keras.ops
         for run in runs:
-            if run.positions != tuple(range(run.past, run.past + len(run.tokens))):
-                raise Skipped(
-                    f"a slot of keras-hub's cache is a position: {run.run} has {run.past} tokens before it, and starts "
-                    f"at position {run.positions[0]}"
-                )
+            refuse_shifted("keras-hub", run)
         batch, layers, pair, heads, width = self.cache_shape
         longest = max(run.past + len(run.tokens) for run in runs)
         empty = ops.zeros((batch, layers, pair, longest, heads, width), dtype=self.dtype)
@@ -114,15 +110,7 @@ class Watched:
 
     def __getattr__(self, name: str) -> Any:
         operation, see = getattr(self._module, name), self._watches.get(name)
-        if see is None:
-            return operation
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            made = operation(*args, **kwargs)
-            see(args, kwargs, made)
-            return made
-
-        return call
+        return operation if see is None else _seen(operation, see)
 
 
 class Watch:

@@ -2,8 +2,8 @@
 """litgpt's Mixtral on a CPU, watched by hooks.
 
 Scores and probabilities stay inside torch's `scaled_dot_product_attention` and are not seen. A slot of litgpt's cache
-is a position, so that no sequence can start above 0. With a window the cache is a ring of that many slots: litgpt
-refuses a call of more tokens, unless it runs without a cache. A call that is its sequence's only one does.
+is a position, so that no sequence can start above 0. With a window the cache is a ring of that many slots. litgpt
+refuses a call of more tokens, unless it runs without a cache. The adapter runs a sequence of one call without a cache.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from refmoe.engines.adapter import Arrays, Skipped
+from refmoe.engines.adapter import Arrays, Skipped, refuse_shifted
 from refmoe.engines.capture.patching import replaced
+from refmoe.engines.capture.shapes import put_rows
 from refmoe.engines.capture.transformers import DTYPES, module_hooks, to_numpy
 from refmoe.engines.environment import needed
-from refmoe.engines.options import Option
+from refmoe.engines.options import TORCH_THREADS
 from refmoe.engines.protocol import ABILITIES, TAPS
 from refmoe.files.json_file import read_json
 from refmoe.spec.taps import step_of
@@ -58,9 +59,7 @@ class Adapter:
     taps = tuple(tap for tap in TAPS if tap not in UNSEEN)
     abilities = ABILITIES
     policies = MappingProxyType({dtype: f"litgpt-{dtype}" for dtype in ("float64", "bfloat16", "float16")})
-    options = MappingProxyType({
-        "threads": Option("the threads of torch; sums over another number have other bits"),
-    })  # fmt: skip
+    options = MappingProxyType({"threads": TORCH_THREADS})
     requirements = ("torch==2.13.0", "litgpt==0.5.13")
 
     def __init__(self, threads: str = "1") -> None:
@@ -132,11 +131,7 @@ def refuse_early(runs: Sequence[Run], context: int, window: int | None) -> None:
     """Raises Skipped for calls that litgpt's cache cannot hold."""
     seen: Counter[int] = Counter()
     for run in runs:
-        if run.positions != tuple(range(run.past, run.past + len(run.tokens))):
-            raise Skipped(
-                f"a slot of litgpt's cache is a position: {run.run} has {run.past} tokens before it, and starts at "
-                f"position {run.positions[0]}"
-            )
+        refuse_shifted("litgpt", run)
         if run.positions[-1] >= context:
             raise Skipped(f"litgpt has angles for {context} positions; {run.run} has position {run.positions[-1]}")
         if window is not None and run.past < seen[run.sequence] > window:
@@ -236,10 +231,7 @@ class Watch:
     def _rows(self, e: int, step: str, value: Any) -> None:
         """Sort the rows of an expert into the slots of `router.experts`.   value: [rows, n]"""
         if step in self.wanted:
-            rows = to_numpy(value)
-            if step not in self.slots:
-                self.slots[step] = np.zeros((*self.chosen.shape, rows.shape[-1]), rows.dtype)
-            self.slots[step][np.nonzero(self.chosen == e)] = rows
+            put_rows(self.slots, step, to_numpy(value), self.chosen, e)
 
     def _record(self, tap: str, value: Any) -> None:
         if step_of(tap) in self.wanted:

@@ -17,6 +17,7 @@ from refmoe.checkpoints.gguf_file import FILE_TYPES, write_gguf
 from refmoe.checkpoints.load import load_checkpoint
 from refmoe.engines.adapter import Arrays, Skipped
 from refmoe.engines.adapters import llama_cpp_library as native
+from refmoe.engines.capture.shapes import half_split
 from refmoe.engines.options import Option
 from refmoe.engines.protocol import TAPS
 from refmoe.errors import InputError
@@ -170,5 +171,5 @@ def shaped(tap: str, array: NDArray[Any], config: Config, run: Run) -> NDArray[A
     sizes |= {"E": config.experts, "k": config.experts_per_token, "F": config.hidden_dim, "V": config.vocab}
     array = array.reshape([sizes[axis] for axis in {**LAYER_TAPS, **MODEL_TAPS}[step].split()])
     if step in TURNED:
-        array = array.reshape(*array.shape[:2], -1, 2).swapaxes(2, 3).reshape(array.shape)
+        array = half_split(array)
     return array

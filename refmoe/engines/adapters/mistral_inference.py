@@ -21,15 +21,15 @@ from numpy.typing import NDArray
 from refmoe.engines.adapter import Arrays, Skipped
 from refmoe.engines.capture.names import MISTRAL
 from refmoe.engines.capture.patching import replaced
+from refmoe.engines.capture.shapes import HEADED, half_split, put_rows
 from refmoe.engines.capture.transformers import module_hooks, to_numpy
 from refmoe.engines.environment import needed
-from refmoe.engines.options import Option
+from refmoe.engines.options import TORCH_THREADS
 from refmoe.engines.protocol import ABILITIES, DTYPES, TAPS
 from refmoe.spec.taps import step_of
 from refmoe.traces.trace import Recorder, Run
 
 UNSEEN = ("attention.scores", "attention.probs")
-HEADED = ("attention.q", "attention.k", "attention.v", "attention.context")
 TURNED = ("attention.q", "attention.k", "attention.q_rope", "attention.k_rope")
 """Taps whose rotary pairs are interleaved."""
 FLOAT64 = "+".join((
@@ -53,7 +53,7 @@ class Adapter:
     taps = tuple(tap for tap in TAPS if tap not in UNSEEN)
     abilities = ABILITIES
     policies = MappingProxyType({"float64": FLOAT64})
-    options = MappingProxyType({"threads": Option("the threads of torch; sums over another number have other bits")})
+    options = MappingProxyType({"threads": TORCH_THREADS})
     requirements = ("torch==2.13.0", "xformers==0.0.35", "mistral-inference==1.6.0")
 
     def __init__(self, threads: str = "1") -> None:
@@ -131,7 +131,7 @@ class Watch(ExitStack):
         array = to_numpy(value)
         if step_of(tap) in HEADED:
             array = array.reshape(len(array), -1, self.model.args.head_dim)
-        self.recorder(tap, halved(array) if step_of(tap) in TURNED else array)
+        self.recorder(tap, half_split(array) if step_of(tap) in TURNED else array)
 
     def _entering(self, prefix: str, _module: Any, _args: Any) -> None:
         self.layer = prefix
@@ -140,7 +140,7 @@ class Watch(ExitStack):
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             made = rotate(*args, **kwargs)
             for name, heads in zip("qk", made, strict=True):
-                self.recorder(f"{self.layer}attention.{name}_rope", halved(to_numpy(heads)))
+                self.recorder(f"{self.layer}attention.{name}_rope", half_split(to_numpy(heads)))
             return made
 
         return wrapped
@@ -155,12 +155,8 @@ class Watch(ExitStack):
 
     def _inside(self, number: int, tap: str, _module: Any, args: Any, out: Any) -> None:
         """Sort the rows of an expert, which are in order of tokens, into the slots of router.experts."""
-        token, slot = np.nonzero(self.chosen == number)
         for name, value in {tap: out, **({"expert.hidden": args[0]} if tap == "expert.output" else {})}.items():
-            rows = to_numpy(value)
-            if name not in self.slots:
-                self.slots[name] = np.zeros((*self.chosen.shape, rows.shape[-1]), rows.dtype)
-            self.slots[name][token, slot] = rows
+            put_rows(self.slots, name, to_numpy(value), self.chosen, number)
 
     def _combined(self, forward: Any, x: Any) -> Any:
         out = forward(x)
@@ -168,11 +164,6 @@ class Watch(ExitStack):
             self.recorder(self.layer + tap, array)
         self.recorder(f"{self.layer}moe.output", to_numpy(out))
         return out
-
-
-def halved(array: NDArray[Any]) -> NDArray[Any]:
-    """Heads with interleaved rotary pairs in half-split order, as ROPE-3 wants them.   array: [T, heads, d]"""
-    return array.reshape(*array.shape[:-1], -1, 2).swapaxes(-1, -2).reshape(array.shape)
 
 
 def attention(torch: Any, q: Any, k: Any, v: Any, bias: Any = None) -> Any:

@@ -13,6 +13,7 @@ import numpy as np
 
 from refmoe.engines.capture.names import tap_of
 from refmoe.engines.capture.patching import replaced
+from refmoe.engines.capture.shapes import HEADED
 from refmoe.errors import require
 from refmoe.spec.taps import step_of
 from refmoe.traces.trace import Recorder
@@ -39,9 +40,6 @@ NAMES = {
     "lm_head:out": "logits",
 }
 """Names of mlx_lm/models/mixtral.py, `Model`, to taps, as in `refmoe.engines.capture.names`. in1 is argument 1."""
-
-HEADED = ("attention.q", "attention.k", "attention.v", "attention.context")
-"""Taps [T, heads, d] that mlx-lm holds as [T, heads d]."""
 
 
 class Watch:

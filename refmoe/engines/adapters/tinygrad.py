@@ -2,7 +2,7 @@
 """tinygrad's language model (tinygrad/llm) on a CPU, from a GGUF file. Its modules are wrapped.
 
 Scores and probabilities stay inside `Tensor.scaled_dot_product_attention` and are not seen. A slot of its cache is a
-position, so that no sequence can start above 0, and it has no window. tinygrad renormalises the weights of chosen
+position, so that no sequence can start above 0. It has no window. tinygrad renormalises the weights of chosen
 experts only where the file has the key expert_weights_norm. llama.cpp's converter does not write it for a Mixtral.
 tinygrad compiles each operation: the variable CC names the compiler, clang by default.
 """
@@ -22,8 +22,9 @@ from typing import Any
 
 from refmoe.checkpoints.gguf_file import write_gguf
 from refmoe.checkpoints.load import load_checkpoint
-from refmoe.engines.adapter import Arrays, Skipped
+from refmoe.engines.adapter import Arrays, Skipped, refuse_shifted
 from refmoe.engines.capture.patching import replaced
+from refmoe.engines.capture.shapes import HEADED
 from refmoe.engines.environment import needed
 from refmoe.engines.options import Option
 from refmoe.engines.protocol import ABILITIES, TAPS
@@ -51,8 +52,6 @@ INPUTS = {
     "ffn_down_exps": "expert.hidden",
 }
 """Modules of a block to the taps that are their last argument."""
-HEADED = ("attention.q", "attention.k", "attention.v", "attention.context")
-"""Taps [T, heads, d] that tinygrad holds as [1, T, heads d]."""
 UNSEEN = ("attention.scores", "attention.probs")
 STATES = ("embedding", "residual", "final_norm", "logits")
 """The taps that are seen between the blocks. Blocks then run as tinygrad compiles them, several operations in one."""
@@ -94,11 +93,7 @@ class Adapter:
     def run(self, runs: Sequence[Run], taps: Collection[str]) -> Arrays:
         """Run each sequence on a model of its own, because a model of tinygrad holds one cache."""
         for run in runs:
-            if run.positions != tuple(range(run.past, run.past + len(run.tokens))):
-                raise Skipped(
-                    f"a slot of tinygrad's cache is a position: {run.run} has {run.past} tokens before it, and starts "
-                    f"at position {run.positions[0]}"
-                )
+            refuse_shifted("tinygrad", run)
         longest = max(run.past + len(run.tokens) for run in runs)
         tensor: Any = needed("tinygrad", "tinygrad").Tensor
         watch = Watch(self.checkpoint.config.head_dim, frozenset(taps))

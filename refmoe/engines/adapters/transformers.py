@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transformers' own Mixtral, in each setting that people run it in, watched by forward hooks."""
+"""transformers' own Mixtral on a CPU, watched by forward hooks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from refmoe.engines.adapter import Arrays, Skipped
 from refmoe.engines.adapters.transformers_batch import PaddedBatch
 from refmoe.engines.capture import transformers as engine
-from refmoe.engines.options import Option
+from refmoe.engines.options import TORCH_THREADS, Option
 from refmoe.engines.protocol import ABILITIES, DTYPES, TAPS
 from refmoe.errors import InputError, require
 from refmoe.traces.trace import Recorder, Run
@@ -31,7 +31,7 @@ class Adapter:
     abilities = ABILITIES
     options = MappingProxyType({
         "attention": Option("the implementation of attention; transformers' own default is sdpa", ("eager", "sdpa")),
-        "threads": Option("the threads of torch; sums over another number have other bits"),
+        "threads": TORCH_THREADS,
         "experts": Option(
             "the implementation of the experts; transformers' own default is grouped_mm",
             ("eager", "batched_mm", "grouped_mm"),

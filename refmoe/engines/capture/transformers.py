@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from refmoe.engines.capture.names import HUGGING_FACE, tap_of
 from refmoe.engines.capture.patching import replaced
+from refmoe.engines.capture.shapes import HEADED
 from refmoe.errors import InputError, require
 from refmoe.spec.taps import step_of
 from refmoe.traces.trace import Header, Recorder, Run
@@ -191,7 +192,7 @@ def shaped(tap: str, array: NDArray[Any], head_dim: int) -> NDArray[Any]:
     if name.startswith(("router.", "expert.")):
         return array
     array = array[0]
-    if name in ("attention.q", "attention.k", "attention.v", "attention.context"):
+    if name in HEADED:
         return array.reshape(len(array), -1, head_dim)
     return array
 
