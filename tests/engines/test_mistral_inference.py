@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from refmoe.engines.adapters import mistral_inference
-from refmoe.engines.capture.shapes import half_split
+from refmoe.engines.capture.shapes import half_split, put_rows
 from refmoe.engines.results import read_results
 from refmoe.errors import InputError
 from tests.command_line import Refmoe
@@ -39,6 +39,14 @@ def test_the_attention_in_place_of_the_kernel_is_attention() -> None:
 def test_pairs_are_told_apart() -> None:
     """Interleaved pairs (0, 1), (2, 3) become halves (0, 2), (1, 3)."""
     assert half_split(np.arange(4)[None, None]).tolist() == [[[0, 2, 1, 3]]]
+
+
+def test_rows_of_an_expert_go_where_it_was_chosen() -> None:
+    """Expert 0 is the second choice of token 0, and the first of token 1."""
+    slots = {"expert.up": np.zeros((2, 2, 1))}
+    for step in ("expert.up", "expert.gate"):
+        put_rows(slots, step, np.array([[5.0], [6.0]]), np.array([[1, 0], [0, 2]]), 0)
+        assert slots[step][:, :, 0].tolist() == [[0, 5], [6, 0]]
 
 
 @pytest.mark.skipif(find_spec("mistral_inference") is not None, reason="mistral-inference is installed here")
