@@ -18,6 +18,7 @@ def module_from_file(path: Path, name: str, expected: str) -> ModuleType:
     """Execute an ordinary file whose name ends in ``.py``, with the user's rights.
 
     name: of the module in `sys.modules`   expected: the kind of file, as "a Python file with a router"
+
     Raises InputError for a file that cannot be read or is too large, and whatever the file itself raises.
     """
     read_bytes(path, expected, LARGEST_PROGRAM)

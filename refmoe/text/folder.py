@@ -14,7 +14,7 @@ from refmoe.files.sentences import quoted
 from refmoe.text.chat import check_messages, encode_chat
 from refmoe.text.chat_template import ChatTemplate
 from refmoe.text.settings import AddedToken, TextSettings, read_settings
-from refmoe.text.stream import TextStream, streamed
+from refmoe.text.stream import TextStream
 from refmoe.text.tokenizer import Tokenizer
 from refmoe.text.tokenizer_json import JsonStream, JsonTokenizer
 
@@ -43,7 +43,7 @@ class FolderText:
         """
         tokenizer = self._need()
         if isinstance(tokenizer, Tokenizer):
-            self._refuse_added(text, (added.content for added in self.beyond.values()))
+            self._refuse_added(text, self.beyond.values())
         return tokenizer.encode(text)
 
     def encode_chat(self, messages: object) -> list[int]:
@@ -64,8 +64,7 @@ class FolderText:
         checked = check_messages(messages)
         text = ChatTemplate(settings.template_file, settings.template, settings.special).render(checked)
         if isinstance(tokenizer, Tokenizer):
-            added = (token.content for token in settings.added.values())
-            self._refuse_added(text, (*added, *settings.special.values()))
+            self._refuse_added(text, (*settings.added.values(), *map(AddedToken, settings.special.values())))
         return tokenizer.encode(text, bos=False)
 
     @cached_property
@@ -92,24 +91,32 @@ class FolderText:
 
         TEXT-5  Every id below the number of rows can be written. One without a piece has no text.
         """
+        stream: JsonStream | FolderStream
         if self.tokenizer is None:
-            return (f"{token} " for token in tokens)
+            yield from (f"{token} " for token in tokens)
+            return
         if isinstance(self.tokenizer, JsonTokenizer):
-            return streamed(JsonStream(self.tokenizer), tokens)
-        return streamed(FolderStream(self.tokenizer, self.beyond), tokens)
+            stream = JsonStream(self.tokenizer)
+        else:
+            stream = FolderStream(self.tokenizer, self.beyond)
+        for token in tokens:
+            if text := stream.feed(token):
+                yield text
+        if text := stream.finish():
+            yield text
 
     def _need(self) -> Tokenizer | JsonTokenizer:
         if self.tokenizer is None:
             raise InputError(f"{self.folder}: neither {JSON} nor {SENTENCEPIECE} is there, but text needs one of them")
         return self.tokenizer
 
-    def _refuse_added(self, text: str, added: Iterable[str]) -> None:
+    def _refuse_added(self, text: str, tokens: Iterable[AddedToken]) -> None:
         """Raises InputError for a text that holds one of these added tokens."""
-        for content in added:
-            if content in text:
+        for added in tokens:
+            if added.content in text:
                 raise InputError(
                     f"{self.folder}: {SENTENCEPIECE} does not say how the text beside the token "
-                    f"{quoted(content)} is split, so {JSON} was expected"
+                    f"{quoted(added.content)} is split, so {JSON} was expected"
                 )
 
 

@@ -60,11 +60,11 @@ def read_settings(folder: Path) -> TextSettings:
     file = _optional(folder / "tokenizer_config.json")
     names = _optional(folder / "special_tokens_map.json")
     template, template_file = _template(folder, file)
-    older, added = _optional(folder / "added_tokens.json"), _added(file)
+    older = _optional(folder / "added_tokens.json")
     special = {name: token for source in (names, file) for name in NAMED if (token := _content(source, name))}
     unnamed = (*_listed(names), *_listed(file))
     return TextSettings(
-        added=added | _older_added(older, added, {*special.values(), *unnamed}),
+        added=_added(file) | _older_added(older, _added(file), {*special.values(), *unnamed}),
         special=special,
         unnamed=unnamed,
         add_bos=_optional_flag(file, "add_bos_token"),
@@ -121,16 +121,12 @@ def _token(file: JsonFile) -> AddedToken:
 
 
 def _content(file: JsonFile, name: str) -> str | None:
-    """The text of a special token; None where the file does not name it."""
-    content = _text(file.values.get(name))
+    """The text of a special token, which is written as a string, or as an object with other settings."""
+    value = file.values.get(name)
+    content = value.get("content") if isinstance(value, dict) else value
     if content is not None and not isinstance(content, str):
-        raise file.refuse(name, file.values[name], "the text of a token was expected")
+        raise file.refuse(name, value, "the text of a token was expected")
     return content
-
-
-def _text(value: Any) -> Any:
-    """The text of a token, which is written as a string, or as an object with other settings."""
-    return value.get("content") if isinstance(value, dict) else value
 
 
 def _listed(file: JsonFile) -> Iterator[str]:
@@ -140,7 +136,7 @@ def _listed(file: JsonFile) -> Iterator[str]:
         if not isinstance(values, list | dict):
             raise file.refuse(name, values, "a list of tokens was expected")
         for value in values.values() if isinstance(values, dict) else values:
-            content = _text(value)
+            content = value.get("content") if isinstance(value, dict) else value
             if not isinstance(content, str):
                 raise file.refuse(name, values, "a list of tokens was expected")
             yield content

@@ -7,7 +7,6 @@ STREAM-1 compares two implementations.
 
 from codecs import utf_8_decode
 from collections.abc import Iterable, Iterator
-from typing import Protocol
 
 from refmoe.text.tokenizer import SPACE, UNKNOWN_TEXT, Tokenizer
 
@@ -79,21 +78,7 @@ def stream_text(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
 
     Raises InputError for an id outside the vocabulary.
     """
-    return streamed(TextStream(tokenizer), tokens)
-
-
-class Stream(Protocol):
-    """Whatever turns token ids into text one by one, as `TextStream` does."""
-
-    def feed(self, token: int) -> str:
-        """The text that this token completes."""
-
-    def finish(self) -> str:
-        """The text still waiting."""
-
-
-def streamed(stream: Stream, tokens: Iterable[int]) -> Iterator[str]:
-    """The text that a stream makes of token ids as they arrive, in pieces that are never empty."""
+    stream = TextStream(tokenizer)
     for token in tokens:
         if text := stream.feed(token):
             yield text
