@@ -26,7 +26,17 @@ from refmoe.suite import (
     write_manifest,
 )
 from refmoe.suite.golden_folder import golden_folder
-from refmoe.suite.matrix.changes import Loss, gains, losses, outside_changed, plan, revised_matrix, sample, to_work
+from refmoe.suite.matrix.changes import (
+    Loss,
+    by_place,
+    gains,
+    losses,
+    outside_changed,
+    plan,
+    revised_matrix,
+    sample,
+    to_work,
+)
 from refmoe.suite.matrix.dependencies import changed, digests
 from refmoe.suite.matrix.file import MATRIX_FILE, MATRIX_FILES, Matrix, read_matrix, to_matrix, write_matrix
 from refmoe.suite.matrix.outcomes import POLICIES, SPECIFICATION, Outcome, Work, compute_matrix, runnable, whole
@@ -301,20 +311,12 @@ def repeat_production(
     problems = summarise(replace(revised, outside=small.outside), [*cases], SEARCHED).problems
     return Repeated(
         parts=sorted(parts),
-        work=to_work(_by_place(outcomes), cases),
+        work=to_work(by_place((each.policy, each.case, each.mutant) for each in outcomes), cases),
         outcomes=outcomes,
         lost=lost,
         gained=gains(matrix, outcomes),
         problems=[*map(str, lost), *problems],
     )
-
-
-def _by_place(outcomes: Sequence[Outcome]) -> dict[str, dict[str, set[str]]]:
-    """Per policy and case the mutants of some outcomes."""
-    found: dict[str, dict[str, set[str]]] = {}
-    for each in outcomes:
-        found.setdefault(each.policy, {}).setdefault(each.case, set()).add(each.mutant)
-    return found
 
 
 def _write(matrix: Matrix, golden: Path, family: str) -> None:

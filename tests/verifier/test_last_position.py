@@ -197,7 +197,9 @@ def test_log_probabilities_of_other_shapes_are_refused(shapes: str) -> None:
 @pytest.mark.parametrize(("tap", "dtype"), [(IDS, np.float32), (LOGPROBS, np.int64)])
 def test_ids_are_integers_and_values_are_not(tap: str, dtype: Any) -> None:
     trace = traced(None, "walking-skeleton", "float32")
-    arrays = {f"prefill/{LOGPROBS}": np.zeros((12, 3), np.float32), f"prefill/{IDS}": np.zeros((12, 3), np.int64)}
+    arrays: dict[str, Any] = {
+        f"prefill/{LOGPROBS}": np.zeros((12, 3), np.float32), f"prefill/{IDS}": np.zeros((12, 3), np.int64)
+    }  # fmt: skip
     arrays[f"prefill/{tap}"] = arrays[f"prefill/{tap}"].astype(dtype)
     with pytest.raises(InputError, match="dtype"):
         take_in(trace_of(trace, arrays), case_named("walking-skeleton").config, trace.runs)

@@ -8,7 +8,7 @@ enough to be run with the tests each time.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from refmoe.bugs.catalogue import MUTANTS
@@ -47,12 +47,19 @@ def sample(matrix: Matrix, cases: Mapping[str, Case]) -> list[Work]:
     cases: all that there are now.
     """
     costs = {name: cost(case) for name, case in cases.items()}
-    found: dict[str, dict[str, set[str]]] = {}
+    found = []
     for policy in POLICIES:
         killers = {name: cases.keys() & matrix.killers(name, policy).keys() for name in runnable()}
-        for mutant, case in witnesses(killers, costs).items():
-            found.setdefault(policy, {}).setdefault(case, set()).add(mutant)
-    return to_work(found, cases)
+        found += [(policy, case, mutant) for mutant, case in witnesses(killers, costs).items()]
+    return to_work(by_place(found), cases)
+
+
+def by_place(runs: Iterable[tuple[str, str, str]]) -> dict[str, dict[str, set[str]]]:
+    """Per policy and case the mutants.   runs: policy, case and mutant of each"""
+    found: dict[str, dict[str, set[str]]] = {}
+    for policy, case, mutant in runs:
+        found.setdefault(policy, {}).setdefault(case, set()).add(mutant)
+    return found
 
 
 def plan(matrix: Matrix, parts: Collection[str], cases: Mapping[str, Case]) -> list[Work]:

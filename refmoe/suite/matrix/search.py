@@ -14,7 +14,7 @@ from typing import Any
 from refmoe.bugs.catalogue import MUTANTS
 from refmoe.checkpoints.size import active_parameters
 from refmoe.suite import Case
-from refmoe.suite.matrix.changes import to_work
+from refmoe.suite.matrix.changes import by_place, to_work
 from refmoe.suite.matrix.dependencies import CASES, CATALOGUE
 from refmoe.suite.matrix.file import Cells, Matrix, to_matrix
 from refmoe.suite.matrix.outcomes import SPECIFICATION, Outcome, compute_matrix, runnable
@@ -67,9 +67,7 @@ def search(asked: Search, jobs: int | None = None, progress: Callable[[], None] 
     orders = {pair: asked.order(pair) for pair in asked.pairs}
     left, found, step = [*asked.pairs], [], 0
     while left and step < len(asked.cases):
-        wanted: dict[str, dict[str, set[str]]] = {}
-        for mutant, policy in left:
-            wanted.setdefault(policy, {}).setdefault(orders[mutant, policy][step], set()).add(mutant)
+        wanted = by_place((policy, orders[mutant, policy][step], mutant) for mutant, policy in left)
         outcomes = compute_matrix(to_work(wanted, asked.cases), jobs, progress)
         killed = {(each.mutant, each.policy) for each in outcomes if each.killed}
         left, step = [pair for pair in left if pair not in killed], step + 1
