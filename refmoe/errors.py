@@ -31,11 +31,17 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
     purpose: the feature that needs it, as the subject of the error's sentence, such as ``"the tokenizer"``.
     Raises InputError that names the extra when the module is not installed.
     """
+    return imported(module, purpose, f"pip install 'refmoe[{extra}]'")
+
+
+def imported(module: str, purpose: str, remedy: str) -> ModuleType:
+    """Import a module.   purpose: as for `require`   remedy: the end of the sentence, what installs the module
+
+    Raises InputError when the module is not installed.
+    """
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or module.split(".")[0] != error.name.split(".")[0]:
             raise
-        raise InputError(
-            f"{purpose} needs the package '{error.name}', which is not installed: pip install 'refmoe[{extra}]'"
-        ) from None
+        raise InputError(f"{purpose} needs the package '{error.name}', which is not installed: {remedy}") from None

@@ -15,6 +15,7 @@ import click
 import numpy as np
 import pytest
 
+from refmoe.checkpoints.load import load_checkpoint
 from refmoe.checkpoints.synthetic import synthetic_checkpoint
 from refmoe.checkpoints.write import write_checkpoint
 from refmoe.cli import commands
@@ -211,6 +212,20 @@ def test_generate_streams_the_same_text_for_the_same_seed(refmoe: Refmoe, text_c
     assert json.loads(refmoe(*sampled, "--json")[1]) == first
     assert refmoe(*sampled)[1] == first["text"] + "\n"
     assert json.loads(refmoe(*arguments, "--json")[1])["tokens"] != first["tokens"]
+
+
+def test_a_prompt_is_read_in_the_layout_that_was_named(refmoe: Refmoe, text_checkpoint: Path, tmp_path: Path) -> None:
+    """Where both layouts lie in a folder, the other one is not looked at."""
+    source = load_checkpoint(text_checkpoint)
+    write_checkpoint(tmp_path, source.config, source.parameters, layout="mistral")
+    shutil.copy(text_checkpoint / "tokenizer.model", tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").touch()
+    words = ("--prompt", "Hello", "--max-new-tokens", 1, "--json")
+    status, out, _ = refmoe("generate", "--checkpoint", tmp_path, "--layout", "mistral", *words)
+    assert status == 0
+    expected = json.loads(refmoe("generate", "--checkpoint", text_checkpoint, *words)[1])
+    assert json.loads(out)["prompt"] == expected["prompt"]
 
 
 def test_generate_continues_greedily_as_a_whole_prefill_would(refmoe: Refmoe, checkpoint: Path, tmp_path: Path) -> None:

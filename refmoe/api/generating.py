@@ -79,12 +79,14 @@ class Generation:
     place: Place = CPU
 
 
-def prompt_tokens(checkpoint: Path, prompt: str, chat: Path | None = None) -> tuple[int, ...]:
+def prompt_tokens(
+    checkpoint: Path, prompt: str, chat: Path | None = None, layout: str | None = None
+) -> tuple[int, ...]:
     """The token ids of a text, or of a chat, as the folder of a checkpoint says.
 
     chat: a JSON list of messages, which takes the place of the text.   Raises InputError when a file cannot be read.
     """
-    text = read_folder(checkpoint, read_configuration(checkpoint).config.vocab)
+    text = read_folder(checkpoint, read_configuration(checkpoint, layout).config.vocab)
     return tuple(text.encode(prompt) if chat is None else text.encode_chat(load_chat(chat)))
 
 

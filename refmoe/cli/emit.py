@@ -124,7 +124,7 @@ def emit_command(
         emission = case_emission(case_name, golden, settings)
     else:
         assert checkpoint is not None
-        emission = checkpoint_emission(checkpoint, layout, seed, lambda: script.calls(checkpoint), settings)
+        emission = checkpoint_emission(checkpoint, layout, seed, lambda: script.calls(checkpoint, layout), settings)
     _emit(emission, options["only_estimate"], as_json)
 
 

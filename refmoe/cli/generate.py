@@ -55,7 +55,7 @@ def generate_command(
     refmoe generate --checkpoint DIR --prompt 'Once upon a time' --max-new-tokens 20
     refmoe generate --checkpoint DIR --chat messages.json --temperature 0.7 --top-p 0.9 --seed 1
     """
-    (prefill,) = Input(tokens, prompt, chat).calls(checkpoint)
+    (prefill,) = Input(tokens, prompt, chat).calls(checkpoint, layout)
     start = prefill.tokens
     new = continuation(checkpoint, start, Generation(place=device, **options), layout)
     if as_json:

@@ -207,22 +207,22 @@ class Input:
         """Whether any of the options is given."""
         return any(value not in (None, ()) for value in vars(self).values())
 
-    def calls(self, folder: Path) -> list[Call]:
+    def calls(self, folder: Path, layout: str | None = None) -> list[Call]:
         """The script. Raises InputError when not exactly one prefill is given.
 
-        folder: the checkpoint, whose tokenizer turns text into tokens.
+        folder, layout: the checkpoint, whose tokenizer turns text into tokens.
         """
         if sum(item is not None for item in (self.tokens, self.prompt, self.chat)) != 1:
             raise InputError("exactly one of --tokens, --prompt and --chat was expected")
-        calls = [Call("prefill", 0, self._prefill(folder)), *(Call("chunk", 0, piece) for piece in self.chunk)]
+        calls = [Call("prefill", 0, self._prefill(folder, layout)), *(Call("chunk", 0, piece) for piece in self.chunk)]
         return [*calls, Call("decode", 0, self.decode)] if self.decode else calls
 
-    def _prefill(self, folder: Path) -> tuple[int, ...]:
+    def _prefill(self, folder: Path, layout: str | None) -> tuple[int, ...]:
         if self.tokens is not None:
             return self.tokens
         from refmoe.api.generating import prompt_tokens
 
-        return prompt_tokens(folder, self.prompt or "", self.chat)
+        return prompt_tokens(folder, self.prompt or "", self.chat, layout)
 
 
 @contextmanager

@@ -107,7 +107,7 @@ def verify_command(
         layout=options.pop("layout"), seed=options.pop("seed"),
     )  # fmt: skip
     judging = Judging(place=options.pop("device"), **options)
-    calls = script.calls(model.checkpoint or Path()) if script.given else None
+    calls = script.calls(model.checkpoint or Path(), model.layout) if script.given else None
     report = verify_file(values, model, judging, calls, progress_bar)
     show(report, output)
     context.exit(exit_status(report))

@@ -8,11 +8,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from refmoe.errors import InputError
+from refmoe.errors import InputError, imported
 from refmoe.files.sentences import one_line
 
 NEEDED = ("numpy>=2.0", "ml_dtypes>=0.4.1", "safetensors>=0.6")
@@ -30,15 +29,8 @@ def requirements(make: object) -> tuple[str, ...]:
 
 def needed(module: str, adapter: str) -> Any:
     """Import a module of an adapter's engine. Raises InputError that names the command which installs it."""
-    try:
-        return import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or module.split(".")[0] != error.name.split(".")[0]:
-            raise
-        raise InputError(
-            f"adapter '{adapter}' needs the package '{error.name}', which is not installed: "
-            f"refmoe engines {adapter} --install DIR makes an environment for it"
-        ) from None
+    remedy = f"refmoe engines {adapter} --install DIR makes an environment for it"
+    return imported(module, f"adapter '{adapter}'", remedy)
 
 
 def install(name: str, make: object, folder: Path, say: Say = lambda _: None) -> Path:
