@@ -66,6 +66,8 @@ class Mutant:
     """Changes to the policy, such as ``+ties=lower``, that state the rule it breaks. Generic policies do not."""
     unseen: Mapping[str, str] = field(default_factory=dict)
     """The policies under which no verification can see it, each with the reason."""
+    by_size: bool = False
+    """Whether only the size of its effect is known: it draws at random, or its order of roundings is the engine's."""
 
     @property
     def in_one_pass(self) -> bool:
@@ -115,6 +117,7 @@ class Facts(TypedDict, total=False):
     equivalent: str
     judged_by: str
     unseen: Mapping[str, str]
+    by_size: bool
 
 
 def mutant(id: str, **facts: Unpack[Facts]) -> Callable[[Function], Function]:

@@ -151,6 +151,8 @@ class Explanation:
     """The names of other explanations that leave as little. At most one of them and this one is right."""
     told_apart_by: str = ""
     """The first tap in which this explanation and the best rival differ. The trace lacks it; empty: no tap shows it."""
+    by_size: bool = False
+    """Whether it predicts only the size of the errors, and not their values."""
 
 
 def proven(

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from refmoe.arithmetic.enclosure.array import Enclosure
 from refmoe.bugs.changed_weights import with_layers
 from refmoe.bugs.forced_rounding import low_precision, rounded
 from refmoe.bugs.mutant import CONFIG, PARAMETERS, mutant
@@ -138,4 +139,7 @@ def gains_exchanged(config: Config, parameters: Parameters) -> Parameters:
 )  # fmt: skip
 def one_more_gain(ops: Any, x: Any, gain: Any, eps: float) -> Any:
     """The norm multiplies by 1 + gain, as models do whose stored gains are centred at zero."""
-    return right_norm(ops, x, gain + 1.0, eps)
+    more = gain + 1.0
+    if isinstance(x, Enclosure):
+        more = Enclosure(more, accumulation=x.accumulation)
+    return right_norm(ops, x, ops.cut("weights", more), eps)  # a loader may store the sum

@@ -124,7 +124,7 @@ def softmax_down_the_column(ops: Any, x: Any, router: Any, k: int) -> tuple[Any,
 
 
 @mutant(
-    "router-lowprec-logits", breaks=["ROUTE-1", "ROUTE-4"], needs=["LOWPREC"], step="route",
+    "router-lowprec-logits", breaks=["ROUTE-1", "ROUTE-4"], needs=["LOWPREC"], step="route", by_size=True,
     touches=["router.logits", "router.experts", "router.weights"],
     fix="compute the router's softmax in float32, and its logits in the model's dtype or better",
     sources=[
@@ -261,7 +261,7 @@ def moe_of_two(ops: Any, model: Any, layer: Any, routed: Any, x: Any) -> Any:
 
 
 @mutant(
-    "router-jitter-at-eval", breaks=["ROUTE-1", "MOE-1"], touches=["router.logits"], step="moe",
+    "router-jitter-at-eval", breaks=["ROUTE-1", "MOE-1"], touches=["router.logits"], step="moe", by_size=True,
     fix="switch the router's noise off when not training", severity="medium",
     sources=[
         "https://github.com/hpcaitech/ColossalAI/pull/419",
@@ -274,7 +274,7 @@ def noise_at_inference(ops: Any, model: Any, layer: Any, x: Any) -> Any:
 
 
 @mutant(
-    "router-jitter-leaks-to-experts", breaks=["ROUTE-1", "EXPERT-3"], step="moe",
+    "router-jitter-leaks-to-experts", breaks=["ROUTE-1", "EXPERT-3"], step="moe", by_size=True,
     touches=["router.logits", "expert.gate", "expert.up"],
     fix="multiply a copy by the noise: in place, it reaches the experts", severity="low",
     sources=[

@@ -14,11 +14,13 @@ The residual is norm(b') / norm(b) over all values of the failed checks, in unit
               from SNR = 26 in all, as in the test of truncation.
 
 Some changes predict no value, but only the size of errors: sums in another order and dtype, noise. Let z be the error
-over its predicted deviation. Their residual is LEFT abs(ln z) / ln SIZE. It is the worst over each step in each call,
-and over each step in each layer. Only values count for which the change predicts errors twice as large as the policy
-does. A deviation is an upper size: legal errors are 0.25 to 1.15 of it, as measured. So the limit is a factor SIZE of
-4. z is taken as a root mean square and as a mean: a single large value makes the two disagree. A size counts only where
-the trace has all inputs of each failed step: further on, any change of arithmetic makes errors of about any size.
+over its predicted deviation. A deviation is an upper size: legal errors are SMALLEST = 0.25 to LARGEST = 1.15 of it.
+Let CENTRE be the geometric mean of the two, and R the factor from it to either, times 1 + 3 / sqrt(2 n): three standard
+errors of a size estimated from n values. The residual is LEFT abs(ln z / CENTRE) / ln R. A bug that makes noise of a
+known size has 1 for CENTRE. The residual is the worst over each step in each call, over each step in each layer, and
+over all failed checks. Only values count for which the change predicts errors twice as large as the policy does. z
+is taken as a root mean square and as a mean: a single large value makes the two disagree. A size counts only where the
+trace has all inputs of each failed step: further on, any change of arithmetic makes errors of about any size.
 """
 
 from __future__ import annotations
@@ -39,12 +41,19 @@ from refmoe.verifier.tally import CALM, LEAN, SNR
 LEFT = math.sqrt(0.5)
 """The largest residual of an explanation."""
 SIZE = 4.0
-"""The factor up to which the size of errors is known. So it is also the most that may be left where nothing bounds it,
-over what one ideal engine's rounding makes."""
+"""The most that may be left where nothing bounds it, over what one ideal engine's rounding makes."""
+SMALLEST, LARGEST = 0.25, 1.15
+"""The sizes of legal errors over their deviations, as `python -m bench.enclosures` measures them."""
 WIDER = 2.0
 """A change predicts the size of errors where its deviation is this many times that of the policy."""
-FEWEST = 30
+FEWEST = 8
 """The fewest values from which a size is estimated."""
+CENTRE = math.sqrt(SMALLEST * LARGEST)
+"""The size of errors, over their deviation, that a change of their size alone predicts."""
+REACH = math.sqrt(LARGEST / SMALLEST)
+"""The factor up to which that size is known."""
+WHOLE = ("", "")
+"""The name of the group of all failed checks."""
 HALF_NORMAL = math.sqrt(2 / math.pi)
 """The mean absolute value of a normal variable with deviation 1."""
 
@@ -55,6 +64,8 @@ class Fit:
 
     coefficient: float
     residual: float
+    steps: frozenset[str] = frozenset()
+    """Of sizes: the steps whose errors are larger than those that the policy allows."""
 
     @property
     def explains(self) -> bool:
@@ -143,10 +154,17 @@ def contradicted(observed: Mapping[Key, Observed], changed: Mapping[Key, Any]) -
     return None
 
 
-def by_size(observed: Mapping[Key, Observed], failed: Iterable[Key], changed: Mapping[Key, Recorded]) -> Fit:
-    """The fit of predicted sizes of errors.   failed: the taps that must be among those with a predicted size"""
+def by_size(
+    observed: Mapping[Key, Observed], failed: Iterable[Key], changed: Mapping[Key, Recorded], centre: float = CENTRE
+) -> Fit:
+    """The fit of predicted sizes of errors.
+
+    failed: the taps that must be among those with a predicted size
+    centre: the likeliest size over its deviation: 1 for noise of known size, less where the deviation is an upper size
+    """
     groups: dict[tuple[str, Any], list[Any]] = defaultdict(list)
-    predicted = set()
+    own: dict[str, list[Any]] = defaultdict(list)
+    predicted, wanted = set(), set(failed)
     for key, right in observed.items():
         new = changed.get(key)
         if new is None or right.choice or not right.as_stored or new.mid.shape != right.mid.shape:
@@ -156,25 +174,36 @@ def by_size(observed: Mapping[Key, Observed], failed: Iterable[Key], changed: Ma
         if not wider.any():
             continue
         predicted.add(key)
-        z = np.abs(right.found - new.mid)[wider] / sigma[wider]
+        error = np.abs(right.found - new.mid)[wider]
+        z = error / sigma[wider]
         run, tap = key
-        for group in ((step_of(tap), run), (step_of(tap), layer_of(tap)), ("", "")):
+        own[step_of(tap)].append(error / right.deviation[wider])
+        for group in ((step_of(tap), run), (step_of(tap), layer_of(tap)), *[WHOLE] * (key in wanted)):
             groups[group].append(z)
-    if not groups or not set(failed) <= predicted:
+    if not groups or not wanted <= predicted:
         return NOTHING
-    sizes: list[float] = []
+    residuals: list[float] = []
     whole = math.nan
     for name, parts in groups.items():
         z = np.minimum(np.concatenate(parts), FARTHEST)
         if z.size < FEWEST:
             continue
         both = float(np.sqrt((z * z).mean())), float(z.mean()) / HALF_NORMAL
-        if name == ("", ""):
+        if name == WHOLE:
             whole = both[0]
-        sizes += both
-    if not sizes:
+        known = math.log(REACH * (1 + 3 / math.sqrt(2 * z.size)))
+        residuals += [LEFT * abs(math.log(size / centre)) / known if size > 0 else 1.0 for size in both]
+    if not whole >= 0:
         return NOTHING
-    return Fit(whole, max(LEFT * abs(math.log(z)) / math.log(SIZE) if z > 0 else 1.0 for z in sizes))
+    return Fit(
+        whole, max(residuals), frozenset(step for step, parts in own.items() if _root_mean_square(parts) > LARGEST)
+    )
+
+
+def _root_mean_square(parts: list[Any]) -> float:
+    """The root mean square of arrays together. Each value counts at most as `FARTHEST`."""
+    z = np.minimum(np.concatenate(parts), FARTHEST)
+    return float(np.sqrt((z * z).mean()))
 
 
 def moves(observed: Mapping[Key, Observed], failed: Iterable[Key], changed: Mapping[Key, Any]) -> bool:

@@ -35,7 +35,7 @@ from refmoe.verifier.diagnosis.evidence import (
     still_failing,
     subject_of,
 )
-from refmoe.verifier.diagnosis.fit import NOTHING, Fit, by_size, by_value, contradicted, moves
+from refmoe.verifier.diagnosis.fit import CENTRE, NOTHING, Fit, by_size, by_value, contradicted, moves
 from refmoe.verifier.diagnosis.observed import Recorded
 from refmoe.verifier.diagnosis.one_step import fails_alone
 from refmoe.verifier.diagnosis.rivals import noise
@@ -133,13 +133,18 @@ def _of_policy(cause: Cause) -> bool:
     return cause.kind == ARITHMETIC or (isinstance(cause.variation, Mutant) and cause.variation.changes == POLICY)
 
 
+def _only_by_size(cause: Cause) -> bool:
+    """Whether a cause is a bug of which only the size of its effect is known."""
+    return isinstance(cause.variation, Mutant) and cause.variation.by_size
+
+
 def _candidate(evidence: Evidence, cause: Cause) -> Candidate:
     part = evidence.first
     keys = evidence.keys(part)
     predicted = predict(evidence, cause.variation, part)
     delta = _effect(evidence, keys, predicted)
     error = _error(evidence, keys)
-    alike = cause.kind == ARITHMETIC  # it may change sizes that it does not predict value by value
+    alike = cause.kind == ARITHMETIC or _only_by_size(cause)  # sizes may change that are not predicted value by value
     if delta is not None and error.size and not alike:
         size, reach = float(np.linalg.norm(error)), float(np.linalg.norm(delta))
         alike = 0 < size <= ALIKE * reach and reach <= ALIKE * size
@@ -171,13 +176,13 @@ def explanations(
 ) -> list[Explanation]:
     """The candidates that explain the trace, and a few that explain a part of it, by rising residual.
 
-    Once one explains the trace, candidates that predict no value are not tried.
+    Once one explains the trace by its values, candidates that predict no value are not tried.
     """
     found: list[Explanation] = []
     rejected: list[Explanation] = []
     local = _local(evidence)
     for each in tried:
-        if each.fit.residual <= MAYBE or (local and each.alike and not found):
+        if each.fit.residual <= MAYBE or (local and each.alike and all(other.by_size for other in found)):
             explanation = explain(evidence, each.cause)
             (found if explanation.explains else rejected).append(explanation)
         progress()
@@ -203,13 +208,20 @@ def explain(evidence: Evidence, cause: Cause) -> Explanation:
         still, newly, recorded = _held_against(evidence, variation, evidence.whole)
     right = not still and not newly
     middles = {key: each.mid for key, each in recorded.items()}
+    values = fit
     if right and not fit.explains and local:
-        if not moves(evidence.observed, keys, middles):
-            fit = min(fit, by_size(evidence.observed, keys, recorded), key=lambda each: each.residual)
-        right = contradicted(evidence.observed, middles) is None
+        any_values = _only_by_size(cause)
+        if any_values or not moves(evidence.observed, keys, middles):
+            sizes = by_size(evidence.observed, keys, recorded, 1.0 if any_values else CENTRE)
+            fit = min(fit, sizes, key=lambda each: each.residual)
+        right = any_values or contradicted(evidence.observed, middles) is None
     right = right and (local or not _blank(evidence))
+    sized = fit is not values
+    if sized and cause.kind == ARITHMETIC and len(variation.touches) > 1:
+        right &= len(fit.steps) > 1  # a single step does not show that the others do the same
     return replace(
         refuted(evidence, cause, fit),
+        by_size=sized,
         explains=right and fit.explains,
         still_failing=still,
         newly_failing=newly,
@@ -224,7 +236,7 @@ def _may_explain(evidence: Evidence, cause: Cause, fit: Fit, predicted: Mapping[
     """
     if not fit.explains:  # then only the size of errors may explain the trace
         keys = evidence.keys(evidence.whole)
-        return _local(evidence) and not moves(evidence.observed, keys, predicted)
+        return _local(evidence) and (_only_by_size(cause) or not moves(evidence.observed, keys, predicted))
     return contradicted(evidence.observed, predicted) is None
 
 
@@ -274,7 +286,8 @@ def rank(found: Explanation) -> tuple[Any, ...]:
     left = found.residual if math.isfinite(found.residual) else math.inf
     return (
         not found.explains,
-        round(left, 2),
+        found.by_size,
+        0.0 if found.by_size and found.explains else round(left, 2),  # sizes do not tell which of two is nearer
         found.still_failing + found.newly_failing,
         found.touches,
         found.name,

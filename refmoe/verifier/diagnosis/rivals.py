@@ -4,6 +4,9 @@
 A cause is a rival of the best one if it leaves as little, up to rounding. Two independent roundings of one size leave
 sqrt(2) times what one leaves, so the limit is `ALIKE` = 1.5 times what the best cause leaves. If that is less than what
 rounding under the policy makes, the limit is 1.5 times that.
+
+Causes that predict only the size of errors count if none predicts their values. All of them are rivals, since a size is
+known only up to a factor. Other arithmetic that allows more than a rival is left out: the narrower change suffices.
 """
 
 from __future__ import annotations
@@ -15,13 +18,20 @@ from functools import partial
 
 import numpy as np
 
+from refmoe.profiles.cut_points import CUT_POINTS
+from refmoe.profiles.load import DTYPES, differences
+from refmoe.profiles.policy import Policy
 from refmoe.spec.taps import tap_names
 from refmoe.verifier.diagnosis.evidence import Evidence, Variation, predict
-from refmoe.verifier.findings import KNOWN_BUG, STRUCTURE, Explanation
+from refmoe.verifier.findings import ARITHMETIC, KNOWN_BUG, STRUCTURE, Explanation
 from refmoe.verifier.passes import Key
 
 ALIKE = 1.5
 """The largest residual of a rival, over that of the best cause."""
+CHOSEN = ("scale", "router_order", "compared", "ties", "consumers", "sigmoid", "exp", "angles", "circle")
+"""The fields of a policy whose values are in no order."""
+COUNTED = ("truncates", "flushes", "ranks")
+"""The fields of a policy of which a larger value allows more."""
 APART = 8.0
 """Two predictions differ in a tap if their distance is this many roundings of its dtype, relative to their size."""
 
@@ -31,15 +41,22 @@ def settle(evidence: Evidence, found: Sequence[Explanation], variations: Mapping
 
     found: each explains the whole trace, or does not explain it   variations: by the names of the explanations
     """
-    able = sorted((each for each in found if each.explains), key=lambda each: each.residual)
+    able = sorted((each for each in found if each.explains), key=lambda each: (each.by_size, each.residual))
     if not able:
         return [*found]
-    limit = ALIKE * max(able[0].residual, noise(evidence))
-    tied = [*{each.name: each for each in reversed(able) if each.residual <= limit}.values()][::-1]
+    able = [*{each.name: each for each in reversed(able)}.values()][::-1]
+    if able[0].by_size:
+        arithmetic = [variations[each.name].policy(evidence.policy) for each in able if each.kind == ARITHMETIC]
+        wide = {each.name for each in arithmetic if any(allows_more(each, other) for other in arithmetic)}
+        tied = sorted((each for each in able if each.name not in wide), key=lambda each: each.touches)
+    else:
+        limit = ALIKE * max(able[0].residual, noise(evidence))
+        tied = [each for each in able if each.residual <= limit and not each.by_size]
     bugs = [each.residual for each in tied if each.kind == KNOWN_BUG]
     # a wrong setting that is also a bug of the catalogue is one cause with two names
     tied = [each for each in tied if each.kind != STRUCTURE or not any(map(partial(_equal, each.residual), bugs))]
-    worse = [replace(each, explains=False, values=0) for each in able if each.residual > limit]
+    kept = {each.name for each in tied}
+    worse = [replace(each, explains=False, values=0) for each in able if each.name not in kept]
     names = [each.name for each in tied]
     said = [
         replace(
@@ -52,6 +69,15 @@ def settle(evidence: Evidence, found: Sequence[Explanation], variations: Mapping
         for each in tied
     ]
     return said + worse + [each for each in found if not each.explains]
+
+
+def allows_more(wide: Policy, narrow: Policy) -> bool:
+    """Whether one policy allows all that the other allows, and more. Then the other suffices as an explanation."""
+    same = all(getattr(wide, name) == getattr(narrow, name) for name in CHOSEN)
+    coarser = all(getattr(narrow, name).holds(getattr(wide, name)) for name in DTYPES)
+    coarser &= all(narrow.at(cut).holds(wide.at(cut)) for cut in CUT_POINTS)
+    more = all(getattr(wide, name) >= getattr(narrow, name) for name in COUNTED)
+    return same and coarser and more and bool(differences([wide, narrow]))
 
 
 def _equal(one: float, other: float) -> bool:
