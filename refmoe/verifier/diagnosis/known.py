@@ -36,6 +36,7 @@ from refmoe.verifier.diagnosis.evidence import (
     subject_of,
 )
 from refmoe.verifier.diagnosis.fit import CENTRE, NOTHING, Fit, by_size, by_value, contradicted, moves
+from refmoe.verifier.diagnosis.independence import of_other_weights
 from refmoe.verifier.diagnosis.observed import Recorded
 from refmoe.verifier.diagnosis.one_step import fails_alone
 from refmoe.verifier.diagnosis.rivals import noise
@@ -217,8 +218,10 @@ def explain(evidence: Evidence, cause: Cause) -> Explanation:
         right = any_values or contradicted(evidence.observed, middles) is None
     right = right and (local or not _blank(evidence))
     sized = fit is not values
-    if sized and cause.kind == ARITHMETIC and len(variation.touches) > 1:
-        right &= len(fit.steps) > 1  # a single step does not show that the others do the same
+    if right and sized:
+        # a single step does not show that the others do the same
+        right = cause.kind != ARITHMETIC or len(variation.touches) == 1 or len(fit.steps) > 1
+        right = right and not of_other_weights(evidence, keys)
     return replace(
         refuted(evidence, cause, fit),
         by_size=sized,
