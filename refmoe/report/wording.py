@@ -248,9 +248,11 @@ def choice(decision: Decision, policy: str) -> str:
 def fit(found: Explanation) -> str:
     """How well an explanation predicts the error, and for how many values; empty where that was not measured."""
     parts = []
-    if not math.isnan(found.coefficient) and not math.isnan(found.residual):
+    if found.by_size:
+        parts.append(f"errors {found.coefficient:.3f} times as large as predicted, their values are not predicted")
+    elif not math.isnan(found.coefficient) and not math.isnan(found.residual):
         parts.append(f"coefficient {found.coefficient:.3f} (1 if it predicts the whole error)")
-    if not math.isnan(found.residual):
+    if not math.isnan(found.residual) and not found.by_size:
         parts.append(f"residual {small(found.residual)} (the part of the error left over)")
     if found.values:
         parts.append(f"accounts for {count(found.values, 'wrong value')}")

@@ -152,7 +152,10 @@ class Explanation:
     told_apart_by: str = ""
     """The first tap in which this explanation and the best rival differ. The trace lacks it; empty: no tap shows it."""
     by_size: bool = False
-    """Whether it predicts only the size of the errors, and not their values."""
+    """Whether it predicts only the size of the errors, and not their values.
+
+    Then the coefficient is the size found over that predicted. The residual grows with its distance from the likeliest.
+    """
 
 
 def proven(
