@@ -149,6 +149,41 @@ Command: `python -m bench.diagnosis_time`; file: {link("diagnosis_time.json")}.
 {table(("kind, dtype, taps", *columns.values()), rows)}"""
 
 
+def left_out() -> str:
+    rows = [
+        (each["dtype"], each["taps"], f"{each['seen']}", f"{each['structures']}", f"{each['unnamed']}",
+         f"{each['wrong']}")
+        for each in results("leave-one-out")["table"]
+    ]  # fmt: skip
+    return f"""## Names where the right one is missing
+
+Each bug of the catalogue is diagnosed by a catalogue without it, and without those that compute the same there. A known
+bug or an arithmetic that is named then is wrong. A structure describes the error in words, and names no cause.
+Command: `python -m bench.diagnosis --leave-one-out --json bench/results/leave-one-out.json`; file:
+{link("leave-one-out.json")}.
+
+{table(("dtype", "taps", "bugs seen", "described by a structure", "no name", "wrong name"), rows)}"""
+
+
+def drawn_faults() -> str:
+    rows = [
+        (
+            name.partition(", ")[0], name.rpartition("seeds ")[2], f"{each['detected']} of {each['drawn']}",
+            f"{each['place_right']}", f"{each['name_right']} ({each['name_right'] / each['detected']:.0%})",
+            f"{each['name_unnamed']}", f"{each['name_wrong']}",
+        )
+        for name, each in results("faults").items()
+    ]  # fmt: skip
+    return f"""## Names of faults drawn at random
+
+A grammar of faults is drawn from by a seed. Each fault is patched into `transformers`, which then runs with all taps.
+Nobody looked at these seeds before. A fault that changes no stored value cannot be detected.
+Command: `python -m bench.faults --seed 31000 --count 60 --dtype float32 --json bench/results/faults.json`; file:
+{link("faults.json")}.
+
+{table(("dtype", "seeds", "detected", "right place", "right name", "no name", "wrong name"), rows)}"""
+
+
 def entrant(found: Results) -> str:
     """The engine with its version and options."""
     options = "".join(f" {key}={value}" for key, value in found.engine.options.items())
@@ -273,6 +308,32 @@ Command: `python bench/invariance.py --python PATH …`; file: {link("invariance
 Every run of the tests repeats three settings that are far apart.
 
 {table(("setting", "exact", "plain float64"), rows)}"""
+
+
+def conform_cost() -> str:
+    if not _measured("conform_cost"):
+        return "## Cost of a conformance run\n\nNot measured yet (`python -m bench.conform_cost`)."
+    found = results("conform_cost")
+    return f"""## Cost of a conformance run
+
+`refmoe conform` over all cases, with `transformers` in four dtypes. A case is judged while the engine runs the next
+one. The time that is not the engine's, over the engine's own: {found["ratio"]:.2f} (engine {found["engine"]:.0f} s,
+wall {found["wall"]:.0f} s; refmoe itself takes {found["own_processor"]:.0f} s of a processor).
+Command: `python -m bench.conform_cost --json bench/results/conform_cost.json`; file: {link("conform_cost.json")}."""
+
+
+def startup_cost() -> str:
+    rows = [
+        (f"`{each['what']}`" if "refmoe" in each["what"] else each["what"], f"{each['wall']:.2f} s",
+         f"{each['ratio']:.2f}")
+        for each in results("startup_cost")
+    ]  # fmt: skip
+    return f"""## Time to start
+
+Medians of commands that take turns. The package loads what a command needs, and no more.
+Command: `python -m bench.startup_cost --json bench/results/startup_cost.json`; file: {link("startup_cost.json")}.
+
+{table(("command", "wall", "over Python with NumPy"), rows)}"""
 
 
 def exact_cost() -> str:
@@ -443,8 +504,9 @@ Not tried:
 
 
 SECTIONS = (
-    goldens, known_bugs, diagnosis, diagnosis_time, engines, faults, verify_cost, invariance, exact_cost, full_size,
-    peers, elementary, weight_formula, robustness, folders, versions,
+    goldens, known_bugs, diagnosis, left_out, drawn_faults, diagnosis_time, engines, faults, verify_cost,
+    conform_cost, invariance, exact_cost, full_size, peers, elementary, weight_formula, startup_cost, robustness,
+    folders, versions,
 )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import queue
 import signal
 import sys
 import threading
@@ -47,6 +48,29 @@ class WorkerDied(InputError):
             f"a worker process died, as if killed for want of memory, while it worked on {', '.join(names)}; what else "
             "was asked for is done; fewer --jobs need less memory"
         )
+
+
+class Behind:
+    """A thread that does calls in order, while its owner goes on. It keeps no process alive."""
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def do(self, call: Callable[[], Result]) -> Future[Result]:
+        """The result of a call, once the calls before it are done."""
+        future: Future[Result] = Future()
+        self._calls.put((future, call))
+        return future
+
+    def _work(self) -> None:
+        while True:
+            future, call = self._calls.get()
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)
+            del future, call  # the next call may come late, and a result may be large
 
 
 # ---- the life of a worker

@@ -6,9 +6,12 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from threading import Event
 
 from refmoe import __version__
 from refmoe.checkpoints.size import total_parameters
@@ -30,6 +33,7 @@ from refmoe.engines.run_case import (
 from refmoe.errors import InputError
 from refmoe.files.scratch import Scratch
 from refmoe.files.sentences import one_line, shown
+from refmoe.parallel import Behind
 from refmoe.profiles.load import policy as named_policy
 from refmoe.profiles.policy import Policy
 from refmoe.spec.model import Parameters
@@ -195,17 +199,30 @@ def conform(harness: Harness, options: Mapping[str, str], suite: Suite, watch: W
             )
             done = {} if suite.before is None else outcomes_so_far(suite.before, results, policies)
             order = [(case.name, dtype) for case in suite.cases for dtype in policies]
-            run = _Run(harness, suite, policies, folders)
-            for case in suite.cases:
-                missing = [dtype for dtype in policies if (case.name, dtype) not in done]
-                for dtype in policies:
-                    if dtype not in missing:
-                        watch.log(done[case.name, dtype], "")
-                for outcome in run.outcomes(case, missing):
-                    done[outcome.case, outcome.dtype] = outcome
-                    results = replace(results, outcomes=tuple(done[place] for place in order if place in done))
-                    watch.save(results)
-                    watch.log(outcome, harness.log if outcome.failed else "")
+
+            def finish(answer: Answer) -> None:
+                outcome = answer.judged()
+                place = outcome.case, outcome.dtype
+                if given_up.is_set():
+                    return
+                if place not in done:
+                    done[place] = outcome
+                    so_far = tuple(done[each] for each in order if each in done)
+                    watch.save(replace(results, outcomes=so_far))
+                watch.log(outcome, answer.said if outcome.failed else "")
+
+            # the engine runs the next case while this one is judged
+            behind, given_up = Behind(), Event()
+            last: Future[None] | None = None
+            try:
+                for answer in _Run(harness, suite, policies, folders).answers(done):
+                    if last is not None:
+                        last.result()
+                    last = behind.do(partial(finish, answer))
+                if last is not None:
+                    last.result()
+            finally:
+                given_up.set()
             results = replace(results, outcomes=tuple(done[place] for place in order))
             note = harness.stop()
     return replace(results, notes=(*([] if note is None else [note]), *golden_bits_notes(results)))
@@ -266,6 +283,16 @@ def chosen_policies(described: Description, suite: Suite) -> dict[str, Policy]:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """The answer of an engine to one case at a dtype."""
+
+    judged: Callable[[], Outcome]
+    """Judges it. Raises no Exception, whatever the engine has done."""
+    said: str = ""
+    """The end of the engine's standard error."""
+
+
+@dataclass(frozen=True)
 class _Run:
     """A run of a suite: its settings."""
 
@@ -274,8 +301,16 @@ class _Run:
     policies: Mapping[str, Policy]
     folders: Places
 
-    def outcomes(self, case: Case, dtypes: Sequence[str]) -> Iterator[Outcome]:
-        """The outcomes of one case, dtype by dtype."""
+    def answers(self, done: Mapping[tuple[str, str], Outcome]) -> Iterator[Answer]:
+        """The answers to all cases, case by case.   done: outcomes that are kept, by case and dtype"""
+        kept = dict(done)
+        for case in self.suite.cases:
+            known = [kept[case.name, dtype] for dtype in self.policies if (case.name, dtype) in kept]
+            yield from map(_known, known)
+            yield from self._of_case(case, [dtype for dtype in self.policies if (case.name, dtype) not in kept])
+
+    def _of_case(self, case: Case, dtypes: Sequence[str]) -> Iterator[Answer]:
+        """The answers to one case, dtype by dtype."""
         if not dtypes:
             return
         keep = self.suite.keep
@@ -286,28 +321,46 @@ class _Run:
         }
         lacking = lacks(case.runs(), self.harness.description.abilities)
         if lacking is not None:
-            yield from (replace(each, reason=lacking) for each in skipped.values())
+            yield from (_known(replace(each, reason=lacking)) for each in skipped.values())
             return
         with Materialised(case, self.folders.engine, self.harness.description.layout) as model:
             for dtype, outcome in skipped.items():
-                yield self._outcome(model, outcome, kept[dtype])
+                yield self._answer(model, outcome, kept[dtype])
 
-    def _outcome(self, model: Materialised, skipped: Outcome, kept: Path | None) -> Outcome:
-        """The outcome of a case at a dtype. Raises no Exception, whatever the engine has done."""
+    def _answer(self, model: Materialised, skipped: Outcome, kept: Path | None) -> Answer:
+        """The answer to a case at a dtype. Raises no Exception, whatever the engine does."""
         dtype, policy = skipped.dtype, self.policies[skipped.dtype]
         labels = self.suite.labels(model.case, policy)
+        files = ExitStack()  # the engine's file is there until it has been judged
         try:
-            with run_case(self.harness, model, dtype, labels, self.folders.own, kept) as received:
-                outcome = self.suite.judge.judge(model.case, model.parameters, dtype, received.trace, policy)
-                if self.suite.fresh is None and outcome.verdict != BROKEN:
-                    outcome = replace(outcome, golden_bits=has_golden_bits(received.trace, model.case))
-            return replace(outcome, reason=outcome.reason + received.unkept)
+            received = files.enter_context(run_case(self.harness, model, dtype, labels, self.folders.own, kept))
         except Refused as refused:
-            return replace(skipped, reason=refused.reason, issue=refused.issue)
+            return _known(replace(skipped, reason=refused.reason, issue=refused.issue))
         except HarnessError as error:
-            return replace(skipped, verdict=error.kind, reason=error.reason)
-        except Exception as error:  # of whatever kind: no verdict about one case ends the run
-            return replace(skipped, verdict=CANNOT_JUDGE, reason=f"refmoe could not judge it: {in_words(error)}")
+            return _known(replace(skipped, verdict=error.kind, reason=error.reason), self.harness.log)
+        except Exception as error:  # of whatever kind: no case ends the run
+            return _known(_not_judged(skipped, error), self.harness.log)
+
+        def judged() -> Outcome:
+            try:
+                with files:
+                    outcome = self.suite.judge.judge(model.case, model.parameters, dtype, received.trace, policy)
+                    if self.suite.fresh is None and outcome.verdict != BROKEN:
+                        outcome = replace(outcome, golden_bits=has_golden_bits(received.trace, model.case))
+                return replace(outcome, reason=outcome.reason + received.unkept)
+            except Exception as error:  # of whatever kind: no verdict about one case ends the run
+                return _not_judged(skipped, error)
+
+        return Answer(judged, self.harness.log)
+
+
+def _known(outcome: Outcome, said: str = "") -> Answer:
+    """An answer whose outcome needs no judgement."""
+    return Answer(lambda: outcome, said)
+
+
+def _not_judged(skipped: Outcome, error: Exception) -> Outcome:
+    return replace(skipped, verdict=CANNOT_JUDGE, reason=f"refmoe could not judge it: {in_words(error)}")
 
 
 def in_words(error: Exception) -> str:
