@@ -8,8 +8,9 @@ its errors over the same norm. Two tokens then share
     sum over s < t of (u_s u_t) (z_s z_t)   =   c * sum over s < t of (u_s u_t)^2 * n * mean(z^2)
 
 where n is the number of outputs. c is 0 for noise, and near 1 for fixed errors of weights that are independent of each
-other. If z is noise, the left side has a standard deviation of sqrt(sum (u_s u_t)^2 * n) * mean(z^2). The two cases can
-be told apart where the right side is `APART` = 6 of these for c = 1. Then c above 1/2, halfway, refutes noise.
+other. In noise the terms of the left side have any sign, so that it is a few times the root of the sum of their squares
+at most. The errors are those of weights if it is `APART` = 6 times that root, and c is above 1/2, which is halfway. In
+a product of experts only pairs of rows of one expert count, since each has its own weights.
 """
 
 from __future__ import annotations
@@ -22,19 +23,17 @@ from typing import Any
 import numpy as np
 
 from refmoe.profiles.cut_points import PROJECTIONS
-from refmoe.spec.taps import layer_of, step_of
+from refmoe.spec.taps import step_of
 from refmoe.verifier.diagnosis.evidence import Evidence
 from refmoe.verifier.passes import Key
 
 APART = 6.0
-"""The standard deviations from which noise and fixed errors of weights are told apart."""
-READ_BY_ALL = tuple(step for step in PROJECTIONS if not step.startswith("expert."))
-"""The products that every token takes part in."""
+"""The standard deviations by which errors of weights are beyond noise."""
 
 
 def of_other_weights(evidence: Evidence, failed: Iterable[Key]) -> bool:
     """Whether the errors of some failed product are those of other weights.   failed: the taps with a failed check"""
-    products = [key for key in failed if step_of(key[1]) in READ_BY_ALL]
+    products = [key for key in failed if step_of(key[1]) in PROJECTIONS]
     ordered = sorted(products, key=lambda key: key[1])
     return any(_linear(evidence, list(keys)) for _, keys in groupby(ordered, key=lambda key: key[1]))
 
@@ -47,30 +46,40 @@ def _linear(evidence: Evidence, keys: list[Key]) -> bool:
     return linear(*(np.concatenate(each) for each in zip(*pairs, strict=True)))
 
 
-def linear(inputs: Any, errors: Any) -> bool:
-    """Whether errors of tokens are a linear function of their inputs, not noise.   inputs: [T, N]   errors: [T, M]"""
+def linear(inputs: Any, errors: Any, matrix: Any) -> bool:
+    """Whether errors are a linear function of the inputs, not noise.
+
+    inputs: [T, N]   errors: [T, M]   matrix: the number of the matrix that each row is multiplied by, integers [T]
+    """
     size = np.linalg.norm(inputs, axis=1, keepdims=True)
     known = size[:, 0] > 0
-    inputs, errors = inputs[known] / size[known], errors[known] / size[known]
+    inputs, errors, matrix = inputs[known] / size[known], errors[known] / size[known], matrix[known]
     if not len(inputs):
         return False
-    alike = np.triu(inputs @ inputs.T, 1)
-    shared = float((alike * (errors @ errors.T)).sum())
-    reach, square = float((alike**2).sum()) * errors.shape[1], float((errors**2).mean())
-    return bool(math.sqrt(reach) > APART and shared > reach * square / 2)
+    alike = np.triu(inputs @ inputs.T, 1) * (matrix[:, None] == matrix)
+    shared = alike * (errors @ errors.T)
+    whole, spread = float(shared.sum()), float(np.linalg.norm(shared))
+    fixed = float((alike**2).sum() * (errors**2).sum() / len(errors))
+    return whole > max(APART * spread, fixed / 2)
 
 
-def _rows(evidence: Evidence, key: Key) -> tuple[Any, Any] | None:
-    """The inputs [T, N] and the errors [T, M] of a product in one call. None if the trace does not have both whole."""
+def _rows(evidence: Evidence, key: Key) -> tuple[Any, Any, Any] | None:
+    """The rows of a product in one call, as `linear` takes them. None if the trace does not have all of them."""
     run, tap = key
-    layer, trace, observed = layer_of(tap), evidence.trace, evidence.observed.get(key)
-    read = PROJECTIONS[step_of(tap)][1]
-    name = read if layer is None else f"layers.{layer}.{read}"
-    if observed is None or f"{run}/{name}" not in trace.tensors:
+    step, trace, observed = step_of(tap), evidence.trace, evidence.observed.get(key)
+    prefix = tap.removesuffix(step)
+    read, chosen = f"{prefix}{PROJECTIONS[step][1]}", f"{prefix}router.experts"
+    of_experts = step.startswith("expert.")
+    if observed is None or any(f"{run}/{each}" not in trace.tensors for each in (read, *[chosen] * of_experts)):
         return None
-    inputs = np.asarray(trace.get(run, name), np.float64)
-    inputs = inputs.reshape(len(inputs), -1)
-    if not len(inputs) or observed.found.size % len(inputs) or observed.found.size != math.prod(trace.get(*key).shape):
+    inputs = np.asarray(trace.get(run, read), np.float64)
+    experts = np.asarray(trace.get(run, chosen)) if of_experts else np.zeros(len(inputs), np.int64)
+    if of_experts and inputs.ndim == 2:
+        inputs = np.broadcast_to(
+            inputs[:, None], (*experts.shape, inputs.shape[-1])
+        )  # every expert of a token reads it
+    rows = experts.size
+    if not rows or inputs.size % rows or observed.found.size != math.prod(trace.get(*key).shape):
         return None
-    errors = (observed.found - observed.mid).reshape(len(inputs), -1)
-    return (inputs, errors) if np.isfinite(inputs).all() and np.isfinite(errors).all() else None
+    inputs, errors = inputs.reshape(rows, -1), (observed.found - observed.mid).reshape(rows, -1)
+    return (inputs, errors, experts.reshape(-1)) if np.isfinite(inputs).all() and np.isfinite(errors).all() else None
