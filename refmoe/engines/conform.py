@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -45,6 +45,8 @@ from refmoe.verifier.findings import CANNOT_JUDGE, FAIL, NOT_CONFORMANT, Report
 from refmoe.verifier.intake import INTEGERS, take_in
 from refmoe.verifier.verify import SIGNIFICANCE, Settings, verify
 
+LAST_VERDICT = 2.0
+"""Seconds in which the last answer may still be judged when a signal ends the run."""
 TRIED = 3
 """The smoke test tries this many cases, the smallest for which the harness has the abilities."""
 
@@ -222,6 +224,8 @@ def conform(harness: Harness, options: Mapping[str, str], suite: Suite, watch: W
                 if last is not None:
                     last.result()
             finally:
+                if last is not None:
+                    wait([last], LAST_VERDICT)
                 given_up.set()
             results = replace(results, outcomes=tuple(done[place] for place in order))
             note = harness.stop()

@@ -56,6 +56,11 @@ def wait_for(what: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
+def judged(out: Path) -> int:
+    """The number of outcomes that are on disk. The last answer is judged while the engine goes on."""
+    return len(read_results(out).outcomes) if out.exists() else 0
+
+
 def alive(marker: str) -> list[int]:
     """The processes with a word in their environment."""
     found = []
@@ -79,7 +84,7 @@ def test_a_signal_ends_all_and_keeps_the_outcomes_so_far(number: signal.Signals,
     command += ["--out", str(out), "--", sys.executable, str(tmp_path / "hangs.py"), str(hung)]
     variables = {**os.environ, "TMPDIR": str(tmp_path / "tmp"), marker: "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=variables, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    wait_for(lambda: hung.exists() and bool(hung.read_text()))
+    wait_for(lambda: hung.exists() and bool(hung.read_text()) and judged(out) == 1)
     assert len(alive(marker)) == 4, "the command, the guard, the harness and its child"
     process.send_signal(number)
     _, err = process.communicate(timeout=LIMIT)

@@ -15,7 +15,7 @@ import pytest
 from refmoe.engines.results import read_results
 from tests.command_line import Refmoe
 from tests.engines.running import HONEST
-from tests.engines.test_ends import wait_for
+from tests.engines.test_ends import judged, wait_for
 
 ROOT = Path(__file__).parents[2]
 STOPS_ONCE = f"""
@@ -53,7 +53,7 @@ def test_what_is_killed_and_resumed_ends_as_what_ran_through(refmoe: Refmoe, tmp
         [sys.executable, "-m", "refmoe", "conform", *arguments], cwd=ROOT, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    wait_for(stopped.exists)
+    wait_for(lambda: stopped.exists() and judged(out) == 3)
     process.kill()
     process.communicate()
     done = [(each.case, each.dtype) for each in read_results(out).outcomes]
