@@ -21,12 +21,20 @@ from refmoe.traces.trace import Header, read_trace, write_trace
 
 REPOSITORY = Path(__file__).parent.parent / "golden"
 CASE = "walking-skeleton"
+SOON_PROVEN = 1000
+"""The tokens of a case up to which ball arithmetic takes seconds."""
 
 
 @pytest.fixture
 def case(tmp_path: Path) -> Path:
     """A copy of the first case, for a test to damage."""
     return Path(shutil.copytree(REPOSITORY / CASE, tmp_path / CASE))
+
+
+def slow_if_long(folder: Path) -> Any:
+    """The case as a parameter of a test in ball arithmetic, whose time grows with the square of a sequence."""
+    tokens = sum(len(run.tokens) for run in golden.read_case(folder).runs())
+    return pytest.param(folder, id=folder.name, marks=[pytest.mark.slow] if tokens > SOON_PROVEN else [])
 
 
 def edit(case: Path, old: str, new: str) -> None:
@@ -133,7 +141,7 @@ def test_an_empty_folder_has_no_case(tmp_path: Path) -> None:
         golden.find_cases(tmp_path)
 
 
-@pytest.mark.parametrize("folder", golden.find_cases(REPOSITORY, golden.FAMILIES), ids=lambda path: path.name)
+@pytest.mark.parametrize("folder", [*map(slow_if_long, golden.find_cases(REPOSITORY, golden.FAMILIES))])
 def test_every_golden_is_certified(folder: Path) -> None:
     """P3: within 1e-12 of each tap's RMS, proven by Arb; and every decision, but for logits that are exactly equal."""
     case = golden.read_case(folder)

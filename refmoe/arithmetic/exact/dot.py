@@ -138,7 +138,7 @@ def _matmul_block(a: Array, b: Array, xp: Any) -> Array:
             parts.append(a_safe @ b_rest)
         if a_rest is not None and b_rest is not None:  # both have counted a_rest @ b_rest
             bound = bound + a_bound * xp.abs(b_rest).max(axis=-2, keepdims=True)
-    value, unsure = settle(parts, bound)
+    value, unsure = settle(parts, bound, whole=a_rest is None and b_rest is None)
     if a_unsafe is not None or b_unsafe is not None:
         unsure = xp.zeros(value.shape, dtype=bool) if unsure is None else unsure
         for unsafe in (a_unsafe, b_unsafe):
@@ -182,12 +182,13 @@ def _sum_block(x: Array, axis: int, xp: Any) -> Array:
     return decide(value, unsure, lambda at: exact_dot(on_host(rows[at]), ones), xp)
 
 
-def settle(parts: Sequence[Array], bound: Array | None) -> tuple[Array, Array | None]:
+def settle(parts: Sequence[Array], bound: Array | None, whole: bool = False) -> tuple[Array, Array | None]:
     """The rounded sum of the parts, and where this rounding is not proven (None: it is proven everywhere).
 
     parts: exact float64 arrays of one shape, largest first
     bound: at least |exact value - exact sum of the parts| plus the roundings in this function; None where the exact
         value is the sum of at most two parts
+    whole: whether the exact value is the exact sum of the parts, so that a tie can be proven
     """
     if bound is None:
         value = parts[0] + parts[1] if len(parts) == 2 else parts[0]
@@ -198,7 +199,24 @@ def settle(parts: Sequence[Array], bound: Array | None) -> tuple[Array, Array | 
         low = error if low is None else low + error
     low = 0.0 if low is None else low
     value = high + (low - bound)
-    return value + 0.0, value != high + (low + bound)
+    unsure = value != high + (low + bound)
+    if whole and unsure.any():
+        at = unsure.nonzero()
+        sums, proven = _sum_of_few([part[at] for part in parts])
+        value[at] = sums  # the elements that are not proven are replaced anyway
+        unsure[at] = ~proven
+    return value + 0.0, unsure
+
+
+def _sum_of_few(parts: Sequence[Array]) -> tuple[Array, Array]:
+    """The sum of the parts as one addition of two float64s, and where these two are exactly that sum."""
+    high, low = parts[-1], parts[-1] * 0.0
+    proven = low == 0
+    for part in reversed(parts[:-1]):
+        high, error = two_sum(part, high)
+        low, slip = two_sum(low, error)
+        proven &= slip == 0
+    return high + low, proven
 
 
 def decide(value: Array, unsure: Array | None, exact: Callable[[tuple[int, ...]], float], xp: Any) -> Array:
