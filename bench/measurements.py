@@ -198,8 +198,7 @@ engines NAME --install DIR` makes the environment of an engine.
 - onnxruntime: no deviation from its profile, which allows a sigmoid with absolute precision
   ([finding](findings/onnxruntime-sigmoid.md)). By the profile of `transformers` only `expert.hidden` deviates.
 
-Runs of some cases, or with a setting that excludes most of them ([`conform_some/`](../bench/results/conform_some)).
-Those of grouped products and of mistral-inference are of the family `production`:
+Runs of some cases, or with a setting that excludes most of them ([`conform_some/`](../bench/results/conform_some)):
 
 {table(("engine", "dtype", *KINDS), verdicts("conform_some"))}
 
@@ -209,7 +208,20 @@ Those of grouped products and of mistral-inference are of the family `production
   deviates: JAX divides float16 on a CPU without correct rounding.
 - tinygrad with `taps=states`: no deviation at small positions. With all taps its rotations deviate
   ([finding](findings/tinygrad-cos.md)).
-- `transformers` with grouped products, and mistral-inference, conform over the production cases that were run."""
+- OpenVINO computes in bfloat16 by default where the processor has instructions for it. It conforms to the profile of
+  that dtype.
+
+Runs of the family `production` (`--family production`;
+[`conform_production/`](../bench/results/conform_production)):
+
+{table(("engine", "dtype", *KINDS), verdicts("conform_production"))}
+
+- `transformers` with grouped products, and mistral-inference, conform over the cases that were run.
+
+llama.cpp with the files that people have, in float16 and bfloat16
+([`conform_files/`](../bench/results/conform_files)); it conforms to the profiles of these files:
+
+{table(("engine", "dtype", *KINDS), verdicts("conform_files"))}"""
 
 
 def faults() -> str:
