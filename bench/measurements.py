@@ -194,7 +194,8 @@ engines NAME --install DIR` makes the environment of an engine.
   is a position, so that no sequence starts above 0.
 - ibm-fms: no deviation with a cache. It has no window, and no `head_dim` of its own.
 - keras-hub: in float16 and bfloat16 it rounds the factor `1 / sqrt(head_dim)` of the scores. The scores are the rounded
-  dots times that factor, bit for bit. It has no `head_dim` of its own, and no start above position 0.
+  dots times that factor, bit for bit. It has no `head_dim` of its own, and no start above position 0. On JAX it
+  conforms in float32.
 - onnxruntime: no deviation from its profile, which allows a sigmoid with absolute precision
   ([finding](findings/onnxruntime-sigmoid.md)). By the profile of `transformers` only `expert.hidden` deviates.
 
@@ -204,11 +205,11 @@ Runs of some cases, or with a setting that excludes most of them ([`conform_some
 
 - ibm-fms without a cache, as its `forward` runs by default: a prompt of as many tokens as there are key/value heads is
   wrong ([finding](findings/ibm-fms-heads.md)).
-- keras-hub on JAX: the factor of the scores is rounded, as on torch. In float16 a weight of the router
-  deviates: JAX divides float16 on a CPU without correct rounding.
+- keras-hub on JAX in other dtypes than float32: the factor of the scores is rounded, as on torch. In float16 a weight
+  of the router deviates: JAX divides float16 on a CPU without correct rounding.
 - tinygrad with `taps=states`: no deviation at small positions. With all taps its rotations deviate
   ([finding](findings/tinygrad-cos.md)).
-- OpenVINO computes in bfloat16 by default where the processor has instructions for it. It conforms to the profile of
+- OpenVINO computes in bfloat16 by default where the processor has instructions for it. It conforms to the policy of
   that dtype.
 
 Runs of the family `production` (`--family production`;
