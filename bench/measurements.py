@@ -207,8 +207,9 @@ Runs of some cases, or with a setting that excludes most of them ([`conform_some
   wrong ([finding](findings/ibm-fms-heads.md)).
 - keras-hub on JAX in other dtypes than float32: the factor of the scores is rounded, as on torch. In float16 a weight
   of the router deviates: JAX divides float16 on a CPU without correct rounding.
-- tinygrad with `taps=states`: no deviation at small positions. With all taps its rotations deviate
-  ([finding](findings/tinygrad-cos.md)).
+- tinygrad with `taps=states`: no deviation at small positions. With all taps its rotations deviate, and nothing else
+  does ([finding](findings/tinygrad-cos.md)). Given its own table of cosines and sines, each rotation is right.
+- `transformers` with layers that `torch.compile` compiles: no deviation.
 - OpenVINO computes in bfloat16 by default where the processor has instructions for it. It conforms to the policy of
   that dtype.
 
