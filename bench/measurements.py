@@ -219,7 +219,7 @@ engines NAME --install DIR` makes the environment of an engine.
   small cases are skipped in two dtypes. In float16 the case `huge-activations` overflows by design, for every engine.
 - vLLM: no deviation. Its attention on a CPU has heads of 32 and more.
 - mistral-inference: no deviation. Its attention kernel has no CPU version and is replaced. A sequence starts at 0.
-- OpenVINO: no deviation in the cases that were run, in the second table.
+- OpenVINO: no deviation.
 - llama.cpp: no deviation from its profiles. Its default is flash attention, which sums weighted values in float16 in
   calls of fewer than 64 tokens. Only `attention.context` shows it, and the source confirms it. A float16 or bfloat16
   file rounds the inputs of products. In a float16 file `huge-activations` overflows. It has no sliding window for this
@@ -229,22 +229,39 @@ engines NAME --install DIR` makes the environment of an engine.
   is a position, so that no sequence starts above 0.
 - ibm-fms: no deviation with a cache. It has no window, and no `head_dim` of its own.
 - keras-hub: in float16 and bfloat16 it rounds the factor `1 / sqrt(head_dim)` of the scores. The scores are the rounded
-  dots times that factor, bit for bit. It has no `head_dim` of its own, and no start above position 0.
+  dots times that factor, bit for bit. It has no `head_dim` of its own, and no start above position 0. On JAX it
+  conforms in float32.
 - onnxruntime: no deviation from its profile, which allows a sigmoid with absolute precision
   ([finding](findings/onnxruntime-sigmoid.md)). By the profile of `transformers` only `expert.hidden` deviates.
 
-Runs of some cases, or with a setting that excludes most of them ([`conform_some/`](../bench/results/conform_some)).
-Those of grouped products and of mistral-inference are of the family `production`:
+Runs of some cases, or with a setting that excludes most of them ([`conform_some/`](../bench/results/conform_some)):
 
 {table(("engine", "dtype", *KINDS), verdicts("conform_some"))}
 
 - ibm-fms without a cache, as its `forward` runs by default: a prompt of as many tokens as there are key/value heads is
   wrong ([finding](findings/ibm-fms-heads.md)).
-- keras-hub on JAX: the factor of the scores is rounded, as on torch. In float16 a weight of the router
-  deviates: JAX divides float16 on a CPU without correct rounding.
-- tinygrad with `taps=states`: no deviation at small positions. With all taps its rotations deviate
-  ([finding](findings/tinygrad-cos.md)).
-- `transformers` with grouped products, and mistral-inference, conform over the production cases that were run."""
+- keras-hub on JAX in other dtypes than float32: the factor of the scores is rounded, as on torch. In float16 a weight
+  of the router deviates: JAX divides float16 on a CPU without correct rounding.
+- tinygrad with `taps=states`: no deviation at small positions. With all taps its rotations deviate, and nothing else
+  does ([finding](findings/tinygrad-cos.md)). Given its own table of cosines and sines, each rotation is right.
+- `transformers` with layers that `torch.compile` compiles: no deviation.
+- OpenVINO computes in bfloat16 by default where the processor has instructions for it. It conforms to the policy of
+  that dtype.
+
+Runs of the family `production` (`--family production`;
+[`conform_production/`](../bench/results/conform_production)):
+
+{table(("engine", "dtype", *KINDS), verdicts("conform_production"))}
+
+- One deviation: mlx-lm has no sliding window ([finding](findings/mlx-lm-window.md)).
+- What is skipped: windows by llama.cpp and ibm-fms, a `head_dim` of their own by mlx-lm and ibm-fms, a start above
+  position 0 by litgpt. litgpt itself refuses a call longer than the window. A request of vLLM has no chunks.
+- The other cases of onnxruntime, vLLM, `transformers` and mistral-inference were not run.
+
+llama.cpp with the files that people have, in float16 and bfloat16
+([`conform_files/`](../bench/results/conform_files)); it conforms to the profiles of these files:
+
+{table(("engine", "dtype", *KINDS), verdicts("conform_files"))}"""
 
 
 def faults() -> str:

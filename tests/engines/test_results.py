@@ -276,10 +276,11 @@ def test_the_committed_results_make_a_page_with_each_engine(refmoe: Refmoe, tmp_
         assert f"{results.engine.name} {results.engine.version}" in text
 
 
-@pytest.mark.parametrize("folder", [COMMITTED, COMMITTED.with_name("conform_some")], ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", sorted(COMMITTED.parent.glob("conform*")), ids=lambda folder: folder.name)
 def test_what_is_committed_as_known_fails_in_the_committed_results(folder: Path) -> None:
     """So that `refmoe conform --known` has exit status 0 for each, and no entry is out of date."""
-    listed, used = read_known(folder / "known.toml"), []
+    known = folder / "known.toml"
+    listed, used = read_known(known) if known.exists() else [], []
     for path in folder.glob("*.json"):
         held = sort_failures(read_results(path), listed)
         assert [f"{each.case} {each.dtype}" for each in held.failing] == [], path.name

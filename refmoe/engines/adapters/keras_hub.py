@@ -72,7 +72,7 @@ class Adapter:
             raise Skipped(f"keras-hub knows no head_dim but dim / heads = {derived}; it is {values['head_dim']}")
         self.dtype = dtype
         self.cache_shape = (1, values["num_hidden_layers"], 2, values["num_key_value_heads"], derived)
-        self.keras.backend.clear_session()
+        self.keras.backend.clear_session(free_memory=False)  # else it takes seconds
         with Scratch("keras-hub") as scratch:
             (scratch.path / "config.json").write_text(json.dumps({**DEFAULTS, **values}), encoding="utf-8")
             (scratch.path / "model.safetensors").symlink_to(checkpoint / "model.safetensors")

@@ -121,17 +121,15 @@ class Adapter:
         return watch.recorder.arrays
 
     def _write(self, path: Path) -> None:
-        """Write the GGUF file, with the keys that tinygrad reads beside those of llama.cpp."""
+        """Write the GGUF file, with the key that llama.cpp's converter leaves out."""
         writer: Any = needed("gguf", "tinygrad").GGUFWriter
         add = writer.add_vocab_size
 
         def added(self_: Any, size: int) -> None:
             add(self_, size)
-            self_.add_token_list([f"<{i}>" for i in range(size)])  # tinygrad counts them
-            if self.norm_key:
-                self_.add_expert_weights_norm(True)
+            self_.add_expert_weights_norm(True)
 
-        with replaced(writer, "add_vocab_size", added):
+        with replaced(writer, "add_vocab_size", added) if self.norm_key else nullcontext():
             write_gguf(path, self.checkpoint.config, self.checkpoint.parameters)
 
 
