@@ -22,7 +22,9 @@ from refmoe.arithmetic.enclosure.array import (
     stored,
     unbounded_beyond,
 )
-from refmoe.arithmetic.enclosure.products import Accumulator, Matrix, over_ranks, product, total
+from refmoe.arithmetic.enclosure.matrices import Matrix
+from refmoe.arithmetic.enclosure.narrow import matrix_of
+from refmoe.arithmetic.enclosure.products import Accumulator, over_ranks, product, total
 from refmoe.arithmetic.exact import dot, elementary
 from refmoe.arithmetic.formats import Format, nearest, ulp
 from refmoe.arithmetic.streaming import blocks
@@ -130,11 +132,10 @@ class EnclosureOps(ArrayOps):
     def _prepare(self, rows: Any, how: Accumulator) -> tuple[Matrix, Any]:
         """Rows of a stored weight, prepared for products."""
         held = self.policy.at("weights")
-        values = nearest(rows, held)
-        exact = dot.prepare(values) if self._exact else None
-        if how is self._products:
-            return Matrix(Enclosure(values.T), held), exact
-        return Matrix(read_in(how.format, Enclosure(values.T))), exact
+        exact = dot.prepare(nearest(rows, held)) if self._exact else None
+        if how.format.holds(held):
+            return matrix_of(rows, held), exact
+        return Matrix(read_in(how.format, Enclosure(nearest(rows, held).T))), exact
 
     def _times(self, x: Enclosure, made: tuple[Matrix, Any], how: Accumulator) -> Enclosure:
         matrix, prepared = made
