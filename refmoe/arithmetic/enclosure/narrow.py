@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The right factor of a product whose elements are float32 values: bounds of the sums over terms, mostly in float32.
 
-The midpoint needs binary64. Every other sum is a bound. It needs few digits but must not be too small. So it is
-computed in float32, and then increased by the most that this computation can have lost:
+The midpoint needs binary64, and gives the partial sums as well. The other sums are bounds. They need few digits but must
+not be too small. So they are computed in float32, and then increased by the most that this computation can have lost:
 
 - Each rounding multiplies a term by at least 1 - u. After k roundings, `excess(k)` times the sum covers the loss.
 - An operation whose result lies below 2^-126 may return zero, and so may one on such numbers. It loses at most
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from refmoe.arithmetic.enclosure.array import SLACK, Enclosure
-from refmoe.arithmetic.enclosure.matrices import Matrix, Summed, Sums, between, checkpoints, product_and_path
+from refmoe.arithmetic.enclosure.matrices import Matrix, Summed, Sums, product_and_path
 from refmoe.arithmetic.formats import FLOAT32, OF_DTYPE, Format, nearest, upcast
 
 FLUSHED = 2.0**-126
@@ -35,9 +35,13 @@ MODERATE = (2.0**-30, 2.0**30)
 MOST_TERMS = 1 << 20
 """The most terms of a sum in float32. With more, the bounds of its error would be loose."""
 ROUNDINGS = 8
-"""The most roundings of a term besides those of additions: of two factors, their squares, their product, a weight."""
+"""The most roundings of a term besides those of additions: of two factors, their squares, and their product."""
 BLOCK = 1 << 20
 """Elements of a block of columns. Its copies take 16 MiB, which a cache of the third level holds."""
+TILE = 1 << 16
+"""Elements of the product with a block. Several arrays of that size are added to again and again."""
+FEWEST = 16
+"""Columns with which a product is worth its overhead."""
 
 
 def matrix_of(rows: Any, held: Format) -> Matrix:
@@ -75,8 +79,9 @@ def _range(rows: Any) -> tuple[float, float]:
     return float(found[0]), float(found[1])
 
 
-def _blocks(shape: tuple[int, int]) -> Iterator[slice]:
-    step = max(1, BLOCK // max(shape[1], 1))
+def _blocks(shape: tuple[int, int], rows: int = 1) -> Iterator[slice]:
+    """Columns of the matrix that are taken together.   shape: of its transpose   rows: of the left factor"""
+    step = max(FEWEST, min(BLOCK // max(shape[1], 1), TILE // max(rows, 1)))
     return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 
@@ -154,7 +159,7 @@ class NarrowMatrix(Matrix):
         if x.mid.ndim != 2:
             return Matrix(Enclosure(self.mid)).sums(x, exact_mid)
         found = NarrowSums(Left(x), self, exact_mid)
-        for columns in _blocks(self._rows.shape):
+        for columns in _blocks(self._rows.shape, len(x.mid)):
             found.add(self._rows[columns], columns)
         return found
 
@@ -189,49 +194,39 @@ class NarrowSums:
     def __init__(self, left: Left, matrix: NarrowMatrix, exact_mid: Any) -> None:
         self._left, self._most = left, matrix.most
         self._terms, columns = left.mid.shape[1], matrix.columns
-        self._wide = exact_mid is None
-        self.mid = np.empty((len(left.mid), columns)) if exact_mid is None else exact_mid
+        self._exact = exact_mid is not None
+        self.mid = exact_mid if self._exact else np.empty((len(left.mid), columns))
         self._sizes, self._squares = (
             np.empty((*part.rows.shape[:2], columns), np.float32) for part in (left.sizes, left.squares)
         )
-        self._path = np.zeros(self.mid.shape, np.float32)
+        self._path = np.empty(self.mid.shape)
         self._endless = {name: np.empty(self.mid.shape, bool) for name in left.endless}
 
     def add(self, rows: Any, columns: slice) -> None:
         """Compute the sums for these columns.   rows: float32 [columns, n], the transpose of the matrix there"""
-        if self._wide:
-            np.matmul(self._left.mid, rows.astype(np.float64).T, out=self.mid[:, columns])
+        mid, self._path[:, columns] = product_and_path(self._left.mid, rows.astype(np.float64).T)
+        if not self._exact:
+            self.mid[:, columns] = mid
         made = np.abs(rows)
         for factor, result in ((self._left.sizes, self._sizes), (self._left.squares, self._squares)):
             flat = factor.rows.reshape(-1, self._terms)
-            result.reshape(len(flat), -1)[:, columns] = flat @ made.T
+            np.matmul(flat, made.T, out=result.reshape(len(flat), -1)[:, columns])
             np.multiply(rows, rows, out=made)
-        self._path[:, columns] = product_and_path(self._left.values.rows, rows.T)[1]
         for name, unknown in self._left.endless.items():
             self._endless[name][:, columns] = unknown @ (rows != 0).astype(np.float32).T > 0
 
     def rows(self, part: slice) -> Sums:
         """The bounds of some rows."""
-        n, most = self._terms, self._most
-        count, longest, factor = len(checkpoints(n)), between(n), excess(n + ROUNDINGS)
-        sizes, squares, path = (
-            each.astype(np.float64) for each in (self._sizes[:, part], self._squares[:, part], self._path[part])
-        )
+        n, most, factor = self._terms, self._most, excess(self._terms + ROUNDINGS)
+        sizes, squares = (each[:, part].astype(np.float64) for each in (self._sizes, self._squares))
         # the products and additions lose `FLUSHED` each, and so does each factor, times the other one
-        lost = n * FLUSHED * (most + 4)
-        sizes = (sizes + lost) * factor
-        squares = (squares + n * FLUSHED * (2 * most**2 + 10)) * factor
-        # a partial sum errs less than a sum of all terms might, because it adds few numbers
-        error = sizes[0] * (excess(longest + count + ROUNDINGS) - 1) + lost
-        path = (path + 8 * n * FLUSHED) * excess(count + ROUNDINGS)
-        path = (np.sqrt(path) + math.sqrt(count * longest) * error) ** 2
-        sizes *= self._left.sizes.power[:, part]
-        squares *= self._left.squares.power[:, part]
+        sizes = (sizes + n * FLUSHED * (most + 4)) * factor * self._left.sizes.power[:, part]
+        squares = (squares + n * FLUSHED * (2 * most**2 + 10)) * factor * self._left.squares.power[:, part]
         return Sums(
             mid=self.mid[part],
             total=sizes[0],
             energy=squares[0],
-            path=path * self._left.squares.power[0, part],
+            path=self._path[part],
             inherited=self._inherited("radius", sizes, part),
             variance=self._inherited("variance", squares, part),
         )
