@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,10 @@ ROUNDINGS = 8
 """The most roundings of a term besides those of additions: of two factors, their squares, and their product."""
 BLOCK = 1 << 20
 """Elements of a block of columns. Its copies take 16 MiB, which a cache of the third level holds."""
+SMALL_BLOCK = 1 << 18
+"""The same where the left factor has few rows: the work is to read a block several times, in the second level."""
+MANY = 32
+"""Rows of a left factor from which the products take longer than the preparation of a block."""
 TILE = 1 << 16
 """Elements of the product with a block. Several arrays of that size are added to again and again."""
 FEWEST = 16
@@ -47,41 +52,27 @@ FEWEST = 16
 def matrix_of(rows: Any, held: Format) -> Matrix:
     """The matrix [n, m] of stored rows [m, n], as an engine holds them: rounded to nearest once.
 
-    It is a `NarrowMatrix` unless its values, their size or their number are beyond float32.
+    It is a `NarrowMatrix` unless its values, their size or their number are beyond float32. It may refer to `rows`.
     """
     stored = OF_DTYPE.get(rows.dtype)
     if stored is not None and held.holds(stored) and FLOAT32.holds(stored):
         narrow = upcast(rows, np.dtype(np.float32))
-        narrow = narrow.copy() if np.may_share_memory(narrow, rows) else narrow  # the file may change or end
     else:
         wide = nearest(rows, held)
         if not FLOAT32.holds(held):
             return Matrix(Enclosure(wide.T), held)
         narrow = wide.astype(np.float32)
-    least, most = _range(narrow)
-    if MODERATE[0] <= most <= MODERATE[1] and narrow.shape[1] <= MOST_TERMS:
-        return NarrowMatrix(narrow, held, least, most)
+    ends = [(narrow[part].max(), -narrow[part].min()) for part in _blocks(narrow.shape)]
+    most = float(np.max(ends, initial=0.0))
+    if MODERATE[0] <= most <= MODERATE[1] and narrow.shape[1] <= MOST_TERMS:  # NaN is no such number
+        return NarrowMatrix(narrow, held, most)
     return Matrix(Enclosure(narrow.T), held)
-
-
-def _range(rows: Any) -> tuple[float, float]:
-    """The least magnitude that is not zero, and the largest one. rows: float32 [m, n]
-
-    Without their sign, the bits of float32 values have the order of the values. Zero less 1 is the largest integer.
-    """
-    least, most = np.uint32(2**32 - 1), np.uint32(0)
-    for part in _blocks(rows.shape):
-        bits = rows[part].view(np.uint32) & np.uint32(0x7FFFFFFF)
-        most = max(most, bits.max(initial=0))
-        bits -= np.uint32(1)
-        least = min(least, bits.min(initial=2**32 - 1))
-    found = np.array([min(int(least) + 1, 0x7F800000), most], np.uint32).view(np.float32)
-    return float(found[0]), float(found[1])
 
 
 def _blocks(shape: tuple[int, int], rows: int = 1) -> Iterator[slice]:
     """Columns of the matrix that are taken together.   shape: of its transpose   rows: of the left factor"""
-    step = max(FEWEST, min(BLOCK // max(shape[1], 1), TILE // max(rows, 1)))
+    block = BLOCK if rows >= MANY else SMALL_BLOCK
+    step = max(FEWEST, min(block // max(shape[1], 1), TILE // max(rows, 1)))
     return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 
@@ -116,16 +107,13 @@ def scaled(rows: Any) -> Scaled:
 class NarrowMatrix(Matrix):
     """A `Matrix` [n, m] of float32 values that are known exactly, of moderate size."""
 
-    def __init__(self, rows: Any, held: Format, least: float, most: float) -> None:
-        """rows: float32 [m, n], the transpose   held: a dtype that is known to hold all elements
-
-        least: the smallest magnitude that is not zero   most: the largest one
-        """
+    def __init__(self, rows: Any, held: Format, most: float) -> None:
+        """rows: float32 [m, n], the transpose   held: a dtype that holds all elements   most: the largest magnitude"""
         self._rows = rows
         self.radius = self.variance = self.length = None
         self._below: dict[float, Any] = {}
         self._fits: dict[Format, bool] = {held: True}
-        self.least, self.most = least, most
+        self.most = most
 
     @property
     def columns(self) -> int:
@@ -153,7 +141,20 @@ class NarrowMatrix(Matrix):
         return np.sign(self._rows).T
 
     def below(self, tiny: float) -> Any:
-        return super().below(tiny) if self.least < tiny else None
+        return super().below(tiny) if self._least < tiny else None
+
+    @cached_property
+    def _least(self) -> float:
+        """The smallest magnitude that is not zero, infinite if there is none.
+
+        Without their sign, the bits of float32 values have the order of the values. Zero less 1 is the largest integer.
+        """
+        least = 2**32 - 1
+        for part in _blocks(self._rows.shape):
+            bits = self._rows[part].view(np.uint32) & np.uint32(0x7FFFFFFF)
+            bits -= np.uint32(1)
+            least = min(least, int(bits.min()))
+        return float(np.uint32(min(least + 1, 0x7F800000)).view(np.float32))
 
     def sums(self, x: Enclosure, exact_mid: Any) -> Summed:
         if x.mid.ndim != 2:

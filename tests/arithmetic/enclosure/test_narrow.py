@@ -17,6 +17,9 @@ from refmoe.arithmetic.enclosure import narrow
 from refmoe.arithmetic.enclosure.array import OWN, UNDERFLOW, Enclosure, bounded
 from refmoe.arithmetic.enclosure.matrices import Matrix, Sums
 from refmoe.arithmetic.formats import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, FORMATS
+from refmoe.checkpoints.weight import Weight
+from refmoe.profiles.load import policy
+from refmoe.steps.enclosure_ops import EnclosureOps
 from tests.arithmetic.enclosure.legal import KINDS, draw
 
 BOUNDS = ("total", "energy", "path", "inherited", "variance")
@@ -127,10 +130,12 @@ def test_a_matrix_is_narrow_only_where_float32_serves(rows: Any, held: Any, fits
 
 def test_values_of_a_file_are_copied() -> None:
     """The file may change or end while the verifier still has the matrix."""
-    rows = np.ones((2, 3), np.float32)
-    matrix = narrow.matrix_of(rows, FLOAT32)
+    rows, x = np.ones((2, 3), np.float32), Enclosure(np.ones((1, 3)))
+    weight = Weight("layers.0.attention.wq", rows.shape, rows.dtype, source=lambda: rows, origin="w")
+    ops = EnclosureOps(policy("float32"))
+    before = ops.linear(x, weight)
     rows[:] = 5
-    np.testing.assert_array_equal(matrix.mid, np.ones((3, 2)))
+    np.testing.assert_array_equal(ops.linear(x, weight).mid, before.mid)
 
 
 def test_a_narrow_matrix_answers_as_a_wide_one() -> None:
@@ -167,3 +172,12 @@ def test_the_law_sees_a_bound_without_its_own_error(
         x = np.where(np.arange(300) == 0, 1.0, x * 2.0**-120)
     found, expected = both(Enclosure(x), rows)
     assert any((getattr(found, name) < getattr(expected, name)).any() for name in BOUNDS)
+
+
+def test_a_number_that_is_none_is_found_in_any_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(narrow, "SMALL_BLOCK", 1)
+    for bad in (np.nan, np.inf):
+        for at in (0, 70):
+            rows = np.ones((71, 2), np.float32)
+            rows[at, 1] = bad
+            assert not isinstance(narrow.matrix_of(rows, FLOAT32), narrow.NarrowMatrix)
