@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The right factor of a product whose elements are float32 values: bounds of the sums over terms, mostly in float32.
 
-The midpoint needs binary64, and gives the partial sums as well. The other sums are bounds. They need few digits but must
-not be too small. So they are computed in float32, and then increased by the most that this computation can have lost:
+The midpoint needs binary64, and gives the partial sums as well. The other sums are bounds. They need few digits but
+must not be too small. So they are computed in float32, and then increased by the most that this may have lost:
 
 - Each rounding multiplies a term by at least 1 - u. After k roundings, `excess(k)` times the sum covers the loss.
 - An operation whose result lies below 2^-126 may return zero, and so may one on such numbers. It loses at most
@@ -55,7 +55,10 @@ def matrix_of(rows: Any, held: Format) -> Matrix:
     It is a `NarrowMatrix` unless its values, their size or their number are beyond float32. It may refer to `rows`.
     """
     stored = OF_DTYPE.get(rows.dtype)
-    if stored is not None and held.holds(stored) and FLOAT32.holds(stored):
+    if stored is not None and FLOAT32.holds(stored):
+        if not held.holds(stored):
+            with np.errstate(over="ignore"):
+                rows = rows.astype(held.dtype)  # rounds once, because each stored value is a float32
         narrow = upcast(rows, np.dtype(np.float32))
     else:
         wide = nearest(rows, held)
@@ -189,6 +192,11 @@ def stacked(parts: list[Scaled]) -> Scaled:
     return Scaled(np.stack([part.rows for part in parts]), np.stack([part.power for part in parts]))
 
 
+def _flat(parts: Any) -> Any:
+    """[parts, l, n] as rows [parts * l, n], in the same memory."""
+    return parts.reshape(-1, parts.shape[-1])
+
+
 class NarrowSums:
     """The sums of a product, as they were computed. `rows` has the bounds."""
 
@@ -209,10 +217,9 @@ class NarrowSums:
         if not self._exact:
             self.mid[:, columns] = mid
         made = np.abs(rows)
-        for factor, result in ((self._left.sizes, self._sizes), (self._left.squares, self._squares)):
-            flat = factor.rows.reshape(-1, self._terms)
-            np.matmul(flat, made.T, out=result.reshape(len(flat), -1)[:, columns])
-            np.multiply(rows, rows, out=made)
+        np.matmul(_flat(self._left.sizes.rows), made.T, out=_flat(self._sizes)[:, columns])
+        np.multiply(rows, rows, out=made)
+        np.matmul(_flat(self._left.squares.rows), made.T, out=_flat(self._squares)[:, columns])
         for name, unknown in self._left.endless.items():
             self._endless[name][:, columns] = unknown @ (rows != 0).astype(np.float32).T > 0
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from refmoe.arithmetic.enclosure import narrow
 from refmoe.arithmetic.enclosure.array import OWN, UNDERFLOW, Enclosure, bounded
 from refmoe.arithmetic.enclosure.matrices import Matrix, Sums
-from refmoe.arithmetic.formats import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, FORMATS
+from refmoe.arithmetic.formats import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, FORMATS, nearest
 from refmoe.checkpoints.weight import Weight
 from refmoe.profiles.load import policy
 from refmoe.steps.enclosure_ops import EnclosureOps
@@ -126,6 +126,18 @@ def test_a_matrix_is_narrow_only_where_float32_serves(rows: Any, held: Any, fits
         expected = rows.astype(held.dtype).astype(np.float64).T
     np.testing.assert_array_equal(matrix.mid, expected)
     assert matrix.fits(held)
+
+
+@pytest.mark.parametrize("held", [BFLOAT16, FLOAT16, FLOAT32])
+@pytest.mark.parametrize("stored", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
+def test_rows_are_rounded_to_nearest_once(stored: Any, held: Any) -> None:
+    """Values of every exponent of the narrower dtype, ties and values close to ties among them."""
+    halves = 1 + np.arange(8) / 2.0 ** (held.precision + 1)
+    powers = 2.0 ** np.arange(-24, 16)
+    near = np.array([0.0, 2.0**-23, -(2.0**-23), 2.0**-40])
+    rows = (powers[:, None, None] * (halves[:, None] + near)).reshape(len(powers), -1).astype(stored)
+    expected = nearest(rows, held)
+    np.testing.assert_array_equal(narrow.matrix_of(rows, held).mid, expected.T)
 
 
 def test_values_of_a_file_are_copied() -> None:
