@@ -40,7 +40,7 @@ ROUNDINGS = 8
 BLOCK = 1 << 20
 """Elements of a block of columns. Its copies take 16 MiB, which a cache of the third level holds."""
 SMALL_BLOCK = 1 << 18
-"""The same where the left factor has few rows: the work is to read a block several times, in the second level."""
+"""Elements of a block where the left factor has few rows. A cache of the second level holds its copies."""
 MANY = 32
 """Rows of a left factor from which the products take longer than the preparation of a block."""
 TILE = 1 << 16
