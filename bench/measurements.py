@@ -307,6 +307,30 @@ overhead of calls. Command: `python bench/verify_cost.py`; file: {link("verify_c
 {table(("model", *policies), rows)}"""
 
 
+def verdict_cost() -> str:
+    found = results("verdicts")
+    machine = found["machine"]
+    rows = [
+        (
+            row["what"],
+            f"{row['verdict_ms']:,.0f} ms",
+            f"{row['judged_ms']:,.1f} ms",
+            f"{row['ratio']:.1f}",
+            f"{row['wall']:.0f}",
+        )
+        for row in found["rows"]
+    ]
+    return f"""## Cost of a verdict
+
+The CPU time of a verdict over that of what it judges, in float32 on one thread: a product of matrices, a forward pass
+whose weights are ready, and a product with weights from the formula. A verdict prepares the weights. The last column
+is the least ratio that the sums behind an enclosure allow, if nothing else took time. In the same run, this machine
+computed {machine["gflops"]:.0f} GFlop/s in float32 products, and read {machine["gb_per_s"]:.0f} GB/s from memory.
+Command: `OMP_NUM_THREADS=1 python -m bench.verdicts`; file: {link("verdicts.json")}.
+
+{table(("what", "verdict", "judged", "ratio", "wall"), rows)}"""
+
+
 def invariance() -> str:
     found = results("invariance")
     digests = found["digests"]
@@ -522,8 +546,8 @@ Not tried:
 
 SECTIONS = (
     goldens, known_bugs, diagnosis, left_out, drawn_faults, diagnosis_time, engines, faults, verify_cost,
-    conform_cost, invariance, exact_cost, full_size, peers, elementary, weight_formula, startup_cost, robustness,
-    folders, versions,
+    verdict_cost, conform_cost, invariance, exact_cost, full_size, peers, elementary, weight_formula, startup_cost,
+    robustness, folders, versions,
 )  # fmt: skip
 
 

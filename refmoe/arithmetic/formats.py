@@ -63,6 +63,8 @@ OF_DTYPE = {format.dtype: format for format in FORMATS.values()}
 
 _EXPONENT = np.int64(0x7FF0000000000000)
 """The bits of a binary64 that hold its exponent."""
+_SIGNIFICAND = np.int64(0x000FFFFFFFFFFFFF)
+"""The bits of a binary64 that hold its significand, without the leading one. A power of two has none of them."""
 
 
 def upcast(stored: Any, dtype: np.dtype[Any]) -> Any:
@@ -126,8 +128,8 @@ def cell(y: Any, format: Format) -> tuple[Floats, Floats]:
     """
     if format == FLOAT64:
         return y, y
-    size = np.abs(y)
+    size, sign = np.abs(y), np.copysign(1.0, y)
     half = ulp(size, format) / 2
-    power = (np.frexp(size)[0] == 0.5) & (size > format.tiny)
-    inner, outer = size - np.where(power, half / 2, half), size + half
-    return np.where(y < 0, -outer, inner), np.where(y < 0, -inner, outer)
+    power = ((size.view(np.int64) & _SIGNIFICAND) == 0) & (size > format.tiny)
+    inner, outer = (size - half * (1 - 0.5 * power)) * sign, (size + half) * sign
+    return np.minimum(inner, outer), np.maximum(inner, outer)

@@ -12,7 +12,8 @@ import numpy as np
 
 from refmoe.arithmetic.arrays import Array, StoredWeight, Tap
 from refmoe.arithmetic.enclosure.array import Enclosure
-from refmoe.arithmetic.enclosure.products import Accumulator, Matrix, product
+from refmoe.arithmetic.enclosure.matrices import Matrix
+from refmoe.arithmetic.enclosure.products import Accumulator, product
 from refmoe.arithmetic.exact import dot
 from refmoe.arithmetic.exact.slices import on_host
 from refmoe.arithmetic.formats import Format, nearest, representable

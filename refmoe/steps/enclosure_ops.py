@@ -22,10 +22,12 @@ from refmoe.arithmetic.enclosure.array import (
     stored,
     unbounded_beyond,
 )
-from refmoe.arithmetic.enclosure.products import Accumulator, Matrix, over_ranks, product, total
+from refmoe.arithmetic.enclosure.matrices import Matrix
+from refmoe.arithmetic.enclosure.narrow import matrix_of
+from refmoe.arithmetic.enclosure.products import Accumulator, over_ranks, product, total
 from refmoe.arithmetic.exact import dot, elementary
 from refmoe.arithmetic.formats import Format, nearest, ulp
-from refmoe.arithmetic.streaming import blocks
+from refmoe.arithmetic.streaming import side_by_side
 from refmoe.arithmetic.weight_cache import WeightCache
 from refmoe.checkpoints.weight import Weight
 from refmoe.profiles.cut_points import PRODUCTS, PROJECTIONS, ROW_PARALLEL, STATISTICS, product_of
@@ -118,23 +120,26 @@ class EnclosureOps(ArrayOps):
         def prepare(rows: Any) -> tuple[Matrix, Any]:
             return self._prepare(rows, how)
 
+        def times(ready: tuple[Matrix, Any]) -> Enclosure:
+            part = self._times(x, ready, how)
+            _ = part.biased and part.bias  # computed now, because later the block is gone
+            return part
+
         if math.prod(weight.shape) * self.dtype.itemsize > self._matrices.limit:
-            parts = []
-            for _, _, ready in blocks(weight, prepare):
-                parts.append(self._times(x, ready, how))
-                _ = parts[-1].biased and parts[-1].bias  # computed now, because later the block is gone
+            x = x.settle()
+            parts = side_by_side(weight, prepare, quiet(times))
             return self._watch("linear", concatenate(parts, axis=-1), how.format)
-        made = self._matrices.get(weight, lambda: prepare(weight.read()), nbytes)
+        # the matrix is kept, so it has values of its own: a file may change or end
+        made = self._matrices.get(weight, lambda: prepare(np.array(weight.read())), nbytes)
         return self._watch("linear", self._times(x, made, how), how.format)
 
     def _prepare(self, rows: Any, how: Accumulator) -> tuple[Matrix, Any]:
         """Rows of a stored weight, prepared for products."""
         held = self.policy.at("weights")
-        values = nearest(rows, held)
-        exact = dot.prepare(values) if self._exact else None
-        if how is self._products:
-            return Matrix(Enclosure(values.T), held), exact
-        return Matrix(read_in(how.format, Enclosure(values.T))), exact
+        exact = dot.prepare(nearest(rows, held)) if self._exact else None
+        if how.format.holds(held):
+            return matrix_of(rows, held), exact
+        return Matrix(read_in(how.format, Enclosure(nearest(rows, held).T))), exact
 
     def _times(self, x: Enclosure, made: tuple[Matrix, Any], how: Accumulator) -> Enclosure:
         matrix, prepared = made

@@ -158,8 +158,12 @@ class Tally:
         beyond = np.maximum(m - end, start - m)
         sigma = np.sqrt(v + (OWN * m) ** 2)
         # a variance of zero beside a positive radius has underflowed and cannot be used
-        usable = (beyond > 0) & ((v > 0) | (r == 0)) & finite & spread
-        excess = np.where(usable, beyond / sigma, 0.0)
+        if clean and v.min(initial=math.inf) > 0:
+            usable: Any = True
+            excess = np.maximum(beyond, 0.0) / sigma
+        else:
+            usable = (beyond > 0) & ((v > 0) | (r == 0)) & finite & spread
+            excess = np.where(usable, beyond / sigma, 0.0)
         if x.biased and excess.max(initial=0.0) > CALM:
             excess = np.where(usable, np.maximum(beyond - x.bias, 0.0) / sigma, 0.0)
 
@@ -169,7 +173,7 @@ class Tally:
         self.worst_error = float(np.fmax.reduce(ratio, initial=self.worst_error))
         self.excess = float(np.fmax.reduce(excess, initial=self.excess))
         self._add_size(error, m, v, spacing, format, finite & spread)
-        at, score = _worst(outside, bounded, np.where(outside, ratio, excess))
+        at, score = _worst(outside, bounded, np.where(outside, ratio, excess) if outside.any() else excess)
         rank = (bool(outside[at]), score)
         if rank > self.worst_rank or self.worst is None:
             self.worst_rank = rank
@@ -184,13 +188,14 @@ class Tally:
 
     def _add_size(self, error: Any, m: Any, v: Any, spacing: Any, format: Format, usable: Any) -> None:
         total = v + (spacing**2 / 12 if format != FLOAT64 else 0.0)
-        weight = np.where(usable & (total > 0), 1 / total, 0.0)
-        error = np.where(weight > 0, error, 0.0)
+        weight, delta = 1 / total, -np.sign(m) * spacing / 2
+        if usable is not True or not total.min(initial=math.inf) > 0:
+            weight = np.where(usable & (total > 0), weight, 0.0)
+            error, delta = np.where(weight > 0, error, 0.0), np.where(weight > 0, delta, 0.0)
         weighted = error * weight
         self.squares += float((weighted * error).sum())
         self.counted += int(np.count_nonzero(weight))
         if format != FLOAT64:
-            delta = np.where(weight > 0, -np.sign(m) * spacing / 2, 0.0)
             self.leaning += float((weighted * delta).sum())
             self.reach += float((delta**2 * weight).sum())
 

@@ -12,13 +12,17 @@ import pytest
 from safetensors.numpy import save_file
 
 from refmoe.arithmetic import streaming
+from refmoe.arithmetic.enclosure.array import Enclosure
 from refmoe.arithmetic.exact.ops import ExactOps
+from refmoe.arithmetic.native.lanes import Lanes
 from refmoe.arithmetic.native.ops import NativeOps
 from refmoe.checkpoints.load import load_checkpoint
 from refmoe.checkpoints.synthetic import SyntheticWeight
 from refmoe.checkpoints.weight import Weight
 from refmoe.checkpoints.write import write_checkpoint
 from refmoe.errors import InputError
+from refmoe.profiles.load import policy
+from refmoe.steps.enclosure_ops import EnclosureOps
 from tests.checkpoints.models import UNEVEN
 from tests.models import random_parameters
 
@@ -59,6 +63,57 @@ def test_each_block_is_read_once_in_order_and_the_next_before_one_is_used() -> N
         read_when_used.append(start)
     assert seen == [(i, i + 4) for i in range(0, 20, 4)]
     assert read_when_used == [0, 4, 8, 12, 16]
+
+
+@pytest.fixture(params=[1, 2, 5])
+def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Lanes of this number, whatever the machine has."""
+    made = Lanes()
+    made.count = request.param
+    monkeypatch.setattr(streaming, "lanes", lambda: made)
+    return made.count
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_blocks_side_by_side_are_used_once_and_come_in_order(lanes: int) -> None:
+    w, seen, held, most = np.arange(320.0).reshape(20, 16), [], [0], [0]
+    lock = threading.Lock()
+
+    def read(rows: Any) -> Any:
+        with lock:
+            held[0] += 1
+            most[0] = max(most[0], held[0])
+        return rows
+
+    def use(rows: Any) -> Any:
+        with lock:
+            seen.append(rows[0, 0])
+            held[0] -= 1
+        return rows + 1
+
+    found = streaming.side_by_side(rows_of(w), read, use)
+    np.testing.assert_array_equal(np.concatenate(found), w + 1)
+    assert sorted(seen) == w[::4, 0].tolist()
+    assert most[0] <= 1 + streaming.AHEAD
+
+
+@pytest.mark.usefixtures("small_blocks", "lanes")
+def test_a_streamed_enclosure_is_the_enclosure() -> None:
+    rng = np.random.default_rng(2)
+    w, x = rng.standard_normal((21, 16)), Enclosure(rng.standard_normal((3, 16)))
+    for name in ("float32", "float64", "bfloat16+truncates=true"):
+        whole, streamed = (EnclosureOps(policy(name), matrix_bytes=n).linear(x, rows_of(w)) for n in (1 << 20, 0))
+        for part in ("mid", "r", "v", "bias"):
+            if getattr(whole, part) is not None:
+                np.testing.assert_allclose(getattr(streamed, part), getattr(whole, part), rtol=1e-6)
+
+
+@pytest.mark.usefixtures("small_blocks", "lanes")
+def test_a_fault_in_one_of_several_lanes_is_raised_here() -> None:
+    w = np.ones((20, 16))
+    w[9, 3] = np.nan
+    with pytest.raises(InputError, match="test holds 1 value that is not finite"):
+        EnclosureOps(policy("float32"), matrix_bytes=0).linear(Enclosure(np.ones((2, 16))), rows_of(w))
 
 
 @pytest.mark.usefixtures("small_blocks")

@@ -10,21 +10,18 @@ values. It follows the partial sums along the index, since structured rows can m
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from refmoe.arithmetic.enclosure.array import OWN, SLACK, UNDERFLOW, Enclosure, bounded, quiet, unbounded_beyond
+from refmoe.arithmetic.enclosure.matrices import Matrix, Sums, between
 from refmoe.arithmetic.formats import Format, representable
 
-CHUNK = 16
-"""Terms between two checkpoints of the partial sums. Within a chunk, sorted terms at most double the spread."""
-CHUNKS = 32
-"""The most checkpoints. More would cost more than the products themselves."""
+PIECE = 1 << 15
+"""Elements of a product whose bounds are computed at once: their temporary arrays fit in the cache."""
 BLOCK = 4
 """The fewest terms that a truncating accumulator aligns together: 4 in Volta's tensor cores, more in later ones."""
 
@@ -66,39 +63,38 @@ class Accumulator:
             return False
         return w.fits(self.inputs) and bool(representable(x.mid, self.inputs).all())
 
+    def bounds(self, sums: Sums, flushed: Any, terms: Terms) -> tuple[Any, Any]:
+        """Radius and variance of a product, [..., l, m].
 
-class Matrix:
-    """The right factor of a product, with the arrays that the rules need. mid: [..., n, m], and so are the others."""
+        flushed: the error when factors below the smallest normal value count as zero, of that shape or a number
+        """
+        n, u = terms.count, self.format.u
+        size = np.abs(sums.mid)
+        result = (sums.total + size) / 2 + sums.inherited  # without roundings, no partial sum is larger
+        largest = result * (1 + 2 * u) if terms.rounds else result
+        result = sums.inherited + self.growth(n) * largest
+        spread = np.maximum(n / 3 * sums.mid**2 + n / 2 * sums.energy, sums.path + between(n) / 2 * sums.energy)
+        if terms.rounds:
+            result += u * (sums.total + sums.inherited)
+            spread += sums.energy
+        spread *= 1 + self.rescales
+        lost, lost_spread = self.underflow(n)
+        own = OWN * size if terms.exact else (n + 2) * OWN * sums.total
+        # every sum used here has n additions of positive terms, each with an error of half of OWN
+        result = (result + (lost + flushed) + own) * (SLACK + n * OWN)
+        result = unbounded_beyond(largest * (1 + self.growth(n)), result, self.format)
+        return bounded(result), bounded(sums.variance + (u * u / 3 * spread + (lost_spread + flushed**2 / 3)))
 
-    def __init__(self, x: Enclosure, held: Format | None = None) -> None:
-        """held: a dtype that is known to hold all elements"""
-        x = x.settle()
-        self.mid, self.radius, self.variance, self.length = x.mid, x.radius, x.variance, x.length
-        self.size, self.square = np.abs(x.mid), x.mid**2
-        self._below: dict[float, Any] = {}
-        self._fits: dict[Format, bool] = {} if held is None else {held: True}
 
-    @property
-    def nbytes(self) -> int:
-        return int(self.mid.nbytes + self.size.nbytes + self.square.nbytes)
+@dataclass(frozen=True)
+class Terms:
+    """The terms that each element of a product sums."""
 
-    @cached_property
-    def signs(self) -> Any:
-        """The signs of the elements in float32, which counts terms exactly."""
-        return np.sign(self.mid, dtype=np.float64).astype(np.float32)
-
-    def below(self, tiny: float) -> Any:
-        """The magnitudes smaller than `tiny`, with zeros for the others. None if all of these are zero."""
-        if tiny not in self._below:
-            small = np.where(self.size < tiny, self.size, 0.0)
-            self._below[tiny] = small if small.any() else None
-        return self._below[tiny]
-
-    def fits(self, format: Format) -> bool:
-        """Whether the format holds all elements."""
-        if format not in self._fits:
-            self._fits[format] = bool(representable(self.mid, format).all())
-        return self._fits[format]
+    count: int
+    rounds: bool
+    """Whether a term may round before it is added."""
+    exact: bool
+    """Whether the midpoint is the sum rounded once. Otherwise it is a sum in binary64, in any order."""
 
 
 @quiet
@@ -108,114 +104,37 @@ def product(x: Enclosure, w: Matrix, how: Accumulator, exact_mid: Any = None) ->
     exact_mid: the product rounded once. At float64 it is needed, because the verifier's own sums err like the engine's.
     """
     x = x.settle()
-    n, u = x.shape[-1], how.format.u
-    size, square = np.abs(x.mid), x.mid**2
-    mid, path, longest = _product_and_path(x.mid, w.mid)
-    mid = mid if exact_mid is None else exact_mid
+    sums, n = w.sums(x, exact_mid), x.shape[-1]
     pairs = x.length is not None and w.length is not None
-    if pairs:
-        total, energy, inherited = _of_pairs(x, w)
-    else:
-        total, energy, inherited = size @ w.size, square @ w.square, inherited_radius(x, size, w)
-    partial = (total + np.abs(mid)) / 2
+    inputs: Any = 0.0
+    if how.flushes:
+        inputs = how.format.tiny * _lengths(x, w) if pairs else flushed(np.abs(x.mid), w, how.format)
+    terms = Terms(n, rounds=not how.holds_products(x, w), exact=exact_mid is not None)
+    radius, variance = np.empty(sums.mid.shape), np.empty(sums.mid.shape)
+    for part in _pieces(sums.mid.shape):
+        lost = inputs[part] if np.ndim(inputs) else inputs
+        radius[part], variance[part] = how.bounds(sums.rows(part), lost, terms)
 
     @quiet
     def bias() -> Any:
         # the signs of turned elements are not known: at worst all terms are cut off in the same direction
         one_way = n if pairs else np.abs(np.sign(x.mid).astype(np.float32) @ w.signs)
-        return bounded(u * partial * one_way)
+        whole = sums.rows(slice(None))
+        return bounded(how.format.u * ((whole.total + np.abs(whole.mid)) / 2) * one_way)
 
-    result = partial + inherited  # without roundings, no partial sum of any legal factors is larger
-    rounds = not how.holds_products(x, w)
-    largest = result * (1 + 2 * u) if rounds else result
-    result = inherited + how.growth(n) * largest
-    spread = np.maximum(n / 3 * mid**2 + n / 2 * energy, path + longest / 2 * energy)
-    if rounds:
-        result += u * (total + inherited)
-        spread += energy
-    spread = spread * (1 + how.rescales)
-    lost, lost_spread = how.underflow(n)
-    if how.flushes:
-        inputs = how.format.tiny * _lengths(x, w) if pairs else flushed(size, w, how.format)
-        lost, lost_spread = lost + inputs, lost_spread + inputs**2 / 3
-    own = OWN * np.abs(mid) if exact_mid is not None else (n + 2) * OWN * total
-    # every sum used here has n additions of positive terms, each with an error of half of OWN
-    result = (result + lost + own) * (SLACK + n * OWN)
-    result = unbounded_beyond(largest * (1 + how.growth(n)), result, how.format)
-    variance = inherited_variance(x, square, w) + (u * u / 3 * spread + lost_spread)
     bias_or_none = bias if how.truncates else None
-    return Enclosure(mid, bounded(result), bounded(variance), accumulation=x.accumulation, bias=bias_or_none)
+    return Enclosure(sums.mid, radius, variance, accumulation=x.accumulation, bias=bias_or_none)
 
 
-def _product_and_path(x: Any, w: Any) -> tuple[Any, Any, int]:
-    """The product, the energy of its partial sums at checkpoints in index order, and the terms between checkpoints.
-
-    From S to S' over L terms, the squares of the partial sums add up to L (S^2 + S S' + S'^2) / 3. That is at most
-    L (S^2 + S'^2) / 2.
-    """
-    n = x.shape[-1]
-    chunks = min(max(n // CHUNK, 1), CHUNKS)
-    longest = -(-n // chunks)
-    if chunks == 1:
-        return x @ w, 0.0, n
-    ends = [n * (i + 1) // chunks for i in range(chunks)]
-    total = x[..., : ends[0]] @ w[..., : ends[0], :]
-    path = np.zeros_like(total)
-    for start, end in pairwise(ends):
-        path += total * total
-        total += x[..., start:end] @ w[..., start:end, :]
-    path += total * total / 2
-    path *= longest
-    return total, path, longest
-
-
-def inherited_radius(x: Enclosure, size: Any, w: Matrix) -> Any:
-    """The part of the product's radius that comes from inexact factors."""
-    radius: Any = 0.0
-    if x.radius is not None:
-        radius = radius + _from_zero_up(x.radius, w.size)
-    if w.radius is not None:
-        radius = radius + _from_zero_up(size + x.r, w.radius)
-    return radius
-
-
-def inherited_variance(x: Enclosure, square: Any, w: Matrix) -> Any:
-    """The part of the product's variance that comes from inexact factors."""
-    variance: Any = 0.0
-    if x.variance is not None:
-        variance = variance + _from_zero_up(x.variance, w.square)
-    if w.variance is not None:
-        variance = variance + _from_zero_up(square + x.v, w.variance)
-    return variance
-
-
-def _of_pairs(x: Enclosure, w: Matrix) -> tuple[Any, Any, Any]:
-    """Bounds for rows of pairs, if both factors hold each pair turned by one unknown angle: the same in x and in w.
-
-    The two products of a pair are at most its lengths multiplied, in magnitude together and in energy together. Its
-    error is at most the length of one error times the other length. Each pair has two elements here, hence the halves.
-    returns: the sum of magnitudes, the sum of squares, the inherited radius
-    """
-    inherited = _from_zero_up(x.r, w.length) + _from_zero_up(x.length + x.r, w.radius)
-    return x.length @ w.length / 2, x.length**2 @ w.length**2 / 2, inherited / 2
+def _pieces(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Slices of the first axis that have about `PIECE` elements each."""
+    step = max(1, PIECE // max(math.prod(shape[1:]), 1))
+    return (slice(start, start + step) for start in range(0, shape[0], step))
 
 
 def _lengths(x: Enclosure, w: Matrix) -> Any:
     """The sum of all lengths of pairs that meet in an element of the product."""
     return x.length.sum(-1)[..., None] + w.length.sum(-2)[..., None, :]
-
-
-def _from_zero_up(a: Any, b: Any) -> Any:
-    """The product of two arrays of numbers from zero up, where infinity times zero is zero.
-
-    Such a zero is a masked probability. The value that it multiplies, such as that of a later token, may be unknown.
-    """
-    if np.isfinite(a.max(initial=0.0)) and np.isfinite(b.max(initial=0.0)):
-        return a @ b
-    endless_a, endless_b = ~np.isfinite(a), ~np.isfinite(b)
-    result = np.where(endless_a, 0.0, a) @ np.where(endless_b, 0.0, b)
-    reached = endless_a.astype(float) @ (b != 0) + (a != 0).astype(float) @ endless_b
-    return np.where(reached > 0, np.inf, result)
 
 
 def flushed(size: Any, w: Matrix, format: Format) -> Any:

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sums in float32 enclose those in binary64, whatever the scale, and are hardly larger for ordinary numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from refmoe.arithmetic.enclosure import narrow
+from refmoe.arithmetic.enclosure.array import OWN, UNDERFLOW, Enclosure, bounded
+from refmoe.arithmetic.enclosure.matrices import Matrix, Sums
+from refmoe.arithmetic.formats import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, FORMATS, nearest
+from refmoe.checkpoints.weight import Weight
+from refmoe.profiles.load import policy
+from refmoe.steps.enclosure_ops import EnclosureOps
+from tests.arithmetic.enclosure.legal import KINDS, draw
+
+BOUNDS = ("total", "energy", "path", "inherited", "variance")
+SPECIAL = (0.0, np.inf, -np.inf, np.nan, 2.0**-1074, 2.0**1023, 1.0)
+
+
+def both(x: Enclosure, rows: Any, held: Any = FLOAT32) -> tuple[Sums, Sums]:
+    """The sums of x times the transpose of stored rows, in float32 and in binary64."""
+    matrix = narrow.matrix_of(rows, held)
+    assert isinstance(matrix, narrow.NarrowMatrix)
+    wide = Matrix(Enclosure(np.asarray(rows, np.float64).T))
+    with np.errstate(all="ignore"):
+        found, expected = (each.sums(x, None).rows(slice(None)) for each in (matrix, wide))
+    return found, expected
+
+
+def scales(rng: np.random.Generator, shape: Any, exponent: int) -> Any:
+    """Magnitudes around 10^exponent, and in some rows far apart."""
+    apart = rng.choice([0, 1, 40, 300]) if exponent == 0 else rng.choice([0, 1, 5])
+    with np.errstate(all="ignore"):
+        return rng.standard_normal(shape) * 10.0**exponent * 10.0 ** rng.uniform(-apart, apart, shape)
+
+
+def with_special(rng: np.random.Generator, x: Any, share: float) -> Any:
+    return np.where(rng.random(x.shape) < share, rng.choice(SPECIAL, x.shape), x)
+
+
+@settings(max_examples=300)
+@given(
+    seed=st.integers(0, 2**32),
+    n=st.integers(1, 700),
+    exponent=st.sampled_from([-300, -160, -40, 0, 40, 160, 300]),
+    special=st.sampled_from([0.0, 0.01, 0.5]),
+    inexact=st.booleans(),
+    kind=st.sampled_from(KINDS),
+)
+def test_sums_in_float32_enclose_those_in_binary64(
+    seed: int, n: int, exponent: int, special: float, inexact: bool, kind: str
+) -> None:
+    """Elements of x of any size, infinities and NaN included; zeros and subnormal numbers in the matrix."""
+    rng = np.random.default_rng(seed)
+    x = with_special(rng, scales(rng, (3, n), exponent), special)
+    rows = np.where(rng.random((4, n)) < 0.2, 0.0, rng.standard_normal((4, n))).astype(np.float32)
+    rows = np.where(rng.random((4, n)) < 0.1, draw(rng, kind, (4, n), FLOAT32) * np.float32(2.0**-40), rows)
+    radius, variance = (
+        np.abs(with_special(rng, scales(rng, (3, n), int(rng.choice([exponent, -30, 0]))), special)) for _ in "rv"
+    )
+    radius, variance = (np.where(np.isnan(each), np.inf, each) for each in (radius, variance))
+    given_x = Enclosure(x, radius, variance) if inexact else Enclosure(x)
+    found, expected = both(given_x, rows.astype(np.float32))
+    with np.errstate(all="ignore"):
+        own = (n + 2) * OWN * expected.total + n * UNDERFLOW
+        assert ((np.abs(found.mid - expected.mid) <= own) | ~np.isfinite(own)).all()
+    for name in BOUNDS:
+        # the rules take NaN, such as zero times infinity, for an infinite bound, and add `UNDERFLOW` themselves
+        bound, least = (bounded(np.asarray(getattr(sums, name))) for sums in (found, expected))
+        assert (bound + UNDERFLOW >= least).all(), name
+
+
+@pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("n", [1, 15, 64, 512, 4099])
+def test_sums_of_ordinary_numbers_are_hardly_larger(stored: Any, n: int) -> None:
+    rng = np.random.default_rng(n)
+    x, rows = rng.standard_normal((5, n)), (rng.standard_normal((7, n)) / 8).astype(stored)
+    found, expected = both(Enclosure(x, np.abs(x) / 256, x**2 / 2**16), rows)
+    for name in BOUNDS:
+        bound, least = getattr(found, name), getattr(expected, name)
+        assert (bound <= least * (1 + 1e-3)).all(), name
+
+
+@settings(max_examples=50)
+@given(seed=st.integers(0, 2**32), n=st.integers(1, 60))
+def test_sums_in_float32_are_bounds_of_the_exact_ones(seed: int, n: int) -> None:
+    """Held against sums of fractions, which do not round."""
+    rng = np.random.default_rng(seed)
+    x = scales(rng, (1, n), 0)
+    rows = draw(rng, "lognormal", (2, n), FLOAT32).astype(np.float32)
+    found, _ = both(Enclosure(x), rows)
+    for column, row in enumerate(rows.tolist()):
+        terms = [Fraction(a) * Fraction(b) for a, b in zip(x[0].tolist(), row, strict=True)]
+        for bound, exact in ((found.total, sum(map(abs, terms))), (found.energy, sum(each**2 for each in terms))):
+            value = float(bound[0, column])
+            # what binary64 loses below its smallest normal value is an allowance of the rules themselves
+            assert value == np.inf or Fraction(value) + n * Fraction(UNDERFLOW) >= exact
+
+
+@pytest.mark.parametrize(
+    ("rows", "held", "fits"),
+    [
+        (np.ones((2, 3), np.float32), FLOAT32, True),
+        (np.ones((2, 3), np.float64) / 3, FLOAT64, False),
+        (np.ones((2, 3), np.float32), FLOAT64, True),
+        (np.full((2, 3), 1 / 3, np.float64), BFLOAT16, True),
+        (np.full((2, 3), 1e30, np.float32), FLOAT32, False),
+        (np.full((2, 3), 1e30, np.float32), FLOAT16, False),
+        (np.zeros((2, 3), np.float32), FLOAT32, False),
+        (np.full((2, 3), np.nan, np.float32), FLOAT32, False),
+    ],
+)
+def test_a_matrix_is_narrow_only_where_float32_serves(rows: Any, held: Any, fits: bool) -> None:
+    matrix = narrow.matrix_of(rows, held)
+    assert isinstance(matrix, narrow.NarrowMatrix) == fits
+    with np.errstate(over="ignore"):
+        expected = rows.astype(held.dtype).astype(np.float64).T
+    np.testing.assert_array_equal(matrix.mid, expected)
+    assert matrix.fits(held)
+
+
+@pytest.mark.parametrize("held", [BFLOAT16, FLOAT16, FLOAT32])
+@pytest.mark.parametrize("stored", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
+def test_rows_are_rounded_to_nearest_once(stored: Any, held: Any) -> None:
+    """Values of every exponent of the narrower dtype, ties and values close to ties among them."""
+    halves = 1 + np.arange(8) / 2.0 ** (held.precision + 1)
+    powers = 2.0 ** np.arange(-24, 16)
+    near = np.array([0.0, 2.0**-23, -(2.0**-23), 2.0**-40])
+    rows = (powers[:, None, None] * (halves[:, None] + near)).reshape(len(powers), -1).astype(stored)
+    expected = nearest(rows, held)
+    np.testing.assert_array_equal(narrow.matrix_of(rows, held).mid, expected.T)
+
+
+def test_values_of_a_file_are_copied() -> None:
+    """The file may change or end while the verifier still has the matrix."""
+    rows, x = np.ones((2, 3), np.float32), Enclosure(np.ones((1, 3)))
+    weight = Weight("layers.0.attention.wq", rows.shape, rows.dtype, source=lambda: rows, origin="w")
+    ops = EnclosureOps(policy("float32"))
+    before = ops.linear(x, weight)
+    rows[:] = 5
+    np.testing.assert_array_equal(ops.linear(x, weight).mid, before.mid)
+
+
+def test_a_narrow_matrix_answers_as_a_wide_one() -> None:
+    values = np.array([[1.0, -2.0, 0.0], [2.0**-140, 3.0, 0.0]], np.float32)
+    matrix, wide = narrow.matrix_of(values, FLOAT32), Matrix(Enclosure(values.T))
+    for name in ("mid", "size", "square", "signs"):
+        np.testing.assert_array_equal(getattr(matrix, name), getattr(wide, name))
+    assert matrix.below(2.0**-150) is None
+    for tiny in (2.0**-126, 2.0):
+        np.testing.assert_array_equal(matrix.below(tiny), wide.below(tiny))
+    for format in FORMATS.values():
+        assert matrix.fits(format) == wide.fits(format)
+
+
+def weakened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(narrow, "excess", lambda roundings: 1.0)
+
+
+def no_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(narrow, "FLUSHED", 0.0)
+
+
+@pytest.mark.parametrize("fault", [weakened, no_losses])
+def test_the_law_sees_a_bound_without_its_own_error(
+    fault: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of random numbers, and numbers whose squares float32 does not have."""
+    fault(monkeypatch)
+    rng = np.random.default_rng(3)
+    rows = rng.standard_normal((40, 300)).astype(np.float32)
+    rows[:, 0] = 0
+    x = rng.standard_normal((9, 300))
+    if fault is no_losses:
+        x = np.where(np.arange(300) == 0, 1.0, x * 2.0**-120)
+    found, expected = both(Enclosure(x), rows)
+    assert any((getattr(found, name) < getattr(expected, name)).any() for name in BOUNDS)
+
+
+def test_a_number_that_is_none_is_found_in_any_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(narrow, "SMALL_BLOCK", 1)
+    for bad in (np.nan, np.inf):
+        for at in (0, 70):
+            rows = np.ones((71, 2), np.float32)
+            rows[at, 1] = bad
+            assert not isinstance(narrow.matrix_of(rows, FLOAT32), narrow.NarrowMatrix)
