@@ -135,16 +135,21 @@ def _run(command: list[str], out: Path) -> dict[str, Any]:
 
 
 def whole_model() -> dict[str, Any]:
-    """Recompute golden/mixtral-8x7b: seconds, peak memory of the largest process, and whether every bit is right."""
+    """Recompute golden/mixtral-8x7b: seconds, peak memory of the largest process, and whether every bit is right.
+
+    Seconds of cores are those that its processes were given, fewer than they wanted where the machine is shared.
+    """
     import resource
 
     began = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "refmoe", "suite", "check", "mixtral-8x7b"], capture_output=True, text=True
     )
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    peak, seconds = used.ru_maxrss << 10, time.perf_counter() - began
     return {
-        "case": "mixtral-8x7b", "ok": done.returncode == 0, "seconds": round(time.perf_counter() - began),
+        "case": "mixtral-8x7b", "ok": done.returncode == 0, "seconds": round(seconds),
+        "core_seconds": round(used.ru_utime + used.ru_stime),
         "peak_of_a_process_gib": round(peak / 2**30, 2), "cores": os.cpu_count(),
     }  # fmt: skip
 

@@ -415,9 +415,10 @@ the time of the first rows. The share of matrix products is that of a run whose 
 {table(("computation", "peak GiB", "stated GiB", "read / needed", "in matrix products", "time"), rows)}
 
 `refmoe suite check {whole["case"]}` recomputes all layers of 8x7B, every bit:
-{whole["seconds"] / 60:.0f} minutes on {whole["cores"]} cores,
+{whole["seconds"] / 60:.1f} minutes on {whole["cores"]} cores,
 {whole["peak_of_a_process_gib"]:.1f} GiB
-in the largest process."""
+in the largest process. Its processes were given {whole["core_seconds"]} seconds of a core, which is
+{whole["core_seconds"] / whole["seconds"] / whole["cores"]:.0%} of the machine. Other work shared it."""
 
 
 def peers() -> str:
@@ -470,8 +471,13 @@ def weight_formula() -> str:
     found = results("weight_formula")
     return f"""## The weight formula
 
-Weights from the formula: {found["million_elements_per_second"]:.0f} million elements a second.
+Weights from the formula: {found["million_elements_per_second"]:.0f} million elements a second on one core.
 NumPy's PCG64 makes {found["pcg64_million_integers_per_second"]:.0f} million integers.
+The formula is {found["passes"]} operations of NumPy on each block, which stays in the cache.
+Alone, without allocation and bookkeeping, they would make
+{found["million_elements_per_second_of_passes"]:.0f} million elements a second.
+So {found["share"]:.0%} of what NumPy can do is reached. On {found["cores"]} cores together the formula makes
+{found["million_elements_per_second_of_cores"]:.0f} million.
 Command: `python bench/weight_formula.py`; file: {link("weight_formula.json")}."""
 
 

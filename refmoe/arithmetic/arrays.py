@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, Self, TypeAlias
+from typing import Any, NamedTuple, Protocol, Self, TypeAlias
 
 import numpy as np
 
@@ -18,8 +18,22 @@ Tap = Callable[[str, Any], Any]
 """Called with the full name of a tap and its value. Returns the value to continue with, or None to keep the value."""
 
 
+class Grid(NamedTuple):
+    """The elements of a parameter are integers times one power of two, as is known before they are read."""
+
+    exponent: int
+    """Of the power of two."""
+    most: int
+    """The largest magnitude of the integers."""
+
+
 class StoredWeight(Protocol):
     """A parameter as ops see it: stored values that can be read whole or, for a table, by rows."""
+
+    grid: Grid | None
+    """The grid of all elements, where one is known before they are read."""
+    computed: bool
+    """Whether the values are computed when they are read, so that there is no file to wait for."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -33,8 +47,8 @@ class StoredWeight(Protocol):
     def rows(self, ids: Any) -> Any:
         """Only the rows `ids` of a table, in the stored dtype."""
 
-    def block(self, start: int, stop: int) -> Any:
-        """Rows [start, stop) of a matrix that is too large to be held, in the stored dtype."""
+    def block(self, start: int, stop: int, dtype: Any = None) -> Any:
+        """Rows [start, stop) of a matrix that is too large to be held, in the stored dtype or another that holds it."""
 
 
 class ArrayOps:

@@ -8,17 +8,20 @@ from typing import Any
 
 import numpy as np
 
+from refmoe.arithmetic.arrays import Grid
 from refmoe.checkpoints.layout import Checkpoint
 from refmoe.checkpoints.names import build_parameters, parameter_shapes
 from refmoe.checkpoints.weight import Weight
 from refmoe.checkpoints.weight_edits import Edit, parse_edits
-from refmoe.checkpoints.weight_formula import EXPONENTS, GAINS, MASK, default_exponent, elements, gains
+from refmoe.checkpoints.weight_formula import EXPONENTS, GAINS, LARGEST, MASK, default_exponent, elements, gains
 from refmoe.errors import InputError
 from refmoe.spec.config import Config
 
 
 class SyntheticWeight(Weight):
     """A parameter that is computed when it is read, whole or by rows."""
+
+    computed = True
 
     def __init__(
         self, seed: int, name: str, shape: tuple[int, ...], exponent: int, edits: tuple[Edit, ...] = ()
@@ -29,6 +32,16 @@ class SyntheticWeight(Weight):
         self.seed = seed
         self.exponent = exponent
         self.edits = edits
+        if len(shape) == 2 and not edits:
+            self.grid = Grid(exponent, LARGEST)
+
+    def block(self, start: int, stop: int, dtype: Any = None) -> Any:
+        if self.grid is None:
+            return super().block(start, stop, dtype)
+        # the formula's own values are finite
+        width = self.shape[1]
+        made = elements(self.seed, self.name, self.exponent, start * width, stop * width, dtype or self.dtype)
+        return made.reshape(-1, width)
 
     def _values(self) -> np.ndarray[Any, Any]:
         height = self.shape[0] if len(self.shape) == 2 else 1

@@ -9,6 +9,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from refmoe.arithmetic.arrays import Grid
+from refmoe.arithmetic.formats import upcast
 from refmoe.errors import InputError
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -24,6 +26,9 @@ def all_finite(stored: np.ndarray[Any, Any]) -> bool:
 
 class Weight:
     """A parameter that is read when it is used. The first read checks that all values are finite."""
+
+    grid: Grid | None = None
+    computed = False
 
     def __init__(
         self, name: str, shape: tuple[int, ...], dtype: Any, source: Callable[[], Any], origin: str,
@@ -55,16 +60,19 @@ class Weight:
         self._check(stored)
         return stored
 
-    def block(self, start: int, stop: int) -> Any:
+    def block(self, start: int, stop: int, dtype: Any = None) -> Any:
         """Rows [start, stop) of a matrix that is too large to be held, as an array of their own.
+
+        dtype: float32 or float64, which must hold all stored values; None: the stored dtype
 
         Raises InputError when one of their values is NaN or infinite, or the file can no longer be read.
         """
         if self._read_block is None:
-            return self.rows(slice(start, stop))
-        stored = self._read_block(start, stop)
-        self._check(stored)
-        return stored
+            stored = self.rows(slice(start, stop))
+        else:
+            stored = self._read_block(start, stop)
+            self._check(stored)
+        return stored if dtype is None else upcast(stored, np.dtype(dtype))
 
     def _check(self, stored: Any) -> None:
         if not all_finite(stored):

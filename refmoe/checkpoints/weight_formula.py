@@ -12,12 +12,15 @@ import hashlib
 import math
 import sys
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 GOLDEN_RATIO = 0x9E3779B97F4A7C15
 MASK = (1 << 64) - 1
+LARGEST = 255
+"""The largest magnitude of the odd integers."""
 MEAN_SQUARE = 21845
 """The mean square of the odd integers in [-255, 255]: (256^2 - 1) / 3."""
 
@@ -51,14 +54,22 @@ def stream_key(seed: int, name: str) -> int:
     return mix((seed + digest) & MASK)
 
 
+@cache
+def steps() -> np.ndarray[Any, Any]:
+    """The first `BLOCK` multiples of `GOLDEN_RATIO`, modulo 2^64: uint64, read-only."""
+    multiples = np.arange(BLOCK, dtype=np.uint64) * np.uint64(GOLDEN_RATIO)
+    multiples.flags.writeable = False
+    return multiples
+
+
 def hashed_bytes(key: int, start: int, stop: int) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
     """The top byte of the hash of each index in [start, stop), in blocks with the index that each begins at."""
-    steps = np.arange(BLOCK, dtype=np.uint64) * np.uint64(GOLDEN_RATIO)
-    scratch, shifted = np.empty_like(steps), np.empty_like(steps)
+    longest = min(BLOCK, stop - start)
+    scratch, shifted = np.empty((2, longest), np.uint64)
     for first in range(start, stop, BLOCK):
         n = min(BLOCK, stop - first)
         z, t = scratch[:n], shifted[:n]
-        np.add(steps[:n], np.uint64((key + (first + 1) * GOLDEN_RATIO) & MASK), out=z)
+        np.add(steps()[:n], np.uint64((key + (first + 1) * GOLDEN_RATIO) & MASK), out=z)
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
             np.right_shift(z, np.uint64(shift), out=t)
             np.bitwise_xor(z, t, out=z)
@@ -67,18 +78,21 @@ def hashed_bytes(key: int, start: int, stop: int) -> Iterator[tuple[int, np.ndar
         yield first, z.view(np.uint8)[TOP_BYTE::8]
 
 
-def elements(seed: int, name: str, exponent: int, start: int, stop: int) -> np.ndarray[Any, Any]:
-    """Elements [start, stop) of a matrix in row-major order: float32 [stop - start].
+def elements(
+    seed: int, name: str, exponent: int, start: int, stop: int, dtype: Any = np.float32
+) -> np.ndarray[Any, Any]:
+    """Elements [start, stop) of a matrix in row-major order: [stop - start].
 
     (2 b - 255) 2^exponent, b the top byte of the hash of the index.
+    dtype: float32, or float64 of the same values
     """
-    result = np.empty(stop - start, np.float32)
+    result = np.empty(stop - start, dtype)
     # computed as (b - 127.5) 2^(exponent + 1), in which every step is exact
-    scale = np.float32(math.ldexp(1, exponent + 1))
+    scale = result.dtype.type(math.ldexp(1, exponent + 1))
     for first, top in hashed_bytes(stream_key(seed, name), start, stop):
         block = result[first - start : first - start + len(top)]
         block[:] = top
-        block -= np.float32(127.5)
+        block -= result.dtype.type(127.5)
         block *= scale
     return result
 

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refmoe.arithmetic.arrays import Array
+from refmoe.arithmetic.arrays import Array, Grid
 from refmoe.arithmetic.exact import dot, prepared_weight, slices
 
 DTYPES = [ml_dtypes.bfloat16, np.float16, np.float32, np.float64]
@@ -218,6 +218,56 @@ def test_remainders_few_and_many_and_wild_rows() -> None:
     assert dot.prepare(few).nbytes >= few.size * 8
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 300), st.integers(-126, 120), st.sampled_from([0, 8, 30, 60]))
+def test_a_known_grid_changes_no_bit(seed: int, n: int, exponent: int, spread: int) -> None:
+    rng = np.random.default_rng(seed)
+    stored = np.ldexp((2 * rng.integers(0, 256, (3, n)) - 255).astype(np.float32), exponent)
+    x = random_floats(rng, (5, n), spread)
+    expected = expected_matmul(x, stored.astype(np.float64).T)
+    for weight in (dot.prepare(stored), dot.prepare(stored, grid=Grid(exponent, 255))):
+        assert weight.holds_inputs
+        assert same_bits(dot.linear(x, weight), expected)
+
+
+@pytest.mark.parametrize("grid", [Grid(-401, 255), Grid(-400, 255), Grid(392, 255), Grid(391, 255), Grid(0, 2**40)])
+def test_a_grid_out_of_range_is_not_relied_on(grid: Grid) -> None:
+    rng = np.random.default_rng(4)
+    stored = np.ldexp(rng.integers(-grid.most, grid.most + 1, (3, 20)).astype(np.float64), grid.exponent)
+    x = random_floats(rng, (5, 20), 30)
+    assert same_bits(dot.linear(x, dot.prepare(stored, grid=grid)), expected_matmul(x, stored.T))
+
+
+@given(st.integers(0, 2**32), st.integers(1, 400), st.integers(1, 20), st.integers(-100, 100))
+def test_the_widest_slices_are_within_the_proof(seed: int, n: int, most_bits: int, exponent: int) -> None:
+    """With integers B of the weight, 2^width sum |B| is at most 2^53, and the leading slice is the weight."""
+    rng = np.random.default_rng(seed)
+    whole = rng.integers(-(2**most_bits), 2**most_bits + 1, (4, n))
+    sample = np.ldexp(whole.astype(np.float64), exponent)
+    width = prepared_weight.widest(sample, np)
+    assert 0 < width <= prepared_weight.WIDEST
+    assert not prepared_weight.take_leading(sample, width, np)[1].any()
+    sigma = prepared_weight.row_sigma(np.abs(sample).sum(axis=1, keepdims=True), n, width)
+    for row, unit in zip(sample.tolist(), (sigma[:, 0] / 1.5 * 2.0**-52).tolist(), strict=True):
+        integers = [Fraction(value) / Fraction(unit) if unit else Fraction(0) for value in row]
+        assert all(value.denominator == 1 for value in integers)
+        assert 2**width * sum(map(abs, integers)) <= 2**53
+    if (known := dot.slices_for(Grid(exponent, 2**most_bits), n)) is not None:
+        assert known[0] == 2
+        assert 0 < known[1] <= width
+        assert 2 ** known[1] * n * 2**most_bits <= 2**53
+
+
+@pytest.mark.parametrize("share", [-1.0, 2.0])
+def test_the_product_with_what_slices_leave_changes_no_bit(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is computed always, or never, instead of where many elements are in doubt."""
+    monkeypatch.setattr(dot, "MOST_UNSURE", share)
+    check_fixed_inputs()
+    rng = np.random.default_rng(11)
+    x = random_floats(rng, (6, 90), 40)
+    check(x, rng.integers(-9, 10, (5, 90)).astype(np.float32))
+
+
 @pytest.mark.parametrize("tail", [2.0**-130, -(2.0**-130), 0.0])
 def test_the_exact_path_decides_what_the_bound_cannot(tail: float, exact_path: list[int]) -> None:
     x = np.array([[1.0, 2.0**-53, tail, 2.0**-200]])
@@ -270,9 +320,14 @@ def plain_linear(x: Array, weight: Any, xp: Any = np) -> Array:
     return np.asarray(x @ np.array([weight.row(j, np) for j in range(len(weight.top))]).T)
 
 
+def uncounted(x: dot.SlicedRows, multiplied: bool = True) -> Array:
+    return x.top * (2.0**-90 if multiplied else 0.0)
+
+
 MISTAKES: dict[str, tuple[str, Callable[..., Any]]] = {
     "the last slice is dropped": ("split", mistaken_split),
     "the bound on the remainder is zero": ("remainder_bound", lambda rest, axis, xp: 0.0),
+    "what is left and not multiplied is not counted": ("bound", uncounted),
     "the error of a sum is dropped": ("two_sum", unrounded_two_sum),
     "np.sum": ("sum", lambda x, axis, xp=np: x.sum(axis)),
     "a @ b": ("matmul", lambda a, b, xp=np: a @ b),
@@ -311,7 +366,7 @@ def test_the_fixed_inputs_pass_without_a_mistake() -> None:
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_each_mistake_is_seen(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name, wrong = MISTAKES[mistake]
-    monkeypatch.setattr(dot, name, wrong)
+    monkeypatch.setattr(dot.SlicedRows if name == "bound" else dot, name, wrong)
     with pytest.raises(AssertionError):
         check_fixed_inputs()
 

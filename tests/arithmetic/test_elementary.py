@@ -196,6 +196,17 @@ def test_neither_shape_nor_place_changes_bits(function: str, monkeypatch: pytest
         assert np.array_equal(bits(ours(x[:4000])), expected[:4000])
 
 
+@pytest.mark.parametrize("function", ["exp", "sigmoid"])
+@pytest.mark.parametrize("other", [math.nan, math.inf, -math.inf, 709.9, -745.0, -740.0, -800.5])
+def test_an_element_out_of_the_ordinary_changes_no_bit_of_its_neighbours(function: str, other: float) -> None:
+    """A block of ordinary elements takes fewer operations."""
+    kernel = getattr(elementary, function)
+    x = np.random.default_rng(12).uniform(-690, 690, 4000)
+    x[:1000] /= 100
+    x[:5] = 0.0, -0.0, 1e-320, 691.0, -691.0
+    assert kernel(x).tobytes() == kernel(np.append(x, other))[:-1].tobytes()
+
+
 def test_arguments_are_left_alone() -> None:
     x = np.linspace(-5, 5, 100)
     x.flags.writeable = False

@@ -19,6 +19,7 @@ from refmoe.arithmetic.native.ops import NativeOps
 from refmoe.checkpoints.load import load_checkpoint
 from refmoe.checkpoints.synthetic import SyntheticWeight
 from refmoe.checkpoints.weight import Weight
+from refmoe.checkpoints.weight_edits import Edit
 from refmoe.checkpoints.write import write_checkpoint
 from refmoe.errors import InputError
 from refmoe.profiles.load import policy
@@ -34,6 +35,7 @@ def rows_of(values: Any) -> Any:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "BLOCK", 64)
+    monkeypatch.setattr(streaming, "COMPUTED_BLOCK", 64)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -44,6 +46,32 @@ def test_a_streamed_product_is_the_product(height: int) -> None:
     expected = ExactOps().linear(x, rows_of(w))
     assert ExactOps(prepared_bytes=0).linear(x, rows_of(w)).tobytes() == expected.tobytes()
     np.testing.assert_allclose(NativeOps(upcast_bytes=0).linear(x, rows_of(w)), x @ w.T, rtol=1e-14, atol=1e-14)
+
+
+EDITS = (Edit(action="value", given=1.5, row=2), Edit(action="copy", given=2, row=5))
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("edits", [(), EDITS])
+@pytest.mark.parametrize("shape", [(1, 16), (40, 24), (7, 300)])
+def test_a_computed_weight_is_multiplied_block_by_block_in_lanes(
+    shape: tuple[int, int], edits: tuple[Edit, ...], threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edits = edits if shape[0] > 5 else ()
+    weight = SyntheticWeight(3, "layers.0.attention.wq", shape, -5, edits)
+    made = Lanes()
+    made.count = threads
+    monkeypatch.setattr(streaming, "lanes", lambda: made)
+    x = np.random.default_rng(1).standard_normal((2, 3, shape[1]))
+    x[1, 1, 0], x[0, 2, 0] = np.inf, 2.0**-500
+    expected = ExactOps().linear(x, rows_of(weight.read()))
+    assert ExactOps(prepared_bytes=0).linear(x, weight).tobytes() == expected.tobytes()
+    finite = x[:1]
+    for dtype in (np.float32, np.float64):
+        found = NativeOps(dtype, upcast_bytes=0).linear(finite.astype(dtype), weight)
+        assert found.dtype == dtype
+        np.testing.assert_allclose(found, finite @ weight.read().T, rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -129,6 +157,8 @@ def test_rows_of_the_formula_are_those_of_the_whole() -> None:
     weight = SyntheticWeight(3, "layers.0.attention.wq", (40, 24), -5)
     for start, stop in ((0, 40), (0, 1), (7, 19), (39, 40), (5, 5)):
         assert weight.block(start, stop).tobytes() == weight.read()[start:stop].tobytes()
+        wide = weight.block(start, stop, np.float64)
+        assert wide.tobytes() == weight.read()[start:stop].astype(np.float64).tobytes()
 
 
 @pytest.mark.parametrize("layout", [{}, {"fused": True}, {"layout": "mistral"}, {"shards": True}])

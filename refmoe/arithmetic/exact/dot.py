@@ -18,13 +18,14 @@ last bit" (the rounding test); Kulisch 2013, "Computer arithmetic and validity" 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from refmoe.arithmetic.arrays import Array
 from refmoe.arithmetic.exact.double_double import two_sum
-from refmoe.arithmetic.exact.prepared_weight import PreparedWeight, prepare
+from refmoe.arithmetic.exact.prepared_weight import PreparedWeight, prepare, slices_for
 from refmoe.arithmetic.exact.slices import (
     MOST_BITS,
     PLAIN,
@@ -39,12 +40,64 @@ from refmoe.arithmetic.exact.slices import (
     times,
 )
 
-__all__ = ["PreparedWeight", "linear", "matmul", "prepare", "sum"]
+__all__ = ["PreparedWeight", "linear", "linear_sliced", "matmul", "prepare", "slice_rows", "slices_for", "sum"]
 
 CHUNK = 1 << 23
 """Elements of the slice products of `linear` that are in memory at a time."""
+MOST_UNSURE = 2.0**-10
+"""The share of elements of `linear` in doubt above which a product takes less time than the exact path (measured)."""
 IN_CACHE = 1 << 16
 """Elements of operands that `matmul` and `sum` split at a time on a CPU, so that the temporaries stay in cache."""
+
+
+@dataclass(frozen=True)
+class SlicedRows:
+    """Rows [t, n] of inputs in slices, for products with weights that take slices of this number and width."""
+
+    rows: Array
+    """Float64 [t, n], unchanged."""
+    stack: Array
+    """The slices of the safe rows, then what they leave, if it is not zero: [count or count + 1, t, n]."""
+    count: int
+    """The slices in the stack."""
+    top: Array
+    """[t, 1]: the largest magnitude of each safe row."""
+    left: Array | float
+    """[t, 1]: `remainder_bound` of what the slices leave."""
+    unsafe: Array | None
+    """Booleans [t, 1]: which rows take the exact path; None: none."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether the slices are all of the rows."""
+        return len(self.stack) == self.count
+
+    def bound(self, multiplied: bool = True) -> Array:
+        """The bound that `settle` takes, per unit of a weight's largest magnitude: [t, 1].
+
+        multiplied: whether the product with what the slices leave is one of the parts. If it is not, and two slices
+        are all of a row, the bound is zero.
+        """
+        n = self.rows.shape[1]
+        rounding = n * ROUNDING * self.top
+        if multiplied:
+            return n * PLAIN * self.left + rounding
+        return self.left + (rounding if self.count > 2 else rounding * (self.left > 0))
+
+    def stacked(self, rest: bool) -> Array:
+        """The slices one below the other, with what they leave if `rest`: [s t, n]."""
+        return self.stack[: self.count + rest].reshape(-1, self.rows.shape[1])
+
+
+def slice_rows(x: Array, count: int, width: int, xp: Any = np) -> SlicedRows:
+    """x: float64 [t, n], neither of them 0   count, width: of the slices"""
+    safe, top, unsafe = tame(x, 1, xp)
+    stack = xp.empty((count + 1, *x.shape))
+    found, rest = split(safe, sigma_above(top, width), width, stack[:-1])
+    if rest is not None:
+        stack[found] = rest
+    left = remainder_bound(rest, 1, xp)
+    return SlicedRows(rows=x, stack=stack[: found + (rest is not None)], count=found, top=top, left=left, unsafe=unsafe)
 
 
 def linear(x: Array, weight: PreparedWeight, xp: Any = np) -> Array:
@@ -56,40 +109,43 @@ def linear(x: Array, weight: PreparedWeight, xp: Any = np) -> Array:
     rows, values = x.reshape(-1, n), result.reshape(-1, m)
     step = max(1, CHUNK // (m * weight.count))
     for start in range(0, len(rows), step):
-        values[start : start + step] = _linear_rows(rows[start : start + step], weight, xp)
+        sliced = slice_rows(rows[start : start + step], weight.count, weight.width, xp)
+        values[start : start + step] = linear_sliced(sliced, weight, xp)
     return result
 
 
-def _linear_rows(x: Array, weight: PreparedWeight, xp: Any) -> Array:
+def linear_sliced(x: SlicedRows, weight: PreparedWeight, xp: Any = np) -> Array:
     """`linear` of a few rows, with one product of the stacked slices and remainder, which reads the weight once.
 
-    x: [t, n]   returns: [t, m]
+    Where the slices hold nearly all of x, the remainder is first bounded and not multiplied.
+    x: [t, n], in slices of the weight's count and width   returns: [t, m]
     """
-    (t, n), m = x.shape, len(weight.leading)
-    safe, top, unsafe = tame(x, 1, xp)
-    stack = xp.empty((weight.count + 1, t, n))
-    count, rest = split(safe, sigma_above(top, weight.width, xp), weight.width, stack[:-1])
-    if rest is not None:
-        stack[count] = rest
-        count += 1
-    stacked = stack[:count].reshape(count * t, n)
-    parts = times(stacked, weight.leading, xp).reshape(count, t, m)
-    bound = n * (PLAIN * remainder_bound(rest, 1, xp) + ROUNDING * top)
-    exact = rest is None
-    value, unsure = settle(parts, None if exact and count <= 2 else bound * weight.top)
-    if unsafe is not None or weight.remainder is not None or weight.wild:
+    t, m = len(x.rows), len(weight.leading)
+    bounded = not x.exact and weight.holds_inputs
+    stacked = x.stacked(rest=not x.exact and not bounded)
+    parts = times(stacked, weight.leading, xp).reshape(-1, t, m)
+    if x.exact and x.count <= 2:
+        value, unsure = settle(parts, None)
+    elif bounded:
+        value, unsure = settle(parts, x.bound(multiplied=False) * weight.top)
+        if unsure is not None and int(unsure.sum()) > MOST_UNSURE * t * m:
+            value, unsure = settle([*parts, times(x.stack[-1], weight.leading, xp)], x.bound() * weight.top)
+    else:
+        value, unsure = settle(parts, x.bound() * weight.top)
+    if x.unsafe is not None or weight.remainder is not None or weight.wild:
         unsure = xp.zeros((t, m), dtype=bool) if unsure is None else unsure
         if weight.remainder is not None:
             rows = weight.remainder.rows
-            more = [part.reshape(count, t, len(rows)) for part in weight.remainder.products(stacked, xp)]
+            more = [part.reshape(-1, t, len(rows)) for part in weight.remainder.products(stacked, xp)]
             every = [*parts[:, :, rows], *(part for products in more for part in products)]
-            value[:, rows], doubted = settle(every, None if exact and len(every) <= 2 else bound * weight.top[rows])
+            few = x.exact and len(every) <= 2
+            value[:, rows], doubted = settle(every, None if few else x.bound() * weight.top[rows])
             unsure[:, rows] = False if doubted is None else doubted
-        if unsafe is not None:
-            unsure |= unsafe
+        if x.unsafe is not None:
+            unsure |= x.unsafe
         for row in weight.wild:
             unsure[:, row] = True
-    return decide(value, unsure, lambda at: exact_dot(on_host(x[at[0]]), weight.row(at[1], xp)), xp)
+    return decide(value, unsure, lambda at: exact_dot(on_host(x.rows[at[0]]), weight.row(at[1], xp)), xp)
 
 
 def matmul(a: Array, b: Array, xp: Any = np) -> Array:
@@ -98,7 +154,8 @@ def matmul(a: Array, b: Array, xp: Any = np) -> Array:
     lead = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     if not n or 0 in (*lead, m, p):
         return xp.zeros((*lead, m, p))
-    a, b = xp.broadcast_to(a, (*lead, m, n)), xp.broadcast_to(b, (*lead, n, p))
+    if a.ndim != b.ndim or a.shape[:-2] != b.shape[:-2]:
+        a, b = xp.broadcast_to(a, (*lead, m, n)), xp.broadcast_to(b, (*lead, n, p))
     if xp is np and lead and lead[0] > 1 and a.size + b.size > IN_CACHE:
         step = max(1, IN_CACHE * lead[0] // (a.size + b.size))
         blocks = [slice(start, start + step) for start in range(0, lead[0], step)]
@@ -119,8 +176,8 @@ def _matmul_block(a: Array, b: Array, xp: Any) -> Array:
     a_safe, a_top, a_unsafe = tame(a, -1, xp)
     b_safe, b_top, b_unsafe = tame(b, -2, xp)
     a_slices, b_slices = xp.empty((most, *a.shape)), xp.empty((most, *b.shape))
-    a_count, a_rest = split(a_safe, sigma_above(a_top, width, xp), width, a_slices)
-    b_count, b_rest = split(b_safe, sigma_above(b_top, width, xp), width, b_slices)
+    a_count, a_rest = split(a_safe, sigma_above(a_top, width), width, a_slices)
+    b_count, b_rest = split(b_safe, sigma_above(b_top, width), width, b_slices)
     parts = []
     for k in range(a_count + b_count - 1):
         first, last = max(0, k - b_count + 1), min(k, a_count - 1)
@@ -168,7 +225,7 @@ def _sum_block(x: Array, axis: int, xp: Any) -> Array:
     width = min(53 - bits(n), MOST_BITS)
     safe, top, unsafe = tame(x, axis, xp)
     stack = xp.empty((2, *x.shape))  # nearly always two slices hold all of x, and then no rounding test is needed
-    count, rest = split(safe, sigma_above(top, width, xp), width, stack)
+    count, rest = split(safe, sigma_above(top, width), width, stack)
     parts = [piece.sum(axis=axis) for piece in stack[:count]]
     bound = None
     if count > 2 or rest is not None:
@@ -178,8 +235,11 @@ def _sum_block(x: Array, axis: int, xp: Any) -> Array:
     if unsafe is not None:
         unsafe = unsafe.squeeze(axis)
         unsure = unsafe if unsure is None else unsure | unsafe
-    rows, ones = xp.moveaxis(x, axis, -1), np.ones(n)
-    return decide(value, unsure, lambda at: exact_dot(on_host(rows[at]), ones), xp)
+
+    def exact(at: tuple[int, ...]) -> float:
+        return exact_dot(on_host(xp.moveaxis(x, axis, -1)[at]), np.ones(n))
+
+    return decide(value, unsure, exact, xp)
 
 
 def settle(parts: Sequence[Array], bound: Array | None, whole: bool = False) -> tuple[Array, Array | None]:
@@ -191,8 +251,9 @@ def settle(parts: Sequence[Array], bound: Array | None, whole: bool = False) -> 
     whole: whether the exact value is the exact sum of the parts, so that a tie can be proven
     """
     if bound is None:
-        value = parts[0] + parts[1] if len(parts) == 2 else parts[0]
-        return value + 0.0, None  # an exactly zero sum is +0.0
+        value = parts[0] + (parts[1] if len(parts) == 2 else 0.0)
+        value += 0.0  # an exactly zero sum is +0.0
+        return value, None
     high, low = parts[-1], None
     for part in reversed(parts[:-1]):
         high, error = two_sum(part, high)
@@ -205,7 +266,8 @@ def settle(parts: Sequence[Array], bound: Array | None, whole: bool = False) -> 
         sums, proven = _sum_of_few([part[at] for part in parts])
         value[at] = sums  # the elements that are not proven are replaced anyway
         unsure[at] = ~proven
-    return value + 0.0, unsure
+    value += 0.0
+    return value, unsure
 
 
 def _sum_of_few(parts: Sequence[Array]) -> tuple[Array, Array]:

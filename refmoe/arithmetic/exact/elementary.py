@@ -35,6 +35,9 @@ from refmoe.arithmetic.exact.double_double import fast_two_sum, power_of_two, sp
 _EXP_LARGEST = float.fromhex("0x1.62e42fefa39efp+9")  # the largest x whose e^x does not round to infinity
 _EXP_SMALLEST = -800.0  # far below -745.13, from which on e^x rounds to zero
 
+# powers of two below it, and their inverses, scale a number in [2^-14, 2] to a normal number
+_ORDINARY = 1000
+
 # (r + _GRID_31) - _GRID_31 rounds |r| < 2^20 to a multiple of 2^-31
 _GRID_31 = float.fromhex("0x1.8p+21")
 _LARGEST_ANGLE = 1073741824.0  # 2^30
@@ -160,6 +163,8 @@ def _round_scaled(high: Array, low: Array, k: Array, xp: Any) -> Array:
 
     Where the result is subnormal, 2^(-1022-k) is added and subtracted: the sum rounds at the last bit of a subnormal.
     """
+    if xp is np and k.min() > -_ORDINARY and k.max() < _ORDINARY:
+        return (high + low) * power_of_two(k)  # the same bits in a fourth of the operations
     anchor = (xp.maximum(1 - k, 0) << 52).view(np.float64)
     anchor = xp.where(high + low < anchor, anchor, 0.0)
     rounded, error = fast_two_sum(anchor, high)
@@ -170,6 +175,8 @@ def _round_scaled(high: Array, low: Array, k: Array, xp: Any) -> Array:
 
 def _exp(x: Array, xp: Any) -> tuple[Array]:
     inside = (x >= _EXP_SMALLEST) & (x <= _EXP_LARGEST)
+    if xp is np and inside.all():
+        return (_round_scaled(*_exp_parts(x, xp), xp),)
     y = _round_scaled(*_exp_parts(xp.where(inside, x, 0.0), xp), xp)
     return (xp.where(inside, y, xp.where(x > 0.0, np.inf, xp.where(x < 0.0, 0.0, np.nan))),)
 
@@ -190,6 +197,8 @@ def _logistic_parts(x: Array, xp: Any) -> tuple[Array, Array, Array]:
 
 def _sigmoid(x: Array, xp: Any) -> tuple[Array]:
     number = x == x
+    if xp is np and number.all():
+        return (_round_scaled(*_logistic_parts(x, xp), xp),)
     y = _round_scaled(*_logistic_parts(xp.where(number, x, 0.0), xp), xp)
     return (xp.where(number, y, np.nan),)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,9 +34,12 @@ class ExactOps(ArrayOps):
 
     def linear(self, x: Any, weight: StoredWeight) -> Any:
         if math.prod(weight.shape) * self.dtype.itemsize > self._prepared.limit // STREAMED and self.xp is np:
-            return linear_by_blocks(x, weight, dot.prepare, dot.linear)
-        prepared = self._prepared.get(weight, lambda: dot.prepare(weight.read(), self.xp), lambda made: made.nbytes)
-        return dot.linear(x, prepared, self.xp)
+            return _streamed(x, weight)
+
+        def prepare() -> dot.PreparedWeight:
+            return dot.prepare(weight.read(), self.xp, weight.grid)
+
+        return dot.linear(x, self._prepared.get(weight, prepare, lambda made: made.nbytes), self.xp)
 
     def matmul(self, a: Any, b: Any) -> Any:
         return dot.matmul(a, b, self.xp)
@@ -57,3 +61,17 @@ class ExactOps(ArrayOps):
 
     def unit_circle(self, positions: Any, base: float, numerators: Sequence[int], denominator: int) -> Any:
         return elementary.unit_circle(positions, base, numerators, denominator, self.xp)
+
+
+def _streamed(x: Any, weight: StoredWeight) -> Any:
+    """x times the transpose of a weight that is too large to be held. x: [..., n]   returns: [..., m]"""
+    m, n = weight.shape
+    known = None if weight.grid is None or not x.size else dot.slices_for(weight.grid, n)
+    if known is None:
+        return linear_by_blocks(x, weight, dot.prepare, dot.linear)
+    rows = x.reshape(-1, n)
+    sliced = dot.slice_rows(rows, *known)  # once for all blocks
+    prepare = partial(dot.prepare, grid=weight.grid)
+    return linear_by_blocks(rows, weight, prepare, lambda _, block: dot.linear_sliced(sliced, block)).reshape(
+        *x.shape[:-1], m
+    )

@@ -12,12 +12,28 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.arithmetic.arrays import Array
-from refmoe.arithmetic.exact.slices import NEGLIGIBLE, bits, on_host, sigma_above, split, tame, times, width_of
+from refmoe.arithmetic.arrays import Array, Grid
+from refmoe.arithmetic.exact.slices import (
+    NEGLIGIBLE,
+    SAFE_EXPONENTS,
+    all_safe,
+    bits,
+    is_safe,
+    on_host,
+    sigma_above,
+    split,
+    tame,
+    times,
+    width_of,
+)
 from refmoe.arithmetic.formats import upcast
 
-BLOCK = 1 << 17
-"""Elements of a weight prepared at a time: few enough that the temporaries stay in cache."""
+BLOCK = 1 << 15
+"""Elements of a weight prepared at a time: few enough that the temporaries stay in the second-level cache."""
+WIDEST = 44
+"""Bits of a slice of inputs at most, so that the unit of a second one is within the range of golden/dot.md."""
+HOLDS = 62
+"""Bits of two slices from which on they nearly always hold a float64, or leave too little to change a rounding."""
 SAMPLE = 16
 """Rows of a weight that decide into how many slices its inputs are split. This affects cost only."""
 GATHER_COST = 40
@@ -79,6 +95,11 @@ class PreparedWeight:
     """The unchanged rows that take the exact path, by index."""
 
     @property
+    def holds_inputs(self) -> bool:
+        """Whether the slices of an input leave so little of it that the product with the rest is seldom needed."""
+        return self.remainder is None and self.count * (self.width + 1) >= HOLDS
+
+    @property
     def nbytes(self) -> int:
         rest = () if self.remainder is None else (self.remainder.rows, self.remainder.columns, *self.remainder.parts)
         arrays = (self.leading, self.top, *self.wild.values(), *rest)
@@ -92,16 +113,23 @@ class PreparedWeight:
         return on_host(row if self.remainder is None else row + self.remainder.row(index, len(row), xp))
 
 
-def take_leading(weight: Array, width: int, xp: Any) -> tuple[Array, Array]:
-    """The leading slice of safe rows, for inputs with slices of `width` bits, and the remainder.
+def row_sigma(sums: Array, n: int, width: int) -> Array:
+    """The sigma that extracts the leading slice of rows, for inputs with slices of `width` bits.
 
     The unit of a row is 2^(e + width - 53), where 2^e is above the row's sum of magnitudes. It leaves room for the
     roundings to that unit and in the sum (golden/dot.md).
 
+    sums: [m, 1], the computed sums of magnitudes of safe rows of n elements   returns: [m, 1]
+    """
+    return sigma_above(sums * (1 + math.ldexp(n, width - 52)), 53 - width)
+
+
+def take_leading(weight: Array, width: int, xp: Any) -> tuple[Array, Array]:
+    """The leading slice of safe rows, for inputs with slices of `width` bits, and the remainder.
+
     weight: [m, n]   returns: twice [m, n]
     """
-    room = 1 + math.ldexp(weight.shape[1], width - 52)
-    sigma = sigma_above(xp.abs(weight).sum(axis=1, keepdims=True) * room, 53 - width, xp)
+    sigma = row_sigma(xp.abs(weight).sum(axis=1, keepdims=True), weight.shape[1], width)
     leading = (weight + sigma) - sigma
     return leading, weight - leading
 
@@ -128,16 +156,52 @@ def pack(rows: Array, columns: Array, values: Array, n: int, width: int, xp: Any
         top = xp.abs(rest).max(axis=axis, keepdims=True)
         left |= ((top > 0) & (top < NEGLIGIBLE)).squeeze(axis)  # products with it may underflow
         part = xp.empty_like(rest)
-        rest = split(rest, sigma_above(top, part_width, xp), part_width, [part])[1]
+        rest = split(rest, sigma_above(top, part_width), part_width, [part])[1]
         parts.append(part)
     if rest is not None:
         left |= rest.any(axis=axis)
     return Remainder(present, where, tuple(parts)), present[left]
 
 
-def choose_count(sample: Array, xp: Any) -> int:
-    """The cheapest number of slices for inputs, from some safe rows of a weight [m, n]. It does not affect results."""
+def widest(sample: Array, xp: Any) -> int:
+    """The greatest width at which the leading slice of some safe rows is all of them. It is below 1 if there is none.
+
+    sample: [m, n]
+    """
+    n, rows = sample.shape[1], sample[xp.abs(sample).max(axis=1) > 0]
+    most = min(WIDEST, 47 - bits(n))  # leaves room for roundings that is less than a 32nd of a row's sum
+    if not len(rows):
+        return most
+    fraction, exponent = xp.frexp(rows)
+    whole = (fraction * 2.0**53).astype(np.int64)
+    lowest = xp.frexp((whole & -whole).astype(np.float64))[1] + exponent - 54  # the power of two of the last bit set
+    unit = xp.where(whole == 0, lowest.max(), lowest).min(axis=1)
+    room = xp.abs(rows).sum(axis=1) * (1 + math.ldexp(n, most - 52))
+    return min(most, int((unit + 53 - xp.frexp(room)[1]).min()))
+
+
+def slices_for(grid: Grid, n: int) -> tuple[int, int] | None:
+    """The number of slices for inputs, and their width, for rows of n elements on a grid: two that hold nearly all.
+
+    Returns None where two such slices are too wide, or an element or a sum of a row is out of the safe range.
+    """
+    most = min(WIDEST, 47 - bits(n))
+    # n most is above a row's sum of magnitudes; the unit is that of the grid, or finer
+    width = min(most, 53 - math.frexp(n * grid.most * (1 + math.ldexp(n, most - 52)))[1])
+    safe = SAFE_EXPONENTS.start <= grid.exponent and grid.exponent + grid.most.bit_length() < SAFE_EXPONENTS.stop
+    return (2, width) if 2 * (width + 1) >= HOLDS and safe else None
+
+
+def choose_slices(sample: Array, xp: Any) -> tuple[int, int]:
+    """The cheapest number of slices for inputs, and their width, from some safe rows of a weight [m, n].
+
+    Neither affects results. Two slices that are wide enough to hold nearly all of a float64 are cheaper than any
+    others: what they leave need not be multiplied.
+    """
     n = sample.shape[1]
+    width = widest(sample, xp)
+    if 2 * (width + 1) >= HOLDS:
+        return 2, width
     costs = {}
     for count in range(2, 5):
         width = width_of(count, n)
@@ -150,35 +214,54 @@ def choose_count(sample: Array, xp: Any) -> int:
             remainder, _ = pack(rows, columns, rest[rows, columns], n, width, xp)
             relative = 1.0 if remainder.columns is None else GATHER_COST * len(remainder.columns) / n
             cost += len(remainder.parts) * relative * len(remainder.rows) / len(sample)
-        costs[2 + (count + 1) * cost] = count  # reading the weight costs about as much as two slices
+        costs[2 + (count + 1) * cost] = count, width  # reading the weight costs about as much as two slices
         if cost == 1.0:
             break
     return costs[min(costs)]
 
 
-def prepare(stored: np.ndarray[Any, Any], xp: Any = np) -> PreparedWeight:
+def prepare(stored: np.ndarray[Any, Any], xp: Any = np, grid: Grid | None = None) -> PreparedWeight:
     """Split a weight, once for all its products.
 
     stored: [m, n] on the host, in bfloat16, float16, float32 or float64   xp: the array module of `dot.linear`
+    grid: of its elements, where it is known
     """
     m, n = stored.shape
+    chosen_before = slices_for(grid, n) if grid is not None and stored.size else None
+    if grid is not None and chosen_before is not None:
+        count, width = chosen_before
+        top = xp.zeros(m) + math.ldexp(grid.most, grid.exponent)
+        return PreparedWeight(
+            leading=xp.asarray(upcast(stored, np.dtype(np.float64))), top=top, width=width, count=count
+        )
     leading, top = xp.empty((m, n)), xp.zeros((m, 1))
     if not leading.size:
         return PreparedWeight(leading, top[:, 0], 1, 1)
     chosen = np.linspace(0, m - 1, min(m, SAMPLE)).astype(np.int64)
-    count = choose_count(tame(xp.asarray(upcast(stored[chosen], np.dtype(np.float64))), 1, xp)[0], xp)
-    width = width_of(count, n)
+    count, width = choose_slices(tame(xp.asarray(upcast(stored[chosen], np.dtype(np.float64))), 1, xp)[0], xp)
     wild, found = {}, []
     step = max(1, BLOCK // n)
+    scratch = xp.empty((min(step, m), n))
     for start in range(0, m, step):
-        block = xp.asarray(upcast(stored[start : start + step], np.dtype(np.float64)))
-        block, top[start : start + step], unsafe = tame(block, 1, xp)
-        for row in () if unsafe is None else xp.nonzero(unsafe[:, 0])[0].tolist():
-            wild[start + row] = upcast(stored[start + row], np.dtype(np.float64))
-        leading[start : start + step], rest = take_leading(block, width, xp)
-        if rest.any():
-            rows, columns = xp.nonzero(rest)
-            found.append((rows + start, columns, rest[rows, columns]))
+        block = leading[start : start + step]
+        block[:] = xp.asarray(upcast(stored[start : start + step], np.dtype(np.float64)))
+        other = np.abs(block, out=scratch[: len(block)])  # NumPy passes this to CuPy for CuPy arrays
+        peak = other.max(axis=1, keepdims=True)
+        if not all_safe(peak):
+            for row in xp.nonzero(~is_safe(peak[:, 0]))[0].tolist():
+                wild[start + row] = upcast(stored[start + row], np.dtype(np.float64))
+                block[row] = other[row] = peak[row] = 0.0
+        top[start : start + step] = peak
+        sigma = row_sigma(other.sum(axis=1, keepdims=True), n, width)
+        if (sigma == sigma[0]).all():
+            sigma = sigma[0, 0]  # NumPy adds a number in less than half the time of a column
+        np.add(block, sigma, out=other)
+        other -= sigma
+        if not (other == block).all():
+            block -= other
+            rows, columns = xp.nonzero(block)
+            found.append((rows + start, columns, block[rows, columns]))
+            block[:] = other
     remainder = None
     if found:
         rows, columns, values = (xp.concatenate(part) for part in zip(*found, strict=True))

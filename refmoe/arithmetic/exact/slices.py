@@ -13,6 +13,7 @@ multiplication".
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,8 @@ from refmoe.arithmetic.arrays import Array
 
 MOST_BITS = 50
 """Widest slice: x + sigma must stay in the binade of sigma."""
-SMALLEST, LARGEST = 2.0**-400, 2.0**400
+SAFE_EXPONENTS = range(-400, 400)
+SMALLEST, LARGEST = 2.0**SAFE_EXPONENTS.start, 2.0**SAFE_EXPONENTS.stop
 """A row is safe if its largest magnitude is zero or in [SMALLEST, LARGEST).
 
 No sigma or product of safe rows overflows, and the units of all slice products are above 2^-1074.
@@ -35,6 +37,11 @@ NEGLIGIBLE = 2.0**-500
 """The least bound of a nonzero remainder, so that the product of two bounds does not underflow."""
 FEW_ROWS = 3
 """Up to this number of rows, one matrix-vector product per row is faster than a matrix product."""
+
+MANY_ROWS = 32
+"""From this number of rows on, OpenBLAS is as fast in the order that needs no transposition (measured)."""
+EXPONENT = np.int64(0x7FF0000000000000)
+"""The bits of a float64 that hold its exponent."""
 
 
 def bits(n: int) -> int:
@@ -56,6 +63,16 @@ def width_of(count: int, n: int) -> int:
     return -(-coverage(n) // count) - 1
 
 
+def is_safe(top: Array) -> Array:
+    """Which rows are safe, from their largest magnitudes. A NaN is not."""
+    return ((top >= SMALLEST) & (top < LARGEST)) | (top == 0)
+
+
+def all_safe(top: Array) -> bool:
+    """Whether all rows are surely safe, from their largest magnitudes."""
+    return bool(top.min() >= SMALLEST and top.max() < LARGEST) or bool(is_safe(top).all())
+
+
 def tame(x: Array, axis: int, xp: Any) -> tuple[Array, Array, Array | None]:
     """x with its unsafe rows replaced by zeros, the largest magnitude of each row, and which rows are unsafe.
 
@@ -63,15 +80,18 @@ def tame(x: Array, axis: int, xp: Any) -> tuple[Array, Array, Array | None]:
     returns: an array like x; one with n = 1; booleans with n = 1, or None if all rows are safe
     """
     top = xp.abs(x).max(axis=axis, keepdims=True)
-    safe = ((top >= SMALLEST) & (top < LARGEST)) | (top == 0)
-    if safe.all():
+    if all_safe(top):
         return x, top, None
+    safe = is_safe(top)
     return xp.where(safe, x, 0.0), xp.where(safe, top, 0.0), ~safe
 
 
-def sigma_above(top: Array, width: int, xp: Any) -> Array:
-    """The sigma that extracts slices of this width from rows of magnitude top < 2^e: 1.5 * 2^(e + 52 - width)."""
-    return xp.ldexp(xp.full_like(top, 1.5), xp.frexp(top)[1] + (52 - width))
+def sigma_above(top: Array, width: int) -> Array:
+    """The sigma that extracts slices of this width from safe rows of magnitude top < 2^e: 1.5 * 2^(e + 52 - width).
+
+    It is 0.0 for a row of zeros.
+    """
+    return (top.view(np.int64) & EXPONENT).view(np.float64) * math.ldexp(1.5, 53 - width)
 
 
 def split(x: Array, sigma: Array, width: int, slices: Sequence[Array]) -> tuple[int, Array | None]:
@@ -108,4 +128,6 @@ def times(x: Array, weight: Array, xp: Any) -> Array:
     """x @ weight.T in row-major order. x: slices [t, n]   weight: slices [m, n]   returns: [t, m]"""
     if len(x) <= FEW_ROWS:
         return xp.stack([weight @ row for row in x])
+    if len(x) >= MANY_ROWS:
+        return x @ weight.T
     return xp.ascontiguousarray((weight @ x.T).T)  # OpenBLAS is faster in this order for few rows
