@@ -227,9 +227,9 @@ def prepare(stored: np.ndarray[Any, Any], xp: Any = np, grid: Grid | None = None
     grid: of its elements, where it is known
     """
     m, n = stored.shape
-    chosen_before = slices_for(grid, n) if grid is not None and stored.size else None
-    if grid is not None and chosen_before is not None:
-        count, width = chosen_before
+    known = slices_for(grid, n) if grid is not None and stored.size else None
+    if grid is not None and known is not None:
+        count, width = known
         top = xp.zeros(m) + math.ldexp(grid.most, grid.exponent)
         return PreparedWeight(
             leading=xp.asarray(upcast(stored, np.dtype(np.float64))), top=top, width=width, count=count
