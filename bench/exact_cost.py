@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cost of exactness: exact ops against native float64 on the same input, in one run.
 
-Weights are prepared (exact) or converted (native) once, before the clock starts, as in use. Both are timed in turns.
+Weights are prepared (exact) or converted (native) once, before the clock starts, as in use. Both are timed in turns, in
+one thread and by that thread's own time, so that other work on the machine counts little.
 The median of the ratios is printed, then the share of each operation in the exact time.
 
     python bench/exact_cost.py
@@ -21,6 +22,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from refmoe.arithmetic.exact.ops import ExactOps
 from refmoe.arithmetic.native.ops import NativeOps
@@ -51,9 +53,9 @@ class Stopwatch(ExactOps):
             return operation
 
         def timed(*arguments: Any, **named: Any) -> Any:
-            start = time.perf_counter()
+            start = time.thread_time()
             result = operation(*arguments, **named)
-            self.spent[name] += time.perf_counter() - start
+            self.spent[name] += time.thread_time() - start
             return result
 
         return timed
@@ -100,9 +102,9 @@ def subjects() -> dict[str, Callable[[Any], Any]]:
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+    start = time.thread_time()
     work()
-    return time.perf_counter() - start
+    return time.thread_time() - start
 
 
 def measure(subject: Callable[[Any], Any], repeats: int) -> dict[str, Any]:
@@ -128,7 +130,8 @@ def main() -> None:
     options = parser.parse_args()
     results = {}
     for name, subject in subjects().items():
-        results[name] = found = measure(subject, options.repeats)
+        with threadpool_limits(1):
+            results[name] = found = measure(subject, options.repeats)
         shares = ", ".join(f"{operation} {share:.0%}" for operation, share in found["shares"].items() if share > 0.01)
         print(
             f"{name:48} {found['ratio']:5.1f} x  ({found['exact_ms']:.1f} ms / {found['native_ms']:.1f} ms)  {shares}"

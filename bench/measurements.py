@@ -388,8 +388,9 @@ def exact_cost() -> str:
     ]
     return f"""## Cost of exact arithmetic
 
-The time of exact arithmetic over that of NumPy's float64, in turns in one run on two cores. A weight is prepared once,
-which is not counted. Command: `python bench/exact_cost.py`; file: {link("exact_cost.json")}.
+The time of exact arithmetic over that of NumPy's float64, in turns in one run, in one thread. A weight is prepared
+once, which is not counted. In a small case the time is that of NumPy's calls, and exact arithmetic makes more of them.
+Command: `python bench/exact_cost.py`; file: {link("exact_cost.json")}.
 
 {table(("computation", "exact / native", "shares of the exact time"), rows)}"""
 

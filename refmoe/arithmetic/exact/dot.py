@@ -44,6 +44,8 @@ __all__ = ["PreparedWeight", "linear", "linear_sliced", "matmul", "prepare", "sl
 
 CHUNK = 1 << 23
 """Elements of the slice products of `linear` that are in memory at a time."""
+LITTLE = 2.0**-61
+"""The remainder of a row, per unit of its largest magnitude, that leaves about one element in 1000 in doubt."""
 MOST_UNSURE = 2.0**-10
 """The share of elements of `linear` in doubt above which a product takes less time than the exact path (measured)."""
 IN_CACHE = 1 << 16
@@ -71,6 +73,11 @@ class SlicedRows:
     def exact(self) -> bool:
         """Whether the slices are all of the rows."""
         return len(self.stack) == self.count
+
+    @property
+    def nearly_exact(self) -> bool:
+        """Whether the slices leave so little that few elements are in doubt without it. This affects cost only."""
+        return bool((self.left <= LITTLE * self.top).all())
 
     def bound(self, multiplied: bool = True) -> Array:
         """The bound that `settle` takes, per unit of a weight's largest magnitude: [t, 1].
@@ -121,7 +128,7 @@ def linear_sliced(x: SlicedRows, weight: PreparedWeight, xp: Any = np) -> Array:
     x: [t, n], in slices of the weight's count and width   returns: [t, m]
     """
     t, m = len(x.rows), len(weight.leading)
-    bounded = not x.exact and weight.holds_inputs
+    bounded = not x.exact and weight.holds_inputs and x.nearly_exact
     stacked = x.stacked(rest=not x.exact and not bounded)
     parts = times(stacked, weight.leading, xp).reshape(-1, t, m)
     if x.exact and x.count <= 2:
