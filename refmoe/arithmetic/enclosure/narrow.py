@@ -29,6 +29,8 @@ from refmoe.arithmetic.enclosure.array import SLACK, Enclosure
 from refmoe.arithmetic.enclosure.matrices import Matrix, Summed, Sums, product_and_path
 from refmoe.arithmetic.formats import FLOAT32, OF_DTYPE, Format, nearest, upcast
 
+LARGE = 1 << 18
+"""The fewest elements for which sums in float32 save more time than the calls for their bounds take."""
 FLUSHED = 2.0**-126
 """The most that an operation in float32 loses below the smallest normal value."""
 MODERATE = (2.0**-30, 2.0**30)
@@ -49,10 +51,11 @@ FEWEST = 16
 """Columns with which a product is worth its overhead."""
 
 
-def matrix_of(rows: Any, held: Format) -> Matrix:
+def matrix_of(rows: Any, held: Format, fewest: int = LARGE) -> Matrix:
     """The matrix [n, m] of stored rows [m, n], as an engine holds them: rounded to nearest once.
 
-    It is a `NarrowMatrix` unless its values, their size or their number are beyond float32. It may refer to `rows`.
+    It is a `NarrowMatrix` unless its values, their size or their number are beyond float32, or it has less than
+    `fewest` elements. It may refer to `rows`.
     """
     stored = OF_DTYPE.get(rows.dtype)
     if stored is not None and FLOAT32.holds(stored):
@@ -65,10 +68,11 @@ def matrix_of(rows: Any, held: Format) -> Matrix:
         if not FLOAT32.holds(held):
             return Matrix(Enclosure(wide.T), held)
         narrow = wide.astype(np.float32)
-    ends = [(narrow[part].max(), -narrow[part].min()) for part in _blocks(narrow.shape)]
-    most = float(np.max(ends, initial=0.0))
-    if MODERATE[0] <= most <= MODERATE[1] and narrow.shape[1] <= MOST_TERMS:  # NaN is no such number
-        return NarrowMatrix(narrow, held, most)
+    if narrow.size >= fewest and narrow.shape[1] <= MOST_TERMS:
+        ends = [(narrow[part].max(), -narrow[part].min()) for part in _blocks(narrow.shape)]
+        most = float(np.max(ends))
+        if MODERATE[0] <= most <= MODERATE[1]:  # NaN is no such number
+            return NarrowMatrix(narrow, held, most)
     return Matrix(Enclosure(narrow.T), held)
 
 

@@ -28,7 +28,7 @@ SPECIAL = (0.0, np.inf, -np.inf, np.nan, 2.0**-1074, 2.0**1023, 1.0)
 
 def both(x: Enclosure, rows: Any, held: Any = FLOAT32) -> tuple[Sums, Sums]:
     """The sums of x times the transpose of stored rows, in float32 and in binary64."""
-    matrix = narrow.matrix_of(rows, held)
+    matrix = narrow.matrix_of(rows, held, 0)
     assert isinstance(matrix, narrow.NarrowMatrix)
     wide = Matrix(Enclosure(np.asarray(rows, np.float64).T))
     with np.errstate(all="ignore"):
@@ -120,12 +120,18 @@ def test_sums_in_float32_are_bounds_of_the_exact_ones(seed: int, n: int) -> None
     ],
 )
 def test_a_matrix_is_narrow_only_where_float32_serves(rows: Any, held: Any, fits: bool) -> None:
-    matrix = narrow.matrix_of(rows, held)
+    matrix = narrow.matrix_of(rows, held, 0)
     assert isinstance(matrix, narrow.NarrowMatrix) == fits
     with np.errstate(over="ignore"):
         expected = rows.astype(held.dtype).astype(np.float64).T
     np.testing.assert_array_equal(matrix.mid, expected)
     assert matrix.fits(held)
+
+
+def test_a_small_matrix_is_not_narrow() -> None:
+    for size, fits in ((511, False), (512, True)):
+        rows = np.ones((size, 512), np.float32)
+        assert isinstance(narrow.matrix_of(rows, FLOAT32), narrow.NarrowMatrix) == fits
 
 
 @pytest.mark.parametrize("held", [BFLOAT16, FLOAT16, FLOAT32])
@@ -137,12 +143,12 @@ def test_rows_are_rounded_to_nearest_once(stored: Any, held: Any) -> None:
     near = np.array([0.0, 2.0**-23, -(2.0**-23), 2.0**-40])
     rows = (powers[:, None, None] * (halves[:, None] + near)).reshape(len(powers), -1).astype(stored)
     expected = nearest(rows, held)
-    np.testing.assert_array_equal(narrow.matrix_of(rows, held).mid, expected.T)
+    np.testing.assert_array_equal(narrow.matrix_of(rows, held, 0).mid, expected.T)
 
 
 def test_values_of_a_file_are_copied() -> None:
     """The file may change or end while the verifier still has the matrix."""
-    rows, x = np.ones((2, 3), np.float32), Enclosure(np.ones((1, 3)))
+    rows, x = np.ones((512, 512), np.float32), Enclosure(np.ones((1, 512)))
     weight = Weight("layers.0.attention.wq", rows.shape, rows.dtype, source=lambda: rows, origin="w")
     ops = EnclosureOps(policy("float32"))
     before = ops.linear(x, weight)
@@ -152,7 +158,7 @@ def test_values_of_a_file_are_copied() -> None:
 
 def test_a_narrow_matrix_answers_as_a_wide_one() -> None:
     values = np.array([[1.0, -2.0, 0.0], [2.0**-140, 3.0, 0.0]], np.float32)
-    matrix, wide = narrow.matrix_of(values, FLOAT32), Matrix(Enclosure(values.T))
+    matrix, wide = narrow.matrix_of(values, FLOAT32, 0), Matrix(Enclosure(values.T))
     for name in ("mid", "size", "square", "signs"):
         np.testing.assert_array_equal(getattr(matrix, name), getattr(wide, name))
     assert matrix.below(2.0**-150) is None
@@ -192,4 +198,4 @@ def test_a_number_that_is_none_is_found_in_any_block(monkeypatch: pytest.MonkeyP
         for at in (0, 70):
             rows = np.ones((71, 2), np.float32)
             rows[at, 1] = bad
-            assert not isinstance(narrow.matrix_of(rows, FLOAT32), narrow.NarrowMatrix)
+            assert not isinstance(narrow.matrix_of(rows, FLOAT32, 0), narrow.NarrowMatrix)
