@@ -16,6 +16,7 @@ FAST = (
     ("norm-eps-outside-sqrt", "float32", "logits"), ("expert-gelu", "bfloat16", "all"),
     ("load-sanitise-twice", "float32", "hidden states"), ("quant-prefill-path-lower-precision", "float32", "all"),
     ("rope-tables-lowprec", "float16", "all"), ("prec-fp16-ffn-overflow", "float32", "logits"),
+    ("expert-rows-of-ranks-exchanged", "bfloat16", "logits"), ("quant-router-quantised", "float16", "logits"),
     ("quant-router-quantised", "bfloat16", "all"), ("router-lowprec-logits", "bfloat16", "all"),
 )  # fmt: skip
 """Bug, dtype and taps: those that other arithmetic or a wide interval resembles most, for the default run."""

@@ -9,6 +9,9 @@ The residual is norm(b') / norm(b) over all values of the failed checks, in unit
               halfway between an error that is all predicted (0) and one to which the change is indifferent (1). A
               change that only widens intervals leaves b' = b.
     own       The values left must also pass as its own rounding: every failed check passes in its own enclosures.
+    far       Where the trace lacks inputs of a failed step, those enclosures are wide, and unlike causes have like
+              effects. There the residual must be at most FAR = 1/2. Above CLEAR = 1/8, what is left must also be at
+              most TWICE what the roundings of one ideal engine with the change make. Another engine makes as much.
     nowhere   In each check, failed or passed, where its effect is beyond what rounding hides, the matched filter must
               lean to it by more than LEAN = 1/2. The effect counts beyond CALM = 5 standard deviations a value, and
               from SNR = 26 in all, as in the test of truncation.
@@ -27,7 +30,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +43,8 @@ from refmoe.verifier.tally import CALM, LEAN, SNR
 
 LEFT = math.sqrt(0.5)
 """The largest residual of an explanation."""
+FAR, CLEAR, TWICE = 0.5, 0.125, 2.0
+"""Where inputs are lacking: the largest residual, one that suffices, and the most that is left over own rounding."""
 SIZE = 4.0
 """The most that may be left where nothing bounds it, over what one ideal engine's rounding makes."""
 SMALLEST, LARGEST = 0.25, 1.15
@@ -127,6 +132,27 @@ def within_own_rounding(
         return False
     left, made = right.beyond(mid), right.distance(run - mid)
     return bool(np.linalg.norm(left) <= SIZE * np.linalg.norm(made))
+
+
+def far_enough(
+    fit: Fit, observed: Mapping[Key, Observed], failed: Iterable[Key], predicted: Mapping[Key, Any],
+    ideal: Callable[[], Mapping[Key, Any]],
+) -> bool:  # fmt: skip
+    """Whether a change explains a trace that lacks inputs of a failed step.
+
+    fit: of the predictions at all failed checks   failed: these checks' taps   predicted: [n]
+    ideal: makes the predictions of an engine that rounds at every cut point, [n]
+    """
+    if fit.residual <= CLEAR or fit.residual > FAR:
+        return fit.residual <= CLEAR
+    left = made = 0.0
+    rounded = ideal()
+    for key in failed:
+        right, mid, run = observed[key], predicted.get(key), rounded.get(key)
+        if right.choice or mid is None or run is None or run.shape != mid.shape:
+            continue
+        left, made = left + float((right.beyond(mid) ** 2).sum()), made + float((right.distance(run - mid) ** 2).sum())
+    return left <= TWICE**2 * made
 
 
 def contradicted(observed: Mapping[Key, Observed], changed: Mapping[Key, Any]) -> Key | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -35,7 +36,7 @@ from refmoe.verifier.diagnosis.evidence import (
     still_failing,
     subject_of,
 )
-from refmoe.verifier.diagnosis.fit import CENTRE, NOTHING, Fit, by_size, by_value, contradicted, moves
+from refmoe.verifier.diagnosis.fit import CENTRE, NOTHING, Fit, by_size, by_value, contradicted, far_enough, moves
 from refmoe.verifier.diagnosis.independence import of_other_weights
 from refmoe.verifier.diagnosis.observed import Recorded
 from refmoe.verifier.diagnosis.one_step import fails_alone
@@ -216,7 +217,9 @@ def explain(evidence: Evidence, cause: Cause) -> Explanation:
             sizes = by_size(evidence.observed, keys, recorded, 1.0 if any_values else CENTRE)
             fit = min(fit, sizes, key=lambda each: each.residual)
         right = any_values or contradicted(evidence.observed, middles) is None
-    right = right and (local or not _blank(evidence))
+    if right and not local:
+        ideal = partial(predict, evidence, variation, evidence.whole, rounds=True)
+        right = not _blank(evidence) and far_enough(fit, evidence.observed, keys, predicted, ideal)
     sized = fit is not values
     if right and sized:
         # a single step does not show that the others do the same
