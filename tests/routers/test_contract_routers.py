@@ -25,6 +25,9 @@ EXAMPLES = 25
 class Matrix:
     """A weight as the spec's ops take it."""
 
+    grid = None
+    computed = False
+
     def __init__(self, values: Any) -> None:
         self.values = np.array(values)
         self.shape = self.values.shape

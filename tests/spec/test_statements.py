@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,9 +65,11 @@ def statements_that_run() -> Iterator[set[str]]:
             found.add(name)
 
     sys.setprofile(profile)
+    threading.setprofile(profile)  # a command may judge in a thread of its own
     try:
         yield found
     finally:
+        threading.setprofile(None)  # type: ignore[arg-type]
         sys.setprofile(None)
 
 

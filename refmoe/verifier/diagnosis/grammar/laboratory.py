@@ -49,6 +49,8 @@ class Held:
 
     values: Any
     kept: dict[Format, Any] = field(default_factory=dict)
+    grid = None
+    computed = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -71,8 +73,8 @@ class Held:
     def rows(self, ids: Any) -> Any:
         return self.values[ids]
 
-    def block(self, start: int, stop: int) -> Any:
-        return self.values[start:stop]
+    def block(self, start: int, stop: int, dtype: Any = None) -> Any:
+        return self.values[start:stop] if dtype is None else self.values[start:stop].astype(dtype)
 
 
 class Roughly(EnclosureOps):
