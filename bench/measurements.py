@@ -420,7 +420,7 @@ the time of the first rows. The share of matrix products is that of a run whose 
 {whole["seconds"] / 60:.1f} minutes on {whole["cores"]} cores,
 {whole["peak_of_a_process_gib"]:.1f} GiB
 in the largest process. Its processes were given {whole["core_seconds"]} seconds of a core, which is
-{whole["core_seconds"] / whole["seconds"] / whole["cores"]:.0%} of the machine. Other work shared it."""
+{whole["core_seconds"] / whole["seconds"] / whole["cores"]:.0%} of the machine."""
 
 
 def peers() -> str:

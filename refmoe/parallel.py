@@ -6,7 +6,6 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
-import queue
 import signal
 import sys
 import threading
@@ -15,6 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
+from contextvars import copy_context
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
@@ -50,27 +50,22 @@ class WorkerDied(InputError):
         )
 
 
-class Behind:
-    """A thread that does calls in order, while its owner goes on. It keeps no process alive."""
+def in_background(call: Callable[[], Result]) -> Future[Result]:
+    """The result of a call in a thread of its own, with the settings of this one, such as NumPy's errors.
 
-    def __init__(self) -> None:
-        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
-        threading.Thread(target=self._work, daemon=True).start()
+    The thread keeps no process alive. A thread of an executor would: Python waits for it when it ends.
+    """
+    future: Future[Result] = Future()
+    run = copy_context().run
 
-    def do(self, call: Callable[[], Result]) -> Future[Result]:
-        """The result of a call, once the calls before it are done."""
-        future: Future[Result] = Future()
-        self._calls.put((future, call))
-        return future
+    def work() -> None:
+        try:
+            future.set_result(run(call))
+        except BaseException as error:
+            future.set_exception(error)
 
-    def _work(self) -> None:
-        while True:
-            future, call = self._calls.get()
-            try:
-                future.set_result(call())
-            except BaseException as error:
-                future.set_exception(error)
-            del future, call  # the next call may come late, and a result may be large
+    threading.Thread(target=work, daemon=True).start()
+    return future
 
 
 # ---- the life of a worker

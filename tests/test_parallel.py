@@ -17,11 +17,22 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from refmoe import parallel
 from refmoe.errors import InputError
-from refmoe.parallel import SPAWN, WorkerDied, _ended, _until_a_death, end_with_parent, lifeline, process_pool, results
+from refmoe.parallel import (
+    SPAWN,
+    WorkerDied,
+    _ended,
+    _until_a_death,
+    end_with_parent,
+    in_background,
+    lifeline,
+    process_pool,
+    results,
+)
 from tests.command_line import Refmoe
 
 ROOT = Path(__file__).parents[1]
@@ -238,3 +249,20 @@ def test_the_pipe_alone_ends_a_worker() -> None:
         assert reader.poll(60)
     process.join(60)
     assert process.exitcode == 1
+
+
+def test_a_call_in_the_background_has_its_result_or_its_error() -> None:
+    assert in_background(lambda: square(3)).result() == 9
+    with pytest.raises(InputError):
+        in_background(lambda: refuses(3)).result()
+
+
+def test_a_call_in_the_background_has_the_settings_of_its_owner() -> None:
+    with np.errstate(divide="raise"):
+        raised = in_background(lambda: np.ones(1) / np.zeros(1)).exception()
+    assert isinstance(raised, FloatingPointError)
+
+
+def test_a_call_in_the_background_keeps_no_process_alive() -> None:
+    code = "import time; from refmoe.parallel import in_background; in_background(lambda: time.sleep(600))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False).returncode == 0

@@ -33,7 +33,7 @@ from refmoe.engines.run_case import (
 from refmoe.errors import InputError
 from refmoe.files.scratch import Scratch
 from refmoe.files.sentences import one_line, shown
-from refmoe.parallel import Behind
+from refmoe.parallel import in_background
 from refmoe.profiles.load import policy as named_policy
 from refmoe.profiles.policy import Policy
 from refmoe.spec.model import Parameters
@@ -214,13 +214,13 @@ def conform(harness: Harness, options: Mapping[str, str], suite: Suite, watch: W
                 watch.log(outcome, answer.said if outcome.failed else "")
 
             # the engine runs the next case while this one is judged
-            behind, given_up = Behind(), Event()
             last: Future[None] | None = None
+            given_up = Event()
             try:
                 for answer in _Run(harness, suite, policies, folders).answers(done):
                     if last is not None:
                         last.result()
-                    last = behind.do(partial(finish, answer))
+                    last = in_background(partial(finish, answer))
                 if last is not None:
                     last.result()
             finally:

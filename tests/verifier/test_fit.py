@@ -12,7 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refmoe.arithmetic.formats import FLOAT32
-from refmoe.verifier.diagnosis.fit import LEFT, NOTHING, SIZE, by_size, by_value, contradicted, within_own_rounding
+from refmoe.verifier.diagnosis.fit import (
+    LEFT,
+    NOTHING,
+    SIZE,
+    by_size,
+    by_value,
+    contradicted,
+    explains_from_afar,
+    within_own_rounding,
+)
 from refmoe.verifier.diagnosis.observed import Observed, Recorded
 
 KEY = ("prefill", "layers.0.attention.v")
@@ -119,3 +128,17 @@ def test_what_nothing_bounds_must_be_predicted_up_to_the_rounding_of_the_change(
 
 def test_the_limit_is_half_of_the_mean_square() -> None:
     assert pytest.approx(0.5) == LEFT**2
+
+
+@pytest.mark.parametrize(
+    ("left", "made", "explains"),
+    [(0.1, 0.0, True), (0.3, 0.2, True), (0.3, 0.1, False), (0.45, 0.3, True), (0.6, 0.6, False)],
+)
+def test_from_afar_little_is_left_or_what_its_own_rounding_makes(left: float, made: float, explains: bool) -> None:
+    """left, made: sizes over that of the whole error"""
+    observed = tap(1 + EFFECT)
+    predicted = {KEY: 1 + (1 - left) * EFFECT}
+    fit = by_value(observed, [KEY], predicted)
+    assert fit.residual == pytest.approx(left, abs=1e-3)
+    rounded = {KEY: predicted[KEY] + noise(9, 1e-3 * made)}
+    assert explains_from_afar(fit, observed, [KEY], predicted, lambda: rounded) == explains

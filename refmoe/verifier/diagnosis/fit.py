@@ -43,8 +43,12 @@ from refmoe.verifier.tally import CALM, LEAN, SNR
 
 LEFT = math.sqrt(0.5)
 """The largest residual of an explanation."""
-FAR, CLEAR, TWICE = 0.5, 0.125, 2.0
-"""Where inputs are lacking: the largest residual, one that suffices, and the most that is left over own rounding."""
+FAR = 0.5
+"""The largest residual of an explanation where inputs of a failed step are lacking."""
+CLEAR = 0.125
+"""The largest residual that suffices there by itself."""
+TWICE = 2.0
+"""The most that may be left there above it, over what the change's own rounding makes."""
 SIZE = 4.0
 """The most that may be left where nothing bounds it, over what one ideal engine's rounding makes."""
 SMALLEST, LARGEST = 0.25, 1.15
@@ -134,7 +138,7 @@ def within_own_rounding(
     return bool(np.linalg.norm(left) <= SIZE * np.linalg.norm(made))
 
 
-def far_enough(
+def explains_from_afar(
     fit: Fit, observed: Mapping[Key, Observed], failed: Iterable[Key], predicted: Mapping[Key, Any],
     ideal: Callable[[], Mapping[Key, Any]],
 ) -> bool:  # fmt: skip

@@ -8,9 +8,9 @@ its errors over the same norm. Two tokens then share
     sum over s < t of (u_s u_t) (z_s z_t)   =   c * sum over s < t of (u_s u_t)^2 * n * mean(z^2)
 
 where n is the number of outputs. c is 0 for noise, and near 1 for fixed errors of weights that are independent of each
-other. In noise the terms of the left side have any sign. It is then a few times the root of the sum of their squares
-at most. The errors are those of weights if it is `APART` = 6 times that root, and c is above 1/2, which is halfway. In
-a product of experts only pairs of rows of one expert count, since each has its own weights.
+other. In noise the terms of the left side have any sign, and add up to a few times the root of the sum of their
+squares. The errors are those of weights if the left side is `APART` = 6 times that root, and c is above 1/2, which is
+halfway. In a product of experts only pairs of rows of one expert count, since each has its own weights.
 """
 
 from __future__ import annotations

@@ -36,7 +36,16 @@ from refmoe.verifier.diagnosis.evidence import (
     still_failing,
     subject_of,
 )
-from refmoe.verifier.diagnosis.fit import CENTRE, NOTHING, Fit, by_size, by_value, contradicted, far_enough, moves
+from refmoe.verifier.diagnosis.fit import (
+    CENTRE,
+    NOTHING,
+    Fit,
+    by_size,
+    by_value,
+    contradicted,
+    explains_from_afar,
+    moves,
+)
 from refmoe.verifier.diagnosis.independence import of_other_weights
 from refmoe.verifier.diagnosis.observed import Recorded
 from refmoe.verifier.diagnosis.one_step import fails_alone
@@ -219,7 +228,7 @@ def explain(evidence: Evidence, cause: Cause) -> Explanation:
         right = any_values or contradicted(evidence.observed, middles) is None
     if right and not local:
         ideal = partial(predict, evidence, variation, evidence.whole, rounds=True)
-        right = not _blank(evidence) and far_enough(fit, evidence.observed, keys, predicted, ideal)
+        right = not _blank(evidence) and explains_from_afar(fit, evidence.observed, keys, predicted, ideal)
     sized = fit is not values
     if right and sized:
         # a single step does not show that the others do the same

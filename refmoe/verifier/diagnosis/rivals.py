@@ -19,7 +19,7 @@ from functools import partial
 import numpy as np
 
 from refmoe.profiles.cut_points import CUT_POINTS
-from refmoe.profiles.load import DTYPES, differences
+from refmoe.profiles.load import BUDGETS, CHOICES, DTYPES, FLAGS, NUMBERS, differences
 from refmoe.profiles.policy import Policy
 from refmoe.spec.taps import tap_names
 from refmoe.verifier.diagnosis.evidence import Evidence, Variation, predict
@@ -28,10 +28,6 @@ from refmoe.verifier.passes import Key
 
 ALIKE = 1.5
 """The largest residual of a rival, over that of the best cause."""
-CHOSEN = ("scale", "router_order", "compared", "ties", "consumers", "sigmoid", "exp", "angles", "circle")
-"""The fields of a policy whose values are in no order."""
-COUNTED = ("truncates", "flushes", "ranks")
-"""The fields of a policy of which a larger value allows more."""
 APART = 8.0
 """Two predictions differ in a tap if their distance is this many roundings of its dtype, relative to their size."""
 
@@ -73,10 +69,10 @@ def settle(evidence: Evidence, found: Sequence[Explanation], variations: Mapping
 
 def allows_more(wide: Policy, narrow: Policy) -> bool:
     """Whether one policy allows all that the other allows, and more. Then the other suffices as an explanation."""
-    same = all(getattr(wide, name) == getattr(narrow, name) for name in CHOSEN)
+    same = all(getattr(wide, name) == getattr(narrow, name) for name in (*CHOICES, *BUDGETS))
     coarser = all(getattr(narrow, name).holds(getattr(wide, name)) for name in DTYPES)
     coarser &= all(narrow.at(cut).holds(wide.at(cut)) for cut in CUT_POINTS)
-    more = all(getattr(wide, name) >= getattr(narrow, name) for name in COUNTED)
+    more = all(getattr(wide, name) >= getattr(narrow, name) for name in (*FLAGS, *NUMBERS))
     return same and coarser and more and bool(differences([wide, narrow]))
 
 
