@@ -18,6 +18,7 @@ from refmoe.verifier.diagnosis.fit import (
     SIZE,
     by_size,
     by_value,
+    carriers_of,
     contradicted,
     explains_from_afar,
     within_own_rounding,
@@ -142,3 +143,34 @@ def test_from_afar_little_is_left_or_what_its_own_rounding_makes(left: float, ma
     assert fit.residual == pytest.approx(left, abs=1e-3)
     rounded = {KEY: predicted[KEY] + noise(9, 1e-3 * made)}
     assert explains_from_afar(fit, observed, [KEY], predicted, lambda: rounded) == explains
+
+
+@pytest.mark.parametrize(("carriers", "explains"), [(1, False), (4, False), (32, True), (N, True)])
+def test_from_afar_a_few_values_may_agree_by_accident(carriers: int, explains: bool) -> None:
+    """A tenth is left in each case. An accident of that kind has the probability 10^-carriers."""
+    effect = np.where(np.arange(N) < carriers, 1e-3, 0.0)
+    observed = tap(1 + effect)
+    predicted = {KEY: 1 + 0.9 * effect}
+    fit = by_value(observed, [KEY], predicted)
+    assert fit.carriers == pytest.approx(carriers, rel=1e-6)
+    assert explains_from_afar(fit, observed, [KEY], predicted, lambda: predicted) == explains
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+@pytest.mark.parametrize("left", [0.2, 0.5])
+def test_an_effect_without_relation_to_the_error_leaves_little_as_rarely_as_stated(n: int, left: float) -> None:
+    """Directions are uniform, sizes uniform in their logarithm over two decades."""
+    rng = np.random.default_rng(n)
+    draws = 200_000
+    direction = rng.standard_normal((draws, n))
+    effect = direction / np.linalg.norm(direction, axis=1, keepdims=True) * 10 ** rng.uniform(-1, 1, (draws, 1))
+    error = np.ones(n) / math.sqrt(n)
+    assert carriers_of([error]) == pytest.approx(n)
+    within = (np.linalg.norm(effect - error, axis=1) <= left).mean()
+    assert 0 < within <= left**n
+
+
+@given(st.lists(st.floats(0, 2.0**400), min_size=1, max_size=20))
+def test_at_least_one_value_and_at_most_all_carry_an_error(sizes: list[float]) -> None:
+    carriers = carriers_of([np.array(sizes)])
+    assert carriers == 0 if not any(sizes) else 1 - 1e-9 <= carriers <= len(sizes) + 1e-9

@@ -12,6 +12,10 @@ The residual is norm(b') / norm(b) over all values of the failed checks, in unit
     far       Where the trace lacks inputs of a failed step, those enclosures are wide, and unlike causes have like
               effects. There the residual must be at most FAR = 1/2. Above CLEAR = 1/8, what is left must also be at
               most TWICE what the roundings of one ideal engine with the change make. Another engine makes as much.
+    chance    There, too, the agreement must be no accident. Let n be the number of values that carry the error:
+              sum(b^2)^2 / sum(b^4). An effect that has no relation to the error, in direction or size, leaves r or less
+              with a probability below r^n. That must be at most 2^-CHANCE = 2^-27, which is one in a million for a
+              catalogue of 128 causes.
     nowhere   In each check, failed or passed, where its effect is beyond what rounding hides, the matched filter must
               lean to it by more than LEAN = 1/2. The effect counts beyond CALM = 5 standard deviations a value, and
               from SNR = 26 in all, as in the test of truncation.
@@ -49,6 +53,10 @@ CLEAR = 0.125
 """The largest residual that suffices there by itself."""
 TWICE = 2.0
 """The most that may be left there above it, over what the change's own rounding makes."""
+CHANCE = 27.0
+"""The negative logarithm, to base 2, of the largest probability that a change explains such a trace by accident."""
+FINEST = 2.0**-24
+"""The least residual that counts as evidence: the relative precision of float32."""
 SIZE = 4.0
 """The most that may be left where nothing bounds it, over what one ideal engine's rounding makes."""
 SMALLEST, LARGEST = 0.25, 1.15
@@ -75,11 +83,18 @@ class Fit:
     residual: float
     steps: frozenset[str] = frozenset()
     """Of sizes: the steps whose errors are larger than those that the policy allows."""
+    carriers: float = math.inf
+    """Of values: how many of them carry the error."""
 
     @property
     def explains(self) -> bool:
         """Whether the change leaves little enough."""
         return self.residual <= LEFT
+
+    @property
+    def bits(self) -> float:
+        """The negative logarithm, to base 2, of the probability that a change leaves as little by accident."""
+        return self.carriers * math.log2(1 / min(max(self.residual, FINEST), 1.0))
 
 
 NOTHING = Fit(math.nan, math.inf)
@@ -92,8 +107,9 @@ def by_value(observed: Mapping[Key, Observed], failed: Iterable[Key], changed: M
     Values that are not finite must be predicted as such, in the same places.
     """
     before = after = along = reach = 0.0
-    whole_before = whole_after = choices = missed = 0.0
-    gaps = False
+    whole_before = whole_after = choices = missed = gaps = 0.0
+    beyond: list[Any] = []
+    whole: list[Any] = []
     for key in failed:
         right, mid = observed[key], changed.get(key)
         if mid is None or mid.shape != right.mid.shape:
@@ -105,11 +121,13 @@ def by_value(observed: Mapping[Key, Observed], failed: Iterable[Key], changed: M
         here, there = right.gaps, ~np.isfinite(mid)
         if ((here != there) & right.read).any():
             return NOTHING
-        gaps |= bool(here.any())
+        gaps += float(here.sum())
         e, d = right.distance(right.found - right.mid), right.distance(mid - right.mid)
         along, reach = along + float(e @ d), reach + float(d @ d)
         b, c = right.beyond(right.mid), right.beyond(mid)
         before, after = before + float(b @ b), after + float(c @ c)
+        beyond.append(b)
+        whole.append(e)
         rest = e - d
         whole_before, whole_after = whole_before + float(e @ e), whole_after + float(rest @ rest)
     residuals = [missed / choices] if choices else []
@@ -121,7 +139,17 @@ def by_value(observed: Mapping[Key, Observed], failed: Iterable[Key], changed: M
     elif gaps:
         residuals.append(0.0)
     coefficient = along / reach if reach else 1 - missed / choices if choices else 1.0 if gaps else math.nan
-    return Fit(coefficient, math.sqrt(max(residuals))) if residuals else NOTHING
+    carriers = choices + gaps + carriers_of(beyond if before else whole)
+    return Fit(coefficient, math.sqrt(max(residuals)), carriers=carriers) if residuals else NOTHING
+
+
+def carriers_of(parts: list[Any]) -> float:
+    """How many values carry the error of arrays together: sum(b^2)^2 / sum(b^4). 0 where there is no error."""
+    largest = max((float(np.abs(each).max(initial=0.0)) for each in parts), default=0.0)
+    if not largest:
+        return 0.0
+    squares = [(each / largest) ** 2 for each in parts]
+    return float(sum(each.sum() for each in squares) ** 2 / sum((each * each).sum() for each in squares))
 
 
 def within_own_rounding(
@@ -147,8 +175,10 @@ def explains_from_afar(
     fit: of the predictions at all failed checks   failed: these checks' taps   predicted: [n]
     ideal: makes the predictions of an engine that rounds at every cut point, [n]
     """
-    if fit.residual <= CLEAR or fit.residual > FAR:
-        return fit.residual <= CLEAR
+    if fit.residual > FAR or fit.bits < CHANCE:
+        return False
+    if fit.residual <= CLEAR:
+        return True
     left = made = 0.0
     rounded = ideal()
     for key in failed:
