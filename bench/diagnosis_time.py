@@ -31,8 +31,9 @@ from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters
 from refmoe.traces.held import held_trace
 from refmoe.traces.trace import Header, Run, Trace
-from refmoe.verifier.diagnosis import diagnose
+from refmoe.verifier.diagnosis import Explanation, Keeper, gather, search
 from refmoe.verifier.findings import NOT_CONFORMANT, Report
+from refmoe.verifier.segments import Settings
 from refmoe.verifier.verify import verify
 from tests.bugs.generated_engine import arrays_of
 from tests.bugs.generated_wider import draw
@@ -122,15 +123,21 @@ def measure(work: Work) -> Timed | None:
     if made is None:
         return None
 
+    keeper = Keeper()
+
     def verified() -> Report:
-        return verify(made.trace, made.case, made.config, made.parameters, made.runs, made.policy)
+        settings = Settings(passes=keeper)
+        return verify(made.trace, made.case, made.config, made.parameters, made.runs, made.policy, settings)
+
+    def diagnosed() -> Sequence[Explanation]:
+        kept = keeper.first
+        evidence = gather(made.trace, made.config, made.parameters, made.runs, made.policy, report, kept)
+        return search(evidence, MUTANTS.values())
 
     report, _, verification = timed(verified)
     if report.verdict != NOT_CONFORMANT:
         return None
-    found, wall, processor = timed(
-        lambda: diagnose(made.trace, made.config, made.parameters, made.runs, made.policy, report, MUTANTS.values())
-    )
+    found, wall, processor = timed(diagnosed)
     named = (f"{each.name} [{each.where}]" if each.where else each.name for each in found if each.explains)
     return Timed(
         work=work,

@@ -44,7 +44,7 @@ from refmoe.suite import FAMILIES, SMALL, Case, find_cases, read_case
 from refmoe.suite.fresh import fresh_case
 from refmoe.suite.golden_folder import case_folder, golden_folder
 from refmoe.verifier.findings import CANNOT_JUDGE
-from refmoe.verifier.verify import SIGNIFICANCE
+from refmoe.verifier.segments import SIGNIFICANCE
 
 Names = Sequence[str]
 Logs = dict[tuple[str, str], str]

@@ -22,10 +22,10 @@ from refmoe.profiles.load import policy as named_policy
 from refmoe.profiles.policy import Policy
 from refmoe.suite.power import with_power
 from refmoe.traces.trace import Run, Trace
-from refmoe.verifier.diagnosis import diagnose as find_explanations
-from refmoe.verifier.diagnosis import explained
+from refmoe.verifier.diagnosis import Keeper, explained, gather, search
 from refmoe.verifier.findings import NOT_CONFORMANT
-from refmoe.verifier.verify import SIGNIFICANCE, Settings
+from refmoe.verifier.passes import Pass
+from refmoe.verifier.segments import SIGNIFICANCE, Settings
 from refmoe.verifier.verify import verify as judge
 
 
@@ -63,7 +63,8 @@ def verify(
     (False, 'logits')
     """
     subject = as_model(model)
-    settings = Settings(significance=probability(significance))
+    keeper = Keeper()
+    settings = Settings(significance=probability(significance), passes=keeper if diagnose is True else Pass)
     if not isinstance(diagnose, bool):
         raise InputError(f"diagnose is {shown(diagnose)}, but True or False was expected")
     declared = None if policy is None else as_policy(policy)
@@ -85,8 +86,8 @@ def verify(
     report = replace(report, notes=(*notes, *report.notes, *note_of_unknown(subject.unknown_fields)))
     report = with_power(report, trace, subject.config, rules)
     if diagnose and report.verdict == NOT_CONFORMANT:
-        mutants, config, weights = MUTANTS.values(), subject.config, subject.parameters
-        report = explained(report, find_explanations(trace, config, weights, runs, rules, report, mutants))
+        evidence = gather(trace, subject.config, subject.parameters, runs, rules, report, keeper.first)
+        report = explained(report, search(evidence, MUTANTS.values()))
     return Report(report)
 
 

@@ -28,11 +28,12 @@ from refmoe.suite.golden_folder import case_folder, golden_folder
 from refmoe.suite.power import with_power
 from refmoe.traces.script import AnyCall, plan
 from refmoe.traces.trace import Run, Trace, read_trace
-from refmoe.verifier.diagnosis import diagnose, explained
+from refmoe.verifier.diagnosis import Keeper, explained, gather, search
 from refmoe.verifier.distances import Comparison, compare_traces
 from refmoe.verifier.findings import NOT_CONFORMANT
-from refmoe.verifier.segments import Spread
-from refmoe.verifier.verify import SIGNIFICANCE, Settings, verify
+from refmoe.verifier.passes import Pass
+from refmoe.verifier.segments import SIGNIFICANCE, Settings, Spread
+from refmoe.verifier.verify import verify
 
 
 @dataclass(frozen=True)
@@ -149,20 +150,23 @@ def _judged(trace: Trace, against: Against, rules: Policy, judging: Judging, bar
     runs = against.runs
     total = len(runs if runs is not None else trace.header.runs) * config.layers
     place = nullcontext() if judging.executor is None else open_executor(judging.executor)
+    keeper = Keeper()
+    keeps = judging.diagnose and judging.place == CPU and judging.executor is None
     with bars("verify", total) as advance, place as opened:
         settings = Settings(
             significance=judging.significance,
             progress=advance,
             ops=judging.place.enclosures(),
             spread=None if opened is None else Spread(opened, against.source),
+            passes=keeper if keeps else Pass,
         )
         report = verify(trace, against.name, config, parameters, runs, rules, settings)
     report = replace(report, notes=(*report.notes, *note_of_unknown(loaded(against.source).unknown)))
     report = with_power(report, trace, config, rules)
     if judging.diagnose and report.verdict == NOT_CONFORMANT:
         with bars("diagnose", 2 * len(MUTANTS)) as advance:
-            found = diagnose(trace, config, parameters, runs, rules, report, MUTANTS.values(), advance)
-            report = explained(report, found)
+            evidence = gather(trace, config, parameters, runs, rules, report, keeper.first)
+            report = explained(report, search(evidence, MUTANTS.values(), advance))
     return Report(report)
 
 

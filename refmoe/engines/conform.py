@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from threading import Event
+from typing import TYPE_CHECKING
 
 from refmoe import __version__
 from refmoe.checkpoints.size import total_parameters
@@ -43,7 +44,12 @@ from refmoe.suite.power import with_power
 from refmoe.traces.trace import Trace
 from refmoe.verifier.findings import CANNOT_JUDGE, FAIL, NOT_CONFORMANT, Report
 from refmoe.verifier.intake import INTEGERS, take_in
-from refmoe.verifier.verify import SIGNIFICANCE, Settings, verify
+from refmoe.verifier.passes import Pass
+from refmoe.verifier.segments import SIGNIFICANCE, Settings
+from refmoe.verifier.verify import verify
+
+if TYPE_CHECKING:
+    from refmoe.verifier.diagnosis.observed import Recording
 
 LAST_VERDICT = 2.0
 """Seconds in which the last answer may still be judged when a signal ends the run."""
@@ -70,9 +76,13 @@ class Judge:
         An explanation that fails leaves the verdict as it is.
         """
         name, config, runs = f"case {case.name}", case.config, case.runs()
+        from refmoe.verifier.diagnosis import Keeper
+
+        keeper = Keeper()
+        settings = Settings(self.significance, passes=keeper if self.diagnosing else Pass)
         outcome = Outcome(case=case.name, dtype=dtype, policy=policy.name, verdict=BROKEN, reason="")
         try:
-            report = verify(trace, name, config, parameters, runs, policy, Settings(self.significance))
+            report = verify(trace, name, config, parameters, runs, policy, settings)
             report = with_power(report, trace, config, policy)
         except InputError as error:
             return replace(outcome, reason=_about_its_file(error, trace))
@@ -84,7 +94,7 @@ class Judge:
         unexplained = ""
         if self.diagnosing and report.verdict == NOT_CONFORMANT:
             try:
-                report = self._diagnosed(report, case, parameters, trace, policy)
+                report = self._diagnosed(report, case, parameters, trace, policy, keeper.first)
             except Exception as error:  # of whatever kind: the values are a stranger's
                 unexplained = f"; refmoe could not explain it: {in_words(error)}"
         return replace(
@@ -99,11 +109,13 @@ class Judge:
             ),
         )
 
-    def _diagnosed(self, report: Report, case: Case, parameters: Parameters, trace: Trace, policy: Policy) -> Report:
+    def _diagnosed(
+        self, report: Report, case: Case, parameters: Parameters, trace: Trace, policy: Policy, kept: Recording | None
+    ) -> Report:
         from refmoe.bugs.catalogue import MUTANTS
         from refmoe.verifier.diagnosis import explained, gather, search
 
-        evidence = gather(trace, case.config, parameters, case.runs(), policy, report)
+        evidence = gather(trace, case.config, parameters, case.runs(), policy, report, kept)
         found = search(evidence, MUTANTS.values(), before=self.named)
         self.named.update(each.name for each in found if each.explains)
         return explained(report, found)

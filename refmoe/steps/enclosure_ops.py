@@ -77,7 +77,8 @@ class EnclosureOps(ArrayOps):
         super().__init__(np.float64, tap)
         self.policy = policy
         self._exact = policy.accumulation.precision == 53 or policy.storage.precision == 53
-        self._matrices = WeightCache(matrix_bytes)
+        self.matrices = WeightCache(matrix_bytes)
+        """The prepared weights."""
         self._products = Accumulator(
             format=policy.accumulation, inputs=policy.storage, truncates=policy.truncates, flushes=policy.flushes
         )
@@ -125,12 +126,12 @@ class EnclosureOps(ArrayOps):
             _ = part.biased and part.bias  # computed now, because later the block is gone
             return part
 
-        if math.prod(weight.shape) * self.dtype.itemsize > self._matrices.limit:
+        if math.prod(weight.shape) * self.dtype.itemsize > self.matrices.limit:
             x = x.settle()
             parts = side_by_side(weight, prepare, quiet(times))
             return self._watch("linear", concatenate(parts, axis=-1), how.format)
         # the matrix is kept, so it has values of its own: a file may change or end
-        made = self._matrices.get(weight, lambda: prepare(np.array(weight.read())), nbytes)
+        made = self.matrices.get(weight, lambda: prepare(np.array(weight.read())), nbytes)
         return self._watch("linear", self._times(x, made, how), how.format)
 
     def _prepare(self, rows: Any, how: Accumulator) -> tuple[Matrix, Any]:

@@ -19,6 +19,7 @@ from refmoe.jobs.spread import result_of
 from refmoe.profiles.policy import Policy
 from refmoe.spec.config import Config
 from refmoe.spec.taps import layer_of
+from refmoe.steps.enclosure_ops import EnclosureOps
 from refmoe.traces.pieces import by_pieces
 from refmoe.traces.trace import Run, Trace, read_trace
 from refmoe.verifier.passes import Key, Pass, Reading
@@ -87,6 +88,25 @@ class Spread:
     """A short name of the model: has `load`, is hashable and can be pickled."""
 
 
+SIGNIFICANCE = 1e-6
+"""The probability that a healthy engine fails somewhere in a whole verification is less than this."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The way a verification runs. Only the significance can change a verdict."""
+
+    significance: float = SIGNIFICANCE
+    progress: Callable[[], None] | None = None
+    """Called after each layer of each run, in each pass."""
+    ops: Callable[..., EnclosureOps] = EnclosureOps
+    """The enclosure arithmetic, as in `Subject`."""
+    spread: Spread | None = None
+    """The processes that judge layers side by side; None: this process judges one layer after the other."""
+    passes: Callable[..., Pass] = Pass
+    """Makes the passes of this process. A diagnosis keeps the enclosures of the first one."""
+
+
 @dataclass(frozen=True)
 class Work:
     """One segment to judge in another process. The trace is named by its path, the model by its source."""
@@ -126,17 +146,17 @@ def judge_all(
     spreads: float,
     present: Mapping[str, Set[str]],
     reading: Reading,
-    progress: Callable[[], None] | None,
-    spread: Spread | None,
+    settings: Settings,
 ) -> Findings:
-    """The findings of all segments: in one pass in this process, or one by one in the processes of `spread`.
+    """The findings of all segments: in one pass in this process, or one by one in the processes of `settings.spread`.
 
     Raises InputError when a worker process dies.
     """
     pieces = segments(subject.config, present, reading.recomputed)
+    spread, progress = settings.spread, settings.progress
     if spread is None:
         layers = range(pieces[0].start, pieces[-1].stop)
-        return Pass(trace, subject, policy, spreads=spreads, reading=reading, progress=progress).go(layers)
+        return settings.passes(trace, subject, policy, spreads, reading, progress).go(layers)
     items = [
         Work(
             trace=trace.path,

@@ -4,15 +4,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 
 from refmoe.profiles.cut_points import INPUT_CUTS
 from refmoe.profiles.policy import Policy
 from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters
 from refmoe.spec.taps import IDS, LOGPROBS, layer_of, observable, step_of
-from refmoe.steps.enclosure_ops import EnclosureOps
 from refmoe.traces.trace import Run, Trace
 from refmoe.verifier.findings import (
     CANNOT_JUDGE,
@@ -33,7 +32,7 @@ from refmoe.verifier.intake import Contents, take_in
 from refmoe.verifier.passes import Reading
 from refmoe.verifier.provenance import MIXING, Origin, origins
 from refmoe.verifier.ranking import Ranking
-from refmoe.verifier.segments import Spread, judge_all
+from refmoe.verifier.segments import Settings, judge_all
 from refmoe.verifier.subject import Findings, Subject
 from refmoe.verifier.tally import LIKE_POINTWISE, Limits, Tally
 
@@ -43,23 +42,6 @@ GAPS = "the trace's own values of {} are not finite"
 """The reasons for undecided values."""
 READS_CACHE = ("attention.scores", "attention.probs", "attention.context")
 """The steps that read the keys and values of earlier runs."""
-
-SIGNIFICANCE = 1e-6
-"""The probability that a healthy engine fails somewhere in a whole verification is less than this."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The way a verification runs. Only the significance can change a verdict."""
-
-    significance: float = SIGNIFICANCE
-    progress: Callable[[], None] | None = None
-    """Called after each layer of each run, in each pass."""
-    ops: Callable[..., EnclosureOps] = EnclosureOps
-    """The enclosure arithmetic, as in `Subject`."""
-    spread: Spread | None = None
-    """The processes that judge layers side by side; None: this process judges one layer after the other."""
-
 
 DEFAULTS = Settings()
 
@@ -85,9 +67,7 @@ def verify(
     limits = Limits(settings.significance, contents.values, contents.tensors)
 
     def judge(reading: Reading) -> tuple[Findings, list[Check]]:
-        findings = judge_all(
-            trace, subject, policy, limits.excess, contents.present, reading, settings.progress, settings.spread
-        )
+        findings = judge_all(trace, subject, policy, limits.excess, contents.present, reading, settings)
         checks = assemble(findings, contents, config, policy, limits)
         return findings, against_noise(checks, findings, trace, subject, policy, limits)
 

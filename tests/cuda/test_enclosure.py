@@ -21,7 +21,8 @@ from refmoe.steps.rounding import CUT_STEPS
 from refmoe.suite import read_case
 from refmoe.traces.script import execute
 from refmoe.traces.trace import Header, Recorder, Trace, read_trace, write_trace
-from refmoe.verifier.verify import Settings, verify
+from refmoe.verifier.segments import Settings
+from refmoe.verifier.verify import verify
 from tests.cuda.strict import StrictCupy
 
 GOLDEN = Path(__file__).parent.parent.parent / "golden"

@@ -29,8 +29,8 @@ from refmoe.verifier.distances import compare_traces
 from refmoe.verifier.findings import CONFORMANT, NOT_CONFORMANT, Report
 from refmoe.verifier.intake import take_in
 from refmoe.verifier.routing import NO_PADDING
-from refmoe.verifier.segments import Spread
-from refmoe.verifier.verify import DEFAULTS, Settings, verify
+from refmoe.verifier.segments import Settings, Spread
+from refmoe.verifier.verify import DEFAULTS, verify
 from tests.bugs.judging import case_named, parameters_of, traced
 from tests.command_line import Refmoe
 

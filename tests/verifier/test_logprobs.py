@@ -27,9 +27,10 @@ from refmoe.verifier.findings import CONFORMANT, FAIL, FREE, NOT_CONFORMANT, PAS
 from refmoe.verifier.intake import take_in
 from refmoe.verifier.passes import Pass
 from refmoe.verifier.ranking import Ranking, Swap, judge
+from refmoe.verifier.segments import SIGNIFICANCE
 from refmoe.verifier.subject import Subject
 from refmoe.verifier.tally import Limits
-from refmoe.verifier.verify import SIGNIFICANCE, assemble, verify
+from refmoe.verifier.verify import assemble, verify
 from tests.bugs.judging import case_named, parameters_of, traced
 from tests.verifier.engines import case_names, explained, honest
 

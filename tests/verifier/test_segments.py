@@ -17,8 +17,8 @@ from refmoe.steps.enclosure_ops import EnclosureOps
 from refmoe.suite import case_source, read_case, trace_path
 from refmoe.traces.trace import Header, read_trace, write_trace
 from refmoe.verifier.findings import NOT_CONFORMANT, PASS, Report
-from refmoe.verifier.segments import Spread, needed, segments
-from refmoe.verifier.verify import Settings, verify
+from refmoe.verifier.segments import Settings, Spread, needed, segments
+from refmoe.verifier.verify import verify
 from tests.command_line import Refmoe
 
 GOLDEN = Path(__file__).parents[2] / "golden"

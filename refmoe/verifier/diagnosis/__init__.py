@@ -3,6 +3,7 @@
 
 from refmoe.verifier.diagnosis.diagnose import diagnose, explained, search
 from refmoe.verifier.diagnosis.evidence import gather
+from refmoe.verifier.diagnosis.observed import Keeper
 from refmoe.verifier.findings import Explanation
 
-__all__ = ["Explanation", "diagnose", "explained", "gather", "search"]
+__all__ = ["Explanation", "Keeper", "diagnose", "explained", "gather", "search"]

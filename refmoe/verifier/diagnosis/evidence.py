@@ -118,10 +118,12 @@ class Evidence:
         return tuple(key for key in failed if key[1] in part.present.get(key[0], ()) and key in self.observed)
 
 
+@np.errstate(all="ignore")
 def gather(
-    trace: Trace, config: Config, parameters: Parameters, runs: tuple[Run, ...] | None, policy: Policy, report: Report
-) -> Evidence:
-    """The evidence of a trace that has failed."""
+    trace: Trace, config: Config, parameters: Parameters, runs: tuple[Run, ...] | None, policy: Policy, report: Report,
+    kept: Recording | None = None,
+) -> Evidence:  # fmt: skip
+    """The evidence of a trace that has failed.   kept: the first pass of the verification, with its enclosures"""
     contents = take_in(trace, config, runs)
     limits = Limits(report.significance, contents.values, contents.tensors)
     right = Subject(config, held(config, parameters), contents.runs)
@@ -129,8 +131,13 @@ def gather(
     evidence = Evidence(
         trace=contents.trace, right=right, policy=policy, contents=contents, limits=limits, report=report, failed=failed
     )
-    judging = Recording(contents.trace, replace(right, ops=ops_under(evidence, policy)), policy, limits.excess)
-    checks = assemble(judging.go(evidence.whole.layers), contents, config, policy, limits)
+    judging = kept
+    if judging is not None:
+        evidence.weights[_preparation(policy)] = judging.ops.matrices
+    else:
+        judging = Recording(contents.trace, replace(right, ops=ops_under(evidence, policy)), policy, limits.excess)
+        judging.go(evidence.whole.layers)
+    checks = assemble(judging.findings, contents, config, policy, limits)
     taps = observe(judging.recorded(), policy, limits.excess, checks, report.checks)
     return replace(evidence, observed=taps | _choices(contents.trace, config, report))
 
@@ -258,7 +265,7 @@ class ForcingOps(EnclosureOps):
 
     def __init__(self, policy: Policy, tap: Tap | None, forced: frozenset[str], matrices: WeightCache) -> None:
         super().__init__(policy, tap)
-        self._forced, self._matrices = forced, matrices
+        self._forced, self.matrices = forced, matrices
 
     def cut(self, name: str, x: Any) -> Any:
         if name not in self._forced:
@@ -269,12 +276,16 @@ class ForcingOps(EnclosureOps):
 
 def ops_under(evidence: Evidence, policy: Policy) -> Callable[..., EnclosureOps]:
     """Enclosures under a policy, with the cut points that it changes forced, and with shared weights."""
-    exact = policy.accumulation.precision == 53 or policy.storage.precision == 53
     matrices = WeightCache(MATRIX_BYTES)
     if _accumulators(policy) == _accumulators(evidence.policy):  # else matrices are prepared for other products
-        matrices = evidence.weights.setdefault((policy.at("weights"), exact), matrices)
+        matrices = evidence.weights.setdefault(_preparation(policy), matrices)
     forced = forced_cuts(evidence.policy, policy)
     return lambda used, tap: ForcingOps(used, tap, forced, matrices)
+
+
+def _preparation(policy: Policy) -> tuple[Format, bool]:
+    """The rounding of the weights, and whether products are those of an engine in float64."""
+    return policy.at("weights"), policy.accumulation.precision == 53 or policy.storage.precision == 53
 
 
 def _accumulators(policy: Policy) -> dict[str, Format]:

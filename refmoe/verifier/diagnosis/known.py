@@ -38,6 +38,7 @@ from refmoe.verifier.diagnosis.evidence import (
 )
 from refmoe.verifier.diagnosis.fit import (
     CENTRE,
+    CLEAR,
     NOTHING,
     Fit,
     by_size,
@@ -204,7 +205,7 @@ def explain(evidence: Evidence, cause: Cause) -> Explanation:
     """Hold the trace against a cause as if it were the specification.
 
     What costs least comes first: predictions, then the enclosures of a part of the trace, then those of all of it. The
-    part is left out where the predictions leave no more than rounding does, because then it hardly ever refutes.
+    part is left out where the predictions leave little, because then it hardly ever refutes.
     """
     variation, keys = cause.variation, evidence.keys(evidence.whole)
     predicted = predict(evidence, variation, evidence.whole)
@@ -212,7 +213,7 @@ def explain(evidence: Evidence, cause: Cause) -> Explanation:
     if not _may_explain(evidence, cause, fit, predicted):
         return refuted(evidence, cause, fit)
     local, part = _local(evidence), evidence.first
-    if fit.residual <= noise(evidence):
+    if fit.residual <= max(noise(evidence), CLEAR):
         part = evidence.whole
     still, newly, recorded = _held_against(evidence, variation, part)
     if not still and not newly and part != evidence.whole:

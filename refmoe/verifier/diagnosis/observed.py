@@ -21,6 +21,8 @@ from refmoe.verifier.passes import Key, Pass
 
 FARTHEST = 2.0**400
 """A distance counts as this many units at most, so that sums of squares of distances stay finite."""
+MOST_KEPT = 1 << 20
+"""The most values of a trace whose enclosures are kept by the verification. Else a diagnosis computes them again."""
 SAMPLED = 1 << 20
 """The most values of a check that are kept. Of a longer one every n-th value is."""
 
@@ -138,6 +140,20 @@ class Recording(Pass):
             key: Recorded(*(np.concatenate(each) if len(parts) > 1 else each[0] for each in zip(*parts, strict=True)))
             for key, parts in self._parts.items()
         }
+
+
+class Keeper:
+    """Makes the passes of a verification. The enclosures of the first one are kept for a diagnosis, if they are few."""
+
+    first: Recording | None = None
+    """The first pass, in which each step reads the trace's values."""
+
+    def __call__(self, trace: Trace, *arguments: Any) -> Pass:
+        small = sum(math.prod(tensor.shape) for tensor in trace.tensors.values()) <= MOST_KEPT
+        if self.first is not None or not small:
+            return Pass(trace, *arguments)
+        self.first = Recording(trace, *arguments)
+        return self.first
 
 
 def observe(

@@ -11,7 +11,8 @@ import numpy as np
 from refmoe.spec.taps import IDS, LOGPROBS
 from refmoe.verifier.diagnosis.evidence import Evidence
 from refmoe.verifier.findings import FAIL, PASS, STRUCTURE, Explanation, proven
-from refmoe.verifier.verify import Settings, verify
+from refmoe.verifier.segments import Settings
+from refmoe.verifier.verify import verify
 
 NORMALISED = 1 / 16
 """The largest logarithm of a sum of probabilities that counts as that of 1. Stored ones are rounded."""
