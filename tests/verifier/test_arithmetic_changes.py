@@ -50,14 +50,22 @@ def test_the_change_of_an_ideal_engine_is_named_first(declared: str, change: str
     assert (found[0].kind, found[0].name) == (ARITHMETIC, f"{declared}+{change}")
 
 
-@pytest.mark.parametrize(
-    "form", [pytest.param(form, marks=() if form == "tensor" else pytest.mark.slow) for form in FORMS]
-)
-def test_an_engine_on_eight_ranks_is_named_so(form: str) -> None:
+def names_on_eight_ranks(form: str) -> list[str]:
+    """What is named of a healthy engine on eight ranks that declares none."""
     used = policy("bfloat16")
     found = explained(ranked_trace(form, used, Ranks(8, used, np.random.default_rng(8))), "bfloat16")
-    assert found
-    assert found[0].name.startswith("bfloat16+ranks=")
+    return [each.name for each in found]
+
+
+def test_an_engine_on_eight_ranks_is_named_so() -> None:
+    assert names_on_eight_ranks("tensor")[0].startswith("bfloat16+ranks=")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "tensor"])
+def test_where_one_step_alone_adds_parts_nothing_else_is_named(form: str) -> None:
+    """These engines add the parts of `wo`, but those of `w2` elsewhere or never. One step does not speak for both."""
+    assert all(name.startswith("bfloat16+ranks=") for name in names_on_eight_ranks(form))
 
 
 @pytest.mark.parametrize("change", CHANGES)

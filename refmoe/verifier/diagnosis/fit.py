@@ -122,6 +122,8 @@ def by_value(observed: Mapping[Key, Observed], failed: Iterable[Key], changed: M
         if ((here != there) & right.read).any():
             return NOTHING
         gaps += float(here.sum())
+        if here.any() and not (right.wrong & ~here).any():
+            continue  # it fails by its gaps alone; the errors of its other values are those of rounding
         e, d = right.distance(right.found - right.mid), right.distance(mid - right.mid)
         along, reach = along + float(e @ d), reach + float(d @ d)
         b, c = right.beyond(right.mid), right.beyond(mid)
