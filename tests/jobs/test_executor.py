@@ -20,7 +20,7 @@ from refmoe.checkpoints.write import write_checkpoint
 from refmoe.errors import InputError
 from refmoe.jobs import job as scale
 from refmoe.jobs.source import Folder, Formula
-from refmoe.jobs.spread import open_executor
+from refmoe.parallel import open_executor
 from refmoe.spec.config import Config
 from refmoe.traces.script import plan
 from refmoe.traces.trace import Header, Recorder
