@@ -135,6 +135,7 @@ def process_pool(jobs: int | None = None) -> Iterator[ProcessPoolExecutor]:
     """A pool of processes with one BLAS thread each. They end with the body, and with this process however it ends.
 
     jobs: the number of processes; None: one per core. When the body raises, running tasks end at once.
+    A process starts as a task is handed in, and Linux ends it with the thread that has done so: that thread must last.
     """
     executor: ProcessPoolExecutor | None = None
     try:

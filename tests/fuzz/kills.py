@@ -98,7 +98,8 @@ COMMANDS = {
         "verify trace --checkpoint model --policy float32 --executor processes:2 --junit tests.xml", model
     ),
     "mutants matrix": Command(
-        "mutants matrix --mutant rope-sign-flipped --mutant norm-eps-outside-sqrt --case one-pair --executor processes:2",
+        "mutants matrix --mutant rope-sign-flipped --mutant norm-eps-outside-sqrt --case one-pair "
+        "--executor processes:2",
         nothing,
         writes=False,
     ),
