@@ -18,8 +18,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.cluster_plan import Rates, layer_bytes, plans, trace_bytes
 from refmoe.bugs.catalogue import MUTANTS
 from refmoe.engines.results import NOT_JUDGED, SKIPPED, Results, read_results
+from refmoe.spec.config import PRESETS
 from refmoe.suite import find_cases, find_full_size_cases
 from refmoe.suite.conditions import CONDITIONS
 from refmoe.suite.matrix.file import read_matrix
@@ -314,8 +316,8 @@ def verdict_cost() -> str:
     rows = [
         (
             row["what"],
-            f"{row['verdict_ms']:,.0f} ms",
-            f"{row['judged_ms']:,.1f} ms",
+            f"{row['verdict_ms']:,.0f} ms" if "verdict_ms" in row else f"{row['verdict_bytes'] / 1e9:.1f} GB",
+            f"{row['judged_ms']:,.1f} ms" if "judged_ms" in row else f"{row['judged_bytes'] / 1e9:.1f} GB",
             f"{row['ratio']:.1f}",
             f"{row['wall']:.0f}",
         )
@@ -327,7 +329,8 @@ The CPU time of a verdict over that of what it judges, in float32 on one thread:
 whose weights are ready, and a product with weights from the formula. A verdict prepares the weights. The last column
 is the least ratio that the sums behind an enclosure allow, if nothing else took time. In the same run, this machine
 computed {machine["gflops"]:.0f} GFlop/s in float32 products, and read {machine["gb_per_s"]:.0f} GB/s from memory.
-Command: `OMP_NUM_THREADS=1 python -m bench.verdicts`; file: {link("verdicts.json")}.
+Rows of one layer of 8x7B are whole commands with all threads, by the clock. A busy process multiplies matrices in one
+thread on one of the cores. Commands: the two in the head of `bench/verdicts.py`; file: {link("verdicts.json")}.
 
 {table(("what", "verdict", "judged", "ratio", "wall"), rows)}"""
 
@@ -421,6 +424,74 @@ the time of the first rows. The share of matrix products is that of a run whose 
 {whole["peak_of_a_process_gib"]:.1f} GiB
 in the largest process. Its processes were given {whole["core_seconds"]} seconds of a core, which is
 {whole["core_seconds"] / whole["seconds"] / whole["cores"]:.0%} of the machine."""
+
+
+def scaling() -> str:
+    if not _measured("scaling"):
+        return "## A second worker\n\nNot measured yet (`python -m bench.scaling`)."
+    found = results("scaling")
+    rows = [
+        (
+            f"`{name}`",
+            f"{row['one_seconds']:.1f} s",
+            *(
+                text
+                for way in ("processes", "dask")
+                for text in (
+                    f"{row[f'{way}_seconds']:.1f} s",
+                    f"{row[f'{way}_efficiency']:.2f}",
+                    f"{max(0.0, row[f'{way}_serial_seconds']):.1f} s",
+                )
+            ),
+        )
+        for name, row in found["rows"].items()
+    ]
+    head = ("command", "one", "processes:2", "efficiency", "not shortened", "Dask", "efficiency", "not shortened")
+    return f"""## A second worker
+
+Whole commands with one worker, with `--executor processes:2`, and on a Dask cluster of two workers on this machine,
+each process with one BLAS thread, medians of {found["repeats"]} on {found["cores"]} cores. The efficiency is the time
+with one worker over twice the time with two. What a second worker does not shorten is the start of Python, of the
+workers and of the engines, and what runs in one process. In `conform` the engine is a process of its own already with
+one worker, and is judged meanwhile.
+Command: `python -m bench.scaling --json bench/results/scaling.json`; file: {link("scaling.json")}.
+
+{table(head, rows)}"""
+
+
+FROM_FILES = "one layer of 8x7B from bfloat16 files, 8 tokens, over reading them"
+"""The row of `bench.verdicts` from which the plan has the rate of verdicts."""
+
+
+def cluster_plan() -> str:
+    config, tokens = PRESETS["mixtral-8x7b"], 8
+    judged = [row for row in results("verdicts")["rows"] if row["what"] == FROM_FILES]
+    if not judged:
+        return "## 8x7B on several machines\n\nNot measured yet (`python -m bench.verdicts --only files`)."
+    disk = results("full_size")[f"two_layers_{tokens}_tokens"][0]
+    rates = Rates(
+        disk=1e9 * disk["read_gb"] / disk["seconds"], judged=1e3 * layer_bytes(config) / judged[0]["verdict_ms"]
+    )
+    every = plans(config, tokens, rates)
+    rows = [
+        (
+            f"{each.machines}", f"{each.layers}", f"{each.read / 1e9:.1f} GB", f"{each.moved / 1e6:.0f} MB",
+            f"{each.seconds / 60:.1f} min", f"{every[0].seconds / each.seconds / each.machines:.0%}",
+        )
+        for each in every
+    ]  # fmt: skip
+    layer = layer_bytes(config)
+    return f"""## 8x7B on several machines
+
+Simulated, not measured: `refmoe verify` of all 32 layers with all taps of {tokens} tokens, on machines that each have
+the files on a disk of their own. The rates are those of the machine of this page. Its disk reads
+{rates.disk / 1e9:.2f} GB/s of weights, and a verdict takes {rates.judged / 1e9:.2f} GB/s of weights that are in
+memory. A layer has {layer / 1e9:.1f} GB: {layer / rates.disk:.0f} seconds from the disk, {layer / rates.judged:.0f}
+to judge, and the slower of both counts. The trace of a layer has {trace_bytes(config, tokens) / 1e6:.1f} MB. Only the
+head is work that cannot be dealt evenly. The start of workers, a few seconds, is left out.
+Sources: {link("full_size.json", "verdicts.json")}, `bench/cluster_plan.py`.
+
+{table(("machines", "layers of one", "weights read by one", "trace moved to one", "time", "efficiency"), rows)}"""
 
 
 def peers() -> str:
@@ -554,8 +625,8 @@ Not tried:
 
 SECTIONS = (
     goldens, known_bugs, diagnosis, left_out, drawn_faults, diagnosis_time, engines, faults, verify_cost,
-    verdict_cost, conform_cost, invariance, exact_cost, full_size, peers, elementary, weight_formula, startup_cost,
-    robustness, folders, versions,
+    verdict_cost, conform_cost, invariance, exact_cost, full_size, scaling, cluster_plan, peers, elementary,
+    weight_formula, startup_cost, robustness, folders, versions,
 )  # fmt: skip
 
 

@@ -4,23 +4,35 @@
     product   the enclosure of x [tokens, n] times a bfloat16 matrix [n, m], over one float32 product of the same
     model     `verify` of every tap of a prefill, over a float32 forward pass whose weights are ready
     streamed  the enclosure of a product with one expert's matrix of 8x7B, from the weight formula, over the product
+    layer     `refmoe verify` of one layer of 8x7B with 8 tokens, weights from the formula, over `refmoe emit` of it
+    files     the same from files in bfloat16 that are in the page cache, over reading these files once
+    busy      both of these commands beside a process that multiplies matrices, over an idle machine
+    logits    memory of `refmoe verify` for the case production-8x7b, logits alone, over that with all taps
 
-Preparation of the weights counts for the verdict. Times are CPU seconds, since other processes change them less than
-seconds of a clock. The wall is the least work: the float64 product counts twice a float32 one, and the sums of
-magnitudes and of squares once each. Ratios are medians.
+Preparation of the weights counts for the verdict. Times of the first three are CPU seconds, since other processes
+change them less than seconds of a clock. The others are whole commands, with all threads, by the clock. The wall is
+the least work: the float64 product counts twice a float32 one, and the sums of magnitudes and of squares once each.
+Ratios are medians. Rows that are measured alone replace those of the file; `files` and `busy` write 3.5 GB below
+--folder, and remove them.
 
-    OMP_NUM_THREADS=1 python -m bench.verdicts --json bench/results/verdicts.json
+    OMP_NUM_THREADS=1 python -m bench.verdicts --only product --only model --only streamed --json FILE
+    python -m bench.verdicts --only layer --only files --only busy --only logits --json FILE
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +42,18 @@ import numpy as np
 from bench.verify_cost import MIDDLE, ideal_trace
 from refmoe.arithmetic.enclosure.array import Enclosure
 from refmoe.arithmetic.native.ops import NativeOps
+from refmoe.checkpoints.names import parameter_shapes
 from refmoe.checkpoints.synthetic import SyntheticWeight, synthetic_checkpoint
 from refmoe.checkpoints.weight import Weight
+from refmoe.checkpoints.write import write_checkpoint
+from refmoe.jobs.source import Formula
 from refmoe.profiles.load import policy
+from refmoe.spec.config import PRESETS
 from refmoe.spec.model import Model, forward
 from refmoe.steps.enclosure_ops import EnclosureOps
 from refmoe.steps.native import NATIVE_STEPS
 from refmoe.traces.script import Call, plan
+from refmoe.traces.trace import read_trace
 from refmoe.verifier.findings import CONFORMANT
 from refmoe.verifier.verify import verify
 
@@ -128,26 +145,200 @@ def streamed_row(repeats: int) -> dict[str, Any]:
     return {"what": "streamed, one expert's matrix of 8x7B, 2 tokens", **found, "wall": 1.0}
 
 
-def rows(repeats: int, folder: Path) -> Iterator[dict[str, Any]]:
+# ---- whole commands, by the clock
+
+ONE_LAYER = replace(PRESETS["mixtral-8x7b"], layers=1)
+EIGHT = "1,2,3,4,5,6,7,8"
+BUSY = """
+import numpy as np
+a = np.ones((1024, 1024), np.float32)
+print("ready", flush=True)
+while True:
+    a @ a
+"""
+
+
+def clocked(*words: str) -> float:
+    """Seconds of a command of refmoe. Raises CalledProcessError where it fails."""
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "refmoe", *words], check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - began
+
+
+@contextmanager
+def busy_neighbour() -> Iterator[None]:
+    """A process that multiplies matrices in one thread all the time."""
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE, env=alone) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            yield
+        finally:
+            process.kill()
+
+
+def in_turns(what: str, verdict: Work, judged: Work, repeats: int, wall: float) -> dict[str, Any]:
+    """A row of two works that return their seconds."""
+    pairs = [(verdict(), judged()) for _ in range(repeats)]
+    return {
+        "what": what,
+        "ratio": statistics.median(a / b for a, b in pairs),
+        "verdict_ms": 1e3 * statistics.median(a for a, _ in pairs),
+        "judged_ms": 1e3 * statistics.median(b for _, b in pairs),
+        "wall": wall,
+    }
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of 8x7B with 8 tokens: the commands that emit and verify it."""
+
+    emit: tuple[str, ...]
+    verify: tuple[str, ...]
+
+
+def from_formula(folder: Path) -> Layer:
+    model, trace = ("--checkpoint", "mixtral-8x7b", "--seed", "1"), str(folder / "formula.safetensors")
+    given = ("--layers", "0:1", "--tokens", EIGHT, "--dtype", "float32", "--out", trace)
+    return Layer(("emit", *model, *given), ("verify", trace, *model, "--policy", "float32"))
+
+
+def from_files(folder: Path) -> Layer:
+    """The commands on files, which are written where they are not there. The head is in them, and is not read."""
+    model, trace = folder / "one-layer", str(folder / "files.safetensors")
+    if not (model / "config.json").exists():
+        write_checkpoint(model, ONE_LAYER, Formula(ONE_LAYER, 1).load().parameters)
+    given = ("--tokens", EIGHT, "--dtype", "float32", "--no-digest", "--taps", "embedding,layers.*", "--out", trace)
+    at = ("--checkpoint", str(model))
+    return Layer(("emit", *at, *given), ("verify", trace, *at, "--policy", "float32"))
+
+
+def read_once(folder: Path, needed: int) -> float:
+    """Seconds of reading so many bytes of the files of a folder, from the page cache."""
+    buffer = bytearray(1 << 24)
+    began, left = time.perf_counter(), needed
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb", buffering=0) as file:
+            while left > 0 and (count := file.readinto(buffer)):
+                left -= count
+    return time.perf_counter() - began
+
+
+def layer_bytes(folder: Path) -> int:
+    """Bytes of the weights of the layer that the trace of `from_files` used, in bfloat16."""
+    chosen = {*read_trace(folder / "files.safetensors").get("prefill", "layers.0.router.experts").reshape(-1).tolist()}
+    layer = [name for name in parameter_shapes(ONE_LAYER) if name.startswith("layers.0.")]
+    used = [name for name in layer if ".experts." not in name or int(name.split(".")[3]) in chosen]
+    return sum(2 * math.prod(parameter_shapes(ONE_LAYER)[name]) for name in used)
+
+
+def layer_row(repeats: int, folder: Path) -> Iterator[dict[str, Any]]:
+    layer = from_formula(folder)
+    clocked(*layer.emit)
+    what = "one layer of 8x7B from the formula, 8 tokens, over `emit`"
+    yield in_turns(what, lambda: clocked(*layer.verify), lambda: clocked(*layer.emit), repeats, 1.0)
+
+
+def files_row(repeats: int, folder: Path) -> Iterator[dict[str, Any]]:
+    layer = from_files(folder)
+    clocked(*layer.emit)
+    what, needed = "one layer of 8x7B from bfloat16 files, 8 tokens, over reading them", layer_bytes(folder)
+    yield in_turns(what, lambda: clocked(*layer.verify), lambda: read_once(folder / "one-layer", needed), repeats, 1.0)
+
+
+def busy_row(repeats: int, folder: Path) -> Iterator[dict[str, Any]]:
+    for name, layer in (("the formula", from_formula(folder)), ("bfloat16 files", from_files(folder))):
+        clocked(*layer.emit)
+
+        def beside(layer: Layer = layer) -> float:
+            with busy_neighbour():
+                return clocked(*layer.verify)
+
+        what = f"one layer of 8x7B from {name}, beside a busy process, over idle"
+        yield in_turns(what, beside, lambda layer=layer: clocked(*layer.verify), repeats, 1.0)
+
+
+PEAK = """
+import resource, sys
+from refmoe.cli import main
+sys.argv = ["refmoe", *sys.argv[1:]]
+try:
+    main()
+except SystemExit:
+    pass
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
+"""
+
+
+def peak(*words: str) -> int:
+    """The most memory of a command, in bytes."""
+    done = subprocess.run([sys.executable, "-c", PEAK, *words], check=True, capture_output=True, text=True)
+    return int(done.stderr.rsplit("peak ", 1)[1]) << 10
+
+
+def logits_row(_repeats: int, folder: Path) -> Iterator[dict[str, Any]]:
+    name = "production-8x7b"
+    sizes = []
+    for taps in ("logits", "*"):
+        trace = folder / "taps.safetensors"
+        clocked("emit", "--case", name, "--policy", "bfloat16", "--taps", taps, "--out", str(trace))
+        sizes.append(peak("verify", str(trace), "--case", name, "--policy", "bfloat16", "--no-diagnose"))
+        trace.unlink()
+    yield {
+        "what": f"memory of {name}, logits alone over all taps", "ratio": sizes[0] / sizes[1],
+        "verdict_bytes": sizes[0], "judged_bytes": sizes[1], "wall": 1.0,
+    }  # fmt: skip
+
+
+# ---- the table
+
+
+def product_rows(repeats: int, _folder: Path) -> Iterator[dict[str, Any]]:
     for shape in PRODUCTS:
         yield product_row(shape, repeats)
+
+
+def model_rows(repeats: int, folder: Path) -> Iterator[dict[str, Any]]:
     for tokens in (256, 64):
         for name in ("float32", "bfloat16"):
             yield model_row(tokens, name, repeats, folder)
+
+
+def streamed_rows(repeats: int, _folder: Path) -> Iterator[dict[str, Any]]:
     yield streamed_row(repeats)
+
+
+KINDS: dict[str, Callable[[int, Path], Iterator[dict[str, Any]]]] = {
+    "product": product_rows, "model": model_rows, "streamed": streamed_rows, "layer": layer_row, "files": files_row,
+    "busy": busy_row, "logits": logits_row,
+}  # fmt: skip
+
+
+def merged(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a file with those that were measured again in their places, and new ones at the end."""
+    again = {row["what"]: row for row in new}
+    kept = [again.pop(row["what"], row) for row in old]
+    return [*kept, *again.values()]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=[*KINDS], action="append", help="this kind of row; repeatable")
+    parser.add_argument("--folder", type=Path, help="where files are written for a time; else a temporary folder")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the table here as well")
     options = parser.parse_args()
     found: dict[str, Any] = {"machine": machine(), "rows": []}
+    if options.json and options.json.exists():
+        before = json.loads(options.json.read_text(encoding="utf-8"))
+        found = {"machine": before["machine"] if options.only else found["machine"], "rows": before["rows"]}
     print(found["machine"], flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        for row in rows(options.repeats, Path(folder)):
-            found["rows"].append(row)
-            print(f"{row['what']:50} {row['ratio']:5.1f} times, at least {row['wall']:.0f}", flush=True)
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        for kind in options.only or KINDS:
+            for row in KINDS[kind](options.repeats, Path(folder)):
+                found["rows"] = merged(found["rows"], [row])
+                print(f"{row['what']:66} {row['ratio']:5.1f} times, at least {row['wall']:.0f}", flush=True)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(found, indent=1) + "\n")

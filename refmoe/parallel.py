@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work on several items at once, in processes that never outlive this one."""
+"""Work on several items at once: in processes that never outlive this one, or on a Dask cluster."""
 
 from __future__ import annotations
 
@@ -11,14 +11,24 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    BrokenExecutor,
+    CancelledError,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    wait,
+)
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from multiprocessing.connection import Connection
+from time import monotonic
 from typing import Any, TypeVar
 
-from refmoe.errors import InputError
+from refmoe.errors import InputError, require
+from refmoe.files.numbers import integer
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -30,12 +40,22 @@ ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", 
 HOPELESS = 3
 """After so many deaths in a row of a worker that had one item to itself, the other items are not tried."""
 PATIENCE = 5.0
-"""Seconds without a result after which a pool is asked whether it has ended."""
+"""Seconds without a result after which a pool is asked whether it has ended, and a cluster for its workers."""
+LONELY = 60.0
+"""Seconds for which a cluster may have no worker."""
+MOST_WORKERS = 1024
+"""The most processes of one machine."""
+CLUSTER_DEATHS = ("KilledWorker", "CommClosedError", "FutureCancelledError")
+"""The names of Dask's exceptions for a task whose worker died, or whose cluster ended."""
 SET_DEATH_SIGNAL = 1
 """The option of Linux's `prctl` that names the signal a process gets when its parent ends (PR_SET_PDEATHSIG)."""
 
 SPAWN = multiprocessing.get_context("spawn")
 """Workers are spawned, not forked: a forked process would keep the threads of a BLAS that is already loaded."""
+
+
+class WorkerLost(InputError):
+    """The error for a task whose worker process died, or whose cluster ended."""
 
 
 class WorkerDied(InputError):
@@ -46,7 +66,7 @@ class WorkerDied(InputError):
         names = [str(getattr(item, "name", item)) for item in items]
         super().__init__(
             f"a worker process died, as if killed for want of memory, while it worked on {', '.join(names)}; what else "
-            "was asked for is done; fewer --jobs need less memory"
+            "was asked for is done; an --executor of fewer processes needs less memory"
         )
 
 
@@ -115,6 +135,7 @@ def process_pool(jobs: int | None = None) -> Iterator[ProcessPoolExecutor]:
     """A pool of processes with one BLAS thread each. They end with the body, and with this process however it ends.
 
     jobs: the number of processes; None: one per core. When the body raises, running tasks end at once.
+    A process starts as a task is handed in, and Linux ends it with the thread that has done so: that thread must last.
     """
     executor: ProcessPoolExecutor | None = None
     try:
@@ -127,31 +148,134 @@ def process_pool(jobs: int | None = None) -> Iterator[ProcessPoolExecutor]:
             executor.shutdown(wait=True, cancel_futures=True)
 
 
+# ---- executors
+
+
+def parse_executor(spec: str) -> tuple[str, str]:
+    """The kind of an executor and the text after the colon. Raises InputError when `spec` names no executor.
+
+    spec: ``processes``, ``processes:N`` or ``dask:ADDRESS``, as ``--executor`` takes them
+    """
+    kind, _, rest = spec.partition(":")
+    if kind == "dask" and rest:
+        return kind, rest
+    if kind == "processes" and (not rest or 0 < (integer(rest) or 0) <= MOST_WORKERS):
+        return kind, rest
+    raise InputError(
+        f"--executor is '{spec}', but processes, processes:N with N up to {MOST_WORKERS}, or dask:ADDRESS was expected"
+    )
+
+
+@contextmanager
+def open_executor(spec: str) -> Iterator[Executor]:
+    """The executor that ``--executor`` names: ``processes``, ``processes:N`` or ``dask:ADDRESS``. Raises InputError."""
+    kind, rest = parse_executor(spec)
+    if kind == "processes":
+        with process_pool(integer(rest)) as pool, worker_deaths():
+            yield pool
+    else:
+        with cluster(rest) as client, worker_deaths():
+            yield client.get_executor(pure=False)
+
+
+@contextmanager
+def cluster(address: str) -> Iterator[Any]:
+    """A client of a Dask cluster that has a worker. Raises InputError where none answers or comes."""
+    distributed = require("distributed", "cluster", f"--executor dask:{address}")
+    try:
+        client = distributed.Client(address, timeout="10s")
+    except (OSError, ValueError) as error:
+        raise InputError(f"--executor dask:{address}: no scheduler answers there: {error}") from None
+    with client:
+        try:
+            client.wait_for_workers(1, timeout=LONELY)
+        except TimeoutError:
+            raise _no_worker(address) from None
+        yield client
+
+
+def _workers(client: Any, address: str) -> int:
+    """The number of workers that a cluster has now. Raises InputError where its scheduler has ended."""
+    try:
+        return len(client.nthreads())
+    except OSError as error:
+        raise InputError(f"--executor dask:{address}: the scheduler answers no more: {error}") from None
+
+
+def _no_worker(address: str) -> InputError:
+    return InputError(f"--executor dask:{address}: the cluster had no worker for {LONELY:g} seconds")
+
+
+@contextmanager
+def worker_deaths() -> Iterator[None]:
+    """Turn the exceptions that a dead worker causes, when a task is handed in or fetched, into WorkerLost."""
+    try:
+        yield
+    except (BrokenExecutor, CancelledError) as error:
+        raise _lost(error) from None
+    except Exception as error:
+        if type(error).__name__ in CLUSTER_DEATHS:
+            raise _lost(error) from None
+        raise
+
+
+def _lost(error: BaseException) -> WorkerLost:
+    return WorkerLost(
+        f"--executor: a worker process died while it computed ({type(error).__name__}); start the same command again: "
+        "finished layers of an emission are kept"
+    )
+
+
 # ---- items and their results
 
 
 @contextmanager
 def results(
-    function: Callable[[Item], Result], items: Sequence[Item], jobs: int | None = None
+    function: Callable[[Item], Result], items: Sequence[Item], workers: str | int | None = None
 ) -> Iterator[Iterator[tuple[Item, Result]]]:
     """Yield an iterator over pairs (item, its result), in the order in which they finish.
 
     function, items: must be importable or picklable, as other processes receive them.
-    jobs: the number of processes, with one BLAS thread each; None: one per core. With one job or one item, all work
-    happens in this process.
+    workers: an executor, as `parse_executor` reads it, or a number of processes with one BLAS thread each; None: one
+    process per core. With one process or one item, all work happens in this process.
     The iterator raises the exception of a call when it reaches that item. When a worker dies, the others go on: items
     that may have ended it are tried once more, each alone. The iterator raises WorkerDied, at its end, for those that
-    end their worker again.
+    end their worker again. A cluster tries such items by its own rules.
     """
-    jobs = min(jobs or os.cpu_count() or 1, len(items))
-    if jobs <= 1:
+    kind, rest = parse_executor(workers) if isinstance(workers, str) else ("processes", str(workers or ""))
+    jobs = min(integer(rest) or os.cpu_count() or 1, len(items)) if kind == "processes" else 0
+    if kind == "processes" and jobs <= 1:
         yield ((item, function(item)) for item in items)
         return
-    pairs = _spread(function, list(items), jobs)
+    pairs = _spread(function, list(items), jobs) if jobs else _on_cluster(function, list(items), rest)
     try:
         yield pairs
     finally:
         pairs.close()
+
+
+def _on_cluster(function: Callable[[Item], Result], items: list[Item], address: str) -> Pairs[Item, Result, None]:
+    """The pairs of `results`, from a cluster. Its scheduler gives the items of a dead worker to others, a few times."""
+    dead: list[Item] = []
+    with cluster(address) as client:
+        executor = client.get_executor(pure=False)
+        futures = {executor.submit(function, item): item for item in items}
+        left, alone_since = {*futures}, monotonic()
+        while left:
+            done, left = wait(left, PATIENCE, FIRST_COMPLETED)
+            for future in done:
+                if not future.cancelled() and type(future.exception()).__name__ == "KilledWorker":
+                    dead.append(futures[future])
+                    continue
+                with worker_deaths():
+                    result = future.result()
+                yield futures[future], result
+            if done or _workers(client, address):
+                alone_since = monotonic()
+            elif monotonic() - alone_since > LONELY:
+                raise _no_worker(address)
+    if dead:
+        raise WorkerDied(dead)
 
 
 def _spread(function: Callable[[Item], Result], items: list[Item], jobs: int) -> Pairs[Item, Result, None]:

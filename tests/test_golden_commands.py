@@ -33,9 +33,9 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(commands, [*map(str, arguments)], catch_exceptions=True)
 
 
-def emitted(folder: Path, jobs: int = 1) -> list[str]:
+def emitted(folder: Path, processes: int = 1) -> list[str]:
     """Emit the cases that are not up to date, and return their names."""
-    done = run("suite", "emit", "--golden", folder, "--json", "--jobs", jobs)
+    done = run("suite", "emit", "--golden", folder, "--json", "--executor", f"processes:{processes}")
     found: list[str] = json.loads(done.output)["emitted"]
     return found
 
@@ -50,7 +50,7 @@ def test_all_cases_are_emitted_and_then_none_is(folder: Path) -> None:
     assert emitted(folder) == []
     assert contents(folder) == whole
     assert golden.verify_files(folder) == []
-    assert run("suite", "check", "--golden", folder, "--jobs", 1).exit_code == 0
+    assert run("suite", "check", "--golden", folder, "--executor", "processes:1").exit_code == 0
 
 
 def test_what_a_killed_emission_left_undone_is_all_that_is_done(folder: Path) -> None:
@@ -60,7 +60,7 @@ def test_what_a_killed_emission_left_undone_is_all_that_is_done(folder: Path) ->
     (folder / "a" / "manifest.json").unlink()
     write_case(folder / "b", 1, 'store = "fingerprint"\nstart = 5')
     (folder / "c" / "trace-0123456789abcdef.safetensors").write_text("half")
-    assert emitted(folder, jobs=2) == ["a", "b"]
+    assert emitted(folder, processes=2) == ["a", "b"]
     assert golden.verify_files(folder) == []
     assert golden.leftovers(folder / "c") == []
     write_case(folder / "b", 1, 'store = "fingerprint"')
@@ -72,7 +72,7 @@ def test_check_says_the_same_in_one_process_and_in_several(folder: Path) -> None
     emitted(folder)
     write_case(folder / "c", 7)
     (folder / "FORMAT.md").write_text("other text")
-    one, two = (run("suite", "check", "--golden", folder, "--jobs", jobs, "--json") for jobs in (1, 2))
+    one, two = (run("suite", "check", "--golden", folder, "--executor", f"processes:{n}", "--json") for n in (1, 2))
     assert (one.exit_code, one.output) == (two.exit_code, two.output)
     found = json.loads(one.output)
     assert one.exit_code == 1
@@ -91,7 +91,7 @@ def test_a_case_that_cannot_be_read_does_not_hide_the_others(folder: Path) -> No
     emitted(folder)
     (folder / "a" / "case.toml").write_text("not toml")
     write_case(folder / "c", 7)
-    done = run("suite", "check", "--golden", folder, "--jobs", 1, "--json")
+    done = run("suite", "check", "--golden", folder, "--executor", "processes:1", "--json")
     found = json.loads(done.output)["cases"]
     assert done.exit_code == 1
     assert any("not valid TOML" in what for what in found["a"])
@@ -102,7 +102,7 @@ def test_a_leftover_is_noted_and_is_no_failure(folder: Path) -> None:
     emitted(folder)
     path = folder / "a" / ".manifest.json.abcdefgh.tmp"
     path.write_text("half")
-    done = run("suite", "check", "--golden", folder, "--jobs", 1)
+    done = run("suite", "check", "--golden", folder, "--executor", "processes:1")
     assert done.exit_code == 0
     assert f"note  {path}: left over" in done.output
     assert json.loads(run("suite", "check", "a", "--golden", folder, "--json").output)["leftovers"] == [str(path)]
@@ -110,9 +110,11 @@ def test_a_leftover_is_noted_and_is_no_failure(folder: Path) -> None:
 
 def test_certify_goes_over_all_and_check_still_passes(folder: Path) -> None:
     emitted(folder)
-    assert [*json.loads(run("suite", "certify", "--golden", folder, "--json", "--jobs", "2").output)] == [*NAMES]
+    assert [*json.loads(run("suite", "certify", "--golden", folder, "--json", "--executor", "processes:2").output)] == [
+        *NAMES
+    ]
     assert all(golden.read_manifest(folder / name)["certificate"] for name in NAMES)
-    assert run("suite", "check", "--golden", folder, "--jobs", 1).exit_code == 0
+    assert run("suite", "check", "--golden", folder, "--executor", "processes:1").exit_code == 0
     assert emitted(folder) == []
 
 
@@ -123,10 +125,13 @@ def test_nothing_is_written_unless_it_is_told_where(folder: Path, monkeypatch: p
     write_case(folder / "b", 1, 'store = "fingerprint"\nstart = 5')
     before = contents(folder)
     monkeypatch.setenv("REFMOE_GOLDEN", str(folder))
-    assert run("suite", "check", "--jobs", 1).exit_code == 1
+    assert run("suite", "check", "--executor", "processes:1").exit_code == 1
     assert [*json.loads(run("suite", "certify", "a", "--json").output)] == ["a"]
     assert run("suite", "emit").exit_code == 2
-    assert run("mutants", "matrix", "--case", "a", "--mutant", "rope-sign-flipped", "--jobs", 1).exit_code == 0
+    assert (
+        run("mutants", "matrix", "--case", "a", "--mutant", "rope-sign-flipped", "--executor", "processes:1").exit_code
+        == 0
+    )
     assert contents(folder) == before
 
 
@@ -155,7 +160,7 @@ def thread_settings(_item: int) -> tuple[int, list[str | None]]:
 
 def test_several_processes_have_one_thread_each() -> None:
     before = dict(os.environ)
-    with results(thread_settings, range(4), jobs=2) as found:
+    with results(thread_settings, range(4), 2) as found:
         settings = dict(found)
     assert sorted(settings) == [0, 1, 2, 3]
     assert os.getpid() not in {process for process, _ in settings.values()}

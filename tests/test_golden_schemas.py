@@ -199,7 +199,7 @@ def emitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     golden_folder = tmp_path_factory.mktemp("golden")
     folder = write_case(golden_folder / "small")
     golden.emit(golden.read_case(folder))
-    certify_goldens(golden_folder, write=True, jobs=1)
+    certify_goldens(golden_folder, write=True, executor="processes:1")
     golden.write_folder_manifest(golden_folder)
     return folder
 

@@ -153,7 +153,7 @@ def test_a_check_whose_worker_dies_reports_the_other_cases(
     """Status 2, for no difference was found. The sentence names the case."""
     names = ["one-pair", "walking-skeleton", "near-tie"]
     monkeypatch.setattr("refmoe.suite.check", check_or_die)
-    status, printed, said = refmoe("suite", "check", *names, "--jobs", 2, *["--json"] * as_json)
+    status, printed, said = refmoe("suite", "check", *names, "--executor", "processes:2", *["--json"] * as_json)
     assert status == 2
     if as_json:
         found = json.loads(printed)

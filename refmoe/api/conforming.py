@@ -13,9 +13,10 @@ from typing import Any
 from refmoe.api.progress import Bars, silent
 from refmoe.engines.adapter import adapter_command
 from refmoe.engines.adapters import SHIPPED
-from refmoe.engines.conform import Judge, Suite, Watch
+from refmoe.engines.conform import Suite, Watch
 from refmoe.engines.conform import conform as run_suite
 from refmoe.engines.harness import Harness, HarnessUnusable
+from refmoe.engines.judge import Judge
 from refmoe.engines.known import Failures, known_failures, read_known, sort_failures, write_known
 from refmoe.engines.observations import policies_used
 from refmoe.engines.options import options_of
@@ -37,6 +38,7 @@ from refmoe.engines.scoreboard import KINDS, Entrant, Scoreboard, result_files, 
 from refmoe.errors import InputError
 from refmoe.files.parsing import strict_json
 from refmoe.files.writable import refuse_output
+from refmoe.parallel import ONE_THREAD, environment, parse_executor
 from refmoe.profiles.load import policy as named_policy
 from refmoe.profiles.policy import Policy
 from refmoe.signals import ended_by_signals
@@ -80,6 +82,9 @@ class Conformance:
     """A folder for the traces that come back."""
     fresh: int | None = None
     """A seed of other weights and tokens for the same cases; None: the cases as they are."""
+    executor: str | None = None
+    """Judges cases, and runs as many engines side by side, each with one BLAS thread, as it has workers. As
+    `parse_executor` reads it; None: one engine, and this process."""
 
     def check(self) -> None:
         """Raises InputError for fields that contradict each other, and a folder that cannot be made."""
@@ -87,6 +92,8 @@ class Conformance:
             raise InputError("exactly one of --adapter NAME and -- COMMAND was expected")
         if self.adapter is None and (self.options or self.python is not None):
             raise InputError("--option and --python are about an adapter, but no --adapter was given")
+        if self.executor is not None:
+            parse_executor(self.executor)
         if self.cases and self.families:
             raise InputError("--family says which cases are run, so no --case was expected beside it")
         if self.keep is not None:
@@ -148,7 +155,10 @@ def policies_of(names: Names) -> dict[str, Policy]:
 
 
 def conform(
-    asked: Conformance, bars: Bars = silent, out: Path | None = None, before: Results | None = None
+    asked: Conformance,
+    bars: Bars = silent,
+    out: Path | None = None,
+    before: Results | None = None,
 ) -> tuple[Results, Logs]:
     """Run an engine on the cases and judge each.
 
@@ -170,6 +180,8 @@ def conform(
             served = adapter_command(asked.adapter, asked.options, asked.python)
             command, variables = stack.enter_context(served)
             label, identity = f"adapter '{asked.adapter}'", options_of(asked.options)
+        if asked.executor is not None:
+            stack.enter_context(environment(ONE_THREAD))
         harness = Harness(command, asked.timeout, variables, label)
         dtypes = suite.dtypes or harness.description.dtypes
         advance = stack.enter_context(bars("conform", len(suite.cases) * len(dtypes)))
@@ -183,7 +195,7 @@ def conform(
                 with suppress(InputError):  # the disk may be full for now; at the end it is tried once more
                     write_results(out, results)
 
-        return run_suite(harness, identity, replace(suite, before=before), Watch(log, save)), logs
+        return run_suite(harness, identity, replace(suite, before=before), Watch(log, save), asked.executor), logs
 
 
 # ---- known failures, and the verdict of the whole run

@@ -59,12 +59,18 @@ class Checked:
 
 
 def check_goldens(
-    golden: Path | None = None, names: Names = (), *, place: Place = CPU, jobs: int | None = None, bars: Bars = silent
+    golden: Path | None = None,
+    names: Names = (),
+    *,
+    place: Place = CPU,
+    executor: str | None = None,
+    bars: Bars = silent,
 ) -> Checked:
     """Recompute golden cases, and compare every bit and the digest of every file.
 
     golden: the folder of cases; None: the package's own.   names: of cases; empty: all, and the documents beside them
-    jobs: cases to work on at once; None: one per core.
+    executor: works on cases side by side, as `parse_executor` reads it; None: a process per core. A single case of full
+        size is spread over it.
     Of a case of full size only the files are compared, unless it is named. Raises InputError for an unknown case.
     """
     golden = golden_folder(golden)
@@ -72,7 +78,7 @@ def check_goldens(
     whole = not names and folders != [golden]
     large = suite.find_full_size_cases(golden) if whole else []
     unchecked: list[str] = []
-    found = _recompute(folders, place, jobs, bars, unchecked)
+    found = _recompute(folders, place, executor, bars, unchecked)
     found |= {case: suite.verify_case_files(case) for case in large}
     compared = [case for case in [*folders, *large] if case in found]
     return Checked(
@@ -86,7 +92,7 @@ def check_goldens(
 
 
 def _recompute(
-    folders: list[Path], place: Place, jobs: int | None, bars: Bars, unchecked: list[str]
+    folders: list[Path], place: Place, executor: str | None, bars: Bars, unchecked: list[str]
 ) -> dict[Path, list[suite.Difference]]:  # fmt: skip
     """Recompute cases and return the differences of each. The bar counts layers of a single case, else cases.
 
@@ -98,9 +104,9 @@ def _recompute(
         alone = None  # recomputing it says what is wrong
     if alone is not None:
         with bars(alone.name, len(alone.runs()) * len(alone.computed)) as advance:
-            return {alone.folder: suite.check(alone.folder, advance, place)}
+            return {alone.folder: suite.check(alone.folder, advance, place, executor)}
     check = partial(suite.check, place=place)
-    with bars("check", len(folders)) as advance, results(check, folders, place.jobs(jobs)) as checked:
+    with bars("check", len(folders)) as advance, results(check, folders, place.executor(executor)) as checked:
         found = {}
         try:
             for case, differences in checked:
@@ -115,7 +121,12 @@ def _recompute(
 
 
 def certify_goldens(
-    golden: Path | None = None, names: Names = (), *, write: bool = False, jobs: int | None = None, bars: Bars = silent
+    golden: Path | None = None,
+    names: Names = (),
+    *,
+    write: bool = False,
+    executor: str | None = None,
+    bars: Bars = silent,
 ) -> dict[str, Certificate]:
     """Prove for golden cases how close every value is to the real number. Needs python-flint.
 
@@ -125,7 +136,7 @@ def certify_goldens(
     folders = chosen(names, golden_folder(golden))
     found: dict[Path, Certificate] = {}
     work = partial(_certify, write=write)
-    with bars("certify", len(folders)) as advance, results(work, folders, jobs) as certified:
+    with bars("certify", len(folders)) as advance, results(work, folders, executor) as certified:
         for path, certificate in certified:
             found[path] = certificate
             advance()
@@ -144,7 +155,7 @@ def _certify(path: Path, write: bool) -> Certificate:
 
 
 def emit_goldens(
-    golden: Path, names: Names = (), *, place: Place = CPU, jobs: int | None = None, bars: Bars = silent
+    golden: Path, names: Names = (), *, place: Place = CPU, executor: str | None = None, bars: Bars = silent
 ) -> list[Path]:
     """Write golden values into a folder of cases.
 
@@ -157,20 +168,20 @@ def emit_goldens(
         raise InputError(f"{golden}: is a case, but a folder of cases was expected")
     with locked(golden):
         return (
-            [_emit_one(case, place, bars) for case in cases]
+            [_emit_one(case, place, executor, bars) for case in cases]
             if names
-            else _emit_missing(golden, cases, place, jobs, bars)
+            else _emit_missing(golden, cases, place, executor, bars)
         )
 
 
-def _emit_missing(golden: Path, cases: list[Case], place: Place, jobs: int | None, bars: Bars) -> list[Path]:
+def _emit_missing(golden: Path, cases: list[Case], place: Place, executor: str | None, bars: Bars) -> list[Path]:
     """Write the cases that are not written yet in their present form, and the manifest of the folder."""
     for folder in [golden, *(case.folder for case in cases)]:
         suite.remove_leftovers(folder)
     wanted = [case for case in cases if not suite.is_emitted(case)]
     work = partial(suite.emit, place=place)
     written: dict[str, Path] = {}
-    with bars("emit", len(wanted)) as advance, results(work, wanted, place.jobs(jobs)) as emitted:
+    with bars("emit", len(wanted)) as advance, results(work, wanted, place.executor(executor)) as emitted:
         for case, path in emitted:
             written[case.name] = path
             advance()
@@ -178,6 +189,6 @@ def _emit_missing(golden: Path, cases: list[Case], place: Place, jobs: int | Non
     return [written[case.name] for case in wanted]
 
 
-def _emit_one(case: Case, place: Place, bars: Bars) -> Path:
+def _emit_one(case: Case, place: Place, executor: str | None, bars: Bars) -> Path:
     with bars(case.name, len(case.runs()) * len(case.computed)) as advance:
-        return suite.emit(case, advance, place)
+        return suite.emit(case, advance, place, executor)

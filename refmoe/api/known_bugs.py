@@ -37,9 +37,10 @@ from refmoe.suite.matrix.changes import (
     sample,
     to_work,
 )
+from refmoe.suite.matrix.compute import compute
 from refmoe.suite.matrix.dependencies import changed, digests
 from refmoe.suite.matrix.file import MATRIX_FILE, MATRIX_FILES, Matrix, read_matrix, to_matrix, write_matrix
-from refmoe.suite.matrix.outcomes import POLICIES, SPECIFICATION, Outcome, Work, compute_matrix, runnable, whole
+from refmoe.suite.matrix.outcomes import POLICIES, SPECIFICATION, Outcome, Work, runnable, whole
 from refmoe.suite.matrix.power import compute_power, write_power
 from refmoe.suite.matrix.power import plan as plan_power
 from refmoe.suite.matrix.search import SEARCHED, Search, affected_pairs, pairs_of, search, searched
@@ -155,7 +156,7 @@ class Part:
 
 
 def judge_mutants(
-    part: Part, golden: Path | None = None, *, jobs: int | None = None, bars: Bars = silent
+    part: Part, golden: Path | None = None, *, executor: str | None = None, bars: Bars = silent
 ) -> list[Outcome]:
     """Run mutants on cases at dtypes, and judge each as if it were a foreign engine. Raises InputError."""
     golden = golden_folder(golden)
@@ -163,7 +164,7 @@ def judge_mutants(
         mutant(name)
     work = whole(chosen(part.cases, golden, (SMALL,)), part.mutants or runnable(), part.dtypes or DTYPES)
     with bars("matrix", len(work)) as advance:
-        return compute_matrix(work, jobs, advance)
+        return compute(work, executor, advance)
 
 
 def specification_fails(outcomes: Sequence[Outcome]) -> bool:
@@ -172,12 +173,12 @@ def specification_fails(outcomes: Sequence[Outcome]) -> bool:
 
 
 def judge_all(
-    golden: Path | None = None, *, write: bool = False, jobs: int | None = None, bars: Bars = silent
+    golden: Path | None = None, *, write: bool = False, executor: str | None = None, bars: Bars = silent
 ) -> Recorded:
     """Compute the whole matrix.   write: whether it becomes that of the golden folder"""
     golden = golden_folder(golden)
     seen = judge_outside(golden)
-    matrix = to_matrix(judge_mutants(Part(), golden, jobs=jobs, bars=bars), seen, digests(golden))
+    matrix = to_matrix(judge_mutants(Part(), golden, executor=executor, bars=bars), seen, digests(golden))
     if write:
         _write(matrix, golden, SMALL)
     cases = production_cases(golden)
@@ -185,7 +186,7 @@ def judge_all(
         return _in_short(matrix, golden)
     asked = Search(pairs_of(runnable()), cases, _known(golden))
     with bars("production cases", 0) as advance:
-        outcomes = search(asked, jobs, advance)
+        outcomes = search(asked, executor, advance)
     found = to_matrix(outcomes, {}, digests(golden, PRODUCTION))
     if write:
         _write(found, golden, PRODUCTION)
@@ -217,7 +218,7 @@ def measure_power(
     golden: Path | None = None,
     *,
     everything: bool = False,
-    jobs: int | None = None,
+    executor: str | None = None,
     bars: Bars = silent,
 ) -> None:
     """Measure the power of each set of taps, and write the table.
@@ -233,7 +234,7 @@ def measure_power(
     matrix = read_matrix(golden / MATRIX_FILE) if (golden / MATRIX_FILE).exists() else None
     work = plan_power(names or lacking, [*map(read_case, find_cases(golden))], matrix)
     with bars("power", len(work)) as advance:
-        write_power(out, compute_power(work, table(), jobs, advance))
+        write_power(out, compute_power(work, table(), executor, advance))
 
 
 @dataclass(frozen=True)
@@ -252,7 +253,7 @@ class Repeated:
 
 
 def repeat(
-    mode: str, golden: Path | None = None, *, write: bool = False, jobs: int | None = None, bars: Bars = silent
+    mode: str, golden: Path | None = None, *, write: bool = False, executor: str | None = None, bars: Bars = silent
 ) -> Repeated:
     """Compute a part of the recorded matrix again.
 
@@ -266,7 +267,7 @@ def repeat(
     cases: dict[str, Case] = {case.name: case for case in map(read_case, find_cases(golden))}
     work = plan(matrix, parts, cases) if mode == "changed" else sample(matrix, cases)
     with bars("matrix", len(work)) as advance:
-        outcomes = compute_matrix(work, jobs, advance)
+        outcomes = compute(work, executor, advance)
     seen = judge_outside(golden) if outside_changed(parts) else matrix.outside
     lost = losses(matrix, outcomes, seen)
     revised = revised_matrix(matrix, outcomes, seen, digests(golden) if mode == "changed" else matrix.sources)
@@ -279,7 +280,7 @@ def repeat(
 
 
 def repeat_production(
-    mode: str, golden: Path | None = None, *, write: bool = False, jobs: int | None = None, bars: Bars = silent
+    mode: str, golden: Path | None = None, *, write: bool = False, executor: str | None = None, bars: Bars = silent
 ) -> Repeated | None:
     """Compute a part of the matrix of the cases for production kernels again; None where there is no such case.
 
@@ -297,12 +298,12 @@ def repeat_production(
     if mode == "changed":
         asked = Search(affected_pairs(parts, matrix) if parts else (), cases, matrix)
         with bars("production cases", 0) as advance:
-            outcomes = search(asked, jobs, advance) if parts else []
+            outcomes = search(asked, executor, advance) if parts else []
         revised = searched(matrix, asked, outcomes, digests(golden, PRODUCTION))
     else:
         work = sample(matrix, cases)
         with bars("production cases", len(work)) as advance:
-            outcomes = compute_matrix(work, jobs, advance)
+            outcomes = compute(work, executor, advance)
         revised = revised_matrix(matrix, outcomes, {}, matrix.sources)
     lost = losses(matrix, outcomes, {}) if mode == "sample" else []
     if write and mode == "changed" and parts:

@@ -20,7 +20,7 @@ from refmoe.cuda.place import CPU, Place
 from refmoe.errors import InputError
 from refmoe.files.sentences import shown
 from refmoe.jobs.source import Source, find_source, loaded
-from refmoe.jobs.spread import open_executor, parse_executor
+from refmoe.parallel import open_executor, parse_executor
 from refmoe.profiles.load import policy as named_policy
 from refmoe.profiles.policy import Policy
 from refmoe.suite import case_source, trace_path

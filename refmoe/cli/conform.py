@@ -37,6 +37,7 @@ from refmoe.cli.options import (
     PATH,
     Decimal,
     Integer,
+    executor_option,
     golden_option,
     json_option,
     progress_bar,
@@ -134,6 +135,7 @@ def _about(option: Listed) -> str:
 @significance_option("a healthy engine fails at a case and dtype")
 @click.option("--diagnose/--no-diagnose", default=True, show_default=True, help="Explain failures.")
 @golden_option
+@executor_option("Judge cases, and run an engine of one thread for each worker,", "one engine, all its threads")
 @click.option(
     "--fresh", type=Integer(0), metavar="SEED",
     help="Other weights and tokens for the same cases, by this seed: an engine that returns stored goldens fails.",

@@ -22,6 +22,7 @@ from refmoe.api.emitting import (
 )
 from refmoe.cli.guard import OUTPUT, GuardedCommand
 from refmoe.cli.options import (
+    ONE_PROCESS,
     PATH,
     Command,
     Input,
@@ -51,7 +52,7 @@ def scale_options(command: Command) -> Command:
             help="Whether the trace names the checkpoint by its SHA-256, which reads every byte once more.",
         ),
         click.option("--estimate", "only_estimate", is_flag=True, help="Print the cost, and compute nothing."),
-        executor_option("Spread the experts of each layer,"),
+        executor_option("Spread the experts of each layer,", ONE_PROCESS),
         click.option("--states", type=PATH, metavar="TRACE", help="With --layers A:B, A > 0: the input of layer A."),
         click.option("--layers", metavar="A:B", help="Only layers A to below B; the rest of the model is not read."),
         seed_option,

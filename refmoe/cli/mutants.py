@@ -30,7 +30,7 @@ from refmoe.api.known_bugs import (
     specification_fails,
 )
 from refmoe.cli.guard import OUTPUT, PAGE, GuardedCommand
-from refmoe.cli.options import golden_option, jobs_option, json_option, progress_bar, written_golden_option
+from refmoe.cli.options import executor_option, golden_option, json_option, progress_bar, written_golden_option
 from refmoe.cli.table import print_table
 from refmoe.errors import InputError
 from refmoe.report.json_text import json_text
@@ -94,7 +94,7 @@ def show_command(name: str, as_json: bool) -> None:
 @click.option("--dtype", "dtypes", multiple=True, type=click.Choice(DTYPES), help="Only this dtype; repeatable.")
 @click.option("--changed", "mode", flag_value="changed", help="Only the runs that changed files can affect.")
 @click.option("--sample", "mode", flag_value="sample", help="Each mutant on one case that killed it; writes nothing.")
-@jobs_option
+@executor_option("Judge cases side by side,")
 @json_option
 @click.pass_context
 def matrix_command(
@@ -105,7 +105,7 @@ def matrix_command(
     names: Names,
     dtypes: Names,
     mode: str | None,
-    jobs: int | None,
+    executor: str | None,
     as_json: bool,
 ) -> None:
     """Judge every mutant on every case in float32, bfloat16 and float16 as if it were a foreign engine.
@@ -127,9 +127,9 @@ def matrix_command(
     if mode is not None and part.given:
         raise InputError(f"--{mode} says what is run, so no --case, --mutant or --dtype was expected beside it")
     if mode is not None:
-        _again(context, mode, golden, jobs, as_json)
+        _again(context, mode, golden, executor, as_json)
     elif part.given:
-        outcomes = judge_mutants(part, golden, jobs=jobs, bars=progress_bar)
+        outcomes = judge_mutants(part, golden, executor=executor, bars=progress_bar)
         if as_json:
             click.echo(json_text([asdict(each) for each in outcomes]))
         else:
@@ -142,7 +142,7 @@ def matrix_command(
         if specification_fails(outcomes):
             context.exit(1)
     else:
-        _summary(context, judge_all(golden, write=golden is not None, jobs=jobs, bars=progress_bar), as_json)
+        _summary(context, judge_all(golden, write=golden is not None, executor=executor, bars=progress_bar), as_json)
 
 
 @mutants_command.command(
@@ -172,10 +172,10 @@ def results_command(context: click.Context, golden: Path, html: Path | None, as_
 @click.option("--mutant", "names", multiple=True, metavar="ID", help="Measure this mutant; repeatable.")
 @click.option("--all", "everything", is_flag=True, help="Measure all mutants; default: those that the table lacks.")
 @golden_option
-@jobs_option
+@executor_option("Judge cases side by side,")
 @json_option
 def power_command(
-    out: Path | None, names: Names, everything: bool, golden: Path, jobs: int | None, as_json: bool
+    out: Path | None, names: Names, everything: bool, golden: Path, executor: str | None, as_json: bool
 ) -> None:
     """Print how many known bugs are seen with each set of taps, at each dtype.
 
@@ -190,7 +190,7 @@ def power_command(
     if out is None and (names or everything):
         raise InputError("--mutant and --all say what is measured, so --measure FILE was expected beside them")
     if out is not None:
-        measure_power(out, names, golden, everything=everything, jobs=jobs, bars=progress_bar)
+        measure_power(out, names, golden, everything=everything, executor=executor, bars=progress_bar)
         return
     known, found = measured_power()
     if as_json:
@@ -219,10 +219,10 @@ def _summary(context: click.Context, recorded: Recorded, as_json: bool) -> None:
         context.exit(1)
 
 
-def _again(context: click.Context, mode: str, golden: Path | None, jobs: int | None, as_json: bool) -> None:
+def _again(context: click.Context, mode: str, golden: Path | None, executor: str | None, as_json: bool) -> None:
     """Repeat a part of the recorded matrix."""
-    done = repeat(mode, golden, write=golden is not None, jobs=jobs, bars=progress_bar)
-    production = repeat_production(mode, golden, write=golden is not None, jobs=jobs, bars=progress_bar)
+    done = repeat(mode, golden, write=golden is not None, executor=executor, bars=progress_bar)
+    production = repeat_production(mode, golden, write=golden is not None, executor=executor, bars=progress_bar)
     if as_json:
         more = {} if production is None else {"production": _repeated_facts(production)}
         click.echo(json_text(_repeated_facts(done) | more))

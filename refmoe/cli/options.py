@@ -18,6 +18,7 @@ from refmoe.cli.guard import OUTPUT_FOLDER
 from refmoe.cuda.place import DEVICES, Place
 from refmoe.errors import InputError
 from refmoe.files.numbers import decimal, integer
+from refmoe.parallel import parse_executor
 from refmoe.report.terminal import can_move, error_console
 from refmoe.spec.config import PRESETS
 from refmoe.suite.golden_folder import VARIABLE, golden_folder
@@ -76,14 +77,6 @@ def json_option(command: Command) -> Command:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")(command)
 
 
-def jobs_option(command: Command) -> Command:
-    """Add ``--jobs``: processes that work on cases."""
-    option = click.option(
-        "--jobs", type=Integer(1), metavar="N", help="Cases to work on at once; one per core if not given."
-    )
-    return option(command)
-
-
 def _place(_context: click.Context, _option: click.Parameter, name: str) -> Place:
     """The place of this name, checked before anything is read. Raises InputError where there is no such device."""
     place = Place(name)
@@ -132,10 +125,21 @@ def taps_option(command: Command) -> Command:
     return click.option("--taps", metavar="PATTERNS", default="*", show_default=True, help=TAPS_HELP)(command)
 
 
-def executor_option(what: str) -> Callable[[Command], Command]:
-    """Add ``--executor``.   what: the work that is spread, in words"""
+def _executor(_context: click.Context, _option: click.Parameter, spec: str | None) -> str | None:
+    """The value, if it names an executor. Raises InputError if not."""
+    if spec is not None:
+        parse_executor(spec)
+    return spec
+
+
+ONE_PROCESS = "this process"
+ALL_CORES = "processes"
+
+
+def executor_option(what: str, default: str = ALL_CORES) -> Callable[[Command], Command]:
+    """Add ``--executor``.   what: the work that is spread, in words   default: where it happens without the option"""
     return click.option(
-        "--executor", metavar="processes[:N]|dask:ADDRESS",
+        "--executor", metavar="processes[:N]|dask:ADDRESS", callback=_executor, show_default=default,
         help=f"{what} in N processes of this machine (one per core if N is not given), or on a Dask cluster.",
     )  # fmt: skip
 

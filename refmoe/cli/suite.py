@@ -22,8 +22,8 @@ from refmoe.cli.options import (
     Integer,
     Tokens,
     device_option,
+    executor_option,
     golden_option,
-    jobs_option,
     json_option,
     progress_bar,
     written_golden_option,
@@ -57,11 +57,11 @@ def suite_command() -> None:
 @cases_argument
 @golden_option
 @device_option("One case at a time; the bits must be the CPU's.")
-@jobs_option
+@executor_option("Work on cases side by side,")
 @json_option
 @click.pass_context
 def check_command(
-    context: click.Context, names: Names, golden: Path, device: Place, jobs: int | None, as_json: bool
+    context: click.Context, names: Names, golden: Path, device: Place, executor: str | None, as_json: bool
 ) -> None:
     """Recompute the goldens of each CASE, or of all, and compare every bit, and the digest of every file.
 
@@ -77,7 +77,7 @@ def check_command(
     but the worker process of a case died. A file that a killed `refmoe suite emit`
     left behind is reported, and is harmless.
     """
-    found = check_goldens(golden, names, place=device, jobs=jobs, bars=progress_bar)
+    found = check_goldens(golden, names, place=device, executor=executor, bars=progress_bar)
     if as_json:
         facts = {"ok": found.ok, "cases": found.cases, "documents": found.documents or []}
         more = {"leftovers": found.leftovers, "not_recomputed": [case.name for case in found.not_recomputed]}
@@ -114,9 +114,9 @@ def print_checked(found: Checked) -> None:
 @click.command("certify", cls=GuardedCommand, short_help="Prove how close goldens are to the real numbers.")
 @cases_argument
 @written_golden_option("the certificates are")
-@jobs_option
+@executor_option("Work on cases side by side,")
 @json_option
-def certify_command(names: Names, golden: Path | None, jobs: int | None, as_json: bool) -> None:
+def certify_command(names: Names, golden: Path | None, executor: str | None, as_json: bool) -> None:
     """Run each CASE, or all, in ball arithmetic (Arb), which encloses the real numbers.
 
     \b
@@ -126,7 +126,7 @@ def certify_command(names: Names, golden: Path | None, jobs: int | None, as_json
     A certificate has per tap a proven bound on |golden - real value|, and the routing decisions that are not proven.
     With --golden it is written into the manifest of each case. Needs the extra 'certify' (python-flint).
     """
-    named = certify_goldens(golden, names, write=golden is not None, jobs=jobs, bars=progress_bar)
+    named = certify_goldens(golden, names, write=golden is not None, executor=executor, bars=progress_bar)
     if as_json:
         click.echo(json_text({name: certificate.to_json() for name, certificate in named.items()}))
         return
@@ -143,9 +143,9 @@ def certify_command(names: Names, golden: Path | None, jobs: int | None, as_json
 @cases_argument
 @written_golden_option("the goldens are", required=True)
 @device_option("Exact values have the CPU's bits.")
-@jobs_option
+@executor_option("Work on cases side by side,")
 @json_option
-def emit_command(names: Names, golden: Path, device: Place, jobs: int | None, as_json: bool) -> None:
+def emit_command(names: Names, golden: Path, device: Place, executor: str | None, as_json: bool) -> None:
     """Compute each CASE of a folder and write its golden, as its case.toml defines it.
 
     \b
@@ -156,7 +156,7 @@ def emit_command(names: Names, golden: Path, device: Place, jobs: int | None, as
     manifest of the folder; cases of full size must be named. If it is killed, each case is the old one or the new one;
     the same command goes on.
     """
-    written = emit_goldens(golden, names, place=device, jobs=jobs, bars=progress_bar)
+    written = emit_goldens(golden, names, place=device, executor=executor, bars=progress_bar)
     if as_json:
         emitted = [path.parent.resolve().name for path in written]
         click.echo(json_text({"emitted": emitted, "files": [str(path) for path in written]}))

@@ -13,6 +13,7 @@ from refmoe.api.report import Report
 from refmoe.api.verifying import Judging, ModelChoice, distances, verify_file
 from refmoe.cli.guard import OUTPUT, PAGE, GuardedCommand
 from refmoe.cli.options import (
+    ONE_PROCESS,
     PATH,
     Input,
     case_option,
@@ -64,7 +65,7 @@ class Output:
     "The products with weights, of the enclosures and of the replicas, are computed there. All other work, and the "
     "search for an explanation, is on the CPU."
 )
-@executor_option("Judge layers side by side,")
+@executor_option("Judge layers side by side,", ONE_PROCESS)
 @click.option("--html", type=PAGE, metavar="FILE", help="Write the report as one page that needs no network.")
 @click.option("--junit", type=OUTPUT, metavar="FILE", help="Write the report as JUnit XML.")
 @click.option(

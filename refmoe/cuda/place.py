@@ -109,9 +109,9 @@ class Place:
         ops = DecodeOps(cupy, cupy_ops.compiled, capacity)
         return Decoder(ops, model, capacity, partial(captured, cupy) if can_capture(ops, model) else None)
 
-    def jobs(self, wanted: int | None) -> int | None:
-        """Processes for work on several cases; on a GPU only one, unless more were asked for."""
-        return wanted or 1 if self.on_gpu else wanted
+    def executor(self, wanted: str | None) -> str | None:
+        """The executor of work on several cases; on a GPU one process, unless more were asked for."""
+        return wanted or "processes:1" if self.on_gpu else wanted
 
     def free_memory(self) -> int:
         """The free bytes of the GPU."""

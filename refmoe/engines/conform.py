@@ -3,53 +3,33 @@
 
 from __future__ import annotations
 
-import math
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, as_completed, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from threading import Event
-from typing import TYPE_CHECKING
+from queue import Empty, SimpleQueue
+from threading import Event, Lock
+from time import monotonic
 
 from refmoe import __version__
 from refmoe.checkpoints.size import total_parameters
 from refmoe.engines.harness import Description, Harness, HarnessUnusable, Refused
-from refmoe.engines.observations import golden_bits_notes, has_golden_bits, is_wider
-from refmoe.engines.process import BROKEN, CRASHED, HarnessError
-from refmoe.engines.protocol import EVERY_TAP
-from refmoe.engines.results import NOT_JUDGED, SKIPPED, Cause, Engine, Outcome, Results
-from refmoe.engines.run_case import (
-    Labels,
-    Materialised,
-    Places,
-    kept_file,
-    lacks,
-    places,
-    run_case,
-    without_folders,
-)
+from refmoe.engines.judge import Judge, Question, Seat, about_its_file, in_words, not_judged, seats
+from refmoe.engines.observations import golden_bits_notes, is_wider
+from refmoe.engines.process import CRASHED, HarnessError
+from refmoe.engines.results import SKIPPED, Engine, Outcome, Results
+from refmoe.engines.run_case import Labels, Materialised, Places, kept_file, lacks, places, run_case
 from refmoe.errors import InputError
 from refmoe.files.scratch import Scratch
-from refmoe.files.sentences import one_line, shown
+from refmoe.files.sentences import shown
 from refmoe.parallel import in_background
 from refmoe.profiles.load import policy as named_policy
 from refmoe.profiles.policy import Policy
-from refmoe.spec.model import Parameters
 from refmoe.suite import Case
-from refmoe.suite.overflow import explains_open, overflow
-from refmoe.suite.power import with_power
-from refmoe.traces.trace import Trace
-from refmoe.verifier.findings import CANNOT_JUDGE, FAIL, NOT_CONFORMANT, Report
-from refmoe.verifier.intake import INTEGERS, take_in
-from refmoe.verifier.passes import Pass
-from refmoe.verifier.segments import SIGNIFICANCE, Settings
-from refmoe.verifier.verify import verify
-
-if TYPE_CHECKING:
-    from refmoe.verifier.diagnosis.observed import Recording
+from refmoe.verifier.intake import take_in
 
 LAST_VERDICT = 2.0
 """Seconds in which the last answer may still be judged when a signal ends the run."""
@@ -58,94 +38,6 @@ TRIED = 3
 
 Log = Callable[[Outcome, str], None]
 """Called with each outcome and, where the harness has failed, the end of its standard error."""
-
-
-@dataclass(frozen=True)
-class Judge:
-    """The settings by which traces are judged."""
-
-    significance: float = SIGNIFICANCE
-    diagnosing: bool = True
-    """Whether failures are explained."""
-    named: set[str] = field(default_factory=set, compare=False)
-    """The names given so far. The next diagnosis tries them first, because the failures of an engine are alike."""
-
-    def judge(self, case: Case, parameters: Parameters, dtype: str, trace: Trace, policy: Policy) -> Outcome:
-        """The outcome of a case at a dtype. A trace that cannot come from this model is a broken answer.
-
-        An explanation that fails leaves the verdict as it is.
-        """
-        name, config, runs = f"case {case.name}", case.config, case.runs()
-        from refmoe.verifier.diagnosis import Keeper
-
-        keeper = Keeper()
-        settings = Settings(self.significance, passes=keeper if self.diagnosing else Pass)
-        outcome = Outcome(case=case.name, dtype=dtype, policy=policy.name, verdict=BROKEN, reason="")
-        try:
-            report = verify(trace, name, config, parameters, runs, policy, settings)
-            report = with_power(report, trace, config, policy)
-        except InputError as error:
-            return replace(outcome, reason=_about_its_file(error, trace))
-        if report.verdict == CANNOT_JUDGE:
-            first = overflow(case, parameters, policy)
-            if first is not None and explains_open(report, case, first):
-                reason = f"the case overflows under {policy.name}: the specification itself is not finite at {first}"
-                return replace(outcome, verdict=NOT_JUDGED, reason=reason, worst_errors=worst_errors(report))
-        unexplained = ""
-        if self.diagnosing and report.verdict == NOT_CONFORMANT:
-            try:
-                report = self._diagnosed(report, case, parameters, trace, policy, keeper.first)
-            except Exception as error:  # of whatever kind: the values are a stranger's
-                unexplained = f"; refmoe could not explain it: {in_words(error)}"
-        return replace(
-            outcome,
-            verdict=report.verdict,
-            reason=reason_of(report) + unexplained,
-            first_wrong=report.first_wrong,
-            worst_errors=worst_errors(report),
-            explanations=tuple(
-                Cause(name=each.name, kind=each.kind, about=each.about, fix=each.fix, sources=each.sources)
-                for each in report.explanations or ()
-            ),
-        )
-
-    def _diagnosed(
-        self, report: Report, case: Case, parameters: Parameters, trace: Trace, policy: Policy, kept: Recording | None
-    ) -> Report:
-        from refmoe.bugs.catalogue import MUTANTS
-        from refmoe.verifier.diagnosis import explained, gather, search
-
-        evidence = gather(trace, case.config, parameters, case.runs(), policy, report, kept)
-        found = search(evidence, MUTANTS.values(), before=self.named)
-        self.named.update(each.name for each in found if each.explains)
-        return explained(report, found)
-
-
-def _about_its_file(error: InputError, trace: Trace) -> str:
-    return f"its file: {str(error).removeprefix(f'{trace.path}: ')}"
-
-
-def reason_of(report: Report) -> str:
-    """The reason of the first wrong step; without one, the headline after its verdict."""
-    check = report.check(*report.first_wrong) if report.first_wrong is not None else None
-    return report.headline.partition(": ")[2] if check is None else check.reason
-
-
-def worst_errors(report: Report) -> dict[str, float]:
-    """Per step, in order of computation, the largest error over the allowed one. NaN counts as the largest.
-
-    A check that did not fail counts as at most 1. It may have passed by a second reading of its input, and its own
-    error belongs to the first.
-    """
-    worst: dict[str, float] = {}
-    for check in report.checks:
-        if check.step in INTEGERS:
-            continue  # a choice has no size of error
-        before, now = worst.get(check.step, 0.0), check.worst_error
-        if check.verdict != FAIL:
-            now = min(now, 1.0)
-        worst[check.step] = math.nan if math.isnan(before) or math.isnan(now) else max(before, now)
-    return {step: worst[step] for step in EVERY_TAP if step in worst}
 
 
 @dataclass(frozen=True)
@@ -187,17 +79,30 @@ UNFINISHED = "the run has not come to its end: only the outcomes so far are here
 """The note of results that are written meanwhile."""
 
 
-def conform(harness: Harness, options: Mapping[str, str], suite: Suite, watch: Watch = Watch()) -> Results:
+def conform(
+    harness: Harness,
+    options: Mapping[str, str],
+    suite: Suite,
+    watch: Watch = Watch(),
+    executor: str | None = None,
+) -> Results:
     """Run a suite on a harness that has been started, then end the harness.
 
     options: further identification of the engine, such as the options of its adapter.   watch: called meanwhile
+    executor: judges cases, as `parse_executor` reads it, and gives the number of engines that run side by side, as in
+        `seats`; None: one engine, and this process
     Whatever the engine does in a case is an outcome of that case.
     Raises HarnessUnusable where the smoke test finds the harness itself broken, InputError where it lacks a dtype.
     """
     described = harness.description
-    with ended(harness):
+    with ended([harness]):
         policies = chosen_policies(described, suite)
-        with places() as folders, ended(harness):
+        with (
+            places() as folders,
+            seats(suite.judge, executor, len(suite.cases)) as judges,
+            ended([harness]),
+            more(harness, len(judges) - 1) as others,
+        ):
             smoke = smoke_test(harness, suite.smoke, next(iter(policies)), folders)
             results = Results(
                 engine=Engine(described.name, described.version, options),
@@ -213,35 +118,103 @@ def conform(harness: Harness, options: Mapping[str, str], suite: Suite, watch: W
             )
             done = {} if suite.before is None else outcomes_so_far(suite.before, results, policies)
             order = [(case.name, dtype) for case in suite.cases for dtype in policies]
+            harnesses = [harness, *(each.result() for each in others)]
+            with ended(harnesses):
+                runs = [
+                    _Run(each, suite, policies, folders, seat) for each, seat in zip(harnesses, judges, strict=True)
+                ]
+                _go(runs, _Finish(watch, results, order, done))
+                results = replace(results, outcomes=tuple(done[place] for place in order))
+                notes = dict.fromkeys(note for each in harnesses if (note := each.stop()) is not None)
+    return replace(results, notes=(*notes, *golden_bits_notes(results)))
 
-            def finish(answer: Answer) -> None:
-                outcome = answer.judged()
-                place = outcome.case, outcome.dtype
-                if given_up.is_set():
-                    return
-                if place not in done:
-                    done[place] = outcome
-                    so_far = tuple(done[each] for each in order if each in done)
-                    watch.save(replace(results, outcomes=so_far))
-                watch.log(outcome, answer.said if outcome.failed else "")
 
-            # the engine runs the next case while this one is judged
-            last: Future[None] | None = None
-            given_up = Event()
-            try:
-                for answer in _Run(harness, suite, policies, folders).answers(done):
-                    if last is not None:
-                        last.result()
-                    last = in_background(partial(finish, answer))
-                if last is not None:
-                    last.result()
-            finally:
-                if last is not None:
-                    wait([last], LAST_VERDICT)
-                given_up.set()
-            results = replace(results, outcomes=tuple(done[place] for place in order))
-            note = harness.stop()
-    return replace(results, notes=(*([] if note is None else [note]), *golden_bits_notes(results)))
+@contextmanager
+def more(harness: Harness, count: int) -> Iterator[list[Future[Harness]]]:
+    """More processes of a harness, which start in the background. They are ended, even where they start later."""
+    started = [in_background(harness.another) for _ in range(count)]
+
+    def end(future: Future[Harness]) -> None:
+        if future.exception() is None:
+            future.result().kill()
+
+    try:
+        yield started
+    finally:
+        for each in started:
+            each.add_done_callback(end)
+
+
+class _Finish:
+    """Keeps outcomes as they come, whichever thread has judged them."""
+
+    def __init__(
+        self,
+        watch: Watch,
+        results: Results,
+        order: Sequence[tuple[str, str]],
+        done: dict[tuple[str, str], Outcome],
+    ) -> None:
+        """results: of the run, without outcomes   order: all places, case and dtype   done: gets the outcomes"""
+        self._watch, self._results, self._order, self._done = watch, results, order, done
+        self.known = dict(done)
+        """The outcomes that there were at the start."""
+        self.given_up = Event()
+        """Set when the run ends: later outcomes are dropped."""
+        self._one = Lock()
+
+    def __call__(self, answer: Answer) -> None:
+        """Judge an answer, and keep the outcome."""
+        outcome = answer.judged()
+        place = outcome.case, outcome.dtype
+        with self._one:
+            if self.given_up.is_set():
+                return
+            if place not in self._done:
+                self._done[place] = outcome
+                so_far = tuple(self._done[each] for each in self._order if each in self._done)
+                self._watch.save(replace(self._results, outcomes=so_far))
+            self._watch.log(outcome, answer.said if outcome.failed else "")
+
+
+def _go(runs: Sequence[_Run], finish: _Finish) -> None:
+    """Run the cases on all engines. Each takes the next case as soon as it is free."""
+    cases: SimpleQueue[Case] = SimpleQueue()
+    for case in runs[0].suite.cases:
+        cases.put(case)
+    if len(runs) == 1:
+        try:
+            _go_one(runs[0], cases, finish)
+        finally:
+            finish.given_up.set()
+        return
+    lanes = [in_background(partial(_go_one, each, cases, finish)) for each in runs]
+    try:
+        for lane in as_completed(lanes):
+            lane.result()
+    finally:
+        finish.given_up.set()
+        last = monotonic() + LAST_VERDICT
+        while wait(lanes, 0).not_done and monotonic() < last:
+            for each in runs:  # a lane may have started its engine again before it saw the end of the run
+                each.harness.kill()
+            wait(lanes, 0.1)
+
+
+def _go_one(run: _Run, cases: SimpleQueue[Case], finish: _Finish) -> None:
+    """Run cases on one engine. It runs the next case while the last one is judged."""
+    last: Future[None] | None = None
+    try:
+        for answer in run.answers(cases, finish):
+            if last is not None:
+                last.result()
+            run.seat.ready()
+            last = in_background(partial(finish, answer))
+        if last is not None:
+            last.result()
+    finally:
+        if last is not None:
+            wait([last], LAST_VERDICT)
 
 
 def outcomes_so_far(before: Results, now: Results, policies: Mapping[str, Policy]) -> dict[tuple[str, str], Outcome]:
@@ -276,12 +249,13 @@ def outcomes_so_far(before: Results, now: Results, policies: Mapping[str, Policy
 
 
 @contextmanager
-def ended(harness: Harness) -> Iterator[None]:
-    """End a harness before the folders are removed to which it may be writing."""
+def ended(harnesses: Sequence[Harness]) -> Iterator[None]:
+    """End harnesses before the folders are removed to which they may be writing."""
     try:
         yield
     finally:
-        harness.kill()
+        for each in harnesses:
+            each.kill()
 
 
 def chosen_policies(described: Description, suite: Suite) -> dict[str, Policy]:
@@ -310,19 +284,23 @@ class Answer:
 
 @dataclass(frozen=True)
 class _Run:
-    """A run of a suite: its settings."""
+    """The part that one engine has in a run of a suite."""
 
     harness: Harness
     suite: Suite
     policies: Mapping[str, Policy]
     folders: Places
+    seat: Seat
 
-    def answers(self, done: Mapping[tuple[str, str], Outcome]) -> Iterator[Answer]:
-        """The answers to all cases, case by case.   done: outcomes that are kept, by case and dtype"""
-        kept = dict(done)
-        for case in self.suite.cases:
-            known = [kept[case.name, dtype] for dtype in self.policies if (case.name, dtype) in kept]
-            yield from map(_known, known)
+    def answers(self, cases: SimpleQueue[Case], finish: _Finish) -> Iterator[Answer]:
+        """The answers to cases as long as there are any.   finish: knows which outcomes are kept"""
+        while not finish.given_up.is_set():
+            try:
+                case = cases.get_nowait()
+            except Empty:
+                return
+            kept = finish.known
+            yield from (_known(kept[case.name, dtype]) for dtype in self.policies if (case.name, dtype) in kept)
             yield from self._of_case(case, [dtype for dtype in self.policies if (case.name, dtype) not in kept])
 
     def _of_case(self, case: Case, dtypes: Sequence[str]) -> Iterator[Answer]:
@@ -355,17 +333,16 @@ class _Run:
         except HarnessError as error:
             return _known(replace(skipped, verdict=error.kind, reason=error.reason), self.harness.log)
         except Exception as error:  # of whatever kind: no case ends the run
-            return _known(_not_judged(skipped, error), self.harness.log)
+            return _known(not_judged(skipped, error), self.harness.log)
 
         def judged() -> Outcome:
             try:
                 with files:
-                    outcome = self.suite.judge.judge(model.case, model.parameters, dtype, received.trace, policy)
-                    if self.suite.fresh is None and outcome.verdict != BROKEN:
-                        outcome = replace(outcome, golden_bits=has_golden_bits(received.trace, model.case))
+                    asked = Question(model.case, dtype, policy, received.trace, golden=self.suite.fresh is None)
+                    outcome = self.seat.outcome(asked, lambda: model.parameters)
                 return replace(outcome, reason=outcome.reason + received.unkept)
             except Exception as error:  # of whatever kind: no verdict about one case ends the run
-                return _not_judged(skipped, error)
+                return not_judged(skipped, error)
 
         return Answer(judged, self.harness.log)
 
@@ -373,19 +350,6 @@ class _Run:
 def _known(outcome: Outcome, said: str = "") -> Answer:
     """An answer whose outcome needs no judgement."""
     return Answer(lambda: outcome, said)
-
-
-def _not_judged(skipped: Outcome, error: Exception) -> Outcome:
-    return replace(skipped, verdict=CANNOT_JUDGE, reason=f"refmoe could not judge it: {in_words(error)}")
-
-
-def in_words(error: Exception) -> str:
-    """An error in words that another run gives again: without the names of temporary folders."""
-    if isinstance(error, InputError):
-        return without_folders(one_line(error), {})
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return without_folders(f"{type(error).__name__}: {one_line(error)}", {})
 
 
 # ---- the smoke test
@@ -431,7 +395,7 @@ def _form(harness: Harness, model: Materialised, dtype: str, own: Scratch) -> di
             take_in(trace, case.config, case.runs())
         except InputError as error:
             raise HarnessUnusable(
-                f"the harness is broken: case {case.name} in {dtype}: {_about_its_file(error, trace)}", harness.log
+                f"the harness is broken: case {case.name} in {dtype}: {about_its_file(error, trace)}", harness.log
             ) from None
         return {key: tensor.dtype for key, tensor in trace.tensors.items()}
 

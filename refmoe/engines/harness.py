@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Lock
 
 from refmoe.engines.process import BROKEN, CRASHED, HarnessError, Process
 from refmoe.engines.protocol import (
@@ -27,6 +28,7 @@ from refmoe.profiles.load import policy as named_policy
 from refmoe.spec.taps import IDS, LOGPROBS
 from refmoe.traces.trace import Run
 
+OTHERWISE = "started again, it describes itself in another way than the first time"
 START_FIELDS = ("protocol", "name", "version", "dtypes", "taps", "abilities", "policies", "layouts")
 
 
@@ -78,14 +80,24 @@ class Harness:
         limit: seconds for each request.   environment: variables besides those of this process.
         label: its name in messages.
         """
-        self._command, self._limit, self._environment = command, limit, environment
+        self._command, self._limit, self._environment, self._label = command, limit, environment, label
         self.log = ""
         """The end of its standard error at the last failure."""
         self._process: Process | None = None
+        self._taken = Lock()
+        """Held by the thread that takes the process away, to end it."""
         try:
             self.description = self._started()
         except HarnessError as error:
             raise HarnessUnusable(f"{label} cannot be used: {error.reason}", self.log) from None
+
+    def another(self) -> Harness:
+        """Start one more process of the same harness. Raises HarnessUnusable, also for another description."""
+        other = Harness(self._command, self._limit, self._environment, self._label)
+        if other.description != self.description:
+            other.kill()
+            raise HarnessUnusable(f"{self._label} cannot be used: {OTHERWISE}", other.log)
+        return other
 
     def load(self, checkpoint: Path, dtype: str) -> None:
         """Load a model. Raises HarnessError or Refused."""
@@ -98,17 +110,20 @@ class Harness:
 
     def stop(self) -> str | None:
         """Ask it to end.   returns: a sentence about an irregular end, or None"""
-        if self._process is None:
-            return None
-        process, self._process = self._process, None
-        return process.stop()
+        process = self._take()
+        return None if process is None else process.stop()
 
     def kill(self) -> None:
-        """End it at once; the next request starts it again."""
-        if self._process is not None:
-            process, self._process = self._process, None
+        """End it at once, from any thread; the next request starts it again."""
+        process = self._take()
+        if process is not None:
             process.kill()
             self.log = process.errors.strip()
+
+    def _take(self) -> Process | None:
+        with self._taken:
+            process, self._process = self._process, None
+        return process
 
     def _started(self) -> Description:
         self._process = Process(self._command, self._environment)
@@ -128,7 +143,7 @@ class Harness:
         command = request["command"]
         if self._process is None and self._started() != self.description:
             self.kill()
-            raise HarnessError(BROKEN, "started again, it describes itself in another way than the first time")
+            raise HarnessError(BROKEN, OTHERWISE)
         assert self._process is not None
         try:
             answer = self._process.ask(request, self._limit)

@@ -19,7 +19,8 @@ from refmoe.jobs.estimate import kept_bytes
 from refmoe.jobs.layerwise import Script, States, Tap, check_states
 from refmoe.jobs.parts import Parts
 from refmoe.jobs.source import Source, loaded
-from refmoe.jobs.spread import open_executor, parse_executor, spread_experts
+from refmoe.jobs.spread import spread_experts
+from refmoe.parallel import open_executor, parse_executor
 from refmoe.profiles.load import policy
 from refmoe.spec.config import Config
 from refmoe.spec.model import Model

@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, CancelledError, Executor
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from functools import lru_cache
 from typing import Any
 
@@ -14,18 +13,13 @@ import numpy as np
 from refmoe.arithmetic.arrays import Array, ArrayOps
 from refmoe.arithmetic.exact.ops import ExactOps
 from refmoe.arithmetic.native.ops import NativeOps
-from refmoe.errors import InputError, require
-from refmoe.files.numbers import integer
 from refmoe.jobs.source import Source, loaded
-from refmoe.parallel import process_pool
+from refmoe.parallel import worker_deaths
 from refmoe.spec.experts import Expert, run_expert
 from refmoe.steps.grouped import by_expert
 
 WORKER_BYTES = 64 << 20
 """Bytes to keep weights in, per worker. Little, since each expert is read only once."""
-
-MOST_WORKERS = 1024
-"""The most processes of one machine."""
 
 
 @lru_cache(maxsize=2)
@@ -57,61 +51,6 @@ def spread_experts(executor: Executor, source: Source, dtype: str) -> Callable[.
 
 
 def result_of(future: Any) -> Any:
-    """The result of a task. Raises InputError when its worker died."""
+    """The result of a task. Raises WorkerLost when its worker died."""
     with worker_deaths():
         return future.result()
-
-
-@contextmanager
-def worker_deaths() -> Iterator[None]:
-    """Turn the exceptions that a dead worker causes, when a task is handed in or fetched, into InputError."""
-    try:
-        yield
-    except (BrokenExecutor, CancelledError) as error:
-        raise InputError(_died(error)) from None
-    except Exception as error:
-        if type(error).__name__ in ("KilledWorker", "CommClosedError", "FutureCancelledError"):  # of distributed
-            raise InputError(_died(error)) from None
-        raise
-
-
-def _died(error: BaseException) -> str:
-    return (
-        f"--executor: a worker process died while it computed ({type(error).__name__}); start the same command again: "
-        "finished layers of an emission are kept"
-    )
-
-
-@contextmanager
-def open_executor(spec: str) -> Iterator[Executor]:
-    """The executor that ``--executor`` names: ``processes``, ``processes:N`` or ``dask:ADDRESS``. Raises InputError."""
-    kind, rest = parse_executor(spec)
-    if kind == "processes":
-        with process_pool(integer(rest)) as pool, worker_deaths():
-            yield pool
-    else:
-        with _dask_client(rest) as client, worker_deaths():
-            yield client.get_executor()
-
-
-def parse_executor(spec: str) -> tuple[str, str]:
-    """The kind of an executor and the text after the colon. Raises InputError when `spec` names no executor."""
-    kind, _, rest = spec.partition(":")
-    if kind == "dask" and rest:
-        return kind, rest
-    if kind == "processes" and (not rest or 0 < (integer(rest) or 0) <= MOST_WORKERS):
-        return kind, rest
-    raise InputError(
-        f"--executor is '{spec}', but processes, processes:N with N up to {MOST_WORKERS}, or dask:ADDRESS was expected"
-    )
-
-
-@contextmanager
-def _dask_client(address: str) -> Iterator[Any]:
-    distributed = require("distributed", "cluster", f"--executor dask:{address}")
-    try:
-        client = distributed.Client(address, timeout="10s")
-    except (OSError, ValueError) as error:
-        raise InputError(f"--executor dask:{address}: no scheduler answers there: {error}") from None
-    with client:
-        yield client

@@ -44,12 +44,17 @@ def compute(case: Case, progress: Callable[[], None] | None = None, place: Place
 
 
 def compute_fingerprints(
-    case: Case, progress: Callable[[], None] | None = None, parts: Path | None = None, place: Place = CPU
+    case: Case,
+    progress: Callable[[], None] | None = None,
+    parts: Path | None = None,
+    place: Place = CPU,
+    executor: str | None = None,
 ) -> dict[str, Fingerprint]:
     """Compute the fingerprint of every tap of the case. Only one step's arrays are in memory at a time.
 
     progress: called after each layer of each run.
     parts: a folder that keeps the finished layers of a full-size case, so that a later call goes on from there.
+    executor: of the experts of a full-size case; None: all cores.
     """
     recorder = Fingerprinter(progress)
     if not case.full_size and case.layers is None:
@@ -60,7 +65,7 @@ def compute_fingerprints(
         return recorder.fingerprints
     with Scratch("fingerprints") as scratch:
         kept = parts or scratch.path / "parts"
-        found = job.compute(full_size_job(case), kept, recorder, lambda: _take_fingerprints(recorder))
+        found = job.compute(full_size_job(case, executor), kept, recorder, lambda: _take_fingerprints(recorder))
         return {key: from_json(entry) for key, entry in found.facts().items()}
 
 
@@ -72,14 +77,14 @@ def compute_ideal(case: Case, rules: Policy, recorder: Recorder) -> None:
         execute(PolicyOps(rules, recorder), model, case.runs(), recorder)
 
 
-def full_size_job(case: Case) -> job.Job:
-    """The job that computes a case layer by layer."""
+def full_size_job(case: Case, executor: str | None = None) -> job.Job:
+    """The job that computes a case layer by layer.   executor: as for `compute_fingerprints`"""
     return job.Job(
         source=case_source(case),
         header=Header(case.runs(), case.name, policy="exact"),
         arithmetic="exact",
         layers=case.computed,
-        executor=EVERYWHERE if case.full_size else None,
+        executor=(executor or EVERYWHERE) if case.full_size else None,
     )
 
 

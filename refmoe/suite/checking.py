@@ -15,7 +15,7 @@ from refmoe.cuda.place import CPU, Place
 from refmoe.errors import InputError
 from refmoe.suite.activations import compute, compute_fingerprints
 from refmoe.suite.case import CASE_FILE, FAMILIES, Case, find_cases, read_case
-from refmoe.suite.fingerprint import fingerprint_difference, read_fingerprints
+from refmoe.suite.fingerprint import Fingerprint, fingerprint_difference, read_fingerprints
 from refmoe.suite.manifest import (
     MANIFEST_FILE,
     content_file,
@@ -90,10 +90,13 @@ def _verify_digests(folder: Path, files: dict[str, str]) -> list[str]:
     return found
 
 
-def check(folder: Path, progress: Callable[[], None] | None = None, place: Place = CPU) -> list[Difference]:
+def check(
+    folder: Path, progress: Callable[[], None] | None = None, place: Place = CPU, executor: str | None = None
+) -> list[Difference]:
     """Recompute a case and compare every bit and every digest.
 
-    progress: called after each layer of each run.   returns: the differences, none if the case is intact.
+    progress: called after each layer of each run.   executor: as for `compute_fingerprints`
+    returns: the differences, none if the case is intact.
     """
     found = verify_case_files(folder)
 
@@ -106,8 +109,13 @@ def check(folder: Path, progress: Callable[[], None] | None = None, place: Place
         if not name.startswith(case.store):
             differs(f'{folder / name}: is no {case.store}, but {CASE_FILE} has store = "{case.store}"')
         else:
-            compare = _check_trace if case.store == "trace" else _check_fingerprints
-            for what in compare(case, folder / name, progress, place):
+            if case.store == "trace":
+                wrong = _check_trace(case, folder / name, progress, place)
+            else:
+                wrong = _check_fingerprints(
+                    case, folder / name, compute_fingerprints(case, progress, place=place, executor=executor)
+                )
+            for what in wrong:
                 differs(what)
     except InputError as error:
         if not any(difference.what == str(error) for difference in found):
@@ -131,8 +139,7 @@ def _check_trace(case: Case, path: Path, progress: Callable[[], None] | None, pl
     return [*runs, *wrong.values(), *_check_digests(case, digests, wrong.keys())]
 
 
-def _check_fingerprints(case: Case, path: Path, progress: Callable[[], None] | None, place: Place) -> list[str]:
-    computed = compute_fingerprints(case, progress, place=place)
+def _check_fingerprints(case: Case, path: Path, computed: dict[str, Fingerprint]) -> list[str]:
     digests = {key: value.sha256 for key, value in computed.items()}
     if not path.exists():
         return _check_digests(case, digests)

@@ -30,10 +30,12 @@ from refmoe.suite.manifest import (
 from refmoe.traces.trace import Header, trace_bytes
 
 
-def emit(case: Case, progress: Callable[[], None] | None = None, place: Place = CPU) -> Path:
+def emit(
+    case: Case, progress: Callable[[], None] | None = None, place: Place = CPU, executor: str | None = None
+) -> Path:
     """Compute the case and write its values, then its manifest. Returns the path of the file of values.
 
-    progress: called after each layer of each run.
+    progress: called after each layer of each run.   executor: as for `compute_fingerprints`
     The values go to a new file, named by its own digest, which no manifest names yet. Then the new manifest is renamed
     over the old one: this one step changes the case. Files that only the old manifest named are removed last. So a
     process that is killed at any moment leaves the whole old case or the whole new one.
@@ -42,13 +44,15 @@ def emit(case: Case, progress: Callable[[], None] | None = None, place: Place = 
     """
     parts = Path(f"{case.name}.parts") if case.full_size and not place.on_gpu else None
     with nullcontext() if parts is None else kept_parts(parts):
-        path = _write(case, parts, progress, place)
+        path = _write(case, parts, progress, place, executor)
         if parts is not None:
             shutil.rmtree(parts)
     return path
 
 
-def _write(case: Case, parts: Path | None, progress: Callable[[], None] | None, place: Place) -> Path:
+def _write(
+    case: Case, parts: Path | None, progress: Callable[[], None] | None, place: Place, executor: str | None
+) -> Path:
     """Compute the case and write its values and manifest.   parts: the folder of finished layers"""
     header = Header(case.runs(), case.name, policy="exact")
     if case.store == "trace":
@@ -56,7 +60,7 @@ def _write(case: Case, parts: Path | None, progress: Callable[[], None] | None, 
         data = trace_bytes(header, arrays)
         tensors = {key: tensor_digest(arrays[key]) for key in sorted(arrays)}
     else:
-        fingerprints = compute_fingerprints(case, progress, parts, place)
+        fingerprints = compute_fingerprints(case, progress, parts, place, executor)
         data = fingerprint_text(header, fingerprints).encode()
         tensors = {key: fingerprints[key].sha256 for key in sorted(fingerprints)}
     path = case.folder / content_name(case.store, data)

@@ -13,8 +13,9 @@ from refmoe.bugs.catalogue import MUTANTS
 from refmoe.bugs.mutant import SAMPLER
 from refmoe.errors import InputError
 from refmoe.suite.matrix import surroundings as outside_module
+from refmoe.suite.matrix.compute import compute
 from refmoe.suite.matrix.file import MATRIX_FILE, read_matrix, to_matrix, write_matrix
-from refmoe.suite.matrix.outcomes import INERT, POLICIES, SPECIFICATION, Outcome, compute_matrix, runnable, whole
+from refmoe.suite.matrix.outcomes import INERT, POLICIES, SPECIFICATION, Outcome, runnable, whole
 from refmoe.suite.matrix.summary import summarise
 from refmoe.suite.matrix.surroundings import broken_laws, judge_outside, outside
 from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT, LOCAL, NOT_CONFORMANT
@@ -33,7 +34,7 @@ def golden(tmp_path: Path) -> Path:
 def test_a_case_is_judged_as_a_foreign_engine_would_be(golden: Path) -> None:
     """The specification passes, a wrong scale is killed where it is, and a bug that needs a window changes nothing."""
     names = ["attn-swa-off-by-one", "emb-scale-sqrt-d"]
-    found = compute_matrix(whole([golden / "tiny"], names, ["bfloat16"]), jobs=1)
+    found = compute(whole([golden / "tiny"], names, ["bfloat16"]), executor="processes:1")
     assert found == [
         Outcome(SPECIFICATION, "tiny", "bfloat16", CONFORMANT),
         Outcome("attn-swa-off-by-one", "tiny", "bfloat16", INERT),
@@ -45,7 +46,7 @@ def test_a_case_is_judged_as_a_foreign_engine_would_be(golden: Path) -> None:
 def test_what_nothing_can_show_changes_no_bit(name: str, policy: str) -> None:
     """The reasons say that the policy does the same: so it does, also where overflow or rounding is the point."""
     folders = [GOLDEN / case for case in ("skewed-weights", "huge-activations", "near-tie-logits")]
-    outcomes = compute_matrix(whole(folders, [name], [policy]), jobs=1)
+    outcomes = compute(whole(folders, [name], [policy]), executor="processes:1")
     assert {each.verdict for each in outcomes if each.mutant == name} == {INERT}
 
 

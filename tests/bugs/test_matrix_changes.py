@@ -26,9 +26,10 @@ from refmoe.suite.matrix.changes import (
     sample,
     witnesses,
 )  # fmt: skip
+from refmoe.suite.matrix.compute import compute
 from refmoe.suite.matrix.dependencies import code_of
 from refmoe.suite.matrix.file import MATRIX_FILE, Matrix, read_matrix
-from refmoe.suite.matrix.outcomes import POLICIES, SPECIFICATION, Work, compute_matrix, runnable
+from refmoe.suite.matrix.outcomes import POLICIES, SPECIFICATION, Work, runnable
 from refmoe.suite.matrix.summary import summarise
 from refmoe.suite.matrix.surroundings import judge_outside
 from tests.bugs.judging import GOLDEN
@@ -187,7 +188,7 @@ def test_whatever_judges_is_among_the_sources() -> None:
 def test_a_kill_that_does_not_happen_again_is_reported(golden: Path) -> None:
     """Sabotage: the record claims that a bug without a window to be wrong about is killed."""
     matrix, name = all_killed(golden), "attn-swa-off-by-one"
-    outcomes = compute_matrix([Work(golden / "tiny", "float32", (name, "emb-scale-sqrt-d"))], jobs=1)
+    outcomes = compute([Work(golden / "tiny", "float32", (name, "emb-scale-sqrt-d"))], executor="processes:1")
     found = losses(matrix, outcomes, matrix.outside)
     assert [str(loss) for loss in found] == [
         f"mutant {name} on case tiny in float32: was seen ({PLACE}), but now inert"
@@ -235,7 +236,7 @@ def test_the_matrix_is_current(real: Matrix) -> None:
 def test_a_sample_of_the_matrix_is_as_recorded(real: Matrix, policy: str) -> None:
     """`refmoe mutants matrix --sample`: each mutant on a case that killed it, and the specification there."""
     named = {folder.name: read_case(folder) for folder in find_cases(GOLDEN)}
-    outcomes = compute_matrix([each for each in sample(real, named) if each.policy == policy], jobs=1)
+    outcomes = compute([each for each in sample(real, named) if each.policy == policy], executor="processes:1")
     assert len(outcomes) > 80
     assert [str(loss) for loss in losses(real, outcomes, real.outside)] == []
     assert not any(each.killed for each in outcomes if each.mutant == SPECIFICATION)

@@ -136,7 +136,7 @@ def test_a_changed_class_of_mutants_is_run_again_and_recorded(refmoe: Refmoe, go
     assert "changed since: bugs/embedding; `refmoe mutants matrix --changed --golden golden`" in refmoe(
         "mutants", "results", "--golden", golden
     )[1]  # fmt: skip
-    status, out, _ = refmoe("mutants", "matrix", "--changed", "--golden", golden, "--jobs", 1)
+    status, out, _ = refmoe("mutants", "matrix", "--changed", "--golden", golden, "--executor", "processes:1")
     assert status == 0
     assert out.splitlines()[:2] == [
         "changed: bugs/embedding",
@@ -168,14 +168,16 @@ def test_a_recorded_kill_that_does_not_happen_is_reported(refmoe: Refmoe, golden
     matrix.kills["prec-combine-lowprec"]["bfloat16"] = {"tiny": PLACE}
     record(golden, stale(matrix, "bugs/precision"))
     before = (golden / MATRIX_FILE).read_bytes()
-    status, out, _ = refmoe("mutants", "matrix", "--changed", "--golden", golden, "--jobs", 1)
+    status, out, _ = refmoe("mutants", "matrix", "--changed", "--golden", golden, "--executor", "processes:1")
     assert status == 1
     lost = f"mutant prec-combine-lowprec on case tiny in bfloat16: was seen ({PLACE}), but now inert"
     assert f"FAIL  {lost}" in out.splitlines()
     # the tiny case has no overflow: recorded as killed there, and alive now
     assert "FAIL  mutant prec-fp16-ffn-overflow lives in bfloat16: no case kills it" in out.splitlines()
     (golden / MATRIX_FILE).write_bytes(before)
-    values = json.loads(refmoe("mutants", "matrix", "--changed", "--golden", golden, "--jobs", 1, "--json")[1])
+    values = json.loads(
+        refmoe("mutants", "matrix", "--changed", "--golden", golden, "--executor", "processes:1", "--json")[1]
+    )
     assert {each["mutant"] for each in values["lost"]} == {"prec-combine-lowprec", "prec-fp16-ffn-overflow"}
     assert lost in values["problems"]
 
@@ -198,7 +200,7 @@ def test_changed_goes_with_no_choice_of_what_to_run(refmoe: Refmoe, golden: Path
 
 
 def test_a_part_is_printed_and_nothing_is_written(refmoe: Refmoe, golden: Path) -> None:
-    arguments = ["mutants", "matrix", "--golden", golden, "--jobs", 1, "--mutant", "emb-scale-sqrt-d"]
+    arguments = ["mutants", "matrix", "--golden", golden, "--executor", "processes:1", "--mutant", "emb-scale-sqrt-d"]
     status, out, _ = refmoe(*arguments, "--dtype", "float32")
     assert status == 0
     assert [line.split()[:4] for line in out.splitlines()] == [
@@ -216,7 +218,7 @@ def test_the_whole_is_written_and_entered_in_the_manifest(
     write_folder_manifest(golden)
     (golden / "notes.md").write_text("A file that no manifest knows.")
     monkeypatch.setattr(command, "runnable", lambda: ("emb-scale-sqrt-d", "attn-swa-off-by-one"))
-    status, out, _ = refmoe("mutants", "matrix", "--golden", golden, "--jobs", 1)
+    status, out, _ = refmoe("mutants", "matrix", "--golden", golden, "--executor", "processes:1")
     assert status == 1
     assert "FAIL  mutant attn-swa-off-by-one lives in float32, bfloat16, float16: no case kills it" in out.splitlines()
     assert "mutant emb-scale-sqrt-d lives" not in out

@@ -99,7 +99,7 @@ def test_measured_lines_replace_those_of_the_same_mutant_and_keep_the_others(tmp
     name = "emb-scale-sqrt-d"
     before = {name: {"float32": {"case": "", "seen": []}}, "rope-sign-flipped": table()["rope-sign-flipped"]}
     work = [each for each in plan([name], [case_named("one-pair")], None) if each.policy == "float32"]
-    found = compute_power(work, before, jobs=1)
+    found = compute_power(work, before, executor="processes:1")
     assert found["rope-sign-flipped"] == before["rope-sign-flipped"]
     assert found[name]["float32"]["case"] == "one-pair"
     assert found[name]["float32"]["seen"][0] == ALL_TAPS

@@ -14,8 +14,9 @@ from refmoe.suite import PRODUCTION, SMALL, Case, find_cases, read_case
 from refmoe.suite.matrix import dependencies as sources
 from refmoe.suite.matrix import search as module
 from refmoe.suite.matrix.changes import losses, sample
+from refmoe.suite.matrix.compute import compute
 from refmoe.suite.matrix.file import MATRIX_FILE, MATRIX_FILES, Matrix, read_matrix
-from refmoe.suite.matrix.outcomes import INERT, SPECIFICATION, Outcome, Work, compute_matrix, runnable, whole
+from refmoe.suite.matrix.outcomes import INERT, SPECIFICATION, Outcome, Work, runnable, whole
 from refmoe.suite.matrix.search import SEARCHED, Search, affected_pairs, pairs_of, search, searched
 from refmoe.suite.matrix.summary import summarise
 from refmoe.verifier.findings import CONFORMANT
@@ -44,7 +45,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
                 )
         return outcomes
 
-    monkeypatch.setattr(module, "compute_matrix", judged)
+    monkeypatch.setattr(module, "compute", judged)
     return found
 
 
@@ -118,7 +119,7 @@ def test_the_production_cases_kill_every_mutant_by_themselves(real: Matrix, case
 
 @pytest.mark.slow
 def test_what_killed_a_mutant_kills_it_again(real: Matrix, cases: dict[str, Case]) -> None:
-    outcomes = compute_matrix([each for each in sample(real, cases) if each.policy in SEARCHED], jobs=1)
+    outcomes = compute([each for each in sample(real, cases) if each.policy in SEARCHED], executor="processes:1")
     assert len(outcomes) > len(runnable())
     assert [str(loss) for loss in losses(real, outcomes, {})] == []
     assert not any(each.killed for each in outcomes if each.mutant == SPECIFICATION)
@@ -130,7 +131,7 @@ def test_a_production_case_shows_the_bugs_that_it_lists(cases: dict[str, Case]) 
     for case in cases.values():
         listed = [bug for bug in case.bugs if bug in runnable()]
         assert listed
-        outcomes = compute_matrix(whole([case.folder], listed, SEARCHED), jobs=1)
+        outcomes = compute(whole([case.folder], listed, SEARCHED), executor="processes:1")
         assert {each.mutant for each in outcomes if each.killed} == {*listed}, case.name
 
 

@@ -15,7 +15,7 @@ from refmoe.cli.options import Decimal, Integer, Tokens
 from refmoe.errors import InputError
 from refmoe.files.numbers import decimal, integer
 from refmoe.jobs.job import parse_layers
-from refmoe.jobs.spread import parse_executor
+from refmoe.parallel import parse_executor
 from tests.cli.every_command import COMMANDS
 from tests.command_line import Refmoe
 from tests.models import SMALL
@@ -118,7 +118,7 @@ def test_the_message_is_a_sentence_of_bounded_length(refmoe: Refmoe, tmp_path: P
     for words in (
         ("emit", "--checkpoint", "mixtral-8x7b", "--seed", 1, "--tokens", 1, "--layers", f"0:{value}", "--out", out),
         ("emit", "--checkpoint", "x", "--tokens", value, "--out", out),
-        ("suite", "check", "--jobs", value),
+        ("suite", "check", "--executor", f"processes:{value}"),
     ):
         status, printed, said = refmoe(*words)
         assert (status, printed) == (2, "")

@@ -206,7 +206,7 @@ KINDS = {
 def test_colours_and_movements_are_those_that_the_terminal_has(kind: str) -> None:
     environment, coloured, moving = KINDS[kind]
     cases = sorted(path.parent.name for path in (ROOT / "golden").glob("*/case.toml"))[:1]
-    bar = on_terminal(["suite", "check", cases[0], "one-pair", "--jobs", "1"], environment)
+    bar = on_terminal(["suite", "check", cases[0], "one-pair", "--executor", "processes:1"], environment)
     assert bool(MOVES.search(bar)) is moving
     picture = on_terminal(["router", "show", "--tokens", "3"], environment)
     assert bool(re.search(r"\x1b\[(?:\d+;)*3[0-7](?:;\d+)*m", picture)) is coloured

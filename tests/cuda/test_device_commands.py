@@ -115,9 +115,9 @@ def test_goldens_are_emitted_and_checked_there(refmoe: Refmoe, cuda: None, tmp_p
     for there, here in ((("--device", "cuda"), ()), ((), ("--device", "cuda"))):
         for path in tmp_path.glob("*/manifest.json"):
             path.unlink()
-        assert refmoe("suite", "emit", "--golden", tmp_path, "--jobs", 1, *there)[0] == 0
+        assert refmoe("suite", "emit", "--golden", tmp_path, "--executor", "processes:1", *there)[0] == 0
         assert refmoe("suite", "emit", "a", "--golden", tmp_path, *there)[0] == 0
-        status, out, _ = refmoe("suite", "check", "--golden", tmp_path, "--json", "--jobs", 1, *here)
+        status, out, _ = refmoe("suite", "check", "--golden", tmp_path, "--json", "--executor", "processes:1", *here)
         assert status == 0
         assert json.loads(out)["cases"] == {"a": [], "b": []}
 

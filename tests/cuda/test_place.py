@@ -94,7 +94,9 @@ def test_a_place_is_sent_to_another_process() -> None:
     assert pickle.loads(pickle.dumps(CUDA)) == CUDA
     assert CPU.steps("exact") is GROUPED_STEPS is CUDA.steps("exact")
     assert CPU.steps("float32") is NATIVE_STEPS
-    assert (CPU.jobs(None), CPU.jobs(3), CUDA.jobs(None), CUDA.jobs(2)) == (None, 3, 1, 2)
+    two = "processes:2"
+    assert (CPU.executor(None), CPU.executor(two)) == (None, two)
+    assert (CUDA.executor(None), CUDA.executor(two)) == ("processes:1", two)
 
 
 def test_emulated_float64_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

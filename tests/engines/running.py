@@ -6,8 +6,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from refmoe.engines.conform import Judge, Suite, Watch, conform
+from refmoe.engines.conform import Suite, Watch, conform
 from refmoe.engines.harness import Harness
+from refmoe.engines.judge import Judge
 from refmoe.engines.results import Outcome, Results
 from refmoe.suite import Case, read_case
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from refmoe.engines import conform as conform_module
+from refmoe.engines import judge as judge_module
 from refmoe.engines import run_case as run_case_module
 from refmoe.engines.conform import UNFINISHED
 from refmoe.engines.process import HarnessError, Process
@@ -161,7 +161,7 @@ def test_the_harness_inherits_no_ignored_signal() -> None:
 
 @pytest.mark.parametrize("error", [OverflowError("math range"), FloatingPointError("x"), MemoryError(), KeyError("a")])
 def test_whatever_judging_raises_is_an_outcome(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    genuine, calls = conform_module.verify, []
+    genuine, calls = judge_module.verify, []
 
     def verify(*arguments: object) -> object:
         calls.append(arguments)
@@ -169,7 +169,7 @@ def test_whatever_judging_raises_is_an_outcome(error: Exception, monkeypatch: py
             raise error
         return genuine(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(conform_module, "verify", verify)
+    monkeypatch.setattr(judge_module, "verify", verify)
     results, _ = ran(HONEST, "top-1", "window-1")
     assert [each.verdict for each in results.outcomes] == [CANNOT_JUDGE, CONFORMANT]
     assert type(error).__name__ in results.outcomes[0].reason
@@ -181,7 +181,7 @@ def test_an_interrupt_is_not_an_outcome(error: type[BaseException], monkeypatch:
     def verify(*_: object) -> object:
         raise error
 
-    monkeypatch.setattr(conform_module, "verify", verify)
+    monkeypatch.setattr(judge_module, "verify", verify)
     with pytest.raises(error):
         ran(HONEST, "window-1")
 
@@ -190,7 +190,7 @@ def test_an_explanation_that_fails_leaves_the_verdict(monkeypatch: pytest.Monkey
     def diagnosed(*_: object) -> object:
         raise OverflowError("too large")
 
-    monkeypatch.setattr(conform_module.Judge, "_diagnosed", diagnosed)
+    monkeypatch.setattr(judge_module.Judge, "_diagnosed", diagnosed)
     results, _ = ran(hostile("gives_zero", "top-1"), "top-1", "window-1", diagnosing=True)
     assert [each.verdict for each in results.outcomes] == [NOT_CONFORMANT, CONFORMANT]
     assert "OverflowError" in results.outcomes[0].reason
@@ -249,8 +249,9 @@ def test_the_verdicts_are_said_where_the_results_cannot_be_written(
 
 
 def test_the_file_is_valid_after_each_outcome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from refmoe.engines.conform import Judge, Suite, Watch, conform
+    from refmoe.engines.conform import Suite, Watch, conform
     from refmoe.engines.harness import Harness
+    from refmoe.engines.judge import Judge
     from refmoe.engines.results import write_results
     from tests.engines.running import case_named
 

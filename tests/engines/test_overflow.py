@@ -13,7 +13,7 @@ import pytest
 
 from refmoe.api.conforming import CANNOT, FAILED, WELL, sort_failures, whole_verdict
 from refmoe.bugs.run_engine import run
-from refmoe.engines.conform import Judge
+from refmoe.engines.judge import Judge, Question
 from refmoe.engines.results import NOT_JUDGED, SKIPPED, Engine, Outcome, Results, read_results, write_results
 from refmoe.profiles.load import policy
 from refmoe.spec.model import Parameters
@@ -47,7 +47,8 @@ def traced(name: str, dtype: str, **changes: Any) -> Trace:
 
 def judged(name: str, dtype: str, trace: Trace) -> Outcome:
     case, parameters = setting(name)
-    return Judge(diagnosing=False).judge(case, parameters, dtype, trace, policy(dtype))
+    question = Question(case, dtype, policy(dtype), trace, golden=False)
+    return Judge(diagnosing=False).judge(question, parameters)
 
 
 def test_the_overflow_is_where_the_golden_passes_the_largest_number() -> None:

@@ -201,7 +201,7 @@ def _goldens(place: Path) -> None:
         folder = place / name / "small"
         folder.mkdir(parents=True)
         (folder / "case.toml").write_text(CASE.replace("start = 0\n", f"start = 0\n{more}"))
-        refmoe(f"suite emit --golden {place / name} --jobs 1")
+        refmoe(f"suite emit --golden {place / name} --executor processes:1")
     refmoe(f"emit --case small --golden {place / 'golden'} --out {place / 'ofcase.safetensors'}")
     whole = place / "whole"
     whole.mkdir()

@@ -285,7 +285,7 @@ LARGE = (
     "9223372036854775807",
     "18446744073709551616",
 )
-PATIENT = {"max_new_tokens", "examples", "timeout", "jobs"}
+PATIENT = {"max_new_tokens", "examples", "timeout"}
 """Options that ask for as much work as their number says, or that have no bound by design."""
 PROMPT = 200
 """The most characters of a prompt: the memory of attention grows with the square of its tokens, by design."""

@@ -85,9 +85,9 @@ def nothing(_folder: Path) -> None:
 
 
 COMMANDS = {
-    "suite check": Command("suite check --golden golden --jobs 2", golden, writes=False),
-    "suite certify": Command("suite certify --golden golden --jobs 2", golden),
-    "suite emit": Command("suite emit --golden golden --jobs 2", bare_golden),
+    "suite check": Command("suite check --golden golden --executor processes:2", golden, writes=False),
+    "suite certify": Command("suite certify --golden golden --executor processes:2", golden),
+    "suite emit": Command("suite emit --golden golden --executor processes:2", bare_golden),
     "emit": Command("emit --checkpoint model --tokens 1,2,3,4,5 --decode 6,7 --out out", model),
     "emit processes": Command(
         "emit --checkpoint model --tokens 1,2,3,4,5 --decode 6,7 --out out --executor processes:2", model
@@ -98,7 +98,9 @@ COMMANDS = {
         "verify trace --checkpoint model --policy float32 --executor processes:2 --junit tests.xml", model
     ),
     "mutants matrix": Command(
-        "mutants matrix --mutant rope-sign-flipped --mutant norm-eps-outside-sqrt --case one-pair --jobs 2", nothing,
+        "mutants matrix --mutant rope-sign-flipped --mutant norm-eps-outside-sqrt --case one-pair "
+        "--executor processes:2",
+        nothing,
         writes=False,
     ),
     "router check": Command(

@@ -5,12 +5,9 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +17,11 @@ from refmoe.checkpoints.write import write_checkpoint
 from refmoe.errors import InputError
 from refmoe.jobs import job as scale
 from refmoe.jobs.source import Folder, Formula
-from refmoe.jobs.spread import open_executor
+from refmoe.parallel import open_executor
 from refmoe.spec.config import Config
 from refmoe.traces.script import plan
 from refmoe.traces.trace import Header, Recorder
+from tests.clusters import cluster
 
 CONFIG = Config(
     dim=256, layers=4, heads=4, kv_heads=2, head_dim=64, hidden_dim=1024, vocab=64, experts=8, experts_per_token=2
@@ -97,32 +95,6 @@ def test_a_process_that_dies_is_one_sentence_and_loses_nothing(tmp_path: Path, f
     assert scale.Parts(tmp_path / "parts", work.identity(), work.part_names()).finished == 3
     expected = values(scale.compute(job(Folder(folder)), tmp_path / "alone", Recorder()))
     assert values(scale.compute(work, tmp_path / "parts", Recorder())) == expected
-
-
-@contextmanager
-def cluster(workers: int) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
-    """A scheduler and workers, each in its own process."""
-    distributed = pytest.importorskip("distributed")
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    begin = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0"]
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    address = f"tcp://127.0.0.1:{port}"
-    begin[-1] = str(port)
-    started = [subprocess.Popen([*begin, "--no-dashboard"], **quiet)]  # type: ignore[call-overload]
-    work = [sys.executable, "-m", "distributed.cli.dask_worker", address, "--nthreads", "1", "--no-nanny"]
-    started += [subprocess.Popen([*work, "--no-dashboard"], **quiet) for _ in range(workers)]  # type: ignore[call-overload]
-    try:
-        with distributed.Client(address, timeout="60s") as client:
-            client.wait_for_workers(workers, timeout=60)
-        yield address, started[1:]
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
 
 
 def test_a_dask_cluster_of_which_one_worker_is_killed(tmp_path: Path, folder: Path) -> None:

@@ -61,8 +61,8 @@ def test_two_emissions_of_one_golden_folder(refmoe: Refmoe, here: Path) -> None:
     for name in ("one-pair", "top-1"):
         (here / "golden" / name).mkdir(parents=True)
         shutil.copy(ROOT / "golden" / name / "case.toml", here / "golden" / name)
-    together("suite emit --golden golden --jobs 1", here)
-    assert refmoe("suite", "check", "--golden", here / "golden", "--jobs", 1)[0] == 0
+    together("suite emit --golden golden --executor processes:1", here)
+    assert refmoe("suite", "check", "--golden", here / "golden", "--executor", "processes:1")[0] == 0
 
 
 @unix

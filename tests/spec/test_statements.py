@@ -32,7 +32,7 @@ SHARED = {"steps.sharded": {"steps.rounding"}}
 CASE = "one-pair"
 Arguments = list[Any]
 COMMANDS: dict[str, Callable[[Path], Arguments]] = {
-    "suite check": lambda _: ["suite", "check", CASE, "--jobs", 1],
+    "suite check": lambda _: ["suite", "check", CASE, "--executor", "processes:1"],
     "suite certify": lambda out: ["suite", "certify", CASE, "--golden", out / "golden"],
     "suite emit": lambda out: ["suite", "emit", CASE, "--golden", out / "golden"],
     "emit --policy": lambda out: ["emit", "--case", CASE, "--policy", "bfloat16", "--out", out / "ideal.safetensors"],
@@ -42,10 +42,12 @@ COMMANDS: dict[str, Callable[[Path], Arguments]] = {
     "verify": lambda out: ["verify", out / "ideal.safetensors", "--case", CASE, "--no-diagnose"],
     "conform": lambda _: ["conform", "--case", CASE, "--dtype", "float32", "--no-diagnose", "--", *HONEST],
     "mutants matrix": lambda _: [
-        "mutants", "matrix", "--case", CASE, "--mutant", "rope-sign-flipped", "--dtype", "float32", "--jobs", 1
+        "mutants", "matrix", "--case", CASE, "--mutant", "rope-sign-flipped", "--dtype", "float32",
+        "--executor", "processes:1",
     ],
     "mutants matrix --mutant of several ranks": lambda _: [
-        "mutants", "matrix", "--case", CASE, "--mutant", "tp-kv-replication-wrong", "--dtype", "float32", "--jobs", 1
+        "mutants", "matrix", "--case", CASE, "--mutant", "tp-kv-replication-wrong", "--dtype", "float32",
+        "--executor", "processes:1",
     ],
     "generate": lambda out: ["generate", "--checkpoint", out / "model", "--tokens", "1,2", "--max-new-tokens", 2],
 }  # fmt: skip

@@ -15,7 +15,7 @@ import pytest
 
 from refmoe.bugs.catalogue import MUTANTS
 from refmoe.errors import InputError
-from refmoe.jobs.spread import open_executor
+from refmoe.parallel import open_executor
 from refmoe.profiles.load import policy
 from refmoe.spec.taps import IDS, LOGPROBS, step_of
 from refmoe.suite import case_source

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from refmoe.arithmetic import streaming
-from refmoe.jobs.spread import open_executor
+from refmoe.parallel import open_executor
 from refmoe.profiles.load import policy
 from refmoe.steps.enclosure_ops import EnclosureOps
 from refmoe.suite import case_source, read_case, trace_path

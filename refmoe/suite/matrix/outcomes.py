@@ -6,7 +6,7 @@ It proves that the suite can fail. Beside the mutants the specification itself i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +16,6 @@ from refmoe.bugs.mutant import PARALLEL, Mutant
 from refmoe.bugs.quantised_checkpoint import INT8, quantised
 from refmoe.bugs.run_engine import run, same
 from refmoe.bugs.sharded_mutant import ONE_DEVICE, on_ranks
-from refmoe.parallel import results
 from refmoe.profiles.load import policy as named_policy
 from refmoe.profiles.policy import Policy
 from refmoe.spec.model import Parameters
@@ -136,23 +135,6 @@ def outcome_of(mutant: str, case: str, policy: str, report: Report) -> Outcome:
     return Outcome(
         mutant=mutant, case=case, policy=policy, verdict=report.verdict, step=check.step, by=by, rung=check.rung
     )
-
-
-def compute_matrix(
-    work: Sequence[Work], jobs: int | None = None, progress: Callable[[], None] | None = None
-) -> list[Outcome]:
-    """All outcomes, in an order that does not depend on the number of processes.
-
-    jobs: as for `refmoe.parallel.results`.   progress: is called after each piece of work.
-    """
-    found: list[Outcome] = []
-    with results(judge_case, work, jobs) as judged:
-        for _, outcomes in judged:
-            found += outcomes
-            if progress is not None:
-                progress()
-    order = {name: i for i, name in enumerate((SPECIFICATION, *MUTANTS))}
-    return sorted(found, key=lambda each: (order[each.mutant], each.policy, each.case))
 
 
 def whole(cases: Sequence[Path], mutants: Sequence[str], policies: Sequence[str] = POLICIES) -> list[Work]:

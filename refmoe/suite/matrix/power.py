@@ -101,12 +101,12 @@ def restricted(trace: Trace, steps: frozenset[str]) -> Trace:
 
 
 def compute_power(
-    work: Sequence[Work], before: Seen, jobs: int | None = None, progress: Callable[[], None] | None = None
+    work: Sequence[Work], before: Seen, executor: str | None = None, progress: Callable[[], None] | None = None
 ) -> Seen:
     """The table with this work done anew.   before: the table so far; what it holds of other mutants stays"""
     again = {each.mutant for each in work}
     found: Seen = {name: dict(at) for name, at in before.items() if name not in again}
-    with results(measure, work, jobs) as measured:
+    with results(measure, work, executor) as measured:
         for each, (case, seen) in measured:
             found.setdefault(each.mutant, {})[each.policy] = {"case": case, "seen": seen}
             if progress is not None:

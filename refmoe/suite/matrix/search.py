@@ -15,9 +15,10 @@ from refmoe.bugs.catalogue import MUTANTS
 from refmoe.checkpoints.size import active_parameters
 from refmoe.suite import Case
 from refmoe.suite.matrix.changes import by_place, to_work
+from refmoe.suite.matrix.compute import compute
 from refmoe.suite.matrix.dependencies import CASES, CATALOGUE
 from refmoe.suite.matrix.file import Cells, Matrix, to_matrix
-from refmoe.suite.matrix.outcomes import SPECIFICATION, Outcome, compute_matrix, runnable
+from refmoe.suite.matrix.outcomes import SPECIFICATION, Outcome, runnable
 
 SEARCHED = ("float32",)
 """The policies under which each mutant has to be killed by such a family. The specification runs under these alone."""
@@ -59,7 +60,7 @@ def pairs_of(mutants: Sequence[str], policies: Sequence[str] = SEARCHED) -> tupl
     return tuple((name, policy) for name in mutants for policy in policies if policy not in MUTANTS[name].unseen)
 
 
-def search(asked: Search, jobs: int | None = None, progress: Callable[[], None] | None = None) -> list[Outcome]:
+def search(asked: Search, executor: str | None = None, progress: Callable[[], None] | None = None) -> list[Outcome]:
     """The outcomes of each pair on the cases in its order, up to the first that kills it.
 
     progress: called after each case and policy.   The specification itself runs on every case.
@@ -68,13 +69,13 @@ def search(asked: Search, jobs: int | None = None, progress: Callable[[], None] 
     left, found, step = [*asked.pairs], [], 0
     while left and step < len(asked.cases):
         wanted = by_place((policy, orders[mutant, policy][step], mutant) for mutant, policy in left)
-        outcomes = compute_matrix(to_work(wanted, asked.cases), jobs, progress)
+        outcomes = compute(to_work(wanted, asked.cases), executor, progress)
         killed = {(each.mutant, each.policy) for each in outcomes if each.killed}
         left, step = [pair for pair in left if pair not in killed], step + 1
         found += outcomes
     tried = {(each.policy, each.case) for each in found if each.mutant == SPECIFICATION}
     alone = {p: {name: () for name in asked.cases if (p, name) not in tried} for p in SEARCHED}
-    return found + compute_matrix(to_work(alone, asked.cases), jobs, progress)
+    return found + compute(to_work(alone, asked.cases), executor, progress)
 
 
 def affected_pairs(parts: Collection[str], matrix: Matrix) -> tuple[Pair, ...]:

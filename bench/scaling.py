@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gain from a second worker: whole commands in one process, in two, and on a Dask cluster of two workers.
+
+Efficiency is T1 / (2 T2): the time in one process over twice the time with two workers, in turns in one run, medians.
+Each process has one BLAS thread. Times are those of commands as users start them, the start of Python and of the
+workers included. By Amdahl's law 2 T2 - T1 are the seconds that a second worker does not shorten.
+
+    verify    every tap of a model of dim 512 with 8 layers, prefill of 256: a piece of work is a layer
+    conform   `transformers` in four dtypes on all small cases: two engines side by side, each with its judge
+    matrix    a few mutants on a few cases: a piece of work is a case at a dtype
+    check     golden cases: a piece of work is a case
+
+    python -m bench.scaling --json bench/results/scaling.json
+    python -m bench.scaling --only check --repeats 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.verify_cost import MIDDLE
+from refmoe.checkpoints.write import write_checkpoint
+from refmoe.jobs.source import Formula
+from refmoe.parallel import ONE_THREAD
+
+ROOT = Path(__file__).parents[1]
+DEEP = replace(MIDDLE, layers=8)
+TOKENS = 256
+CASES = (
+    "batch-ragged", "edge-tokens", "four-layers", "mini-8x7b", "near-tie", "one-pair", "packed", "walking-skeleton"
+)  # fmt: skip
+"""The cases of the matrix."""
+MUTANTS = ("rope-sign-flipped", "norm-eps-outside-sqrt", "emb-scale-sqrt-d", "attn-swa-off-by-one")
+Command = tuple[str, ...]
+
+
+def repeated(option: str, values: Sequence[str]) -> list[str]:
+    return [word for value in values for word in (option, value)]
+
+
+def prepared(folder: Path) -> Command:
+    """The command that verifies a trace of a model, both of which are written into a folder."""
+    ids = np.random.default_rng(1).integers(0, DEEP.vocab, TOKENS)
+    model, trace = folder / "model", folder / "trace.safetensors"
+    write_checkpoint(model, DEEP, Formula(DEEP, 1).load().parameters)
+    given = ("--checkpoint", str(model), "--tokens", ",".join(map(str, ids)), "--dtype", "float32")
+    spent(("emit", *given, "--no-digest", "--out", str(trace)))
+    return "verify", str(trace), "--checkpoint", str(model), "--policy", "float32"
+
+
+def subjects(only: Sequence[str]) -> Iterator[tuple[str, Command, tuple[str, ...]]]:
+    """Per subject its name, its command, and the options by which the command has one worker."""
+    with tempfile.TemporaryDirectory() as folder:
+        if "verify" in only:
+            yield "verify", prepared(Path(folder)), ()
+        alone = ("--executor", "processes:1")
+        chosen = [*repeated("--mutant", MUTANTS), *repeated("--case", CASES)]
+        for name, command, one in (
+            ("conform", ("conform", "--adapter", "transformers"), ()),
+            ("matrix", ("mutants", "matrix", *chosen), alone),
+            ("check", ("suite", "check"), alone),
+        ):
+            if name in only:
+                yield name, command, one
+
+
+def spent(command: Sequence[str]) -> float:
+    """Seconds of a command. A verdict against an engine counts as success; SystemExit where the command fails."""
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "refmoe", *command],
+        env={**os.environ, **ONE_THREAD},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode not in (0, 1, 3):
+        raise SystemExit(f"refmoe {' '.join(command)[:200]}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return time.perf_counter() - began
+
+
+@contextmanager
+def two_workers() -> Iterator[str]:
+    """The executor of a Dask cluster of two workers on this machine."""
+    from distributed import LocalCluster
+
+    with LocalCluster(  # type: ignore[no-untyped-call]
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+    ) as cluster:
+        yield f"dask:{cluster.scheduler_address}"
+
+
+def measure(command: Command, one: tuple[str, ...], dask: str, repeats: int) -> dict[str, float]:
+    """Seconds with one worker and with two, in turns, and the efficiencies."""
+    ways = {"one": one, "processes": ("--executor", "processes:2"), "dask": ("--executor", dask)}
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, options in ways.items():
+            times[name].append(spent([*command, *options]))
+    found = {f"{name}_seconds": statistics.median(each) for name, each in times.items()}
+    for name in ("processes", "dask"):
+        found[f"{name}_efficiency"] = found["one_seconds"] / (2 * found[f"{name}_seconds"])
+        found[f"{name}_serial_seconds"] = 2 * found[f"{name}_seconds"] - found["one_seconds"]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ("verify", "conform", "matrix", "check")
+    parser.add_argument("--only", choices=names, action="append")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    options = parser.parse_args()
+    found: dict[str, Any] = {"cores": os.cpu_count(), "repeats": options.repeats, "rows": {}}
+    with two_workers() as dask:
+        for name, command, one in subjects(options.only or names):
+            row = found["rows"][name] = measure(command, one, dask, options.repeats)
+            print(name, "  ".join(f"{key} {value:.2f}" for key, value in row.items()), flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines side by side, judged in other processes: the outcomes of one engine, in the same order."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from refmoe.engines.conform import Suite, Watch, conform
+from refmoe.engines.harness import Harness
+from refmoe.engines.judge import Judge, Question
+from refmoe.engines.results import Outcome, Results, read_results
+from refmoe.spec.model import Parameters
+from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT
+from tests.clusters import cluster
+from tests.command_line import Refmoe
+from tests.engines.running import HONEST, LIMIT, case_named, hostile
+from tests.engines.test_ends import alive, judged, linux, wait_for
+
+ROOT = Path(__file__).parents[2]
+CASES = ("one-pair", "top-1", "window-1")
+
+
+def ran(
+    command: list[str], executor: str | None, judge: Judge | None = None, cases: tuple[str, ...] = CASES
+) -> tuple[Results, list[tuple[str, str]]]:
+    """The results, and the outcomes in the order in which they came."""
+    seen: list[tuple[str, str]] = []
+
+    def log(outcome: Outcome, _said: str) -> None:
+        seen.append((outcome.case, outcome.dtype))
+
+    suite = Suite([case_named(name) for name in cases], [case_named("window-1")], judge=judge or Judge())
+    return conform(Harness(command, LIMIT), {}, suite, Watch(log), executor), seen
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[str]:
+    with cluster(2) as (address, _):
+        yield f"dask:{address}"
+
+
+@pytest.mark.parametrize("way", ["", "rounds_to_bfloat16", "exits"])
+def test_the_results_are_those_of_one_engine(way: str) -> None:
+    """Also where the engine is wrong, dies or breaks its answer in one case."""
+    command = hostile(way, "top-1") if way else HONEST
+    alone, _ = ran(command, None)
+    both, seen = ran(command, "processes:2")
+    assert both == alone
+    assert sorted(seen) == sorted((each.case, each.dtype) for each in alone.outcomes)
+    verdicts = {each.verdict for each in alone.outcomes}
+    assert verdicts == {CONFORMANT} if not way else len(verdicts) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["", "rounds_to_bfloat16"])
+def test_a_cluster_gives_the_results_of_this_process(way: str, two: str) -> None:
+    command = hostile(way, "top-1") if way else HONEST
+    assert ran(command, two)[0] == ran(command, None)[0]
+
+
+class Deadly(Judge):
+    """Ends the process that judges one case."""
+
+    def judge(self, question: Question, parameters: Parameters) -> Outcome:
+        if question.case.name == "top-1" and multiprocessing.parent_process() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().judge(question, parameters)
+
+
+def test_a_process_that_dies_costs_one_verdict() -> None:
+    """The engine is not accused of it, and the next answers have a new process."""
+    alone, (found, _) = ran(HONEST, None)[0], ran(HONEST, "processes:2", Deadly())
+    for right, outcome in zip(alone.outcomes, found.outcomes, strict=True):
+        if outcome.case == "top-1":
+            assert outcome.verdict == CANNOT_JUDGE
+        else:
+            assert outcome == right
+
+
+def test_an_engine_that_describes_itself_otherwise_is_refused(tmp_path: Path) -> None:
+    """The second process has another version."""
+    place = tmp_path / "started"
+    script = (
+        f"import sys, os; sys.path.insert(0, {str(ROOT)!r}); from tests.engines.harnesses import honest\n"
+        f"try:\n    os.close(os.open({str(place)!r}, os.O_CREAT | os.O_EXCL)); version = '1'\n"
+        "except FileExistsError:\n    version = '2'\n"
+        "def answer(request):\n    found = honest.answer(request)\n"
+        "    return {**found, 'version': version} if request['command'] == 'start' else found\n"
+        "honest.converse(answer)"
+    )
+    with pytest.raises(Exception, match="describes itself in another way"):
+        ran([sys.executable, "-c", script], "processes:2")
+
+
+HANGS = f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from tests.engines.harnesses import honest
+
+def answer(request):
+    if request["command"] == "load":
+        if second:
+            open(sys.argv[1], "w").write("here")
+            time.sleep(600)
+        while len(loads) == 2 and not os.path.exists(sys.argv[1]):  # after the smoke test
+            time.sleep(0.01)
+        loads.append(request)
+    return honest.answer(request)
+
+loads, second = [], os.path.exists(sys.argv[2])
+open(sys.argv[2], "w").close()
+honest.converse(answer)
+"""
+
+
+@linux
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_signal_ends_all_engines_and_judges(number: signal.Signals, tmp_path: Path) -> None:
+    (tmp_path / "hangs.py").write_text(HANGS)
+    (tmp_path / "tmp").mkdir()
+    hung, out, marker = tmp_path / "hung", tmp_path / "out.json", f"REFMOE_SIDE_{os.getpid()}_{number}"
+    command = [sys.executable, "-m", "refmoe", "conform", "--case", "top-1", "--case", "window-1", "--dtype", "float32"]
+    command += ["--executor", "processes:2", "--out", str(out), "--"]
+    command += [sys.executable, str(tmp_path / "hangs.py"), str(hung), str(tmp_path / "first")]
+    variables = {**os.environ, "TMPDIR": str(tmp_path / "tmp"), marker: "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=variables, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for(lambda: hung.exists() and bool(hung.read_text()) and judged(out) == 1)
+    assert len(alive(marker)) >= 6, "the command, two guards, two harnesses and a judge"
+    process.send_signal(number)
+    _, err = process.communicate(timeout=LIMIT)
+    wait_for(lambda: not alive(marker))
+    assert b"Traceback" not in err
+    if number == signal.SIGTERM:
+        assert process.returncode == 128 + number
+    if number != signal.SIGKILL:
+        assert not [*(tmp_path / "tmp").iterdir()]
+    assert [each.verdict for each in read_results(out).outcomes] == [CONFORMANT]
+
+
+def test_the_command_takes_an_executor(refmoe: Refmoe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    words = ("conform", "--case", "window-1", "--case", "top-1", "--dtype", "float32", "--executor")
+    status, said, _ = refmoe(*words, "processes:2", "--", *HONEST)
+    assert status == 0
+    assert "2 outcomes: 2 conformant" in said
+    status, said, err = refmoe(*words, "threads", "--", *HONEST)
+    assert (status, said) == (2, "")
+    assert "threads" in err
