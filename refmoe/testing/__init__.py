@@ -25,9 +25,19 @@ A kernel by itself is judged from its own inputs and output, without `atol` and 
 True
 """
 
+from refmoe.testing.activation import assert_swiglu
+from refmoe.testing.attention import assert_attention
 from refmoe.testing.conformance import assert_conformant
 from refmoe.testing.judgement import Judgement
-from refmoe.testing.mixture import assert_moe
+from refmoe.testing.mixture import assert_combine, assert_moe
+from refmoe.testing.norm import assert_rms_norm
+from refmoe.testing.plans import assert_permutation, assert_unpermutation
 from refmoe.testing.products import assert_grouped_linear, assert_linear
+from refmoe.testing.rotation import assert_rotary
+from refmoe.testing.routing import assert_router
 
-__all__ = ["Judgement", "assert_conformant", "assert_grouped_linear", "assert_linear", "assert_moe"]
+__all__ = [
+    "Judgement", "assert_attention", "assert_combine", "assert_conformant", "assert_grouped_linear", "assert_linear",
+    "assert_moe", "assert_permutation", "assert_rms_norm", "assert_rotary", "assert_router", "assert_swiglu",
+    "assert_unpermutation",
+]  # fmt: skip

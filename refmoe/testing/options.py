@@ -18,7 +18,7 @@ from refmoe.verifier.verify import SIGNIFICANCE
 
 
 class Options(TypedDict, total=False):
-    """What every assertion takes besides its arrays."""
+    """The options of every assertion. They come after its arrays."""
 
     policy: Policy | str | None
     """The rounding that is legal; None: any kernel that stores its output in the dtype of the array found."""
@@ -47,7 +47,7 @@ def policy_for(options: Mapping[str, Any], step: str, found: Any, inputs: Mappin
     step: the tap whose dtype the output has   found: the output   inputs: the arrays that the kernel read
 
     Without a policy it is the one of the output's dtype: any kernel that stores it. All inputs may be narrower, as
-    where a kernel returns its float32 accumulator. Then it is that of the widest input, with the output in its own dtype.
+    where a kernel returns its float32 accumulator. Then it is that of the widest input, with the output as found.
     Parameters are known as the kernel has them, so no policy rounds them before they are used.
     """
     given = options.get("policy")

@@ -3,22 +3,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from refmoe.arithmetic.enclosure.array import Enclosure, concatenate
+from refmoe.arithmetic.formats import BFLOAT16, FLOAT16, OF_DTYPE, Format, nearest
 from refmoe.errors import InputError
 from refmoe.steps.enclosure_ops import EnclosureOps
-from refmoe.testing.arguments import fit, integers, real
-from refmoe.testing.judgement import Judgement, Output, judge, require
-from refmoe.testing.options import Options, checked, chosen_rows, policy_for, significance_of
+from refmoe.testing.arguments import fit, flags, flat, integers, one_of, real
+from refmoe.testing.call import Call, Change, Output, Rearranged
+from refmoe.testing.judgement import Judgement, judge, require
+from refmoe.testing.options import Options, checked, chosen_rows, policy_for
 from refmoe.testing.parameters import Matrix, known
 
 STEP = "expert.gate"
 """The step whose cut point stands for a product of no particular step."""
+TF32 = Format("TF32", 11, -126, 127)
+"""The dtype of factors that tensor cores take for float32 unless told otherwise."""
+FUSED = ("halves", "interleaved")
+"""The orders of a fused gate and up: all rows of the gate first, or the rows of both in turn."""
+ONE_TERM = 0.5
+"""A term counts as missing or as counted twice from this share of itself on."""
+
+
+# ---- one matrix
 
 
 class LinearOptions(Options, total=False):
@@ -30,12 +42,37 @@ class LinearOptions(Options, total=False):
     """Whether w is [K, N] and not [N, K]."""
 
 
+@dataclass(frozen=True)
+class Linear:
+    """Rows times the transpose of a matrix, and a bias."""
+
+    x: NDArray[Any]
+    """[T, K]"""
+    w: NDArray[Any]
+    """[N, K]"""
+    bias: NDArray[Any] | None = None
+    """[N]"""
+
+    def some(self, at: Any) -> Linear:
+        return replace(self, x=self.x[at])
+
+    def enclose(self, ops: EnclosureOps) -> Enclosure:
+        product = ops.linear(known(ops, self.x), Matrix("", self.w))
+        # the product may be stored before the bias is added
+        return product if self.bias is None else ops.cut(STEP, product) + known(ops, self.bias)
+
+
 def assert_linear(found: Any, x: Any, w: Any, **options: Unpack[LinearOptions]) -> Judgement:
     """Assert that a kernel multiplied rows by a matrix, within the rounding that its dtypes allow.
 
     found: [..., N]   x: [..., K]   w: [N, K], as `torch.nn.Linear` has it
     options: those of `LinearOptions`
     Returns the figures. Raises AssertionError when a value is wrong, and InputError for arrays that do not fit.
+
+    >>> import numpy as np, refmoe
+    >>> x, w = np.eye(4, 8, dtype=np.float32), np.ones((3, 8), np.float32)
+    >>> refmoe.testing.assert_linear(x @ w.T, x, w).verdict
+    'pass'
     """
     __tracebackhide__ = True
     return require(judge_linear(found, x, w, **options))
@@ -44,33 +81,88 @@ def assert_linear(found: Any, x: Any, w: Any, **options: Unpack[LinearOptions]) 
 def judge_linear(found: Any, x: Any, w: Any, **options: Unpack[LinearOptions]) -> Judgement:
     """The judgement of `assert_linear`, which also takes its arguments."""
     given = checked(options, LinearOptions, "assert_linear")
+    transposed = flags(given, "transposed")
     arrays = {"x": flat(real(x, "x")), "w": real(w, "w"), "found": flat(real(found, "found"))}
-    shapes = {"x": "T K", "w": "K N" if given.get("transposed") else "N K", "found": "T N"}
+    shapes = {"x": "T K", "w": "K N" if transposed else "N K", "found": "T N"}
     if given.get("bias") is not None:
         arrays["bias"], shapes["bias"] = real(given["bias"], "bias"), "N"
     fit(arrays, shapes)
     rows = chosen_rows(given, len(arrays["x"]))
-    inputs, values = arrays["x"][rows], arrays["found"][rows]
-    matrix = Matrix("", arrays["w"].T if given.get("transposed") else arrays["w"])
-
-    def enclose(ops: EnclosureOps) -> Enclosure:
-        return with_bias(ops, ops.linear(known(ops, inputs), matrix), arrays.get("bias"))
-
+    values = arrays["found"][rows]
+    call = Linear(x=arrays["x"][rows], w=arrays["w"].T if transposed else arrays["w"], bias=arrays.get("bias"))
+    policy = policy_for(given, STEP, values, {name: arrays[name] for name in arrays if name != "found"})
     output = Output(
         what="linear",
         step=STEP,
         found=values,
-        enclose=enclose,
+        call=call,
+        reads=call.x,
         where=lambda at: f"row {rows[at[0]]}, column {at[1]}",
-        reads=inputs,
+        changes=lambda: linear_changes(call, values),
+        cost=call.w.size,
     )
-    policy = policy_for(given, STEP, values, {name: arrays[name] for name in arrays if name != "found"})
-    return judge(output, policy, significance_of(given))
+    return judge(output, policy, given)
 
 
-def with_bias(ops: EnclosureOps, x: Enclosure, bias: NDArray[Any] | None) -> Enclosure:
-    """The product with a bias added, which an engine may do after it has stored the product."""
-    return x if bias is None else ops.cut(STEP, x) + known(ops, bias)
+def linear_changes(call: Linear, found: NDArray[Any]) -> Iterator[Change]:
+    """The mistakes of a product.   found: [T, N]"""
+    yield Change("the matrix is read as its transpose", replace(call, w=as_transpose(call.w)))
+    if call.bias is not None:
+        yield Change("the bias is missing", replace(call, bias=None))
+        twice = 2 * call.bias.astype(np.float64)
+        yield Change("the bias is added twice", replace(call, bias=twice))
+    for words, first, last, factor in odd_terms(call, found):
+        x = call.x.astype(np.float64)
+        x[:, first : last + 1] *= factor
+        yield Change(words, replace(call, x=x))
+    terms = call.x.shape[1]
+    if terms > 1:
+        yield Change("the last term of each sum is missing", replace(call, x=without(call.x, terms - 1, terms)))
+        block = min(32, terms // 2)
+        yield Change(
+            f"the last {block} terms of each sum are missing", replace(call, x=without(call.x, terms - block, terms))
+        )
+    for format in (TF32, FLOAT16, BFLOAT16):
+        if not format.holds(OF_DTYPE[call.x.dtype]) or not format.holds(OF_DTYPE[call.w.dtype]):
+            coarse = replace(call, x=nearest(call.x, format), w=nearest(call.w, format))
+            yield Change(f"the factors are rounded to {format} before they are multiplied", coarse)
+
+
+def without(x: NDArray[Any], start: int, stop: int) -> NDArray[Any]:
+    """The rows with zeros in some columns. x: [T, K]"""
+    changed = np.array(x)
+    changed[:, start:stop] = 0
+    return changed
+
+
+def as_transpose(w: NDArray[Any]) -> NDArray[Any]:
+    """The matrix whose memory is read as that of the transpose. w: [N, K]"""
+    return np.ascontiguousarray(w).reshape(w.shape[1], w.shape[0]).T
+
+
+def odd_terms(call: Linear, found: NDArray[Any]) -> Iterator[tuple[str, int, int, float]]:
+    """Terms that the values found suggest to be missing, or counted twice: in words, first, last, and their factor.
+
+    The share of term i in the errors e is (sum of e x_i w_i) / (sum of the squares of x_i w_i): -1 where the term is
+    missing everywhere. The products are taken in float32, because this is only a guess.
+    """
+    with np.errstate(all="ignore"):
+        x, w = call.x.astype(np.float32), call.w.astype(np.float32)
+        error = found.astype(np.float32) - x @ w.T
+        if call.bias is not None:
+            error = error - call.bias.astype(np.float32)
+        share = ((error @ w) * x).sum(0) / ((x**2).sum(0) * (w**2).sum(0))
+    for factor, words in ((0.0, "missing"), (2.0, "counted twice")):
+        odd = np.flatnonzero(share < -ONE_TERM if factor == 0 else share > ONE_TERM)
+        if odd.size and odd.size < len(share) and odd[-1] - odd[0] + 1 == odd.size:
+            first, last = int(odd[0]), int(odd[-1])
+            which = (
+                f"term {first} of {len(share)} is" if first == last else f"terms {first} to {last} of {len(share)} are"
+            )
+            yield f"{which} {words}", first, last, factor
+
+
+# ---- a matrix for each expert
 
 
 class GroupedOptions(Options, total=False):
@@ -85,7 +177,25 @@ class GroupedOptions(Options, total=False):
     transposed: bool
     """Whether w is [E, K, N] and not [E, N, K]."""
     fused: Literal["halves", "interleaved"] | None
-    """The order of columns that are both gate and up."""
+    """The order of the N columns, if they are both gate and up."""
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """Each row times the transpose of the matrix of its expert."""
+
+    x: NDArray[Any]
+    """[T, K]"""
+    w: NDArray[Any]
+    """[E, N, K]"""
+    experts: NDArray[Any]
+    """Integers [T]"""
+
+    def some(self, at: Any) -> Grouped:
+        return replace(self, x=self.x[at], experts=self.experts[at])
+
+    def enclose(self, ops: EnclosureOps) -> Enclosure:
+        return by_expert(self.experts, lambda e, at: ops.linear(known(ops, self.x[at]), Matrix("", self.w[e])))
 
 
 def assert_grouped_linear(found: Any, x: Any, w: Any, **options: Unpack[GroupedOptions]) -> Judgement:
@@ -102,40 +212,119 @@ def assert_grouped_linear(found: Any, x: Any, w: Any, **options: Unpack[GroupedO
 def judge_grouped_linear(found: Any, x: Any, w: Any, **options: Unpack[GroupedOptions]) -> Judgement:
     """The judgement of `assert_grouped_linear`, which also takes its arguments."""
     given = checked(options, GroupedOptions, "assert_grouped_linear")
+    transposed, fused = flags(given, "transposed"), one_of(given, "fused", (None, *FUSED))
     arrays = {"x": real(x, "x"), "w": real(w, "w"), "found": real(found, "found")}
-    transposed = bool(given.get("transposed"))
     sizes = fit(arrays, {"x": "T K", "w": "E K N" if transposed else "E N K", "found": "T N"})
+    if fused and sizes["N"] % 2:
+        raise InputError(f"w: has {sizes['N']} outputs, but an even number was expected for gate and up")
     experts = expert_of_rows(given, sizes["T"], sizes["E"])
     rows = chosen_rows(given, sizes["T"])
     rows = rows[experts[rows] >= 0]
-    inputs, values, mine = arrays["x"][rows], arrays["found"][rows], experts[rows]
-    matrices = arrays["w"].transpose(0, 2, 1) if transposed else arrays["w"]
+    values = arrays["found"][rows]
+    call = Grouped(
+        x=arrays["x"][rows], w=arrays["w"].transpose(0, 2, 1) if transposed else arrays["w"], experts=experts[rows]
+    )
 
-    def enclose(ops: EnclosureOps) -> Enclosure:
-        return by_expert(mine, lambda e, at: ops.linear(known(ops, inputs[at]), Matrix("", matrices[e])))
+    def where(at: tuple[int, ...]) -> str:
+        return f"row {rows[at[0]]}, expert {call.experts[at[0]]}, {column(at[1], sizes['N'], fused)}"
 
     output = Output(
         what="grouped linear",
         step=STEP,
         found=values,
-        enclose=enclose,
-        where=lambda at: f"row {rows[at[0]]}, expert {mine[at[0]]}, column {at[1]}",
-        reads=inputs,
+        call=call,
+        reads=call.x,
+        where=where,
+        changes=lambda: grouped_changes(call, values, fused),
+        cost=sizes["N"] * sizes["K"],
     )
-    policy = policy_for(given, STEP, values, {"x": arrays["x"], "w": arrays["w"]})
-    return judge(output, policy, significance_of(given))
+    return judge(output, policy_for(given, STEP, values, {"x": arrays["x"], "w": arrays["w"]}), given)
 
 
-def by_expert(experts: NDArray[Any], run: Any) -> Enclosure:
+def column(at: int, columns: int, fused: str | None) -> str:
+    """The place of a column in words, of gate and up if they are fused."""
+    if fused is None:
+        return f"column {at}"
+    half = columns // 2
+    part, place = (at // half, at % half) if fused == "halves" else (at % 2, at // 2)
+    return f"column {at} ({'up' if part else 'gate'} {place})"
+
+
+def grouped_changes(call: Grouped, found: NDArray[Any], fused: str | None) -> Iterator[Change]:
+    """The mistakes of a product by expert.   found: [T, N]"""
+    experts, columns = call.w.shape[:2]
+    yield from expert_changes(experts, call.experts, lambda ids: replace(call, experts=ids))
+    shifted = np.roll(call.experts, 1)
+    shifted[:1] = call.experts[:1]
+    yield Change("each expert's rows begin one row late", replace(call, experts=shifted))
+    early = np.roll(call.experts, -1)
+    early[-1:] = call.experts[-1:]
+    yield Change("each expert's rows begin one row early", replace(call, experts=early))
+    flipped = np.stack([as_transpose(each) for each in call.w]) if call.w.size < 1 << 26 else None
+    if flipped is not None:
+        yield Change("the matrices are read as their transposes", replace(call, w=flipped), "expert-w2-transposed")
+    if fused:
+        own = np.arange(len(call.x))
+        for words, order in fused_orders(columns, fused):
+            yield Change(words, Rearranged(call, own, order))
+    terms = call.x.shape[1]
+    if terms > 1:
+        yield Change("the last term of each sum is missing", replace(call, x=without(call.x, terms - 1, terms)))
+        block = min(32, terms // 2)
+        x = without(call.x, terms - block, terms)
+        yield Change(
+            f"the last {block} terms of each sum are missing", replace(call, x=x), "expert-reduction-tail-lost"
+        )
+    for expert in np.unique(call.experts)[:1]:
+        at = np.flatnonzero(call.experts == expert)
+        for words, first, last, factor in odd_terms(Linear(call.x[at], call.w[expert]), found[at]):
+            x = call.x.astype(np.float64)
+            x[:, first : last + 1] *= factor
+            yield Change(words, replace(call, x=x))
+
+
+def fused_orders(columns: int, fused: str) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Wrong orders of the columns of a fused gate and up: in words, and the right column that each has."""
+    half, all_ = columns // 2, np.arange(columns)
+    in_halves = np.concatenate([all_[0::2], all_[1::2]])  # of columns in turn
+    in_turn = np.empty(columns, np.int64)
+    in_turn[0::2], in_turn[1::2] = all_[:half], all_[half:]
+    if fused == "halves":
+        yield "gate and up are exchanged", np.roll(all_, half)
+        yield "gate and up are interleaved, where halves are declared", in_turn
+    else:
+        yield "gate and up are exchanged", all_ ^ 1
+        yield "gate and up are in halves, where interleaved is declared", in_halves
+
+
+def expert_changes(experts: int, ids: NDArray[Any], changed: Callable[[NDArray[Any]], Call]) -> Iterator[Change]:
+    """The mistakes in the choice of the matrix.   ids: integers [...]; -1 stays   changed: the call with other ids"""
+    if experts == 1:
+        return
+    here = ids >= 0
+    yield Change(
+        "each row has the matrix of the next expert",
+        changed(np.where(here, (ids + 1) % experts, ids)),
+        "router-index-off-by-one",
+    )
+    yield Change(
+        "each row has the matrix of the expert before",
+        changed(np.where(here, (ids - 1) % experts, ids)),
+        "router-index-off-by-one",
+    )
+    yield Change("all rows have the matrix of expert 0", changed(np.where(here, 0, ids)))
+    yield Change("the experts are in reverse order", changed(np.where(here, experts - 1 - ids, ids)))
+
+
+def by_expert(experts: NDArray[Any], run: Callable[[int, NDArray[Any]], Enclosure]) -> Enclosure:
     """The results of each expert's rows, in the order of the rows.
 
     experts: integers [n]   run: from an expert and the places of its m rows to their results [m, ...]
     """
     order = np.argsort(experts, kind="stable")
-    present = np.unique(experts)
-    parts = [run(int(e), np.flatnonzero(experts == e)) for e in present]
     back = np.empty_like(order)
     back[order] = np.arange(len(order))
+    parts = [run(int(e), np.flatnonzero(experts == e)) for e in np.unique(experts)]
     return concatenate(parts, axis=0)[back]
 
 
@@ -154,9 +343,8 @@ def expert_of_rows(given: Mapping[str, Any], rows: int, experts: int) -> NDArray
         ids = integers(given[name], name)
         fit({"ids": ids}, {"ids": "T"}, {"T": rows})
         return within(ids, experts, name)
-    hot = np.asarray(given[name]) if not hasattr(given[name], "detach") else given[name].detach().cpu().numpy()
+    hot = integers(given[name], name, truths=True) != 0
     fit({name: hot}, {name: "T E"}, {"T": rows, "E": experts})
-    hot = hot != 0
     if (hot.sum(1) > 1).any():
         row = int(np.argmax(hot.sum(1) > 1))
         raise InputError(f"one_hot: row {row} has {int(hot[row].sum())} experts, but one was expected")
@@ -169,13 +357,12 @@ def from_offsets(offsets: NDArray[Any], rows: int, experts: int) -> NDArray[Any]
     if ends.ndim != 1 or len(ends) != experts or (len(offsets) > experts and offsets[0] != 0):
         raise InputError(
             f"offsets: has shape {list(offsets.shape)}, but the end of the rows of each of {experts} experts was "
-            f"expected, or these with a 0 before"
+            "expected, or these with a 0 before"
         )
     if (np.diff(ends, prepend=0) < 0).any() or (len(ends) and ends[-1] > rows):
-        raise InputError(f"offsets: {ends.tolist()[:8]}, but rising numbers from 0 to {rows} were expected")
-    return np.where(
-        np.arange(rows) < (ends[-1] if len(ends) else 0), np.searchsorted(ends, np.arange(rows), "right"), -1
-    )
+        raise InputError(f"offsets: are {ends.tolist()[:8]}, but rising numbers from 0 to {rows} were expected")
+    row = np.arange(rows)
+    return np.where(row < (ends[-1] if len(ends) else 0), np.searchsorted(ends, row, "right"), -1)
 
 
 def within(ids: NDArray[Any], experts: int, name: str) -> NDArray[Any]:
@@ -184,12 +371,3 @@ def within(ids: NDArray[Any], experts: int, name: str) -> NDArray[Any]:
     if wrong.size:
         raise InputError(f"{name}: has {int(wrong[0])} in it, but experts 0 to {experts - 1}, or -1, were expected")
     return ids
-
-
-def flat(array: NDArray[Any]) -> NDArray[Any]:
-    """Rows: [..., n] as [T, n]; a vector is one row."""
-    return (
-        array.reshape(-1, array.shape[-1])
-        if array.ndim and array.size
-        else array.reshape(int(np.prod(array.shape[:-1])), array.shape[-1] if array.ndim else 1)
-    )
