@@ -12,13 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refmoe.arithmetic.enclosure.array import Enclosure
+from refmoe.arithmetic.enclosure.functions import relative_error
 from refmoe.errors import InputError
 from refmoe.steps.enclosure_ops import EnclosureOps
 from refmoe.testing.arguments import fit, flat, one_of, real
-from refmoe.testing.call import Change, Output, Rearranged
+from refmoe.testing.call import Change, Output
 from refmoe.testing.judgement import Judgement, judge, require
 from refmoe.testing.options import Options, checked, chosen_rows, policy_for
 from refmoe.testing.parameters import known
+from refmoe.testing.structures import Rearranged
 
 STEP = "expert.hidden"
 GELU = 2 * math.sqrt(2 / math.pi)
@@ -27,16 +29,17 @@ CUBIC = 0.044715
 SLOPE = 1.702
 """The slope of the sigmoid in the quick form of gelu, and in the SwiGLU of gpt-oss."""
 
-Function = Literal["silu", "gelu", "quick gelu", "relu", "sigmoid", "nothing"]
+Function = Literal["silu", "gelu", "tanh gelu", "quick gelu", "relu", "sigmoid", "nothing"]
 OTHERS: dict[Function, str] = {
     "nothing": "the gate is multiplied as it is, without silu",
     "gelu": "the gate has gelu, not silu",
+    "tanh gelu": "the gate has gelu by tanh, not silu",
     "quick gelu": f"the gate has x sigmoid({SLOPE} x), not silu",
     "relu": "the gate has relu, not silu",
     "sigmoid": "the gate has the sigmoid, not silu",
 }
 """The functions that a kernel may have in the place of silu, in words."""
-BUGS: dict[Function, str] = {"gelu": "expert-gelu"}
+BUGS: dict[Function, str] = {"gelu": "expert-gelu", "tanh gelu": "expert-gelu"}
 
 
 def activated(ops: EnclosureOps, x: Enclosure, function: Function) -> Enclosure:
@@ -50,8 +53,27 @@ def activated(ops: EnclosureOps, x: Enclosure, function: Function) -> Enclosure:
         return above
     if function == "sigmoid":
         return ops.sigmoid(x)
-    argument = x * SLOPE if function == "quick gelu" else (x + x * x * x * CUBIC) * GELU
-    return x * ops.sigmoid(argument)
+    if function == "quick gelu":
+        return x * ops.sigmoid(x * SLOPE)
+    return gelu(ops, x, function == "tanh gelu")
+
+
+def gelu(ops: EnclosureOps, x: Enclosure, by_tanh: bool) -> Enclosure:
+    """x / 2 (1 + erf(x / sqrt(2))), or its approximation by tanh.
+
+    A kernel computes erf or tanh, and adds 1. So its error is relative to x, however small the result is. It is taken
+    as twice the budget of exp, since this function only serves to recognise a mistake. |gelu'| <= 1.13.
+    """
+    x, policy = x.settle(), ops.policy
+    m = x.mid
+    if by_tanh:
+        mid = m / (1 + np.exp(-GELU * (m + CUBIC * m**3)))
+    else:
+        mid = m * np.vectorize(math.erfc, otypes=[float])(-m / math.sqrt(2)) / 2
+    own = 2 * relative_error(policy.exp, policy.accumulation, 1.0) * np.abs(m)
+    return Enclosure(
+        mid, 1.13 * x.r + own, 1.13**2 * np.asarray(x.v) + own**2 / 3, accumulation=x.accumulation, owed=True
+    )
 
 
 @dataclass(frozen=True)
@@ -111,6 +133,7 @@ def judge_swiglu(found: Any, gate: Any, up: Any = None, **options: Unpack[Swiglu
         where=lambda at: f"row {rows[at[0]]}, column {at[1]}",
         changes=lambda: swiglu_changes(call, fused),
         cuts=("expert.silu",),
+        inputs={"gate": call.gate, "up": call.up},
     )
     return judge(output, policy_for(given, STEP, values, {"gate": arrays["gate"], "up": arrays["up"]}), given)
 

@@ -213,6 +213,7 @@ def judge_attention(found: Any, q: Any, k: Any, v: Any, **options: Unpack[Attent
                 Change(each.name, mine(each.call), each.bug) for each in attention_changes(call, sizes["K"])
             ),
             cuts=cuts,
+            inputs={"q": call.q},
             spans=3,
         )
 

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The search for a mistake that explains a failure, by the rule of `refmoe.verifier.diagnosis.fit`.
 
-A mistake is named only if it passes three tests:
+A mistake is named only if it passes two tests:
 1. Its values account for the errors: the residual is small, and nothing contradicts it.
 2. Every value found is legal for a kernel with the mistake, by the same check that failed.
-3. For other arithmetic, the errors have the size that it predicts.
 
-The first test needs a few rows, the second one all. So most mistakes cost little.
+The first test needs a few rows, the second one all. So most mistakes cost little. Sums in a coarser dtype predict no
+values, so only the size of the errors is stated for them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from refmoe.arithmetic.enclosure.array import OWN, Enclosure
 from refmoe.arithmetic.formats import BFLOAT16, FLOAT16, OF_DTYPE, Format, nearest, representable, ulp
 from refmoe.profiles.policy import Policy
-from refmoe.testing.call import Change, Output, Rearranged, Rounding, Truncated, whole
+from refmoe.testing.call import Change, Output
 from refmoe.testing.checking import check, enclosed
+from refmoe.testing.structures import Masked, Rearranged, Rounded, StoredBetween, Truncated, whole
 from refmoe.verifier.diagnosis.fit import by_size, by_value, contradicted
 from refmoe.verifier.diagnosis.observed import Observed, Recorded
 from refmoe.verifier.findings import PASS, Check
@@ -38,6 +39,8 @@ NAMED = 3
 """The most mistakes that are named. More would say that the arrays cannot tell them apart."""
 SIMPLE = 64
 """The largest denominator of a factor that is tried as a fraction."""
+NEAR = 1e-4
+"""The relative distance of a factor from the fraction that is tried for it."""
 FEWEST = 8
 """Columns from which a row can be recognised in another place."""
 SEARCHED = 1 << 22
@@ -161,31 +164,29 @@ def explain(failure: Failure) -> Explanation:
             mid = _values(change, trial, failure.policy)
             if not (np.abs(mid - observed[KEY].mid) > room).any() and np.isfinite(mid).all():
                 unseen.append(change.name)
-                continue
-            residual = _residual(observed, mid)
-            if residual is not None:
-                candidates.append((residual, change))
-        for change in structures(failure):
-            residual = _residual(observed, _values(change, trial, failure.policy))
-            if residual is not None:
-                candidates.append((residual, change))
+            else:
+                candidates += _fits(observed, change, mid)
         names = _proven(failure, candidates)
-        if not names:
-            names = [each.name for each in roundings(failure) if _has_size(failure, each)]
+        for others in (structures, roundings):
+            if not names:
+                tries = [(change, _values(change, trial, failure.policy)) for change in others(failure)]
+                names = _proven(failure, [each for change, mid in tries for each in _fits(observed, change, mid)])
+        names = names or plain_facts(failure) or sizes(failure)
     return Explanation(tuple(names[:NAMED]), tuple(unseen), tried)
 
 
 def _values(change: Change, rows: NDArray[Any], policy: Policy) -> NDArray[Any]:
     """The exact values of some rows with a mistake, [n]."""
     x, _ = enclosed(change.call.some(rows), policy)
-    return x.mid.reshape(-1)
+    return np.asarray(x.mid.reshape(-1))
 
 
-def _residual(observed: dict[Any, Observed], mid: NDArray[Any]) -> float | None:
-    """The residual of predicted values; None if they do not explain the errors."""
+def _fits(observed: dict[Any, Observed], change: Change, mid: NDArray[Any]) -> list[tuple[float, Change]]:
+    """The mistake with the residual of its predicted values, or nothing if these do not explain the errors."""
     predicted = {KEY: mid}
     fit = by_value(observed, [KEY], predicted)
-    return fit.residual if fit.explains and contradicted(observed, predicted) is None else None
+    explains = fit.explains and contradicted(observed, predicted) is None
+    return [(fit.residual, change)] if explains else []
 
 
 def _proven(failure: Failure, candidates: list[tuple[float, Change]]) -> list[str]:
@@ -196,7 +197,7 @@ def _proven(failure: Failure, candidates: list[tuple[float, Change]]) -> list[st
             break
         x, may_overflow = enclosed(change.call, failure.policy)
         again = check(failure.output, x, failure.policy, failure.significance, may_overflow)
-        if again.verdict == PASS and not again.undecided and change.name not in names:
+        if again.verdict == PASS and not again.undecided:
             names.append(change.name + (f" (known bug {change.bug})" if change.bug else ""))
     return names
 
@@ -205,50 +206,54 @@ def _proven(failure: Failure, candidates: list[tuple[float, Change]]) -> list[st
 
 
 def structures(failure: Failure) -> Iterator[Change]:
-    """Mistakes that the values found suggest: rows of zeros, rows or columns that moved, a factor, truncation."""
-    output, found, mid = failure.output, failure.found, failure.right.mid
-    count, call = len(found), output.call
+    """Mistakes that the values found suggest: zeros, rows or columns that moved, a factor."""
+    found, mid = failure.found, failure.right.mid
     if not np.isfinite(mid).all():
         return
-    own = np.arange(count)
-    yield Change("values are cut off toward zero where they are stored, not rounded", Truncated(call, output.step))
-    flat, right = found.reshape(count, -1), mid.reshape(count, -1)
-    zero = np.flatnonzero((flat == 0).all(1) & (right != 0).any(1))
-    if zero.size:
-        yield Change(f"{_listed(zero, 'row')} zeros", Rearranged(call, np.where(np.isin(own, zero), -1, own)))
-    if mid.ndim == 2:
-        empty = np.flatnonzero((found == 0).all(0) & (mid != 0).any(0))
-        if empty.size and not (found == 0).all():
-            columns = np.where(np.isin(np.arange(mid.shape[1]), empty), -1, np.arange(mid.shape[1]))
-            yield Change(f"{_listed(empty, 'column')} zeros", Rearranged(call, own, columns))
+    yield from _zeros(failure)
     if np.isfinite(found).all():
-        yield from _factors(failure, own)
-        yield from _moved_rows(failure, flat, right, own)
+        yield from _factors(failure)
+        yield from _moved_rows(failure)
         if mid.ndim == 2 and mid.shape[0] >= FEWEST:
-            yield from _moved_columns(failure, found, mid, own)
+            yield from _moved_columns(failure)
 
 
-def _factors(failure: Failure, own: NDArray[Any]) -> Iterator[Change]:
+def _zeros(failure: Failure) -> Iterator[Change]:
+    """Zeros in some rows, heads or columns, or in a block of them."""
+    zero = (failure.found == 0) & (failure.right.mid != 0)
+    if not zero.any():
+        return
+    axes = tuple(range(zero.ndim))
+    inside = [zero.any(tuple(each for each in axes if each != axis)) for axis in axes]
+    block = np.ones(zero.shape, bool)
+    for axis, here in enumerate(inside):
+        block &= here.reshape([-1 if each == axis else 1 for each in axes])
+    if (block & ~zero & (failure.right.mid != 0)).any():
+        return
+    nouns = ["row", *["head"] * (zero.ndim - 2), "column"][: zero.ndim]
+    parts = [
+        _listed(np.flatnonzero(here), noun, "") for here, noun in zip(inside, nouns, strict=True) if not here.all()
+    ]
+    yield Change(f"{', '.join(parts) or 'all values'}: zeros", Masked(failure.output.call, ~block))
+
+
+def _factors(failure: Failure) -> Iterator[Change]:
     """All values times one number."""
     weight = 1 / np.maximum(failure.spacing, np.finfo(float).tiny)
     y, m = (failure.found * weight).reshape(-1), (failure.right.mid * weight).reshape(-1)
     reach = float(m @ m)
     if not (np.isfinite(reach) and reach > 0):
         return
-    factor = float(y @ m) / reach
+    factor, own = float(y @ m) / reach, np.arange(len(failure.found))
     if not 2.0**-40 < abs(factor) < 2.0**40 or factor == 1:
         return
-    nice = Fraction(factor).limit_denominator(SIMPLE)
-    tries = [(float(nice), str(nice))] if nice else []
-    if abs(factor) < 1:
-        inverse = Fraction(1 / factor).limit_denominator(SIMPLE)
-        tries += [(float(1 / inverse), f"1/({inverse})" if inverse.denominator > 1 else f"1/{inverse}")]
-    for value, words in dict(tries).items():
-        if value not in (0.0, 1.0) and abs(value - factor) <= 1e-2 * abs(factor):
-            yield Change(
-                f"all values are {words} of the right ones", Rearranged(failure.output.call, own, factor=value)
-            )
-    yield Change(f"all values are {factor:.6g} of the right ones", Rearranged(failure.output.call, own, factor=factor))
+    nice = [Fraction(factor).limit_denominator(SIMPLE)]
+    if 0 < abs(factor) < 1:
+        nice.append(1 / Fraction(1 / factor).limit_denominator(SIMPLE))
+    tries = {float(each): str(each) for each in nice if abs(float(each) - factor) <= NEAR * abs(factor)}
+    for value, words in (tries or {factor: f"{factor:.6g}"}).items():
+        moved = Rearranged(failure.output.call, own, factor=value)
+        yield Change(f"all values are {words} times the right ones", moved)
 
 
 def _nearest_rows(wrong: NDArray[Any], right: NDArray[Any]) -> NDArray[Any]:
@@ -257,29 +262,35 @@ def _nearest_rows(wrong: NDArray[Any], right: NDArray[Any]) -> NDArray[Any]:
     return np.asarray(distance.argmin(1))
 
 
-def _moved_rows(failure: Failure, flat: NDArray[Any], right: NDArray[Any], own: NDArray[Any]) -> Iterator[Change]:
+def _moved_rows(failure: Failure) -> Iterator[Change]:
     """Rows that have the result of other rows."""
-    wrong = failure.wrong_rows
-    if not wrong.size or flat.shape[1] < FEWEST or len(wrong) * len(flat) > SEARCHED:
+    count, wrong = len(failure.found), failure.wrong_rows
+    flat, right = failure.found.reshape(count, -1), failure.right.mid.reshape(count, -1)
+    if not wrong.size or flat.shape[1] < FEWEST or len(wrong) * count > SEARCHED:
         return
+    own = np.arange(count)
     source = own.copy()
     source[wrong] = _nearest_rows(flat[wrong], right)
     if (source == own).all():
         return
     moved = np.flatnonzero(source != own)
-    shift = np.unique(source[moved] - moved)
-    if len(np.unique(source[moved])) == 1 and len(moved) > 1:
-        words = f"{_listed(moved, 'row', 'have')} the result of row {source[moved][0]}"
-    elif len(shift) == 1 and len(moved) > 1:
-        side = "after" if shift[0] > 0 else "before"
-        words = f"{_listed(moved, 'row', 'have')} the result of the row {abs(shift[0])} {side}"
+    subject = _listed(moved, "row", "have")
+    shift = np.unique((source[moved] - moved) % count)
+    if len(np.unique(source[moved])) == 1:
+        words = f"{subject} the result of row {source[moved][0]}"
+    elif len(shift) == 1:
+        back = int(shift[0]) > count // 2
+        words = (
+            f"{subject} the result of the row {count - shift[0] if back else shift[0]} {'before' if back else 'after'}"
+        )
     else:
-        words = f"{_listed(moved, 'row', 'have')} the results of {_listed(source[moved], 'row', '').strip()}"
+        words = f"{subject} the results of {_listed(source[moved], 'row', '')}"
     yield Change(words, Rearranged(failure.output.call, source))
 
 
-def _moved_columns(failure: Failure, found: NDArray[Any], mid: NDArray[Any], own: NDArray[Any]) -> Iterator[Change]:
+def _moved_columns(failure: Failure) -> Iterator[Change]:
     """Columns that have the result of other columns."""
+    found, mid = failure.found, failure.right.mid
     wrong = np.flatnonzero(failure.wrong.any(0))
     rows = failure.trial if len(failure.trial) >= FEWEST else np.arange(min(len(found), TRIAL))
     if not wrong.size or len(wrong) * mid.shape[1] > SEARCHED:
@@ -288,59 +299,76 @@ def _moved_columns(failure: Failure, found: NDArray[Any], mid: NDArray[Any], own
     source[wrong] = _nearest_rows(found[rows].T[wrong], mid[rows].T)
     moved = np.flatnonzero(source != np.arange(mid.shape[1]))
     if moved.size:
-        words = f"{_listed(moved, 'column', 'have')} the results of {_listed(source[moved], 'column', '').strip()}"
-        yield Change(words, Rearranged(failure.output.call, own, source))
+        words = f"{_listed(moved, 'column', 'have')} the results of {_listed(source[moved], 'column', '')}"
+        yield Change(words, Rearranged(failure.output.call, np.arange(len(found)), source))
 
 
-def _listed(places: NDArray[Any], noun: str, verb: str = "are") -> str:
-    """Places in words, such as "rows 3 to 7 are"."""
-    count = len(places)
-    if count == 1:
-        one = {"are": "is", "have": "has"}.get(verb, verb)
-        return f"{noun} {places[0]} {one}".rstrip() if verb else f"{noun} {places[0]}"
-    if (np.diff(places) == 1).all():
+def _listed(places: NDArray[Any], noun: str, verb: str) -> str:
+    """Places in words, such as "rows 3 to 7 have"."""
+    if len(places) == 1:
+        text, verb = f"{noun} {places[0]}", "has" if verb else ""
+    elif (np.diff(places) == 1).all():
         text = f"{noun}s {places[0]} to {places[-1]}"
     else:
         shown = ", ".join(str(each) for each in places[:5])
-        text = f"{noun}s {shown}{', ...' if count > 5 else ''} ({count})"
+        text = f"{noun}s {shown}{', ...' if len(places) > 5 else ''} ({len(places)})"
     return f"{text} {verb}".rstrip()
 
 
 # ---- other arithmetic
 
 
-def roundings(failure: Failure) -> Iterable[Rounding]:
-    """The arithmetic of coarser kernels: their sums, or the values between two steps."""
+def roundings(failure: Failure) -> Iterator[Change]:
+    """Values that are cut off or rounded more coarsely than the policy says, where they are stored or before."""
     policy, output = failure.policy, failure.output
-    for format in (FLOAT16, BFLOAT16):
-        if format.precision < policy.accumulation.precision:
-            coarse = replace(policy, accumulation=format)
-            yield Rounding(f"sums and products are kept in {format}", coarse)
+    for format in (failure.format, FLOAT16, BFLOAT16):
+        if failure.format.holds(format) and representable(failure.found, format).all():
+            name = f"values are cut off to {format}, toward zero, not rounded to nearest"
+            yield Change(name, Truncated(output.call, format))
+            if format != failure.format:
+                yield Change(f"the output is rounded to {format}", Rounded(output.call, format))
     for cut in output.cuts:
         for format in (FLOAT16, BFLOAT16):
             if format.precision < policy.at(cut).precision:
-                changed = replace(policy, cuts={**policy.cuts, cut: format})
-                yield Rounding(f"{cut} is stored in {format}", changed)
-    for format in (FLOAT16, BFLOAT16):
-        if format.precision < policy.at(output.step).precision:
-            changed = replace(policy, cuts={**policy.cuts, output.step: format})
-            yield Rounding(f"the output is rounded to {format}", changed)
+                yield Change(f"{cut} is stored in {format}", StoredBetween(output.call, cut, format))
 
 
-def _has_size(failure: Failure, rounding: Rounding) -> bool:
+def plain_facts(failure: Failure) -> list[str]:
+    """What the values found are, where no mistake in the computation makes them."""
+    found = failure.output.found
+    if np.isnan(failure.found).all():
+        return ["all values are not a number"]
+    for name, array in failure.output.inputs.items():
+        if array.shape == found.shape and np.array_equal(array.astype(np.float64), failure.found):
+            return [f"the output is the input {name}"]
+    if found.size > 1 and (failure.found == failure.found.flat[0]).all():
+        return [f"all values are {failure.found.flat[0]:g}"]
+    return []
+
+
+def sizes(failure: Failure) -> list[str]:
+    """Coarser sums, if the errors have their size. The order of a sum is not known, so no value can be predicted."""
+    policy = failure.policy
+    return [
+        f"the errors have the size of sums in {format}"
+        for format in (FLOAT16, BFLOAT16)
+        if format.precision < policy.accumulation.precision and _has_size(failure, replace(policy, accumulation=format))
+    ]
+
+
+def _has_size(failure: Failure, policy: Policy) -> bool:
     """Whether the errors have the size that other arithmetic predicts, and all values are legal under it."""
-    x, may_overflow = enclosed(failure.output.call, rounding.policy)
-    again = check(failure.output, x, rounding.policy, failure.significance, may_overflow)
+    x, may_overflow = enclosed(failure.output.call, policy)
+    again = check(failure.output, x, policy, failure.significance, may_overflow)
     if again.verdict != PASS or again.undecided:
         return False
-    new, everything = whole(x), np.arange(len(failure.found))
-    last = ulp(new.mid, rounding.policy.at(failure.output.step)) ** 2 / 12
-    own = failure.spacing**2 / 12
+    new = whole(x)
     recorded = Recorded(
         mid=new.mid.reshape(-1),
-        variance=np.maximum(np.asarray(new.v) + last - own, 0.0).reshape(-1),
+        variance=np.asarray(new.v).reshape(-1),
         radius=np.asarray(new.r).reshape(-1),
         found=failure.found.reshape(-1),
         read=np.ones((), bool),
     )
-    return by_size({KEY: failure.observed(everything)}, [KEY], {KEY: recorded}).explains
+    observed = {KEY: failure.observed(np.arange(len(failure.found)))}
+    return by_size(observed, [KEY], {KEY: recorded}).explains

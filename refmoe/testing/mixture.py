@@ -42,14 +42,17 @@ class Combined:
     """Integers [T, k]; a slot of -1 counts nothing."""
     weights: NDArray[Any]
     """[T, k]"""
+    roundings: int = 0
+    """The roundings of weights that a mistake computes anew."""
 
     def some(self, at: Any) -> Combined:
-        return Combined(self.outputs[at], self.ids[at], self.weights[at])
+        return replace(self, outputs=self.outputs[at], ids=self.ids[at], weights=self.weights[at])
 
     def enclose(self, ops: EnclosureOps) -> Enclosure:
         here = self.ids >= 0
         outputs = known(ops, np.where(here[..., None], self.outputs, 0))
-        return cast(Enclosure, combine(cast(CutOps, ops), outputs, known(ops, np.where(here, self.weights, 0))))
+        weights = known(ops, np.where(here, self.weights, 0), self.roundings)
+        return cast(Enclosure, combine(cast(CutOps, ops), outputs, weights))
 
 
 class CombineOptions(Options, total=False):
@@ -98,9 +101,9 @@ def judge_combine(
 def combine_changes(call: Combined) -> Iterator[Change]:
     """The mistakes of the sum over slots."""
     for words, ids, weights, bug in slot_changes(call.ids, call.weights):
-        yield Change(words, Combined(call.outputs, ids, weights), bug)
+        yield Change(words, replace(call, ids=ids, weights=weights, roundings=roundings_of(weights, call.weights)), bug)
     if call.ids.shape[1] > 1:
-        turned = Combined(call.outputs[:, ::-1], call.ids[:, ::-1], call.weights)
+        turned = replace(call, outputs=call.outputs[:, ::-1], ids=call.ids[:, ::-1])
         yield Change("the slots of a token have each other's weights", turned, "router-weights-order-mismatch")
     if (call.ids < 0).any():
         everything = replace(call, ids=np.maximum(call.ids, 0))
@@ -114,7 +117,9 @@ def slot_changes(ids: NDArray[Any], weights: NDArray[Any]) -> Iterator[tuple[str
         yield "the weights are not used", ids, np.ones_like(wide), "expert-weight-missing"
         yield "the weights are used twice", ids, wide**2, ""
         shared = np.where(ids >= 0, wide, 0.0)
-        yield "the weights are renormalised once more", ids, wide / shared.sum(1, keepdims=True), ""
+        total = shared.sum(1, keepdims=True)
+        if not (total == 0).any():
+            yield "the weights are renormalised once more", ids, wide / total, ""
         if k > 1:
             yield "the experts of a token have equal weights that sum to 1", ids, np.full_like(wide, 1 / k), ""
             yield (
@@ -126,10 +131,9 @@ def slot_changes(ids: NDArray[Any], weights: NDArray[Any]) -> Iterator[tuple[str
             for slot in range(min(k, 4)):
                 left = np.where(np.arange(k) == slot, -1, ids)
                 yield f"slot {slot} of each token is not added", left, wide, ""
-            only = np.where(np.arange(k) == 0, ids, -1)
-            yield "only the first slot of each token is added", only, wide, "expert-scatter-overwrite"
-            last = np.where(np.arange(k) == k - 1, ids, -1)
-            yield "only the last slot of each token is added", last, wide, "expert-scatter-overwrite"
+        for slot, words in ((0, "first"), (k - 1, "last")) if k > 2 else ():
+            only = np.where(np.arange(k) == slot, ids, -1)
+            yield f"only the {words} slot of each token is added", only, wide, "expert-scatter-overwrite"
         repeated = np.array([len({*row[row >= 0].tolist()}) < (row >= 0).sum() for row in ids])
         if repeated.any():
             once = np.array(ids)
@@ -138,6 +142,11 @@ def slot_changes(ids: NDArray[Any], weights: NDArray[Any]) -> Iterator[tuple[str
                     if once[row, slot] in ids[row, :slot]:
                         once[row, slot] = -1
             yield "an expert that a token has twice is added once", once, wide, "expert-scatter-overwrite"
+
+
+def roundings_of(weights: NDArray[Any], given: NDArray[Any]) -> int:
+    """The roundings of weights that a mistake has: none if they are the given ones, or whole numbers. [T, k] each"""
+    return 0 if np.array_equal(weights, given) or np.isin(weights, (0.0, 0.5, 1.0)).all() else 2 + weights.shape[1]
 
 
 # ---- the fused layer
@@ -172,6 +181,8 @@ class Layer:
     """[T, k]"""
     function: Function = "silu"
     weigh: str = "output"
+    roundings: int = 0
+    """The roundings of weights that a mistake computes anew."""
 
     def some(self, at: Any) -> Layer:
         return replace(self, x=self.x[at], ids=self.ids[at], weights=self.weights[at])
@@ -179,7 +190,7 @@ class Layer:
     def enclose(self, ops: EnclosureOps) -> Enclosure:
         """Expert by expert, so that each matrix is prepared once and memory stays small."""
         (tokens, k), slots = self.ids.shape, self.ids.reshape(-1)
-        x, weights = known(ops, self.x), known(ops, np.where(self.ids >= 0, self.weights, 0))
+        x, weights = known(ops, self.x), known(ops, np.where(self.ids >= 0, self.weights, 0), self.roundings)
         parts, order = [], []
         for expert in np.unique(slots):
             at = np.flatnonzero(slots == expert)
@@ -253,6 +264,7 @@ def judge_moe(
         changes=lambda: moe_changes(call, one_of(given, "fused", (None, "halves", "interleaved"))),
         cuts=("expert.gate", "expert.up", "expert.hidden", "expert.output", "combine.weighted", "combine.partial"),
         spans=5,
+        inputs={"x": call.x},
         cost=3 * layer.ids.shape[1] * layer.w_gate[:1].size,
     )
     inputs = {"x": layer.x, "w_gate": layer.w_gate, "w_up": layer.w_up, "w_down": layer.w_down}
@@ -284,7 +296,7 @@ def read_layer(values: dict[str, Any], given: dict[str, Any]) -> Layer:
 def moe_changes(call: Layer, fused: str | None) -> Iterator[Change]:
     """The mistakes of the fused layer.   fused: the declared order of gate and up"""
     for words, ids, weights, bug in slot_changes(call.ids, call.weights):
-        yield Change(words, replace(call, ids=ids, weights=weights), bug)
+        yield Change(words, replace(call, ids=ids, weights=weights, roundings=roundings_of(weights, call.weights)), bug)
     if call.ids.shape[1] > 1:
         turned = replace(call, weights=call.weights[:, ::-1])
         yield Change("the slots of a token have each other's weights", turned, "router-weights-order-mismatch")
@@ -301,6 +313,11 @@ def moe_changes(call: Layer, fused: str | None) -> Iterator[Change]:
             flipped = np.stack([as_transpose(each) for each in getattr(call, name)])
             bug = "expert-w2-transposed" if name == "w_down" else ""
             yield Change(f"{name} is read as its transpose", replace(call, **cast(Any, {name: flipped})), bug)
+        for name in ("w_gate", "w_up", "w_down"):
+            matrices = getattr(call, name)
+            first = np.broadcast_to(matrices[:1], matrices.shape)
+            if len(matrices) > 1:
+                yield Change(f"all experts have the {name} of expert 0", replace(call, **cast(Any, {name: first})))
         for words, changed in shorter(call):
             yield Change(words, changed, "expert-reduction-tail-lost")
 

@@ -42,12 +42,14 @@ class Norm:
     """The mean is subtracted first, as in a layer norm."""
     outside: bool = False
     """eps is added to the root, not to the mean square."""
+    roundings: int = 0
+    """The roundings of a gain that is computed from the one given."""
 
     def some(self, at: Any) -> Norm:
         return replace(self, x=self.x[at])
 
     def enclose(self, ops: EnclosureOps) -> Enclosure:
-        x, gain = known(ops, self.x), self.gain.astype(np.float64)
+        x, gain = known(ops, self.x), known(ops, self.gain, self.roundings)
         if not self.stored:
             spacing = ulp(x.mid, ops.policy.at(SUM))
             x = Enclosure(x.mid, spacing / 2, spacing**2 / 12, accumulation=ops.policy.accumulation)
@@ -144,6 +146,7 @@ def judge_rms_norm(
         changes=lambda: norm_changes(norm, plain),
         cuts=("norm.input", "norm.normed"),
         normalises=True,
+        inputs={"x": norm.x},
     )
     policy = policy_for(given, STEP, values, {"x": source})
     judgement = judge(output, policy, given)
@@ -169,10 +172,12 @@ def norm_changes(call: Norm, plain: Norm | None) -> Iterator[Change]:
     yield Change("eps is added outside the root", replace(call, outside=True), "norm-eps-outside-sqrt")
     yield Change("the mean is subtracted, as in a layer norm", replace(call, centred=True), "norm-layernorm-mean")
     gain = call.gain.astype(np.float64)
-    yield Change("the gain is 1 + weight", replace(call, gain=1 + gain), "norm-gain-plus-one")
+    yield Change("the gain is 1 + weight", replace(call, gain=1 + gain, roundings=1), "norm-gain-plus-one")
     yield Change("the gain is missing", replace(call, gain=np.ones_like(gain)))
-    yield Change("the gain multiplies twice", replace(call, gain=gain**2))
+    yield Change("the gain multiplies twice", replace(call, gain=gain**2, roundings=1))
     width = call.x.shape[1]
-    yield Change("squares are summed, not averaged", replace(call, eps=call.eps / width, gain=gain / np.sqrt(width)))
+    yield Change(
+        "squares are summed, not averaged", replace(call, eps=call.eps / width, gain=gain / np.sqrt(width), roundings=4)
+    )
     if plain is not None:
         yield Change("the norm reads the input without the residual", plain)

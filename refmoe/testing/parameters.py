@@ -45,9 +45,15 @@ class Matrix:
         return part if dtype is None else upcast(part, np.dtype(dtype))
 
 
-def known(ops: EnclosureOps, values: NDArray[Any]) -> Enclosure:
-    """An input of the kernel, which is known exactly. An infinity or NaN in it may make others."""
+def known(ops: EnclosureOps, values: NDArray[Any], roundings: int = 0) -> Enclosure:
+    """An input of the kernel, which is known exactly. An infinity or NaN in it may make others.
+
+    roundings: of a value that a kernel with a mistake computes from its input
+    """
     wide = values.astype(np.float64)
     if not np.isfinite(wide).all():
         ops.events.append("input")
-    return Enclosure(wide, accumulation=ops.policy.accumulation)
+    if not roundings:
+        return Enclosure(wide, accumulation=ops.policy.accumulation)
+    moved = roundings * ops.policy.accumulation.u * np.abs(wide)
+    return Enclosure(wide, moved, moved**2 / 3, accumulation=ops.policy.accumulation)

@@ -15,10 +15,11 @@ from refmoe.arithmetic.formats import BFLOAT16, FLOAT16, OF_DTYPE, Format, neare
 from refmoe.errors import InputError
 from refmoe.steps.enclosure_ops import EnclosureOps
 from refmoe.testing.arguments import fit, flags, flat, integers, one_of, real
-from refmoe.testing.call import Call, Change, Output, Rearranged
+from refmoe.testing.call import Call, Change, Output
 from refmoe.testing.judgement import Judgement, judge, require
 from refmoe.testing.options import Options, checked, chosen_rows, policy_for
 from refmoe.testing.parameters import Matrix, known
+from refmoe.testing.structures import Rearranged
 
 STEP = "expert.gate"
 """The step whose cut point stands for a product of no particular step."""

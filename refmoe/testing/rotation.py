@@ -106,6 +106,7 @@ def judge_rotary(found: Any, x: Any, positions: Any, theta: float, **options: Un
         where=where,
         changes=lambda: rotary_changes(call),
         cuts=("rope.table", "rope.products"),
+        inputs={"x": call.x},
     )
     return judge(output, policy_for(given, STEP, values, {"x": arrays["x"]}), given)
 

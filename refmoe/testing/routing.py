@@ -336,6 +336,9 @@ def weight_changes(call: Routed) -> Iterator[Change]:
         yield Change("the scores are softmax, not sigmoid", replace(call, order=ORDERS[1]))
     else:
         yield Change("the scores are sigmoid, not softmax", replace(call, order="sigmoid"))
+        if call.renormalise:
+            plain = replace(call, order="sigmoid", renormalise=False)
+            yield Change("the scores are sigmoid, not softmax, and not renormalised", plain)
     if call.bias is not None:
         yield Change("the bias is in the weights", replace(call, unbiased=False), "router-bias-in-weights")
     yield Change("the weights are the logits", replace(call, raw=True, renormalise=False), "router-raw-logit-weights")
