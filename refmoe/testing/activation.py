@@ -89,6 +89,10 @@ class Gated:
     def some(self, at: Any) -> Gated:
         return replace(self, gate=self.gate[at], up=self.up[at])
 
+    def plain(self) -> NDArray[Any]:
+        gate, up = self.gate.astype(np.float32), self.up.astype(np.float32)
+        return np.asarray(gate / (1 + np.exp(-gate)) * up)
+
     def enclose(self, ops: EnclosureOps) -> Enclosure:
         return activated(ops, known(ops, self.gate), self.function) * known(ops, self.up)
 

@@ -26,8 +26,8 @@ from refmoe.testing.parameters import known
 STEP = "attention.context"
 LOGARITHM = "logprobs"
 """The step whose tests a log-sum-exp has: its errors are shared by a row, so only single values count."""
-SCORES = 1 << 21
-"""Scores that are enclosed at a time: about fifteen arrays of that size are in memory."""
+SCORES = 1 << 17
+"""Scores that are enclosed at a time, so that their arrays stay in the cache."""
 RESCALED = 4
 """Roundings of the largest score in a kernel that computes in powers of two, and returns natural logarithms."""
 

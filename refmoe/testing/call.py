@@ -60,5 +60,5 @@ class Output:
     """The number of steps from the inputs to the output."""
     normalises: bool = False
     """Whether one of these steps is a norm."""
-    cost: int = 1
-    """Elements of parameters that a row reads."""
+    cost: int = 0
+    """Elements of matrices that a row reads; 0 for a step without a matrix."""

@@ -31,25 +31,58 @@ def enclosed(call: Call, policy: Policy) -> tuple[Enclosure, bool]:
     return x, bool(ops.events)
 
 
+PIECE = 1 << 17
+"""Values of a step without a matrix that are judged at a time, so that their arrays stay in the cache."""
+
+
+def checked_in_pieces(output: Output, policy: Policy, significance: float, values: int) -> Check:
+    """The check of an output, some rows after others where a row does not read a matrix.
+
+    values: that are tested in all, over which the significance is split
+    """
+    count = len(output.found)
+    height = count if output.cost else max(1, PIECE * count // max(output.found.size, 1))
+    tally, may_overflow = Tally(rows=count), False
+    for start in range(0, count, max(height, 1)):
+        at = np.arange(start, min(start + height, count))
+        x, overflows = enclosed(output.call if len(at) == count else output.call.some(at), policy)
+        may_overflow |= overflows
+        add(tally, output.found[at], x, policy, output.step, may_overflow, start)
+    return conclude(output, tally, policy, significance, values)
+
+
 def check(output: Output, x: Enclosure, policy: Policy, significance: float, may_overflow: bool) -> Check:
     """The verifier's check of the values found.
 
     x: their enclosure   may_overflow: whether a legal kernel may have overflowed before the output
     """
     tally = Tally(rows=len(output.found))
-    shape = output.found.shape
+    add(tally, output.found, x, policy, output.step, may_overflow)
+    return conclude(output, tally, policy, significance, tally.values)
+
+
+def add(
+    tally: Tally, found: NDArray[Any], x: Enclosure, policy: Policy, step: str, may_overflow: bool, first: int = 0
+) -> None:
+    """Test values against their enclosure.   found: [rows, ...]   first: the number of the first row"""
+    shape = found.shape
     flat = x.map(lambda part: (part if part.shape == shape else np.broadcast_to(part, shape)).reshape(-1))
-    values = output.found.astype(np.float64).reshape(-1)
 
     def place(at: int) -> tuple[int, ...]:
-        return tuple(int(i) for i in np.unravel_index(at, shape))
+        row, *rest = (int(i) for i in np.unravel_index(at, shape))
+        return (first + row, *rest)
 
-    tally.add(flat, values, policy.at(output.step), OF_DTYPE[output.found.dtype], place, may_overflow)
+    values = found.astype(np.float64).reshape(-1)
+    tally.add(flat, values, policy.at(step), OF_DTYPE[found.dtype], place, may_overflow)
+
+
+def conclude(output: Output, tally: Tally, policy: Policy, significance: float, values: int) -> Check:
+    """The check of all values in a tally, with the limits of the verifier."""
     tap = f"layers.0.{output.step}"
     origin = Origin(
         since=(tap,), rung=LOCAL if output.spans == 1 else REPLAYED, spans=output.spans, normalises=output.normalises
     )
-    limits = Limits(significance, max(tally.values, 1), 1)
+    limits = Limits(significance, max(values, 1), 1)
     alike = alike_values(tap, origin, repeats(output.reads))
     if alike is not None and reads_coarser(policy, output.step):
         alike = max(alike, LIKE_POINTWISE)  # all outputs share the roundings of one input

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from refmoe.api.arguments import whole_number
 from refmoe.profiles.policy import Policy
 from refmoe.testing.call import Output
-from refmoe.testing.checking import check, enclosed
+from refmoe.testing.checking import checked_in_pieces, enclosed
 from refmoe.testing.explanation import Failure, explain
 from refmoe.testing.message import message_of
 from refmoe.testing.options import significance_of
+from refmoe.testing.screening import parts, restricted
 from refmoe.verifier.findings import FAIL, PASS, Element
 
 
@@ -28,9 +30,9 @@ class Judgement:
     """pass, fail or undecidable."""
     reason: str
     values: int
-    """The number of elements judged."""
+    """The number of elements. Of very many, most are only compared with a plain evaluation."""
     rows: int
-    """The number of rows judged."""
+    """The number of rows."""
     headroom: float
     """The worst element's share of its legal interval. Above 1 is impossible under the policy."""
     deviations: float
@@ -65,11 +67,20 @@ def judge(output: Output, policy: Policy, options: Mapping[str, Any]) -> Judgeme
             what=output.what, policy=policy.name, verdict=PASS, reason="there are no values", values=0,
             rows=len(output.found), headroom=0.0, deviations=0.0, limit=0.0, size=0.0, lean=0.0, statistics=False,
         )  # fmt: skip
-    x, may_overflow = enclosed(output.call, policy)
-    done = check(output, x, policy, significance, may_overflow)
+    values, rows = output.found.size, len(output.found)
+    chosen = parts(output, whole_number(options.get("seed", 0), "seed"))
+    if chosen is None:
+        done = checked_in_pieces(output, policy, significance, values)
+    else:
+        drawn, far = (restricted(output, each) for each in chosen)
+        done = checked_in_pieces(far, policy, significance, values)
+        output = far
+        if done.verdict == PASS:
+            output, done = drawn, checked_in_pieces(drawn, policy, significance, values)
     explanations: tuple[str, ...] = ()
     message = ""
     if done.verdict != PASS:
+        x, _ = enclosed(output.call, policy)
         failure = Failure(output=output, policy=policy, significance=significance, x=x, check=done)
         seen = None
         if done.verdict == FAIL and options.get("explain", True):
@@ -81,8 +92,8 @@ def judge(output: Output, policy: Policy, options: Mapping[str, Any]) -> Judgeme
         policy=policy.name,
         verdict=done.verdict,
         reason=done.reason,
-        values=done.values,
-        rows=len(output.found),
+        values=values,
+        rows=rows,
         headroom=done.worst_error,
         deviations=done.excess,
         limit=done.excess_limit,

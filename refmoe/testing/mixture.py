@@ -48,6 +48,13 @@ class Combined:
     def some(self, at: Any) -> Combined:
         return replace(self, outputs=self.outputs[at], ids=self.ids[at], weights=self.weights[at])
 
+    def plain(self) -> NDArray[Any]:
+        weights = np.where(self.ids >= 0, self.weights, 0).astype(np.float32)
+        outputs = self.outputs.astype(np.float32)
+        if (self.ids < 0).any():
+            outputs = np.where((self.ids >= 0)[..., None], outputs, 0)
+        return np.asarray(np.einsum("tk,tkd->td", weights, outputs))
+
     def enclose(self, ops: EnclosureOps) -> Enclosure:
         here = self.ids >= 0
         outputs = known(ops, np.where(here[..., None], self.outputs, 0))

@@ -48,6 +48,11 @@ class Norm:
     def some(self, at: Any) -> Norm:
         return replace(self, x=self.x[at])
 
+    def plain(self) -> NDArray[Any]:
+        x = self.x.astype(np.float32)
+        scale = 1 / np.sqrt(np.einsum("ij,ij->i", x, x) / x.shape[1] + np.float32(self.eps))
+        return np.asarray(x * scale[:, None] * self.gain.astype(np.float32))
+
     def enclose(self, ops: EnclosureOps) -> Enclosure:
         x, gain = known(ops, self.x), known(ops, self.gain, self.roundings)
         if not self.stored:
@@ -73,6 +78,9 @@ class Sum:
 
     def some(self, at: Any) -> Sum:
         return Sum(self.a[at], self.b[at])
+
+    def plain(self) -> NDArray[Any]:
+        return np.asarray(self.a.astype(np.float32) + self.b.astype(np.float32))
 
     def enclose(self, ops: EnclosureOps) -> Enclosure:
         return known(ops, self.a) + known(ops, self.b)

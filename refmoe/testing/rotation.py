@@ -41,6 +41,18 @@ class Rotated:
     def some(self, at: Any) -> Rotated:
         return replace(self, x=self.x[at], positions=self.positions[at])
 
+    def plain(self) -> NDArray[Any]:
+        half, x = self.x.shape[-1] // 2, self.x.astype(np.float32)
+        angle = self.positions[:, None] * self.theta ** (-np.arange(half) / half)
+        cos, sin = (each.astype(np.float32)[:, None] for each in (np.cos(angle), np.sin(angle)))
+        found = np.empty_like(x)
+        first, second = (
+            (slice(0, half), slice(half, None)) if self.layout == "halves" else (slice(0, None, 2), slice(1, None, 2))
+        )
+        a, b = x[..., first], x[..., second]
+        found[..., first], found[..., second] = a * cos - b * sin, b * cos + a * sin
+        return found
+
     def enclose(self, ops: EnclosureOps) -> Enclosure:
         size, cuts = self.x.shape[-1], cast(CutOps, ops)
         order = np.arange(size)
