@@ -105,7 +105,7 @@ class Attention:
 class LogSumExp:
     """The logarithm of the sum of the exponentials of each row's scores."""
 
-    of: Attention
+    of: Attention | Regrouped
 
     def some(self, at: Any) -> LogSumExp:
         return LogSumExp(self.of.some(at))
@@ -332,4 +332,10 @@ class Regrouped:
         return Regrouped(self.of.some(at), self.order)
 
     def enclose(self, ops: EnclosureOps) -> Enclosure:
-        return replace(self.of, q=self.of.q[:, self.order]).enclose(ops)[:, np.argsort(self.order)]
+        return self._regrouped().enclose(ops)[:, np.argsort(self.order)]
+
+    def over_blocks(self, ops: EnclosureOps, mix: Any) -> Enclosure:
+        return self._regrouped().over_blocks(ops, mix)[:, np.argsort(self.order)]
+
+    def _regrouped(self) -> Attention:
+        return replace(self.of, q=self.of.q[:, self.order])

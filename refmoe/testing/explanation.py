@@ -5,8 +5,8 @@ A mistake is named only if it passes two tests:
 1. Its values account for the errors: the residual is small, and nothing contradicts it.
 2. Every value found is legal for a kernel with the mistake, by the same check that failed.
 
-The first test needs a few rows, the second one all. So most mistakes cost little. Sums in a coarser dtype predict no
-values, so only the size of the errors is stated for them.
+The first test needs a few rows, the second one all. So most mistakes cost little. Coarser sums predict no values, so
+only the size of the errors is stated for them.
 """
 
 from __future__ import annotations
@@ -148,6 +148,8 @@ class Explanation:
     """The mistakes that these arrays would not show."""
     tried: int
     """The number of mistakes that were tried."""
+    size: str = ""
+    """The dtype whose arithmetic makes errors of this size, where no mistake explains them."""
 
 
 def explain(failure: Failure) -> Explanation:
@@ -171,8 +173,9 @@ def explain(failure: Failure) -> Explanation:
             if not names:
                 tries = [(change, _values(change, trial, failure.policy)) for change in others(failure)]
                 names = _proven(failure, [each for change, mid in tries for each in _fits(observed, change, mid)])
-        names = names or plain_facts(failure) or sizes(failure)
-    return Explanation(tuple(names[:NAMED]), tuple(unseen), tried)
+        names = names or plain_facts(failure)
+        size = "" if names else size_of(failure)
+    return Explanation(names=tuple(names[:NAMED]), unseen=tuple(unseen), tried=tried, size=size)
 
 
 def _values(change: Change, rows: NDArray[Any], policy: Policy) -> NDArray[Any]:
@@ -346,14 +349,18 @@ def plain_facts(failure: Failure) -> list[str]:
     return []
 
 
-def sizes(failure: Failure) -> list[str]:
-    """Coarser sums, if the errors have their size. The order of a sum is not known, so no value can be predicted."""
+def size_of(failure: Failure) -> str:
+    """The coarser dtype whose arithmetic makes errors of this size, or nothing.
+
+    The order of a sum is not known, so no value can be predicted. So this is no explanation.
+    """
     policy = failure.policy
-    return [
-        f"the errors have the size of sums in {format}"
-        for format in (FLOAT16, BFLOAT16)
-        if format.precision < policy.accumulation.precision and _has_size(failure, replace(policy, accumulation=format))
-    ]
+    for format in (FLOAT16, BFLOAT16):
+        if format.precision < policy.accumulation.precision and _has_size(
+            failure, replace(policy, accumulation=format)
+        ):
+            return str(format)
+    return ""
 
 
 def _has_size(failure: Failure, policy: Policy) -> bool:

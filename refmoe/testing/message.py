@@ -58,7 +58,8 @@ def _worst(failure: Failure) -> list[str]:
 def _explained(seen: Explanation) -> list[str]:
     """The mistakes that explain the failure."""
     if not seen.names:
-        return [f"Explained by: nothing that refmoe knows ({seen.tried} mistakes tried)"]
+        size = f"; the errors have the size of arithmetic in {seen.size}" if seen.size else ""
+        return [f"Explained by: nothing that refmoe knows ({seen.tried} mistakes tried){size}"]
     if len(seen.names) == 1:
         return [f"Explained by: {seen.names[0]}"]
     return ["Explained by one of these, which the arrays cannot tell apart:", *(f"    {name}" for name in seen.names)]
