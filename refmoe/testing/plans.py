@@ -165,6 +165,8 @@ def same_rows(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
     """Whether rows have the same bits: booleans [n].   a, b: [n, ...]"""
     if a.dtype != b.dtype:
         raise InputError(f"rows: have dtype {a.dtype}, but {b.dtype} was expected, as they are moved and not computed")
+    if not a.size:
+        return np.ones(len(a), bool)
     first, second = (np.ascontiguousarray(each).reshape(len(each), -1).view(np.uint8) for each in (a, b))
     return np.asarray((first == second).all(1))
 
