@@ -23,6 +23,8 @@ from refmoe.testing.parameters import known
 
 STEP = "moe_norm"
 SUM = "attention_residual"
+BLOCKS = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
+"""Elements that kernels take at a time. What is left over may be lost."""
 OTHER_EPS = (0.0, 1e-12, 1e-8, 1e-6, 1e-5, 1e-3)
 """The constants that models have, and none."""
 
@@ -42,6 +44,8 @@ class Norm:
     """The mean is subtracted first, as in a layer norm."""
     outside: bool = False
     """eps is added to the root, not to the mean square."""
+    lost: int = 0
+    """The last elements that are not in the mean square."""
     roundings: int = 0
     """The roundings of a gain that is computed from the one given."""
 
@@ -60,10 +64,12 @@ class Norm:
             x = Enclosure(x.mid, spacing / 2, spacing**2 / 12, accumulation=ops.policy.accumulation)
         if self.centred:
             x = x - (ops.sum(x, axis=-1) / x.shape[-1]).reshape(-1, 1)
-        if not self.outside:
+        if not self.outside and not self.lost:
             return cast(Enclosure, rms_norm(cast(CutOps, ops), x, gain, self.eps))
         x = ops.cut("norm.input", x)
-        root = ops.sqrt(ops.sum(x * x, axis=-1) / x.shape[-1]) + self.eps
+        counted = x[:, : x.shape[-1] - self.lost]
+        mean_square = ops.sum(counted * counted, axis=-1) / x.shape[-1]
+        root = ops.sqrt(mean_square) + self.eps if self.outside else ops.sqrt(mean_square + self.eps)
         return ops.cut("norm.normed", x / root.reshape(-1, 1)) * gain
 
 
@@ -184,6 +190,8 @@ def norm_changes(call: Norm, plain: Norm | None) -> Iterator[Change]:
     yield Change("the gain is missing", replace(call, gain=np.ones_like(gain)))
     yield Change("the gain multiplies twice", replace(call, gain=gain**2, roundings=1))
     width = call.x.shape[1]
+    for lost in sorted({width % block for block in BLOCKS} - {0, width}):
+        yield Change(f"the last {lost} of {width} elements are not in the mean square", replace(call, lost=lost))
     yield Change(
         "squares are summed, not averaged", replace(call, eps=call.eps / width, gain=gain / np.sqrt(width), roundings=4)
     )
