@@ -308,6 +308,43 @@ overhead of calls. Command: `python bench/verify_cost.py`; file: {link("verify_c
 {table(("model", *policies), rows)}"""
 
 
+def kernel_tests() -> str:
+    found = results("kernel_tests")["rows"]
+    usual = list(found[0]["usual"])
+
+    def said(row: dict[str, Any], name: str) -> str:
+        return "accepts" if row["usual"][name] else "rejects"
+
+    rows = [
+        (
+            row["kernel"], row["mistake"] or "none", *(said(row, name) for name in usual),
+            "accepts" if row["refmoe"] else f"rejects: {row['explained']}",
+        )
+        for row in found
+    ]  # fmt: skip
+    return f"""## Kernels under a tolerance and under refmoe
+
+Three kernels with a mistake each, compared with a float32 evaluation by `torch.testing.assert_close`, and judged by
+refmoe. Triton runs in its interpreter. Command: `python -m bench.kernel_tests`; file: {link("kernel_tests.json")}.
+
+{table(("kernel", "mistake", *usual, "refmoe"), rows)}"""
+
+
+def testing_cost() -> str:
+    found = results("testing_cost")
+    tokens = list(dict.fromkeys(row["tokens"] for row in found["rows"]))
+    ratio = {(row["step"], row["tokens"]): f"{row['ratio']:.1f}" for row in found["rows"]}
+    steps = dict.fromkeys(row["step"] for row in found["rows"])
+    rows = [(step, *(ratio[step, count] for count in tokens)) for step in steps]
+    sizes = ", ".join(f"{name} = {size}" for name, size in found["sizes"].items())
+    return f"""## Cost of the assertions on kernels
+
+The processor time of each assertion over that of one evaluation of its step in float32 by NumPy, by the number of
+tokens. Sizes: {sizes}. Command: `python -m bench.testing_cost`; file: {link("testing_cost.json")}.
+
+{table(("step", *(f"{count} tokens" for count in tokens)), rows)}"""
+
+
 def verdict_cost() -> str:
     found = results("verdicts")
     machine = found["machine"]
@@ -554,7 +591,8 @@ Not tried:
 
 SECTIONS = (
     goldens, known_bugs, diagnosis, left_out, drawn_faults, diagnosis_time, engines, faults, verify_cost,
-    verdict_cost, conform_cost, invariance, exact_cost, full_size, peers, elementary, weight_formula, startup_cost,
+    verdict_cost, kernel_tests, testing_cost, conform_cost, invariance, exact_cost, full_size, peers, elementary,
+    weight_formula, startup_cost,
     robustness, folders, versions,
 )  # fmt: skip
 

@@ -117,24 +117,33 @@ def linear_changes(call: Linear, found: NDArray[Any]) -> Iterator[Change]:
         x = call.x.astype(np.float64)
         x[:, first : last + 1] *= factor
         yield Change(words, replace(call, x=x))
-    terms = call.x.shape[1]
-    if terms > 1:
-        yield Change("the last term of each sum is missing", replace(call, x=without(call.x, terms - 1, terms)))
-        block = min(32, terms // 2)
-        yield Change(
-            f"the last {block} terms of each sum are missing", replace(call, x=without(call.x, terms - block, terms))
-        )
+    yield from shorter(call.x, lambda x: replace(call, x=x))
     for format in (TF32, FLOAT16, BFLOAT16):
         if not format.holds(OF_DTYPE[call.x.dtype]) or not format.holds(OF_DTYPE[call.w.dtype]):
             coarse = replace(call, x=nearest(call.x, format), w=nearest(call.w, format))
             yield Change(f"the factors are rounded to {format} before they are multiplied", coarse)
 
 
-def without(x: NDArray[Any], start: int, stop: int) -> NDArray[Any]:
-    """The rows with zeros in some columns. x: [T, K]"""
-    changed = np.array(x)
-    changed[:, start:stop] = 0
-    return changed
+def shorter(x: NDArray[Any], changed: Callable[[NDArray[Any]], Call]) -> Iterator[Change]:
+    """Sums without their last terms. x: [T, K]   changed: the call with other rows"""
+    terms = x.shape[1]
+    for count in sorted({1, min(32, terms // 2)} - {0, terms}):
+        short = np.array(x)
+        short[:, terms - count :] = 0
+        yield Change(missing(terms - count, terms - 1, terms), changed(short), "expert-reduction-tail-lost")
+
+
+def missing(first: int, last: int, terms: int) -> str:
+    """Terms that are missing, in words. first, last: their numbers, from 0   terms: the number of all"""
+    if last < terms - 1 or first == 0:
+        return f"{_terms(first, last, terms)} missing"
+    if first == last:
+        return f"the last of {terms} terms of each sum is missing"
+    return f"the last {terms - first} of {terms} terms of each sum are missing"
+
+
+def _terms(first: int, last: int, terms: int) -> str:
+    return f"term {first} of {terms} is" if first == last else f"terms {first} to {last} of {terms} are"
 
 
 def as_transpose(w: NDArray[Any]) -> NDArray[Any]:
@@ -154,14 +163,12 @@ def odd_terms(call: Linear, found: NDArray[Any]) -> Iterator[tuple[str, int, int
         if call.bias is not None:
             error = error - call.bias.astype(np.float32)
         share = ((error @ w) * x).sum(0) / ((x**2).sum(0) * (w**2).sum(0))
-    for factor, words in ((0.0, "missing"), (2.0, "counted twice")):
+    for factor in (0.0, 2.0):
         odd = np.flatnonzero(share < -ONE_TERM if factor == 0 else share > ONE_TERM)
         if odd.size and odd.size < len(share) and odd[-1] - odd[0] + 1 == odd.size:
             first, last = int(odd[0]), int(odd[-1])
-            which = (
-                f"term {first} of {len(share)} is" if first == last else f"terms {first} to {last} of {len(share)} are"
-            )
-            yield f"{which} {words}", first, last, factor
+            twice = f"{_terms(first, last, len(share))} counted twice"
+            yield twice if factor else missing(first, last, len(share)), first, last, factor
 
 
 # ---- a matrix for each expert
@@ -270,14 +277,7 @@ def grouped_changes(call: Grouped, found: NDArray[Any], fused: str | None) -> It
         own = np.arange(len(call.x))
         for words, order in fused_orders(columns, fused):
             yield Change(words, Rearranged(call, own, order))
-    terms = call.x.shape[1]
-    if terms > 1:
-        yield Change("the last term of each sum is missing", replace(call, x=without(call.x, terms - 1, terms)))
-        block = min(32, terms // 2)
-        x = without(call.x, terms - block, terms)
-        yield Change(
-            f"the last {block} terms of each sum are missing", replace(call, x=x), "expert-reduction-tail-lost"
-        )
+    yield from shorter(call.x, lambda x: replace(call, x=x))
     for expert in np.unique(call.experts)[:1]:
         at = np.flatnonzero(call.experts == expert)
         for words, first, last, factor in odd_terms(Linear(call.x[at], call.w[expert]), found[at]):
