@@ -349,7 +349,7 @@ def roundings(failure: Failure) -> Iterator[Change]:
 
 
 def plain_facts(failure: Failure) -> list[str]:
-    """What the values found are, where no mistake in the computation makes them."""
+    """Plain words for values that no computation from the inputs gives: one constant, or an input."""
     found = failure.output.found
     if np.isnan(failure.found).all():
         return ["all values are not a number"]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from refmoe.arithmetic.arrays import Grid
 from refmoe.arithmetic.enclosure.array import Enclosure
-from refmoe.arithmetic.formats import upcast
+from refmoe.arithmetic.formats import OF_DTYPE, upcast
 from refmoe.steps.enclosure_ops import EnclosureOps
 
 
@@ -48,12 +48,15 @@ class Matrix:
 def known(ops: EnclosureOps, values: NDArray[Any], roundings: int = 0) -> Enclosure:
     """An input of the kernel, which is known exactly. An infinity or NaN in it may make others.
 
+    A kernel that computes in a narrower dtype than that of the array may round it first.
     roundings: of a value that a kernel with a mistake computes from its input
     """
     wide = values.astype(np.float64)
     if not np.isfinite(wide).all():
         ops.events.append("input")
+    accumulation = ops.policy.accumulation
     if not roundings:
-        return Enclosure(wide, accumulation=ops.policy.accumulation)
-    moved = roundings * ops.policy.accumulation.u * np.abs(wide)
-    return Enclosure(wide, moved, moved**2 / 3, accumulation=ops.policy.accumulation)
+        x = Enclosure(wide, accumulation=accumulation)
+        return x if accumulation.holds(OF_DTYPE[values.dtype]) else x.cut(accumulation)
+    moved = roundings * accumulation.u * np.abs(wide)
+    return Enclosure(wide, moved, moved**2 / 3, accumulation=accumulation)

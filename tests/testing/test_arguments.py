@@ -149,6 +149,15 @@ def test_the_policy_follows_from_the_arrays() -> None:
     assert assertions.assert_linear(Y, X, W, policy="hf-float32").policy == "hf-float32"
 
 
+def test_a_kernel_may_round_wider_inputs_to_its_own_dtype() -> None:
+    x, w = RNG.standard_normal((40, 8)), RNG.standard_normal((4, 8))
+    gain = RNG.random(8)
+    narrow = [each.astype(np.float32) for each in (x, w, gain)]
+    assertions.assert_linear(kernels.linear(*narrow[:2]), x, w)
+    assertions.assert_rms_norm(kernels.rms_norm(narrow[0], narrow[2], 1e-5), x, gain, 1e-5)
+    assertions.assert_swiglu(kernels.swiglu(narrow[0], narrow[0]), x, x)
+
+
 def test_some_rows() -> None:
     wrong = np.array(Y)
     wrong[4] = 0
