@@ -9,8 +9,9 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import numpy as np
 
+from refmoe.contracts.formats import FORMATS, Floats, Format
 from refmoe.errors import InputError
-from refmoe.routers.contract.arithmetic import FORMATS, MEASURED_EXP, ExpBudget, Floats, Format
+from refmoe.routers.contract.arithmetic import MEASURED_EXP, ExpBudget
 
 Scoring = Literal["softmax", "sigmoid", "other"]
 Selection = Literal["logits", "scores"]
