@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -102,4 +102,11 @@ def judge(law: Law, subject: Subject, number: int | None = None) -> Verdict:
 
 def printable(example: Example) -> dict[str, Any]:
     """An example as lists and numbers."""
-    return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in example.items()}
+    return {name: plain(value) for name, value in example.items()}
+
+
+def plain(value: Any) -> Any:
+    """An array as lists, a record as a dictionary, and any other value as it is."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
