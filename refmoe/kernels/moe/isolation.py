@@ -143,7 +143,7 @@ def zero_weights(subject: Subject, sizes: Sizes) -> None:
 @law(
     "unused-experts",
     "An expert that no token has chosen leaves no trace, be its matrices NaN.",
-    "DISPATCH-1: an expert sees its own tokens; NaN in unused or padded experts (ROCm/aiter#5413)",
+    "DISPATCH-1: an expert sees its own tokens; 0 times NaN is NaN (vllm-project/vllm#41249)",
     lambda d: only(small(d)),
 )
 def unused_experts(subject: Subject, sizes: Sizes) -> None:

@@ -29,7 +29,7 @@ DETERMINISTIC = Need("equal bits for equal calls, as declared", lambda s: s.decl
 @law(
     "strided",
     "Arguments that are strided give the same result.",
-    "Every framework's arrays have strides; kernels that read memory as if it were contiguous",
+    "Arrays have strides; experts taken to lie next to each other (linkedin/Liger-Kernel#1377)",
     lambda d: only(small(d)),
     STRIDED,
 )
@@ -80,7 +80,7 @@ class _Never(dict[str, Any]):
 @law(
     "far-offsets",
     "Matrices may lie more than 2^31 elements apart.",
-    "Offsets are 64 bits wide; overflow of int32 offsets (vllm-project/vllm#15511 and others like it)",
+    "Offsets are 64 bits wide (linkedin/Liger-Kernel#1296, vllm-project/vllm#34279)",
     lambda d: only(built(d, st.integers(1, 3), st.just(4), st.integers(1, 2), st.integers(1, 9))),
     STRIDED,
     MEMORY,
@@ -120,7 +120,7 @@ def inputs_untouched(subject: Subject, sizes: Sizes) -> None:
 @law(
     "every-value-written",
     "Every value of the output is written, whatever its memory held, and nothing beside it.",
-    "A no-op that leaves the last result (AI-Hypercomputer/accelerator-agents#50); partial last tiles",
+    "A no-op (AI-Hypercomputer/accelerator-agents#50); last tiles left out (linkedin/Liger-Kernel#1361)",
     lambda d: only(small(d, least=0, most=40), held=st.sampled_from(("NaN", "huge", "result"))),
     BUFFER,
 )
@@ -136,7 +136,7 @@ def every_value_written(subject: Subject, sizes: Sizes, held: str) -> None:
 @law(
     "live-arguments",
     "A call reads its arguments anew: when they are changed in place, the result follows.",
-    "A kernel is a function; replayed graphs that read a frozen buffer (vllm-project/vllm#52383)",
+    "A kernel is a function; replayed graphs that read a frozen buffer (vllm-project/vllm#52383), kept weights (sgl-project/sglang#30247)",
     lambda d: only(small(d)),
     MEMORY,
 )
@@ -155,7 +155,7 @@ def live_arguments(subject: Subject, sizes: Sizes) -> None:
 @law(
     "later-calls",
     "Each call of a series is right, whatever came before.",
-    "A kernel is a function; kernels that are right for the first call, or for one seed",
+    "A kernel is a function; views kept from the first call (flashinfer-ai/flashinfer#3066)",
     lambda d: only(small(d), calls=st.integers(2, 5)),
 )
 def later_calls(subject: Subject, sizes: Sizes, calls: int) -> None:
@@ -183,7 +183,7 @@ def results_kept(subject: Subject, sizes: Sizes) -> None:
 @law(
     "repetition",
     "Equal calls give equal bits, whatever was computed in between.",
-    "Determinism, as declared; sums by atomic adds (vllm-project/vllm#31279)",
+    "Determinism, as declared; sums by atomic adds (vllm-project/vllm#56887)",
     lambda d: only(small(d, most=40)),
     DETERMINISTIC,
 )

@@ -35,7 +35,7 @@ def exactly(subject: Subject, call: Call, words: str = NO_ROUNDING) -> None:
 @law(
     "form",
     "The result is one array [T, D] of floating-point numbers, for no token as well.",
-    "MOE-1; a batch may be empty on a rank (vllm-project/vllm#46408)",
+    "MOE-1; a rank of several may get no token",
     lambda d: only(small(d, least=0)),
 )
 def form(subject: Subject, sizes: Sizes) -> None:
@@ -71,7 +71,7 @@ def legal_values(subject: Subject, sizes: Sizes, scale: int) -> None:
 @law(
     "wide-sums",
     "Sums are kept in the declared format: large terms that cancel leave the small ones.",
-    "EXPERT-1; sums in float16 or bfloat16 where float32 is meant (pytorch/pytorch#139836 lists when)",
+    "EXPERT-1; sums in float16 where float32 is meant (microsoft/onnxruntime#29166)",
     lambda d: only(small(d, most=3, width=3)),
 )
 def wide_sums(subject: Subject, sizes: Sizes) -> None:
@@ -131,7 +131,7 @@ def any_width(subject: Subject, sizes: Sizes) -> None:
 
 
 def with_power(d: Declaration) -> Strategy:
-    powers = (-8, -4, 3, 4) if d.dtype == "float16" else (-60, -30, -9, 6, 30, 60)
+    powers = (-8, -4, 2, 3) if d.dtype == "float16" else (-60, -30, -9, 6, 30, 60)
     return only(small(d, most=3), power=st.sampled_from(powers), place=st.sampled_from(PLACES))
 
 
