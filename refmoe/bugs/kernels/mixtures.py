@@ -62,9 +62,7 @@ def zeros_for_small_batches(x: Array, *others: Array) -> Array:
     "tenstorrent/tt-metal/issues/50669",
     "2026-07-22",
 )
-def token_indices_off(
-    x: Array, w_gate: Array, w_up: Array, w_down: Array, ids: Array, weights: Array
-) -> Array:
+def token_indices_off(x: Array, w_gate: Array, w_up: Array, w_down: Array, ids: Array, weights: Array) -> Array:
     total = np.zeros(x.shape, np.float32)
     for number in np.unique(ids):
         tokens, slots = np.nonzero(ids == number)
@@ -182,9 +180,7 @@ def down_stored_in_float16(x: Array, w_gate: Array, w_up: Array, w_down: Array, 
     "linkedin/Liger-Kernel/pull/1377",
     "2026-08-12",
 )
-def experts_side_by_side(
-    x: Array, w_gate: Array, w_up: Array, w_down: Array, ids: Array, weights: Array
-) -> Array:
+def experts_side_by_side(x: Array, w_gate: Array, w_up: Array, w_down: Array, ids: Array, weights: Array) -> Array:
     def flat(matrices: Array) -> Array:
         every = np.lib.stride_tricks.as_strided(matrices, (matrices.size,), (matrices.itemsize,))
         return every.reshape(matrices.shape)

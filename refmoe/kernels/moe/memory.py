@@ -136,7 +136,7 @@ def every_value_written(subject: Subject, sizes: Sizes, held: str) -> None:
 @law(
     "live-arguments",
     "A call reads its arguments anew: when they are changed in place, the result follows.",
-    "A kernel is a function; replayed graphs that read a frozen buffer (vllm-project/vllm#52383), kept weights (sgl-project/sglang#30247)",
+    "A kernel is a function; frozen buffers (vllm-project/vllm#52383), kept weights (sgl-project/sglang#30247)",
     lambda d: only(small(d)),
     MEMORY,
 )
