@@ -61,7 +61,7 @@ class Contract:
     sketch: Callable[[Any], Any]
     """The part of a declaration that examples depend on. Subjects with equal sketches get equal examples."""
     tokens: Callable[[Example], int]
-    """The number of tokens of an example."""
+    """The number of tokens of an example, whose records and arrays are dictionaries and lists."""
     number: int = 200
     """The number of examples of a law, where no other is asked for."""
     laws: dict[str, Law] = field(default_factory=dict)

@@ -28,7 +28,7 @@ def explain(verdict: Verdict) -> str:
 
 def at(verdict: Verdict) -> str:
     """The number of the token at fault and of all tokens, for a heading."""
-    tokens = verdict.law.contract.tokens(verdict.example or {})
+    tokens = verdict.law.contract.tokens(printable(verdict.example or {}))
     if verdict.token is None:
         return f"   {tokens} token{'s' * (tokens != 1)}" if tokens else ""
     return f"   token {verdict.token} of {tokens}"

@@ -100,7 +100,7 @@ def check_exact(found: Floats, expected: Floats, words: str = "") -> None:
     names = ("token", "column") if found.ndim == 2 else ("sequence", "head", "column")
     where = ", ".join(f"{name} {index}" for name, index in zip(names, place, strict=True))
     raise LawBroken(
-        f"{int(wrong.sum())} of {wrong.size} values are wrong; at {where} found {found[place]!r}, expected "
-        f"{expected[place]!r} exactly{words}",
+        f"{int(wrong.sum())} of {wrong.size} values are wrong; at {where} found {float(found[place])!r}, expected "
+        f"{float(expected[place])!r} exactly{words}",
         place[0],
     )

@@ -28,6 +28,7 @@ True
 from refmoe.testing.activation import assert_swiglu
 from refmoe.testing.attention import assert_attention
 from refmoe.testing.conformance import assert_conformant
+from refmoe.testing.contracts import attention_contract, moe_contract, plan_contract
 from refmoe.testing.judgement import Judgement
 from refmoe.testing.mixture import assert_combine, assert_moe
 from refmoe.testing.norm import assert_rms_norm
@@ -39,5 +40,5 @@ from refmoe.testing.routing import assert_router
 __all__ = [
     "Judgement", "assert_attention", "assert_combine", "assert_conformant", "assert_grouped_linear", "assert_linear",
     "assert_moe", "assert_permutation", "assert_rms_norm", "assert_rotary", "assert_router", "assert_swiglu",
-    "assert_unpermutation",
+    "assert_unpermutation", "attention_contract", "moe_contract", "plan_contract",
 ]  # fmt: skip

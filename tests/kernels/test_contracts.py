@@ -174,7 +174,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "jax")) for name in LAYOUTS])
 def test_a_right_kernel_of_any_layout_passes(name: str) -> None:
     kernel, claims = LAYOUTS[name]
     for library in ("torch", "jax"):

@@ -302,3 +302,33 @@ RIGHT: dict[str, list[Wrong]] = {
     ],
 }
 """Right kernels of each contract, which no law may find."""
+
+
+# ---- the tables of docs/kernel-contract.md
+
+
+def laws_table(contract: str) -> str:
+    """The laws of a contract in Markdown, each with a kernel that it finds."""
+    from refmoe.kernels.contracts import LAWS
+
+    rows = ["| law | in words | from | needs | finds, for instance |", "|---|---|---|---|---|"]
+    for name, law in LAWS[contract].items():
+        needs = "; ".join(need.words for need in law.needs) or "nothing"
+        rows.append(f"| `{name}` | {law.words} | {law.source} | {needs} | {EVERY[contract][name][0]} |")
+    return "\n".join(rows)
+
+
+def bugs_table() -> str:
+    """The public bugs in Markdown."""
+    rows = ["| bug | contract | reported | in words |", "|---|---|---|---|"]
+    for each in KERNEL_BUGS.values():
+        owner, repository, _, number = each.source.removeprefix("https://github.com/").split("/")
+        link = f"[{owner}/{repository}#{number}]({each.source})"
+        rows.append(f"| `{each.name}` | {each.contract} | {each.date}, {link} | {each.words} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    for contract in EVERY:
+        print(f"{contract}\n\n{laws_table(contract)}\n")
+    print(bugs_table())

@@ -22,7 +22,7 @@ def sigmoid(logits: Array) -> Array:
     "flashinfer-ai/flashinfer/pull/3803",
     "2026-07-02",
     "router",
-    experts=8,
+    experts=4,
     top_k=2,
     scoring="sigmoid",
     epsilon=1e-20,

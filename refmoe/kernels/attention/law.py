@@ -66,7 +66,7 @@ def sketch(d: Declaration) -> Declaration:
 
 def sequences(example: Example) -> int:
     """The number of sequences of an example."""
-    return int(example["sizes"].sequences) if "sizes" in example else 0
+    return int(example["sizes"]["sequences"]) if "sizes" in example else 0
 
 
 CONTRACT = Contract(subject="attention kernel", shape_law="form", sketch=sketch, tokens=sequences, number=100)

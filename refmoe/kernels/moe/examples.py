@@ -20,9 +20,11 @@ EXPERT_COUNTS = (1, 2, 3, 8, 16, 60, 64, 65, 128, 129, 255, 256)
 SEEDS = st.integers(0, 1 << 20)
 
 
-def built(d: Declaration, tokens: Strategy, experts: Strategy, slots: Strategy, widths: Strategy) -> Strategy:
-    """Sizes from these strategies, brought within the declaration."""
-    loads = [load for load in LOADS if d.repeats or load != "repeated"]
+def built(
+    d: Declaration, tokens: Strategy, experts: Strategy, slots: Strategy, widths: Strategy, repeated: bool = False
+) -> Strategy:
+    """Sizes from these strategies, brought within the declaration.   repeated: an expert may fill several slots"""
+    loads = [load for load in LOADS if (repeated and d.repeats) or load != "repeated"]
 
     def make(t: int, e: int, k: int, hidden: int, inner: int, seed: int, load: Load) -> Sizes:
         experts = min(e, d.most_experts)
@@ -39,10 +41,10 @@ def built(d: Declaration, tokens: Strategy, experts: Strategy, slots: Strategy, 
     return st.builds(make, tokens, experts, slots, widths, widths, SEEDS, st.sampled_from(loads))
 
 
-def small(d: Declaration, least: int = 1, most: int = 9, width: int = 1) -> Strategy:
-    """A few tokens, a few experts, and widths from `width` to 40."""
+def small(d: Declaration, least: int = 1, most: int = 9, width: int = 1, repeated: bool = False) -> Strategy:
+    """A few tokens, a few experts, and widths from `width` to 40.   repeated: as for `built`"""
     experts, slots = st.integers(1, 8), st.integers(1, 4)
-    return built(d, st.integers(least, most), experts, slots, st.integers(width, 40))
+    return built(d, st.integers(least, most), experts, slots, st.integers(width, 40), repeated)
 
 
 def around_blocks(d: Declaration) -> Strategy:
@@ -55,7 +57,7 @@ def around_blocks(d: Declaration) -> Strategy:
 def loads(d: Declaration) -> Strategy:
     """Up to 256 experts, k from 1 to E, and few tokens, so that most experts have none."""
     slots = st.one_of(st.sampled_from((1, 2, 8)), st.just(256))
-    return built(d, st.integers(1, 40), st.sampled_from(EXPERT_COUNTS), slots, st.integers(1, 6))
+    return built(d, st.integers(1, 40), st.sampled_from(EXPERT_COUNTS), slots, st.integers(1, 6), repeated=True)
 
 
 def widths(d: Declaration) -> Strategy:

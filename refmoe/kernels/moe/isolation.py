@@ -73,7 +73,8 @@ def batch_invariance(subject: Subject, sizes: Sizes) -> None:
         if not same(alone[0], together[token]).all():
             column = int(np.argwhere(~same(alone[0], together[token]))[0, 0])
             raise LawBroken(
-                f"column {column} is {alone[0, column]!r} alone and {together[token, column]!r} among {sizes.tokens}",
+                f"column {column} is {float(alone[0, column])!r} alone and {float(together[token, column])!r} among "
+                f"{sizes.tokens}",
                 token,
             )
 

@@ -147,8 +147,9 @@ def live_arguments(subject: Subject, sizes: Sizes) -> None:
     for name, array in subject.arguments(second).named.items():
         if name != "out":
             arguments.named[name][...] = array
-    order = subject.arguments(second).order
-    found = subject.result(replace(arguments, order=order), subject.start(arguments))
+    now = subject.arguments(second)
+    now = replace(arguments, order=now.order, shares=now.shares)
+    found = subject.result(now, subject.start(now))
     check_exact(found, exact_result(second), " in the second call, whose arguments lie at the place of the first's")
 
 
@@ -195,4 +196,6 @@ def repetition(subject: Subject, sizes: Sizes) -> None:
     second = run()
     wrong = ~same(second, first)
     for token, column in np.argwhere(wrong)[:1]:
-        raise LawBroken(f"column {column} was {first[token, column]!r}, then {second[token, column]!r}", int(token))
+        raise LawBroken(
+            f"column {column} was {float(first[token, column])!r}, then {float(second[token, column])!r}", int(token)
+        )

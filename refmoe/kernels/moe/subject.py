@@ -46,6 +46,8 @@ class Arguments:
     """The shape of the result."""
     order: Ints | None = None
     """The place of each row in the call, where rows are sorted by expert."""
+    shares: Floats | None = None
+    """The weights [T, 1] by which the rows of a kernel of offsets, which has none, are still to be multiplied."""
     memory: Any = None
     """The memory around the output, if the kernel is given one."""
 
@@ -92,7 +94,8 @@ class Subject:
         if d.buffer:
             memory = to_framework(np.full((tokens + 2 * GUARD, hidden), np.nan), d.given, d.framework)
             named["out"] = memory[GUARD : GUARD + tokens]
-        return Arguments(named=named, shape=(tokens, hidden), order=order, memory=memory)
+        shares = None if offsets is None else call.weights
+        return Arguments(named=named, shape=(tokens, hidden), order=order, shares=shares, memory=memory)
 
     def start(self, arguments: Arguments) -> Any:
         """Call the kernel. Returns what it returned, or the output that it was given."""
@@ -107,10 +110,10 @@ class Subject:
             around = to_numpy(arguments.memory)
             if not np.isnan(np.concatenate([around[:GUARD], around[-GUARD:]])).all():
                 raise LawBroken("the kernel wrote to memory before or after its output")
-        if arguments.order is None:
+        if arguments.order is None or arguments.shares is None:
             return values
         back = np.empty_like(values)
-        back[arguments.order] = values
+        back[arguments.order] = values * arguments.shares
         return back
 
     def own(self, arguments: Arguments, answer: Any) -> NDArray[Any]:

@@ -46,17 +46,22 @@ def form(subject: Subject, sizes: Sizes) -> None:
     "exact-sums",
     "Where no operation rounds, every value is exact.",
     "EXPERT-1, COMBINE-1; silu(1024 n) is 1024 n or 0 in every format",
-    lambda d: only(small(d)),
+    lambda d: only(small(d, repeated=True)),
 )
 def exact_sums(subject: Subject, sizes: Sizes) -> None:
     exactly(subject, exact_call(sizes))
+
+
+def with_scale(d: Declaration) -> Strategy:
+    scales = SCALES if d.dtype == "float16" else WIDE_SCALES
+    return only(small(d, most=6, repeated=True), scale=st.sampled_from(scales))
 
 
 @law(
     "legal-values",
     "Every value lies within the enclosure of its formula in the declared dtypes.",
     "EXPERT-1, COMBINE-1 within the policy; docs/verification.md",
-    lambda d: only(small(d, most=6), scale=st.sampled_from(SCALES if d.dtype == "float16" else WIDE_SCALES)),
+    with_scale,
     JUDGE,
 )
 def legal_values(subject: Subject, sizes: Sizes, scale: int) -> None:
@@ -92,12 +97,10 @@ def rounds_to_nearest(subject: Subject, sizes: Sizes) -> None:
     half = np.ldexp(0.5, exponent - subject.declaration.given.precision)
     wrong = ~(np.abs(found - exact) <= half)
     for token, column in np.argwhere(wrong)[:1]:
-        off = abs(found[token, column] - exact[token, column]) / (2 * half[token, column])
-        raise LawBroken(
-            f"found {found[token, column]!r} for {exact[token, column]!r}, which is {off:.3g} units in the last place "
-            f"away; at most 0.5 was expected",
-            int(token),
-        )
+        value, right = float(found[token, column]), float(exact[token, column])
+        off = abs(value - right) / (2 * half[token, column])
+        words = f"found {value!r} for {right!r}, {off:.3g} units in the last place away; at most 0.5 was expected"
+        raise LawBroken(words, int(token))
 
 
 @law(

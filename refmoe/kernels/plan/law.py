@@ -101,7 +101,7 @@ def sketch(d: Declaration) -> Declaration:
 
 def tokens(example: Example) -> int:
     """The number of tokens of an example."""
-    return int(example["sizes"].tokens) if "sizes" in example else 0
+    return int(example["sizes"]["tokens"]) if "sizes" in example else 0
 
 
 CONTRACT = Contract(subject="plan", shape_law="form", sketch=sketch, tokens=tokens, number=100)
