@@ -544,6 +544,39 @@ Files: {link("robustness_inputs.json", "robustness_engines.json", *(["robustness
 {table(("attack", "command", "trials", "with a fault"), rows)}"""
 
 
+def kernel_cheats() -> str:
+    found = results("kernel_cheats")
+    checks = [each["name"] for each in found["usual"]]
+    right, *cheats = found["cheats"]
+    rows = [
+        (each["name"], each["dtype"], *("passes" if name in each["passes"] else "caught" for name in checks), law(each))
+        for each in (right, *cheats)
+    ]
+    passing = {name: sum(name in each["passes"] for each in cheats) for name in checks}
+    caught = sum(each["law"] is not None for each in cheats)
+    bugs = found["bugs"]
+    sources = [(f"[{each['name']}]({each['source']})", each["words"]) for each in found["usual"]]
+    passed = ", ".join(f"{count} pass the check of {name}" for name, count in passing.items())
+    caught_bugs = sum(each["law"] is not None for each in bugs)
+    return f"""## Kernels that cheat
+
+{len(cheats)} kernels that compute nothing, or less than they should, against the checks of four public projects and
+against [the contract of kernels](kernel-contract.md). The last column names the first law that each breaks, in the
+order of reports. Of the cheats {passed}. The contract catches {caught}.
+Command: `python -m bench.kernel_cheats`; file: {link("kernel_cheats.json")}.
+
+{table(("kernel", "dtype", *checks, "contract"), rows)}
+
+{table(("check", "comparison and inputs"), sources)}
+
+Of {len(bugs)} bugs of public kernels and routers the contracts catch {caught_bugs}."""
+
+
+def law(found: dict[str, Any]) -> str:
+    """The law that caught a kernel, with the number of the example."""
+    return "passes" if found["law"] is None else f"{found['law']}, example {found['example']}"
+
+
 def folders() -> str:
     found = results("folders")
     rows = [
@@ -591,9 +624,8 @@ Not tried:
 
 SECTIONS = (
     goldens, known_bugs, diagnosis, left_out, drawn_faults, diagnosis_time, engines, faults, verify_cost,
-    verdict_cost, kernel_tests, testing_cost, conform_cost, invariance, exact_cost, full_size, peers, elementary,
-    weight_formula, startup_cost,
-    robustness, folders, versions,
+    verdict_cost, kernel_tests, kernel_cheats, testing_cost, conform_cost, invariance, exact_cost, full_size, peers,
+    elementary, weight_formula, startup_cost, robustness, folders, versions,
 )  # fmt: skip
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all checks by a contract share: the function by its name, the laws by theirs, and verdicts in words."""
+"""Shared by all checks by a contract: the function by its name, the laws by theirs, and verdicts in words."""
 
 from __future__ import annotations
 

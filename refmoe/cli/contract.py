@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands that check a function by a contract share: their options, and how verdicts are shown."""
+"""Shared by the commands that check a function by a contract: their options, and how verdicts are shown."""
 
 from __future__ import annotations
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all contracts share: laws, examples, verdicts, reports and pytest items. It knows no router and no kernel."""
+"""Shared by all contracts: laws, examples, verdicts, reports and pytest items. It knows no router and no kernel."""

@@ -55,7 +55,7 @@ class Contract:
     """The laws of one kind of function, by name and in the order of reports."""
 
     subject: str
-    """What the laws are about, such as "router"."""
+    """The word for a function under test, such as "router"."""
     shape_law: str
     """The law that reports a malformed result. No other law judges one."""
     sketch: Callable[[Any], Any]

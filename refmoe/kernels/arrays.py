@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import mmap
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -37,15 +38,34 @@ def repeated_rows(values: Floats, form: Format, framework: str) -> Any:
     return row.expand(*values.shape) if framework == "torch" else to_framework(values, form, framework)
 
 
-def far_apart(values: Floats, form: Format, framework: str) -> Any:
-    """Matrices [E, rows, columns] that lie `FAR` elements apart. Only pages that are written take memory.
+def reserved(size: int) -> mmap.mmap | None:
+    """A range of addresses of so many bytes, or None. Only pages that are written take memory."""
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return None
+    try:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+        return mmap.mmap(-1, size, flags=flags)
+    except (OSError, OverflowError, ValueError):
+        return None
 
-    Raises OSError where the system grants no such range.
-    """
+
+@lru_cache(maxsize=8)
+def can_reserve(count: int, itemsize: int) -> bool:
+    """Whether there is a range of addresses for `count` matrices that lie `FAR` elements apart."""
+    found = reserved(count * FAR * itemsize)
+    if found is None:
+        return False
+    found.close()
+    return True
+
+
+def far_apart(values: Floats, form: Format, framework: str) -> Any:
+    """Matrices [E, rows, columns] that lie `FAR` elements apart, where `can_reserve` says that this is possible."""
     count, rows, columns = values.shape
     size = ((count - 1) * FAR + rows * columns) * form.dtype.itemsize
-    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-    memory = np.frombuffer(mmap.mmap(-1, size, flags=private), dtype=form.dtype)
+    addresses = reserved(size)
+    assert addresses is not None
+    memory = np.frombuffer(addresses, dtype=form.dtype)
     for number, matrix in enumerate(values):
         memory[number * FAR : number * FAR + rows * columns] = matrix.astype(form.dtype).reshape(-1)
     step = form.dtype.itemsize

@@ -143,7 +143,7 @@ def check_kernel_apart(contract: str, asked: Asked, timeout: float = TIMEOUT, ba
 
 
 def legal_mixture(found: NDArray[Any], call: Call, d: MoeDeclaration) -> Judged | None:
-    """What is wrong with a result [T, D] of a mixture, or None."""
+    """The finding about a result [T, D] of a mixture that is not legal; None for a legal one."""
     from refmoe.kernels.moe.subject import Judged
 
     given = d.given.dtype
@@ -157,7 +157,7 @@ def legal_mixture(found: NDArray[Any], call: Call, d: MoeDeclaration) -> Judged 
 
 
 def legal_attention(found: NDArray[Any], sequences: Sequences, d: AttentionDeclaration) -> str | None:
-    """What is wrong with a result [S, H, C] of attention, or None."""
+    """The finding about a result [S, H, C] of attention that is not legal; None for a legal one."""
     given, lengths = d.given.dtype, sequences.lengths
     shape = (len(lengths), int(lengths.max()), *sequences.keys[0].shape[1:])
     keys, values = np.zeros(shape, given), np.zeros(shape, given)

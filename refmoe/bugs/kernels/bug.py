@@ -23,7 +23,7 @@ class KernelBug:
     contract: Contract
     make: Callable[[], Callable[..., Any]]
     claims: Mapping[str, Any] = field(default_factory=dict)
-    """What the function claims, by the names of the contract's declaration."""
+    """The claims of the function, by the names of the contract's declaration."""
 
 
 KERNEL_BUGS: dict[str, KernelBug] = {}

@@ -183,8 +183,7 @@ def last_block_dropped(x: Array, *others: Array) -> Array:
 
 @cheat("truncation", "Results are truncated to bfloat16.", "ROCm/aiter#5151")
 def truncation(x: Array, w_gate: Array, w_up: Array, w_down: Array, ids: Array, weights: Array) -> Array:
-    stored = (np.asarray(each).astype(np.float32) for each in (w_gate, w_up, w_down))
-    return truncated(mixture(np.asarray(x).astype(np.float32), *stored, ids, weights)).astype(x.dtype)
+    return truncated(mixture(wide(x), wide(w_gate), wide(w_up), wide(w_down), ids, weights)).astype(x.dtype)
 
 
 @cheat("relu-for-silu", "A cheaper function in place of silu.")

@@ -234,8 +234,8 @@ def weights_of_the_first_call() -> Callable[..., Array]:
     views: dict[tuple[int, ...], list[Array]] = {}
 
     def kernel(x: Array, w_gate: Array, w_up: Array, w_down: Array, ids: Array, weights: Array) -> Array:
-        kept = views.setdefault(w_gate.shape, [w_gate, w_up, w_down])
-        return mixture(x, *kept, ids, weights)
+        gate, up, down = views.setdefault(w_gate.shape, [w_gate, w_up, w_down])
+        return mixture(x, gate, up, down, ids, weights)
 
     return kernel
 
@@ -313,8 +313,7 @@ def up_before_gate(x: Array, w_gate_up: Array, w_down: Array, ids: Array, weight
     dtype="bfloat16",
 )
 def truncated_to_bfloat16(x: Array, w_gate: Array, w_up: Array, w_down: Array, ids: Array, weights: Array) -> Array:
-    stored = (np.asarray(each).astype(np.float32) for each in (w_gate, w_up, w_down))
-    return truncated(mixture(np.asarray(x).astype(np.float32), *stored, ids, weights)).astype(x.dtype)
+    return truncated(mixture(wide(x), wide(w_gate), wide(w_up), wide(w_down), ids, weights)).astype(x.dtype)
 
 
 def truncated(values: Array) -> Array:

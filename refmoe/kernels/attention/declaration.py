@@ -31,9 +31,9 @@ class Declaration:
     width: int | None = None
     """The only width of a head (C), if there is one."""
     held: Literal["finite", "anything"] = "anything"
-    """What memory without a token may hold: finite numbers, or NaN and infinity too."""
+    """The contents of memory without a token: finite numbers, or NaN and infinity too."""
     table_tail: Literal["pages", "anything"] = "pages"
-    """What the table holds behind a sequence's last page: any page's number, or any number."""
+    """The entries of the table behind a sequence's last page: any page's number, or any number."""
     batch_invariant: bool = False
     deterministic: bool = True
     policy: str | None = None

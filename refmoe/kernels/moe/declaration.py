@@ -30,7 +30,7 @@ class Declaration:
     transposed: bool = False
     """The matrices are [E, D, F] and [E, F, D]: inputs before outputs."""
     routing: Literal["ids", "offsets"] = "ids"
-    """What follows the matrices: ids and weights [T, k], or offsets [E + 1] alone, of rows sorted by expert."""
+    """The arguments behind the matrices: ids and weights [T, k], or offsets [E + 1] of rows sorted by expert."""
     buffer: bool = False
     """The last argument is the output [T, D], which the kernel fills."""
     expert_map: bool = False

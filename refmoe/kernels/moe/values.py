@@ -89,6 +89,7 @@ def wide_sums(subject: Subject, sizes: Sizes) -> None:
     "IEEE 754-2019, 4.3.1; truncation to bfloat16 (ROCm/aiter#5151)",
     lambda d: only(small(d, most=3)),
     Need("a dtype narrower than float64", lambda s: s.declaration.dtype != "float64"),
+    Need("no policy of its own, which may round twice", lambda s: s.declaration.policy is None),
 )
 def rounds_to_nearest(subject: Subject, sizes: Sizes) -> None:
     call = single_terms(sizes, subject.declaration)

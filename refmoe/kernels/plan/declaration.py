@@ -14,7 +14,7 @@ class Declaration:
     """The claims of a function from ids [T, k] to a plan. S is the number of slots, T k."""
 
     kind: Literal["blocks", "histogram", "offsets", "permutation"] = "blocks"
-    """What it returns.
+    """The form of its result.
 
     blocks       f(ids, block, experts) -> (slots [P], experts of blocks [>= P / block], P): padded to whole blocks
     histogram    f(ids, experts) -> the number of slots of each expert [E]

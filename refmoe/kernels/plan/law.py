@@ -19,7 +19,7 @@ from refmoe.kernels.plan.declaration import Declaration
 
 @dataclass(frozen=True)
 class Plan:
-    """What a function returned, of which only the parts of its kind are set."""
+    """The plan that a function returned, of which only the parts of its kind are set."""
 
     slots: Ints | None = None
     """Slots in the experts' order, with the numbers that fill blocks."""
@@ -47,7 +47,7 @@ class Subject:
         return self.read(self.call(self.array(ids), block, experts), experts, block)
 
     def call(self, ids: Any, block: int, experts: int) -> Any:
-        """What the function returns."""
+        """The result of the function."""
         sizes = (block, experts) if self.declaration.kind == "blocks" else (experts,)
         with np.errstate(all="ignore"), foreign("the plan", f" for {len(ids)} tokens"):
             return self.function(ids, *sizes)
