@@ -13,6 +13,7 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,13 @@ USUAL = (
 )  # fmt: skip
 
 
+@lru_cache(maxsize=32)
+def prepared(name: str, dtype: str, seed: int) -> tuple[tuple[Any, ...], Any]:
+    """The arguments of a usual test, and the expected result. It is computed first, as in all four projects."""
+    arguments = inputs(next(each for each in USUAL if each.name == name), DTYPES[dtype], seed)
+    return arguments, mixture(*arguments)
+
+
 def inputs(usual: Usual, dtype: np.dtype[Any], seed: int) -> tuple[Any, ...]:
     """x, w_gate, w_up, w_down, ids, weights of a usual test."""
     rng = np.random.default_rng(seed)
@@ -119,11 +127,11 @@ def inputs(usual: Usual, dtype: np.dtype[Any], seed: int) -> tuple[Any, ...]:
 
 
 def passes(usual: Usual, cheat: Cheat) -> bool:
-    """Whether a cheat passes the usual test. The expected result is computed first, as in all four projects."""
+    """Whether a cheat passes the usual test."""
     dtype, kernel = DTYPES[cheat.claims["dtype"]], cheat.make()
     for seed in [KNOWN_SEED] if usual.trials == 1 else range(usual.trials):
-        arguments = inputs(usual, dtype, seed)
-        expected = mixture(*arguments)
+        (x, *others), expected = prepared(usual.name, cheat.claims["dtype"], seed)
+        arguments = (x.copy(), *others)
         if cheat.claims.get("buffer"):
             found = np.zeros_like(expected)
             kernel(*arguments, found)

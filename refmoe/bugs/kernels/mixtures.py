@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from refmoe.bugs.kernels.bug import bug, remembering_bug
-from refmoe.bugs.kernels.honest import Array, expert, grouped, mapped, mixture, swiglu, wide
+from refmoe.bugs.kernels.honest import Array, expert, mapped, mixture, swiglu, wide
 
 TILE = 32
 
@@ -397,19 +397,3 @@ def split_by_the_batch(x: Array, w_gate: Array, w_up: Array, w_down: Array, ids:
         return sum(parts[1:], parts[0])
 
     return mixture_with(x, w_gate, w_up, w_down, ids, weights, product=product)
-
-
-@bug(
-    "rows-behind-the-groups",
-    "An empty group moves the next one's first row: the kernel stores from the last group's end instead of the offset.",
-    "AMD-AGI/Primus-Turbo/issues/397",
-    "2026-06-26",
-    routing="offsets",
-)
-def rows_behind_the_groups(x: Array, w_gate: Array, w_up: Array, w_down: Array, offsets: Array) -> Array:
-    moved = offsets.copy()
-    empty = np.flatnonzero(np.diff(offsets) == 0)
-    if len(empty):
-        moved[-1] = max(offsets[-1] - 1, 0)
-    out = np.zeros_like(x)
-    return np.where(np.arange(len(x))[:, None] < moved[-1], grouped(x, w_gate, w_up, w_down, offsets), out)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The errors that a router adds to its formats: that of its exp, stated with its source, and the unit of the reference."""
+"""The errors that a router adds to its formats: of its exp, stated with its source, and of the reference values."""
 
 from __future__ import annotations
 
