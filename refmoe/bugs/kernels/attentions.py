@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from refmoe.arithmetic.arrays import Array
 from refmoe.bugs.kernels.bug import bug
-from refmoe.bugs.kernels.honest import Array, attend, one_query, wide
+from refmoe.bugs.kernels.honest import attend, one_query, wide
 
 
 @bug(

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.bugs.kernels.honest import Array, mixture, wide
+from refmoe.arithmetic.arrays import Array
+from refmoe.bugs.kernels.honest import mixture, wide
 from refmoe.bugs.kernels.mixtures import mixture_with, product_in_float16, truncated
 
 KNOWN_SEED = 7

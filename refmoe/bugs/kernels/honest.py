@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Array = Any
-"""A NumPy array of any dtype, bfloat16 included."""
+from refmoe.arithmetic.arrays import Array
 
 
 def wide(values: Array) -> NDArray[Any]:

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from refmoe.arithmetic.arrays import Array
 from refmoe.bugs.kernels.bug import bug, remembering_bug
-from refmoe.bugs.kernels.honest import Array, expert, mapped, mixture, swiglu, wide
+from refmoe.bugs.kernels.honest import expert, mapped, mixture, swiglu, wide
 
 TILE = 32
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from refmoe.arithmetic.arrays import Array
 from refmoe.bugs.kernels.bug import bug
-from refmoe.bugs.kernels.honest import Array, align
+from refmoe.bugs.kernels.honest import align
 
 
 @bug(

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from refmoe.arithmetic.arrays import Array
 from refmoe.bugs.kernels.bug import bug
-from refmoe.bugs.kernels.honest import Array
 
 BIAS = (-3.0, -2.5, 0.0, -4.0, -1.5, -3.5, -2.0, -5.0)
 
