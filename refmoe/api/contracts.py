@@ -59,14 +59,17 @@ def verdict_summary(verdicts: list[Verdict]) -> str:
     return summary(verdicts)
 
 
-def load_function(where: str) -> Callable[..., Any]:
-    """The function that ``module:function`` or ``file.py:function`` names. Raises InputError."""
+def load_function(where: str, what: str) -> Callable[..., Any]:
+    """The function that ``module:function`` or ``file.py:function`` names. Raises InputError.
+
+    what: the function in words, such as "a router"
+    """
     module_name, _, name = where.rpartition(":")
     if not module_name or not name:
         raise InputError(f"'{where}' is not MODULE:FUNCTION, such as my_package.moe:route")
     sys.path.insert(0, "")
     try:
-        module = module_of(module_name)
+        module = module_of(module_name, what)
     except (InputError, KeyboardInterrupt):
         raise
     except BaseException as error:  # SystemExit too
@@ -77,8 +80,8 @@ def load_function(where: str) -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]
 
 
-def module_of(name: str) -> Any:
+def module_of(name: str, what: str) -> Any:
     """Import a module by its name, or execute a file. Raises InputError for a file that cannot be read."""
     if not name.endswith(".py"):
         return importlib.import_module(name)
-    return module_from_file(Path(name), Path(name).stem, "a Python file with a function to check")
+    return module_from_file(Path(name), Path(name).stem, f"a Python file with {what}")

@@ -222,7 +222,7 @@ def check_router(
     from refmoe.routers.contract.laws import LAWS
 
     names, declaration = named_laws(laws, LAWS), declared(claims)
-    found = load_function(router) if isinstance(router, str) else router
+    found = load_function(router, "a router") if isinstance(router, str) else router
     subject = made_subject(found, declaration) if factory else Subject(found, declaration)
     ready()
     return judge_laws([LAWS[name] for name in names], subject, examples, tell)

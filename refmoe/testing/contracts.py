@@ -118,7 +118,7 @@ def check_kernel(
     known = contract_of(contract).laws
     names = named_laws(laws, known)
     subject(contract, lambda *_: None, claims)
-    found = load_function(kernel) if isinstance(kernel, str) else kernel
+    found = load_function(kernel, "a kernel") if isinstance(kernel, str) else kernel
     ready()
     return judge_laws([known[name] for name in names], subject(contract, found, claims), examples, tell)
 

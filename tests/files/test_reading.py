@@ -125,7 +125,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "tokenizer.json": lambda path: read_folder(in_folder(path, "tokenizer.json"), 9),
     "generation_config.json": lambda path: read_folder(in_folder(path, "generation_config.json"), 9),
     "adapter": lambda path: adapter_class(str(in_folder(path, "mine.py") / "mine.py")),
-    "router": lambda path: load_function(f"{in_folder(path, 'mine.py') / 'mine.py'}:route"),
+    "router": lambda path: load_function(f"{in_folder(path, 'mine.py') / 'mine.py'}:route", "a router"),
 }  # fmt: skip
 """Every function that reads a file of a user."""
 every = pytest.mark.parametrize("reader", READERS)
