@@ -310,6 +310,43 @@ overhead of calls. Command: `python bench/verify_cost.py`; file: {link("verify_c
 {table(("model", *policies), rows)}"""
 
 
+def kernel_tests() -> str:
+    found = results("kernel_tests")["rows"]
+    usual = list(found[0]["usual"])
+
+    def said(row: dict[str, Any], name: str) -> str:
+        return "accepts" if row["usual"][name] else "rejects"
+
+    rows = [
+        (
+            row["kernel"], row["mistake"] or "none", *(said(row, name) for name in usual),
+            "accepts" if row["refmoe"] else f"rejects: {row['explained']}",
+        )
+        for row in found
+    ]  # fmt: skip
+    return f"""## Kernels under a tolerance and under refmoe
+
+Three kernels with a mistake each, compared with a float32 evaluation by `torch.testing.assert_close`, and judged by
+refmoe. Triton runs in its interpreter. Command: `python -m bench.kernel_tests`; file: {link("kernel_tests.json")}.
+
+{table(("kernel", "mistake", *usual, "refmoe"), rows)}"""
+
+
+def testing_cost() -> str:
+    found = results("testing_cost")
+    tokens = list(dict.fromkeys(row["tokens"] for row in found["rows"]))
+    ratio = {(row["step"], row["tokens"]): f"{row['ratio']:.1f}" for row in found["rows"]}
+    steps = dict.fromkeys(row["step"] for row in found["rows"])
+    rows = [(step, *(ratio[step, count] for count in tokens)) for step in steps]
+    sizes = ", ".join(f"{name} = {size}" for name, size in found["sizes"].items())
+    return f"""## Cost of the assertions on kernels
+
+The processor time of each assertion over that of one evaluation of its step in float32 by NumPy, by the number of
+tokens. Sizes: {sizes}. Command: `python -m bench.testing_cost`; file: {link("testing_cost.json")}.
+
+{table(("step", *(f"{count} tokens" for count in tokens)), rows)}"""
+
+
 def verdict_cost() -> str:
     found = results("verdicts")
     machine = found["machine"]
@@ -578,6 +615,39 @@ Files: {link("robustness_inputs.json", "robustness_engines.json", *(["robustness
 {table(("attack", "command", "trials", "with a fault"), rows)}"""
 
 
+def kernel_cheats() -> str:
+    found = results("kernel_cheats")
+    checks = [each["name"] for each in found["usual"]]
+    right, *cheats = found["cheats"]
+    rows = [
+        (each["name"], each["dtype"], *("passes" if name in each["passes"] else "caught" for name in checks), law(each))
+        for each in (right, *cheats)
+    ]
+    passing = {name: sum(name in each["passes"] for each in cheats) for name in checks}
+    caught = sum(each["law"] is not None for each in cheats)
+    bugs = found["bugs"]
+    sources = [(f"[{each['name']}]({each['source']})", each["words"]) for each in found["usual"]]
+    passed = ", ".join(f"{count} pass the check of {name}" for name, count in passing.items())
+    caught_bugs = sum(each["law"] is not None for each in bugs)
+    return f"""## Kernels that cheat
+
+{len(cheats)} kernels that compute nothing, or less than they should, against the checks of four public projects and
+against [the contract of kernels](kernel-contract.md). The last column names the first law that each breaks, in the
+order of reports. Of the cheats {passed}. The contract catches {caught}.
+Command: `python -m bench.kernel_cheats`; file: {link("kernel_cheats.json")}.
+
+{table(("kernel", "dtype", *checks, "contract"), rows)}
+
+{table(("check", "comparison and inputs"), sources)}
+
+Of {len(bugs)} bugs of public kernels and routers the contracts catch {caught_bugs}."""
+
+
+def law(found: dict[str, Any]) -> str:
+    """The law that caught a kernel, with the number of the example."""
+    return "passes" if found["law"] is None else f"{found['law']}, example {found['example']}"
+
+
 def folders() -> str:
     found = results("folders")
     rows = [
@@ -625,8 +695,8 @@ Not tried:
 
 SECTIONS = (
     goldens, known_bugs, diagnosis, left_out, drawn_faults, diagnosis_time, engines, faults, verify_cost,
-    verdict_cost, conform_cost, invariance, exact_cost, full_size, scaling, cluster_plan, peers, elementary,
-    weight_formula, startup_cost, robustness, folders, versions,
+    verdict_cost, kernel_tests, kernel_cheats, testing_cost, conform_cost, invariance, exact_cost, full_size, scaling,
+    cluster_plan, peers, elementary, weight_formula, startup_cost, robustness, folders, versions,
 )  # fmt: skip
 
 

@@ -14,9 +14,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "refmoe"
 
 ROOMS = (
-    "errors", "signals", "files", "parallel", "arithmetic", "spec", "profiles", "checkpoints", "traces", "text",
-    "steps", "routers", "cuda", "jobs", "bugs", "verifier", "suite", "engines", "report", "api", "testing",
-    "cli", "__main__",
+    "errors", "signals", "files", "parallel", "contracts", "arithmetic", "spec", "profiles", "checkpoints", "traces",
+    "text", "steps", "routers", "kernels", "cuda", "jobs", "bugs", "verifier", "suite", "engines", "report", "api",
+    "testing", "cli", "__main__",
 )  # fmt: skip
 """A room imports only from the rooms before it."""
 ALONE = {"spec": set[str](), "arithmetic": {"errors"}}

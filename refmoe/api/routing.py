@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from refmoe.api.contract_process import TIMEOUT, Asked, Checked, check_apart
+from refmoe.api.contracts import judge_laws, load_function, named_laws
+from refmoe.api.progress import Bars, silent
 from refmoe.arithmetic.exact.ops import ExactOps
 from refmoe.errors import InputError, require
 from refmoe.files.atomic import replacing
 from refmoe.files.npy_file import is_npy, map_npy
-from refmoe.files.python_file import module_from_file
-from refmoe.files.sentences import one_line
 from refmoe.routers.literature.family import FAMILY, Settings, run_router
 from refmoe.routers.literature.record import Routing
 from refmoe.routers.literature.statistics import LoadStatistics, load_statistics
@@ -201,7 +200,7 @@ def check_router(
     router: Callable[..., Any] | str,
     *,
     factory: bool = False,
-    examples: int = 200,
+    examples: int | None = None,
     laws: Sequence[str] = (),
     ready: Callable[[], None] = lambda: None,
     tell: Callable[[Verdict], None] = lambda _verdict: None,
@@ -219,27 +218,29 @@ def check_router(
     Raises InputError for an unknown law, or a router that cannot be imported.
     """
     require("hypothesis", "contract", "the contract of routers")
-    from refmoe.routers.contract import Subject, judge
+    from refmoe.routers.contract import Subject
     from refmoe.routers.contract.laws import LAWS
 
-    names, declaration = laws_of(laws), declared(claims)
-    found = load_router(router) if isinstance(router, str) else router
+    names, declaration = named_laws(laws, LAWS), declared(claims)
+    found = load_function(router, "a router") if isinstance(router, str) else router
     subject = made_subject(found, declaration) if factory else Subject(found, declaration)
     ready()
-    verdicts = []
-    for name in names:
-        verdicts.append(judge(LAWS[name], subject, examples))
-        tell(verdicts[-1])
-    return verdicts
+    return judge_laws([LAWS[name] for name in names], subject, examples, tell)
 
 
-def laws_of(names: Sequence[str]) -> list[str]:
-    """The names of the laws to try; without names, all. Raises InputError for an unknown one."""
+def check_router_apart(asked: Asked, timeout: float = TIMEOUT, bars: Bars = silent) -> Checked:
+    """`check_router` in a process of its own, in which a router may leave, crash or never return.
+
+    timeout: seconds for each law, and for the import
+    Raises InputError as `check_router` does.
+    """
+    require("hypothesis", "contract", "the contract of routers")
+    from refmoe.routers.contract.law import CONTRACT
     from refmoe.routers.contract.laws import LAWS
 
-    if unknown := [name for name in names if name not in LAWS]:
-        raise InputError(f"--law {unknown[0]}: no such law, one of {', '.join(LAWS)} was expected")
-    return [*(names or LAWS)]
+    assert LAWS is CONTRACT.laws
+    declared({name: claim for name, claim in asked.claims.items() if name != "factory"})
+    return check_apart(check_router, CONTRACT, asked, timeout, bars)
 
 
 def declared(claims: Mapping[str, Any]) -> Declaration:
@@ -251,8 +252,8 @@ def declared(claims: Mapping[str, Any]) -> Declaration:
 
 def made_subject(factory: Callable[[int, int], Callable[..., Any]], declaration: Declaration) -> Subject:
     """The router that a factory makes. A factory that raises breaks every law."""
+    from refmoe.contracts.broken import LawBroken, foreign
     from refmoe.routers.contract import Subject
-    from refmoe.routers.contract.broken import LawBroken, foreign
 
     def make(k: int) -> Callable[..., Any]:
         with foreign("the factory", f" for top_k {k}"):
@@ -271,53 +272,7 @@ def made_subject(factory: Callable[[int, int], Callable[..., Any]], declaration:
     return Subject(router, declaration, with_top_k=make)
 
 
-def verdict_facts(verdict: Verdict) -> dict[str, Any]:
-    """A verdict about a law as plain values."""
-    from refmoe.routers.contract.report import as_data
-
-    return as_data(verdict)
-
-
-def verdict_words(verdict: Verdict) -> str:
-    """A broken law with its smallest example, in words."""
-    from refmoe.routers.contract.report import explain
-
-    return explain(verdict)
-
-
-def verdict_summary(verdicts: list[Verdict]) -> str:
-    """All verdicts in a line."""
-    from refmoe.routers.contract.report import summary
-
-    return summary(verdicts)
-
-
-def load_router(where: str) -> Callable[..., Any]:
-    """The function that ``module:function`` or ``file.py:function`` names. Raises InputError."""
-    module_name, _, name = where.rpartition(":")
-    if not module_name or not name:
-        raise InputError(f"'{where}' is not MODULE:FUNCTION, such as my_package.moe:route")
-    sys.path.insert(0, "")
-    try:
-        module = module_of(module_name)
-    except (InputError, KeyboardInterrupt):
-        raise
-    except BaseException as error:  # SystemExit too
-        raise InputError(f"{module_name} cannot be imported: {type(error).__name__}: {one_line(error)}") from error
-    found = getattr(module, name, None)
-    if not callable(found):
-        raise InputError(f"{module_name} has no function '{name}'")
-    return found  # type: ignore[no-any-return]
-
-
-def module_of(name: str) -> Any:
-    """Import a module by its name, or execute a file. Raises InputError for a file that cannot be read."""
-    if not name.endswith(".py"):
-        return importlib.import_module(name)
-    return module_from_file(Path(name), Path(name).stem, "a Python file with a router")
-
-
 __all__ = [
-    "EXPERTS", "ROUTERS", "TOKENS", "Logits", "Routed", "Settings", "check_router", "declared", "laws_of",
-    "load_router", "picture_writer", "print_routing", "route", "verdict_facts", "verdict_summary", "verdict_words",
+    "EXPERTS", "ROUTERS", "TOKENS", "Logits", "Routed", "Settings", "check_router", "check_router_apart", "declared",
+    "picture_writer", "print_routing", "route",
 ]  # fmt: skip

@@ -75,7 +75,11 @@ commands.section(
     Later("generate", "Stream text from a checkpoint."),
     Later("materialise", "Write the model of a golden case as an ordinary checkpoint."),
 )
-commands.section("Routers", Later("router", "Show what a router does; check one of your own."))
+commands.section(
+    "Routers and kernels",
+    Later("router", "Show what a router does; check one of your own."),
+    Later("kernel", "Check a kernel of your own by the laws of its contract."),
+)
 commands.section(
     "The suite itself",
     Later("suite", "Check, certify, audit and emit the golden cases, and make new ones."),

@@ -8,36 +8,32 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from refmoe.api.router_process import TIMEOUT, Asked, check_router_apart
+from refmoe.api.contract_process import Asked
 from refmoe.api.routing import (
     EXPERTS,
     ROUTERS,
     TOKENS,
     Logits,
     Settings,
+    check_router_apart,
     picture_writer,
     print_routing,
     route,
-    verdict_facts,
-    verdict_summary,
-    verdict_words,
 )
+from refmoe.cli.contract import check_options, show_checked
 from refmoe.cli.guard import OUTPUT, GuardedCommand
 from refmoe.cli.options import PATH, Decimal, Integer, json_option, progress_bar, record_of
 from refmoe.cli.sections import Sections
-from refmoe.cli.table import console, print_table
+from refmoe.cli.table import console
 from refmoe.report.json_text import json_text
-from refmoe.report.neutral import sentence
 
 if TYPE_CHECKING:
-    from refmoe.routers.contract import Verdict
+    pass
 
 COUNT = Integer(min=1)
 BEHAVIOURS = click.Choice(["raise", "propagate", "unspecified"])
 DTYPES = click.Choice(["float64", "float32", "float16", "bfloat16"])
 Names = tuple[str, ...]
-SHOWN = 5
-"""The most lines of what a router printed that are shown."""
 
 
 @click.group("router", cls=Sections, short_help="Show what a router does; check one of your own.")
@@ -142,12 +138,7 @@ def show_command(name: str, seed: int, out: Path | None, as_json: bool, **option
     "--priority", type=click.Choice(["token", "choice", "weight"]), default="token", show_default=True,
     help="The order in which choices fill the capacity.",
 )  # fmt: skip
-@click.option("--examples", type=Integer(1), default=200, show_default=True, help="Examples per law.")
-@click.option("--law", "laws", multiple=True, metavar="NAME", help="Only this law; repeatable.")
-@click.option(
-    "--timeout", type=Decimal(0, 86400, min_open=True), default=TIMEOUT, show_default=True, metavar="SECONDS",
-    help="The time for each law, and for the import of MODULE.",
-)  # fmt: skip
+@check_options(200)
 @json_option
 @click.pass_context
 def check_command(
@@ -167,33 +158,8 @@ def check_command(
     by the names of `refmoe.routers.contract.Declaration`, and the laws judge it by that declaration. Exit status 0: no
     law is broken. 1: a law is broken. 2: the input cannot be used. 3: no law is broken, and one could not be judged.
     """
-    asked = Asked(router=router, factory=factory, examples=examples, laws=laws, claims=claims)
-    found = check_router_apart(asked, timeout, progress_bar)
-    if found.bytes_printed:
-        click.echo(f"the router printed {found.bytes_printed:,} bytes, which end with", err=True)
-        for line in found.printed[-SHOWN:]:
-            click.echo(f"  {sentence(line)}", err=True)
-    if as_json:
-        click.echo(json_text({"laws": [verdict_facts(verdict) for verdict in found.verdicts]}))
-    else:
-        print_verdicts(found.verdicts)
-    outcomes = {verdict.outcome for verdict in found.verdicts}
-    context.exit(1 if "fail" in outcomes else 3 if "not judged" in outcomes else 0)
-
-
-def print_verdicts(verdicts: list[Verdict]) -> None:
-    """Print a table of the laws, then each broken law with its smallest example."""
-    rows, styles = [], []
-    for verdict in verdicts:
-        failed = verdict.outcome == "fail"
-        words = "smallest example below" if failed else verdict.words
-        rows.append((verdict.law.name, "FAIL" if failed else verdict.outcome, str(verdict.examples or ""), words))
-        styles.append("bold red" if failed else "dim" if verdict.outcome != "pass" else None)
-    print_table(("law", "", "examples", ""), rows, styles=styles, right=[2], wrap=True)
-    for verdict in verdicts:
-        if verdict.outcome == "fail":
-            click.echo("\n" + verdict_words(verdict))
-    click.echo("\n" + verdict_summary(verdicts))
+    asked = Asked(function=router, laws=laws, examples=examples, claims={**claims, "factory": factory})
+    context.exit(show_checked(check_router_apart(asked, timeout, progress_bar), as_json))
 
 
 assert isinstance(router_command, Sections)

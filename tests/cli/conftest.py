@@ -17,6 +17,7 @@ from refmoe.traces.script import Call, plan
 from tests.cli.every_command import ROOT
 from tests.models import SMALL
 
+KERNEL = "from refmoe.bugs.kernels.honest import mixture\n"
 ROUTER = """\
 import numpy as np
 
@@ -40,6 +41,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     results, _ = conform(Conformance(harness=harness, cases=("one-pair",), dtypes=("float32",), diagnose=False))
     write_results(folder / "results", results)
     (folder / "router.py").write_text(ROUTER)
+    (folder / "kernel.py").write_text(KERNEL)
     (folder / "tests").mkdir()
     (folder / "tests" / "test_nothing.py").write_text("def test_nothing():\n    pass\n")
     return folder

@@ -73,6 +73,9 @@ EXAMPLES = {
         "{in}/router.py:route --experts 4 --top-k 2 --examples 5 --law repetition",
         "{in}/none.py:route --experts 4 --top-k 2", needs="hypothesis",
     ),
+    "kernel check": Example(
+        "{in}/kernel.py:mixture --examples 2 --law exact-sums", "{in}/none.py:mixture", needs="hypothesis"
+    ),
     "suite check": Example("one-pair", "none"),
     "suite certify": Example("one-pair", "none", needs="flint"),
     "suite audit": Example("--tests {in}/tests", "--tests {in}/none", status=1),

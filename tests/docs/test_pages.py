@@ -17,8 +17,8 @@ IN_A_CLONE = ("README.md", "docs/engine-in-c.md", "docs/ci.md", "docs/audit.md")
 """Pages that begin in a clone of the repository. The others begin in an empty folder."""
 AFTER_THE_QUICKSTART = ("docs/adapters.md", "docs/unit-tests.md")
 """Pages that continue in the folder of the quickstart."""
-OTHERS = ("docs/routers.md", "docs/router-contract.md")
-"""Pages that tests/routers runs."""
+OTHERS = ("docs/routers.md", "docs/router-contract.md", "docs/kernel-contract.md")
+"""Pages that tests/routers and tests/kernels run."""
 PAGES = [
     str(path.relative_to(ROOT))
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -36,6 +36,7 @@ SHOWN = {
     "docs/pytorch.md": None,
     "CONTRIBUTING.md": None,
     "docs/router-contract.md": None,
+    "docs/kernel-contract.md": None,
 }
 """Pages with commands that a test does not run, since they install something or run the tests themselves."""
 

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import refmoe
-from refmoe.api.routing import load_router
+from refmoe.api.contracts import load_function
 from refmoe.checkpoints.load import load_checkpoint, read_configuration
 from refmoe.engines.adapter import adapter_class
 from refmoe.engines.known import read_known
@@ -125,7 +125,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "tokenizer.json": lambda path: read_folder(in_folder(path, "tokenizer.json"), 9),
     "generation_config.json": lambda path: read_folder(in_folder(path, "generation_config.json"), 9),
     "adapter": lambda path: adapter_class(str(in_folder(path, "mine.py") / "mine.py")),
-    "router": lambda path: load_router(f"{in_folder(path, 'mine.py') / 'mine.py'}:route"),
+    "router": lambda path: load_function(f"{in_folder(path, 'mine.py') / 'mine.py'}:route", "a router"),
 }  # fmt: skip
 """Every function that reads a file of a user."""
 every = pytest.mark.parametrize("reader", READERS)

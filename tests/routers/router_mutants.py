@@ -16,10 +16,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from refmoe.contracts.checking import first_broken, hidden_by_shape
 from refmoe.routers.contract import LAWS, Declaration, Subject
-from refmoe.routers.contract.checking import EXAMPLES, first_broken, hidden_by_shape
+from refmoe.routers.contract.law import CONTRACT
 
 E, K = 8, 2
+EXAMPLES = CONTRACT.number
 BASE = Declaration(
     experts=E, top_k=K, selection="logits", ties="lower", nan="propagate", infinity="propagate", all_masked="propagate"
 )

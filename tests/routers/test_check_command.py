@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from refmoe.api.router_process import Asked, check_router_apart
-from refmoe.api.routing import check_router
+from refmoe.api.contract_process import Asked
+from refmoe.api.routing import check_router, check_router_apart
 from refmoe.errors import InputError
 from tests.command_line import Refmoe
 
@@ -146,7 +146,7 @@ def test_what_cannot_be_checked_is_said_at_once(refmoe: Refmoe, here: Path, opti
 
 
 def test_the_verdicts_are_those_of_a_check_in_this_process(here: Path) -> None:
-    asked = Asked(router="bad.py:good", factory=False, examples=5, laws=(), claims=CLAIMS)
+    asked = Asked(function="bad.py:good", examples=5, claims=CLAIMS)
     apart, within = check_router_apart(asked).verdicts, check_router("bad.py:good", examples=5, **CLAIMS)
     assert [(v.law.name, v.outcome, v.words, v.examples) for v in apart] == [
         (v.law.name, v.outcome, v.words, v.examples) for v in within
@@ -165,7 +165,7 @@ def test_nothing_is_left_running(here: Path) -> None:
         "import subprocess\nchild = subprocess.Popen(['sleep', '600'])\n"
         "open('pid', 'w').write(str(child.pid))\ndef route(x):\n    while True: pass\n"
     )
-    asked = Asked(router="starts.py:route", factory=False, examples=1, laws=("distinct-ids",), claims=CLAIMS)
+    asked = Asked(function="starts.py:route", laws=("distinct-ids",), examples=1, claims=CLAIMS)
     check_router_apart(asked, timeout=2)
     status = Path(f"/proc/{(here / 'pid').read_text()}/stat")
     assert not status.exists() or status.read_text().split()[2] in "ZX"
@@ -173,5 +173,5 @@ def test_nothing_is_left_running(here: Path) -> None:
 
 def test_a_router_that_is_no_function_is_unusable(here: Path) -> None:
     with pytest.raises(InputError, match="has no function"):
-        check_router_apart(Asked(router="bad.py:np", factory=False, examples=1, laws=(), claims=CLAIMS))
+        check_router_apart(Asked(function="bad.py:np", examples=1, claims=CLAIMS))
     assert os.getcwd() == str(here)

@@ -16,17 +16,26 @@ import numpy as np
 import pytest
 
 from refmoe.arithmetic.ball import BallOps
+from refmoe.contracts.drawing import BLOCK_COUNTS, examples_of
+from refmoe.contracts.formats import FORMATS, neighbour
+from refmoe.contracts.frameworks import to_framework, to_numpy
+from refmoe.contracts.report import explain
 from refmoe.errors import InputError
 from refmoe.routers.contract import LAWS, Declaration, Subject, judge, judge_all
-from refmoe.routers.contract.arithmetic import FORMATS, neighbour
 from refmoe.routers.contract.bounds import keys, weight_enclosure
-from refmoe.routers.contract.checking import EXAMPLES
-from refmoe.routers.contract.drawing import examples_of
-from refmoe.routers.contract.examples import BLOCK_COUNTS
-from refmoe.routers.contract.frameworks import to_framework, to_numpy
-from refmoe.routers.contract.report import explain
 from refmoe.routers.contract.subject import Routing
-from tests.routers.router_mutants import BASE, HONEST, MUTANTS, honest, honest_other, row, softmax, table, tie_high
+from tests.routers.router_mutants import (
+    BASE,
+    EXAMPLES,
+    HONEST,
+    MUTANTS,
+    honest,
+    honest_other,
+    row,
+    softmax,
+    table,
+    tie_high,
+)
 
 ROUTER_BUGS = {
     "router-no-renorm", "router-raw-logit-weights", "router-double-softmax", "router-renorm-wrong-axis",

@@ -11,9 +11,9 @@ import pytest
 
 from refmoe.arithmetic.exact.ops import ExactOps
 from refmoe.arithmetic.native.ops import NativeOps
+from refmoe.contracts.report import explain
 from refmoe.routers.contract import Declaration, Subject, Verdict, judge, judge_all
 from refmoe.routers.contract.laws import LAWS
-from refmoe.routers.contract.report import explain
 from refmoe.routers.literature import adapters
 from refmoe.routers.literature import noisy_top_k as noisy
 from refmoe.spec.router import route

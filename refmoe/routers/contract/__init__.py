@@ -17,8 +17,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from refmoe.contracts.checking import Verdict, judge
     from refmoe.routers.contract.arithmetic import ExpBudget
-    from refmoe.routers.contract.checking import Verdict, judge, judge_all
+    from refmoe.routers.contract.checking import judge_all
     from refmoe.routers.contract.declaration import Declaration
     from refmoe.routers.contract.laws import LAWS
     from refmoe.routers.contract.pytest_items import contract
@@ -27,18 +28,18 @@ if TYPE_CHECKING:
 __all__ = ["LAWS", "Declaration", "ExpBudget", "Subject", "Verdict", "contract", "judge", "judge_all"]
 
 _HOMES = {
-    "Declaration": "declaration",
-    "ExpBudget": "arithmetic",
-    "LAWS": "laws",
-    "Subject": "subject",
-    "Verdict": "checking",
-    "contract": "pytest_items",
-    "judge": "checking",
-    "judge_all": "checking",
+    "Declaration": f"{__name__}.declaration",
+    "ExpBudget": f"{__name__}.arithmetic",
+    "LAWS": f"{__name__}.laws",
+    "Subject": f"{__name__}.subject",
+    "Verdict": "refmoe.contracts.checking",
+    "contract": f"{__name__}.pytest_items",
+    "judge": "refmoe.contracts.checking",
+    "judge_all": f"{__name__}.checking",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(_HOMES[name]), name)

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from refmoe.arithmetic.exact import elementary
-from refmoe.routers.contract.arithmetic import REFERENCE_UNIT, Booleans, Floats
+from refmoe.contracts.formats import Booleans, Floats
+from refmoe.routers.contract.arithmetic import REFERENCE_UNIT
 from refmoe.routers.contract.declaration import Declaration
 from refmoe.routers.contract.subject import Routing
 

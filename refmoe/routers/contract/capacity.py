@@ -8,11 +8,13 @@ from collections import defaultdict
 import numpy as np
 from hypothesis import strategies as st
 
-from refmoe.routers.contract.arithmetic import Floats
+from refmoe.contracts.broken import LawBroken
+from refmoe.contracts.drawing import BLOCK_COUNTS
+from refmoe.contracts.formats import Floats
+from refmoe.contracts.law import Strategy
 from refmoe.routers.contract.bounds import weight_enclosure
-from refmoe.routers.contract.broken import LawBroken
 from refmoe.routers.contract.declaration import Declaration
-from refmoe.routers.contract.examples import BLOCK_COUNTS, Strategy, batches_of, ranks
+from refmoe.routers.contract.examples import batches_of, ranks
 from refmoe.routers.contract.law import CAPACITY, KNOWN_SCORING, NO_BIAS, law
 from refmoe.routers.contract.subject import Routing, Subject
 

@@ -4,21 +4,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args, get_type_hints
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
+from refmoe.contracts.declaring import Dtype, Framework, check_choices
+from refmoe.contracts.formats import FORMATS, Floats, Format
 from refmoe.errors import InputError
-from refmoe.routers.contract.arithmetic import FORMATS, MEASURED_EXP, ExpBudget, Floats, Format
+from refmoe.routers.contract.arithmetic import MEASURED_EXP, ExpBudget
 
 Scoring = Literal["softmax", "sigmoid", "other"]
 Selection = Literal["logits", "scores"]
 TieRule = Literal["lower", "higher", "unspecified"]
 Behaviour = Literal["raise", "propagate", "unspecified"]
 Priority = Literal["token", "choice", "weight"]
-Dtype = Literal["float64", "float32", "float16", "bfloat16"]
-Framework = Literal["numpy", "torch", "jax", "cupy"]
 
 MOST_EXPERTS = 512
 """The most experts. Hypothesis draws no example that is much larger."""
@@ -82,12 +82,7 @@ class Declaration:
     """The error of the engine's exp."""
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for field in fields(self):
-            value, allowed = getattr(self, field.name), choices(hints[field.name])
-            if allowed and value not in allowed:
-                wanted = ", ".join(str(choice) for choice in allowed if choice is not None)
-                raise InputError(f"declaration: {field.name} is {value!r}, one of {wanted} was expected")
+        check_choices(self)
         if self.experts > MOST_EXPERTS:
             raise InputError(f"declaration: experts = {self.experts}, but at most {MOST_EXPERTS} was expected")
         if self.experts < 1 or not 1 <= self.top_k <= self.experts:
@@ -134,14 +129,3 @@ class Declaration:
         if self.capacity is None:
             return tokens
         return self.capacity if isinstance(self.capacity, int) else self.capacity(tokens)
-
-
-def choices(hint: Any) -> tuple[Any, ...]:
-    """The values that a Literal allows, with None where it is optional; no values for another type."""
-    found: list[Any] = []
-    for part in get_args(hint) or ():
-        if get_args(part):
-            found += get_args(part)
-        elif isinstance(part, str) or (part is type(None) and found):
-            found.append(None if part is type(None) else part)
-    return tuple(found) if all(isinstance(item, str | None) for item in found) else ()

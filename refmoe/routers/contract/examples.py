@@ -7,20 +7,13 @@ A batch is drawn as a block of bytes, because that is fast and shrinks to zeros.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
 
 import numpy as np
 from hypothesis import strategies as st
 
-from refmoe.routers.contract.arithmetic import Floats, Format, Ints, neighbour, rounded
+from refmoe.contracts.formats import Floats, Format, Ints, neighbour, rounded
+from refmoe.contracts.law import Strategy
 from refmoe.routers.contract.declaration import Declaration
-
-Example = dict[str, Any]
-"""The arguments of one check, by name. They include `logits` [T, E], except for the law of dispatch and combine."""
-Strategy: TypeAlias = st.SearchStrategy[Any]
-
-BLOCK_COUNTS = (31, 32, 33, 127, 128, 129, 255, 256, 257, 1023, 1024, 1025)
-"""Token counts around the block sizes of kernels."""
 
 
 def zigzag(drawn: Ints) -> Floats:
@@ -126,21 +119,6 @@ def frozen(values: Floats) -> Floats:
     values = values + 0.0
     values.flags.writeable = False
     return values
-
-
-def permutations(size: int) -> Strategy:
-    """Permutations of 0 .. size - 1, the identity when shrunk."""
-    return st.binary(min_size=size, max_size=size).map(lambda b: np.argsort(np.frombuffer(b, np.uint8), kind="stable"))
-
-
-def marks(size: int, one_in: int) -> Strategy:
-    """Booleans [size], of which one in `one_in` is true on average, and none when shrunk."""
-    return st.binary(min_size=size, max_size=size).map(lambda b: np.frombuffer(b, np.uint8) % one_in == 1)
-
-
-def block_counts() -> Strategy:
-    """Token counts at and around block boundaries."""
-    return st.sampled_from(BLOCK_COUNTS)
 
 
 def any_batch(d: Declaration) -> Strategy:

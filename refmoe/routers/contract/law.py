@@ -1,61 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A law: a sentence about routers with its source, its needs, its examples and its check."""
+"""The contract of routers, in which each module of laws registers its own, and the needs that laws share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
 
+import numpy as np
+
+from refmoe.contracts.law import Contract, Example, Need
 from refmoe.routers.contract.declaration import Declaration
-from refmoe.routers.contract.subject import Subject
-
-Check = Callable[..., None]
-"""Called as check(subject, **example). Raises LawBroken."""
 
 
-@dataclass(frozen=True)
-class Need:
-    """A condition on a router or its declaration, without which a law does not apply."""
-
-    words: str
-    met: Callable[[Subject], bool]
-
-
-@dataclass(frozen=True)
-class Law:
-    """One law, stated by `words`. Where one of `needs` is not met, it is not applicable."""
-
-    name: str
-    words: str
-    source: str
-    needs: tuple[Need, ...]
-    examples: Callable[[Declaration], Any]
-    check: Check
-    note: Callable[[Subject, int], str] | None = None
-    """From a router and a number of examples to a note, which is shown with every verdict."""
-
-    def missing(self, subject: Subject) -> str | None:
-        """The first need that is not met, in words."""
-        return next((need.words for need in self.needs if not need.met(subject)), None)
+@lru_cache(maxsize=4096)
+def sketch(d: Declaration) -> Declaration:
+    """The part of a declaration that its examples depend on. Routers with equal sketches get equal examples."""
+    return Declaration(
+        experts=d.experts,
+        top_k=1,
+        dtype=d.dtype,
+        arithmetic=d.arithmetic or d.dtype,
+        scoring="other" if d.scoring == "other" else "softmax",
+        nan="raise" if d.nan == "raise" else "unspecified",
+        gate=None if d.gate is None else np.eye(d.experts),
+    )
 
 
-LAWS: dict[str, Law] = {}
+def tokens(example: Example) -> int:
+    """The number of tokens: the rows of the logits, or of what dispatch is given."""
+    batch = example.get("logits", example.get("x"))
+    return 0 if batch is None else len(batch)
+
+
+CONTRACT = Contract(subject="router", shape_law="distinct-ids", sketch=sketch, tokens=tokens)
+LAWS = CONTRACT.laws
 """All laws by name, in the order of `laws.py`."""
-
-
-def law(
-    name: str, words: str, source: str, examples: Callable[[Declaration], Any], *needs: Need,
-    note: Callable[[Subject, int], str] | None = None,
-) -> Callable[[Check], Law]:  # fmt: skip
-    """Decorates a check, which becomes a registered law."""
-
-    def register(check: Check) -> Law:
-        LAWS[name] = Law(name=name, words=words, source=source, needs=needs, examples=examples, check=check, note=note)
-        return LAWS[name]
-
-    return register
-
+law = CONTRACT.law
 
 NORMALISED = Need("weights declared normalised", lambda s: s.declaration.normalised)
 KNOWN_SCORING = Need("a known scoring: softmax or sigmoid", lambda s: s.declaration.scoring != "other")

@@ -10,13 +10,14 @@ import numpy as np
 from hypothesis import strategies as st
 
 from refmoe.arithmetic.exact import elementary
-from refmoe.routers.contract.arithmetic import Floats, Format, Ints
+from refmoe.contracts.broken import LawBroken, foreign
+from refmoe.contracts.formats import Floats, Format, Ints
+from refmoe.contracts.frameworks import to_numpy
+from refmoe.contracts.law import Need, Strategy
 from refmoe.routers.contract.bounds import exp_error, unit
-from refmoe.routers.contract.broken import LawBroken, foreign
 from refmoe.routers.contract.declaration import Declaration
-from refmoe.routers.contract.examples import Strategy, batches, coarse, plain
-from refmoe.routers.contract.frameworks import to_numpy
-from refmoe.routers.contract.law import Need, law
+from refmoe.routers.contract.examples import batches, coarse, plain
+from refmoe.routers.contract.law import law
 from refmoe.routers.contract.subject import Subject
 
 BALANCE = Need("a load-balancing loss", lambda s: s.balance_loss is not None)

@@ -6,12 +6,14 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from refmoe.routers.contract.arithmetic import Floats, Ints
-from refmoe.routers.contract.broken import LawBroken, foreign
+from refmoe.contracts.broken import LawBroken, foreign
+from refmoe.contracts.drawing import BLOCK_COUNTS
+from refmoe.contracts.formats import Floats, Ints
+from refmoe.contracts.frameworks import to_numpy
+from refmoe.contracts.law import Example, Need, Strategy
 from refmoe.routers.contract.declaration import Declaration
-from refmoe.routers.contract.examples import BLOCK_COUNTS, Example, Strategy, zigzag
-from refmoe.routers.contract.frameworks import to_numpy
-from refmoe.routers.contract.law import Need, law
+from refmoe.routers.contract.examples import zigzag
+from refmoe.routers.contract.law import law
 from refmoe.routers.contract.subject import Subject
 
 WIDTH = 5

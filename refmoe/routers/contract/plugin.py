@@ -14,15 +14,15 @@ import pytest
 if TYPE_CHECKING:
     from refmoe.routers.contract.pytest_items import RouterLaw
 
-NOTE = "router contract"
+NOTE = "contract"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the option for the number of examples per law."""
-    group = parser.getgroup("refmoe", "the contract of routers (refmoe.routers.contract)")
+    group = parser.getgroup("refmoe", "the contracts of routers and kernels")
     group.addoption(
-        "--router-examples", dest="router_examples", type=int, default=200, metavar="N",
-        help="examples per law of a router's contract (200)",
+        "--contract-examples", "--router-examples", dest="contract_examples", type=int, default=None, metavar="N",
+        help="examples per law of a contract (a router: 200, a kernel: 100)",
     )  # fmt: skip
 
 

@@ -6,11 +6,12 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from refmoe.routers.contract.arithmetic import Floats
-from refmoe.routers.contract.broken import LawBroken
+from refmoe.contracts.broken import LawBroken
+from refmoe.contracts.formats import Floats
+from refmoe.contracts.frameworks import to_numpy
+from refmoe.contracts.law import Strategy
 from refmoe.routers.contract.declaration import Declaration
-from refmoe.routers.contract.examples import EVERYTHING, Strategy, any_batch, batches
-from refmoe.routers.contract.frameworks import to_numpy
+from refmoe.routers.contract.examples import EVERYTHING, any_batch, batches
 from refmoe.routers.contract.law import law
 from refmoe.routers.contract.subject import Subject
 

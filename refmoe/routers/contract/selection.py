@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from refmoe.routers.contract.arithmetic import Floats
+from refmoe.contracts.broken import LawBroken
+from refmoe.contracts.formats import Floats
+from refmoe.contracts.law import Need
 from refmoe.routers.contract.bounds import Enclosure, keys
-from refmoe.routers.contract.broken import LawBroken
 from refmoe.routers.contract.declaration import Declaration
 from refmoe.routers.contract.examples import any_batch, close_batch, tied_batch, wide_batch
-from refmoe.routers.contract.law import NO_BIAS, SEVERAL, Need, law
+from refmoe.routers.contract.law import NO_BIAS, SEVERAL, law
 from refmoe.routers.contract.subject import Routing, Subject, right_inverse
 from refmoe.routers.contract.ties import describe, expected_ids, seeming_rule
 

@@ -8,11 +8,13 @@ from collections.abc import Callable
 import numpy as np
 from hypothesis import strategies as st
 
-from refmoe.routers.contract.arithmetic import Booleans, Floats
-from refmoe.routers.contract.broken import LawBroken, RouterRaised
+from refmoe.contracts.broken import LawBroken, Raised
+from refmoe.contracts.drawing import marks
+from refmoe.contracts.formats import Booleans, Floats
+from refmoe.contracts.law import Need, Strategy
 from refmoe.routers.contract.declaration import Behaviour, Declaration
-from refmoe.routers.contract.examples import MODERATE, Strategy, batches, marks
-from refmoe.routers.contract.law import LOGITS, NO_BIAS, NO_CAPACITY, Need, law
+from refmoe.routers.contract.examples import MODERATE, batches
+from refmoe.routers.contract.law import LOGITS, NO_BIAS, NO_CAPACITY, law
 from refmoe.routers.contract.selection import check_optimal
 from refmoe.routers.contract.subject import Subject
 from refmoe.routers.contract.symmetry import rows
@@ -64,7 +66,7 @@ def as_declared(subject: Subject, logits: Floats, row: Floats, name: str, behavi
     given[last] = row
     try:
         routing = subject.route(given)
-    except RouterRaised:
+    except Raised:
         if behaviour == "raise":
             return
         raise

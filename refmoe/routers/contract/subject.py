@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from refmoe.arithmetic.exact import dot
-from refmoe.routers.contract.arithmetic import REFERENCE_UNIT, Floats, Ints, rounded
-from refmoe.routers.contract.broken import Malformed, first_line, foreign
+from refmoe.contracts.broken import Malformed, first_line, foreign
+from refmoe.contracts.formats import Floats, Ints, rounded
+from refmoe.contracts.frameworks import to_framework, to_numpy
+from refmoe.routers.contract.arithmetic import REFERENCE_UNIT
 from refmoe.routers.contract.declaration import Declaration
-from refmoe.routers.contract.frameworks import to_framework, to_numpy
 
 Router = Callable[[Any], tuple[Any, Any]]
 

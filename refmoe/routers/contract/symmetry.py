@@ -6,23 +6,15 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
+from refmoe.contracts.broken import LawBroken, Raised
+from refmoe.contracts.drawing import block_counts, permutations
+from refmoe.contracts.formats import Floats, Ints, rounded
+from refmoe.contracts.law import Example, Need, Strategy
 from refmoe.routers.contract import examples as kinds
-from refmoe.routers.contract.arithmetic import Floats, Ints, rounded
 from refmoe.routers.contract.bounds import keys, weight_slack
-from refmoe.routers.contract.broken import LawBroken, RouterRaised
 from refmoe.routers.contract.declaration import Declaration
-from refmoe.routers.contract.examples import (
-    EVERYTHING,
-    MODERATE,
-    Example,
-    Strategy,
-    batches,
-    block_counts,
-    coarse,
-    permutations,
-    plain,
-)
-from refmoe.routers.contract.law import NO_BIAS, NO_CAPACITY, Need, law
+from refmoe.routers.contract.examples import EVERYTHING, MODERATE, batches, coarse, plain
+from refmoe.routers.contract.law import NO_BIAS, NO_CAPACITY, law
 from refmoe.routers.contract.subject import Routing, Subject
 from refmoe.routers.contract.weights import same_routing
 
@@ -94,7 +86,7 @@ def other_tokens(subject: Subject, logits: Floats, others: Floats, kept: int, po
     try:
         after = subject.route(changed)
     except LawBroken as broken:
-        if poison and (isinstance(broken, RouterRaised) or broken.token not in (None, kept)):
+        if poison and (isinstance(broken, Raised) or broken.token not in (None, kept)):
             return  # another law judges the result of a token that is NaN itself
         raise
     pick = np.array([kept])

@@ -9,10 +9,10 @@ from itertools import pairwise
 
 import numpy as np
 
-from refmoe.routers.contract.arithmetic import Floats, Ints
-from refmoe.routers.contract.broken import LawBroken
+from refmoe.contracts.broken import LawBroken
+from refmoe.contracts.drawing import examples_of
+from refmoe.contracts.formats import Floats, Ints
 from refmoe.routers.contract.declaration import Declaration
-from refmoe.routers.contract.drawing import examples_of
 from refmoe.routers.contract.law import LAWS
 from refmoe.routers.contract.subject import Subject
 

@@ -6,12 +6,13 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from refmoe.routers.contract.arithmetic import Floats
+from refmoe.contracts.broken import LawBroken
+from refmoe.contracts.formats import Floats
+from refmoe.contracts.law import Need, Strategy
 from refmoe.routers.contract.bounds import exp_error, forced, keys, roundings, weight_enclosure, weight_slack
-from refmoe.routers.contract.broken import LawBroken
 from refmoe.routers.contract.declaration import Declaration
-from refmoe.routers.contract.examples import MODERATE, Strategy, any_batch, batches, moderate_batch
-from refmoe.routers.contract.law import ANY_K, KNOWN_SCORING, NO_BIAS, NO_CAPACITY, NORMALISED, SEVERAL, Need, law
+from refmoe.routers.contract.examples import MODERATE, any_batch, batches, moderate_batch
+from refmoe.routers.contract.law import ANY_K, KNOWN_SCORING, NO_BIAS, NO_CAPACITY, NORMALISED, SEVERAL, law
 from refmoe.routers.contract.subject import Routing, Subject
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies of NumPy arrays in a router's own framework, and back, through DLPack where possible."""
+"""Copies of NumPy arrays in a subject's own framework, and back, through DLPack where possible."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from refmoe.contracts.formats import Floats, Format, Ints
 from refmoe.errors import InputError, require
-from refmoe.routers.contract.arithmetic import Floats, Format, Ints
 
 
 def to_framework(values: Floats | Ints, form: Format, framework: str) -> Any:
@@ -18,7 +18,7 @@ def to_framework(values: Floats | Ints, form: Format, framework: str) -> Any:
     if framework == "numpy":
         return array
     if framework == "torch":
-        torch = require("torch", "engines", "a router of torch")
+        torch = require("torch", "engines", "a function that takes tensors of torch")
         if array.dtype.kind in "iu":
             return torch.from_dlpack(array)
         # float64 holds every number of the four formats, and DLPack does not know NumPy's bfloat16
@@ -42,7 +42,9 @@ def installed(module: str) -> Any:
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
-        raise InputError(f"a router of {module.split('.')[0]} needs that package, which is not installed") from error
+        raise InputError(
+            f"a function that takes arrays of {module.split('.')[0]} needs that package, which is not installed"
+        ) from error
 
 
 def to_numpy(array: Any) -> NDArray[Any]:

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from refmoe.routers.contract.checking import Verdict, printable
+from refmoe.contracts.checking import Verdict, printable
 
 WIDTH = 118
 MOST_ROWS = 6
@@ -28,9 +28,7 @@ def explain(verdict: Verdict) -> str:
 
 def at(verdict: Verdict) -> str:
     """The number of the token at fault and of all tokens, for a heading."""
-    example = verdict.example or {}
-    batch = example.get("logits", example.get("x"))
-    tokens = 0 if batch is None else len(batch)
+    tokens = verdict.law.contract.tokens(printable(verdict.example or {}))
     if verdict.token is None:
         return f"   {tokens} token{'s' * (tokens != 1)}" if tokens else ""
     return f"   token {verdict.token} of {tokens}"

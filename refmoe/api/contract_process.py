@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check a router in a process of its own, with a time limit: it may print, leave, crash or never end.
+"""Check a function in a process of its own, with a time limit: it may print, leave, crash or never end.
 
-The process answers in JSON, so nothing that the router makes is executed here. What it prints is kept apart.
+The process answers in JSON, so nothing that the function makes is executed here. What it prints is kept apart.
 """
 
 from __future__ import annotations
@@ -12,19 +12,21 @@ import signal
 import threading
 import traceback
 from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
+from refmoe.api.contracts import named_laws
 from refmoe.api.progress import Bars, silent
-from refmoe.api.routing import check_router, declared, laws_of
-from refmoe.errors import InputError, require
+from refmoe.errors import InputError
 from refmoe.files.parsing import strict_json
 from refmoe.parallel import ONE_THREAD, SPAWN, begin_worker, environment, lifeline
 
 if TYPE_CHECKING:
-    from refmoe.routers.contract import Verdict
+    from refmoe.contracts.checking import Verdict
+    from refmoe.contracts.law import Contract, Law
 
 TIMEOUT = 120.0
 """Seconds for each law, and for the import of the module."""
@@ -40,19 +42,21 @@ NO_FOLDER = os.path.join(os.devnull, "none")
 
 @dataclass(frozen=True)
 class Asked:
-    """A router, and how to check it. All values are of JSON."""
+    """A function, and how to check it. All values are of JSON."""
 
-    router: str
+    function: str
     """``module:function`` or ``file.py:function``."""
-    factory: bool
-    examples: int
-    laws: tuple[str, ...]
-    claims: dict[str, Any]
+    laws: tuple[str, ...] = ()
+    """The names of the laws to try; empty: all."""
+    examples: int | None = None
+    """For each law; the number of the contract if not given."""
+    claims: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the check: what is declared about the function."""
 
 
 @dataclass
 class Checked:
-    """The verdicts about a router, and what it printed."""
+    """The verdicts about a function, and what it printed."""
 
     verdicts: list[Verdict] = field(default_factory=list)
     printed: list[str] = field(default_factory=list)
@@ -60,27 +64,30 @@ class Checked:
     bytes_printed: int = 0
 
 
-def check_router_apart(asked: Asked, timeout: float = TIMEOUT, bars: Bars = silent) -> Checked:
-    """Check a router as `refmoe.api.routing.check_router` does, in a process of its own.
+def check_apart(
+    check: Callable[..., object], contract: Contract, asked: Asked, timeout: float = TIMEOUT, bars: Bars = silent
+) -> Checked:
+    """Check a function as `check` does, in a process of its own.
 
-    timeout: seconds for each law, and for the import.
-    A router that ends its process, or needs more time, breaks the law that was being tried. No later law is judged.
-    Raises InputError for an unknown law or claim, and for a router that cannot be imported.
+    check: as `refmoe.api.routing.check_router`, a function of a module   contract: the laws by which it judges
+    timeout: seconds for each law, and for the import
+    A function that ends its process, or needs more time, breaks the law that was being tried. No later law is judged.
+    Raises InputError for an unknown law or claim, and for a function that cannot be imported.
     """
-    require("hypothesis", "contract", "the contract of routers")
-    names = laws_of(asked.laws)
-    declared(asked.claims)
+    names = named_laws(asked.laws, contract.laws)
     found = Checked()
     with environment(ONE_THREAD), lifeline() as line:
         (answers, answering), (prints, printing) = SPAWN.Pipe(duplex=False), SPAWN.Pipe(duplex=False)
-        process = SPAWN.Process(target=_work, args=(json.dumps(asdict(asked)), line, answering, printing), daemon=True)
+        arguments = (check, json.dumps(asdict(asked)), line, answering, printing)
+        process = SPAWN.Process(target=_work, args=arguments, daemon=True)
         process.start()
         answering.close()
         printing.close()
         reader = threading.Thread(target=_keep, args=(prints, found), daemon=True)
         reader.start()
         try:
-            _follow(asked, names, timeout, _Talk(process, answers), found, bars)
+            talk = _Talk(process, answers, contract.subject)
+            _follow(asked, [contract.laws[name] for name in names], timeout, talk, found, bars)
         finally:
             _end(process)
             reader.join(PATIENCE)
@@ -88,31 +95,30 @@ def check_router_apart(asked: Asked, timeout: float = TIMEOUT, bars: Bars = sile
     return found
 
 
-def _follow(asked: Asked, names: list[str], timeout: float, talk: _Talk, found: Checked, bars: Bars) -> None:
+def _follow(asked: Asked, laws: Sequence[Law], timeout: float, talk: _Talk, found: Checked, bars: Bars) -> None:
     """Take the answers of the process: one after the import, then one for each law."""
-    from refmoe.routers.contract.checking import Verdict
-    from refmoe.routers.contract.laws import LAWS
+    from refmoe.contracts.checking import Verdict
 
     _, problem = talk.next(timeout)
     if problem:
-        raise InputError(f"{asked.router}: cannot be imported: it {problem}")
-    with bars("laws", len(names)) as advance:
-        for number, name in enumerate(names):
+        raise InputError(f"{asked.function}: cannot be imported: it {problem}")
+    with bars("laws", len(laws)) as advance:
+        for number, law in enumerate(laws):
             answer, problem = talk.next(timeout)
             if problem:
-                found.verdicts.append(Verdict(LAWS[name], "fail", f"the router {problem}"))
-                reason = f"the router {problem} at law {name}"
-                found.verdicts += [Verdict(LAWS[later], "not judged", reason) for later in names[number + 1 :]]
+                found.verdicts.append(Verdict(law, "fail", f"the {talk.subject} {problem}"))
+                reason = f"the {talk.subject} {problem} at law {law.name}"
+                found.verdicts += [Verdict(later, "not judged", reason) for later in laws[number + 1 :]]
                 return
-            found.verdicts.append(Verdict(LAWS[name], **answer))
+            found.verdicts.append(Verdict(law, **answer))
             advance()
 
 
 class _Talk:
     """The answers of a process, one after the other."""
 
-    def __init__(self, process: Any, answers: Connection) -> None:
-        self.process, self.answers = process, answers
+    def __init__(self, process: Any, answers: Connection, subject: str) -> None:
+        self.process, self.answers, self.subject = process, answers, subject
 
     def next(self, timeout: float) -> tuple[dict[str, Any], str]:
         """The next answer, or in words why there is none. Raises the error that the process reports as refmoe's."""
@@ -128,7 +134,7 @@ class _Talk:
         if kind == "refused":
             raise InputError(value)
         if kind == "defect":
-            raise RuntimeError(f"the process of the router failed:\n{value}")
+            raise RuntimeError(f"the process of the {self.subject} failed:\n{value}")
         return value, ""
 
     def _how(self) -> str:
@@ -170,11 +176,13 @@ def _keep(prints: Connection, found: Checked) -> None:
             found.printed = [line.decode("utf-8", "backslashreplace") for line in lines if line]
 
 
-# ---- in the process of the router
+# ---- in the process of the function
 
 
-def _work(text: str, line: Connection, answering: Connection, printing: Connection) -> None:
-    """Check the router and send a verdict for each law. What anybody prints goes into the pipe."""
+def _work(
+    check: Callable[..., object], text: str, line: Connection, answering: Connection, printing: Connection
+) -> None:
+    """Check the function and send a verdict for each law. What anybody prints goes into the pipe."""
     begin_worker(line)
     if hasattr(os, "setsid"):
         os.setsid()
@@ -187,7 +195,7 @@ def _work(text: str, line: Connection, answering: Connection, printing: Connecti
         answering.send_bytes(json.dumps({"kind": kind, "value": value}).encode())
 
     def tell(verdict: Verdict) -> None:
-        from refmoe.routers.contract.checking import printable
+        from refmoe.contracts.checking import printable
 
         example = None if verdict.example is None else printable(verdict.example)
         send("verdict", {
@@ -196,9 +204,9 @@ def _work(text: str, line: Connection, answering: Connection, printing: Connecti
         })  # fmt: skip
 
     try:
-        check_router(
-            asked.router, factory=asked.factory, examples=asked.examples, laws=asked.laws, ready=lambda: send("ready"),
-            tell=tell, **asked.claims,
+        check(
+            asked.function, examples=asked.examples, laws=asked.laws, ready=lambda: send("ready"), tell=tell,
+            **asked.claims,
         )  # fmt: skip
     except InputError as error:
         send("refused", str(error))

@@ -11,7 +11,7 @@ LONGEST = 500
 
 
 class LawBroken(Exception):
-    """The router breaks the law. words: the found and the expected result; token: where."""
+    """The subject breaks the law. words: the found and the expected result; token: where."""
 
     def __init__(self, words: str, token: int | None = None) -> None:
         super().__init__(words)
@@ -19,12 +19,12 @@ class LawBroken(Exception):
         self.token = None if token is None else int(token)
 
 
-class RouterRaised(LawBroken):
-    """The router raised an exception that it did not declare."""
+class Raised(LawBroken):
+    """The subject raised an exception that it did not declare."""
 
 
 class Malformed(LawBroken):
-    """The result is not ids [T, k] with weights [T, k]. The law of the ids fails, and no other law can be judged."""
+    """The result has not the declared form. The law of the form fails, and no other law can be judged."""
 
 
 @contextmanager
@@ -32,14 +32,14 @@ def foreign(what: str, where: str = "") -> Iterator[None]:
     """Run a function of the user's, which may do anything, and turn what it raises into a broken law.
 
     what: the function, in words   where: the end of the sentence about it.
-    An exception that asks the program to end is no exception that a router may declare, so it is not `RouterRaised`.
+    An exception that asks the program to end is no exception that a router may declare, so it is not `Raised`.
     """
     try:
         yield
     except (LawBroken, KeyboardInterrupt):
         raise
     except BaseException as error:
-        kind = RouterRaised if isinstance(error, Exception) else LawBroken
+        kind = Raised if isinstance(error, Exception) else LawBroken
         raise kind(f"{what} raised {type(error).__name__}{where}: {first_line(error)}") from error
 
 

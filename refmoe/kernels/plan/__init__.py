@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract of dispatch plans: histograms, offsets, permutations, and the blocks that grouped products read."""

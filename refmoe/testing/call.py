@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A call of a kernel: its inputs, the enclosure of its output, and calls with a mistake in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Self
+
+from numpy.typing import NDArray
+
+from refmoe.arithmetic.enclosure.array import Enclosure
+from refmoe.steps.enclosure_ops import EnclosureOps
+
+
+class Call(Protocol):
+    """The inputs of a kernel, in the layout of the specification."""
+
+    def some(self, at: Any) -> Self:
+        """The call for some rows only.   at: integers [n]"""
+
+    def enclose(self, ops: EnclosureOps) -> Enclosure:
+        """The enclosure of the output, before it is stored: [rows, ...]"""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A mistake that a kernel may have."""
+
+    name: str
+    """The mistake in words: what the kernel does."""
+    call: Call
+    """The call with the mistake."""
+    bug: str = ""
+    """The known bug of `refmoe.bugs` that this is, if it is one."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """An output of a kernel and what it must be."""
+
+    what: str
+    """The function under test, in words."""
+    step: str
+    """The tap whose cut point has the dtype of the output."""
+    found: NDArray[Any]
+    """The values to judge, in their own dtype, rows first; only the rows of `call`."""
+    call: Call
+    reads: NDArray[Any]
+    """The rows that the step reads, of which equal ones err alike: [rows, n]."""
+    where: Callable[[tuple[int, ...]], str]
+    """The place of an element of `found`, in words."""
+    changes: Callable[[], Iterable[Change]] = lambda: ()
+    """The mistakes that a failure is searched for, the likeliest first."""
+    cuts: tuple[str, ...] = ()
+    """The cut points between the inputs and the output that a kernel may have stored more coarsely."""
+    inputs: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    """The arrays that a kernel may have returned in the place of its output, by name."""
+    spans: int = 1
+    """The number of steps from the inputs to the output."""
+    normalises: bool = False
+    """Whether one of these steps is a norm."""
+    cost: int = 0
+    """Elements of matrices that a row reads; 0 for a step without a matrix."""
