@@ -6,6 +6,7 @@
               lambda = ln(2 N / alpha) / 2 for N values: the measured tail of legal sums stays under exp(-2 lambda).
     filter    The lean of the errors towards zero: 0 for rounding to nearest, 1 for truncation. The limit is 1/2.
     size      The mean square of error over variance. The test is one-sided, because more precision is always legal.
+              Where errors are larger than expected, the bias of a truncating accumulator counts as spread.
 
 A tap may come in pieces. The tally keeps sums and no arrays.
 """
@@ -172,7 +173,11 @@ class Tally:
         # fmax ignores NaN: no error where no error is allowed
         self.worst_error = float(np.fmax.reduce(ratio, initial=self.worst_error))
         self.excess = float(np.fmax.reduce(excess, initial=self.excess))
-        self._add_size(error, m, v, spacing, format, finite & spread)
+        total = v + (spacing**2 / 12 if format != FLOAT64 else 0.0)
+        if x.biased and np.where(finite & spread, error**2 / total - 1, 0.0).sum() > 0:
+            # only where errors are larger than expected, because the bias costs a matrix product
+            total = total + x.bias**2
+        self._add_size(error, m, total, spacing, format, finite & spread)
         at, score = _worst(outside, bounded, np.where(outside, ratio, excess) if outside.any() else excess)
         rank = (bool(outside[at]), score)
         if rank > self.worst_rank or self.worst is None:
@@ -186,8 +191,7 @@ class Tally:
                 sigma=float(sigma[at]),
             )
 
-    def _add_size(self, error: Any, m: Any, v: Any, spacing: Any, format: Format, usable: Any) -> None:
-        total = v + (spacing**2 / 12 if format != FLOAT64 else 0.0)
+    def _add_size(self, error: Any, m: Any, total: Any, spacing: Any, format: Format, usable: Any) -> None:
         weight, delta = 1 / total, -np.sign(m) * spacing / 2
         if usable is not True or not total.min(initial=math.inf) > 0:
             weight = np.where(usable & (total > 0), weight, 0.0)

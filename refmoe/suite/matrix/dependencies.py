@@ -28,7 +28,8 @@ CORE = (
 )  # fmt: skip
 """The files that every run of a mutant on a case depends on. The policies that judge it count as well."""
 NOT_CORE = (
-    "arithmetic/ball.py", "arithmetic/native/lanes.py", "arithmetic/native/mkl.py", "arithmetic/native/mkl_ops.py",
+    "arithmetic/ball.py", "arithmetic/tensor_core.py", "arithmetic/enclosure/tensor_core.py",
+    "arithmetic/native/lanes.py", "arithmetic/native/mkl.py", "arithmetic/native/mkl_ops.py",
     "arithmetic/native/slabs.py", "steps/cuda.py", "steps/native.py", "steps/native_attention.py",
     "steps/native_cache.py", "profiles/profiles.toml", "verifier/diagnosis", "verifier/distances.py",
 )  # fmt: skip
