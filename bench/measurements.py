@@ -656,7 +656,7 @@ def real_kernels() -> str:
             _plain(name), dtype, f"{sum(each['values'] for each in shapes.values()):,}",
             _no(sum(each["verdict"] != "pass" for each in shapes.values())),
             f"{max(each['excess'] for each in shapes.values()):.1f}",
-            f"{max(each['headroom'] for each in shapes.values()):.2g}", _plain(kernel["about"]),
+            f"{max(each['headroom'] for each in shapes.values()):.3g}", _plain(kernel["about"]),
         )
         for name, kernel in found.items() for dtype, shapes in kernel["dtypes"].items()
     ]  # fmt: skip

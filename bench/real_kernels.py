@@ -332,13 +332,13 @@ KERNELS = (
     Kernel("onnxruntime MoE", "onnxruntime", onnxruntime_layer, LAYERS,
            "its own float32 products and softmax", dtypes=("float32",)),
     Kernel("torch._grouped_mm", "torch", torch_grouped, PRODUCTS, "one product for each group, in float32 sums"),
-    Kernel("jax ragged_dot", "jax", jax_ragged_dot, PRODUCTS, "one product over all experts, masked, in float32 sums"),
+    Kernel("jax ragged_dot", "jax", jax_ragged_dot, PRODUCTS, "one call for all experts; its errors have the size of float32 sums"),
     Kernel("mlx gather_mm", "mlx", mlx_gather, PRODUCTS,
-           "one product for each row; on a CPU it has no other dtype", dtypes=("float32",)),
+           "one call for all rows; on a CPU it has no other dtype", dtypes=("float32",)),
     Kernel("llama.cpp mul_mat_id", "xllamacpp", llama_mul_mat_id, PRODUCTS,
            "rows are first rounded to the dtype of the matrices; the result is float32"),
     Kernel("refmoe's CUDA kernel expert_output", "tests.cuda.on_cpu", own_expert_output, ON_RUNNER,
-           "lanes of a warp in float32, added as a tree; the result is float32",
+           "lanes of a warp, each with fused multiply-adds in float32; the result is float32",
            reads=lambda x: x.astype(np.float32)),
 )  # fmt: skip
 
@@ -395,6 +395,7 @@ def main() -> None:
                     f"{row['headroom']:8.3g} {row['excess']:8.3g} {row['size']:5.2f} {row['cpu_seconds']:6.1f} s "
                     f"{row['reason']} {row['explanations']}", flush=True,
                 )  # fmt: skip
+    save(done)
 
 
 if __name__ == "__main__":
