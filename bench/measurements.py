@@ -693,10 +693,92 @@ Not tried:
 {missing}"""
 
 
+def tensor_cores() -> str:
+    if not _measured("tensor_cores"):
+        return "## Tensor cores without a GPU\n\nNot measured yet (`python -m bench.tensor_cores`)."
+    engines = list(results("tensor_cores")["engines"].values())
+    honest = [each for each in engines if not each["faulty"]]
+    judged = [row for each in honest for row in _stored(each)]
+    return f"""## Tensor cores without a GPU
+
+Each engine multiplies with the bits of an instruction, as MMA-Sim models it. The factors are like those of five steps
+of Mixtral. Sums have up to {LONGEST} terms, and are judged in float32 and in the dtype of the factors. A cell has the
+largest distance in standard deviations, and the largest share of the legal interval. The limit is about
+{max(row["limit"] for row in judged):.0f} deviations.
+Values of honest engines: {sum(row["values"] for row in judged):,}; results that fail:
+{_no(sum(row["verdict"] != "pass" for row in judged))}.
+Command: `python -m bench.tensor_cores`; file: {link("tensor_cores.json")}.
+
+{table(("architecture", "dtype", "judged as", *_STEPS), [_engine(each) for each in honest])}
+
+Engines with too narrow an accumulator, or with another fault. Each cell says how many of the results fail, and how many
+of these are explained.
+
+{table(("architecture", "dtype", "judged as", *_STEPS), [_engine(each) for each in engines if each["faulty"]])}
+
+CDNA2 takes subnormal factors in float16 as zero, which PyTorch documents for MI200. The policy of float16 sees that as
+a fault. That MMA-Sim equals the chips is the claim of its authors."""
+
+
+_STEPS = ("attention.scores", "attention.context", "router.logits", "expert.gate", "expert.output")
+
+
+def _stored(engine: dict[str, Any], step: str | None = None) -> list[dict[str, Any]]:
+    """The judgements of an engine, of one step or of all."""
+    steps = [engine["steps"].get(step, {})] if step else list(engine["steps"].values())
+    return [row for each in steps for stored, row in each.items() if stored != "terms"]
+
+
+def _engine(engine: dict[str, Any]) -> tuple[str, ...]:
+    policy = engine["policy"] + (", subnormal factors as zero" if engine["flushes"] else "")
+    kind = engine["dtype"]
+    if engine["instruction"].endswith("f16.f16.f16.f16"):
+        kind = "float16, sums in float16"
+    elif engine["promoted"]:
+        kind += f", promoted every {engine['promoted']}"
+    cells = []
+    for step in _STEPS:
+        rows = _stored(engine, step)
+        if not rows:
+            cells.append("-")
+        elif engine["faulty"]:
+            fail, named = (
+                sum(test) for test in zip(*((r["verdict"] == "fail", bool(r["named"])) for r in rows), strict=True)
+            )
+            cells.append(f"{fail} of {len(rows)} fail" + (f", {named} named" if named else ""))
+        else:
+            cells.append(f"{max(r['excess'] for r in rows):.1f} / {max(r['headroom'] for r in rows):.2g}")
+    return engine["architecture"], kind, policy, *cells
+
+
+def real_kernels() -> str:
+    if not _measured("real_kernels"):
+        return "## Kernels that people run\n\nNot measured yet (`python -m bench.real_kernels`)."
+    found = results("real_kernels")
+    rows = [
+        (
+            _plain(name), dtype, f"{sum(each['values'] for each in shapes.values()):,}",
+            _no(sum(each["verdict"] != "pass" for each in shapes.values())),
+            f"{max(each['excess'] for each in shapes.values()):.1f}",
+            f"{max(each['headroom'] for each in shapes.values()):.3g}", _plain(kernel["about"]),
+        )
+        for name, kernel in found.items() for dtype, shapes in kernel["dtypes"].items()
+    ]  # fmt: skip
+    head = ("kernel", "dtype", "values", "results that fail", "deviations", "share of the interval", "arithmetic")
+    return f"""## Kernels that people run
+
+Each runs by itself on the CPU, unpatched. One result has about a million values. Another one has sums of {LONGEST}
+terms. They are judged as `refmoe.testing` judges a kernel: by the dtype of the result, without `atol`.
+The table has the largest distance in standard deviations, and the largest share of the legal interval.
+Command: `python -m bench.real_kernels`; file: {link("real_kernels.json")}.
+
+{table(head, rows)}"""
+
+
 SECTIONS = (
-    goldens, known_bugs, diagnosis, left_out, drawn_faults, diagnosis_time, engines, faults, verify_cost,
-    verdict_cost, kernel_tests, kernel_cheats, testing_cost, conform_cost, invariance, exact_cost, full_size, scaling,
-    cluster_plan, peers, elementary, weight_formula, startup_cost, robustness, folders, versions,
+    goldens, known_bugs, diagnosis, left_out, drawn_faults, diagnosis_time, engines, faults, tensor_cores, verify_cost,
+    verdict_cost, kernel_tests, kernel_cheats, real_kernels, testing_cost, conform_cost, invariance, exact_cost, full_size,
+    scaling, cluster_plan, peers, elementary, weight_formula, startup_cost, robustness, folders, versions,
 )  # fmt: skip
 
 

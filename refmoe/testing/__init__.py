@@ -36,9 +36,10 @@ from refmoe.testing.plans import assert_permutation, assert_unpermutation
 from refmoe.testing.products import assert_grouped_linear, assert_linear
 from refmoe.testing.rotation import assert_rotary
 from refmoe.testing.routing import assert_router
+from refmoe.testing.tensor_core import assert_tensor_core_linear
 
 __all__ = [
     "Judgement", "assert_attention", "assert_combine", "assert_conformant", "assert_grouped_linear", "assert_linear",
     "assert_moe", "assert_permutation", "assert_rms_norm", "assert_rotary", "assert_router", "assert_swiglu",
-    "assert_unpermutation", "attention_contract", "moe_contract", "plan_contract",
+    "assert_tensor_core_linear", "assert_unpermutation", "attention_contract", "moe_contract", "plan_contract",
 ]  # fmt: skip

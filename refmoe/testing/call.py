@@ -60,5 +60,7 @@ class Output:
     """The number of steps from the inputs to the output."""
     normalises: bool = False
     """Whether one of these steps is a norm."""
+    leans: bool = False
+    """Whether honest errors may lean toward zero, so that a lean and a factor near 1 name no mistake."""
     cost: int = 0
     """Elements of matrices that a row reads; 0 for a step without a matrix."""

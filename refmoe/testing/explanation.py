@@ -227,7 +227,8 @@ def structures(failure: Failure) -> Iterator[Change]:
         return
     yield from _zeros(failure)
     if np.isfinite(found).all():
-        yield from _factors(failure)
+        if not failure.output.leans:
+            yield from _factors(failure)
         yield from _moved_rows(failure)
         if mid.ndim == 2 and mid.shape[0] >= FEWEST:
             yield from _moved_columns(failure)
@@ -339,7 +340,8 @@ def roundings(failure: Failure) -> Iterator[Change]:
     for format in (failure.format, FLOAT16, BFLOAT16):
         if failure.format.holds(format) and representable(failure.found, format).all():
             name = f"values are cut off to {format}, toward zero, not rounded to nearest"
-            yield Change(name, Truncated(output.call, format))
+            if not output.leans:
+                yield Change(name, Truncated(output.call, format))
             if format != failure.format:
                 yield Change(f"the output is rounded to {format}", Rounded(output.call, format))
     for cut in output.cuts:

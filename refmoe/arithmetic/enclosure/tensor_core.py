@@ -50,7 +50,8 @@ def _radius(mid: Any, total: Any, aligned: Any, core: TensorCore, n: int) -> Any
     """
     chain = core.chain(n)
     steps = 2 * core.steps(chain)
-    loss = math.expm1(min((chain + steps) * 2.0**-core.aligned + steps * 2.0**-core.kept, 700.0))
+    # a sum that is only ever cut off stays between its negative and its positive terms: losses do not grow
+    loss = min((chain + steps) * 2.0**-core.aligned + steps * 2.0**-core.kept, 1.0)
     largest = (total + np.abs(mid)) / 2 + (aligned - total)
     chains = largest if chain == n else aligned  # over chains, the larger parts add up to no more than all terms
     promotions = math.expm1(n * FLOAT32.u)
