@@ -149,13 +149,13 @@ def write_checkpoint(
     weights = named_weights(parameters)
     if weights.keys() != parameter_shapes(config).keys():
         raise ValueError("parameters and config disagree")
-    with _folder(folder):
+    with new_folder(folder):
         stored = untied(weights)
         _write(folder, config, stored, dtype, layout, fused=fused, rope_parameters=rope_parameters, shards=shards)
 
 
 @contextmanager
-def _folder(folder: Path) -> Iterator[None]:
+def new_folder(folder: Path) -> Iterator[None]:
     """Make a folder, and those above it. If the body raises, those of them that are empty are removed again."""
     made = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
@@ -188,7 +188,7 @@ def _write(
     strangers = {path.name for path in folder.glob(f"{stem}*.safetensors*")} - set(files)
     if strangers - ({f"{stem}.safetensors.index.json"} if shards else set()):
         raise InputError(f"{folder}: holds {min(strangers)} of another checkpoint, but a folder without was expected")
-    _refuse_others(folder, configuration, [folder / name for name in files])
+    refuse_others(folder, configuration, [folder / name for name in files])
     need_space(folder / files[0], total_parameters(config, tied) * wanted.itemsize)
     configuration.unlink(missing_ok=True)
     if shards:
@@ -198,7 +198,7 @@ def _write(
     _write_json(configuration, values)
 
 
-def _refuse_others(folder: Path, configuration: Path, files: Sequence[Path]) -> None:
+def refuse_others(folder: Path, configuration: Path, files: Sequence[Path]) -> None:
     """Raises InputError when the folder holds files of these names that refmoe has not written.
 
     Weights of a formula can be written again, and those of anybody else cannot.
