@@ -63,7 +63,10 @@ FOREIGN: dict[str, tuple[str, Neutral]] = {
         "moe_router_bias use_router_bias expert_bias use_expert_bias e_score_correction_bias",
         OFF,
     ),
-    "weights that are not quantised were expected": ("quantization_config quantization compression_config", one_of({})),
+    "weights that are not quantised were expected, or 'quantization_config'": (
+        "quantization compression_config",
+        one_of({}),
+    ),
     "Mixtral's rotary embedding is not scaled": ("rope_scaling", _plain_rope),
     "Mixtral's rotary embedding is the default one": ("rope_type", one_of("default")),
     "Mixtral turns pairs of the two halves of a head": (

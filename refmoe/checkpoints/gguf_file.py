@@ -14,8 +14,9 @@ from refmoe import __version__
 from refmoe.checkpoints.ggml_blocks import FORMATS
 from refmoe.checkpoints.ggml_quantise import KINDS, format_of, quantised
 from refmoe.checkpoints.mistral import interleaved
+from refmoe.checkpoints.names import named_weights, untied
 from refmoe.checkpoints.weight import Weight
-from refmoe.checkpoints.write import MARK, converted, named_weights, new_folder, untied
+from refmoe.checkpoints.write import MARK, converted, new_folder
 from refmoe.errors import InputError, require
 from refmoe.files.atomic import replacing
 from refmoe.files.gguf_tensors import open_gguf

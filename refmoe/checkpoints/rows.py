@@ -16,9 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refmoe.checkpoints.layout import Checkpoint, Found, Listing, View, match
-from refmoe.checkpoints.names import build_parameters
+from refmoe.checkpoints.names import build_parameters, named_weights
 from refmoe.checkpoints.weight import Weight
-from refmoe.checkpoints.write import named_weights
 from refmoe.files.safetensors_file import DTYPES, StoredTensor
 from refmoe.files.sentences import quoted
 

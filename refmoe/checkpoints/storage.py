@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from refmoe.checkpoints.layout import Checkpoint
+from refmoe.checkpoints.names import named_weights, untied
 from refmoe.checkpoints.rows import QuantisedCheckpoint, Stored
-from refmoe.checkpoints.write import named_weights, untied
 from refmoe.files.gguf_tensors import GgufFile
 from refmoe.files.safetensors_file import CODES
 

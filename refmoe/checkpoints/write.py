@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from refmoe import __version__
 from refmoe.checkpoints import hf, mistral
-from refmoe.checkpoints.names import parameter_shapes
+from refmoe.checkpoints.names import named_weights, parameter_shapes, untied
 from refmoe.checkpoints.size import total_parameters
 from refmoe.checkpoints.weight import BFLOAT16, Weight
 from refmoe.errors import InputError
@@ -30,28 +30,6 @@ DTYPE_NAMES = {"bfloat16": BFLOAT16, "float16": np.dtype("float16"), "float32": 
 MARK = "written_by_refmoe"
 """The entry in the metadata of weights that refmoe has written."""
 Tensors = dict[str, NDArray[Any]]
-
-
-def named_weights(parameters: Parameters) -> dict[str, Weight]:
-    """Every parameter by its canonical name."""
-    found: dict[str, Any] = {"embedding": parameters.embedding}
-    for i, layer in enumerate(parameters.layers):
-        prefix = f"layers.{i}."
-        found[prefix + "attention_norm"] = layer.attention_norm
-        for name in ("wq", "wk", "wv", "wo"):
-            found[f"{prefix}attention.{name}"] = getattr(layer, name)
-        found[prefix + "moe_norm"] = layer.moe_norm
-        found[prefix + "router.gate"] = layer.router
-        for e, expert in enumerate(layer.experts):
-            for name in ("w1", "w2", "w3"):
-                found[f"{prefix}experts.{e}.{name}"] = getattr(expert, name)
-    return found | {"final_norm": parameters.final_norm, "output": parameters.output}
-
-
-def untied(weights: dict[str, Weight]) -> dict[str, Weight]:
-    """The weights without an output matrix that is the embedding itself, as no file stores it twice."""
-    tied = weights["output"] is weights["embedding"]
-    return {name: weight for name, weight in weights.items() if not (tied and name == "output")}
 
 
 def converted(weight: Weight, dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -17,9 +17,10 @@ import pytest
 from refmoe.checkpoints.hf import FIELDS as HF_FIELDS
 from refmoe.checkpoints.load import load_checkpoint
 from refmoe.checkpoints.mistral import FIELDS as MISTRAL_FIELDS
+from refmoe.checkpoints.names import named_weights
 from refmoe.checkpoints.synthetic import synthetic_checkpoint
 from refmoe.checkpoints.weight import BFLOAT16
-from refmoe.checkpoints.write import named_weights, write_checkpoint
+from refmoe.checkpoints.write import write_checkpoint
 from refmoe.errors import InputError
 from tests.checkpoints.models import UNEVEN, put_together, rename, take_apart
 

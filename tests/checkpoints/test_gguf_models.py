@@ -22,10 +22,9 @@ from refmoe.checkpoints.ggml_blocks import FORMATS
 from refmoe.checkpoints.ggml_quantise import KINDS, format_of
 from refmoe.checkpoints.gguf_file import write_gguf
 from refmoe.checkpoints.load import checkpoint_digest, load_checkpoint
-from refmoe.checkpoints.names import parameter_shapes
+from refmoe.checkpoints.names import named_weights, parameter_shapes
 from refmoe.checkpoints.rows import QuantisedCheckpoint, RowWeight
 from refmoe.checkpoints.synthetic import synthetic_checkpoint
-from refmoe.checkpoints.write import named_weights
 from refmoe.engines.adapters import llama_cpp
 from refmoe.spec.config import Config
 from refmoe.traces.script import Call, plan
