@@ -33,6 +33,8 @@ FIELD = "quantization_config"
 METHODS = ("fp8", "compressed-tensors", "gptq", "awq")
 ATTENTION_AND_EXPERTS = re.compile(r".*(self_attn\.[qkvo]_proj|experts\.\d+\.w[123]|experts\.(gate_up|down)_proj)")
 """The matrices that every published scheme quantises. Router, embedding and output matrix are left out by some."""
+MOST_REPEATS = 3
+"""The most repetitions in a pattern of a file. Python's matcher takes a time of the length of a name to this power."""
 UNREAD = (
     ("sparsity_config", "matrices that are not sparse were expected"),
     ("transform_config", "matrices that are not transformed were expected"),
@@ -118,10 +120,14 @@ def _modules(config: JsonFile, *names: str) -> tuple[str, ...]:
 
 
 def _check_pattern(config: JsonFile, name: str, pattern: str) -> None:
+    """Raises InputError for a pattern that is none, or that could take Python's matcher for ever."""
+    expression = pattern.removeprefix("re:") if pattern.startswith("re:") else ""
     try:
-        re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+        re.compile(expression)
     except (re.error, RecursionError, OverflowError):
         raise config.refuse(name, pattern, "a regular expression was expected after 're:'") from None
+    if len(re.findall(r"[*+{]", expression)) > MOST_REPEATS or re.search(r"\)[*+{]", expression):
+        raise config.refuse(name, pattern, f"at most {MOST_REPEATS} repetitions, and none of a group, were expected")
 
 
 def _one_of(config: JsonFile, name: str, default: Any, *allowed: Any) -> Any:

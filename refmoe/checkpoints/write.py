@@ -172,8 +172,8 @@ def _write(
     if shards:
         _write_shards(folder, stem, files, parts)
     else:
-        _write_shard(folder / files[0], {name: tensor for part in parts for name, tensor in part.items()})
-    _write_json(configuration, values)
+        write_shard(folder / files[0], {name: tensor for part in parts for name, tensor in part.items()})
+    write_json(configuration, values)
 
 
 def refuse_others(folder: Path, configuration: Path, files: Sequence[Path]) -> None:
@@ -202,19 +202,21 @@ def _write_shards(folder: Path, stem: str, files: list[str], parts: Iterable[Ten
     weight_map: dict[str, str] = {}
     size = 0
     for file, tensors in zip(files, parts, strict=True):
-        _write_shard(folder / file, tensors)
+        write_shard(folder / file, tensors)
         weight_map |= dict.fromkeys(tensors, file)
         size += sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    _write_json(folder / f"{stem}.safetensors.index.json", index)
+    write_json(folder / f"{stem}.safetensors.index.json", index)
 
 
-def _write_shard(path: Path, tensors: Tensors) -> None:
+def write_shard(path: Path, tensors: Tensors) -> None:
+    """Write a safetensors file with refmoe's mark."""
     arrays = {name: partial(np.asarray, tensor) for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         write_tensors(temporary, arrays, {"format": "pt", MARK: __version__})
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a JSON object, as the files beside weights are."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(values, indent=2) + "\n")

@@ -251,7 +251,7 @@ KINDS = [
     Kind("tied, another output", "hf", config(tie_word_embeddings=True), ("'lm_head.weight' differs from the emb",)),
     Kind("tied, a string", "hf", config(tie_word_embeddings="no"), ("'tie_word_embeddings' is \"no\"", "true or")),
     Kind("attention bias", "hf", config(attention_bias=True), ("'attention_bias' is true",)),
-    Kind("quantised", "hf", config(quantization_config={"bits": 4}), ("'quantization_config'", '"bits": 4')),
+    Kind("quantised", "hf", config(quantization_config={"bits": 4}), ("'quantization_config.quant_method' is miss",)),
     # config.json: rotary embedding
     Kind("linear scaling", "hf", config(rope_scaling={"type": "linear", "factor": 2}), ("'rope_scaling'", "linear")),
     Kind("NTK scaling", "hf", config(rope_scaling={"type": "dynamic"}), ("'rope_scaling'", "dynamic")),

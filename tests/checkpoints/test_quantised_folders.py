@@ -163,3 +163,24 @@ def test_transformers_rounds_the_same_numbers(name: str, tmp_path: Path) -> None
         np.testing.assert_array_equal(ours, made.numpy(), err_msg=module)
         compared += 1
     assert compared
+
+
+@needs_torch
+@needs_compressed
+def test_compressed_tensors_converts_awq_to_the_same_numbers(tmp_path: Path) -> None:
+    """Its converter unpacks AWQ's words by a table of its own."""
+    converters: Any = import_module("compressed_tensors.entrypoints.convert.converters")
+    compressors: Any = import_module("compressed_tensors.compressors")
+    quantization: Any = import_module("compressed_tensors.quantization")
+    write(tmp_path, VARIANTS["awq"])
+    weights = named_weights(load_checkpoint(tmp_path).parameters)
+    arguments = quantization.QuantizationArgs(num_bits=4, group_size=32, symmetric=False)
+    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=arguments)
+    compressor = compressors.BaseCompressor.get_value_from_registry("pack-quantized")
+    for module, parts in modules_of(tmp_path).items():
+        entries = {f"{module}.{part}": tensor_of(array) for part, array in parts.items()}
+        found = converters.AutoAWQConverter(group_size=32).process(entries)
+        found = {name.removeprefix(f"{module}."): tensor for name, tensor in found.items()}
+        made = compressor.decompress(found, scheme)["weight"]
+        ours = tensor_of(np.asarray(weights[parameter_of(module)].read(), np.float64)).to(made.dtype)
+        assert made.equal(ours), module
