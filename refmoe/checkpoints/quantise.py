@@ -69,11 +69,6 @@ def _fp8(high: int, wide: int, part: str) -> Callable[[Matrix], Tensors]:
     return parts
 
 
-def _int8(matrix: Matrix) -> Tensors:
-    scales, over = _scales(matrix, 1, matrix.shape[1], 127)
-    return {"weight": np.rint(over).clip(-127, 127).astype(np.int8), "weight_scale": scales}
-
-
 def _int4(wide: int) -> Callable[[Matrix], Tensors]:
     def parts(matrix: Matrix) -> Tensors:
         scales, over = _scales(matrix, 1, wide, 7.5)
@@ -87,9 +82,15 @@ def _int4(wide: int) -> Callable[[Matrix], Tensors]:
     return parts
 
 
-def _compressed(form: str, **weights: Any) -> dict[str, Any]:
-    """The configuration of compressed-tensors for one group of matrices."""
-    group = {"targets": ["Linear"], "weights": {"symmetric": True, "dynamic": False} | weights}
+def _compressed(form: str, inputs: str | None = None, **weights: Any) -> dict[str, Any]:
+    """The configuration of compressed-tensors for one group of matrices.
+
+    inputs: the type to which engines quantise each token's inputs; None: they do not
+    """
+    group: dict[str, Any] = {"targets": ["Linear"], "weights": {"symmetric": True, "dynamic": False} | weights}
+    if inputs is not None:  # without them, the library takes whole codes for packed ones
+        token = {"num_bits": 8, "type": inputs, "symmetric": True, "strategy": "token", "dynamic": True}
+        group["input_activations"] = token
     return {
         "quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group},
         "quantization_status": "compressed",
@@ -101,10 +102,7 @@ RECIPES = {
     "fp8-block128": Recipe((128, 128), _fp8(128, 128, "weight_scale_inv"), _FP8, "modules_to_not_convert"),
     "fp8-channel": Recipe(
         (1, 1), _fp8(1, 0, "weight_scale"),
-        _compressed("float-quantized", num_bits=8, type="float", strategy="channel"), "ignore",
-    ),
-    "int8-channel": Recipe(
-        (1, 1), _int8, _compressed("int-quantized", num_bits=8, type="int", strategy="channel"), "ignore"
+        _compressed("float-quantized", "float", num_bits=8, type="float", strategy="channel"), "ignore",
     ),
     "int4-group32": Recipe(
         (1, 32), _int4(32),
