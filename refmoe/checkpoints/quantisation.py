@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `quantization_config` of a config.json says, and the tensors of a folder as it says that they are stored.
+"""The scheme in `quantization_config` of a config.json, and the tensors of a folder, assembled by that scheme.
 
 A folder that contradicts itself is refused: engines then load other numbers, or random ones, and say nothing.
 """
@@ -69,7 +69,7 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Quantisation:
-    """What a folder says about all its matrices."""
+    """The schemes of all matrices of a folder."""
 
     file: JsonFile
     """The object `quantization_config`."""
@@ -93,7 +93,7 @@ def matches(pattern: str, module: str) -> bool:
 
 
 def read_quantisation(file: JsonFile) -> Quantisation | None:
-    """What a config.json says about its matrices, or None where they are not quantised. Raises InputError."""
+    """The schemes in a config.json, or None where its matrices are not quantised. Raises InputError."""
     if file.values.get(FIELD) in (None, {}):
         return None
     config = file.within(FIELD)
@@ -248,7 +248,7 @@ PARTS = (
     "weight_scale_inv", "weight_scale", "weight_packed", "weight_shape", "weight_zero_point", "weight_g_idx",
     "input_scale", "input_zero_point", "activation_scale", "qweight", "qzeros", "scales", "g_idx",
 )  # fmt: skip
-"""What is stored beside or instead of a module's ``weight``."""
+"""The entries that are stored beside or instead of a module's ``weight``."""
 OF_ACTIVATIONS = ("input_scale", "input_zero_point", "activation_scale")
 """Parts that do not change a weight."""
 Parts = dict[str, StoredTensor]

@@ -119,7 +119,8 @@ RECIPES = {
 def write_quantised(folder: Path, config: Config, parameters: Parameters, recipe: str, dtype: str) -> None:
     """Write a checkpoint.
 
-    recipe: one of `RECIPES`   dtype: of all that is not quantised, as `write_checkpoint` has it
+    recipe: one of `RECIPES`   dtype: of all that is not quantised, as for `write_checkpoint`
+
     Raises InputError as `write_checkpoint` does, and when no matrix has the sizes that the recipe needs.
     """
     rules, weights = RECIPES[recipe], untied(named_weights(parameters))
