@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The metadata of a GGUF file, and the places of its tensors. The package gguf parses, and this module holds it to the file.
+"""The metadata of a GGUF file, and the places of its tensors.
 
-By itself the package believes each length in the file: an array of 2^60 elements would fill the memory.
+The package gguf parses, and this module holds it to the file. By itself the package believes each length in the file:
+an array of 2^60 elements would fill the memory.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ class GgufFile:
 def open_gguf(path: Path) -> GgufFile:
     """Open a GGUF file. No tensor is read.
 
-    Raises InputError when the package gguf is not installed, or the file is missing, cut short or of another byte order.
-    Its tensors must follow each other.
+    Raises InputError when the package gguf is not installed, or the file is missing, cut short or big-endian. Tensors
+    must follow each other.
     """
     gguf: Any = require("gguf", "llama-cpp", "reading a GGUF file")
     size = need_file(path, EXPECTED)

@@ -194,7 +194,7 @@ BIG = 10**9
 KINDS = [
     # the folder
     Kind("no folder", "hf", shutil.rmtree, ("hf: no such folder",)),
-    Kind("a file for a folder", "hf", folder_to_file, ("is not a folder", "a checkpoint's folder or a GGUF file was expected")),
+    Kind("a file for a folder", "hf", folder_to_file, ("is not a folder", "folder or a GGUF file was expected")),
     Kind("no configuration", "hf", remove("config.json"), ("neither config.json nor params.json",)),
     Kind("configuration is a folder", "hf", file_to_folder("config.json"), ("config.json: is a folder",)),
     # config.json as a file
