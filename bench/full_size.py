@@ -83,7 +83,7 @@ def forget(folder: Path) -> None:
 def needed_bytes(folder: Path, trace: Path, tokens: int) -> int:
     """Bytes that a run must read: all but the experts that no token chose and most of the embedding's rows."""
     from refmoe.checkpoints.load import load_checkpoint
-    from refmoe.checkpoints.write import named_weights
+    from refmoe.checkpoints.names import named_weights
     from refmoe.traces.trace import read_trace
 
     opened, loaded = read_trace(trace), load_checkpoint(folder)

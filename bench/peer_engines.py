@@ -20,10 +20,10 @@ from refmoe.arithmetic.native.lanes import lanes
 from refmoe.arithmetic.native.mkl_ops import MklOps
 from refmoe.arithmetic.native.ops import SIDE_BY_SIDE, NativeOps
 from refmoe.checkpoints.gguf_file import write_gguf
-from refmoe.checkpoints.names import build_parameters
+from refmoe.checkpoints.names import build_parameters, named_weights
 from refmoe.checkpoints.synthetic import synthetic_checkpoint
 from refmoe.checkpoints.weight import BFLOAT16, Weight
-from refmoe.checkpoints.write import hf_config, named_weights
+from refmoe.checkpoints.write import hf_config
 from refmoe.spec.config import Config
 from refmoe.spec.model import Caches, Model, Parameters, forward
 from refmoe.steps.native import NATIVE_STEPS

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from refmoe.arithmetic.exact import elementary
-from refmoe.checkpoints.write import named_weights
+from refmoe.checkpoints.names import named_weights
 from refmoe.suite import read_case, trace_path
 from refmoe.traces.trace import read_trace
 

@@ -8,9 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from refmoe.checkpoints.gguf_file import is_gguf, read_gguf
+from refmoe.checkpoints.gguf_load import is_gguf, open_parts, read_config
 from refmoe.checkpoints.load import has_weights, load_checkpoint, read_configuration
 from refmoe.checkpoints.size import active_parameters, total_parameters
+from refmoe.checkpoints.storage import storage_facts, stored_in, stored_in_gguf
 from refmoe.cuda.memory import cache_bytes, gibibytes, missing, resident, widest
 from refmoe.cuda.place import CPU, Place
 from refmoe.files.reading import is_folder
@@ -59,12 +60,19 @@ def model_facts(
     elif is_folder(folder) and has_weights(folder):
         found = load_checkpoint(folder, layout)
         config, tied, widths = found.config, found.tied, (widest(found.dtypes),)
-        stored = {"layout": found.layout, "files": [path.name for path in found.files], "stored": found.dtypes}
+        stored = {"layout": found.layout, "files": [path.name for path in found.files]} | storage_facts(
+            stored_in(found)
+        )
         stored |= {"unknown_fields": found.unknown} if found.unknown else {}
     else:
-        read, kinds = read_gguf(folder) if is_gguf(folder) else (read_configuration(folder, layout), ())
+        if is_gguf(folder):
+            opened, files = open_parts(folder)
+            read, tensors = read_config(opened), storage_facts(stored_in_gguf(opened))
+        else:
+            read, tensors = read_configuration(folder, layout), {}
+            files = [read.path]
         config, tied = read.config, read.tied
-        stored = {"layout": read.layout, "files": [read.path.name]} | ({"stored": kinds} if kinds else {})
+        stored = {"layout": read.layout, "files": [path.name for path in files]} | tensors
         stored |= {"unknown_fields": read.unknown} if read.unknown else {}
     facts = config_facts(config, tied) | ({"tied": True} if tied else {})
     if place.on_gpu:

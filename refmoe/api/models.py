@@ -170,7 +170,8 @@ def _layout(layout: object) -> str:
 def load(path: str | os.PathLike[str], *, seed: int | None = None, layout: str | None = None) -> Model:
     """Load a model.
 
-    path: the folder of a checkpoint, the name of a case, or a published size (``mixtral-8x7b``, ``mixtral-8x22b``)
+    path: the folder of a checkpoint, a GGUF file, the name of a case, or a published size (``mixtral-8x7b``,
+    ``mixtral-8x22b``)
     seed: of the weight formula, for a published size: no download is needed
     layout: ``hf`` or ``mistral``; None: by the files of the folder
     Raises InputError, one sentence, when there is no such model or it does not fit its configuration.
@@ -194,7 +195,8 @@ def load(path: str | os.PathLike[str], *, seed: int | None = None, layout: str |
         if name in case_folders(golden_folder()):
             return case(name).model
         raise InputError(
-            f"{name}: no such folder, but a checkpoint's folder or the name of a case was expected{_similar(name)}"
+            f"{name}: no such folder, "
+            f"but a checkpoint's folder, a GGUF file or the name of a case was expected{_similar(name)}"
         )
     model = Model(Folder(folder, layout), name)
     _ = model.config  # opened now, so that its faults are reported here

@@ -10,7 +10,10 @@ from pathlib import Path
 
 from refmoe.api.facts import named_case
 from refmoe.api.progress import Bars, silent
+from refmoe.checkpoints.ggml_quantise import KINDS
+from refmoe.checkpoints.gguf_file import TYPES, write_gguf_model
 from refmoe.checkpoints.load import checkpoint_digest, load_checkpoint
+from refmoe.checkpoints.quantise import RECIPES, write_quantised
 from refmoe.checkpoints.size import total_parameters
 from refmoe.checkpoints.write import DTYPE_NAMES, write_checkpoint
 from refmoe.engines.capture import transformers as engine
@@ -21,6 +24,10 @@ from refmoe.traces.trace import Recorder, write_trace
 
 DTYPES, ATTENTIONS = engine.DTYPES, ("eager", "sdpa")
 WRITTEN_DTYPES = tuple(DTYPE_NAMES)
+DTYPES_OF_TYPES = {kind: dtype for dtype, kind in TYPES.items()}
+RECIPE_NAMES = tuple(RECIPES)
+GGUF_KINDS = (*DTYPES_OF_TYPES, *KINDS)
+"""ggml's names of the types and mixtures that a GGUF file is written in."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +76,27 @@ def record(asked: Recording, calls: Callable[[], Sequence[AnyCall]], bars: Bars 
     return {"runs": len(runs), "taps": len(recorder.arrays)}
 
 
-def materialise(
-    name: str, folder: Path, golden: Path | None = None, dtype: str = "bfloat16", layout: str = "hf"
-) -> int:
+@dataclass(frozen=True)
+class Written:
+    """How the model of a case is written."""
+
+    dtype: str = "bfloat16"
+    """One of `WRITTEN_DTYPES`."""
+    layout: str = "hf"
+    recipe: str | None = None
+    """One of `RECIPE_NAMES`: how matrices are quantised, in Hugging Face's layout."""
+    gguf: str | None = None
+    """One of `GGUF_KINDS`: the dtype or format of the matrices of a GGUF file, which is written instead."""
+
+
+def materialise(name: str, folder: Path, golden: Path | None = None, form: Written | None = None) -> int:
     """Write the model of a case as a checkpoint. Returns the number of parameters. Raises InputError."""
-    case = named_case(name, golden)
-    write_checkpoint(folder, case.config, case.checkpoint().parameters, dtype, layout)
+    case, form = named_case(name, golden), form or Written()
+    parameters = case.checkpoint().parameters
+    if form.gguf is not None:
+        write_gguf_model(folder, case.config, parameters, DTYPES_OF_TYPES.get(form.gguf, form.gguf))
+    elif form.recipe is not None:
+        write_quantised(folder, case.config, parameters, form.recipe, form.dtype)
+    else:
+        write_checkpoint(folder, case.config, parameters, form.dtype, form.layout)
     return total_parameters(case.config)

@@ -18,14 +18,14 @@ Neutral = Callable[[Any, Config], bool]
 """Whether a value, which is not null, leaves a Mixtral of this configuration as it is."""
 
 
-def _is(*values: Any) -> Neutral:
+def one_of(*values: Any) -> Neutral:
     """The value is one of these. A boolean is no number: ``true`` is not 1."""
     return lambda found, _: any(
         found == value and isinstance(found, bool) == isinstance(value, bool) for value in values
     )
 
 
-def _equals(field: str) -> Neutral:
+def value_of(field: str) -> Neutral:
     """The value is that of a field of the configuration."""
     return lambda found, config: not isinstance(found, bool) and found == getattr(config, field)
 
@@ -54,8 +54,8 @@ def _anything(found: Any, config: Config) -> bool:
     return True
 
 
-OFF = _is(False, 0, 0.0)
-ONE = _is(1, 1.0)
+OFF = one_of(False, 0, 0.0)
+ONE = one_of(1, 1.0)
 
 FOREIGN: dict[str, tuple[str, Neutral]] = {
     "Mixtral's projections have no biases": (
@@ -63,9 +63,12 @@ FOREIGN: dict[str, tuple[str, Neutral]] = {
         "moe_router_bias use_router_bias expert_bias use_expert_bias e_score_correction_bias",
         OFF,
     ),
-    "weights that are not quantised were expected": ("quantization_config quantization compression_config", _is({})),
+    "weights that are not quantised were expected, or 'quantization_config'": (
+        "quantization compression_config",
+        one_of({}),
+    ),
     "Mixtral's rotary embedding is not scaled": ("rope_scaling", _plain_rope),
-    "Mixtral's rotary embedding is the default one": ("rope_type", _is("default")),
+    "Mixtral's rotary embedding is the default one": ("rope_type", one_of("default")),
     "Mixtral turns pairs of the two halves of a head": (
         "rope_interleaved rope_interleave use_interleaved_rope mla_rope_interleaved",
         OFF,
@@ -73,7 +76,7 @@ FOREIGN: dict[str, tuple[str, Neutral]] = {
     "Mixtral turns whole heads": ("partial_rotary_factor rotary_pct rope_pct", ONE),
     "Mixtral turns the heads of every layer": (
         "no_rope_layers no_rope_layer_interval nope_layer_interval",
-        _is([], 0, False),
+        one_of([], 0, False),
     ),
     "Mixtral has no other embedding of positions": ("alibi use_alibi use_absolute_position_embeddings use_mrope", OFF),
     "all layers of Mixtral attend alike": ("layer_types attn_layer_types", _kinds_of_layers),
@@ -88,14 +91,14 @@ FOREIGN: dict[str, tuple[str, Neutral]] = {
     ),
     "Mixtral renormalises the weights of the chosen experts": (
         "norm_topk_prob normalize_expert_weights moe_renormalize renormalize",
-        _is(True, 1, 1.0),
+        one_of(True, 1, 1.0),
     ),
-    "Mixtral's router takes a softmax": ("scoring_func score_func moe_router_score_function", _is("softmax")),
+    "Mixtral's router takes a softmax": ("scoring_func score_func moe_router_score_function", one_of("softmax")),
     "Mixtral's router chooses among all experts, by their logits alone": (
         "n_group num_expert_group num_expert_groups topk_group num_limited_groups",
-        _is(1, 0, 1.0),
+        one_of(1, 0, 1.0),
     ),
-    "Mixtral's router chooses the largest logits": ("topk_method", _is("greedy")),
+    "Mixtral's router chooses the largest logits": ("topk_method", one_of("greedy")),
     "Mixtral has no shared experts": (
         "num_shared_experts n_shared_experts moe_num_shared_experts shared_expert_intermediate_size "
         "shared_intermediate_size use_shared_expert num_shared_expert zero_expert_num",
@@ -103,7 +106,7 @@ FOREIGN: dict[str, tuple[str, Neutral]] = {
     ),
     "every layer of Mixtral has experts": (
         "first_k_dense_replace num_dense_layers moe_layer_start_index mlp_only_layers dense_layers",
-        _is(0, [], False),
+        one_of(0, [], False),
     ),
     "every layer of Mixtral has experts, whatever its number": (
         "moe_layer_freq moe_layer_frequency decoder_sparse_step interleave_moe_layer_step moe_every_n_layers "
@@ -112,11 +115,11 @@ FOREIGN: dict[str, tuple[str, Neutral]] = {
     ),
     "Mixtral's experts are chosen from 'num_local_experts'": (
         "num_experts n_routed_experts moe_num_experts",
-        _equals("experts"),
+        value_of("experts"),
     ),
     "Mixtral's experts have 'intermediate_size' hidden units": (
         "moe_intermediate_size expert_intermediate_size ffn_hidden_size",
-        _equals("hidden_dim"),
+        value_of("hidden_dim"),
     ),
     "Mixtral does not scale there": (
         "logit_scale logits_scaling logits_scale embedding_multiplier embedding_scale emb_scale scale_emb "
@@ -131,13 +134,13 @@ FOREIGN: dict[str, tuple[str, Neutral]] = {
     ),
     "Mixtral's attention scales by 1 / sqrt(head_dim), not by another size": (
         "query_pre_attn_scalar",
-        _equals("head_dim"),
+        value_of("head_dim"),
     ),
     "Mixtral caps and clips nothing": (
         "attn_logit_softcapping final_logit_softcapping router_logit_softcapping attn_logit_softcap "
         "final_logit_softcap logits_soft_cap softcap clip_qkv swiglu_limit expert_clip act_limit "
         "moe_router_z_clip",
-        _is(False, 0, 0.0),
+        one_of(False, 0, 0.0),
     ),
     "Mixtral has no norms of queries and keys": ("use_qk_norm qk_norm qk_layernorm use_qk_layernorm qk_l2_norm", OFF),
     "Mixtral has a norm before attention and before the experts, and no other": (
@@ -149,18 +152,27 @@ FOREIGN: dict[str, tuple[str, Neutral]] = {
         "use_parallel_residual parallel_attn parallel_attention parallel_block",
         OFF,
     ),
-    "Mixtral attends to earlier tokens only": ("is_causal causal use_causal_mask", _is(True)),
+    "Mixtral attends to earlier tokens only": ("is_causal causal use_causal_mask", one_of(True)),
     "Mixtral is a decoder alone": ("is_encoder_decoder add_cross_attention use_bidirectional_attention", OFF),
     "Mixtral's attention has no sinks": ("attention_sinks use_attention_sinks attn_sink num_sink_tokens", OFF),
     "Mixtral's keys and values are shared by no other layers": (
         "num_kv_shared_layers kv_share_layers",
-        _is(0, [], False),
+        one_of(0, [], False),
     ),
-    "Mixtral's gate is activated by SiLU": ("hidden_activation activation_function ffn_act_fn", _is("silu", "swish")),
+    "Mixtral's gate is activated by SiLU": (
+        "hidden_activation activation_function ffn_act_fn",
+        one_of("silu", "swish"),
+    ),
 }
 """The facts about Mixtral, the fields of other models that contradict each, and the values that do not."""
-FIELDS = {name: (fact, neutral) for fact, (names, neutral) in FOREIGN.items() for name in names.split()}
-"""Per field the fact, and the test of its value."""
+
+
+def by_field(table: dict[str, tuple[str, Neutral]]) -> dict[str, tuple[str, Neutral]]:
+    """Per field the fact, and the test of its value."""
+    return {name: (fact, neutral) for fact, (names, neutral) in table.items() for name in names.split()}
+
+
+FIELDS = by_field(FOREIGN)
 
 _HARMLESS = """
     _attn_implementation _name_or_path add_bos_token add_eos_token architectures attention_dropout attn_implementation
@@ -180,10 +192,10 @@ HARMLESS = frozenset(_HARMLESS.split())
 """Fields that a Mixtral's file may have besides its dimensions, and that change no value of a forward pass."""
 
 
-def refuse_foreign(file: JsonFile, config: Config) -> None:
-    """Raises InputError for a field of another model that would change the result."""
+def refuse_foreign(file: JsonFile, config: Config, table: dict[str, tuple[str, Neutral]] = FIELDS) -> None:
+    """Raises InputError for a field of another model that would change the result.   table: as `by_field` gives it"""
     for name, value in file.values.items():
-        fact, neutral = FIELDS.get(name, ("", _anything))
+        fact, neutral = table.get(name, ("", _anything))
         if value is not None and not neutral(value, config):
             raise file.refuse(name, value, fact)
 

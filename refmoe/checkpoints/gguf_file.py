@@ -1,24 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GGUF files: write a checkpoint the way llama.cpp's own converter writes a Mixtral, and read a configuration."""
+"""GGUF files: write a checkpoint the way llama.cpp's own converter writes a Mixtral."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from refmoe.arithmetic.formats import FORMATS
-from refmoe.checkpoints.layout import ConfigurationFile, make_config
+from refmoe import __version__
+from refmoe.checkpoints.ggml_blocks import FORMATS
+from refmoe.checkpoints.ggml_quantise import KINDS, format_of, quantised
 from refmoe.checkpoints.mistral import interleaved
-from refmoe.checkpoints.weight import BFLOAT16, Weight
-from refmoe.checkpoints.write import converted, named_weights, untied
-from refmoe.errors import require
-from refmoe.files.foreign import GGUF, foreign_parser, other_format
-from refmoe.files.json_file import JsonFile
-from refmoe.files.reading import exists, is_folder
+from refmoe.checkpoints.names import named_weights, untied
+from refmoe.checkpoints.weight import Weight
+from refmoe.checkpoints.write import MARK, converted, new_folder
+from refmoe.errors import InputError, require
+from refmoe.files.atomic import replacing
+from refmoe.files.gguf_tensors import open_gguf
+from refmoe.files.reading import exists
+from refmoe.files.safetensors_file import DTYPES
 from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters
 
@@ -45,6 +48,10 @@ EXPERT_TENSORS = {"w1": "ffn_gate_exps", "w2": "ffn_down_exps", "w3": "ffn_up_ex
 
 FILE_TYPES = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16"}
 """The dtype of matrices, and gguf's name of a file that has it. Gains and the router's matrix are float32 in each."""
+TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""The dtype of a tensor, and ggml's name of its type."""
+FILE_TYPES_OF_FORMATS = {"Q4_K": "Q4_K_S", "Q5_K": "Q5_K_S", "MXFP4": "MXFP4_MOE"}
+"""Files in one format whose name in gguf is another than the format's."""
 
 
 def placeholders(vocab: int) -> tuple[list[str], list[str]]:
@@ -59,95 +66,64 @@ def placeholders(vocab: int) -> tuple[list[str], list[str]]:
     return list(pieces), list(kinds)
 
 
-def tensors(config: Config, weights: dict[str, Weight], dtype: str = "float32") -> Iterator[tuple[str, NDArray[Any]]]:
-    """Every tensor by name. Raises InputError for a value that its dtype cannot hold.
+def type_of(config: Config, weight: Weight, name: str, kind: str) -> str:
+    """ggml's name of the type that a parameter is written in.   kind: as `write_gguf` takes it"""
+    if len(weight.shape) == 1 or name.endswith("router.gate"):
+        return "F32"
+    return TYPES[kind] if kind in TYPES else format_of(kind, config, name, weight.shape[1])
+
+
+Typed = tuple[str, NDArray[Any], str]
+"""The name of a tensor, its array or its bytes, and ggml's name of its type."""
+
+
+def tensors(config: Config, weights: dict[str, Weight], kind: str = "float32") -> Iterator[Typed]:
+    """Every tensor. Raises InputError for a value that its dtype cannot hold.
 
     weights: as `untied` gives them; llama.cpp takes the embedding where there is no output matrix
-    dtype: of the matrices; that of the router is float32 all the same, as are the gains.
+    kind: of the matrices, one of `FILE_TYPES` or `KINDS`; that of the router is float32 all the same, as are the gains.
     Matrices are [out, in] as in the checkpoint, and [E, out, in] for experts. llama.cpp rotates the pairs (2i, 2i + 1)
     of a llama's queries and keys, so their rows are interleaved: ROPE-3.
     """
 
-    def get(name: str) -> NDArray[Any]:
-        matrix = len(weights[name].shape) > 1 and not name.endswith("router.gate")
-        array = converted(weights[name], FORMATS[dtype].dtype if matrix else np.dtype(np.float32))
+    def get(name: str, wanted: str) -> NDArray[Any]:
+        array = converted(weights[name], np.dtype(DTYPES[wanted if wanted not in FORMATS else "F32"]))
         return interleaved(array, config.head_dim) if name.endswith((".wq", ".wk")) else array
+
+    def typed(tensor: str, names: Sequence[str], fused: bool = False) -> Typed:
+        wanted = type_of(config, weights[names[0]], names[0], kind)
+        array = np.stack([get(name, wanted) for name in names]) if fused else get(names[0], wanted)
+        return f"{tensor}.weight", quantised(array, wanted) if wanted in FORMATS else array, wanted
 
     for name, tensor in MODEL_TENSORS.items():
         if name in weights:
-            yield f"{tensor}.weight", get(name)
+            yield typed(tensor, [name])
     for i in range(config.layers):
         for name, tensor in LAYER_TENSORS.items():
-            yield f"blk.{i}.{tensor}.weight", get(f"layers.{i}.{name}")
+            yield typed(f"blk.{i}.{tensor}", [f"layers.{i}.{name}"])
         for name, tensor in EXPERT_TENSORS.items():
-            experts = [get(f"layers.{i}.experts.{e}.{name}") for e in range(config.experts)]
-            yield f"blk.{i}.{tensor}.weight", np.stack(experts)
+            experts = [f"layers.{i}.experts.{e}.{name}" for e in range(config.experts)]
+            yield typed(f"blk.{i}.{tensor}", experts, fused=True)
 
 
-FIELDS = {
-    "dim": "embedding_length",
-    "layers": "block_count",
-    "heads": "attention.head_count",
-    "kv_heads": "attention.head_count_kv",
-    "head_dim": "attention.key_length",
-    "hidden_dim": "feed_forward_length",
-    "vocab": "vocab_size",
-    "experts": "expert_count",
-    "experts_per_token": "expert_used_count",
-    "norm_eps": "attention.layer_norm_rms_epsilon",
-    "rope_theta": "rope.freq_base",
-    "context": "context_length",
-}
-"""The spec's fields and their names in the metadata, each with prefix ``llama.``."""
+def file_type(kind: str) -> str:
+    """gguf's name of a file whose matrices have this dtype or format."""
+    return FILE_TYPES.get(kind, f"MOSTLY_{FILE_TYPES_OF_FORMATS.get(kind, kind)}")
 
 
-def is_gguf(path: Path) -> bool:
-    """Whether this is a file that begins as GGUF files do. Raises InputError when it cannot be read."""
-    return exists(path) and not is_folder(path) and other_format(path) == GGUF
-
-
-def read_gguf(path: Path) -> tuple[ConfigurationFile, tuple[str, ...]]:
-    """The configuration of a Mixtral in a GGUF file, and the types that its tensors are stored in.
-
-    Fields that older converters left out have llama.cpp's defaults.
-    Raises InputError when the package gguf is not installed, or the file holds no Mixtral.
-    """
-    gguf: Any = require("gguf", "llama-cpp", "reading a GGUF file")
-    with foreign_parser(path, "a GGUF file"):
-        reader = gguf.GGUFReader(path)
-        prefix = f"{ARCHITECTURE}."
-        scalar = {name: field for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
-        values = {name: field.contents() for name, field in scalar.items()}
-        shapes = {tensor.name: [int(size) for size in tensor.shape] for tensor in reader.tensors}
-        kinds = tuple(sorted({tensor.tensor_type.name for tensor in reader.tensors}))
-    whole = JsonFile(path, values)
-    if whole.need("general.architecture") != ARCHITECTURE:
-        raise whole.refuse("general.architecture", values["general.architecture"], f"'{ARCHITECTURE}' was expected")
-    file = JsonFile(path, {name.removeprefix(prefix): value for name, value in values.items()}, prefix)
-    if file.values.get("rope.scaling.type") not in (None, "none"):
-        raise file.refuse("rope.scaling.type", file.values["rope.scaling.type"], "'none' was expected")
-    if "token_embd.weight" in shapes:
-        file.values.setdefault(FIELDS["vocab"], shapes["token_embd.weight"][-1])
-    file.values.setdefault(FIELDS["kv_heads"], file.integer(FIELDS["heads"]))
-    file.values.setdefault(FIELDS["head_dim"], file.integer(FIELDS["dim"]) // max(1, file.integer(FIELDS["heads"])))
-    file.values.setdefault(FIELDS["rope_theta"], 1e4)
-    real = ("norm_eps", "rope_theta")
-    found = {ours: (file.number if ours in real else file.integer)(theirs) for ours, theirs in FIELDS.items()}
-    names = {ours: prefix + theirs for ours, theirs in FIELDS.items()}
-    config = make_config(file, names, found)
-    tied = bool(shapes) and "output.weight" not in shapes
-    return ConfigurationFile(layout="gguf", path=path, config=config, fields=names, tied=tied), kinds
-
-
-def write_gguf(path: Path, config: Config, parameters: Parameters, dtype: str = "float32") -> None:
+def write_gguf(path: Path, config: Config, parameters: Parameters, kind: str = "float32") -> None:
     """Write a GGUF file, with the pieces of `placeholders` for a tokenizer: engines refuse a file that has none.
 
-    dtype: one of `FILE_TYPES`, the dtype of matrices
+    kind: one of `FILE_TYPES` or `KINDS`, the dtype or the format of matrices
     A window is not written, as llama.cpp's llama has none. Raises InputError when the package gguf is not installed, or
     a dtype cannot represent a value.
     """
     gguf: Any = require("gguf", "llama-cpp", "writing a GGUF file")
+    weights = untied(named_weights(parameters))
+    if kind in KINDS and not any(type_of(config, weights[name], name, kind) in FORMATS for name in weights):
+        raise InputError(f"no matrix has rows of whole blocks of 32, so a dtype was expected instead of {kind}")
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
+    writer.add_string(MARK, __version__)
     writer.add_block_count(config.layers)
     writer.add_context_length(config.context)
     writer.add_embedding_length(config.dim)
@@ -161,22 +137,37 @@ def write_gguf(path: Path, config: Config, parameters: Parameters, dtype: str = 
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_expert_count(config.experts)
     writer.add_expert_used_count(config.experts_per_token)
-    writer.add_file_type(getattr(gguf.LlamaFileType, FILE_TYPES[dtype]))
+    writer.add_file_type(getattr(gguf.LlamaFileType, file_type(kind)))
     writer.add_vocab_size(config.vocab)
     pieces, kinds = placeholders(config.vocab)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(pieces)
     writer.add_token_scores([0.0] * config.vocab)
-    writer.add_token_types([getattr(gguf.TokenType, kind) for kind in kinds])
+    writer.add_token_types([getattr(gguf.TokenType, each) for each in kinds])
     writer.add_bos_token_id(min(1, config.vocab - 1))
     writer.add_eos_token_id(min(2, config.vocab - 1))
-    for name, array in tensors(config, untied(named_weights(parameters)), dtype):
-        if array.dtype == BFLOAT16:  # NumPy has no such dtype of its own: gguf takes the bytes
-            writer.add_tensor(name, array.view(np.uint8), raw_dtype=gguf.GGMLQuantizationType.BF16)
-        else:
-            writer.add_tensor(name, array)
+    for name, array, wanted in tensors(config, weights, kind):
+        # NumPy has neither blocks nor bfloat16 of its own: gguf takes their bytes
+        raw = array if wanted in ("F32", "F16") else array.view(np.uint8)
+        writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType[wanted])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def write_gguf_model(folder: Path, config: Config, parameters: Parameters, kind: str) -> Path:
+    """Write a folder with one GGUF file, and return the file.   kind: as `write_gguf` takes it
+
+    Raises InputError as `write_gguf` does, and when the folder cannot be written or holds a model of somebody else.
+    """
+    path = folder / "model.gguf"
+    with new_folder(folder):
+        if (folder / "case.toml").exists():
+            raise InputError(f"{folder}: is the folder of a golden case, but a folder of its own was expected")
+        if exists(path) and MARK not in open_gguf(path).values:
+            raise InputError(f"{path}: is a model that refmoe has not written, but a folder without was expected")
+        with replacing(path) as temporary:
+            write_gguf(temporary, config, parameters, kind)
+    return path

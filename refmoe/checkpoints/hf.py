@@ -11,6 +11,9 @@ from refmoe.checkpoints import layout
 from refmoe.checkpoints.foreign_fields import refuse_foreign, unknown_fields
 from refmoe.checkpoints.layout import Checkpoint, ConfigurationFile, Expected, Found, View, whole, whole_parameter
 from refmoe.checkpoints.names import expert_names
+from refmoe.checkpoints.quantisation import FIELD as QUANTISATION
+from refmoe.checkpoints.quantisation import assembled, read_quantisation
+from refmoe.checkpoints.rows import match_rows
 from refmoe.errors import InputError
 from refmoe.files.json_file import JsonFile, read_json
 from refmoe.files.reading import exists
@@ -79,9 +82,10 @@ def read_config(path: Path) -> ConfigurationFile:
     rest = {"head_dim": head_dim, "window": window, "norm_eps": file.number("rms_norm_eps"), "rope_theta": theta}
     config = layout.make_config(file, FIELDS, values | rest)
     refuse_foreign(file, config)
+    read_quantisation(file)
     return ConfigurationFile(
         layout="hf", path=path, config=config, fields=FIELDS, tied=file.flag(TIED),
-        unknown=unknown_fields(file, frozenset((*FIELDS.values(), TIED))),
+        unknown=unknown_fields(file, frozenset((*FIELDS.values(), TIED, QUANTISATION))),
     )  # fmt: skip
 
 
@@ -179,7 +183,10 @@ def load(folder: Path) -> Checkpoint:
     """A checkpoint in this layout. Raises InputError, one sentence, for anything that does not fit."""
     file = read_config(folder / "config.json")
     files, tensors = weight_files(folder)
+    quantisation = read_quantisation(read_json(file.path))
+    tensors = tensors if quantisation is None else assembled(tensors, quantisation)
     block = next((b for b in reversed(BLOCKS) if any(f".{b}." in name for name in tensors)), BLOCKS[0])
     fused = any(name.endswith(".experts.gate_up_proj") for name in tensors)
     found = Found(file=file, files=files, tensors=tensors)
-    return layout.match(found, lambda: expected_tensors(file.config, block, fused))
+    matched = layout.match if quantisation is None else match_rows
+    return matched(found, lambda: expected_tensors(file.config, block, fused))

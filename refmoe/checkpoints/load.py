@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from refmoe.checkpoints import hf, mistral
+from refmoe.checkpoints import gguf_load, hf, mistral
 from refmoe.checkpoints.layout import Checkpoint, ConfigurationFile
 from refmoe.errors import InputError
 from refmoe.files.foreign import other_format
@@ -22,14 +22,20 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 """The suffixes of files of weights."""
 
 
-def load_checkpoint(folder: Path, layout: str | None = None) -> Checkpoint:
-    """The checkpoint in a folder. Weights are mapped, not read; NaN and Inf are found when a weight is first used.
+def load_checkpoint(path: Path, layout: str | None = None) -> Checkpoint:
+    """The checkpoint in a folder or a GGUF file. Weights are mapped; NaN and Inf are found when one is first used.
 
-    layout: ``"hf"``, ``"mistral"``, or None to choose by the files.
+    layout: of a folder, ``"hf"``, ``"mistral"``, or None to choose by the files.
     Raises InputError, one sentence, for anything that does not fit.
     """
-    found = LAYOUTS[layout or layout_of(folder)](folder)
-    protect_while_alive(found, (*found.files, *(folder / name for name in READERS)))
+    if gguf_load.is_gguf(path):
+        if layout is not None:
+            raise InputError(f"{path}: is a GGUF file, but a folder was expected beside layout {layout}")
+        found: Checkpoint = gguf_load.load(path)
+        protect_while_alive(found, found.files)
+        return found
+    found = LAYOUTS[layout or layout_of(path)](path)
+    protect_while_alive(found, (*found.files, *(path / name for name in READERS)))
     return found
 
 
@@ -39,20 +45,26 @@ def layout_of(folder: Path) -> str:
     Published repositories hold both: config.json with safetensors in Hugging Face's names is preferred to params.json.
     Raises InputError when the folder has neither.
     """
-    need_folder(folder, "a checkpoint's folder")
+    need_folder(folder, "a checkpoint's folder or a GGUF file")
     has_hf = exists(folder / "config.json")
     has_mistral = exists(folder / "params.json")
     if not has_hf and not has_mistral:
-        raise InputError(f"{folder}: neither config.json nor params.json is there, so this is not a checkpoint")
+        named = min((path.name for path in folder.glob("*.gguf")), default="")
+        instead = f", but {folder / named} may be one" if named else ""
+        found = "neither config.json nor params.json is there, so this is not a checkpoint"
+        raise InputError(f"{folder}: {found}{instead}")
     only_consolidated = has_mistral and not any(folder.glob("model*.safetensors*"))
     return "mistral" if not has_hf or only_consolidated else "hf"
 
 
 def read_configuration(path: Path, layout: str | None = None) -> ConfigurationFile:
-    """A configuration without its weights.   path: of a checkpoint's folder, or of its config.json or params.json
+    """A configuration without its weights.   path: of a checkpoint's folder, of its config.json or params.json, or a
+    GGUF file
 
     layout: as in `load_checkpoint`.   Raises InputError for anything that does not fit.
     """
+    if gguf_load.is_gguf(path):
+        return gguf_load.read_config(gguf_load.open_parts(path)[0])
     if path.name in READERS and not is_folder(path):
         return READERS[path.name](path)
     if exists(path) and not is_folder(path):
@@ -70,13 +82,13 @@ def has_weights(folder: Path) -> bool:
 def checkpoint_digest(checkpoint: Checkpoint) -> str | None:
     """``sha256:`` and the digest by which a trace names its checkpoint; None for weights that are in no file.
 
-    The digest is over the bytes of the configuration's file, and then of the safetensors files in name order: of all
-    files that the values of taps depend on. Raises InputError when a file can no longer be read.
+    The digest is over the bytes of the configuration's file, and then of the files of weights in name order: of all
+    files that the values of taps depend on, each once. Raises InputError when a file can no longer be read.
     """
     if checkpoint.configuration is None:
         return None
     digest = hashlib.sha256()
-    for path in (checkpoint.configuration, *sorted(checkpoint.files)):
+    for path in dict.fromkeys((checkpoint.configuration, *sorted(checkpoint.files))):
         with open_file(path, "a file of the checkpoint") as file:
             while block := file.read(1 << 20):
                 digest.update(block)

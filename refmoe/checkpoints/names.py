@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from refmoe.checkpoints.weight import Weight
 from refmoe.spec.config import Config
@@ -89,3 +90,25 @@ def build_parameters(config: Config, weight: Callable[[str], Weight]) -> Paramet
         final_norm=weight("final_norm"),
         output=weight("output"),
     )
+
+
+def named_weights(parameters: Parameters) -> dict[str, Weight]:
+    """Every parameter by its canonical name."""
+    found: dict[str, Any] = {"embedding": parameters.embedding}
+    for i, layer in enumerate(parameters.layers):
+        prefix = f"layers.{i}."
+        found[prefix + "attention_norm"] = layer.attention_norm
+        for name in ("wq", "wk", "wv", "wo"):
+            found[f"{prefix}attention.{name}"] = getattr(layer, name)
+        found[prefix + "moe_norm"] = layer.moe_norm
+        found[prefix + "router.gate"] = layer.router
+        for e, expert in enumerate(layer.experts):
+            for name in ("w1", "w2", "w3"):
+                found[f"{prefix}experts.{e}.{name}"] = getattr(expert, name)
+    return found | {"final_norm": parameters.final_norm, "output": parameters.output}
+
+
+def untied(weights: dict[str, Weight]) -> dict[str, Weight]:
+    """The weights without an output matrix that is the embedding itself, as no file stores it twice."""
+    tied = weights["output"] is weights["embedding"]
+    return {name: weight for name, weight in weights.items() if not (tied and name == "output")}

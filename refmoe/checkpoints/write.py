@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from refmoe import __version__
 from refmoe.checkpoints import hf, mistral
-from refmoe.checkpoints.names import parameter_shapes
+from refmoe.checkpoints.names import named_weights, parameter_shapes, untied
 from refmoe.checkpoints.size import total_parameters
 from refmoe.checkpoints.weight import BFLOAT16, Weight
 from refmoe.errors import InputError
@@ -30,28 +30,6 @@ DTYPE_NAMES = {"bfloat16": BFLOAT16, "float16": np.dtype("float16"), "float32": 
 MARK = "written_by_refmoe"
 """The entry in the metadata of weights that refmoe has written."""
 Tensors = dict[str, NDArray[Any]]
-
-
-def named_weights(parameters: Parameters) -> dict[str, Weight]:
-    """Every parameter by its canonical name."""
-    found: dict[str, Any] = {"embedding": parameters.embedding}
-    for i, layer in enumerate(parameters.layers):
-        prefix = f"layers.{i}."
-        found[prefix + "attention_norm"] = layer.attention_norm
-        for name in ("wq", "wk", "wv", "wo"):
-            found[f"{prefix}attention.{name}"] = getattr(layer, name)
-        found[prefix + "moe_norm"] = layer.moe_norm
-        found[prefix + "router.gate"] = layer.router
-        for e, expert in enumerate(layer.experts):
-            for name in ("w1", "w2", "w3"):
-                found[f"{prefix}experts.{e}.{name}"] = getattr(expert, name)
-    return found | {"final_norm": parameters.final_norm, "output": parameters.output}
-
-
-def untied(weights: dict[str, Weight]) -> dict[str, Weight]:
-    """The weights without an output matrix that is the embedding itself, as no file stores it twice."""
-    tied = weights["output"] is weights["embedding"]
-    return {name: weight for name, weight in weights.items() if not (tied and name == "output")}
 
 
 def converted(weight: Weight, dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -149,13 +127,13 @@ def write_checkpoint(
     weights = named_weights(parameters)
     if weights.keys() != parameter_shapes(config).keys():
         raise ValueError("parameters and config disagree")
-    with _folder(folder):
+    with new_folder(folder):
         stored = untied(weights)
         _write(folder, config, stored, dtype, layout, fused=fused, rope_parameters=rope_parameters, shards=shards)
 
 
 @contextmanager
-def _folder(folder: Path) -> Iterator[None]:
+def new_folder(folder: Path) -> Iterator[None]:
     """Make a folder, and those above it. If the body raises, those of them that are empty are removed again."""
     made = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
@@ -188,17 +166,17 @@ def _write(
     strangers = {path.name for path in folder.glob(f"{stem}*.safetensors*")} - set(files)
     if strangers - ({f"{stem}.safetensors.index.json"} if shards else set()):
         raise InputError(f"{folder}: holds {min(strangers)} of another checkpoint, but a folder without was expected")
-    _refuse_others(folder, configuration, [folder / name for name in files])
+    refuse_others(folder, configuration, [folder / name for name in files])
     need_space(folder / files[0], total_parameters(config, tied) * wanted.itemsize)
     configuration.unlink(missing_ok=True)
     if shards:
         _write_shards(folder, stem, files, parts)
     else:
-        _write_shard(folder / files[0], {name: tensor for part in parts for name, tensor in part.items()})
-    _write_json(configuration, values)
+        write_shard(folder / files[0], {name: tensor for part in parts for name, tensor in part.items()})
+    write_json(configuration, values)
 
 
-def _refuse_others(folder: Path, configuration: Path, files: Sequence[Path]) -> None:
+def refuse_others(folder: Path, configuration: Path, files: Sequence[Path]) -> None:
     """Raises InputError when the folder holds files of these names that refmoe has not written.
 
     Weights of a formula can be written again, and those of anybody else cannot.
@@ -224,19 +202,21 @@ def _write_shards(folder: Path, stem: str, files: list[str], parts: Iterable[Ten
     weight_map: dict[str, str] = {}
     size = 0
     for file, tensors in zip(files, parts, strict=True):
-        _write_shard(folder / file, tensors)
+        write_shard(folder / file, tensors)
         weight_map |= dict.fromkeys(tensors, file)
         size += sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    _write_json(folder / f"{stem}.safetensors.index.json", index)
+    write_json(folder / f"{stem}.safetensors.index.json", index)
 
 
-def _write_shard(path: Path, tensors: Tensors) -> None:
+def write_shard(path: Path, tensors: Tensors) -> None:
+    """Write a safetensors file with refmoe's mark."""
     arrays = {name: partial(np.asarray, tensor) for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         write_tensors(temporary, arrays, {"format": "pt", MARK: __version__})
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a JSON object, as the files beside weights are."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(values, indent=2) + "\n")

@@ -58,7 +58,10 @@ def info_command(
     rows += [(f"weights in {dtype}", f"{facts['weight_bytes'][dtype] / 2**30:,.1f} GiB") for dtype in BYTES]
     rows.append(("cache per token, float32", f"{facts['cache_bytes_per_token_float32']:,} bytes"))
     rows += [("output matrix", "the embedding")] if facts.get("tied") else []
-    rows += [(name, worded(facts[name])) for name in ("layout", "files", "stored") if name in facts]
+    rows += [(name, worded(facts[name])) for name in ("layout", "files") if name in facts]
+    for name, found in facts.get("formats", {}).items():
+        rows.append((f"stored as {name}", f"{found['weights']:,} weights of {found['bits_per_weight']:.5g} bits"))
+    rows += [("stored in all", f"{facts['bits_per_weight']:.5g} bits a weight")] if "formats" in facts else []
     if "unknown_fields" in facts:
         rows.append(("fields not obeyed", worded([one_line(name) for name in facts["unknown_fields"]])))
     print_table(("", ""), rows, title=model, wrap=True)

@@ -172,7 +172,9 @@ def device_option(what: str) -> Callable[[Command], Command]:
 def checkpoint_options(command: Command) -> Command:
     """Add ``--checkpoint`` and ``--layout``: the model."""
     command = layout_option(command)
-    return click.option("--checkpoint", type=PATH, metavar="DIR", help="The folder of a checkpoint.")(command)
+    return click.option("--checkpoint", type=PATH, metavar="DIR", help="The folder of a checkpoint, or a GGUF file.")(
+        command
+    )
 
 
 def seed_option(command: Command) -> Command:

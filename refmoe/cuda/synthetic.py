@@ -13,10 +13,9 @@ import ml_dtypes
 import numpy as np
 
 from refmoe.arithmetic.arrays import Array
-from refmoe.checkpoints.names import build_parameters
+from refmoe.checkpoints.names import build_parameters, named_weights
 from refmoe.checkpoints.synthetic import SyntheticWeight
 from refmoe.checkpoints.weight_formula import GOLDEN_RATIO, stream_key
-from refmoe.checkpoints.write import named_weights
 from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters
 

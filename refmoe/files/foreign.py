@@ -108,4 +108,5 @@ def foreign_parser(path: Path, expected: str) -> Iterator[None]:
         raise
     except Exception as error:  # no list of exceptions is long enough: tokenize.TokenError, OverflowError, ...
         reason = one_line(str(error).partition("\n")[0]) or type(error).__name__
-        raise InputError(f"{path}: cannot be read as {expected}: {reason}{by_name(path)}") from None
+        instead = "" if other_format(path) == expected else by_name(path)
+        raise InputError(f"{path}: cannot be read as {expected}: {reason}{instead}") from None

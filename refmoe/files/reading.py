@@ -54,6 +54,8 @@ def need_folder(path: Path, expected: str) -> None:
         if not stat.S_ISDIR(found.st_mode):
             raise InputError(f"{path}: is not a folder, but {expected} was expected")
         os.scandir(path).close()
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such folder, but {expected} was expected") from None
     except (OSError, ValueError) as error:

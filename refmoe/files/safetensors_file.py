@@ -44,6 +44,8 @@ DTYPES: dict[str, Any] = {
 """NumPy dtypes by their names in the safetensors format."""
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 """The names of the dtypes in the safetensors format."""
+WRITTEN = CODES | {np.dtype(ml_dtypes.float8_e4m3fn): "F8_E4M3"}
+"""The names of those that are written. What a float of eight bits stands for, only its scale tells."""
 _MAPPINGS: WeakValueDictionary[tuple[int, int, int, int], mmap.mmap] = WeakValueDictionary()
 """The mapped files by device, inode, size and time of change."""
 _LOCK = threading.Lock()
@@ -204,10 +206,12 @@ def write_tensors(path: Path, arrays: Mapping[str, Callable[[], NDArray[Any]]], 
     The safetensors library writes several entries of metadata in an order of its own.   Raises OSError.
     """
     entries: dict[str, Any] = {}
+    sizes: dict[str, int] = {}
     for name, read in arrays.items():
         array = read()
-        entries[name] = {"dtype": CODES[array.dtype], "shape": array.shape, "data_offsets": [0, array.nbytes]}
-    order = sorted(entries, key=lambda name: (-np.dtype(DTYPES[entries[name]["dtype"]]).itemsize, name))
+        entries[name] = {"dtype": WRITTEN[array.dtype], "shape": array.shape, "data_offsets": [0, array.nbytes]}
+        sizes[name] = array.dtype.itemsize
+    order = sorted(entries, key=lambda name: (-sizes[name], name))
     offset = 0
     for name in order:
         entries[name]["data_offsets"] = [offset, offset + entries[name]["data_offsets"][1]]

@@ -17,10 +17,9 @@ from refmoe.arithmetic.native import mkl, mkl_ops
 from refmoe.arithmetic.native.mkl import Mkl, load_mkl
 from refmoe.arithmetic.native.mkl_ops import MklOps, PackedWeights, sliced
 from refmoe.arithmetic.native.ops import SIDE_BY_SIDE, NativeOps, Part
-from refmoe.checkpoints.names import build_parameters
+from refmoe.checkpoints.names import build_parameters, named_weights
 from refmoe.checkpoints.synthetic import synthetic_checkpoint
 from refmoe.checkpoints.weight import BFLOAT16, Weight
-from refmoe.checkpoints.write import named_weights
 from refmoe.cuda.place import CPU, Place
 from refmoe.errors import InputError
 from refmoe.spec.config import Config

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.checkpoints.write import named_weights
+from refmoe.checkpoints.names import named_weights
 from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters
 

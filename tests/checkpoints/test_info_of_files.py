@@ -29,7 +29,7 @@ MODELS = {
     "a vocabulary of fewer pieces than a tokenizer has": replace(SMALL, vocab=2),
     "a vocabulary of more": replace(SMALL, vocab=300),
 }
-OF_A_FILE = ("layout", "files", "stored")
+OF_A_FILE = ("layout", "files", "stored", "formats", "bits_per_weight")
 """The facts that tell how a model is stored. All others are of the model."""
 
 

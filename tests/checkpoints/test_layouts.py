@@ -23,9 +23,10 @@ from safetensors import safe_open
 from refmoe.checkpoints.layout import Checkpoint
 from refmoe.checkpoints.load import checkpoint_digest, has_weights, load_checkpoint
 from refmoe.checkpoints.mistral import half_split, interleaved
+from refmoe.checkpoints.names import named_weights
 from refmoe.checkpoints.synthetic import synthetic_checkpoint
 from refmoe.checkpoints.weight import Weight
-from refmoe.checkpoints.write import named_weights, write_checkpoint
+from refmoe.checkpoints.write import write_checkpoint
 from refmoe.errors import InputError
 from refmoe.spec.config import Config
 from tests.checkpoints.models import DTYPES, UNEVEN, assert_same_values, put_together, rename, take_apart

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from refmoe.checkpoints.names import named_weights
 from refmoe.checkpoints.synthetic import synthetic_checkpoint
 from refmoe.checkpoints.weight_formula import BLOCK, GAINS, default_exponent, elements, gains
-from refmoe.checkpoints.write import named_weights
 from refmoe.errors import InputError
 from tests.checkpoints.models import UNEVEN
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from refmoe.checkpoints import weight_formula
+from refmoe.checkpoints.names import named_weights
 from refmoe.checkpoints.synthetic import synthetic_checkpoint
-from refmoe.checkpoints.write import named_weights
 from refmoe.cuda import synthetic
 from refmoe.cuda.synthetic import elements, on_device
 from tests.cuda.strict import DeviceArray, StrictCupy

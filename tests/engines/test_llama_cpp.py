@@ -17,8 +17,9 @@ from safetensors.numpy import load_file
 
 from refmoe.checkpoints import gguf_file
 from refmoe.checkpoints.mistral import half_split
+from refmoe.checkpoints.names import named_weights
 from refmoe.checkpoints.weight import Weight
-from refmoe.checkpoints.write import named_weights, write_checkpoint
+from refmoe.checkpoints.write import write_checkpoint
 from refmoe.engines.adapter import Arrays, Skipped
 from refmoe.engines.adapters import llama_cpp, llama_cpp_library
 from refmoe.engines.options import made

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from refmoe.checkpoints.load import load_checkpoint
-from refmoe.checkpoints.write import named_weights, write_checkpoint
+from refmoe.checkpoints.names import named_weights
+from refmoe.checkpoints.write import write_checkpoint
 from refmoe.engines.adapter import Skipped
 from refmoe.engines.adapters import vllm
 from refmoe.errors import InputError

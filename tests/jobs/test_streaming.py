@@ -179,8 +179,7 @@ def rounded(dtype: str) -> Any:
     """Random parameters that are exact in the dtype."""
     import ml_dtypes
 
-    from refmoe.checkpoints.names import build_parameters
-    from refmoe.checkpoints.write import named_weights
+    from refmoe.checkpoints.names import build_parameters, named_weights
 
     given, kind = named_weights(random_parameters(UNEVEN, 5)), np.dtype(getattr(ml_dtypes, dtype, dtype))
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from refmoe.arithmetic.exact.ops import ExactOps
 from refmoe.arithmetic.native.ops import NativeOps
-from refmoe.checkpoints.write import named_weights
+from refmoe.checkpoints.names import named_weights
 from refmoe.spec.config import Config
 from refmoe.spec.model import Model, forward
 from refmoe.spec.taps import LAYER_TAPS, tap_names

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from refmoe.checkpoints.write import named_weights
+from refmoe.checkpoints.names import named_weights
 from refmoe.suite.conditions.observed import Observed, condition
 
 
