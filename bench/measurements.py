@@ -777,8 +777,8 @@ Command: `python -m bench.real_kernels`; file: {link("real_kernels.json")}.
 
 SECTIONS = (
     goldens, known_bugs, diagnosis, left_out, drawn_faults, diagnosis_time, engines, faults, tensor_cores, verify_cost,
-    verdict_cost, kernel_tests, kernel_cheats, real_kernels, testing_cost, conform_cost, invariance, exact_cost, full_size,
-    scaling, cluster_plan, peers, elementary, weight_formula, startup_cost, robustness, folders, versions,
+    verdict_cost, kernel_tests, kernel_cheats, real_kernels, testing_cost, conform_cost, invariance, exact_cost,
+    full_size, scaling, cluster_plan, peers, elementary, weight_formula, startup_cost, robustness, folders, versions,
 )  # fmt: skip
 
 

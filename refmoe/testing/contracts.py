@@ -25,7 +25,7 @@ from refmoe.testing.attention import judge_attention
 from refmoe.testing.judgement import Judgement
 from refmoe.testing.mixture import judge_moe
 from refmoe.verifier.findings import FAIL
-from refmoe.verifier.verify import SIGNIFICANCE
+from refmoe.verifier.segments import SIGNIFICANCE
 
 if TYPE_CHECKING:
     from refmoe.contracts.checking import Verdict

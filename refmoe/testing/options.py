@@ -14,7 +14,7 @@ from refmoe.api.policies import as_policy
 from refmoe.arithmetic.formats import OF_DTYPE, Format
 from refmoe.errors import InputError
 from refmoe.profiles.policy import Policy
-from refmoe.verifier.verify import SIGNIFICANCE
+from refmoe.verifier.segments import SIGNIFICANCE
 
 
 class Options(TypedDict, total=False):
