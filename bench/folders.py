@@ -157,13 +157,18 @@ TIED = {
 }  # fmt: skip
 ROPE = {"rope_type": "default", "rope_theta": 1e6}
 PRUNED = "attention_dropout output_router_logits router_aux_loss_coef"
-QUANTISED: dict[str, dict[str, Any]] = {
-    "AWQ": {"bits": 4, "group_size": 128, "quant_method": "awq", "version": "gemm", "zero_point": True},
-    "GPTQ": {"bits": 4, "group_size": 32, "desc_act": True, "quant_method": "gptq"},
-    "EXL2": {"quant_method": "exl2", "version": "0.0.11", "bits": 3.5, "head_bits": 6},
-    "W4A16": {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}},
-    "FP8": {"quant_method": "fp8", "activation_scheme": "static", "kv_cache_scheme": "static"},
+NO_SCALES = "its scales were expected"
+QUANTISED: dict[str, tuple[dict[str, Any], str]] = {
+    "AWQ": ({"bits": 4, "group_size": 128, "quant_method": "awq", "version": "gemm", "zero_point": True}, NO_SCALES),
+    "GPTQ": ({"bits": 4, "group_size": 32, "desc_act": True, "quant_method": "gptq"}, NO_SCALES),
+    "EXL2": ({"quant_method": "exl2", "version": "0.0.11", "bits": 3.5, "head_bits": 6}, "awq was expected"),
+    "W4A16": (
+        {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}},
+        "at least one group",
+    ),
+    "FP8": ({"quant_method": "fp8", "activation_scheme": "static", "kv_cache_scheme": "static"}, NO_SCALES),
 }
+"""By its usual name, what config.json says, and the refusal of weights that are not so."""
 
 ROWS: tuple[Row, ...] = (
     Row("F01", "Fu01978/SmolMoE-4x360M-Instruct; mergekit#615; mlx-lm#889", "tied, no lm_head", TIED),
@@ -205,8 +210,8 @@ ROWS: tuple[Row, ...] = (
     Row("F21", "yujiepan/mixtral-tiny-random", "head_dim 1", {"head_dim": 1}, refused="is odd"),
     Row("F22", "mattshumer/mistral-8x7b-chat", "a pre-release format",
         {"architectures": ["MixtralForCausalLM"], "model_type": "mistral", "num_experts": 8}, refused="not a Mixtral"),
-    *(Row(f"F23 {name}", "12 pages of quantised files", f"{name} weights", {"quantization_config": value},
-          refused="not quantised were expected") for name, value in QUANTISED.items()),
+    *(Row(f"F23 {name}", "12 pages of quantised files", f"config.json says {name}, the weights are float32",
+          {"quantization_config": value}, refused=refused) for name, (value, refused) in QUANTISED.items()),
     Row("F24 stale", "uploads of two generations", "a stale third shard", shards=True,
         ours=_beside("model-00003-of-00003.safetensors")),
     Row("F24 others", "repositories of several formats", "adapter, .bin and consolidated weights beside",

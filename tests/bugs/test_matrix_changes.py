@@ -153,9 +153,11 @@ def test_the_tokenizers_are_judged_again_only_where_they_can_have_changed() -> N
 
 IRRELEVANT = (
     "", "arithmetic.native.lanes", "arithmetic.native.slabs", "bugs", "checkpoints", "checkpoints.foreign_fields",
-    "checkpoints.hf",
-    "checkpoints.load", "checkpoints.mistral", "checkpoints.names", "checkpoints.size", "cuda", "cuda.device",
-    "cuda.memory", "cuda.place", "errors", "files", "files.atomic", "files.foreign", "files.json_file", "files.lock",
+    "checkpoints.ggml_blocks", "checkpoints.ggml_quantise", "checkpoints.gguf_file", "checkpoints.gguf_load",
+    "checkpoints.hf", "checkpoints.load", "checkpoints.mistral", "checkpoints.names", "checkpoints.quantisation",
+    "checkpoints.rows", "checkpoints.scaled", "checkpoints.size", "checkpoints.write", "cuda", "cuda.device",
+    "cuda.memory", "cuda.place", "errors", "files", "files.atomic", "files.foreign", "files.gguf_tensors",
+    "files.json_file", "files.lock",
     "files.numbers", "files.parsing", "files.reading", "files.safetensors_file", "files.scratch", "files.sentences",
     "files.writable", "jobs",
     "jobs.emission", "jobs.estimate", "jobs.job", "jobs.layerwise", "jobs.parts", "jobs.source", "jobs.spread",

@@ -102,7 +102,7 @@ def test_every_weight_has_the_bits_that_gguf_gives(kind: str, tmp_path: Path) ->
     assert loaded.config == UNEVEN
     weights = named_weights(loaded.parameters)
     assert weights.keys() == wanted.keys()
-    ids = [4, 1, 1, 3]
+    ids = [2, 1, 1, 0]
     for name, weight in weights.items():
         assert_bits(weight.read(), wanted[name], name)
         if len(weight.shape) == 2:
@@ -228,7 +228,7 @@ def test_some_rows_take_the_memory_of_some_rows(tmp_path: Path) -> None:
         read()
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert peak < 12 * small < whole / 20
+        assert peak < 12 * small < whole / 15
 
 
 # ---- all doors

@@ -163,11 +163,23 @@ def sparse(path: Path) -> None:
         file.truncate(5 << 30)
 
 
+def without_news(path: Path) -> None:
+    """A link to the kernel's messages, of which none is new: a reader would wait for the next one."""
+    path.symlink_to("/proc/kmsg")
+    with suppress(OSError):  # that there are no more, or that only root may read them
+        messages = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            while os.read(messages, 1 << 16):
+                pass
+        finally:
+            os.close(messages)
+
+
 SPECIAL: dict[str, Callable[[Path], None]] = {
     "pipe": pipe, "socket": listening, "folder": lambda path: path.mkdir(), "zero": link_to("/dev/zero"),
     "random": link_to("/dev/urandom"), "full": link_to("/dev/full"), "null": link_to("/dev/null"),
     "dangling": link_to("nowhere"), "loop": link_to("strange"), "empty": lambda path: path.touch(),
-    "kernel messages": link_to("/proc/kmsg"), "terminal": link_to("/dev/tty"), "memory": link_to("/proc/self/mem"),
+    "kernel messages": without_news, "terminal": link_to("/dev/tty"), "memory": link_to("/proc/self/mem"),
 }  # fmt: skip
 
 
