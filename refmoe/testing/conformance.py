@@ -1,21 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Assertions for tests of engines, and a fixture over the cases.
-
->>> import refmoe
->>> model = refmoe.load("walking-skeleton")
->>> values = model.run([1, 31, 41], dtype="float32")
->>> refmoe.testing.assert_conformant(values, model, policy="float32")
-
-The fixture `refmoe_case` of pytest gives each case in turn, or those that a marker names:
-
-    import pytest, refmoe
-
-    @pytest.mark.refmoe_cases("walking-skeleton", "top-1")
-    def test_my_engine(refmoe_case, tmp_path):
-        refmoe_case.model.save(tmp_path, dtype="float32")
-        values = MyEngine(tmp_path).run(refmoe_case.runs)
-        refmoe.testing.assert_conformant(values, refmoe_case, policy="float32")
-"""
+"""The assertion for tests of engines: that an engine's values are conformant."""
 
 from __future__ import annotations
 
