@@ -8,6 +8,12 @@ Nothing here is patched, so a value outside the legal interval would be a false 
     python -m bench.real_kernels                   # every kernel whose library is installed
     python -m bench.real_kernels --resume          # only what bench/results/real_kernels.json lacks
     python -m bench.real_kernels --only mlx        # kernels with this in their name
+
+vLLM has an environment of its own:
+
+    refmoe engines vllm --install envs/vllm
+    envs/vllm/bin/python -m pip install -e .
+    envs/vllm/bin/python -m bench.real_kernels --only vllm --resume
 """
 
 from __future__ import annotations
@@ -237,6 +243,39 @@ def onnxruntime_layer(inputs: Layer) -> Any:
     return session.run(None, {"x": inputs.x, "router": logits})[0]
 
 
+def vllm_layer(inputs: Layer) -> Any:
+    """The experts that vLLM itself selects for this processor, as its layer of experts calls them."""
+    import torch
+    from vllm.model_executor.layers.fused_moe import config
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+    from vllm.model_executor.layers.fused_moe.oracle.unquantized import select_unquantized_moe_backend
+
+    experts, hidden, width = inputs.gate.shape
+    w13 = tensor(np.concatenate([inputs.gate, inputs.up], axis=1))
+    settings = config.FusedMoEConfig(
+        num_experts=experts, experts_per_token=inputs.ids.shape[1], hidden_dim=width, intermediate_size=hidden,
+        num_local_experts=experts, num_logical_experts=experts, activation=MoEActivation.SILU, device="cpu",
+        routing_method=config.RoutingMethodType.Renormalize, in_dtype=w13.dtype,
+        moe_parallel_config=config.FusedMoEParallelConfig.make_no_parallel(),
+    )  # fmt: skip
+    _, selected = select_unquantized_moe_backend(settings)
+    kernel = selected(settings, config.FUSED_MOE_UNQUANTIZED_CONFIG)
+    module = torch.nn.Module()
+    module.w13_weight, module.w2_weight = (
+        torch.nn.Parameter(each, requires_grad=False) for each in (w13, tensor(inputs.down))
+    )
+    kernel.process_weights_after_loading(module)
+    x, empty = tensor(inputs.x), torch.empty(0)
+    out = torch.full_like(x, math.nan)
+    kernel.apply(
+        output=out, hidden_states=x, w1=module.w13_weight, w2=module.w2_weight,
+        topk_weights=tensor(inputs.weights).float(), topk_ids=tensor(inputs.ids).int(),
+        activation=settings.activation, global_num_experts=experts, expert_map=None, a1q_scale=None, a2_scale=None,
+        workspace13=empty, workspace2=empty, expert_tokens_meta=None, apply_router_weight_on_input=False,
+    )  # fmt: skip
+    return out
+
+
 GGML = {"float32": 0, "float16": 1, "bfloat16": 30, "int32": 26}
 """The numbers of ggml_type."""
 
@@ -331,6 +370,8 @@ KERNELS = (
            "pointwise steps are fused, so that values between them stay in float32"),
     Kernel("onnxruntime MoE", "onnxruntime", onnxruntime_layer, LAYERS,
            "its own float32 products and softmax", dtypes=("float32",)),
+    Kernel("vllm cpu_fused_moe", "vllm", vllm_layer, LAYERS,
+           "float32 sums, weighted in float32; in the 16-bit dtypes, only what enters the last product is stored"),
     Kernel("torch._grouped_mm", "torch", torch_grouped, PRODUCTS, "one product for each group, in float32 sums"),
     Kernel("jax ragged_dot", "jax", jax_ragged_dot, PRODUCTS,
            "one call for all experts; its errors have the size of float32 sums"),
