@@ -37,8 +37,8 @@ def test_a_command_does_its_work_through_the_api() -> None:
     """Of the rooms below it takes only types, places, policies and sizes, and no function that computes."""
     plain = {
         "cuda.place", "errors", "files.numbers", "files.sentences", "files.writable", "profiles.cut_points", "signals",
-        "profiles.load", "profiles.policy", "spec.config",
+        "parallel", "profiles.load", "profiles.policy", "spec.config",
         "suite.golden_folder", "traces.script", "verifier.findings",
     }  # fmt: skip
     taken = {other for module in MODULES if room(module) == "cli" for other in imported(module)}
-    assert {other for other in taken if room(other) not in ("api", "cli", "report")} <= plain
+    assert {other for other in taken if room(other) not in ("api", "cli", "report", "testing")} <= plain

@@ -107,6 +107,18 @@ def route(x):
     e = np.exp(np.take_along_axis(x, ids, 1) - x.max(axis=1, keepdims=True))
     return ids, e / e.sum(axis=1, keepdims=True)
 """
+KERNEL = """\
+import numpy as np
+
+
+def experts(x, w_gate, w_up, w_down, ids, weights):
+    y = np.zeros_like(x)
+    for t, row in enumerate(x):
+        for expert, weight in zip(ids[t], weights[t]):
+            gate = w_gate[expert] @ row
+            y[t] += weight * (w_down[expert] @ (gate / (1 + np.exp(-gate)) * (w_up[expert] @ row)))
+    return y
+"""
 
 
 def refmoe(words: str) -> str:
@@ -176,6 +188,7 @@ def base() -> Path:
     (place / "policy.toml").write_text(POLICY)
     (place / "chat.json").write_text(json.dumps(CHAT))
     (place / "router.py").write_text(ROUTER)
+    (place / "kernel.py").write_text(KERNEL)
     (place / "tests").mkdir()
     (place / "tests" / "test_nothing.py").write_text('def test_nothing():\n    """ROUTE-2"""\n')
     results = GOLDEN.parent / "bench" / "results" / "conform"

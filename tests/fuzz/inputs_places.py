@@ -62,6 +62,7 @@ INVOCATIONS = (
     "router show --logits logits.npy --out out/p.svg",
     "router show --logits trace.safetensors --out out/p.svg",
     "router check router.py:route --experts 4 --top-k 2 --examples 3 --law repetition",
+    "kernel check kernel.py:experts --examples 3 --law inputs-untouched",
     "suite check --golden golden",
     "suite check small --golden golden",
     "suite check --golden prints",
@@ -76,7 +77,7 @@ INVOCATIONS = (
     "mutants show rope-sign-flipped",
 )
 """Invocations in which every option that names an input, and every output, is given."""
-SLOW = ("suite audit", "mutants", "router check", "capture")
+SLOW = ("suite audit", "mutants", "router check", "kernel check", "capture")
 """Commands that take seconds; they are tried less often."""
 LOCALES = (
     {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"LC_ALL": "POSIX",
@@ -271,7 +272,7 @@ VALUES = (
     "float32+\x1b=1", "bfloat16.toml", "x.toml+y",
     "--", "-", "-x", "--json", "--help", "@x", "*", "**", "layers.*,logits", "[", "!", "\\", "a/b@c", "owner/repo@\n",
     "/", "..", "hf", "golden", "golden/small", "trace.safetensors",
-    "router.py", "router.py:", ":route", "router.py:nothing", "router:route", "os:getcwd", "math:pi", "x" * LONG,
+    "router.py", "kernel.py:experts", "router.py:", ":route", "router.py:nothing", "router:route", "os:getcwd", "math:pi", "x" * LONG,
     "\u00e9", "\U0001f600" * 500, "1" * 300, "cuda", "mkl", "0" * 4000 + "1",
 )  # fmt: skip
 LARGE = (

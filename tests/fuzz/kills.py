@@ -30,6 +30,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from tests.fuzz.inputs_kinds import KERNEL
+
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "golden"
 CASES = ("one-pair", "near-tie", "top-1")
@@ -80,6 +82,10 @@ def router(folder: Path) -> None:
     (folder / "router.py").write_text(ROUTER)
 
 
+def kernel(folder: Path) -> None:
+    (folder / "kernel.py").write_text(KERNEL)
+
+
 def nothing(_folder: Path) -> None:
     """No input."""
 
@@ -103,6 +109,7 @@ COMMANDS = {
         nothing,
         writes=False,
     ),
+    "kernel check": Command("kernel check kernel.py:experts --examples 10", kernel, writes=False),
     "router check": Command(
         "router check router.py:route --experts 8 --top-k 2 --examples 10", router, writes=False
     ),

@@ -12,7 +12,7 @@ The residual is norm(b') / norm(b) over all values of the failed checks, in unit
     far       Where the trace lacks inputs of a failed step, those enclosures are wide, and unlike causes have like
               effects. There the residual must be at most FAR = 1/2. Above CLEAR = 1/8, what is left must also be at
               most TWICE what the roundings of one ideal engine with the change make. Another engine makes as much.
-    chance    There, too, the agreement must be no accident. Let n be the number of values that carry the error:
+    chance    Above CLEAR, the agreement must be no accident either. Let n be the number of values that carry the error:
               sum(b^2)^2 / sum(b^4). An effect that has no relation to the error, in direction or size, leaves r or less
               with a probability below r^n. That must be at most 2^-CHANCE = 2^-27, which is one in a million for a
               catalogue of 128 causes.
@@ -55,8 +55,6 @@ TWICE = 2.0
 """The most that may be left there above it, over what the change's own rounding makes."""
 CHANCE = 27.0
 """The negative logarithm, to base 2, of the largest probability that a change explains such a trace by accident."""
-FINEST = 2.0**-24
-"""The least residual that counts as evidence: the relative precision of float32."""
 SIZE = 4.0
 """The most that may be left where nothing bounds it, over what one ideal engine's rounding makes."""
 SMALLEST, LARGEST = 0.25, 1.15
@@ -94,7 +92,7 @@ class Fit:
     @property
     def bits(self) -> float:
         """The negative logarithm, to base 2, of the probability that a change leaves as little by accident."""
-        return self.carriers * math.log2(1 / min(max(self.residual, FINEST), 1.0))
+        return math.inf if not self.residual else self.carriers * math.log2(1 / self.residual)
 
 
 NOTHING = Fit(math.nan, math.inf)
@@ -177,10 +175,10 @@ def explains_from_afar(
     fit: of the predictions at all failed checks   failed: these checks' taps   predicted: [n]
     ideal: makes the predictions of an engine that rounds at every cut point, [n]
     """
-    if fit.residual > FAR or fit.bits < CHANCE:
-        return False
     if fit.residual <= CLEAR:
         return True
+    if fit.residual > FAR or fit.bits < CHANCE:
+        return False
     left = made = 0.0
     rounded = ideal()
     for key in failed:
