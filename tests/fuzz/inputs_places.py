@@ -271,8 +271,8 @@ VALUES = (
     "a=", "=b", "float32+", "float32+cache", "float32+cache=", "float32+cache=float16+cache=float16", "+cache=float32",
     "float32+\x1b=1", "bfloat16.toml", "x.toml+y",
     "--", "-", "-x", "--json", "--help", "@x", "*", "**", "layers.*,logits", "[", "!", "\\", "a/b@c", "owner/repo@\n",
-    "/", "..", "hf", "golden", "golden/small", "trace.safetensors",
-    "router.py", "kernel.py:experts", "router.py:", ":route", "router.py:nothing", "router:route", "os:getcwd", "math:pi", "x" * LONG,
+    "/", "..", "hf", "golden", "golden/small", "trace.safetensors", "kernel.py:experts",
+    "router.py", "router.py:", ":route", "router.py:nothing", "router:route", "os:getcwd", "math:pi", "x" * LONG,
     "\u00e9", "\U0001f600" * 500, "1" * 300, "cuda", "mkl", "0" * 4000 + "1",
 )  # fmt: skip
 LARGE = (
