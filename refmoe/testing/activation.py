@@ -18,7 +18,7 @@ from refmoe.steps.enclosure_ops import EnclosureOps
 from refmoe.testing.arguments import fit, flat, one_of, real
 from refmoe.testing.call import Change, Output
 from refmoe.testing.judgement import Judgement, judge, require
-from refmoe.testing.options import Options, checked, chosen_rows, policy_for
+from refmoe.testing.options import Options, checked, chosen_rows, policy_for, selection
 from refmoe.testing.parameters import known
 from refmoe.testing.structures import Rearranged
 
@@ -89,9 +89,18 @@ class Gated:
     def some(self, at: Any) -> Gated:
         return replace(self, gate=self.gate[at], up=self.up[at])
 
-    def plain(self) -> NDArray[Any]:
-        gate, up = self.gate.astype(np.float32), self.up.astype(np.float32)
-        return np.asarray(gate / (1 + np.exp(-gate)) * up)
+    axis, terms = 1, 1
+
+    def part(self, at: Any) -> Gated:
+        return replace(self, gate=self.gate[:, at], up=self.up[:, at])
+
+    def plain(self, dtype: Any) -> NDArray[Any]:
+        gate, up = (each.astype(dtype, copy=False) for each in (self.gate, self.up))
+        found = np.exp(-gate)
+        found += 1
+        np.divide(gate, found, out=found)
+        found *= up
+        return np.asarray(found)
 
     def enclose(self, ops: EnclosureOps) -> Enclosure:
         return activated(ops, known(ops, self.gate), self.function) * known(ops, self.up)
@@ -126,14 +135,14 @@ def judge_swiglu(found: Any, gate: Any, up: Any = None, **options: Unpack[Swiglu
         arrays["gate"], arrays["up"] = divided(arrays["gate"], 1, fused, "gate", up)
     fit(arrays, dict.fromkeys(("gate", "up", "found"), "T F"))
     rows = chosen_rows(given, len(arrays["gate"]))
-    values = arrays["found"][rows]
-    call = Gated(arrays["gate"][rows], arrays["up"][rows])
+    at = selection(rows, len(arrays["gate"]))
+    values, call = arrays["found"][at], Gated(arrays["gate"][at], arrays["up"][at])
     output = Output(
         what="swiglu",
         step=STEP,
         found=values,
         call=call,
-        reads=np.concatenate([call.gate, call.up.astype(call.gate.dtype)], axis=1),
+        reads=(call.gate, call.up),
         where=lambda at: f"row {rows[at[0]]}, column {at[1]}",
         changes=lambda: swiglu_changes(call, fused),
         cuts=("expert.silu",),

@@ -20,7 +20,7 @@ from refmoe.steps.rounding import CutOps, as_softmax_reads, context_of, scores_o
 from refmoe.testing.arguments import finite, fit, flags, integers, one_of, real
 from refmoe.testing.call import Change, Output
 from refmoe.testing.judgement import Judgement, judge, require
-from refmoe.testing.options import Options, checked, chosen_rows, policy_for
+from refmoe.testing.options import Options, checked, chosen_rows, policy_for, selection
 from refmoe.testing.parameters import known
 
 STEP = "attention.context"
@@ -55,6 +55,38 @@ class Attention:
 
     def some(self, at: Any) -> Attention:
         return replace(self, q=self.q[at], sequence=self.sequence[at], positions=self.positions[at])
+
+    axis = 0
+
+    @property
+    def terms(self) -> int:
+        return int(self.k.shape[1])
+
+    def part(self, at: Any) -> Attention:
+        return self.some(at)
+
+    def plain(self, dtype: Any) -> NDArray[Any]:
+        heads, kv_heads = self.q.shape[1], self.k.shape[2]
+        found = np.zeros((len(self.q), heads, self.v.shape[-1]), dtype)
+        q, mask = self.q.astype(dtype, copy=False), np.where(self.visible(), 0, -np.inf).astype(dtype)
+        scale = dtype(self.q.shape[-1] ** -0.5 if self.scale is None else self.scale)
+        for sequence in np.unique(self.sequence):
+            mine = self.sequence == sequence
+            mine = slice(None) if mine.all() else mine
+            seen = mask[mine]
+            # what no row reads may be anything
+            read = np.flatnonzero((seen == 0).any(0))
+            first, last = (int(read[0]), int(read[-1]) + 1) if read.size else (0, 1)
+            seen = seen[:, first:last]
+            for head in range(kv_heads):
+                k, v = (x[sequence, first:last, head].astype(dtype, copy=False) for x in (self.k, self.v))
+                for each in range(head * heads // kv_heads, (head + 1) * heads // kv_heads):
+                    share = (q[mine, each] * scale) @ k.T
+                    share += seen
+                    share -= share.max(-1, keepdims=True)
+                    np.exp(share, out=share)
+                    found[mine, each] = (share @ v) / share.sum(-1, keepdims=True)
+        return found
 
     def visible(self) -> NDArray[Any]:
         """The keys that each row sees: booleans [R, S]"""
@@ -205,9 +237,9 @@ def judge_attention(found: Any, q: Any, k: Any, v: Any, **options: Unpack[Attent
         return Output(
             what=what,
             step=step,
-            found=flat_rows(arrays[name])[rows],
+            found=flat_rows(arrays[name])[selection(rows, batch * sizes["T"])],
             call=mine(call),
-            reads=call.q,
+            reads=(call.q,),
             where=where,
             changes=lambda: (
                 Change(each.name, mine(each.call), each.bug) for each in attention_changes(call, sizes["K"])
@@ -270,9 +302,10 @@ def read_call(given: dict[str, Any], arrays: dict[str, NDArray[Any]], batch: int
         scale=scale,
     )
     rows = chosen_rows(given, batch * tokens)
-    call = call.some(rows)
+    call = call.some(selection(rows, batch * tokens))
     sees = call.visible().any(1)
-    rows, call = rows[sees], call.some(np.flatnonzero(sees))
+    if not sees.all():
+        rows, call = rows[sees], call.some(np.flatnonzero(sees))
 
     def where(at: tuple[int, ...]) -> str:
         sequence, token = divmod(int(rows[at[0]]), tokens)

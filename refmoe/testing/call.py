@@ -46,8 +46,8 @@ class Output:
     found: NDArray[Any]
     """The values to judge, in their own dtype, rows first; only the rows of `call`."""
     call: Call
-    reads: NDArray[Any]
-    """The rows that the step reads, of which equal ones err alike: [rows, n]."""
+    reads: tuple[NDArray[Any], ...]
+    """The rows that the step reads, of which equal ones err alike: arrays [rows, ...]."""
     where: Callable[[tuple[int, ...]], str]
     """The place of an element of `found`, in words."""
     changes: Callable[[], Iterable[Change]] = lambda: ()

@@ -7,6 +7,8 @@ inputs are the arrays of the call.
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,20 +37,63 @@ PIECE = 1 << 17
 """Values of a step without a matrix that are judged at a time, so that their arrays stay in the cache."""
 
 
-def checked_in_pieces(output: Output, policy: Policy, significance: float, values: int) -> Check:
+@dataclass(frozen=True)
+class Parts:
+    """The rows or columns of an output that are judged, where not all are."""
+
+    axis: int
+    """0 for rows, 1 for columns."""
+    drawn: NDArray[Any]
+    """Integers [n], drawn at random: of all tests."""
+    far: NDArray[Any]
+    """Integers [m], farthest off: only of the tests of single values."""
+
+    @property
+    def places(self) -> NDArray[Any]:
+        """All of them, those that are drawn first: integers [n + m]"""
+        return np.concatenate([self.drawn, self.far])
+
+
+def checked_in_pieces(output: Output, policy: Policy, significance: float, parts: Parts | None) -> Check:
     """The check of an output, some rows after others where a row does not read a matrix.
 
-    values: that are tested in all, over which the significance is split
+    parts: the rows or columns that are judged; None: all rows
+    The significance is split over all values of the output.
     """
-    count = len(output.found)
-    height = count if output.cost else max(1, PIECE * count // max(output.found.size, 1))
-    tally, may_overflow = Tally(rows=count), False
-    for start in range(0, count, max(height, 1)):
-        at = np.arange(start, min(start + height, count))
-        x, overflows = enclosed(output.call if len(at) == count else output.call.some(at), policy)
+    found = output.found
+    axis, drawn = (0, len(found)) if parts is None else (parts.axis, len(parts.drawn))
+    places = np.arange(drawn) if parts is None else parts.places
+    count = len(places)
+    step = count if output.cost else max(1, PIECE * found.shape[axis] // found.size)
+    tally, may_overflow = Tally(rows=count if axis == 0 else len(found)), False
+    for start in range(0, count, step):
+        at = places[start : start + step]
+        x, overflows = enclosed(_part(output.call, at, axis, parts is None and step >= count), policy)
         may_overflow |= overflows
-        add(tally, output.found[at], x, policy, output.step, may_overflow, start)
-    return conclude(output, tally, policy, significance, values)
+        random = min(max(drawn - start, 0), len(at))
+        for chosen, counts in ((slice(0, random), True), (slice(random, None), False)):
+            here = at[chosen]
+            if not here.size:
+                continue
+            values, some = found.take(here, axis), x if len(here) == len(at) else _sliced(x, chosen, axis, len(at))
+            before = (tally.squares, tally.counted, tally.leaning, tally.reach)
+            add(tally, values, some, policy, output.step, may_overflow, (axis, here))
+            if not counts:
+                tally.squares, tally.counted, tally.leaning, tally.reach = before
+    reads = output.reads if parts is None or axis else tuple(array[parts.drawn] for array in output.reads)
+    return conclude(output, tally, policy, significance, found.size, repeats(*reads))
+
+
+def _part(call: Any, at: NDArray[Any], axis: int, whole: bool) -> Any:
+    if whole:
+        return call
+    return call.part(at) if axis else call.some(at)
+
+
+def _sliced(x: Enclosure, chosen: slice, axis: int, count: int) -> Enclosure:
+    """Some places of an axis.   count: all its places"""
+    shape, index = x.shape, (slice(None),) * axis + (chosen,)
+    return x.map(lambda part: np.broadcast_to(part, shape)[index])
 
 
 def check(output: Output, x: Enclosure, policy: Policy, significance: float, may_overflow: bool) -> Check:
@@ -58,32 +103,47 @@ def check(output: Output, x: Enclosure, policy: Policy, significance: float, may
     """
     tally = Tally(rows=len(output.found))
     add(tally, output.found, x, policy, output.step, may_overflow)
-    return conclude(output, tally, policy, significance, tally.values)
+    return conclude(output, tally, policy, significance, tally.values, repeats(*output.reads))
 
 
 def add(
-    tally: Tally, found: NDArray[Any], x: Enclosure, policy: Policy, step: str, may_overflow: bool, first: int = 0
+    tally: Tally,
+    found: NDArray[Any],
+    x: Enclosure,
+    policy: Policy,
+    step: str,
+    may_overflow: bool,
+    places: tuple[int, NDArray[Any]] | None = None,
 ) -> None:
-    """Test values against their enclosure.   found: [rows, ...]   first: the number of the first row"""
+    """Test values against their enclosure.
+
+    found: [rows, ...]   places: an axis, and the places of its elements in the whole output; None: their own
+    """
     shape = found.shape
     flat = x.map(lambda part: (part if part.shape == shape else np.broadcast_to(part, shape)).reshape(-1))
 
     def place(at: int) -> tuple[int, ...]:
-        row, *rest = (int(i) for i in np.unravel_index(at, shape))
-        return (first + row, *rest)
+        index = [int(i) for i in np.unravel_index(at, shape)]
+        if places is not None:
+            axis, own = places
+            index[axis] = int(own[index[axis]])
+        return tuple(index)
 
     values = found.astype(np.float64).reshape(-1)
     tally.add(flat, values, policy.at(step), OF_DTYPE[found.dtype], place, may_overflow)
 
 
-def conclude(output: Output, tally: Tally, policy: Policy, significance: float, values: int) -> Check:
-    """The check of all values in a tally, with the limits of the verifier."""
+def conclude(output: Output, tally: Tally, policy: Policy, significance: float, values: int, equal: int) -> Check:
+    """The check of all values in a tally, with the limits of the verifier.
+
+    values: over which the significance is split   equal: rows that the step reads most often
+    """
     tap = f"layers.0.{output.step}"
     origin = Origin(
         since=(tap,), rung=LOCAL if output.spans == 1 else REPLAYED, spans=output.spans, normalises=output.normalises
     )
     limits = Limits(significance, max(values, 1), 1)
-    alike = alike_values(tap, origin, repeats(output.reads))
+    alike = alike_values(tap, origin, equal)
     if alike is not None and reads_coarser(policy, output.step):
         alike = max(alike, LIKE_POINTWISE)  # all outputs share the roundings of one input
     alike_rows = output.normalises and policy.statistics.precision <= policy.at(output.step).precision
@@ -92,10 +152,10 @@ def conclude(output: Output, tally: Tally, policy: Policy, significance: float, 
     return tally.check("", tap, origin, limits, alike, not alike_rows, NO_BOUND)
 
 
-def repeats(rows: NDArray[Any]) -> int:
-    """The number of times that the most frequent row occurs.   rows: [n, ...]"""
-    counts: dict[bytes, int] = {}
-    for row in rows:
-        key = row.tobytes()
-        counts[key] = counts.get(key, 0) + 1
+def repeats(*arrays: NDArray[Any]) -> int:
+    """The number of times that the most frequent row occurs.   arrays: whose rows belong together, [n, ...] each"""
+    for array in arrays:
+        if array.size and len(np.unique(array.reshape(len(array), -1)[:, 0])) == len(array):
+            return 1  # the rows of most kernels differ in their first element
+    counts = Counter(tuple(row.tobytes() for row in rows) for rows in zip(*arrays, strict=True))
     return max(counts.values(), default=1)

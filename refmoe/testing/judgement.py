@@ -16,7 +16,7 @@ from refmoe.testing.checking import checked_in_pieces, enclosed
 from refmoe.testing.explanation import Failure, explain
 from refmoe.testing.message import message_of
 from refmoe.testing.options import significance_of
-from refmoe.testing.screening import parts, restricted
+from refmoe.testing.screening import parts, shown
 from refmoe.verifier.findings import FAIL, PASS, Element
 
 
@@ -30,7 +30,7 @@ class Judgement:
     """pass, fail or undecidable."""
     reason: str
     values: int
-    """The number of elements. Of very many, most are only compared with a plain evaluation."""
+    """The number of elements."""
     rows: int
     """The number of rows."""
     headroom: float
@@ -50,6 +50,8 @@ class Judgement:
     worst: Element | None = None
     place: str = ""
     """The place of the worst element, in words."""
+    judged: int = 0
+    """The number of elements that were judged. All others were only compared with a plain evaluation."""
     explanations: tuple[str, ...] = ()
     """The mistakes that explain a failure: with any of them all values would be legal."""
     message: str = field(default="", repr=False)
@@ -68,20 +70,17 @@ def judge(output: Output, policy: Policy, options: Mapping[str, Any]) -> Judgeme
             rows=len(output.found), headroom=0.0, deviations=0.0, limit=0.0, size=0.0, lean=0.0, statistics=False,
         )  # fmt: skip
     values, rows = output.found.size, len(output.found)
-    chosen = parts(output, whole_number(options.get("seed", 0), "seed"))
-    if chosen is None:
-        done = checked_in_pieces(output, policy, significance, values)
-    else:
-        drawn, far = (restricted(output, each) for each in chosen)
-        done = checked_in_pieces(far, policy, significance, values)
-        output = far
-        if done.verdict == PASS:
-            output, done = drawn, checked_in_pieces(drawn, policy, significance, values)
+    seed = whole_number(options.get("seed", 0), "seed")
+    chosen = parts(output, policy.at(output.step), seed)
+    done = checked_in_pieces(output, policy, significance, chosen)
+    if done.verdict != PASS and chosen is not None:  # a part may acquit a kernel, but does not convict it
+        done = checked_in_pieces(output, policy, significance, None)
     explanations: tuple[str, ...] = ()
     message = ""
     if done.verdict != PASS:
-        x, _ = enclosed(output.call, policy)
-        failure = Failure(output=output, policy=policy, significance=significance, x=x, check=done)
+        part, check = shown(output, done, seed)
+        x, _ = enclosed(part.call, policy)
+        failure = Failure(output=part, policy=policy, significance=significance, x=x, check=check)
         seen = None
         if done.verdict == FAIL and options.get("explain", True):
             seen = explain(failure)
@@ -101,6 +100,7 @@ def judge(output: Output, policy: Policy, options: Mapping[str, Any]) -> Judgeme
         lean=done.truncation,
         statistics=not np.isnan(done.rms_limit),
         undecided=done.undecided,
+        judged=done.values,
         worst=done.worst,
         place="" if done.worst is None else output.where(done.worst.where),
         explanations=explanations,

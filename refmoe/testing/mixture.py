@@ -18,7 +18,7 @@ from refmoe.testing.activation import BUGS, OTHERS, Function, activated, divided
 from refmoe.testing.arguments import fit, flags, integers, one_of, real
 from refmoe.testing.call import Change, Output
 from refmoe.testing.judgement import Judgement, judge, require
-from refmoe.testing.options import Options, checked, chosen_rows, policy_for
+from refmoe.testing.options import Options, checked, chosen_rows, policy_for, selection
 from refmoe.testing.parameters import Matrix, known
 from refmoe.testing.products import as_transpose, expert_changes, within
 
@@ -48,9 +48,14 @@ class Combined:
     def some(self, at: Any) -> Combined:
         return replace(self, outputs=self.outputs[at], ids=self.ids[at], weights=self.weights[at])
 
-    def plain(self) -> NDArray[Any]:
-        weights = np.where(self.ids >= 0, self.weights, 0).astype(np.float32)
-        outputs = self.outputs.astype(np.float32)
+    axis, terms = 1, 1
+
+    def part(self, at: Any) -> Combined:
+        return replace(self, outputs=self.outputs[:, :, at])
+
+    def plain(self, dtype: Any) -> NDArray[Any]:
+        weights = np.where(self.ids >= 0, self.weights, 0).astype(dtype)
+        outputs = self.outputs.astype(dtype, copy=False)
         if (self.ids < 0).any():
             outputs = np.where((self.ids >= 0)[..., None], outputs, 0)
         return np.asarray(np.einsum("tk,tkd->td", weights, outputs))
@@ -91,13 +96,14 @@ def judge_combine(
         outputs = outputs.reshape(sizes["T"], sizes["k"], -1)
     fit({"expert_outputs": outputs}, {"expert_outputs": "T k D"}, sizes)
     rows = chosen_rows(given, sizes["T"])
-    values, call = arrays["found"][rows], Combined(outputs, arrays["ids"], arrays["weights"]).some(rows)
+    at = selection(rows, sizes["T"])
+    values, call = arrays["found"][at], Combined(outputs, arrays["ids"], arrays["weights"]).some(at)
     output = Output(
         what="combine",
         step=STEP,
         found=values,
         call=call,
-        reads=call.outputs,
+        reads=(call.outputs,),
         where=lambda at: f"token {rows[at[0]]}, column {at[1]}, experts {call.ids[at[0]].tolist()}",
         changes=lambda: combine_changes(call),
         cuts=("combine.weighted", "combine.partial"),
@@ -194,6 +200,30 @@ class Layer:
     def some(self, at: Any) -> Layer:
         return replace(self, x=self.x[at], ids=self.ids[at], weights=self.weights[at])
 
+    axis = 0
+
+    @property
+    def terms(self) -> int:
+        return int(self.w_gate[0].size)
+
+    def part(self, at: Any) -> Layer:
+        return self.some(at)
+
+    def plain(self, dtype: Any) -> NDArray[Any]:
+        x, found = self.x.astype(dtype, copy=False), np.zeros(self.x.shape, dtype)
+        for expert in np.unique(self.ids[self.ids >= 0]):
+            w_gate, w_up, w_down = (
+                array[expert].astype(dtype, copy=False) for array in (self.w_gate, self.w_up, self.w_down)
+            )
+            token, slot = np.nonzero(self.ids == expert)
+            weights, rows = self.weights[token, slot, None].astype(dtype), x[token]
+            if self.weigh == "input":
+                rows, weights = rows * weights, np.ones_like(weights)
+            gate = rows @ w_gate.T
+            hidden = gate / (1 + np.exp(-gate)) * (rows @ w_up.T)
+            np.add.at(found, token, weights * (hidden @ w_down.T))
+        return found
+
     def enclose(self, ops: EnclosureOps) -> Enclosure:
         """Expert by expert, so that each matrix is prepared once and memory stays small."""
         (tokens, k), slots = self.ids.shape, self.ids.reshape(-1)
@@ -260,13 +290,14 @@ def judge_moe(
     values = real(found, "found")
     fit({"found": values}, {"found": "T D"}, {"T": layer.x.shape[0], "D": layer.x.shape[1]})
     rows = chosen_rows(given, len(values))
-    call, values = layer.some(rows), values[rows]
+    at = selection(rows, len(values))
+    call, values = layer.some(at), values[at]
     output = Output(
         what="mixture of experts",
         step=STEP,
         found=values,
         call=call,
-        reads=call.x,
+        reads=(call.x,),
         where=lambda at: f"token {rows[at[0]]}, column {at[1]}, experts {call.ids[at[0]].tolist()}",
         changes=lambda: moe_changes(call, one_of(given, "fused", (None, "halves", "interleaved"))),
         cuts=("expert.gate", "expert.up", "expert.hidden", "expert.output", "combine.weighted", "combine.partial"),

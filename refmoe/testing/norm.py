@@ -18,7 +18,7 @@ from refmoe.steps.rounding import CutOps, rms_norm
 from refmoe.testing.arguments import finite, fit, flat, real
 from refmoe.testing.call import Change, Output
 from refmoe.testing.judgement import Judgement, judge, require
-from refmoe.testing.options import Options, checked, chosen_rows, policy_for
+from refmoe.testing.options import Options, checked, chosen_rows, policy_for, selection
 from refmoe.testing.parameters import known
 
 STEP = "moe_norm"
@@ -52,10 +52,17 @@ class Norm:
     def some(self, at: Any) -> Norm:
         return replace(self, x=self.x[at])
 
-    def plain(self) -> NDArray[Any]:
-        x = self.x.astype(np.float32)
-        scale = 1 / np.sqrt(np.einsum("ij,ij->i", x, x) / x.shape[1] + np.float32(self.eps))
-        return np.asarray(x * scale[:, None] * self.gain.astype(np.float32))
+    axis, terms = 0, 1
+
+    def part(self, at: Any) -> Norm:
+        return self.some(at)
+
+    def plain(self, dtype: Any) -> NDArray[Any]:
+        x = self.x.astype(dtype, copy=False)
+        scale = 1 / np.sqrt(np.einsum("ij,ij->i", x, x) / x.shape[1] + x.dtype.type(self.eps))
+        found = x * scale[:, None]
+        found *= self.gain.astype(dtype, copy=False)
+        return np.asarray(found)
 
     def enclose(self, ops: EnclosureOps) -> Enclosure:
         x, gain = known(ops, self.x), known(ops, self.gain, self.roundings)
@@ -85,8 +92,13 @@ class Sum:
     def some(self, at: Any) -> Sum:
         return Sum(self.a[at], self.b[at])
 
-    def plain(self) -> NDArray[Any]:
-        return np.asarray(self.a.astype(np.float32) + self.b.astype(np.float32))
+    axis, terms = 1, 1
+
+    def part(self, at: Any) -> Sum:
+        return Sum(self.a[:, at], self.b[:, at])
+
+    def plain(self, dtype: Any) -> NDArray[Any]:
+        return np.asarray(self.a.astype(dtype, copy=False) + self.b.astype(dtype, copy=False))
 
     def enclose(self, ops: EnclosureOps) -> Enclosure:
         return known(ops, self.a) + known(ops, self.b)
@@ -132,7 +144,8 @@ def judge_rms_norm(
         arrays[name], shapes[name] = flat(real(given[name], name)), "T D"
     fit(arrays, shapes)
     rows = chosen_rows(given, len(arrays["x"]))
-    values = arrays["found"][rows]
+    at = selection(rows, len(arrays["x"]))
+    values = arrays["found"][at]
 
     def where(at: tuple[int, ...]) -> str:
         return f"row {rows[at[0]]}, column {at[1]}"
@@ -141,21 +154,21 @@ def judge_rms_norm(
     inputs = {"x": arrays["x"]}
     source = arrays["residual_found"] if added else arrays["x"]
     if added:
-        total, call = arrays["residual_found"][rows], Sum(arrays["x"][rows], arrays["residual"][rows])
+        total, call = arrays["residual_found"][at], Sum(arrays["x"][at], arrays["residual"][at])
         output = Output(
-            what="residual", step=SUM, found=total, call=call, reads=call.a, where=where,
+            what="residual", step=SUM, found=total, call=call, reads=(call.a,), where=where,
             changes=lambda: sum_changes(call),
         )  # fmt: skip
         inputs = {"x": arrays["x"], "residual": arrays["residual"]}
         judgements.append(judge(output, policy_for(given, SUM, total, inputs), given))
-    norm = Norm(x=source[rows], gain=arrays["weight"], eps=eps)
-    plain = Norm(x=arrays["x"][rows], gain=arrays["weight"], eps=eps) if added else None
+    norm = Norm(x=source[at], gain=arrays["weight"], eps=eps)
+    plain = Norm(x=arrays["x"][at], gain=arrays["weight"], eps=eps) if added else None
     output = Output(
         what="rms norm",
         step=STEP,
         found=values,
         call=norm,
-        reads=norm.x,
+        reads=(norm.x,),
         where=where,
         changes=lambda: norm_changes(norm, plain),
         cuts=("norm.input", "norm.normed"),

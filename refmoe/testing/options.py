@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, TypedDict
 
 import numpy as np
+from numpy.typing import NDArray
 
 from refmoe.api.arguments import kind, probability, shown, whole_number
 from refmoe.api.policies import as_policy
@@ -94,6 +95,11 @@ def chosen_rows(options: Mapping[str, Any], count: int) -> Any:
     if wrong.size:
         raise InputError(f"rows: has {int(wrong[0])} in it, but rows from 0 to {count - 1} were expected")
     return np.unique(listed)
+
+
+def selection(rows: NDArray[Any], count: int) -> Any:
+    """The index of rows, without a copy where it selects all.   rows: integers [n], rising   count: of all rows"""
+    return slice(None) if len(rows) == count else rows
 
 
 def significance_of(options: Mapping[str, Any]) -> float:

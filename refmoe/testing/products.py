@@ -17,7 +17,7 @@ from refmoe.steps.enclosure_ops import EnclosureOps
 from refmoe.testing.arguments import fit, flags, flat, integers, one_of, real
 from refmoe.testing.call import Call, Change, Output
 from refmoe.testing.judgement import Judgement, judge, require
-from refmoe.testing.options import Options, checked, chosen_rows, policy_for
+from refmoe.testing.options import Options, checked, chosen_rows, policy_for, selection
 from refmoe.testing.parameters import Matrix, known
 from refmoe.testing.structures import Rearranged
 
@@ -54,8 +54,21 @@ class Linear:
     bias: NDArray[Any] | None = None
     """[N]"""
 
+    axis = 1
+
+    @property
+    def terms(self) -> int:
+        return int(self.x.shape[1])
+
     def some(self, at: Any) -> Linear:
         return replace(self, x=self.x[at])
+
+    def part(self, at: Any) -> Linear:
+        return replace(self, w=self.w[at], bias=None if self.bias is None else self.bias[at])
+
+    def plain(self, dtype: Any) -> NDArray[Any]:
+        found = self.x.astype(dtype, copy=False) @ self.w.astype(dtype, copy=False).T
+        return found if self.bias is None else np.asarray(found + self.bias.astype(dtype))
 
     def enclose(self, ops: EnclosureOps) -> Enclosure:
         product = ops.linear(known(ops, self.x), Matrix("", self.w))
@@ -89,15 +102,16 @@ def judge_linear(found: Any, x: Any, w: Any, **options: Unpack[LinearOptions]) -
         arrays["bias"], shapes["bias"] = real(given["bias"], "bias"), "N"
     fit(arrays, shapes)
     rows = chosen_rows(given, len(arrays["x"]))
-    values = arrays["found"][rows]
-    call = Linear(x=arrays["x"][rows], w=arrays["w"].T if transposed else arrays["w"], bias=arrays.get("bias"))
+    at = selection(rows, len(arrays["x"]))
+    values = arrays["found"][at]
+    call = Linear(x=arrays["x"][at], w=arrays["w"].T if transposed else arrays["w"], bias=arrays.get("bias"))
     policy = policy_for(given, STEP, values, {name: arrays[name] for name in arrays if name != "found"})
     output = Output(
         what="linear",
         step=STEP,
         found=values,
         call=call,
-        reads=call.x,
+        reads=(call.x,),
         inputs={"x": call.x},
         where=lambda at: f"row {rows[at[0]]}, column {at[1]}",
         changes=lambda: linear_changes(call, values),
@@ -200,8 +214,25 @@ class Grouped:
     experts: NDArray[Any]
     """Integers [T]"""
 
+    axis = 1
+
+    @property
+    def terms(self) -> int:
+        return int(self.x.shape[1])
+
     def some(self, at: Any) -> Grouped:
         return replace(self, x=self.x[at], experts=self.experts[at])
+
+    def part(self, at: Any) -> Grouped:
+        read, experts = np.unique(self.experts, return_inverse=True)
+        return replace(self, w=np.stack([self.w[e][at] for e in read]), experts=experts.reshape(-1))
+
+    def plain(self, dtype: Any) -> NDArray[Any]:
+        found = np.empty((len(self.x), self.w.shape[1]), dtype)
+        for expert in np.unique(self.experts):
+            mine = self.experts == expert
+            found[mine] = self.x[mine].astype(dtype, copy=False) @ self.w[expert].astype(dtype, copy=False).T
+        return found
 
     def enclose(self, ops: EnclosureOps) -> Enclosure:
         return by_expert(self.experts, lambda e, at: ops.linear(known(ops, self.x[at]), Matrix("", self.w[e])))
@@ -229,9 +260,10 @@ def judge_grouped_linear(found: Any, x: Any, w: Any, **options: Unpack[GroupedOp
     experts = expert_of_rows(given, sizes["T"], sizes["E"])
     rows = chosen_rows(given, sizes["T"])
     rows = rows[experts[rows] >= 0]
-    values = arrays["found"][rows]
+    at = selection(rows, sizes["T"])
+    values = arrays["found"][at]
     call = Grouped(
-        x=arrays["x"][rows], w=arrays["w"].transpose(0, 2, 1) if transposed else arrays["w"], experts=experts[rows]
+        x=arrays["x"][at], w=arrays["w"].transpose(0, 2, 1) if transposed else arrays["w"], experts=experts[at]
     )
 
     def where(at: tuple[int, ...]) -> str:
@@ -242,7 +274,7 @@ def judge_grouped_linear(found: Any, x: Any, w: Any, **options: Unpack[GroupedOp
         step=STEP,
         found=values,
         call=call,
-        reads=call.x,
+        reads=(call.x,),
         inputs={"x": call.x},
         where=where,
         changes=lambda: grouped_changes(call, values, fused),

@@ -17,7 +17,7 @@ from refmoe.steps.rounding import CutOps, rotary_table, rotate
 from refmoe.testing.arguments import finite, fit, integers, one_of, real
 from refmoe.testing.call import Change, Output
 from refmoe.testing.judgement import Judgement, judge, require
-from refmoe.testing.options import Options, checked, chosen_rows, policy_for
+from refmoe.testing.options import Options, checked, chosen_rows, policy_for, selection
 from refmoe.testing.parameters import known
 
 STEP = "attention.q_rope"
@@ -41,17 +41,39 @@ class Rotated:
     def some(self, at: Any) -> Rotated:
         return replace(self, x=self.x[at], positions=self.positions[at])
 
-    def plain(self) -> NDArray[Any]:
-        half, x = self.x.shape[-1] // 2, self.x.astype(np.float32)
+    axis, terms = 0, 1
+
+    def part(self, at: Any) -> Rotated:
+        return self.some(at)
+
+    def plain(self, dtype: Any) -> NDArray[Any]:
+        half, x = self.x.shape[-1] // 2, self.x.astype(dtype, copy=False)
         angle = self.positions[:, None] * self.theta ** (-np.arange(half) / half)
-        cos, sin = (each.astype(np.float32)[:, None] for each in (np.cos(angle), np.sin(angle)))
+        cos, sin = (each.astype(dtype)[:, None] for each in (np.cos(angle), np.sin(angle)))
         found = np.empty_like(x)
-        first, second = (
-            (slice(0, half), slice(half, None)) if self.layout == "halves" else (slice(0, None, 2), slice(1, None, 2))
-        )
+        first, second = self._pairs
         a, b = x[..., first], x[..., second]
         found[..., first], found[..., second] = a * cos - b * sin, b * cos + a * sin
         return found
+
+    def size(self) -> NDArray[Any]:
+        """The length of each pair, times the error of an angle that a kernel computes in the dtype of its table."""
+        half, x = self.x.shape[-1] // 2, self.x.astype(np.float32, copy=False)
+        angle = self.positions[:, None] * self.theta ** (-np.arange(half) / half)
+        found = np.empty_like(x)
+        first, second = self._pairs
+        length = np.hypot(x[..., first], x[..., second])
+        length *= (1 + angle).astype(np.float32)[:, None]
+        found[..., first] = found[..., second] = length
+        return found
+
+    @property
+    def _pairs(self) -> tuple[slice, slice]:
+        """The first and the second elements of the pairs."""
+        half = self.x.shape[-1] // 2
+        return (
+            (slice(0, half), slice(half, None)) if self.layout == "halves" else (slice(0, None, 2), slice(1, None, 2))
+        )
 
     def enclose(self, ops: EnclosureOps) -> Enclosure:
         size, cuts = self.x.shape[-1], cast(CutOps, ops)
@@ -101,8 +123,9 @@ def judge_rotary(found: Any, x: Any, positions: Any, theta: float, **options: Un
     arrays = {name: array.reshape(-1, *array.shape[-2:]) for name, array in arrays.items()}
     fit(arrays, {"x": "T H d", "found": "T H d"})
     rows = chosen_rows(given, len(arrays["x"]))
-    values = arrays["found"][rows]
-    call = Rotated(x=arrays["x"][rows], positions=places.reshape(-1)[rows], theta=theta, layout=layout)
+    at = selection(rows, len(arrays["x"]))
+    values = arrays["found"][at]
+    call = Rotated(x=arrays["x"][at], positions=places.reshape(-1)[at], theta=theta, layout=layout)
 
     def where(at: tuple[int, ...]) -> str:
         token = tuple(int(i) for i in np.unravel_index(rows[at[0]], before[:-2]))
@@ -114,7 +137,7 @@ def judge_rotary(found: Any, x: Any, positions: Any, theta: float, **options: Un
         step=STEP,
         found=values,
         call=call,
-        reads=call.x,
+        reads=(call.x,),
         where=where,
         changes=lambda: rotary_changes(call),
         cuts=("rope.table", "rope.products"),

@@ -156,7 +156,7 @@ def judge_router(ids: Any, weights: Any, logits: Any, **options: Unpack[RouterOp
         step=STEP,
         found=found[at],
         call=weighed,
-        reads=weighed.logits,
+        reads=(weighed.logits,),
         where=lambda at: f"token {shown[at[0]]}, slot {at[1]}, expert {weighed.ids[at[0]][at[1]]}",
         changes=lambda: weight_changes(weighed),
         cuts=("router.probs", "router.softmax_input"),

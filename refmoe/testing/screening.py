@@ -1,71 +1,178 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rows that are judged of an output with many values, of a step that reads no matrix.
+"""The rows or columns that are judged of a large output.
 
-Such a step costs a kernel a few operations per value, and its enclosure many times as much. So all values are compared
-with a plain evaluation in float32. That comparison gives no verdict, but it ranks the rows. The rows that are farthest
-off are judged, and others drawn by a seed. The tests of size and lean take only the rows that were drawn.
+An enclosure costs many times the step itself. So all values of a large output are compared with a plain evaluation.
+That comparison gives no verdict, but it ranks the rows, or the columns. Those that are farthest off are judged, and
+others drawn by a seed. The tests of size and lean take only those that were drawn.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from refmoe.testing.call import Output
+from refmoe.arithmetic.formats import OF_DTYPE, Format
+from refmoe.testing.call import Change, Output
+from refmoe.testing.checking import Parts
+from refmoe.verifier.findings import Check
 from refmoe.verifier.tally import ROWS
 
-MANY = 1 << 18
-"""Values from which an output is screened."""
-DRAWN = 1 << 16
-"""Values, about, of the rows that are drawn."""
-FARTHEST = 4
-"""Rows that are judged because they are farthest off: by each of two measures."""
+MANY = 1 << 15
+"""The work from which an output is screened: its values, each counted once more for every `TERMS` terms."""
+TERMS = 16
+"""Terms of a sum whose bounds cost as much as those of one value without a sum."""
+SHARE = 16
+"""One in so many rows or columns is drawn."""
+FEWEST = 4
+"""The fewest that are drawn."""
+DRAWN = 1 << 12
+"""The fewest values that are drawn, where there are enough rows for the tests of size and lean."""
+FARTHEST = 2
+"""Rows or columns that are judged because they are farthest off: by each of three measures."""
 PIECE = 1 << 16
 """Values that are compared at a time, so that their arrays stay in the cache."""
+SHOWN = 1 << 18
+"""Values of a failure of a step without a matrix, in whose rows its cause is searched."""
 
 
 @runtime_checkable
 class Plain(Protocol):
     """A call that can be evaluated without an enclosure."""
 
+    @property
+    def axis(self) -> int:
+        """The axis of the output along which it is judged in part: 0 for rows, 1 for columns."""
+
+    @property
+    def terms(self) -> int:
+        """The number of terms that a value sums."""
+
     def some(self, at: Any) -> Plain:
         """The call for some rows only."""
 
-    def plain(self) -> NDArray[Any]:
-        """The output in float32, roughly: [rows, ...]"""
+    def part(self, at: Any) -> Plain:
+        """The call for some places of the axis only."""
+
+    def plain(self, dtype: Any) -> NDArray[Any]:
+        """The output in float32 or float64, roughly: [rows, ...]"""
 
 
-def parts(output: Output, seed: int) -> tuple[NDArray[Any], NDArray[Any]] | None:
-    """The rows that are drawn, and those that are farthest off, integers each; None where all rows are judged."""
-    call, count = output.call, len(output.found)
-    if output.cost or output.found.size <= MANY or not isinstance(call, Plain):
+@runtime_checkable
+class Sized(Protocol):
+    """A call whose legal errors are not proportional to its values."""
+
+    def size(self) -> NDArray[Any]:
+        """What the largest legal errors are roughly proportional to: float32, of the output's shape"""
+
+
+def parts(output: Output, format: Format, seed: int) -> Parts | None:
+    """The rows or columns that are drawn, and those that are farthest off; None where all rows are judged.
+
+    format: the dtype that the policy has for the output
+    """
+    call, size = output.call, output.found.size
+    if not isinstance(call, Plain) or size * (1 + call.terms // TERMS) < MANY:
         return None
-    width = output.found.size // count
-    wanted = max(2 * ROWS, DRAWN // width)
-    if wanted + 2 * FARTHEST >= count:
+    count = output.found.shape[call.axis]
+    wanted = max(count // SHARE, FEWEST)
+    if len(output.found) >= ROWS:
+        wanted = max(wanted, -(-DRAWN * count // size), 0 if call.axis else ROWS + 2)
+    if 4 * (wanted + FARTHEST) >= 3 * count:
         return None
+    scores = _scores(call, output, format)
+    if not np.isfinite(scores).all():
+        return None  # such a rank says nothing
     drawn = np.random.default_rng(seed).choice(count, wanted, replace=False)
-    pieces = np.array_split(np.arange(count), -(-count * width // PIECE))
-    scores = np.concatenate([_scores(call, output, at) for at in pieces])
-    far = np.concatenate([np.argpartition(-each, FARTHEST)[:FARTHEST] for each in scores.T])
-    return np.sort(drawn), np.setdiff1d(far, drawn)
+    far = np.concatenate([np.argpartition(-each, FARTHEST)[:FARTHEST] for each in scores])
+    return Parts(call.axis, np.sort(drawn), np.setdiff1d(far, drawn))
 
 
-def _scores(call: Plain, output: Output, at: NDArray[Any]) -> NDArray[Any]:
-    """How far rows are off, relative to each value and to the row: [n, 2]"""
+def _scores(call: Plain, output: Output, format: Format) -> NDArray[Any]:
+    """How far rows or columns are off, relative to each value and to the row: [3, n]"""
+    found = output.found
+    dtype = np.float64 if found.dtype == np.float64 else np.float32
+    parts = []
     with np.errstate(all="ignore"):
-        plain = call.some(at).plain().reshape(len(at), -1)
-        found = output.found[at].astype(np.float32).reshape(len(at), -1)
-        apart = np.abs(found - plain)
-        typical = np.abs(plain).mean(1, keepdims=True)
-        size = np.abs(plain)
+        whole = call.plain(dtype) if output.cost else None  # a matrix is read once
+        for at in _pieces(found):
+            some = call.some(at)
+            plain = some.plain(dtype) if whole is None else whole[at]
+            own = some.size() if isinstance(some, Sized) else None
+            parts.append(_measures(found[at], (plain, own), format, call.axis))
+        if call.axis == 0:
+            return np.concatenate(parts, axis=1)
+        value, mean, row, size = (np.array(each) for each in zip(*parts, strict=True))
+        # errors of a product grow with its column: its mean size, of which a few rows do not say much
+        return np.stack([value.max(0), mean.sum(0), row.max(0) / (size.sum(0) + FEWEST)])
+
+
+def _pieces(found: NDArray[Any]) -> Iterator[slice]:
+    step = max(1, PIECE * len(found) // found.size)
+    return (slice(start, start + step) for start in range(0, len(found), step))
+
+
+def _measures(
+    found: NDArray[Any], right: tuple[NDArray[Any], NDArray[Any] | None], format: Format, axis: int
+) -> NDArray[Any]:
+    """Measures of the distance of values, along the other axis: [3, n] for rows, [4, n] for columns.
+
+    right: the plain evaluation, and the size of a `Sized` call
+    """
+    plain = right[0].reshape(len(found), -1)
+    y = found.astype(plain.dtype, copy=False).reshape(plain.shape)
+    apart = y - plain
+    np.abs(apart, out=apart)
+    _without_rounding(apart, y, OF_DTYPE[found.dtype], format)
+    size = np.abs(plain)
+    typical = np.maximum(size.mean(1, keepdims=True), np.finfo(plain.dtype).tiny)
+    other = 1 - axis
+    if axis == 0:
+        row = apart.max(1) / typical[:, 0]
+    else:
+        row, sizes = (apart / typical).max(0), (size / typical).sum(0)
+    if right[1] is None:
         size += typical / 256
-        apart /= size
-        scores = np.stack([apart.max(1), apart.mean(1)], 1)
-    return np.where(np.isnan(scores), np.inf, scores)
+    else:
+        size = np.maximum(right[1].reshape(plain.shape), np.finfo(plain.dtype).tiny)
+    apart /= size
+    value, mean = apart.max(other), apart.sum(other)
+    return np.stack([value, mean, row] if axis == 0 else [value, mean, row, sizes])
+
+
+def _without_rounding(apart: NDArray[Any], y: NDArray[Any], stored: Format, format: Format) -> None:
+    """Take half a spacing of the coarser dtype from the distances of the values that it holds, in place.
+
+    apart, y: float32 [n, m], the values in y   stored: their dtype   format: that of the policy
+    """
+    least = min(stored.precision, format.precision)
+    if y.dtype != np.float32 or least >= 24:
+        return
+    bits = y.view(np.uint32)
+    half = (bits & np.uint32(0x7F800000)).view(np.float32) * np.float32(2.0**-least)
+    if stored.precision > least:
+        half[(bits & np.uint32((1 << (24 - least)) - 1)) != 0] = 0
+    np.subtract(apart, half, out=apart)
+    np.maximum(apart, 0, out=apart)
+
+
+def shown(output: Output, check: Check, seed: int) -> tuple[Output, Check]:
+    """The output in the rows in which the cause of a failure is searched, and the check with its worst element there.
+
+    check: of all rows
+    """
+    count, size, worst = len(output.found), output.found.size, check.worst
+    wanted = max(2 * ROWS, SHOWN * count // size)
+    if output.cost or size <= SHOWN or wanted >= count:
+        return output, check
+    rows = np.random.default_rng(seed).choice(count, wanted, replace=False)
+    rows = np.unique(rows) if worst is None else np.union1d(rows, worst.where[:1])
+    if worst is not None:
+        worst = replace(worst, where=(int(np.searchsorted(rows, worst.where[0])), *worst.where[1:]))
+    return restricted(output, rows), replace(check, worst=worst)
 
 
 def restricted(output: Output, rows: NDArray[Any]) -> Output:
@@ -74,7 +181,8 @@ def restricted(output: Output, rows: NDArray[Any]) -> Output:
         output,
         found=output.found[rows],
         call=output.call.some(rows),
-        reads=output.reads[rows],
+        reads=tuple(array[rows] for array in output.reads),
         where=lambda at: output.where((int(rows[at[0]]), *at[1:])),
+        changes=lambda: (Change(each.name, each.call.some(rows), each.bug) for each in output.changes()),
         inputs={name: array[rows] for name, array in output.inputs.items()},
     )

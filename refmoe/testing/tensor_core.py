@@ -98,7 +98,7 @@ def judge_tensor_core_linear(found: Any, x: Any, w: Any, **options: Unpack[CoreO
         step=STEP,
         found=values,
         call=call,
-        reads=call.x,
+        reads=(call.x,),
         where=lambda at: f"row {rows[at[0]]}, column {at[1]}",
         changes=lambda: linear_changes(call, values),
         leans=True,
