@@ -337,14 +337,20 @@ def testing_cost() -> str:
     tokens = list(dict.fromkeys(row["tokens"] for row in found["rows"]))
     ratio = {(row["step"], row["tokens"]): f"{row['ratio']:.1f}" for row in found["rows"]}
     steps = dict.fromkeys(row["step"] for row in found["rows"])
-    rows = [(step, *(ratio[step, count] for count in tokens)) for step in steps]
+    step_ms = {row["step"]: 1000 * row["numpy"] for row in found["rows"] if row["tokens"] == tokens[-1]}
+    rows = [
+        (step, *(ratio[step, count] for count in tokens), f"{step_ms[step]:.1f}", f"{1000 * found['least'][step]:.2f}")
+        for step in steps
+    ]
     sizes = ", ".join(f"{name} = {size}" for name, size in found["sizes"].items())
     return f"""## Cost of the assertions on kernels
 
 The processor time of each assertion over that of one evaluation of its step in float32 by NumPy, by the number of
-tokens. Sizes: {sizes}. Command: `python -m bench.testing_cost`; file: {link("testing_cost.json")}.
+tokens. Beside them, the time of this evaluation with the most tokens, and of the assertion on one value. No assertion
+costs less than that, so ratios are large where a step takes some microseconds. Sizes: {sizes}. Command:
+`python -m bench.testing_cost --small`; file: {link("testing_cost.json")}.
 
-{table(("step", *(f"{count} tokens" for count in tokens)), rows)}"""
+{table(("step", *(f"{count} tokens" for count in tokens), f"NumPy, {tokens[-1]} tokens, ms", "one value, ms"), rows)}"""
 
 
 def verdict_cost() -> str:

@@ -16,7 +16,7 @@ from refmoe.arithmetic.enclosure.functions import relative_error
 from refmoe.errors import InputError
 from refmoe.steps.enclosure_ops import EnclosureOps
 from refmoe.testing.arguments import fit, flat, one_of, real
-from refmoe.testing.call import Change, Output
+from refmoe.testing.call import Change, Output, Plain
 from refmoe.testing.judgement import Judgement, judge, require
 from refmoe.testing.options import Options, checked, chosen_rows, policy_for, selection
 from refmoe.testing.parameters import known
@@ -77,7 +77,7 @@ def gelu(ops: EnclosureOps, x: Enclosure, by_tanh: bool) -> Enclosure:
 
 
 @dataclass(frozen=True)
-class Gated:
+class Gated(Plain):
     """A function of the gate, times up."""
 
     gate: NDArray[Any]
@@ -89,7 +89,7 @@ class Gated:
     def some(self, at: Any) -> Gated:
         return replace(self, gate=self.gate[at], up=self.up[at])
 
-    axis, terms = 1, 1
+    axis = 1
 
     def part(self, at: Any) -> Gated:
         return replace(self, gate=self.gate[:, at], up=self.up[:, at])

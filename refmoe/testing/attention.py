@@ -18,7 +18,7 @@ from refmoe.errors import InputError
 from refmoe.steps.enclosure_ops import EnclosureOps
 from refmoe.steps.rounding import CutOps, as_softmax_reads, context_of, scores_of
 from refmoe.testing.arguments import finite, fit, flags, integers, one_of, real
-from refmoe.testing.call import Change, Output
+from refmoe.testing.call import Change, Output, Plain
 from refmoe.testing.judgement import Judgement, judge, require
 from refmoe.testing.options import Options, checked, chosen_rows, policy_for, selection
 from refmoe.testing.parameters import known
@@ -33,7 +33,7 @@ RESCALED = 4
 
 
 @dataclass(frozen=True)
-class Attention:
+class Attention(Plain):
     """Rows of queries over the keys and values of their sequences."""
 
     q: NDArray[Any]
@@ -56,14 +56,9 @@ class Attention:
     def some(self, at: Any) -> Attention:
         return replace(self, q=self.q[at], sequence=self.sequence[at], positions=self.positions[at])
 
-    axis = 0
-
     @property
     def terms(self) -> int:
         return int(self.k.shape[1])
-
-    def part(self, at: Any) -> Attention:
-        return self.some(at)
 
     def plain(self, dtype: Any) -> NDArray[Any]:
         heads, kv_heads = self.q.shape[1], self.k.shape[2]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
@@ -21,6 +22,34 @@ class Call(Protocol):
 
     def enclose(self, ops: EnclosureOps) -> Enclosure:
         """The enclosure of the output, before it is stored: [rows, ...]"""
+
+
+class Plain(ABC):
+    """A call that can be evaluated without an enclosure. So a large output is judged in part."""
+
+    axis = 0
+    """The axis of the output along which it is judged in part: 0 for rows, 1 for columns."""
+
+    @property
+    def terms(self) -> int:
+        """The number of terms that a value sums."""
+        return 1
+
+    @abstractmethod
+    def some(self, at: Any) -> Self:
+        """The call for some rows only."""
+
+    def part(self, at: Any) -> Self:
+        """The call for some places of the axis only."""
+        return self.some(at)
+
+    @abstractmethod
+    def plain(self, dtype: Any) -> NDArray[Any]:
+        """The output in float32 or float64, roughly: [rows, ...]"""
+
+    def size(self) -> NDArray[Any] | None:
+        """Numbers that honest errors are roughly proportional to, of the output's shape. None: to the values"""
+        return None
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def judge(output: Output, policy: Policy, options: Mapping[str, Any]) -> Judgeme
     seed = whole_number(options.get("seed", 0), "seed")
     chosen = parts(output, policy.at(output.step), seed)
     done = checked_in_pieces(output, policy, significance, chosen)
-    if done.verdict != PASS and chosen is not None:  # a part may acquit a kernel, but does not convict it
+    if done.verdict != PASS and chosen is not None:  # the verdict is that of all values
         done = checked_in_pieces(output, policy, significance, None)
     explanations: tuple[str, ...] = ()
     message = ""

@@ -16,7 +16,7 @@ from refmoe.steps.enclosure_ops import EnclosureOps
 from refmoe.steps.rounding import CutOps, combine, run_experts
 from refmoe.testing.activation import BUGS, OTHERS, Function, activated, divided, otherwise_fused
 from refmoe.testing.arguments import fit, flags, integers, one_of, real
-from refmoe.testing.call import Change, Output
+from refmoe.testing.call import Change, Output, Plain
 from refmoe.testing.judgement import Judgement, judge, require
 from refmoe.testing.options import Options, checked, chosen_rows, policy_for, selection
 from refmoe.testing.parameters import Matrix, known
@@ -33,7 +33,7 @@ LARGE = 1 << 26
 
 
 @dataclass(frozen=True)
-class Combined:
+class Combined(Plain):
     """The sum of a token's expert outputs, each times its weight."""
 
     outputs: NDArray[Any]
@@ -48,7 +48,7 @@ class Combined:
     def some(self, at: Any) -> Combined:
         return replace(self, outputs=self.outputs[at], ids=self.ids[at], weights=self.weights[at])
 
-    axis, terms = 1, 1
+    axis = 1
 
     def part(self, at: Any) -> Combined:
         return replace(self, outputs=self.outputs[:, :, at])
@@ -177,7 +177,7 @@ class MoeOptions(Options, total=False):
 
 
 @dataclass(frozen=True)
-class Layer:
+class Layer(Plain):
     """The arrays of a call, in the layout of the specification."""
 
     x: NDArray[Any]
@@ -200,14 +200,9 @@ class Layer:
     def some(self, at: Any) -> Layer:
         return replace(self, x=self.x[at], ids=self.ids[at], weights=self.weights[at])
 
-    axis = 0
-
     @property
     def terms(self) -> int:
         return int(self.w_gate[0].size)
-
-    def part(self, at: Any) -> Layer:
-        return self.some(at)
 
     def plain(self, dtype: Any) -> NDArray[Any]:
         x, found = self.x.astype(dtype, copy=False), np.zeros(self.x.shape, dtype)

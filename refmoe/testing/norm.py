@@ -16,7 +16,7 @@ from refmoe.errors import InputError
 from refmoe.steps.enclosure_ops import EnclosureOps
 from refmoe.steps.rounding import CutOps, rms_norm
 from refmoe.testing.arguments import finite, fit, flat, real
-from refmoe.testing.call import Change, Output
+from refmoe.testing.call import Change, Output, Plain
 from refmoe.testing.judgement import Judgement, judge, require
 from refmoe.testing.options import Options, checked, chosen_rows, policy_for, selection
 from refmoe.testing.parameters import known
@@ -30,7 +30,7 @@ OTHER_EPS = (0.0, 1e-12, 1e-8, 1e-6, 1e-5, 1e-3)
 
 
 @dataclass(frozen=True)
-class Norm:
+class Norm(Plain):
     """Rows divided by their root mean square, times a gain. The other fields are mistakes."""
 
     x: NDArray[Any]
@@ -51,11 +51,6 @@ class Norm:
 
     def some(self, at: Any) -> Norm:
         return replace(self, x=self.x[at])
-
-    axis, terms = 0, 1
-
-    def part(self, at: Any) -> Norm:
-        return self.some(at)
 
     def plain(self, dtype: Any) -> NDArray[Any]:
         x = self.x.astype(dtype, copy=False)
@@ -81,7 +76,7 @@ class Norm:
 
 
 @dataclass(frozen=True)
-class Sum:
+class Sum(Plain):
     """Two rows added."""
 
     a: NDArray[Any]
@@ -92,7 +87,7 @@ class Sum:
     def some(self, at: Any) -> Sum:
         return Sum(self.a[at], self.b[at])
 
-    axis, terms = 1, 1
+    axis = 1
 
     def part(self, at: Any) -> Sum:
         return Sum(self.a[:, at], self.b[:, at])

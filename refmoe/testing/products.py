@@ -15,7 +15,7 @@ from refmoe.arithmetic.formats import BFLOAT16, FLOAT16, OF_DTYPE, Format, neare
 from refmoe.errors import InputError
 from refmoe.steps.enclosure_ops import EnclosureOps
 from refmoe.testing.arguments import fit, flags, flat, integers, one_of, real
-from refmoe.testing.call import Call, Change, Output
+from refmoe.testing.call import Call, Change, Output, Plain
 from refmoe.testing.judgement import Judgement, judge, require
 from refmoe.testing.options import Options, checked, chosen_rows, policy_for, selection
 from refmoe.testing.parameters import Matrix, known
@@ -44,7 +44,7 @@ class LinearOptions(Options, total=False):
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(Plain):
     """Rows times the transpose of a matrix, and a bias."""
 
     x: NDArray[Any]
@@ -204,7 +204,7 @@ class GroupedOptions(Options, total=False):
 
 
 @dataclass(frozen=True)
-class Grouped:
+class Grouped(Plain):
     """Each row times the transpose of the matrix of its expert."""
 
     x: NDArray[Any]

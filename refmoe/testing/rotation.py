@@ -15,7 +15,7 @@ from refmoe.errors import InputError
 from refmoe.steps.enclosure_ops import EnclosureOps
 from refmoe.steps.rounding import CutOps, rotary_table, rotate
 from refmoe.testing.arguments import finite, fit, integers, one_of, real
-from refmoe.testing.call import Change, Output
+from refmoe.testing.call import Change, Output, Plain
 from refmoe.testing.judgement import Judgement, judge, require
 from refmoe.testing.options import Options, checked, chosen_rows, policy_for, selection
 from refmoe.testing.parameters import known
@@ -27,7 +27,7 @@ OTHER_THETA = (1e4, 5e5, 1e6)
 
 
 @dataclass(frozen=True)
-class Rotated:
+class Rotated(Plain):
     """The pairs of each head turned by the angle of their position. The last field is a mistake."""
 
     x: NDArray[Any]
@@ -40,11 +40,6 @@ class Rotated:
 
     def some(self, at: Any) -> Rotated:
         return replace(self, x=self.x[at], positions=self.positions[at])
-
-    axis, terms = 0, 1
-
-    def part(self, at: Any) -> Rotated:
-        return self.some(at)
 
     def plain(self, dtype: Any) -> NDArray[Any]:
         half, x = self.x.shape[-1] // 2, self.x.astype(dtype, copy=False)

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from refmoe.arithmetic.formats import OF_DTYPE, Format
-from refmoe.testing.call import Change, Output
+from refmoe.testing.call import Change, Output, Plain
 from refmoe.testing.checking import Parts
 from refmoe.verifier.findings import Check
 from refmoe.verifier.tally import ROWS
@@ -26,47 +26,19 @@ MANY = 1 << 15
 TERMS = 16
 """Terms of a sum whose bounds cost as much as those of one value without a sum."""
 SHARE = 16
-"""One in so many rows or columns is drawn."""
+"""One in so many rows or columns is drawn, where there are enough rows for the tests of size and lean."""
+SINGLE = 64
+"""One in so many is drawn, where there are too few rows for these tests."""
 FEWEST = 4
 """The fewest that are drawn."""
 DRAWN = 1 << 12
-"""The fewest values that are drawn, where there are enough rows for the tests of size and lean."""
+"""The fewest values that are drawn for the tests of size and lean."""
 FARTHEST = 2
 """Rows or columns that are judged because they are farthest off: by each of three measures."""
 PIECE = 1 << 16
 """Values that are compared at a time, so that their arrays stay in the cache."""
 SHOWN = 1 << 18
 """Values of a failure of a step without a matrix, in whose rows its cause is searched."""
-
-
-@runtime_checkable
-class Plain(Protocol):
-    """A call that can be evaluated without an enclosure."""
-
-    @property
-    def axis(self) -> int:
-        """The axis of the output along which it is judged in part: 0 for rows, 1 for columns."""
-
-    @property
-    def terms(self) -> int:
-        """The number of terms that a value sums."""
-
-    def some(self, at: Any) -> Plain:
-        """The call for some rows only."""
-
-    def part(self, at: Any) -> Plain:
-        """The call for some places of the axis only."""
-
-    def plain(self, dtype: Any) -> NDArray[Any]:
-        """The output in float32 or float64, roughly: [rows, ...]"""
-
-
-@runtime_checkable
-class Sized(Protocol):
-    """A call whose legal errors are not proportional to its values."""
-
-    def size(self) -> NDArray[Any]:
-        """What the largest legal errors are roughly proportional to: float32, of the output's shape"""
 
 
 def parts(output: Output, format: Format, seed: int) -> Parts | None:
@@ -78,9 +50,10 @@ def parts(output: Output, format: Format, seed: int) -> Parts | None:
     if not isinstance(call, Plain) or size * (1 + call.terms // TERMS) < MANY:
         return None
     count = output.found.shape[call.axis]
-    wanted = max(count // SHARE, FEWEST)
     if len(output.found) >= ROWS:
-        wanted = max(wanted, -(-DRAWN * count // size), 0 if call.axis else ROWS + 2)
+        wanted = max(count // SHARE, FEWEST, -(-DRAWN * count // size), 0 if call.axis else ROWS + 2)
+    else:
+        wanted = max(count // SINGLE, FEWEST)
     if 4 * (wanted + FARTHEST) >= 3 * count:
         return None
     scores = _scores(call, output, format)
@@ -101,8 +74,7 @@ def _scores(call: Plain, output: Output, format: Format) -> NDArray[Any]:
         for at in _pieces(found):
             some = call.some(at)
             plain = some.plain(dtype) if whole is None else whole[at]
-            own = some.size() if isinstance(some, Sized) else None
-            parts.append(_measures(found[at], (plain, own), format, call.axis))
+            parts.append(_measures(found[at], (plain, some.size()), format, call.axis))
         if call.axis == 0:
             return np.concatenate(parts, axis=1)
         value, mean, row, size = (np.array(each) for each in zip(*parts, strict=True))
@@ -120,7 +92,7 @@ def _measures(
 ) -> NDArray[Any]:
     """Measures of the distance of values, along the other axis: [3, n] for rows, [4, n] for columns.
 
-    right: the plain evaluation, and the size of a `Sized` call
+    right: the plain evaluation, and the size of the errors, if the call has one
     """
     plain = right[0].reshape(len(found), -1)
     y = found.astype(plain.dtype, copy=False).reshape(plain.shape)
