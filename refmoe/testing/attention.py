@@ -110,7 +110,10 @@ class Attention(Plain):
             read = np.asarray(visible[mine].any(0))
             last = int(np.flatnonzero(read)[-1]) + 1 if read.any() else 1
             # what no row reads may be anything
-            k, v = (known(ops, np.where(read[:last, None, None], x[sequence, :last], 0)) for x in (self.k, self.v))
+            seen = [x[sequence, :last] for x in (self.k, self.v)]
+            if not read[:last].all():
+                seen = [np.where(read[:last, None, None], x, 0) for x in seen]
+            k, v = (known(ops, x) for x in seen)
             for at in np.array_split(mine, -(-len(mine) // step)):
                 parts.append(mix(self.scores(ops, known(ops, self.q[at]), k), visible[at, :last], v))
                 order.append(at)

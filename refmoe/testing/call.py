@@ -27,8 +27,10 @@ class Call(Protocol):
 class Plain(ABC):
     """A call that can be evaluated without an enclosure. So a large output is judged in part."""
 
-    axis = 0
-    """The axis of the output along which it is judged in part: 0 for rows, 1 for columns."""
+    @property
+    def axis(self) -> int:
+        """The axis of the output along which it is judged in part: 0 for rows, 1 for columns or heads."""
+        return 0
 
     @property
     def terms(self) -> int:

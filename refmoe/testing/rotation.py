@@ -41,6 +41,13 @@ class Rotated(Plain):
     def some(self, at: Any) -> Rotated:
         return replace(self, x=self.x[at], positions=self.positions[at])
 
+    @property
+    def axis(self) -> int:
+        return int(self.x.shape[1] > len(self.x))
+
+    def part(self, at: Any) -> Rotated:
+        return replace(self, x=self.x[:, at]) if self.axis else self.some(at)
+
     def plain(self, dtype: Any) -> NDArray[Any]:
         half, x = self.x.shape[-1] // 2, self.x.astype(dtype, copy=False)
         angle = self.positions[:, None] * self.theta ** (-np.arange(half) / half)

@@ -90,7 +90,7 @@ def _pieces(found: NDArray[Any]) -> Iterator[slice]:
 def _measures(
     found: NDArray[Any], right: tuple[NDArray[Any], NDArray[Any] | None], format: Format, axis: int
 ) -> NDArray[Any]:
-    """Measures of the distance of values, along the other axis: [3, n] for rows, [4, n] for columns.
+    """Measures of the distance of values, along the other axis: [3, n] for rows, [4, n] for columns or heads.
 
     right: the plain evaluation, and the size of the errors, if the call has one
     """
@@ -101,18 +101,17 @@ def _measures(
     _without_rounding(apart, y, OF_DTYPE[found.dtype], format)
     size = np.abs(plain)
     typical = np.maximum(size.mean(1, keepdims=True), np.finfo(plain.dtype).tiny)
-    other = 1 - axis
-    if axis == 0:
-        row = apart.max(1) / typical[:, 0]
-    else:
-        row, sizes = (apart / typical).max(0), (size / typical).sum(0)
+    by_place = (len(found), found.shape[1] if axis else 1, -1)  # rows, then columns or heads, then what these have
+    others = (0, 2) if axis else (1, 2)
+    row = (apart / typical).reshape(by_place).max(others)
+    measures = [(size / typical).reshape(by_place).mean(2).sum(0)] if axis else []
     if right[1] is None:
         size += typical / 256
     else:
         size = np.maximum(right[1].reshape(plain.shape), np.finfo(plain.dtype).tiny)
     apart /= size
-    value, mean = apart.max(other), apart.sum(other)
-    return np.stack([value, mean, row] if axis == 0 else [value, mean, row, sizes])
+    apart = apart.reshape(by_place)
+    return np.stack([apart.max(others), apart.sum(others), row, *measures])
 
 
 def _without_rounding(apart: NDArray[Any], y: NDArray[Any], stored: Format, format: Format) -> None:

@@ -72,6 +72,11 @@ def attention(rng: Any, name: str) -> Kernel:
     return found, lambda y, **options: judge_attention(y, q, k, v, **options)[0]
 
 
+def turned_by_heads(rng: Any, name: str) -> Kernel:
+    x, positions = drawn(rng, 12, 48, 64, name=name), rng.permutation(12)
+    return kernels.rotary(x, positions, 1e4), lambda y, **options: judge_rotary(y, x, positions, 1e4, **options)
+
+
 def swiglu(rng: Any, name: str) -> Kernel:
     gate, up = drawn(rng, 40, 1024, name=name), drawn(rng, 40, 1024, name=name)
     return kernels.swiglu(gate, up), lambda y, **options: judge_swiglu(y, gate, up, **options)
@@ -88,7 +93,19 @@ def moe(rng: Any, name: str) -> Kernel:
     return kernels.moe(*arguments), lambda y, **options: judge_moe(y, *arguments, **options)
 
 
-FAMILIES = (linear, one_row, grouped, norm, residual, rotary, attention, swiglu, combine, moe)
+FAMILIES = (
+    linear,
+    one_row,
+    grouped,
+    norm,
+    residual,
+    rotary,
+    turned_by_heads,
+    attention,
+    swiglu,
+    combine,
+    moe,
+)
 
 
 def in_full(monkeypatch: pytest.MonkeyPatch, judge: Judge, found: Any, **options: Any) -> Judgement:
