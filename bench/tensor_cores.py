@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products as the tensor cores of eleven architectures compute them, each judged as if it were somebody's kernel.
+"""Products as the tensor cores of ten architectures compute them, each judged as if it were somebody's kernel.
 
 MMA-Sim (`pip install mmasim`, Xie et al. 2025, arXiv 2511.10909) models each instruction bit for bit, on a CPU. Its
 package names no licence, so refmoe neither contains it nor depends on it: this program and its recorded results do.

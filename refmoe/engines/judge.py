@@ -77,10 +77,10 @@ class Judge:
         return outcome
 
     def _verified(self, question: Question, parameters: Parameters) -> Outcome:
-        case, dtype, policy, trace = question.case, question.dtype, question.policy, question.trace
-        name, config, runs = f"case {case.name}", case.config, case.runs()
         from refmoe.verifier.diagnosis import Keeper
 
+        case, dtype, policy, trace = question.case, question.dtype, question.policy, question.trace
+        name, config, runs = f"case {case.name}", case.config, case.runs()
         keeper = Keeper()
         settings = Settings(self.significance, passes=keeper if self.diagnosing else Pass)
         outcome = Outcome(case=case.name, dtype=dtype, policy=policy.name, verdict=BROKEN, reason="")

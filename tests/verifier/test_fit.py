@@ -177,6 +177,11 @@ def test_an_effect_without_relation_to_the_error_leaves_little_as_rarely_as_stat
     assert 0 < within <= left**n
 
 
+def test_a_change_that_accounts_for_nothing_is_no_evidence() -> None:
+    assert NOTHING.bits == -math.inf
+    assert by_value(tap(1 + EFFECT), [KEY], {KEY: 1 + EFFECT}).bits > 1000
+
+
 @given(st.lists(st.floats(0, 2.0**400), min_size=1, max_size=20))
 def test_at_least_one_value_and_at_most_all_carry_an_error(sizes: list[float]) -> None:
     carriers = carriers_of([np.array(sizes)])

@@ -92,7 +92,7 @@ class Fit:
     @property
     def bits(self) -> float:
         """The negative logarithm, to base 2, of the probability that a change leaves as little by accident."""
-        return math.inf if not self.residual else self.carriers * math.log2(1 / self.residual)
+        return -self.carriers * math.log2(self.residual) if self.residual else math.inf
 
 
 NOTHING = Fit(math.nan, math.inf)
