@@ -370,10 +370,11 @@ def verdict_cost() -> str:
 
 The CPU time of a verdict over that of what it judges, in float32 on one thread: a product of matrices, a forward pass
 whose weights are ready, and a product with weights from the formula. A verdict prepares the weights. The last column
-is the least ratio that the sums behind an enclosure allow, if nothing else took time. In the same run, this machine
-computed {machine["gflops"]:.0f} GFlop/s in float32 products, and read {machine["gb_per_s"]:.0f} GB/s from memory.
-Rows of one layer of 8x7B are whole commands with all threads, by the clock. A busy process multiplies matrices in one
-thread on one of the cores. Commands: the two in the head of `bench/verdicts.py`; file: {link("verdicts.json")}.
+is the wall, a ratio that a part of the work alone has. Of products it is the sums behind an enclosure. Of a model it is
+all its products, of bfloat16 files the command that computes nothing but the product in float64. In the same run, this
+machine computed {machine["gflops"]:.0f} GFlop/s in float32 products, and read {machine["gb_per_s"]:.0f} GB/s from
+memory. Rows of one layer of 8x7B are whole commands with all threads, by the clock. A busy process multiplies matrices
+in one thread on one of the cores. Commands: the two in the head of `bench/verdicts.py`; file: {link("verdicts.json")}.
 
 {table(("what", "verdict", "judged", "ratio", "wall"), rows)}"""
 
@@ -477,6 +478,7 @@ def scaling() -> str:
         (
             f"`{name}`",
             f"{row['one_seconds']:.1f} s",
+            f"{row['busy_cores_of_one']:.2f}",
             *(
                 text
                 for way in ("processes", "dask")
@@ -489,14 +491,25 @@ def scaling() -> str:
         )
         for name, row in found["rows"].items()
     ]
-    head = ("command", "one", "processes:2", "efficiency", "not shortened", "Dask", "efficiency", "not shortened")
+    head = (
+        "command",
+        "one",
+        "busy cores",
+        "processes:2",
+        "efficiency",
+        "not shortened",
+        "Dask",
+        "efficiency",
+        "not shortened",
+    )
     return f"""## A second worker
 
 Whole commands with one worker, with `--executor processes:2`, and on a Dask cluster of two workers on this machine,
 each process with one BLAS thread, medians of {found["repeats"]} on {found["cores"]} cores. The efficiency is the time
 with one worker over twice the time with two. What a second worker does not shorten is the start of Python, of the
-workers and of the engines, and what runs in one process. In `conform` the engine is a process of its own already with
-one worker, and is judged meanwhile.
+workers and of the engines, and what runs in one process. Busy cores are those that one worker and its engine use on
+average. In `conform` the engine is a process of its own already with one worker, and is judged meanwhile, so that the
+efficiency cannot be above the number of cores over twice the busy ones.
 Command: `python -m bench.scaling --json bench/results/scaling.json`; file: {link("scaling.json")}.
 
 {table(head, rows)}"""

@@ -3,7 +3,8 @@
 
 Efficiency is T1 / (2 T2): the time in one process over twice the time with two workers, in turns in one run, medians.
 Each process has one BLAS thread. Times are those of commands as users start them, the start of Python and of the
-workers included. By Amdahl's law 2 T2 - T1 are the seconds that a second worker does not shorten.
+workers included. By Amdahl's law 2 T2 - T1 are the seconds that a second worker does not shorten. A command that keeps
+several cores busy with one worker already cannot reach an efficiency above cores / (2 x busy cores).
 
     verify    every tap of a model of dim 512 with 8 layers, prefill of 256: a piece of work is a layer
     conform   `transformers` in four dtypes on all small cases: two engines side by side, each with its judge
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -78,9 +80,12 @@ def subjects(only: Sequence[str]) -> Iterator[tuple[str, Command, tuple[str, ...
                 yield name, command, one
 
 
-def spent(command: Sequence[str]) -> float:
-    """Seconds of a command. A verdict against an engine counts as success; SystemExit where the command fails."""
-    began = time.perf_counter()
+def spent(command: Sequence[str]) -> tuple[float, float]:
+    """Seconds of a command by the clock, and of all its processes by the processor.
+
+    A verdict against an engine counts as success. SystemExit where the command fails.
+    """
+    began, before = time.perf_counter(), children()
     done = subprocess.run(
         [sys.executable, "-m", "refmoe", *command],
         env={**os.environ, **ONE_THREAD},
@@ -91,7 +96,13 @@ def spent(command: Sequence[str]) -> float:
     )
     if done.returncode not in (0, 1, 3):
         raise SystemExit(f"refmoe {' '.join(command)[:200]}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return time.perf_counter() - began
+    return time.perf_counter() - began, children() - before
+
+
+def children() -> float:
+    """Seconds of a processor that all ended child processes of this one have used."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 @contextmanager
@@ -106,13 +117,19 @@ def two_workers() -> Iterator[str]:
 
 
 def measure(command: Command, one: tuple[str, ...], dask: str, repeats: int) -> dict[str, float]:
-    """Seconds with one worker and with two, in turns, and the efficiencies."""
+    """Seconds with one worker and with two, in turns, the efficiencies, and the cores that one worker keeps busy."""
     ways = {"one": one, "processes": ("--executor", "processes:2"), "dask": ("--executor", dask)}
     times: dict[str, list[float]] = {name: [] for name in ways}
+    busy = []
     for _ in range(repeats):
         for name, options in ways.items():
-            times[name].append(spent([*command, *options]))
-    found = {f"{name}_seconds": statistics.median(each) for name, each in times.items()}
+            seconds, used = spent([*command, *options])
+            times[name].append(seconds)
+            if name == "one":
+                busy.append(used / seconds)
+    found = {"busy_cores_of_one": statistics.median(busy)} | {
+        f"{name}_seconds": statistics.median(each) for name, each in times.items()
+    }
     for name in ("processes", "dask"):
         found[f"{name}_efficiency"] = found["one_seconds"] / (2 * found[f"{name}_seconds"])
         found[f"{name}_serial_seconds"] = 2 * found[f"{name}_seconds"] - found["one_seconds"]

@@ -11,7 +11,9 @@
 
 Preparation of the weights counts for the verdict. Times of the first three are CPU seconds, since other processes
 change them less than seconds of a clock. The others are whole commands, with all threads, by the clock. The wall is
-the least work: the float64 product counts twice a float32 one, and the sums of magnitudes and of squares once each.
+the least work: the float64 product counts twice a float32 one, and the sums of magnitudes and of squares once each. Of
+`files` it is `refmoe emit --dtype float64`, which does nothing but this product. Of `model` it is the time of the
+enclosures of products alone, to which sums, functions and the test of every value are added.
 Ratios are medians. Rows that are measured alone replace those of the file; `files` and `busy` write 3.5 GB below
 --folder, and remove them.
 
@@ -40,7 +42,9 @@ import ml_dtypes
 import numpy as np
 
 from bench.verify_cost import MIDDLE, ideal_trace
+from refmoe.arithmetic.arrays import StoredWeight
 from refmoe.arithmetic.enclosure.array import Enclosure
+from refmoe.arithmetic.enclosure.products import Accumulator
 from refmoe.arithmetic.native.ops import NativeOps
 from refmoe.checkpoints.names import parameter_shapes
 from refmoe.checkpoints.synthetic import SyntheticWeight, synthetic_checkpoint
@@ -55,6 +59,7 @@ from refmoe.steps.native import NATIVE_STEPS
 from refmoe.traces.script import Call, plan
 from refmoe.traces.trace import read_trace
 from refmoe.verifier.findings import CONFORMANT
+from refmoe.verifier.segments import Settings
 from refmoe.verifier.verify import verify
 
 PRODUCTS = ((256, 4096, 4096), (64, 14336, 4096), (64, 512, 1792))
@@ -118,6 +123,25 @@ def held(x: Any, dtype: Any) -> Any:
     return x
 
 
+class TimedOps(EnclosureOps):
+    """Enclosures that count the time of their products."""
+
+    seconds = 0.0
+
+    def times_weight(self, x: Enclosure, weight: StoredWeight, how: Accumulator) -> Enclosure:
+        return self._timed(lambda: super(TimedOps, self).times_weight(x, weight, how))
+
+    def _matmul(self, a: Enclosure, b: Enclosure, how: Accumulator) -> Enclosure:
+        return self._timed(lambda: super(TimedOps, self)._matmul(a, b, how))
+
+    @staticmethod
+    def _timed(work: Callable[[], Enclosure]) -> Enclosure:
+        began = time.process_time()
+        found = work()
+        TimedOps.seconds += time.process_time() - began
+        return found
+
+
 def model_row(tokens: int, name: str, repeats: int, folder: Path) -> dict[str, Any]:
     ids = np.random.default_rng(1).integers(0, MIDDLE.vocab, tokens)
     runs, used = plan([Call("prefill", 0, ids.tolist())], MIDDLE.vocab), policy(name)
@@ -126,11 +150,13 @@ def model_row(tokens: int, name: str, repeats: int, folder: Path) -> dict[str, A
     native, model = NativeOps(np.float32), Model(MIDDLE, held(parameters, np.float32), NATIVE_STEPS)
 
     def judge() -> None:
-        report = verify(trace, "bench", MIDDLE, parameters, runs, used)
+        report = verify(trace, "bench", MIDDLE, parameters, runs, used, Settings(ops=TimedOps))
         assert report.verdict == CONFORMANT, report.headline
 
+    TimedOps.seconds = 0.0
     found = compared(judge, lambda: forward(native, model, ids, np.arange(tokens), None), repeats)
-    return {"what": f"model of dim 512, prefill {tokens}, {name}", **found, "wall": LEAST}
+    products = 1e3 * TimedOps.seconds / (repeats + 1)
+    return {"what": f"model of dim 512, prefill {tokens}, {name}", **found, "wall": products / found["judged_ms"]}
 
 
 def streamed_row(repeats: int) -> dict[str, Any]:
@@ -244,7 +270,14 @@ def files_row(repeats: int, folder: Path) -> Iterator[dict[str, Any]]:
     layer = from_files(folder)
     clocked(*layer.emit)
     what, needed = "one layer of 8x7B from bfloat16 files, 8 tokens, over reading them", layer_bytes(folder)
-    yield in_turns(what, lambda: clocked(*layer.verify), lambda: read_once(folder / "one-layer", needed), repeats, 1.0)
+
+    def read() -> float:
+        return read_once(folder / "one-layer", needed)
+
+    double = tuple("float64" if word == "float32" else word for word in layer.emit)
+    wall = statistics.median(clocked(*double) / read() for _ in range(repeats))
+    clocked(*layer.emit)
+    yield in_turns(what, lambda: clocked(*layer.verify), read, repeats, wall)
 
 
 def busy_row(repeats: int, folder: Path) -> Iterator[dict[str, Any]]:
@@ -259,15 +292,16 @@ def busy_row(repeats: int, folder: Path) -> Iterator[dict[str, Any]]:
         yield in_turns(what, beside, lambda layer=layer: clocked(*layer.verify), repeats, 1.0)
 
 
+# not ru_maxrss, which a process inherits from the one that started it
 PEAK = """
-import resource, sys
+import re, sys
 from refmoe.cli import main
 sys.argv = ["refmoe", *sys.argv[1:]]
 try:
     main()
 except SystemExit:
     pass
-print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
+print("peak", re.search(r"VmHWM:\\s*([0-9]+)", open("/proc/self/status").read())[1], file=sys.stderr)
 """
 
 

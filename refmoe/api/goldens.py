@@ -10,6 +10,7 @@ from pathlib import Path
 
 from refmoe import suite
 from refmoe.api.progress import Bars, silent
+from refmoe.checkpoints.size import total_parameters
 from refmoe.cuda.place import CPU, Place
 from refmoe.errors import InputError
 from refmoe.files.lock import locked
@@ -106,7 +107,9 @@ def _recompute(
         with bars(alone.name, len(alone.runs()) * len(alone.computed)) as advance:
             return {alone.folder: suite.check(alone.folder, advance, place, executor)}
     check = partial(suite.check, place=place)
-    with bars("check", len(folders)) as advance, results(check, folders, place.executor(executor)) as checked:
+    # the longest first, so that no worker is left alone with one at the end
+    ordered = sorted(folders, key=_work, reverse=True)
+    with bars("check", len(folders)) as advance, results(check, ordered, place.executor(executor)) as checked:
         found = {}
         try:
             for case, differences in checked:
@@ -115,6 +118,15 @@ def _recompute(
         except WorkerDied as death:
             unchecked.append(str(death))
     return found
+
+
+def _work(folder: Path) -> int:
+    """An estimate of the work for a case, to order cases by: its tokens times its parameters."""
+    try:
+        case = suite.read_case(folder)
+    except InputError:
+        return 0  # recomputing it says what is wrong
+    return sum(len(run.tokens) for run in case.runs()) * total_parameters(case.config)
 
 
 # ---- certify

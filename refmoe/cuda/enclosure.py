@@ -6,7 +6,7 @@ The rules bound the error of float64 sums in any order, and of fused products, s
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -94,6 +94,10 @@ class EnclosureCupyOps(EnclosureOps):
         super().__init__(policy, tap)
         self._device = xp
         self._on_device = WeightCache(device_bytes)
+
+    def share_weights(self, other: Self) -> None:
+        super().share_weights(other)
+        self._on_device = other._on_device
 
     def times_weight(self, x: Enclosure, weight: StoredWeight, how: Accumulator) -> Enclosure:
         x = x.settle()

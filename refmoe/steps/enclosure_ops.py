@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import numpy as np
 
@@ -89,6 +89,10 @@ class EnclosureOps(ArrayOps):
         """Whether the engine may count positions from another start, because no value shows its start."""
         self.events: list[str] = []
         """The cut points and sums at which a legal implementation may have overflowed."""
+
+    def share_weights(self, other: Self) -> None:
+        """Keep prepared weights where `other` keeps its own. Both have one class and one policy."""
+        self.matrices, self._shares = other.matrices, other._shares
 
     # ---- parameters
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from refmoe.arithmetic.arrays import Tap
+from refmoe.profiles.policy import Policy
 from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters, Steps
 from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS, READ_OUT_TAPS, step_of
@@ -30,6 +32,23 @@ class Subject:
     """Called with a policy and a tap. Products may be computed on another device, with the same results."""
 
 
+def with_shared_weights(make: Callable[..., EnclosureOps]) -> Callable[..., EnclosureOps]:
+    """Ops as `make` makes them, all of which keep prepared weights in one place. All calls have the same policy.
+
+    A verification makes many passes. Each would prepare every weight again, and keep it until it is collected.
+    """
+    keeper: list[EnclosureOps] = []
+
+    def ops(policy: Policy, tap: Tap | None) -> EnclosureOps:
+        if not keeper:
+            keeper.append(make(policy, None))
+        made = make(policy, tap)
+        made.share_weights(keeper[0])
+        return made
+
+    return ops
+
+
 @dataclass
 class Findings:
     """The tallies and decisions of a pass."""
@@ -48,6 +67,9 @@ class Findings:
     """Per tap of the trace: the tokens without any bound, because rounding decided a choice in an earlier step."""
 
 
+DIMENSIONS = {step: names.split() for step, names in (MODEL_TAPS | READ_OUT_TAPS | LAYER_TAPS).items()}
+
+
 def shape_of(tap: str, config: Config, run: Run, entries: int | None = None) -> tuple[int, ...]:
     """The shape of a tap in a run.   entries: the listed log-probabilities of each token; None: the whole vocabulary"""
     sizes = {
@@ -55,5 +77,4 @@ def shape_of(tap: str, config: Config, run: Run, entries: int | None = None) -> 
         "K": config.kv_heads, "d": config.head_dim, "E": config.experts, "k": config.experts_per_token,
         "F": config.hidden_dim, "V": config.vocab, "n": config.vocab if entries is None else entries,
     }  # fmt: skip
-    dimensions = (MODEL_TAPS | READ_OUT_TAPS | LAYER_TAPS)[step_of(tap)]
-    return tuple(sizes[name] for name in dimensions.split())
+    return tuple(sizes[name] for name in DIMENSIONS[step_of(tap)])

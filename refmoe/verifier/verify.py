@@ -33,7 +33,7 @@ from refmoe.verifier.passes import Reading
 from refmoe.verifier.provenance import MIXING, Origin, origins
 from refmoe.verifier.ranking import Ranking
 from refmoe.verifier.segments import Settings, judge_all
-from refmoe.verifier.subject import Findings, Subject
+from refmoe.verifier.subject import Findings, Subject, with_shared_weights
 from refmoe.verifier.tally import LIKE_POINTWISE, Limits, Tally
 
 OPEN_CHOICE = "rounding can decide the choice of experts"
@@ -63,7 +63,7 @@ def verify(
     """
     contents = take_in(trace, config, runs)
     trace = contents.trace
-    subject = Subject(config, parameters, contents.runs, ops=settings.ops)
+    subject = Subject(config, parameters, contents.runs, ops=with_shared_weights(settings.ops))
     limits = Limits(settings.significance, contents.values, contents.tensors)
 
     def judge(reading: Reading) -> tuple[Findings, list[Check]]:

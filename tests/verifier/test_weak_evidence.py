@@ -7,6 +7,7 @@ Expected values are the policy's own arithmetic. Errors are added to it at a sta
 from __future__ import annotations
 
 import math
+from collections import Counter
 from functools import cache
 from typing import Any
 
@@ -19,6 +20,7 @@ from refmoe.bugs.run_engine import run
 from refmoe.checkpoints.synthetic import synthetic_checkpoint
 from refmoe.profiles.load import policy
 from refmoe.spec.config import Config
+from refmoe.steps.enclosure_ops import EnclosureOps
 from refmoe.suite import Case, read_case
 from refmoe.traces.held import held_trace
 from refmoe.traces.trace import Run, Trace
@@ -188,3 +190,21 @@ def test_the_limit_of_a_row_holds_for_normal_errors_and_for_rare_choices() -> No
         for effects in (1, count):
             noise = math.sqrt(effects * rate(z))  # of as many equal effects, drawn at their rate
             assert min(effects, count) / noise <= limit * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_each_weight_is_prepared_once_for_all_replicas(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
+    """Their prepared weights would else be as many times in memory as there are replicas."""
+    name, prepared = "walking-skeleton", Counter[tuple[bytes, tuple[int, ...]]]()
+    prepare = EnclosureOps._prepare
+
+    def counting(self: EnclosureOps, rows: Any, how: Any) -> Any:
+        prepared[np.asarray(rows).tobytes()[:64], rows.shape] += 1
+        return prepare(self, rows, how)
+
+    monkeypatch.setattr(EnclosureOps, "_prepare", counting)
+    of = case(name)
+    used = policy("bfloat16" if ranks == 1 else f"bfloat16+ranks={ranks}")
+    report = verify(right(name), name, of.config, of.checkpoint().parameters, of.runs(), used)
+    assert any(check.rung == FREE for check in report.checks)
+    assert max(prepared.values()) == 1

@@ -128,9 +128,11 @@ class Recording(Pass):
         if step == "attention.scores":
             read = self._visible()[None]
             values = np.where(read, values, before.mid)
-        parts = tuple(np.broadcast_to(part, x.shape) for part in (before.mid, before.v, before.r, values, read))
         size = size_of(self.trace, (self._run.run, name))
-        parts = tuple(sampled(part.reshape(-1), size) for part in parts)
+        parts = tuple(
+            sampled((part if part.shape == x.shape else np.broadcast_to(part, x.shape)).reshape(-1), size)
+            for part in (before.mid, np.asarray(before.v), np.asarray(before.r), values, read)
+        )
         self._parts.setdefault((self._run.run, name), []).append(parts)
         return super()._test(name, step, x, dumped)
 
