@@ -15,6 +15,7 @@ from refmoe.arithmetic.enclosure.array import OWN, Enclosure
 from refmoe.arithmetic.formats import OF_DTYPE, Format, cell, nearest, representable, ulp
 from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS, layer_of
 from refmoe.verifier.diagnosis.evidence import Evidence
+from refmoe.verifier.diagnosis.grammar.evenness import Share, uneven
 from refmoe.verifier.diagnosis.grammar.laboratory import Laboratory, only_where, spread
 from refmoe.verifier.diagnosis.grammar.where import Rows, Where, describe
 from refmoe.verifier.findings import FAIL, PASS
@@ -249,6 +250,7 @@ class Search:
     def _checked(self, fault: Fault, lab: Laboratory, where: Where, predicted: list[Any]) -> Proof | None:
         start, passed, values, evidence = 0, False, 0, -fault.bits - where.bits
         size = along = reach = left = 0.0
+        shares: list[Share] = []
         for key, x in zip(self.keys, predicted, strict=True):
             right, found = lab.right(key), lab.found(key)
             count = len(self.right_rows(key, lab))
@@ -273,6 +275,7 @@ class Search:
                 if self.step == "attention.scores":
                     shown = np.broadcast_to(lab.mask(key)[None], found.shape)
                     error, effect = np.where(shown, error, 0.0), np.where(shown, effect, 0.0)
+                shares.append(self._share(key, x, right, here))
                 size += float((error * error).sum())
                 along += float((error * effect).sum())
                 reach += float((effect * effect).sum())
@@ -280,12 +283,36 @@ class Search:
                 wrong = ~self.fits(lab, key, lab.right(key))
                 values += int(wrong.sum())
                 evidence += float(self._gain(x, right, found)[wrong].sum())
-        if not passed or not evidence >= ENOUGH or not size or not reach:
+        if not passed or not evidence >= ENOUGH or not size or not reach or uneven(shares, self.u):
             return None
         coefficient, residual = along / reach, math.sqrt(left / size)
         return Proof(
             fault=fault, where=where, values=values, evidence=evidence, coefficient=coefficient, residual=residual
         )
+
+    def _share(self, key: Key, x: Enclosure, right: Enclosure, here: Any) -> Share:
+        """The errors of a tap beside the effect of a fault, with the groups that its rows are in.
+
+        here: booleans that broadcast to the tap: the rows in which the fault acts
+        """
+        found, settled = self.lab.found(key), x.settle()
+        shown: Any = np.broadcast_to(here, found.shape)
+        if self.step == "attention.scores":
+            shown = shown & self.lab.mask(key)[None]
+        error, effect, mid = (np.where(shown, each, 0.0) for each in (found - right.mid, x.mid - right.mid, x.mid))
+        groups: dict[str, Any] = {
+            "call": np.array(list(self.lab.runs).index(key[0])),
+            "layer": np.array(layer_of(key[1]) or 0),
+        }
+        for axis, dimension in enumerate(self.dims[:-1]):
+            if dimension in ("H", "K", "k"):
+                shape = [-1 if i == axis else 1 for i in range(found.ndim - 1)]
+                groups[AXES[dimension]] = np.arange(found.shape[axis]).reshape(shape)
+        if self.dims[:2] == ["T", "k"] and found.ndim > 2:
+            chosen = self.lab.read((key[0], f"layers.{layer_of(key[1])}.router.experts"))
+            groups["expert"] = chosen.reshape(*chosen.shape, *[1] * (found.ndim - 3))
+        variance = np.broadcast_to(settled.v, found.shape) + ulp(x.mid, self.format) ** 2 / 12
+        return Share(error=error, effect=effect, predicted=mid, variance=variance, groups=groups)
 
     def _gain(self, x: Enclosure, right: Enclosure, found: Any) -> Any:
         """The evidence of each value, in bits: its error over the room that the fault leaves it."""
