@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from refmoe.arithmetic.codes import Factors
+
 Bytes = NDArray[np.uint8]
 E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
 """The values of a four-bit float, doubled."""
@@ -64,6 +66,11 @@ class BlockFormat:
     nbytes: int
     parts: Callable[[Bytes], Groups]
     """From blocks [n, nbytes] to their parts."""
+    unsigned: int = 0
+    """What kernels add to codes that they multiply unsigned. They subtract it again in sums of other codes.
+
+    That is the kernels of Q6_K for x86 (`ggml_vec_dot_q6_K_q8_K`). Those of Q4_0 and Q5_0 subtract it from each code.
+    """
 
     def values(self, raw: Bytes) -> NDArray[np.float32]:
         """The weights of blocks [n, nbytes]: float32 [n, size]; not finite where a scale is not.
@@ -72,6 +79,18 @@ class BlockFormat:
         """
         with np.errstate(over="ignore", invalid="ignore"):
             return self.parts(raw).values()
+
+    def factors(self, raw: Bytes) -> Factors:
+        """The weights of blocks [n, nbytes] as engines multiply them: [n, size], offsets [n, groups]."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            groups = self.parts(raw)
+            scales = groups.scales[..., None]
+            terms = (groups.codes * scales).reshape(len(raw), -1)
+            sizes = None
+            if self.unsigned:
+                most = np.abs(groups.codes).astype(np.float64) + self.unsigned  # times a scale it may need 25 bits
+                sizes = (most * np.abs(scales)).reshape(terms.shape)
+        return Factors(terms=terms, offsets=groups.offsets, sizes=sizes)
 
     @property
     def bits(self) -> float:
@@ -170,7 +189,7 @@ FORMATS = {
         BlockFormat("Q5_1", 32, 24, _q5_1),
         BlockFormat("Q4_K", 256, 144, _q4_k),
         BlockFormat("Q5_K", 256, 176, _q5_k),
-        BlockFormat("Q6_K", 256, 210, _q6_k),
+        BlockFormat("Q6_K", 256, 210, _q6_k, unsigned=32),
         BlockFormat("MXFP4", 32, 17, _mxfp4),
     )
 }

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from refmoe.arithmetic.codes import Factors
 from refmoe.checkpoints.foreign_fields import by_field, one_of, refuse_foreign, value_of
 from refmoe.checkpoints.ggml_blocks import FORMATS, BlockFormat
 from refmoe.checkpoints.gguf_file import ARCHITECTURE, EXPERT_TENSORS, LAYER_TENSORS, MODEL_TENSORS
@@ -90,14 +91,24 @@ class BlockTensor(RowTensor):
     """Its bytes: [rows, bytes of a row]."""
     format: BlockFormat
 
-    def take(self, rows: Rows) -> NDArray[Any]:
+    def _blocks(self, rows: Rows) -> NDArray[Any]:
+        """The bytes of all blocks of some rows: [blocks, bytes of a block]."""
         first, together = (int(rows[0]), len(rows)) if len(rows) else (0, 0)
         if np.array_equal(rows, np.arange(first, first + together)):
             raw = self.raw.read_rows(whole, first, first + together)
         else:
             raw = self.raw.map()[rows]
+        return raw.reshape(-1, self.format.nbytes)
+
+    def factors(self, rows: Rows) -> Factors:
+        made = self.format.factors(self._blocks(rows))
+        parts = (made.terms, made.offsets, made.sizes)
+        terms, offsets, sizes = (None if part is None else part.reshape(len(rows), -1) for part in parts)
+        return Factors(terms=terms, offsets=offsets, sizes=sizes)
+
+    def take(self, rows: Rows) -> NDArray[Any]:
         try:
-            values = self.format.values(raw.reshape(-1, self.format.nbytes))
+            values = self.format.values(self._blocks(rows))
         except ValueError as error:
             raise InputError(
                 f"{self.path}: tensor {quoted(self.name)} holds {error}, which make a number that no float32 holds, "

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from refmoe.arithmetic.codes import Factors
 from refmoe.checkpoints.layout import Checkpoint, Found, Listing, View, match
 from refmoe.checkpoints.names import build_parameters, named_weights
 from refmoe.checkpoints.weight import Weight
@@ -47,6 +48,13 @@ class RowTensor(StoredTensor, ABC):
     @abstractmethod
     def take(self, rows: Rows) -> NDArray[Any]:
         """The weights of some rows: [n, in]. Raises InputError when they can no longer be read, or are no numbers."""
+
+    def factors(self, rows: Rows) -> Factors:
+        """Some rows of a matrix as engines multiply them, scale times code and offsets apart: [n, in].
+
+        Raises InputError as `take` does.
+        """
+        return Factors(terms=self.take(rows))
 
     @property
     @abstractmethod
@@ -99,6 +107,14 @@ class RowWeight(Weight):
         self.format = tensor.stored.format
         """The name of the format that it is stored in."""
         self._tensor, self._view = tensor, view
+
+    def factors(self, start: int, stop: int) -> Factors:
+        """Rows [start, stop) of a matrix as engines multiply them. Raises InputError where a value is no number."""
+        made = self._tensor.factors(self._tensor.seen(self._view)[start:stop])
+        for part in (made.terms, made.offsets):
+            if part is not None:
+                self._check(part)
+        return made
 
     def rows(self, ids: Any) -> Any:
         if len(self.shape) == 1:

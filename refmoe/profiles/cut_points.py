@@ -116,9 +116,21 @@ ISLANDS = (
 )  # fmt: skip
 """The cut points of norms, rotations and softmax, which many engines of wide dtypes compute in float32."""
 
+CODED_TOGETHER = {"attention.q": "attention_norm", "expert.gate": "moe_norm"}
+"""The taps whose codes several products read, each by the first of these products. The router reads no codes."""
+
+TENSOR_FORMATS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""The names of dtypes as formats of a stored tensor."""
+
 _STEP_OF = {matrix: step for step, (matrix, _) in PROJECTIONS.items()}
 
 
 def product_of(weight: Any) -> str | None:
     """The product that reads this parameter, by its canonical name. None if the weight has no such name."""
     return _STEP_OF.get(getattr(weight, "name", "").rpartition(".")[2])
+
+
+def format_of(weight: Any) -> str:
+    """The format in which a parameter is stored: the name of a quantised format such as ``Q4_K``, or of a dtype."""
+    found: str = getattr(weight, "format", None) or TENSOR_FORMATS.get(str(weight.dtype), "")
+    return found

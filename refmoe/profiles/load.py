@@ -4,6 +4,7 @@
 hf-float32                          a policy of refmoe's own (``exact`` is another name of float64)
 my-engine.toml                      a file with one table, of the same format; its `base` may be one of refmoe's
 hf-float32+cache=float16            with changes, each a field, a cut point, or one of `GROUPS`
+llama.cpp-quantised+Q4_K.input=q8_0 and so is the input of products with matrices of one format
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from refmoe.errors import InputError
 from refmoe.files.parsing import toml
 from refmoe.files.reading import own_text
 from refmoe.files.sentences import shown
+from refmoe.profiles import inputs
 from refmoe.profiles.cut_points import CUT_POINTS, INPUT_CUTS, ISLANDS
 from refmoe.profiles.policy import (
     COMPARED,
@@ -45,6 +47,9 @@ CHOICES = {
 FLAGS = ("truncates", "flushes")
 NUMBERS = ("ranks",)
 MOST_RANKS = 4096
+TABLES = ("cuts", "inputs")
+INPUT = ".input"
+"""The end of the name of a change that says what becomes of the input of products with one format of matrices."""
 GROUPS = {
     "cache": ("cache.k", "cache.v"),
     "linear.input": tuple(INPUT_CUTS),
@@ -99,6 +104,7 @@ def _in_words(policy: Policy) -> dict[str, str]:
     words |= {name: "yes" if getattr(policy, name) else "no" for name in FLAGS}
     words |= {name: str(getattr(policy, name)) for name in NUMBERS}
     words |= {name: budget_in_words(getattr(policy, name)) for name in BUDGETS}
+    words["inputs"] = ", ".join(f"{matrix}: {of.name}" for matrix, of in sorted(policy.inputs.items())) or "none"
     return words | {cut: str(policy.at(cut)) for cut in CUT_POINTS}
 
 
@@ -144,8 +150,8 @@ def _build(name: str, tables: dict[str, Any], where: str) -> Policy:
         if not isinstance(tables[name].get(field), str):
             raise refuse(field, tables[name].get(field), "a text of its own")
     values = _with_base(name, tables, refuse)
-    for field in values.keys() - {*TEXTS, *DTYPES, *BUDGETS, *CHOICES, *FLAGS, *NUMBERS, "cuts"}:
-        known = (*TEXTS, "base", *DTYPES, *BUDGETS, *CHOICES, *FLAGS, *NUMBERS, "cuts")
+    for field in values.keys() - {*TEXTS, *DTYPES, *BUDGETS, *CHOICES, *FLAGS, *NUMBERS, *TABLES}:
+        known = (*TEXTS, "base", *DTYPES, *BUDGETS, *CHOICES, *FLAGS, *NUMBERS, *TABLES)
         raise InputError(f"{where}: [{name}] has a field '{field}', but only {_one_of(known, field)} was expected")
     parts: dict[str, Any] = {field: " ".join(values[field].split()) for field in TEXTS}
     for field in DTYPES:
@@ -161,7 +167,22 @@ def _build(name: str, tables: dict[str, Any], where: str) -> Policy:
     cuts: dict[str, Format] = {}
     for cut, dtype in sorted(values["cuts"].items(), key=lambda item: item[0] not in groups):  # single ones win
         cuts |= dict.fromkeys(groups.get(cut, (cut,)), _value(cut, dtype, refuse))
-    return Policy(name=name, cuts=cuts, **parts)
+    made = {matrix: _input(matrix, found, refuse) for matrix, found in values["inputs"].items()}
+    return Policy(name=name, cuts=cuts, inputs=made, **parts)
+
+
+def _input(matrix: str, found: Any, refuse: Refuse) -> inputs.InputFormat | Format:
+    """What becomes of the input of products with matrices of a format: a name, or a table of one's own."""
+    if matrix not in inputs.MATRICES:
+        raise refuse("inputs", matrix, f"the format of a matrix, {_one_of(inputs.MATRICES, matrix)},")
+    if isinstance(found, dict):
+        own = inputs.own_tables()
+
+        def wrong(field: str, value: Any, expected: str) -> InputError:
+            return refuse(f"inputs.{matrix}.{field}", value, expected)
+
+        return inputs.build(f"own {matrix}", found, own, wrong)
+    return inputs.input_format(found, lambda expected: refuse(f"inputs.{matrix}", found, expected))
 
 
 def _cuts_of(group: str) -> tuple[str, ...]:
@@ -180,12 +201,12 @@ def _with_base(name: str, tables: dict[str, Any], refuse: Refuse) -> dict[str, A
         own = tables[base]
         chain.append(base)
         layers.insert(0, own)
-    values: dict[str, Any] = {"cuts": {}}
+    values: dict[str, Any] = {table: {} for table in TABLES}
     for layer in layers:
-        cuts = layer.get("cuts", {})
-        if not isinstance(cuts, dict):
-            raise refuse("cuts", cuts, "a table of dtypes")
-        values = {**values, **layer, "cuts": {**values["cuts"], **cuts}}
+        for table in TABLES:
+            if not isinstance(layer.get(table, {}), dict):
+                raise refuse(table, layer[table], "a table")
+        values = {**values, **layer, **{table: {**values[table], **layer.get(table, {})} for table in TABLES}}
     values.pop("base", None)
     return values
 
@@ -227,9 +248,12 @@ def _changed(found: Policy, change: str, text: str) -> Policy:
     field, equals, word = change.partition("=")
     if not equals:
         raise InputError(f"policy '{text}': '{change}' was found, but a change such as cache=float16 was expected")
+    matrix = field.removesuffix(INPUT)
+    if matrix != field and matrix in inputs.MATRICES:
+        return replace(found, inputs={**found.inputs, matrix: _input(matrix, word, refuse)})
     fields = (*DTYPES, *CHOICES, *FLAGS, *NUMBERS)
     if field not in (*fields, *GROUPS, *CUT_POINTS):
-        known = (*fields, *GROUPS, *CUT_POINTS)
+        known = (*fields, *GROUPS, *CUT_POINTS, *(name + INPUT for name in inputs.MATRICES))
         raise InputError(f"policy '{text}': '{field}' cannot be changed, expected {_one_of(known, field)}")
     value: Any = word
     if field in FLAGS:

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+from refmoe.arithmetic.codes import InputFormat
 from refmoe.arithmetic.enclosure.budgets import Budget
 from refmoe.arithmetic.formats import FORMATS, Format
-from refmoe.profiles.cut_points import CUT_POINTS
+from refmoe.profiles.cut_points import CUT_POINTS, format_of
 
 ROUTER_ORDERS = ("top-k-then-softmax", "softmax-then-top-k")
 SCALES = ("scores", "query")
@@ -65,6 +67,15 @@ class Policy:
 
     Each rank may store its part of the sum as `rank.partial`, and the parts are added in any order in that dtype.
     """
+    inputs: Mapping[str, InputFormat | Format] = field(default_factory=dict)
+    """Per format of a matrix what becomes of the other factor of its products: codes, or values of a dtype.
+
+    It belongs to the format of the tensor, not of the file, because a file may hold several.
+    """
+
+    def input_of(self, weight: Any) -> InputFormat | Format | None:
+        """What a product with this matrix makes of its input; None: what its cut points say."""
+        return self.inputs.get(format_of(weight)) if self.inputs else None
 
     def at(self, cut: str) -> Format:
         """The dtype of a cut point.   cut: a name of `CUT_POINTS`; a tap without its layer"""
@@ -89,6 +100,7 @@ FIELDS = {
     "truncates": "whether an accumulator may cut off, as tensor cores do",
     "flushes": "whether subnormal inputs and results of a product may become zero",
     "ranks": "the ranks that share the sums of attention.output and expert.output, or the experts of a token",
+    "inputs": "per format of a matrix the codes or the dtype that a product with it makes of its input",
     "exp": "the error that exp, sigmoid and the log of a softmax may have, in units of the roundoff of statistics",
     "angles": "the error of a rotary frequency, relative, in the same units",
     "circle": "the error of cosine and sine, absolute, in the same units",

@@ -11,6 +11,7 @@ from typing import Any, Self, cast
 import numpy as np
 
 from refmoe.arithmetic.arrays import ArrayOps, StoredWeight, Tap
+from refmoe.arithmetic.codes import InputFormat
 from refmoe.arithmetic.enclosure import functions
 from refmoe.arithmetic.enclosure.array import (
     OWN,
@@ -32,6 +33,7 @@ from refmoe.arithmetic.weight_cache import WeightCache
 from refmoe.checkpoints.weight import Weight
 from refmoe.profiles.cut_points import PRODUCTS, PROJECTIONS, ROW_PARALLEL, STATISTICS, product_of
 from refmoe.profiles.policy import Policy
+from refmoe.steps.coded import RowNumbers, codes_of, enclosed
 from refmoe.steps.rounding import CutOps, cut_again
 from refmoe.steps.sharded import block
 from refmoe.steps.sharded.parameters import part
@@ -69,6 +71,12 @@ def row_parallel(weight: Any, ranks: int) -> list[tuple[range, Weight]]:
     return [(share, part(weight, columns=share)) for share in shares if share]
 
 
+def only(x: Enclosure, share: range) -> Enclosure:
+    """x with zeros outside of some columns, as the codes of a rank are that has these columns alone."""
+    inside = np.isin(np.arange(x.shape[-1]), share)
+    return x.map(lambda part: np.where(inside, part, 0.0))
+
+
 class EnclosureOps(ArrayOps):
     """Ops on `Enclosure` arrays, under a policy. A tap receives the enclosure before the tap's own rounding."""
 
@@ -85,6 +93,7 @@ class EnclosureOps(ArrayOps):
         self._sums = Accumulator(policy.statistics, policy.statistics)
         self._own = {step: own_accumulator(policy, step) for step in PRODUCTS if f"{step}.accumulation" in policy.cuts}
         self._shares = WeightCache(1 << 62)
+        self._factors, self._numbers = WeightCache(matrix_bytes), RowNumbers()
         self.any_offset = False
         """Whether the engine may count positions from another start, because no value shows its start."""
         self.events: list[str] = []
@@ -103,11 +112,17 @@ class EnclosureOps(ArrayOps):
         return stored(table.rows(ids), self.policy.at("weights"), self.policy.accumulation)
 
     def linear(self, x: Enclosure, weight: StoredWeight) -> Enclosure:
-        step = product_of(weight)
+        step, coded = product_of(weight), codes_of(self.policy, weight)
+        if coded is not None:
+            return self._times_codes(x, weight, coded, step)
+        read = self.policy.input_of(weight)
+        if isinstance(read, Format):
+            x = read_in(read, self._watch(f"{step}.input", x, read))
         if step is None:
             return self.times_weight(x, weight, self._products)
         how, ops = self._own.get(step, self._products), cast(CutOps, self)
-        x = cut_again(ops, f"{step}.input", PROJECTIONS[step][1], x)
+        if not isinstance(read, Format):
+            x = cut_again(ops, f"{step}.input", PROJECTIONS[step][1], x)
         if step in self._own:
             x = read_in(how.format, x)
         if self.policy.ranks == 1 or step not in ROW_PARALLEL:
@@ -115,6 +130,16 @@ class EnclosureOps(ArrayOps):
         shares = self._shares.get(weight, lambda: row_parallel(weight, self.policy.ranks), lambda _: 0)
         parts = [self.times_weight(x[..., share.start : share.stop], part, how) for share, part in shares]
         return over_ranks(parts, self.policy.at("rank.partial"), self.policy.flushes)
+
+    def _times_codes(self, x: Enclosure, weight: Any, coded: InputFormat, step: str | None) -> Enclosure:
+        """x times the transpose of a quantised matrix, by an engine that makes codes of x."""
+        if self.policy.ranks == 1 or step not in ROW_PARALLEL:
+            made = enclosed(x, weight, coded, self._factors, self._numbers.of)
+        else:
+            shares = [share for share, _ in row_parallel(weight, self.policy.ranks)]
+            parts = [enclosed(only(x, share), weight, coded, self._factors, self._numbers.of) for share in shares]
+            made = over_ranks(parts, self.policy.at("rank.partial"), self.policy.flushes)
+        return self._watch("linear", made, self.policy.accumulation)
 
     def times_weight(self, x: Enclosure, weight: StoredWeight, how: Accumulator) -> Enclosure:
         """x times the transpose of a stored weight.   how: the arithmetic of the product"""

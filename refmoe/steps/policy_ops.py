@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 
 from refmoe.arithmetic.arrays import StoredWeight, Tap
+from refmoe.arithmetic.codes import InputFormat, quantise
 from refmoe.arithmetic.exact import dot
 from refmoe.arithmetic.exact.ops import PREPARED_BYTES, ExactOps
-from refmoe.arithmetic.formats import FLOAT64, nearest
+from refmoe.arithmetic.formats import FLOAT64, Format, nearest
 from refmoe.profiles.cut_points import PROJECTIONS, ROW_PARALLEL, product_of
 from refmoe.profiles.policy import Policy
 from refmoe.spec.softmax import softmax
+from refmoe.steps.coded import codes_of, groups_of
 from refmoe.steps.rounding import cut_again
 from refmoe.steps.sharded import block
 
@@ -51,25 +53,44 @@ class PolicyOps(ExactOps):
         return self._held(table.rows(ids))
 
     def linear(self, x: Any, weight: StoredWeight) -> Any:
-        step = product_of(weight)
-        if step is None:
-            return self._times_weight(x, weight)
-        ops: Any = self
-        x = cut_again(ops, f"{step}.input", PROJECTIONS[step][1], x)
+        step, coded, read = product_of(weight), codes_of(self.policy, weight), self.policy.input_of(weight)
+        if isinstance(read, Format):
+            x = nearest(x, read)
+        elif step is not None and coded is None:
+            ops: Any = self
+            x = cut_again(ops, f"{step}.input", PROJECTIONS[step][1], x)
         if self.policy.ranks == 1 or step not in ROW_PARALLEL:
-            return self._times_weight(x, weight)
+            return self._times_weight(x, weight) if coded is None else self._times_codes(x, weight, coded)
         shares = (block(x.shape[-1], self.policy.ranks, rank) for rank in range(self.policy.ranks))
-        terms = [self._share(x, weight, share) for share in shares if share]
+        terms = [self._share(x, weight, coded, share) for share in shares if share]
         total = terms[0]
         for term in terms[1:]:
             total = self.cut("rank.partial", total + term)
         return total
 
-    def _share(self, x: Any, weight: StoredWeight, share: range) -> Any:
+    def _share(self, x: Any, weight: Any, coded: InputFormat | None, share: range) -> Any:
         """The part of a product that one rank has."""
         columns = slice(share.start, share.stop)
+        if coded is not None:
+            alone = np.zeros(x.shape)
+            alone[..., columns] = x[..., columns]
+            return self.cut("rank.partial", self._times_codes(alone, weight, coded))
         prepared = dot.prepare(self._held(weight.read())[:, columns])
         return self.cut("rank.partial", dot.linear(x[..., columns], prepared))
+
+    def _times_codes(self, x: Any, weight: Any, coded: InputFormat) -> Any:
+        """x [..., n] times the transpose of a quantised matrix, as if no sum of codes times scales rounded."""
+        groups = groups_of(weight)
+
+        def prepare() -> dot.PreparedWeight:
+            made = weight.factors(0, weight.shape[0])
+            joined = np.concatenate([made.terms, made.offsets], axis=-1) if groups else made.terms
+            return dot.prepare(joined.astype(np.float64))
+
+        codes = quantise(x.reshape(-1, x.shape[-1]), coded)
+        left = np.concatenate([codes.values, codes.sums(groups)], axis=-1) if groups else codes.values
+        made = dot.linear(left, self._prepared.get(weight, prepare, lambda made: made.nbytes))
+        return made.reshape(*x.shape[:-1], -1)
 
     def _times_weight(self, x: Any, weight: StoredWeight) -> Any:
         def prepare() -> dot.PreparedWeight:

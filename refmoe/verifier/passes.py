@@ -19,6 +19,7 @@ from refmoe.traces.script import cut
 from refmoe.traces.trace import Trace
 from refmoe.verifier import ranking
 from refmoe.verifier.blocks import block_size, by_entry, places, without_bound
+from refmoe.verifier.contested import Contested
 from refmoe.verifier.findings import CONTESTABLE, FORCED
 from refmoe.verifier.routing import Routing, invalid_choices, judge, valid
 from refmoe.verifier.subject import Findings, Subject
@@ -77,6 +78,7 @@ class Pass:
         self._logits: tuple[Enclosure, Any, bool] | None = None
         self._unknown: Any = None
         self._ids: Any = None
+        self._contested = Contested()
 
     def go(self, layers: range | None = None) -> Findings:
         """The findings of all runs in order. Each run goes in blocks of tokens, which MODEL-4 allows.
@@ -143,6 +145,7 @@ class Pass:
             x = without_bound(x, self._unknown)
         outside = 0
         if dumped is not None:
+            x = self._contested.explained(x, dumped, self.policy.at(step)) if isinstance(x, Enclosure) else x
             outside = self._test(name, step, x, dumped)
             if self.findings.open_choices:
                 self._note_unbounded(name, step, x)

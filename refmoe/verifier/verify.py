@@ -7,11 +7,13 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
-from refmoe.profiles.cut_points import INPUT_CUTS
+from refmoe.checkpoints.names import named_weights
+from refmoe.profiles.cut_points import INPUT_CUTS, PROJECTIONS
 from refmoe.profiles.policy import Policy
 from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters
 from refmoe.spec.taps import IDS, LOGPROBS, layer_of, observable, step_of
+from refmoe.steps.coded import quantises
 from refmoe.traces.trace import Run, Trace
 from refmoe.verifier.findings import (
     CANNOT_JUDGE,
@@ -65,11 +67,13 @@ def verify(
     trace = contents.trace
     subject = Subject(config, parameters, contents.runs, ops=with_shared_weights(settings.ops))
     limits = Limits(settings.significance, contents.values, contents.tensors)
+    coded = quantises(policy, named_weights(parameters).values())
 
     def judge(reading: Reading) -> tuple[Findings, list[Check]]:
         findings = judge_all(trace, subject, policy, limits.excess, contents.present, reading, settings)
-        checks = assemble(findings, contents, config, policy, limits)
-        return findings, against_noise(checks, findings, trace, subject, policy, limits)
+        checks = assemble(findings, contents, config, policy, limits, coded)
+        # a code that flips is a switch too rare for replicas to show, and as large as a choice of experts
+        return findings, checks if coded else against_noise(checks, findings, trace, subject, policy, limits)
 
     findings, checks = judge(Reading())
     failed = frozenset((check.run, check.tap) for check in checks if check.verdict == FAIL)
@@ -82,11 +86,28 @@ def verify(
     if policy.consumers == "unrounded" and any(check.verdict == FAIL for check in checks):
         _, again = judge(Reading(unrounded=True))
         checks = apply_second_pass(checks, again, "this step read its input before it was stored")
-    return conclude(trace, name, policy, settings.significance, contents, findings, checks)
+    report = conclude(trace, name, policy, settings.significance, contents, findings, checks)
+    return replace(report, notes=(*report.notes, *unknown_codes(checks))) if coded else report
 
 
-def assemble(findings: Findings, contents: Contents, config: Config, policy: Policy, limits: Limits) -> list[Check]:
-    """The checks of a pass, in order of computation, run by run."""
+def unknown_codes(checks: Iterable[Check]) -> list[str]:
+    """A sentence about the products whose input is not in the trace, where the engine makes codes of inputs."""
+    wide = dict.fromkeys(c.step for c in checks if c.step in PROJECTIONS and c.rung != LOCAL)
+    if not wide:
+        return []
+    return [
+        f"the policy rounds inputs of products to codes, which follow from an input in the trace; the trace lacks that of "
+        f"{', '.join(wide)}, so each of its codes may err by half a step, and no narrow verdict is possible there"
+    ]
+
+
+def assemble(
+    findings: Findings, contents: Contents, config: Config, policy: Policy, limits: Limits, coded: bool = False
+) -> list[Check]:
+    """The checks of a pass, in order of computation, run by run.
+
+    coded: whether products make codes of their inputs
+    """
     checks = []
     chosen = {(d.run, d.layer, d.token): d.found or d.expected for d in findings.decisions}
     decisions: dict[tuple[str, int | None], list[Decision]] = {}
@@ -110,7 +131,7 @@ def assemble(findings: Findings, contents: Contents, config: Config, policy: Pol
                 continue
             tally = findings.tallies.get((run.run, tap), Tally())
             size = alike_values(tap, origin, alike)
-            if size is not None and reads_coarser(policy, step_of(tap)):
+            if size is not None and (coded or reads_coarser(policy, step_of(tap))):
                 size = max(size, LIKE_POINTWISE)  # all outputs share the roundings of one input
             # rows of a norm stored in the dtype of its statistic: adding eps to rounded means errs alike in every row
             alike_rows = origin.normalises and policy.statistics.precision <= policy.at(step_of(tap)).precision

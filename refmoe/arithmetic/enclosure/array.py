@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,22 @@ FAR = 32.0
 
 quiet = np.errstate(all="ignore")
 """Infinities and NaN are legal here. They become an infinite radius, not a warning."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Several results of which an engine has one, the same for a whole row. Arrays have the shape of the enclosure."""
+
+    row: Any
+    """Integers: the number of the row that an element belongs to; below 0 where there is one result only."""
+    mids: tuple[Any, ...]
+    """The midpoints of the other results."""
+    radius: Any
+    """Of each result by itself."""
+
+    def map(self, move: Callable[[Any], Any]) -> Choices:
+        """The choices with `move` applied to every array."""
+        return Choices(row=move(self.row), mids=tuple(map(move, self.mids)), radius=move(self.radius))
 
 
 class Enclosure:
@@ -51,6 +68,7 @@ class Enclosure:
         owed: bool = False,
         bias: Any = None,
         length: Any = None,
+        choices: Choices | None = None,
     ) -> None:
         self.mid = np.asarray(mid, np.float64)
         self.radius = radius
@@ -59,6 +77,7 @@ class Enclosure:
         self.owed = owed
         self._bias = bias
         self.length = length
+        self.choices = choices
 
     @property
     def biased(self) -> bool:
@@ -90,6 +109,7 @@ class Enclosure:
             owed=self.owed,
             bias=(lambda: move(self.bias)) if self.biased else None,
             length=length,
+            choices=None if self.choices is None else self.choices.map(move),
         )
 
     def __getitem__(self, index: Any) -> Enclosure:
@@ -308,4 +328,20 @@ def concatenate(parts: Any, axis: int) -> Enclosure:
         owed=first.owed,
         bias=bias,
         length=join("length") if all(part.length is not None for part in parts) else None,
+        choices=_joined_choices(parts, axis),
     )
+
+
+def _joined_choices(parts: Any, axis: int) -> Choices | None:
+    """The choices of several enclosures. One without another choice has its own midpoint in its place."""
+    if all(part.choices is None for part in parts):
+        return None
+    most = max(len(part.choices.mids) for part in parts if part.choices is not None)
+    rows, mids, radius = [], [], []
+    for part in parts:
+        own = part.choices or Choices(row=np.full(part.shape, -1), mids=(), radius=np.zeros(part.shape) + part.r)
+        rows.append(own.row)
+        mids.append([*own.mids, *[part.mid] * (most - len(own.mids))])
+        radius.append(own.radius)
+    others = tuple(np.concatenate(each, axis) for each in zip(*mids, strict=True))
+    return Choices(row=np.concatenate(rows, axis), mids=others, radius=np.concatenate(radius, axis))

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refmoe.checkpoints.gguf_file import FILE_TYPES, write_gguf
+from refmoe.checkpoints.gguf_load import is_gguf
 from refmoe.checkpoints.load import load_checkpoint
 from refmoe.engines.adapter import Arrays, Skipped
 from refmoe.engines.adapters import llama_cpp_library as native
@@ -84,7 +85,7 @@ class Adapter:
     """NAMES and `llama_cpp_library` know two structs of this build."""
 
     def __init__(self, cache: str = "float32", flash: str = "off", threads: str = "1", file: str = "float32") -> None:
-        self.file = file
+        self.file, self.cache, self.flash = file, cache, flash
         self.library = native.load_library(lambda text: print(text, end="", file=sys.stderr))
         self.version = f"{native.PACKAGE} {version(native.PACKAGE)}"
         self.settings = {"type_k": native.TYPES[cache], "type_v": native.TYPES[cache], "n_threads": int(threads)}
@@ -95,13 +96,18 @@ class Adapter:
         self.model: Any = None
 
     def load(self, checkpoint: Path, dtype: str) -> None:
-        """Load the checkpoint through a temporary GGUF file. Raises RuntimeError when llama.cpp does not load it.
+        """Load the checkpoint: a GGUF file as it is, any other through a temporary one.
 
-        dtype: "float32".
+        dtype: "float32".   Raises RuntimeError when llama.cpp does not load it.
         """
         loaded = load_checkpoint(checkpoint)
         self.config = loaded.config
         self.library.llama_model_free(self.model)
+        self.policies = {"float32": policy_of(self.file, self.cache, self.flash)}
+        if is_gguf(checkpoint):
+            self.policies = {"float32": policy_of_gguf(self.cache, self.flash)}
+            self._open(checkpoint)
+            return
         with Scratch("llama-cpp") as scratch:
             path = scratch.path / "model.gguf"
             try:
@@ -110,9 +116,10 @@ class Adapter:
                 if self.file == "float32":
                     raise
                 raise Skipped(f"a {self.file} file cannot hold the weights: {unwritten}") from None
-            # the file is mapped into memory, so its name may be deleted
-            defaults = self.library.llama_model_default_params()
-            self.model = self.library.llama_model_load_from_file(bytes(path), defaults)
+            self._open(path)  # the file is mapped into memory, so its name may be deleted
+
+    def _open(self, path: Path) -> None:
+        self.model = self.library.llama_model_load_from_file(bytes(path), self.library.llama_model_default_params())
         if not self.model:
             raise RuntimeError("llama.cpp does not load the model; what it says is on standard error")
 
@@ -154,6 +161,13 @@ def policy_of(file: str, cache: str, flash: str) -> str:
     name = "llama.cpp-float32" + ("-cache-float16" if cache == "float16" else "")
     inputs = f"+linear.input={file}+router.logits.input=float32" if file != "float32" else ""
     return name + inputs + ("+flushes=true" if file == "bfloat16" else "")
+
+
+def policy_of_gguf(cache: str, flash: str) -> str:
+    """The policy of llama.cpp with these options and a GGUF file of whatever formats."""
+    if flash == "on":
+        return "llama.cpp-quantised"
+    return policy_of("float32", cache, flash) + "+F16.input=float16+BF16.input=bfloat16"
 
 
 def shaped(tap: str, array: NDArray[Any], config: Config, run: Run) -> NDArray[Any]:

@@ -13,12 +13,14 @@ from typing import Any, cast
 import numpy as np
 
 from refmoe.arithmetic.arrays import StoredWeight, Tap
+from refmoe.arithmetic.codes import InputFormat, quantise
 from refmoe.arithmetic.exact import elementary
 from refmoe.arithmetic.formats import nearest
 from refmoe.arithmetic.weight_cache import WeightCache
 from refmoe.profiles.cut_points import PROJECTIONS, product_of
 from refmoe.profiles.policy import Policy
 from refmoe.spec.taps import step_of
+from refmoe.steps.coded import codes_of, groups_of, parts_of
 from refmoe.steps.policy_ops import PolicyOps
 from refmoe.steps.rounding import CutOps, cut_again
 from refmoe.traces.trace import Trace
@@ -50,7 +52,7 @@ class PlainOps(PolicyOps):
     def __init__(self, policy: Policy, tap: Tap | None, forced: frozenset[str], weights: WeightCache) -> None:
         """forced: the cut points at which values are rounded   weights: shared by passes with one dtype of weights"""
         super().__init__(policy, tap)
-        self._forced, self._weights = forced, weights
+        self._forced, self._weights, self._factors = forced, weights, WeightCache(WEIGHT_BYTES)
 
     def cut(self, name: str, x: Any) -> Any:
         return nearest(x, self.policy.at(name)) if name in self._forced else x
@@ -66,10 +68,21 @@ class PlainOps(PolicyOps):
         return self._kept(weight)
 
     def linear(self, x: Any, weight: StoredWeight) -> Any:
-        step = product_of(weight) if self._forced else None
+        step, coded = product_of(weight) if self._forced else None, codes_of(self.policy, weight)
+        if coded is not None:
+            return self._times_codes(x, weight, coded)
         if step is not None:
             x = cut_again(cast(CutOps, self), f"{step}.input", PROJECTIONS[step][1], x)
         return x @ self._kept(weight).T
+
+    def _times_codes(self, x: Any, weight: Any, coded: InputFormat) -> Any:
+        groups, codes = groups_of(weight), quantise(x.reshape(-1, x.shape[-1]), coded)
+        values, sums = codes.values, codes.sums(groups) if groups else None
+        made = [
+            values @ part.terms.T + (0.0 if sums is None else sums @ part.offsets.T)
+            for part in parts_of(weight, self._factors)
+        ]
+        return np.concatenate(made, axis=-1).reshape(*x.shape[:-1], -1)
 
     def _kept(self, weight: StoredWeight) -> Any:
         """The values of a parameter, rounded once for all passes."""

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products of codes with quantised matrices, for every order in which the parts of a sum can be added.
+
+A term of the sum is code times code times two scales, or the offset of a group times the sum of its codes. Let S be the
+sum of their magnitudes. Sums of codes are integers, and exact. On its way into the result a term takes part in at most
+`depth` roundings of float32: one for each run of terms in its lane, and those of scales and of the last sum over lanes.
+So every legal result is within ((1 + u)^depth - 1) S of the exact product, in whatever order the terms are added.
+
+Where the codes are not known, a value in a row differs from its code times its scale by half a step at most. The sum of
+these errors is then part of the radius.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from refmoe.arithmetic.codes import FREE_CODES, MOST, Codes, Factors, InputFormat, quantise
+from refmoe.arithmetic.enclosure.array import (
+    OWN,
+    SLACK,
+    UNDERFLOW,
+    Choices,
+    Enclosure,
+    bounded,
+    quiet,
+    unbounded_beyond,
+)
+from refmoe.arithmetic.enclosure.matrices import between, from_zero_up, product_and_path
+from refmoe.arithmetic.formats import FLOAT32, representable
+
+LOST = 2.0**-135
+"""The most that a term loses below the smallest normal float32: a scale errs by 2^-150, times a sum of 4096 codes."""
+STEP_ERROR = 2.0**-14
+"""The error of a value over its scale, before it is rounded to a code: below 2^-14 for values up to 127."""
+
+
+@dataclass(frozen=True)
+class Left:
+    """The left factor of a product: rows of codes times scales, and the sums of their groups. Binary64."""
+
+    values: Any
+    """[t, n]"""
+    sums: Any
+    """[t, groups]; None where the matrix has no offsets."""
+    radius: Any = None
+    """What an engine's values may differ by, [t, n]; None: they are known."""
+    sums_radius: Any = None
+    """The same of the sums, [t, groups]."""
+    owners: Any = None
+    """Integers [t]: the row that each row is a choice of, in order; None: each row is a row of its own."""
+    rows: int = 0
+    """The rows without other choices: rows 0 to `rows` - 1 come first, and their other choices after them."""
+
+
+# ---- the left factor
+
+
+@quiet
+def left_factor(x: Enclosure, how: InputFormat, groups: int) -> Left:
+    """The input [t, n] of a product as an engine makes codes of it.   groups: of offsets in a row; 0: no offsets
+
+    If the input is known, its codes are, but for contestable ones. Each choice of these is a row of its own.
+    """
+    if x.radius is not None or not representable(x.mid, FLOAT32).all():
+        return _unknown(x, how, groups)
+    codes = quantise(x.mid, how)
+    doubt = codes.contestable()
+    many = doubt.sum(-1) > FREE_CODES
+    parts, owners = [codes], [*range(len(x.mid))]
+    for row in np.flatnonzero(doubt.any(-1) & ~many):
+        others = codes.alternatives(int(row), np.flatnonzero(doubt[row]))
+        parts += others
+        owners += [int(row)] * len(others)
+    values = np.concatenate([part.values for part in parts])
+    sums = np.concatenate([part.sums(groups) for part in parts]) if groups else None
+    radius, sums_radius = None, None
+    loose = many | codes.unknown
+    if loose.any():
+        rough = _unknown(x, how, groups)
+        radius, sums_radius = np.zeros(values.shape), np.zeros((len(values), groups)) if groups else None
+        values[: len(loose)][loose], radius[: len(loose)][loose] = rough.values[loose], rough.radius[loose]
+        if groups:
+            sums[: len(loose)][loose], sums_radius[: len(loose)][loose] = rough.sums[loose], rough.sums_radius[loose]
+    return Left(values=values, sums=sums, radius=radius, sums_radius=sums_radius, owners=owners, rows=len(x.mid))
+
+
+def _unknown(x: Enclosure, how: InputFormat, groups: int) -> Left:
+    """Rows whose codes are not known: the input itself, with half a step of the code and the error of the scale."""
+    x = x.settle()
+    rows, width = len(x.mid), how.block or x.shape[1]
+    error = x.r + (0.0 if representable(x.mid, FLOAT32).all() else FLOAT32.u * np.abs(x.mid) + FLOAT32.tiny)
+    most = np.abs(x.mid) + error
+    step = np.repeat(most.reshape(rows, -1, width).max(-1), width, axis=1) / MOST
+    stored, lost = how.scale.u + FLOAT32.u * 4, how.scale.u * how.scale.tiny
+    scaled = step * (1 + stored) + lost
+    radius = error + stored * (most + scaled) + lost * (MOST + 1) + scaled * (0.5 + STEP_ERROR)
+    radius = unbounded_beyond(scaled, radius * SLACK, how.scale)
+    if not groups:
+        return Left(values=x.mid, sums=None, radius=radius, rows=rows)
+    sums, off = (part.reshape(rows, groups, -1).sum(-1) for part in (x.mid, radius))
+    if how.sums is not None:
+        size = (most + radius).reshape(rows, groups, -1).sum(-1)
+        off = unbounded_beyond(size, off + (stored + how.sums.u) * size + how.sums.u * how.sums.tiny, how.sums)
+    return Left(values=x.mid, sums=sums, radius=radius, sums_radius=off * SLACK, rows=rows)
+
+
+# ---- the product
+
+
+@quiet
+def coded_product(left: Left, right: Factors, depth: int) -> Enclosure:
+    """The enclosure of rows of codes times the transpose of a quantised matrix: one row for each row of `left`, [t, m].
+
+    depth: the most roundings of a term
+    """
+    terms = right.terms.T.astype(np.float64)
+    n, size = terms.shape[0], np.abs(left.values)
+    magnitudes = np.abs(terms)
+    added = magnitudes if right.sizes is None else right.sizes.T.astype(np.float64)
+    mid, path = product_and_path(left.values, terms)
+    total, energy = size @ added, left.values**2 @ terms**2
+    inherited: Any = 0.0
+    if left.radius is not None:
+        inherited = from_zero_up(left.radius, magnitudes)
+        total = total + from_zero_up(left.radius, added)
+    if right.offsets is not None:
+        offsets = right.offsets.T.astype(np.float64)
+        shifts, rest = product_and_path(left.sums, offsets)
+        mid, path = mid + shifts, path + rest
+        total, energy = total + np.abs(left.sums) @ np.abs(offsets), energy + left.sums**2 @ offsets**2
+        if left.sums_radius is not None:
+            more = from_zero_up(left.sums_radius, np.abs(offsets))
+            inherited, total = inherited + more, total + more
+    count = n + (0 if right.offsets is None else right.offsets.shape[1])
+    growth = math.expm1(depth * FLOAT32.u)
+    own = (count + 2) * OWN * total
+    radius = (inherited + growth * total + count * LOST + own) * (SLACK + count * OWN)
+    radius = unbounded_beyond(total * (1 + growth), radius, FLOAT32)
+    spread = np.maximum(count / 3 * mid**2 + count / 2 * energy, path + between(n) / 2 * energy) + energy
+    variance = FLOAT32.u**2 / 3 * spread + inherited**2 / 3 + (count * LOST) ** 2 + UNDERFLOW
+    return Enclosure(mid, bounded(np.where(np.isfinite(mid), radius, np.inf)), bounded(variance))
+
+
+def with_choices(made: Enclosure, left: Left, names: Iterable[int]) -> Enclosure:
+    """The product's rows [t, m] from those of all choices, each row with the other choices that it has.
+
+    names: a number for each row that has choices, in the order of rows
+    """
+    rows = left.rows
+    if len(made.mid) == rows:
+        return made
+    owners = np.asarray(left.owners[rows:])
+    row = np.full((rows, 1), -1)
+    row[np.unique(owners), 0] = [*names]
+    most = int(np.bincount(owners).max())
+    mids = [made.mid[:rows].copy() for _ in range(most)]
+    radius, variance = made.radius[:rows], made.variance[:rows]
+    hull = radius.copy()
+    for owner in np.unique(owners):
+        for number, at in enumerate(rows + np.flatnonzero(owners == owner)):
+            mids[number][owner] = made.mid[at]
+            np.maximum(radius[owner], made.radius[at], out=radius[owner])
+        distance = np.max([np.abs(mid[owner] - made.mid[owner]) for mid in mids], axis=0)
+        hull[owner] = (radius[owner] + distance) * SLACK
+    choices = Choices(row=np.broadcast_to(row, hull.shape), mids=tuple(mids), radius=radius)
+    far = hull - radius
+    return Enclosure(
+        made.mid[:rows], hull, variance + far**2 / 3, accumulation=made.accumulation, choices=choices,
+    )  # fmt: skip
+
+
+def contested_rows(left: Left) -> list[int]:
+    """The rows that have several choices, in order."""
+    return [] if left.owners is None else sorted({*left.owners[left.rows :]})
+
+
+def candidates(x: Enclosure) -> Iterator[tuple[int, Any, list[Any]]]:
+    """Of each row with choices its number, which elements belong to it, and the midpoints of each choice there."""
+    choices = x.choices
+    if choices is None:
+        return
+    for number in np.unique(choices.row):
+        if number >= 0:
+            at = choices.row == number
+            yield int(number), at, [x.mid[at], *(mid[at] for mid in choices.mids)]
