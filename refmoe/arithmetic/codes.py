@@ -38,15 +38,15 @@ class InputFormat:
     block: int
     """The values that share a scale; 0: the whole row."""
     maximum: str
-    """The value that gets the code 127 or -127: the largest magnitude, or with its sign (``signed``), which gets -127."""
+    """Whether the scale is that of the largest magnitude, or has the sign of that value, whose code is then -127."""
     codes: str
-    """The factor of the values: 127 over the maximum, 1 over the scale before it is stored, or over the stored scale."""
+    """What a value is multiplied by: 127 over the maximum, or 1 over the scale, before it is stored or after."""
     rounding: str
     """Where a product halfway between two codes goes."""
     scale: Format
     """The dtype of the stored scale."""
     sums: Format | None
-    """The dtype of the stored sum of a block, the scale before it is stored times the sum of codes. None: none stored."""
+    """The dtype of the stored sum of a block: the scale, before it is stored, times the sum of codes. None: no sum."""
     contest: int
     """The roundings of float32 by which two builds of one engine may differ before they round to a code."""
     run: int

@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from refmoe.arithmetic.codes import InputFormat
 from refmoe.arithmetic.formats import Format
 from refmoe.errors import InputError
 from refmoe.files.parsing import toml
@@ -171,7 +172,7 @@ def _build(name: str, tables: dict[str, Any], where: str) -> Policy:
     return Policy(name=name, cuts=cuts, inputs=made, **parts)
 
 
-def _input(matrix: str, found: Any, refuse: Refuse) -> inputs.InputFormat | Format:
+def _input(matrix: str, found: Any, refuse: Refuse) -> InputFormat | Format:
     """What becomes of the input of products with matrices of a format: a name, or a table of one's own."""
     if matrix not in inputs.MATRICES:
         raise refuse("inputs", matrix, f"the format of a matrix, {_one_of(inputs.MATRICES, matrix)},")

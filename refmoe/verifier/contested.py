@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The choice of contestable codes: one must explain every output of a row, and all products that read the row.
 
-The input of a product is rounded to codes. Rounding alone can decide a code that lies at a boundary. Each combination of
-such codes is one choice. The first product that reads the row refutes those that its outputs contradict. The next one
-that reads the same codes has the rest.
+The input of a product is rounded to codes. Rounding alone can decide a code that lies at a boundary. Each combination
+of such codes is one choice. The first product that reads the row refutes those that its outputs contradict. The next
+one that reads the same codes has the rest.
 """
 
 from __future__ import annotations

@@ -96,8 +96,8 @@ def unknown_codes(checks: Iterable[Check]) -> list[str]:
     if not wide:
         return []
     return [
-        f"the policy rounds inputs of products to codes, which follow from an input in the trace; the trace lacks that of "
-        f"{', '.join(wide)}, so each of its codes may err by half a step, and no narrow verdict is possible there"
+        f"the policy rounds inputs of products to codes, which follow from an input in the trace; the trace lacks that "
+        f"of {', '.join(wide)}, so each of its codes may err by half a step, and no narrow verdict is possible there"
     ]
 
 

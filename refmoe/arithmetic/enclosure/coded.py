@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from refmoe.arithmetic.codes import FREE_CODES, MOST, Codes, Factors, InputFormat, quantise
+from refmoe.arithmetic.codes import FREE_CODES, MOST, Factors, InputFormat, quantise
 from refmoe.arithmetic.enclosure.array import (
     OWN,
     SLACK,
@@ -78,15 +78,23 @@ def left_factor(x: Enclosure, how: InputFormat, groups: int) -> Left:
         owners += [int(row)] * len(others)
     values = np.concatenate([part.values for part in parts])
     sums = np.concatenate([part.sums(groups) for part in parts]) if groups else None
-    radius, sums_radius = None, None
+    left = Left(values=values, sums=sums, owners=np.asarray(owners), rows=len(x.mid))
     loose = many | codes.unknown
-    if loose.any():
-        rough = _unknown(x, how, groups)
-        radius, sums_radius = np.zeros(values.shape), np.zeros((len(values), groups)) if groups else None
-        values[: len(loose)][loose], radius[: len(loose)][loose] = rough.values[loose], rough.radius[loose]
-        if groups:
-            sums[: len(loose)][loose], sums_radius[: len(loose)][loose] = rough.sums[loose], rough.sums_radius[loose]
-    return Left(values=values, sums=sums, radius=radius, sums_radius=sums_radius, owners=owners, rows=len(x.mid))
+    return _loosened(left, _unknown(x, how, groups), np.flatnonzero(loose)) if loose.any() else left
+
+
+def _loosened(left: Left, rough: Left, rows: Any) -> Left:
+    """`left` with some of its rows from `rough`, which has no other choices.   rows: integers"""
+
+    def joined(exact: Any, wide: Any) -> Any:
+        if wide is None:
+            return None
+        made = np.zeros((len(left.values), wide.shape[1])) if exact is None else exact
+        made[rows] = wide[rows]
+        return made
+
+    parts = ("values", "sums", "radius", "sums_radius")
+    return replace(left, **{part: joined(getattr(left, part), getattr(rough, part)) for part in parts})
 
 
 def _unknown(x: Enclosure, how: InputFormat, groups: int) -> Left:
@@ -154,7 +162,7 @@ def with_choices(made: Enclosure, left: Left, names: Iterable[int]) -> Enclosure
     rows = left.rows
     if len(made.mid) == rows:
         return made
-    owners = np.asarray(left.owners[rows:])
+    owners = left.owners[rows:]
     row = np.full((rows, 1), -1)
     row[np.unique(owners), 0] = [*names]
     most = int(np.bincount(owners).max())
@@ -176,7 +184,7 @@ def with_choices(made: Enclosure, left: Left, names: Iterable[int]) -> Enclosure
 
 def contested_rows(left: Left) -> list[int]:
     """The rows that have several choices, in order."""
-    return [] if left.owners is None else sorted({*left.owners[left.rows :]})
+    return [] if left.owners is None else np.unique(left.owners[left.rows :]).tolist()
 
 
 def candidates(x: Enclosure) -> Iterator[tuple[int, Any, list[Any]]]:
