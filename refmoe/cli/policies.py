@@ -89,6 +89,8 @@ def print_one(chosen: Policy) -> None:
     place.print(f"source: {chosen.source}", markup=False)
     for name in BUDGETS:
         place.print(f"{name}: {getattr(chosen, name).source}", markup=False)
+    for each in chosen.codes:
+        place.print(f"{each.name}: {each.about}. {each.source}", markup=False)
     place.print()
 
 
@@ -101,6 +103,7 @@ def as_data(chosen: Sequence[Policy]) -> dict[str, object]:
     if len(chosen) > 1:
         return {"policies": [each.name for each in chosen], "differences": table}
     sources = {name: getattr(chosen[0], name).source for name in BUDGETS}
+    sources |= {each.name: each.source for each in chosen[0].codes}
     return {
         "name": chosen[0].name, "about": chosen[0].about, "source": chosen[0].source, "sources": sources,
         "fields": {row.field: row.values[0] for row in rows},

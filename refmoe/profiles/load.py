@@ -48,7 +48,7 @@ CHOICES = {
 FLAGS = ("truncates", "flushes")
 NUMBERS = ("ranks",)
 MOST_RANKS = 4096
-TABLES = ("cuts", "inputs")
+TABLES = {"cuts": "a table of dtypes", "inputs": "a table of formats"}
 INPUT = ".input"
 """The end of the name of a change that says what becomes of the input of products with one format of matrices."""
 GROUPS = {
@@ -206,7 +206,7 @@ def _with_base(name: str, tables: dict[str, Any], refuse: Refuse) -> dict[str, A
     for layer in layers:
         for table in TABLES:
             if not isinstance(layer.get(table, {}), dict):
-                raise refuse(table, layer[table], "a table")
+                raise refuse(table, layer[table], TABLES[table])
         values = {**values, **layer, **{table: {**values[table], **layer.get(table, {})} for table in TABLES}}
     values.pop("base", None)
     return values

@@ -77,6 +77,12 @@ class Policy:
         """What a product with this matrix makes of its input; None: what its cut points say."""
         return self.inputs.get(format_of(weight)) if self.inputs else None
 
+    @property
+    def codes(self) -> tuple[InputFormat, ...]:
+        """The formats of codes that products may make of their inputs, each once, in the order of their names."""
+        found = {each.name: each for each in self.inputs.values() if isinstance(each, InputFormat)}
+        return tuple(found[name] for name in sorted(found))
+
     def at(self, cut: str) -> Format:
         """The dtype of a cut point.   cut: a name of `CUT_POINTS`; a tap without its layer"""
         found = self.cuts.get(cut)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from refmoe.arithmetic.codes import InputFormat
 from refmoe.arithmetic.formats import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 from refmoe.errors import InputError
 from refmoe.profiles.cut_points import ACCUMULATION_CUTS, CUT_POINTS, INPUT_CUTS, ISLANDS, STATISTICS
+from refmoe.profiles.inputs import input_formats
 from refmoe.profiles.load import Difference, differences, policies, policy
 
 FILE = """
@@ -133,6 +135,8 @@ MISTAKES = {
     "hf-float32+ranks=two": 'ranks is "two", but an integer from 1 to ',
     "hf-float32+router.logits.inputs=float16": "cannot be changed, expected one of router.logits.input, ",
     "nowhere.toml+cache=float16": "nowhere.toml: no such file",
+    "float32+Q8_0.input=q9_0": 'inputs.Q8_0 is "q9_0", but one of q8_0, ',
+    "float32+Q9_0.input=q8_0": "'Q9_0.input' cannot be changed, expected one of ",
 }
 
 
@@ -143,6 +147,13 @@ def test_a_name_that_means_nothing(name: str) -> None:
     assert MISTAKES[name] in str(caught.value)
 
 
+OWN = """
+[my-engine.inputs.Q8_0]
+base = "q8_0"
+about = "Mine."
+source = "Its README."
+codes = "reciprocal of the scale"
+"""
 BUDGET = "a table of 'constant' and 'slope', numbers from 0, and 'source', a text, was expected"
 SPOILT = {
     "not TOML": (lambda text: text + "[", "not valid TOML"),
@@ -165,6 +176,20 @@ SPOILT = {
     "cuts that are none": (
         lambda text: text.partition("[my-engine.cuts]")[0] + "cuts = 3", "cuts is 3, but a table of dtypes",
     ),
+    "inputs that are none": (
+        lambda text: text.partition("[my-engine.cuts]")[0] + "inputs = 3", "inputs is 3, but a table of formats",
+    ),
+    "the input of no matrix": (
+        lambda text: text + '[my-engine.inputs]\nQ7_0 = "q8_0"\n', 'inputs is "Q7_0", but the format of a matrix, one of ',
+    ),
+    "an input of no format": (
+        lambda text: text + '[my-engine.inputs]\nQ8_0 = 3\n', "inputs.Q8_0 is 3, but one of q8_0, ",
+    ),
+    "an input with a wrong base": (lambda text: text + OWN.replace("q8_0", "q9_0"), 'Q8_0.base is "q9_0", but one of '),
+    "an input without a source": (lambda text: text + OWN.replace("source", "#"), "Q8_0.source is missing, but a text"),
+    "an input with an unknown field": (lambda text: text + OWN.replace("codes", "code"), "Q8_0.code is "),
+    "an input with a wrong rule": (lambda text: text + OWN.replace("of the scale", "of it"), "Q8_0.codes is "),
+    "an input with a wrong number": (lambda text: text + OWN + "contest = -1\n", "Q8_0.contest is -1, but an integer"),
     "a wrong flag": (lambda text: text.replace("true", "1"), "truncates is 1, but true or false was expected"),
     "a wrong budget": (lambda text: text.replace("truncates = true", "exp = 3"), f"exp is 3, but {BUDGET}"),
     "a budget without a source": (
@@ -185,3 +210,18 @@ def test_a_file_that_cannot_be_used(tmp_path: Path, fault: str) -> None:
         policy(str(path))
     assert str(caught.value).startswith(f"{path}: ")
     assert words in str(caught.value)
+
+
+def test_the_input_of_products_belongs_to_the_format_of_a_matrix(tmp_path: Path) -> None:
+    """By a name, by a dtype, or by a table of one's own; a base has its say for the other formats."""
+    path = tmp_path / "mine.toml"
+    path.write_text(FILE.replace("hf-bfloat16", "llama.cpp-quantised") + OWN)
+    found, base = policy(str(path)), policy("llama.cpp-quantised")
+    own = found.inputs["Q8_0"]
+    assert isinstance(own, InputFormat)
+    assert (own.about, own.codes, own.block, own.scale) == ("Mine.", "reciprocal of the scale", 32, FLOAT16)
+    assert found.inputs["Q4_K"] == base.inputs["Q4_K"] == input_formats()["q8_k"]
+    changed = policy("llama.cpp-quantised+Q4_K.input=q8_0+Q6_K.input=float16")
+    assert (changed.inputs["Q4_K"], changed.inputs["Q6_K"]) == (input_formats()["q8_0"], FLOAT16)
+    assert [row.field for row in differences([base, changed])] == ["inputs"]
+    assert {each.name for each in base.codes} == {"q8_0", "q8_1", "q8_k"}
