@@ -40,7 +40,7 @@ class InputFormat:
     maximum: str
     """Whether the scale is that of the largest magnitude, or has the sign of that value, whose code is then -127."""
     codes: str
-    """What a value is multiplied by: 127 over the maximum, or 1 over the scale, before it is stored or after."""
+    """The factor of a value: 127 over the maximum, or 1 over the scale, before it is stored or after."""
     rounding: str
     """Where a product halfway between two codes goes."""
     scale: Format
@@ -87,7 +87,7 @@ class Codes:
     unrounded: Any
     """Before they are stored, [t, blocks]."""
     ideal: Any
-    """What is rounded to a code, if no step before rounds, [t, n]."""
+    """The real numbers that are rounded to codes, [t, n]."""
     unknown: Any
     """Booleans [t]: rows whose codes depend on how an engine underflows or overflows."""
 
@@ -102,7 +102,7 @@ class Codes:
         return self.codes * np.repeat(self.scales, self.width, axis=1)
 
     def sums(self, groups: int) -> Any:
-        """What the offset of each group multiplies: [t, groups]"""
+        """The factors of the offsets of all groups: scale times the sum of codes, [t, groups]"""
         within = self.codes.reshape(len(self.codes), groups, -1).sum(-1)
         per = groups // self.scales.shape[1]
         if self.how.sums is None:

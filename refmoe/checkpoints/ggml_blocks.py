@@ -67,9 +67,9 @@ class BlockFormat:
     parts: Callable[[Bytes], Groups]
     """From blocks [n, nbytes] to their parts."""
     unsigned: int = 0
-    """What kernels add to codes that they multiply unsigned. They subtract it again in sums of other codes.
+    """The number that kernels add to codes, which they multiply unsigned, and subtract in sums of other codes.
 
-    That is the kernels of Q6_K for x86 (`ggml_vec_dot_q6_K_q8_K`). Those of Q4_0 and Q5_0 subtract it from each code.
+    Those of Q6_K for x86 do so (`ggml_vec_dot_q6_K_q8_K`). Those of Q4_0 and Q5_0 subtract it from each code.
     """
 
     def values(self, raw: Bytes) -> NDArray[np.float32]:

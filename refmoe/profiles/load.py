@@ -173,7 +173,7 @@ def _build(name: str, tables: dict[str, Any], where: str) -> Policy:
 
 
 def _input(matrix: str, found: Any, refuse: Refuse) -> InputFormat | Format:
-    """What becomes of the input of products with matrices of a format: a name, or a table of one's own."""
+    """The format of the input of products with matrices of a format: found by its name, or a table of one's own."""
     if matrix not in inputs.MATRICES:
         raise refuse("inputs", matrix, f"the format of a matrix, {_one_of(inputs.MATRICES, matrix)},")
     if isinstance(found, dict):

@@ -74,7 +74,7 @@ class Policy:
     """
 
     def input_of(self, weight: Any) -> InputFormat | Format | None:
-        """What a product with this matrix makes of its input; None: what its cut points say."""
+        """The format of the input of products with this matrix; None: the dtype of its cut point."""
         return self.inputs.get(format_of(weight)) if self.inputs else None
 
     @property

@@ -180,7 +180,7 @@ SPOILT = {
         lambda text: text.partition("[my-engine.cuts]")[0] + "inputs = 3", "inputs is 3, but a table of formats",
     ),
     "the input of no matrix": (
-        lambda text: text + '[my-engine.inputs]\nQ7_0 = "q8_0"\n', 'inputs is "Q7_0", but the format of a matrix, one of ',
+        lambda text: text + '[my-engine.inputs]\nQ7_0 = "q8_0"\n', 'inputs is "Q7_0", but the format of a matrix, one',
     ),
     "an input of no format": (
         lambda text: text + '[my-engine.inputs]\nQ8_0 = 3\n', "inputs.Q8_0 is 3, but one of q8_0, ",

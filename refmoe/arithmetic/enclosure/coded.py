@@ -48,9 +48,9 @@ class Left:
     sums: Any
     """[t, groups]; None where the matrix has no offsets."""
     radius: Any = None
-    """What an engine's values may differ by, [t, n]; None: they are known."""
+    """The most by which an engine's values may differ, [t, n]; None: they are known."""
     sums_radius: Any = None
-    """The same of the sums, [t, groups]."""
+    """The most by which the sums may differ, [t, groups]."""
     owners: Any = None
     """Integers [t]: the row that each row is a choice of, in order; None: each row is a row of its own."""
     rows: int = 0

@@ -3,19 +3,21 @@
 
 The wheel's Python interface is a server: it neither takes tokens nor gives tensors. Its shared library exports all of
 llama.h and ggml.h. Two structs of llama.h are passed by value and differ from build to build. So `load_library` first
-compares the library's defaults with those expected.
+compares the library's defaults with those expected. Another build may be given by its file.
 """
 
 from __future__ import annotations
 
 import ctypes as c
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from refmoe.errors import require
+from refmoe.errors import InputError, require
+from refmoe.files.sentences import one_line
 from refmoe.traces.trace import Run
 
 PACKAGE = "xllamacpp"
@@ -125,14 +127,18 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 """Per function its result and its arguments."""
 
 
-def load_library(log: Callable[[str], object]) -> Any:
-    """The wheel's library, ready to load models.
+def load_library(log: Callable[[str], object], path: Path | None = None) -> Any:
+    """A library that is ready to load models: the wheel's, or the one in a file.
 
     log: called with each warning or error, end of line included.
-    Raises InputError when the package is not installed, RuntimeError when its structs differ from those above.
+    path: of libllama, whose other libraries lie beside it, those of its backends included.
+
+    Raises InputError when there is none, RuntimeError when its structs differ from those above.
     """
-    module = require(f"{PACKAGE}.{PACKAGE}", "llama-cpp", "the adapter llama_cpp")
-    library: Any = c.CDLL(module.__file__)
+    if path is None:
+        library: Any = c.CDLL(require(f"{PACKAGE}.{PACKAGE}", "llama-cpp", "the adapter llama_cpp").__file__)
+    else:
+        library = _opened(path)
     for name, (result, arguments) in SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
@@ -148,9 +154,24 @@ def load_library(log: Callable[[str], object]) -> Any:
         if getattr(found, field) != value:
             raise RuntimeError(
                 f"llama_context_params has {field} = {getattr(found, field)} by default, but {value} was expected: "
-                f"this build of {PACKAGE} has another struct than the one that the adapter was written for"
+                f"this build of {path or PACKAGE} has another struct than the one that the adapter was written for"
             )
     library.llama_backend_init()
+    if path is not None:
+        library.ggml_backend_load_all_from_path(bytes(path.parent))
+    return library
+
+
+def _opened(path: Path) -> Any:
+    """The library in a file. Raises InputError where it cannot be opened."""
+    try:
+        for pattern in ("libggml-base*.so*", "libggml.*so*"):
+            for needed in sorted(path.parent.glob(pattern)):
+                c.CDLL(str(needed), mode=c.RTLD_GLOBAL)
+        library = c.CDLL(str(path), mode=c.RTLD_GLOBAL)
+        library.ggml_backend_load_all_from_path.argtypes = [c.c_char_p]
+    except (OSError, AttributeError) as error:
+        raise InputError(f"{path}: cannot be used: {one_line(error)}, but llama.cpp's libllama was expected") from None
     return library
 
 
