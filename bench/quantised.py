@@ -32,7 +32,7 @@ from refmoe.verifier.verify import verify
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "quantised.json"
 CASES = ("production-first", "production-sequences")
-"""Cases whose rows are whole blocks of 256, with calls of 1 to 13 tokens."""
+"""Cases whose rows are whole blocks of 256, with calls of 1 to 12 tokens."""
 
 
 def case(name: str) -> Case:

@@ -5,6 +5,7 @@ hf-float32                          a policy of refmoe's own (``exact`` is anoth
 my-engine.toml                      a file with one table, of the same format; its `base` may be one of refmoe's
 hf-float32+cache=float16            with changes, each a field, a cut point, or one of `GROUPS`
 llama.cpp-quantised+Q4_K.input=q8_0 and so is the input of products with matrices of one format
+llama.cpp-quantised+codes=q8_2      or of all formats whose inputs become codes
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ FLAGS = ("truncates", "flushes")
 NUMBERS = ("ranks",)
 MOST_RANKS = 4096
 TABLES = {"cuts": "a table of dtypes", "inputs": "a table of formats"}
-INPUT = ".input"
-"""The end of the name of a change that says what becomes of the input of products with one format of matrices."""
+INPUT, CODES = ".input", "codes"
+"""The changes of the input of products: with one format of matrices, and with all of whose inputs codes are made."""
 GROUPS = {
     "cache": ("cache.k", "cache.v"),
     "linear.input": tuple(INPUT_CUTS),
@@ -252,9 +253,12 @@ def _changed(found: Policy, change: str, text: str) -> Policy:
     matrix = field.removesuffix(INPUT)
     if matrix != field and matrix in inputs.MATRICES:
         return replace(found, inputs={**found.inputs, matrix: _input(matrix, word, refuse)})
+    if field == CODES:
+        coded = [name for name, of in found.inputs.items() if isinstance(of, InputFormat)]
+        return replace(found, inputs={**found.inputs, **{name: _input(name, word, refuse) for name in coded}})
     fields = (*DTYPES, *CHOICES, *FLAGS, *NUMBERS)
     if field not in (*fields, *GROUPS, *CUT_POINTS):
-        known = (*fields, *GROUPS, *CUT_POINTS, *(name + INPUT for name in inputs.MATRICES))
+        known = (*fields, *GROUPS, *CUT_POINTS, CODES, *(name + INPUT for name in inputs.MATRICES))
         raise InputError(f"policy '{text}': '{field}' cannot be changed, expected {_one_of(known, field)}")
     value: Any = word
     if field in FLAGS:

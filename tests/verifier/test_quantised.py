@@ -16,6 +16,7 @@ import pytest
 from refmoe.arithmetic.codes import Codes, Factors, InputFormat, quantise
 from refmoe.arithmetic.enclosure.array import Enclosure
 from refmoe.arithmetic.formats import FLOAT16, FLOAT32, nearest
+from refmoe.bugs.catalogue import MUTANTS
 from refmoe.checkpoints.gguf_file import write_gguf
 from refmoe.checkpoints.layout import Checkpoint
 from refmoe.checkpoints.load import load_checkpoint
@@ -34,7 +35,8 @@ from refmoe.suite import read_case
 from refmoe.traces.script import execute, plan
 from refmoe.traces.trace import Header, Recorder, Run, read_trace, write_trace
 from refmoe.verifier.contested import Contested
-from refmoe.verifier.findings import CONFORMANT, FAIL, NOT_CONFORMANT, Check, Report
+from refmoe.verifier.diagnosis.diagnose import diagnose
+from refmoe.verifier.findings import CONFORMANT, FAIL, NOT_CONFORMANT, Check, Explanation, Report
 from refmoe.verifier.verify import verify
 
 pytestmark = pytest.mark.skipif(find_spec("gguf") is None, reason="gguf not installed: pip install -e '.[test]'")
@@ -94,6 +96,37 @@ def test_codes_of_another_engine_are_seen_at_the_first_product(
     assert report.first_wrong == ("prefill", "layers.0.attention.q")
     plain = trace_of(PolicyOps, model, policy("llama.cpp-float32-flash+Q8_0.input=float32"))
     assert judged(plain, model, NAME, tmp_path).first_wrong == ("prefill", "layers.0.attention.q")
+
+
+OTHER_RULES = {
+    "ik-llama.cpp-quantised+attention.context.accumulation=float32": "codes=q8_2",
+    f"{NAME}+codes=float32": "codes=float32",
+    f"{NAME}+codes=float16": "codes=float16",
+    f"{NAME}+codes=q8_0": "codes=q8_0",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rules", OTHER_RULES)
+def test_codes_of_another_engine_are_named(rules: str, model_in: Callable[[str], Checkpoint], tmp_path: Path) -> None:
+    model = model_in("Q4_1")
+    found = explanations(trace_of(PolicyOps, model, policy(rules)), model, tmp_path)
+    assert [each.name.rpartition("+")[2] for each in found if each.explains][:1] == [OTHER_RULES[rules]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["last term dropped", "codes truncated", "one code off by one"])
+def test_a_fault_that_no_rule_explains_gets_no_name(
+    fault: str, model_in: Callable[[str], Checkpoint], tmp_path: Path
+) -> None:
+    model = model_in("Q8_0")
+    arrays = trace_of(lambda *a: Faulty(*a, EVERYWHERE[fault]), model, policy(NAME))
+    assert [each.name for each in explanations(arrays, model, tmp_path) if each.explains] == []
+
+
+def explanations(arrays: dict[str, Any], model: Checkpoint, folder: Path) -> tuple[Explanation, ...]:
+    report, trace = judged(arrays, model, NAME, folder), read_trace(folder / "trace.safetensors")
+    return diagnose(trace, model.config, model.parameters, RUNS, policy(NAME), report, MUTANTS.values())
 
 
 # ---- planted faults

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from refmoe.errors import InputError
-from refmoe.profiles.cut_points import CUT_POINTS, PRODUCTS
-from refmoe.profiles.load import GROUPS, differences
+from refmoe.profiles.cut_points import CUT_POINTS, PRODUCTS, PROJECTIONS
+from refmoe.profiles.load import CODES, GROUPS, differences
 from refmoe.profiles.load import policy as named_policy
 from refmoe.profiles.policy import Policy
 from refmoe.spec.config import Config
@@ -34,6 +34,10 @@ CHANGES = {
     ),
     "linear.input=float16": "the inputs of products with parameters are rounded to float16",
     "linear.input=bfloat16": "the inputs of products with parameters are rounded to bfloat16",
+    "codes=float32": "inputs of products are not rounded to codes",
+    "codes=float16": "inputs of products are rounded to float16, and not to codes",
+    "codes=q8_0": "inputs become codes by one rule for all formats of matrices, as those of Q8_0 in llama.cpp",
+    "codes=q8_2": "inputs become codes with a bfloat16 scale, as in ik_llama.cpp",
     **{
         f"ranks={n}": f"several ranks, at least {n}, store their parts of sums in the storage dtype, and add them in it"
         for n in (2, 4, 8)
@@ -69,6 +73,7 @@ FIRST = {
     "router_order": ("router.weights",),
     "sigmoid": ("expert.hidden",),
     "ranks": CUT_POINTS["rank.partial"].shown_by,
+    CODES: (*PROJECTIONS,),
 }
 """The first taps that a field of a policy can alter, if these are few."""
 
@@ -106,7 +111,12 @@ def other_arithmetic(policy: Policy) -> Iterator[Cause]:
 
 
 def _changed(policy: Policy, change: str) -> Policy | None:
-    """The policy with the change. None if the policy already has it, or is not one of refmoe's own."""
+    """The policy with the change. None if it has it already, is not one of refmoe's own, or cannot have it.
+
+    Rows of any length may have one scale. They need not be whole blocks of other codes.
+    """
+    if change.startswith(f"{CODES}=") and any(not each.block for each in policy.codes):
+        return None
     try:
         changed = named_policy(f"{policy.name}+{change}")
     except InputError:

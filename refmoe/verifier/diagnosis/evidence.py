@@ -15,6 +15,7 @@ from refmoe.arithmetic.formats import FLOAT64, Format
 from refmoe.arithmetic.weight_cache import WeightCache
 from refmoe.bugs.forced_rounding import rounded
 from refmoe.bugs.quantised_checkpoint import QuantisedWeight, SmoothedGain
+from refmoe.checkpoints.rows import RowWeight
 from refmoe.checkpoints.size import total_parameters
 from refmoe.checkpoints.weight import Weight
 from refmoe.profiles.cut_points import ACCUMULATION_CUTS, CUT_POINTS, RANK_CUTS
@@ -147,13 +148,15 @@ def held(config: Config, parameters: Parameters) -> Parameters:
     if total_parameters(config) > MOST_HELD:
         return parameters
 
+    more = QuantisedWeight | SmoothedGain | RowWeight  # they have more than their values
+
     def kept(owner: Any) -> Any:
         weights = {
             name: Weight(
                 name=each.name, shape=each.shape, dtype=each.dtype, source=cache(each.read), origin=each.origin
             )
             for name, each in vars(owner).items()
-            if isinstance(each, Weight) and not isinstance(each, QuantisedWeight | SmoothedGain)  # these have more
+            if isinstance(each, Weight) and not isinstance(each, more)
         }
         return replace(owner, **weights)
 

@@ -15,7 +15,7 @@ import numpy as np
 from refmoe.arithmetic.arrays import StoredWeight, Tap
 from refmoe.arithmetic.codes import InputFormat, quantise
 from refmoe.arithmetic.exact import elementary
-from refmoe.arithmetic.formats import nearest
+from refmoe.arithmetic.formats import Format, nearest
 from refmoe.arithmetic.weight_cache import WeightCache
 from refmoe.profiles.cut_points import PROJECTIONS, product_of
 from refmoe.profiles.policy import Policy
@@ -71,6 +71,9 @@ class PlainOps(PolicyOps):
         step, coded = product_of(weight) if self._forced else None, codes_of(self.policy, weight)
         if coded is not None:
             return self._times_codes(x, weight, coded)
+        read = self.policy.input_of(weight)
+        if isinstance(read, Format):
+            x = nearest(x, read)
         if step is not None:
             x = cut_again(cast(CutOps, self), f"{step}.input", PROJECTIONS[step][1], x)
         return x @ self._kept(weight).T
