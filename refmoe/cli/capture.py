@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``refmoe capture``: run a checkpoint or a case in transformers, and record its values."""
+"""``refmoe capture``: run a checkpoint or a case in transformers or another engine, and record its values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from refmoe.cli.options import (
 from refmoe.report.json_text import json_text
 
 
-@click.command("capture", cls=GuardedCommand, short_help="Record a trace from transformers.")
+@click.command("capture", cls=GuardedCommand, short_help="Record a trace from an engine.")
 @checkpoint_options
 @input_options
 @case_option("Run the model and the calls of this case instead")
@@ -38,16 +38,23 @@ from refmoe.report.json_text import json_text
     "--attention", type=click.Choice(ATTENTIONS), default="eager", show_default=True,
     help="The engine's attention; only eager shows the probabilities.",
 )  # fmt: skip
+@click.option(
+    "--adapter", metavar="NAME", help="Another engine: an adapter as of refmoe conform, executed with your rights."
+)
+@click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="An option of the adapter; repeatable.")
 @json_option
-def capture_command(case_name: str | None, as_json: bool, **options: Any) -> None:
-    """Load a checkpoint into transformers' MixtralForCausalLM, run it, and record the values that its modules exchange.
+def capture_command(case_name: str | None, as_json: bool, **given: Any) -> None:
+    """Load a checkpoint into an engine, run it, and record the values that its steps exchange.
+
+    The engine is transformers' MixtralForCausalLM, or the one of an adapter. An adapter gets the checkpoint as it is.
 
     \b
     refmoe capture --case walking-skeleton --dtype bfloat16 --out engine.safetensors
     refmoe capture --checkpoint DIR --tokens 1,2,3 --decode 4,5 --out engine.safetensors
+    refmoe capture --checkpoint model.gguf --adapter llama_cpp --tokens 1,2,3 --out engine.safetensors
     """
-    script = record_of(Input, options)
-    asked = Recording(case=case_name, **options)
+    script = record_of(Input, given)
+    asked = Recording(case=case_name, **given)
     counted = record(asked, lambda: script.calls(asked.checkpoint or Path()), progress_bar)
     size = asked.out.stat().st_size
     if as_json:

@@ -125,6 +125,7 @@ def is_wider(policy: Policy, dtype: str) -> bool:
         or (policy.truncates and not own.truncates)
         or (policy.flushes and not own.flushes)
         or policy.ranks > own.ranks
+        or policy.inputs != own.inputs
     )
 
 

@@ -27,6 +27,8 @@ class Option:
     """The purpose of the option, without a full stop."""
     choices: tuple[str, ...] = ()
     """The values that it takes. Without any, it takes an integer from 1."""
+    text: str = ""
+    """A noun phrase for its value, if that may be any text."""
 
 
 TORCH_THREADS = Option("the threads of torch; sums over another number have other bits")
@@ -108,10 +110,10 @@ def _takes_any(make: Callable[..., Any]) -> bool:
 
 
 def _fits(option: Option, value: str) -> bool:
-    return value in option.choices if option.choices else (integer(value) or 0) >= 1
+    return bool(option.text) or (value in option.choices if option.choices else (integer(value) or 0) >= 1)
 
 
 def _takes(option: Option) -> str:
     if not option.choices:
-        return "an integer from 1"
+        return option.text or "an integer from 1"
     return f"{'one of ' if len(option.choices) > 1 else ''}{', '.join(option.choices)}"

@@ -93,6 +93,16 @@ storage = "float16"
 constant = 9
 slope = 2
 source = "none"
+
+[mine.inputs]
+Q4_K = "q8_k"
+
+[mine.inputs.Q8_0]
+base = "q8_0"
+about = "codes"
+source = "here"
+rounding = "half-away"
+contest = 2
 """
 CHAT = [
     {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi \u00e9"}, {"role": "user",

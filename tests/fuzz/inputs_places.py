@@ -42,6 +42,7 @@ INVOCATIONS = (
     "engines router.py --install out/e",
     "capture --checkpoint text --chat chat.json --out out/t.safetensors",
     "capture --case small --golden golden --out out/t.safetensors",
+    "capture --checkpoint text --tokens 1 --adapter router.py --out out/t.safetensors",
     "scoreboard results.json --html out/p.html",
     "policies policy.toml",
     "cases --golden golden",

@@ -80,7 +80,7 @@ class Adapter:
         "flash": Option("flash attention; llama.cpp's own default is on", (*native.FLASH,)),
         "threads": Option("the threads of llama.cpp"),
         "file": Option("the dtype of the matrices in the GGUF file", (*FILE_TYPES,)),
-        "library": Option("another build: its libllama, with its other libraries beside it"),
+        "library": Option("another build, with all its libraries in one folder", text="the path of its libllama"),
     })  # fmt: skip
     requirements = ("xllamacpp==2026.10.11549", "gguf==0.19.0")
     """NAMES and `llama_cpp_library` know two structs of this build."""
