@@ -794,8 +794,30 @@ Command: `python -m bench.real_kernels`; file: {link("real_kernels.json")}.
 {table(head, rows)}"""
 
 
+def quantised_engines() -> str:
+    rows = []
+    found = results("quantised")
+    for build in dict.fromkeys(row["build"] for row in found):
+        mine = [row for row in found if row["build"] == build]
+        rows.append((
+            build, ", ".join(dict.fromkeys(f"`{row['policy']}`" for row in mine)), f"{len(mine)}",
+            f"{sum(row['values'] for row in mine):,}", f"{sum(row['verdict'] != CONFORMANT for row in mine)}",
+            f"{max(row['worst_error'] for row in mine):.2f}", f"{max(row['excess'] for row in mine):.1f}",
+        ))  # fmt: skip
+    return f"""## Quantised engines
+
+Golden cases were written as GGUF files, in each format and mixture that refmoe writes. Each build of llama.cpp ran each
+file. The error is the largest one of a product, over the radius and the last rounding. The excess is in standard
+deviations.
+Commands: `python -m bench.quantised --write FOLDER`, and then `python -m bench.quantised FOLDER --build NAME` for each
+build; file: {link("quantised.json")}.
+
+{table(("build", "policy", "files", "values of products", "failures", "error / allowed", "excess"), rows)}"""
+
+
 SECTIONS = (
-    goldens, known_bugs, diagnosis, left_out, drawn_faults, diagnosis_time, engines, faults, tensor_cores, verify_cost,
+    goldens, known_bugs, diagnosis, left_out, drawn_faults, diagnosis_time, engines,
+    quantised_engines, faults, tensor_cores, verify_cost,
     verdict_cost, kernel_tests, kernel_cheats, real_kernels, testing_cost, conform_cost, invariance, exact_cost,
     full_size, scaling, cluster_plan, peers, elementary, weight_formula, startup_cost, robustness, folders, versions,
 )  # fmt: skip

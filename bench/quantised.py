@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="of the files")
     parser.add_argument("--write", action="store_true", help="write the files")
     parser.add_argument("--build", help="the name of the build")
-    parser.add_argument("--library", default="", help="its libllama; none: that of xllamacpp")
+    parser.add_argument("--library", default="xllamacpp", help="its libllama")
     parser.add_argument("--policy", help="none: the policy that the adapter gives")
     parser.add_argument("--cache", default="float16")
     parser.add_argument("--flash", default="on")

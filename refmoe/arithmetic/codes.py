@@ -36,7 +36,7 @@ class InputFormat:
     about: str
     source: str
     block: int
-    """The values that share a scale; 0: the whole row."""
+    """The values that share a scale, a power of two; 0: the whole row."""
     maximum: str
     """Whether the scale is that of the largest magnitude, or has the sign of that value, whose code is then -127."""
     codes: str
@@ -103,11 +103,14 @@ class Codes:
 
     def sums(self, groups: int) -> Any:
         """The factors of the offsets of all groups: scale times the sum of codes, [t, groups]"""
-        within = self.codes.reshape(len(self.codes), groups, -1).sum(-1)
-        per = groups // self.scales.shape[1]
-        if self.how.sums is None:
-            return within * np.repeat(self.scales, per, axis=1)
-        return nearest(nearest(np.repeat(self.unrounded, per, axis=1) * within, FLOAT32), self.how.sums)
+        rows, blocks = self.scales.shape
+        pieces = max(groups, blocks)  # each number is a multiple of the other one
+        within = self.codes.reshape(rows, pieces, -1).sum(-1)
+        scales = np.repeat(self.scales if self.how.sums is None else self.unrounded, pieces // blocks, axis=1)
+        sums = within * scales
+        if self.how.sums is not None:
+            sums = nearest(nearest(sums, FLOAT32), self.how.sums)
+        return sums.reshape(rows, groups, -1).sum(-1)
 
     def contestable(self) -> Any:
         """The values that an engine may round either way: booleans [t, n]"""

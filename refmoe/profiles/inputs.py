@@ -77,6 +77,8 @@ def _value(field: str, found: Any, refuse: Refuse) -> Any:
     if field in NUMBERS:
         if not isinstance(found, int) or isinstance(found, bool) or not 0 <= found <= NUMBERS[field]:
             raise refuse(field, found, f"an integer from 0 to {NUMBERS[field]}")
+        if field == "block" and found & (found - 1):
+            raise refuse(field, found, "a power of two, or 0 for the whole row,")
         return found
     if found not in CHOICES[field]:
         raise refuse(field, found, f"one of {', '.join(CHOICES[field])}")

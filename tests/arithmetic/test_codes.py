@@ -119,6 +119,15 @@ def test_a_code_far_from_a_boundary_is_not_contestable() -> None:
     assert quantise(x, TINY).contestable().tolist() == [[False] * 5 + [True, True, False]]
 
 
+@pytest.mark.parametrize("block", [0, 2, 4, 16, 32])
+def test_sums_are_those_of_groups_whatever_shares_a_scale(block: int) -> None:
+    """Groups of eight of a row of 32 values."""
+    x = np.random.default_rng(block).standard_normal((3, 32)).astype(np.float32)
+    found = quantise(x, replace(TINY, block=block))
+    expected = [[sum(group) for group in np.split(row, 4)] for row in found.values]
+    np.testing.assert_allclose(found.sums(4), expected, rtol=1e-13, atol=1e-13)
+
+
 @pytest.mark.parametrize("codes", CODES)
 def test_a_row_of_zeros_has_codes_of_zero(codes: str) -> None:
     found = quantise(np.zeros((1, 8), np.float32), replace(TINY, codes=codes))

@@ -39,7 +39,7 @@ def test_every_parameter_of_an_adapter_is_declared_with_its_default_among_the_ch
     for each in listed(make):
         option = declared_options(make)[each.name]
         assert each.default is not None
-        assert each.default in option.choices or (not option.choices and int(each.default) >= 1)
+        assert option.text or each.default in option.choices or (not option.choices and int(each.default) >= 1)
         assert option.about
 
 
@@ -68,7 +68,8 @@ def test_a_wrong_option_is_one_sentence_that_names_what_is_expected(name: str, r
         if key == "nonesuch":
             expected = [each.name for each in options]
         else:
-            expected = [*declared_options(adapter_class(name))[key].choices] or ["an integer from 1"]
+            option = declared_options(adapter_class(name))[key]
+            expected = [*option.choices] or [option.text or "an integer from 1"]
         assert all(word in err for word in (key, *expected))
 
 

@@ -189,6 +189,7 @@ SPOILT = {
     "an input without a source": (lambda text: text + OWN.replace("source", "#"), "Q8_0.source is missing, but a text"),
     "an input with an unknown field": (lambda text: text + OWN.replace("codes", "code"), "Q8_0.code is "),
     "an input with a wrong rule": (lambda text: text + OWN.replace("of the scale", "of it"), "Q8_0.codes is "),
+    "an input with odd blocks": (lambda text: text + OWN + "block = 48\n", "Q8_0.block is 48, but a power of two"),
     "an input with a wrong number": (lambda text: text + OWN + "contest = -1\n", "Q8_0.contest is -1, but an integer"),
     "a wrong flag": (lambda text: text.replace("true", "1"), "truncates is 1, but true or false was expected"),
     "a wrong budget": (lambda text: text.replace("truncates = true", "exp = 3"), f"exp is 3, but {BUDGET}"),

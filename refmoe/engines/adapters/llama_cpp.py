@@ -80,16 +80,17 @@ class Adapter:
         "flash": Option("flash attention; llama.cpp's own default is on", (*native.FLASH,)),
         "threads": Option("the threads of llama.cpp"),
         "file": Option("the dtype of the matrices in the GGUF file", (*FILE_TYPES,)),
-        "library": Option("another build, with all its libraries in one folder", text="the path of its libllama"),
+        "library": Option("the build, with all its libraries in one folder", text=native.LIBRARY),
     })  # fmt: skip
     requirements = ("xllamacpp==2026.10.11549", "gguf==0.19.0")
     """NAMES and `llama_cpp_library` know two structs of this build."""
 
     def __init__(
-        self, cache: str = "float32", flash: str = "off", threads: str = "1", file: str = "float32", library: str = ""
-    ) -> None:
+        self, cache: str = "float32", flash: str = "off", threads: str = "1", file: str = "float32",
+        library: str = native.PACKAGE,
+    ) -> None:  # fmt: skip
         self.file, self.cache, self.flash = file, cache, flash
-        build = Path(library) if library else None
+        build = None if library == native.PACKAGE else Path(library)
         self.library = native.load_library(lambda text: print(text, end="", file=sys.stderr), build)
         self.version = f"{native.PACKAGE} {version(native.PACKAGE)}" if build is None else build.name
         self.settings = {"type_k": native.TYPES[cache], "type_v": native.TYPES[cache], "n_threads": int(threads)}

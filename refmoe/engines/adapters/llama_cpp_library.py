@@ -21,6 +21,8 @@ from refmoe.files.sentences import one_line
 from refmoe.traces.trace import Run
 
 PACKAGE = "xllamacpp"
+LIBRARY = "xllamacpp, or a path of libllama"
+"""The values of the option `library`."""
 FLASH = {"off": 0, "on": 1}
 """LLAMA_FLASH_ATTN_TYPE_DISABLED and _ENABLED."""
 TYPES = {"float32": 0, "float16": 1}
@@ -171,7 +173,7 @@ def _opened(path: Path) -> Any:
         library = c.CDLL(str(path), mode=c.RTLD_GLOBAL)
         library.ggml_backend_load_all_from_path.argtypes = [c.c_char_p]
     except (OSError, AttributeError) as error:
-        raise InputError(f"{path}: cannot be used: {one_line(error)}, but llama.cpp's libllama was expected") from None
+        raise InputError(f"option library is '{path}', but {LIBRARY} was expected: {one_line(error)}") from None
     return library
 
 
