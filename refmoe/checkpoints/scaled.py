@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from refmoe.arithmetic.codes import Factors
 from refmoe.checkpoints.layout import whole
 from refmoe.checkpoints.rows import Rows, RowTensor, Stored
 from refmoe.errors import InputError
@@ -205,14 +206,26 @@ class ScaledTensor(RowTensor):
         return found
 
     def take(self, rows: Rows) -> NDArray[Any]:
-        dtype, height = np.float64 if self.dtype == "F64" else np.float32, self.shape[-2]
+        codes, zeros, scales = self._parts(rows, np.float64 if self.dtype == "F64" else np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.asarray((codes if zeros is None else codes - zeros) * scales)
+
+    def factors(self, rows: Rows) -> Factors:
+        terms = self.take(rows)
+        if self.zeros is None:
+            return Factors(terms=terms)
+        codes, zeros, scales = self._parts(rows, np.float64)  # engines add up zero points by themselves
+        return Factors(terms=terms, sizes=(np.abs(codes) + np.abs(zeros)) * np.abs(scales))
+
+    def _parts(self, rows: Rows, dtype: Any) -> tuple[NDArray[Any], NDArray[Any] | None, NDArray[Any]]:
+        """Codes, zero points and scales of some rows: each [n, in]."""
+        height = self.shape[-2]
         blocks = -(-height // self.block[0])
         grid_rows = rows // height * blocks + rows % height // self.block[0]
-        values: NDArray[Any] = self.codes.take(rows).astype(dtype)
+        zeros = None
         if self.zeros is not None:
-            values = values - self.zeros.take(grid_rows, self.grid.shape[1])[:, self.group_of].astype(dtype)
-        with np.errstate(over="ignore", invalid="ignore"):
-            return np.asarray(values * self.grid[grid_rows].astype(dtype)[:, self.group_of])
+            zeros = self.zeros.take(grid_rows, self.grid.shape[1])[:, self.group_of].astype(dtype)
+        return self.codes.take(rows).astype(dtype), zeros, self.grid[grid_rows].astype(dtype)[:, self.group_of]
 
     @property
     def stored(self) -> Stored:

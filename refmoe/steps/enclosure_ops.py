@@ -93,7 +93,9 @@ class EnclosureOps(ArrayOps):
         self._sums = Accumulator(policy.statistics, policy.statistics)
         self._own = {step: own_accumulator(policy, step) for step in PRODUCTS if f"{step}.accumulation" in policy.cuts}
         self._shares = WeightCache(1 << 62)
-        self._factors, self._numbers = WeightCache(matrix_bytes), RowNumbers()
+        self.factors = WeightCache(matrix_bytes)
+        """Quantised matrices as engines multiply them."""
+        self._numbers = RowNumbers()
         self.any_offset = False
         """Whether the engine may count positions from another start, because no value shows its start."""
         self.events: list[str] = []
@@ -101,7 +103,7 @@ class EnclosureOps(ArrayOps):
 
     def share_weights(self, other: Self) -> None:
         """Keep prepared weights where `other` keeps its own. Both have one class and one policy."""
-        self.matrices, self._shares = other.matrices, other._shares
+        self.matrices, self._shares, self.factors = other.matrices, other._shares, other.factors
 
     # ---- parameters
 
@@ -134,10 +136,10 @@ class EnclosureOps(ArrayOps):
     def _times_codes(self, x: Enclosure, weight: Any, coded: InputFormat, step: str | None) -> Enclosure:
         """x times the transpose of a quantised matrix, by an engine that makes codes of x."""
         if self.policy.ranks == 1 or step not in ROW_PARALLEL:
-            made = enclosed(x, weight, coded, self._factors, self._numbers.of)
+            made = enclosed(x, weight, coded, self.factors, self._numbers.of)
         else:
             shares = [share for share, _ in row_parallel(weight, self.policy.ranks)]
-            parts = [enclosed(only(x, share), weight, coded, self._factors, self._numbers.of) for share in shares]
+            parts = [enclosed(only(x, share), weight, coded, self.factors, self._numbers.of) for share in shares]
             made = over_ranks(parts, self.policy.at("rank.partial"), self.policy.flushes)
         return self._watch("linear", made, self.policy.accumulation)
 

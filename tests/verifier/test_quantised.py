@@ -38,6 +38,7 @@ from refmoe.verifier.contested import Contested
 from refmoe.verifier.diagnosis.diagnose import diagnose
 from refmoe.verifier.findings import CONFORMANT, FAIL, NOT_CONFORMANT, Check, Explanation, Report
 from refmoe.verifier.verify import verify
+from tests.checkpoints import quantised_folders
 
 pytestmark = pytest.mark.skipif(find_spec("gguf") is None, reason="gguf not installed: pip install -e '.[test]'")
 engine = pytest.mark.skipif(
@@ -310,6 +311,22 @@ def test_a_row_that_no_choice_explains_leaves_all_choices_to_the_next_product(
     contested.explained(queries, queries.mid + 1e3, FLOAT32)
     keys = PolicyOps(policy("llama.cpp-quantised-sse42")).linear(rows, layer.wk)
     assert inside(contested.explained(ops.linear(Enclosure(rows), layer.wk), keys, FLOAT32), keys)
+
+
+# ---- one scale for each token
+
+
+@pytest.mark.parametrize("variant", ["ct-int8-channel", "ct-int8-zeros"])
+def test_codes_of_a_whole_row_are_judged_too(variant: str, tmp_path: Path) -> None:
+    """A folder of safetensors, where every matrix has codes of eight bits and every token one scale."""
+    quantised_folders.write(tmp_path, quantised_folders.VARIANTS[variant])
+    model = load_checkpoint(tmp_path)
+    name = "bfloat16+consumers=stored+int8-channel.input=int8-token"
+    arrays = trace_of(PolicyOps, model, policy(name))
+    report = judged(arrays, model, name, tmp_path)
+    assert report.verdict == CONFORMANT, report.headline
+    other = trace_of(PolicyOps, model, policy(f"{name}+int8-channel.input=bfloat16"))
+    assert judged(other, model, name, tmp_path).first_wrong == ("prefill", "layers.0.attention.q")
 
 
 # ---- what is not in the trace

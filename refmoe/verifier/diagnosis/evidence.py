@@ -246,6 +246,8 @@ def until(runs: tuple[Run, ...], names: Set[str]) -> tuple[Run, ...]:
 # ---- arithmetic that passes share
 
 
+FACTORS = "factors"
+"""The key of quantised matrices among the prepared weights."""
 NO_VALUE = {"weights", *RANK_CUTS, *ACCUMULATION_CUTS}
 """The cut points that are not forced. Weights are rounded anyway. The others depend on an order or a layout that no
 policy tells, so that no value can be predicted."""
@@ -266,9 +268,11 @@ def forced_cuts(right: Policy, changed: Policy) -> frozenset[str]:
 class ForcingOps(EnclosureOps):
     """Enclosures whose midpoints are rounded at some cut points, as an engine that stores them so rounds them."""
 
-    def __init__(self, policy: Policy, tap: Tap | None, forced: frozenset[str], matrices: WeightCache) -> None:
+    def __init__(
+        self, policy: Policy, tap: Tap | None, forced: frozenset[str], matrices: WeightCache, factors: WeightCache
+    ) -> None:
         super().__init__(policy, tap)
-        self._forced, self.matrices = forced, matrices
+        self._forced, self.matrices, self.factors = forced, matrices, factors
 
     def cut(self, name: str, x: Any) -> Any:
         if name not in self._forced:
@@ -283,7 +287,13 @@ def ops_under(evidence: Evidence, policy: Policy) -> Callable[..., EnclosureOps]
     if _accumulators(policy) == _accumulators(evidence.policy):  # else matrices are prepared for other products
         matrices = evidence.weights.setdefault(_preparation(policy), matrices)
     forced = forced_cuts(evidence.policy, policy)
-    return lambda used, tap: ForcingOps(used, tap, forced, matrices)
+    factors = factors_of(evidence)
+    return lambda used, tap: ForcingOps(policy=used, tap=tap, forced=forced, matrices=matrices, factors=factors)
+
+
+def factors_of(evidence: Evidence) -> WeightCache:
+    """Quantised matrices as engines multiply them, which no policy changes."""
+    return evidence.weights.setdefault(FACTORS, WeightCache(MATRIX_BYTES))
 
 
 def _preparation(policy: Policy) -> tuple[Format, bool]:
@@ -311,7 +321,11 @@ def predict(
     subject, policy = subject_of(evidence, variation), variation.policy(evidence.policy)
     weights = evidence.weights.setdefault(policy.at("weights"), WeightCache(WEIGHT_BYTES))
     forced = frozenset(CUT_POINTS) if rounds else forced_cuts(evidence.policy, policy)
-    ops: Any = lambda used, tap: PlainOps(used, tap, forced, weights)  # noqa: E731
+    factors = factors_of(evidence)
+
+    def ops(used: Policy, tap: Tap | None) -> Any:
+        return PlainOps(policy=used, tap=tap, forced=forced, weights=weights, factors=factors)
+
     names = {run.run for run in part.runs}
     subject = replace(subject, runs=until(subject.runs, names), ops=ops)
     judging = Prediction(evidence.trace, subject, policy, wanted)

@@ -49,10 +49,15 @@ def _unit_circle(
 class PlainOps(PolicyOps):
     """Ops in binary64 that round only at some cut points."""
 
-    def __init__(self, policy: Policy, tap: Tap | None, forced: frozenset[str], weights: WeightCache) -> None:
-        """forced: the cut points at which values are rounded   weights: shared by passes with one dtype of weights"""
+    def __init__(
+        self, policy: Policy, tap: Tap | None, forced: frozenset[str], weights: WeightCache, factors: WeightCache
+    ) -> None:
+        """forced: the cut points at which values are rounded   weights: shared by passes with one dtype of weights
+
+        factors: quantised matrices as engines multiply them, shared by all passes
+        """
         super().__init__(policy, tap)
-        self._forced, self._weights, self._factors = forced, weights, WeightCache(WEIGHT_BYTES)
+        self._forced, self._weights, self._factors = forced, weights, factors
 
     def cut(self, name: str, x: Any) -> Any:
         return nearest(x, self.policy.at(name)) if name in self._forced else x
