@@ -215,6 +215,7 @@ class ScaledTensor(RowTensor):
         if self.zeros is None:
             return Factors(terms=terms)
         codes, zeros, scales = self._parts(rows, np.float64)  # engines add up zero points by themselves
+        assert zeros is not None
         return Factors(terms=terms, sizes=(np.abs(codes) + np.abs(zeros)) * np.abs(scales))
 
     def _parts(self, rows: Rows, dtype: Any) -> tuple[NDArray[Any], NDArray[Any] | None, NDArray[Any]]:
