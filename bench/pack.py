@@ -4,6 +4,7 @@
     python -m bench.pack --measure --case NAME --dtype float32    # per bug and case, the steps with a wrong value
     python -m bench.pack --choose                                 # refmoe/suite/pack/sizes.json, from that
     python -m bench.pack --rest smoke                             # then standard and full, and --choose once more
+    python -m bench.pack --record                                 # the digests of the newest version, in changes.json
 
 Each bug is planted into the specification, which then runs as an engine would. Its values are held against the
 intervals of the pack. Cases are chosen among those that were measured whole in float32. `--rest` plants each bug into
@@ -33,10 +34,12 @@ from refmoe.suite.pack.codes import decode
 from refmoe.suite.pack.contents import Judged, case_files, taps_of
 from refmoe.suite.pack.legal import DTYPES, MAY, MUST, SLOTTED
 from refmoe.suite.pack.sizes import FORMAT_VERSION, FULL, MOST_BYTES, SIZES, table
+from refmoe.suite.pack.writing import Part, digest_of, pack_files, versions
 
 ROOT = Path(__file__).parents[1]
 GOLDEN, RESULTS = ROOT / "golden", ROOT / "bench" / "results" / "pack.json"
 TABLE = ROOT / "refmoe" / "suite" / "pack" / "sizes.json"
+VERSIONS = TABLE.with_name("changes.json")
 QUANTISED = frozenset(name for name, each in MUTANTS.items() if "QUANT" in each.needs)
 """Bugs of quantised weights. No case of a pack has any."""
 STEPS = ("embedding", *LAYER_TAPS, *(step for step in MODEL_TAPS if step != "embedding"))
@@ -316,6 +319,15 @@ def write_table() -> None:
         print(size, len(each["cases"]), each["bytes"], counts)
 
 
+def record() -> None:
+    """Write the digests of the newest version. A version that was released keeps its own."""
+    found = versions()
+    for size in SIZES:
+        parts = [Part(GOLDEN / name, left_out) for name, left_out in table()[size].cases.items()]
+        found[0]["digests"][size] = digest_of(pack_files(size, parts, "processes:1"))
+    VERSIONS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", action="store_true")
@@ -323,6 +335,7 @@ def main() -> None:
     parser.add_argument("--case", action="append", help="only these cases; repeatable")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="only these dtypes; repeatable")
     parser.add_argument("--rest", choices=SIZES, help="the cases of a size, until one shows each bug")
+    parser.add_argument("--record", action="store_true")
     given = parser.parse_args()
     cases = [folder for folder in find_cases(GOLDEN) if not given.case or folder.name in given.case]
     if given.measure:
@@ -331,6 +344,8 @@ def main() -> None:
         measure_rest(given.rest, tuple(given.dtype or DTYPES))
     if given.choose:
         write_table()
+    if given.record:
+        record()
 
 
 if __name__ == "__main__":
