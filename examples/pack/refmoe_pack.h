@@ -152,8 +152,9 @@ static inline int refmoe_open(refmoe_case *c, const char *folder) {
     memset(c, 0, sizeof *c);
     if (refmoe_read(c, &c->config, folder, "config.json") && refmoe_read(c, &c->index, folder, "case.json") &&
         refmoe_read(c, &c->values, folder, "values.bin") && refmoe_read(c, &c->weights, folder, "model.safetensors")) {
-        if (refmoe_field(c->index.bytes, "runs") && refmoe_field(c->config.bytes, "hidden_size")) return 1;
-        snprintf(c->error, sizeof c->error, "%.200s: is not a case of a pack", folder);
+        const char *format = refmoe_field(c->index.bytes, "format");
+        if (format && !strncmp(format, "\"1\"", 3) && refmoe_field(c->config.bytes, "hidden_size")) return 1;
+        snprintf(c->error, sizeof c->error, "%.200s: is not a case of a pack in format 1", folder);
     }
     memcpy(error, c->error, sizeof error);
     refmoe_close(c);

@@ -22,7 +22,8 @@ export function openCase(config, index, values, weights) {
   const json = (bytes) => JSON.parse(new TextDecoder().decode(bytes));
   const size = Number(view(weights).getBigUint64(0, true));
   const found = { config: json(config), ...json(index), values, weights, start: 8 + size };
-  if (!found.runs || !found.config.hidden_size) throw new Error("these files are not a case of a pack");
+  const fits = found.format === "1" && found.runs && found.config.hidden_size;
+  if (!fits) throw new Error("these files are not a case of a pack in format 1");
   return { ...found, tensors: json(weights.subarray(8, found.start)) };
 }
 

@@ -232,8 +232,9 @@ impl Case {
             weights,
             start,
         };
-        let whole = case.index.get("runs").is_some() && case.config.get("hidden_size").is_some();
-        if whole { Ok(case) } else { Err(format!("{folder}: is not a case of a pack")) }
+        let fits = case.index.get("format").is_some_and(|format| format.text() == "1");
+        let whole = fits && case.index.get("runs").is_some() && case.config.get("hidden_size").is_some();
+        if whole { Ok(case) } else { Err(format!("{folder}: is not a case of a pack in format 1")) }
     }
 
     pub fn runs(&self) -> &[Json] {

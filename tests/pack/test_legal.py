@@ -23,7 +23,7 @@ from refmoe.spec.model import Model
 from refmoe.steps.grouped import GROUPED_STEPS
 from refmoe.steps.policy_ops import PolicyOps
 from refmoe.steps.rounding import CUT_STEPS
-from refmoe.suite import Case, read_case
+from refmoe.suite import Case, find_cases, read_case
 from refmoe.suite.pack.contents import Judged, taps_of
 from refmoe.suite.pack.legal import DTYPES, MAY, MUST, NO, choices, legal
 from refmoe.traces.held import held_trace
@@ -72,16 +72,21 @@ class Wavering(PolicyOps):
         return exact + np.clip(self.random.standard_normal(exact.shape), -3, 3) * FLOAT32.u * sizes / 2
 
 
+def wavering(case: Case, dtype: str, seed: int) -> Any:
+    """The trace of an engine that rounds as it likes."""
+    recorder = Recorder()
+    with np.errstate(all="ignore"):
+        model = Model(case.config, case.checkpoint().parameters, CUT_STEPS)
+        execute(Wavering(policy(dtype), recorder, seed), model, case.runs(), recorder)
+    return trace_of(case, recorder.arrays)
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_random_roundings_stay_inside(name: str, dtype: str, judged: Any) -> None:
     case, taps = judged(name)
     for seed in range(4):
-        recorder = Recorder()
-        with np.errstate(all="ignore"):
-            model = Model(case.config, case.checkpoint().parameters, CUT_STEPS)
-            execute(Wavering(policy(dtype), recorder, seed), model, case.runs(), recorder)
-        assert outside(taps, trace_of(case, recorder.arrays), dtype) == {}
+        assert outside(taps, wavering(case, dtype, seed), dtype) == {}
 
 
 ARITHMETICS = {
@@ -133,17 +138,23 @@ class Contrary(PolicyOps):
         return ids
 
 
+def contrary(case: Case, dtype: str) -> tuple[Any, list[str]]:
+    """The trace of an engine that makes each open choice the other way, and the taps where it did."""
+    recorder = Recorder()
+    ops = Contrary(policy(dtype), recorder, legal(case, dtype).experts)
+    with np.errstate(all="ignore"):
+        execute(ops, Model(case.config, case.checkpoint().parameters, CUT_STEPS), case.runs(), recorder)
+    return trace_of(case, recorder.arrays), ops.turned
+
+
 @pytest.mark.parametrize("name", ["window-1", "tie-second-third", "near-tie", "window-decode", "batch-ragged"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_either_choice_is_legal_where_rounding_can_decide(name: str, dtype: str, judged: Any) -> None:
     """What an open choice of experts changes is not judged: in its token, nor in those that attend to it."""
     case, taps = judged(name)
-    recorder = Recorder()
-    ops = Contrary(policy(dtype), recorder, legal(case, dtype).experts)
-    with np.errstate(all="ignore"):
-        execute(ops, Model(case.config, case.checkpoint().parameters, CUT_STEPS), case.runs(), recorder)
-    assert outside(taps, trace_of(case, recorder.arrays), dtype) == {}
-    assert ops.turned or dtype != "bfloat16"
+    trace, turned = contrary(case, dtype)
+    assert outside(taps, trace, dtype) == {}
+    assert turned or dtype != "bfloat16"
 
 
 @pytest.mark.engines
@@ -161,6 +172,21 @@ def test_transformers_stays_inside(name: str, dtype: str, judged: Any, tmp_path:
     there = [each for each in taps if f"{each.run.run}/{each.tap}" in recorder.arrays]
     assert len(there) > len(taps) / 2
     assert outside(there, trace_of(case, recorder.arrays), dtype) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [folder.name for folder in find_cases(GOLDEN)])
+def test_no_honest_engine_is_outside_in_any_case(name: str) -> None:
+    case = read_case(GOLDEN / name)
+    taps, found = taps_of(case), {}
+    for dtype in DTYPES:
+        found[dtype, "contrary"] = outside(taps, contrary(case, dtype)[0], dtype)
+        found[dtype, "wavering"] = outside(taps, wavering(case, dtype, 11), dtype)
+        for engine in ARITHMETICS[dtype]:
+            if engine == dtype or policy(engine).storage.name == dtype:
+                trace = run(None, case.config, case.checkpoint().parameters, case.runs(), policy(engine))
+                found[dtype, engine] = outside(taps, trace, dtype)
+    assert {where: wrong for where, wrong in found.items() if wrong} == {}
 
 
 @settings(max_examples=60, deadline=None)

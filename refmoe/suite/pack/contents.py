@@ -26,6 +26,8 @@ from refmoe.suite.pack.codes import encode
 from refmoe.suite.pack.legal import DTYPES, SLOTTED, Legal, legal
 from refmoe.traces.trace import Run, read_trace
 
+FORMAT = "1"
+"""The version of the layout. Readers refuse others."""
 CONFIG, INDEX, VALUES, WEIGHTS = FILES = ("config.json", "case.json", "values.bin", "model.safetensors")
 """The files of a case."""
 WORD = 4
@@ -99,7 +101,7 @@ def choice(run: Run, tap: str, states: list[Any]) -> Judged:
 def case_files(case: Case, taps: list[Judged], left_out: Collection[str] = ()) -> dict[str, bytes]:
     """The files of a case, by name.   taps: all of the case   left_out: steps whose taps are left out"""
     kept = [each for each in taps if step_of(each.tap) not in left_out]
-    index: dict[str, Any] = {"case": case.name, "why": case.why, "dtypes": DTYPES, "runs": []}
+    index: dict[str, Any] = {"format": FORMAT, "case": case.name, "why": case.why, "dtypes": DTYPES, "runs": []}
     data = bytearray()
     entries: dict[str, dict[str, Any]] = {run.run: {} for run in case.runs()}
     for each in kept:

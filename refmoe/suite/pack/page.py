@@ -48,8 +48,8 @@ def shares(size: Size) -> list[str]:
     """The shares of values that are judged, in lines."""
     parts = [f"{size.judged[dtype] / max(size.values[dtype], 1):.1%} in {dtype}" for dtype in DTYPES]
     return [
-        f"Of the values in this pack, {', '.join(parts)} have an interval. The others depend on a choice of experts",
-        "that rounding can decide, may overflow, or are masked scores.",
+        f"Of the values in this pack, {', '.join(parts)} have an interval.",
+        "The others depend on a choice of experts that rounding can decide, may overflow, or are masked scores.",
     ]
 
 

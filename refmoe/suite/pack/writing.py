@@ -18,12 +18,11 @@ from refmoe.files.reading import exists, is_folder, own_text, read_text
 from refmoe.parallel import results
 from refmoe.suite.case import read_case
 from refmoe.suite.manifest import digest
-from refmoe.suite.pack.contents import FILES, case_files, taps_of
+from refmoe.suite.pack.contents import FILES, FORMAT, case_files, taps_of
 from refmoe.suite.pack.legal import DEVIATIONS, DTYPES
 from refmoe.suite.pack.page import page
 from refmoe.verifier.segments import SIGNIFICANCE
 
-FORMAT = "1"
 LIST, PAGE, CASES = "pack.json", "PACK.md", "cases"
 TITLE = "# The layout of a pack"
 """The first line of the page."""
@@ -79,7 +78,7 @@ def pack_files(
                 progress()
     files = {name: data for part in parts for name, data in made[part.name].items()}
     document = {
-        "format": FORMAT, "version": versions()[0]["version"], "size": size, "dtypes": DTYPES,
+        "format": FORMAT, "licence": "Apache-2.0", "version": versions()[0]["version"], "size": size, "dtypes": DTYPES,
         "deviations": round(DEVIATIONS, 6), "significance": SIGNIFICANCE, "cases": [part.name for part in parts],
         "files": {name: digest(data) for name, data in files.items()},
     }  # fmt: skip
