@@ -4,7 +4,7 @@
     python -m bench.pack --measure --case NAME --dtype float32    # per bug and case, the steps with a wrong value
     python -m bench.pack --choose                                 # refmoe/suite/pack/sizes.json, from that
     python -m bench.pack --rest smoke                             # then standard and full, and --choose once more
-    python -m bench.pack --record                                 # the digests of the newest version, in changes.json
+    python -m bench.pack --record                                 # the bytes, and the digests in changes.json
 
 Each bug is planted into the specification, which then runs as an engine would. Its values are held against the
 intervals of the pack. Cases are chosen among those that were measured whole in float32. `--rest` plants each bug into
@@ -34,7 +34,7 @@ from refmoe.suite.pack.codes import decode
 from refmoe.suite.pack.contents import Judged, case_files, taps_of
 from refmoe.suite.pack.legal import DTYPES, MAY, MUST, SLOTTED
 from refmoe.suite.pack.sizes import FORMAT_VERSION, FULL, MOST_BYTES, SIZES, table
-from refmoe.suite.pack.writing import Part, digest_of, pack_files, versions
+from refmoe.suite.pack.writing import CASES, Part, digest_of, pack_files, versions
 
 ROOT = Path(__file__).parents[1]
 GOLDEN, RESULTS = ROOT / "golden", ROOT / "bench" / "results" / "pack.json"
@@ -280,7 +280,7 @@ def shown_by(case: Mapping[str, Any], steps: Collection[str], dtype: str = "floa
 
 
 def table_of(cases: Mapping[str, Any], chosen: Chosen) -> dict[str, Any]:
-    """A size as sizes.json has it."""
+    """A size as sizes.json has it. The bytes are estimated: places in an index have more digits the more it holds."""
     matrix = read_matrix(GOLDEN / "matrix.json")
     order = sorted(chosen, key=lambda name: (cases[name]["bytes"] + sum(cases[name]["steps"].values()), name))
     seen = {
@@ -320,11 +320,14 @@ def write_table() -> None:
 
 
 def record() -> None:
-    """Write the digests of the newest version. A version that was released keeps its own."""
-    found = versions()
+    """Write the digests of the newest version, and the bytes of each size. A released version keeps its own."""
+    found, document = versions(), json.loads(TABLE.read_text(encoding="utf-8"))
     for size in SIZES:
         parts = [Part(GOLDEN / name, left_out) for name, left_out in table()[size].cases.items()]
-        found[0]["digests"][size] = digest_of(pack_files(size, parts, "processes:1"))
+        files = pack_files(size, parts, "processes:1")
+        found[0]["digests"][size] = digest_of(files)
+        document["sizes"][size]["bytes"] = sum(len(data) for name, data in files.items() if name.startswith(CASES))
+    TABLE.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     VERSIONS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

@@ -19,7 +19,11 @@ STRICTER = {name for name, each in MUTANTS.items() if each.judged_by}
 
 
 def test_the_table_is_what_the_measurements_give() -> None:
-    assert json.loads(TABLE.read_text()) == sizes()
+    recorded, found = json.loads(TABLE.read_text()), sizes()
+    for document in (recorded, found):
+        for each in document["sizes"].values():
+            each.pop("bytes")  # another test builds the packs
+    assert recorded == found
 
 
 def test_no_case_accuses_the_specification() -> None:
