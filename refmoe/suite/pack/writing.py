@@ -101,18 +101,17 @@ def write_pack(folder: Path, files: Files) -> None:
     """
     old = replaced(folder)
     order = sorted(files, key=lambda name: (name != PAGE, name == LIST))
-    with new_folder(folder):
-        (folder / LIST).unlink(missing_ok=True)
-        for name in order:
-            path = folder / name
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise InputError(f"{path.parent}: cannot be made: {error.strerror}") from None
-            with replacing(path) as temporary:
-                temporary.write_bytes(files[name])
-            if name == PAGE:
-                remove(folder, old - files.keys())
+    try:
+        with new_folder(folder):
+            (folder / LIST).unlink(missing_ok=True)
+            for name in order:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                with replacing(folder / name) as temporary:
+                    temporary.write_bytes(files[name])
+                if name == PAGE:
+                    remove(folder, old - files.keys())
+    except OSError as error:
+        raise InputError(f"{error.filename or folder}: cannot be written: {error.strerror}") from None
 
 
 def remove(folder: Path, names: set[str]) -> None:
