@@ -27,6 +27,7 @@ from refmoe.suite.conditions import CONDITIONS
 from refmoe.suite.matrix.file import read_matrix
 from refmoe.suite.matrix.outcomes import POLICIES
 from refmoe.suite.matrix.summary import Summary, summarise
+from refmoe.suite.pack.sizes import table as pack_sizes
 from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT
 
 ROOT = Path(__file__).parents[1]
@@ -115,6 +116,30 @@ with {_no(len(found.false_alarms))} failures.
 
 The other {found.outside} are bugs of tokenizers, samplers and losses. The vectors catch
 {found.outside - len(found.outside_alive)} of them."""
+
+
+def packs() -> str:
+    sizes = pack_sizes()
+    rows = [
+        (
+            f"{name}, {len(each.cases)} cases",
+            f"{each.bytes / 1e3:,.0f} kB",
+            *(f"{each.seen[policy]} of {each.seen[policy] + len(each.unseen[policy])}" for policy in POLICIES),
+            *(_share(each.judged[policy] / each.values[policy]) for policy in POLICIES),
+        )
+        for name, each in sizes.items()
+    ]
+    head = ["size", "files", *(f"seen, {policy}" for policy in POLICIES), *(f"judged, {policy}" for policy in POLICIES)]
+    unseen = ", ".join(f"`{name}`" for name in sizes["standard"].unseen["float32"])
+    return f"""## What a pack sees
+
+A pack has intervals, and no values of the engine (`refmoe suite pack`). Each known bug was planted into the
+specification, and its values were held against the intervals (`python -m bench.pack`, {link("pack.json")}).
+The second number of a pair is that of `refmoe verify`, on all cases. Shares are those of values with an interval.
+
+{table(head, rows)}
+
+In float32, the standard pack does not see {unseen}."""
 
 
 def _no(number: int) -> str:
@@ -816,10 +841,10 @@ build; file: {link("quantised.json")}.
 
 
 SECTIONS = (
-    goldens, known_bugs, diagnosis, left_out, drawn_faults, diagnosis_time, engines,
-    quantised_engines, faults, tensor_cores, verify_cost,
-    verdict_cost, kernel_tests, kernel_cheats, real_kernels, testing_cost, conform_cost, invariance, exact_cost,
-    full_size, scaling, cluster_plan, peers, elementary, weight_formula, startup_cost, robustness, folders, versions,
+    goldens, known_bugs, packs, diagnosis, left_out, drawn_faults, diagnosis_time, engines, quantised_engines, faults,
+    tensor_cores, verify_cost, verdict_cost, kernel_tests, kernel_cheats, real_kernels, testing_cost, conform_cost,
+    invariance, exact_cost, full_size, scaling, cluster_plan, peers, elementary, weight_formula, startup_cost,
+    robustness, folders, versions,
 )  # fmt: skip
 
 

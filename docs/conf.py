@@ -20,7 +20,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc"]
 root_doc = "docs/index"
 include_patterns = [
     "docs/*.md", "docs/findings/*.md", "golden/*.md", "golden/vectors/FORMAT.md", "refmoe/engines/PROTOCOL.md",
-    "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "tests/README.md",
+    "refmoe/suite/pack/PACK.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "tests/README.md",
 ]  # fmt: skip
 html_theme = "furo"
 html_title = "refmoe"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``refmoe suite``: check, certify, audit and emit the golden cases."""
+"""``refmoe suite``: check, certify, audit, emit and pack the golden cases."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from refmoe.api.facts import FAMILIES, case_facts
 from refmoe.api.goldens import Checked, certify_goldens, check_goldens, emit_goldens
 from refmoe.api.known_bugs import mutants
 from refmoe.api.new_cases import PRESETS, SMALL, Call, Wanted, new_case
-from refmoe.cli.guard import GuardedCommand
+from refmoe.api.packing import SIZES, STANDARD, pack_suite
+from refmoe.cli.guard import OUTPUT_FOLDER, GuardedCommand
 from refmoe.cli.options import (
     PATH,
     Command,
@@ -210,6 +211,37 @@ def new_command(golden: Path, as_json: bool, **options: Any) -> None:
     click.echo(f"run an engine on it: refmoe conform --golden {golden} --case {case.name} --adapter NAME")
 
 
+@click.command("pack", cls=GuardedCommand, short_help="Write cases as data, for tests without Python.")
+@click.argument("folder", type=OUTPUT_FOLDER, metavar="DIR")
+@click.option(
+    "--size", type=click.Choice(SIZES), default=STANDARD, show_default=True,
+    help="Few cases for each change, those that show nearly all known bugs, or all.",
+)  # fmt: skip
+@golden_option
+@executor_option("Work on cases side by side,")
+@json_option
+def pack_command(folder: Path, size: str, golden: Path, executor: str | None, as_json: bool) -> None:
+    """Write golden cases into DIR, with the legal interval of every value in float32, bfloat16 and float16.
+
+    \b
+    refmoe suite pack mixtral-pack
+    refmoe suite pack mixtral-pack --size smoke
+
+    An engine in any language judges itself by it, without Python: it reads weights and tokens, and compares its values
+    with the intervals. PACK.md in the folder defines the layout, and says what the pack cannot see. The same version
+    gives the same bytes. DIR is a new folder, or one that holds a pack, which is replaced.
+    """
+    packed = pack_suite(folder, size, golden, executor=executor, bars=progress_bar)
+    if as_json:
+        click.echo(json_text(asdict(packed) | {"folder": str(packed.folder)}))
+        return
+    click.echo(
+        f"{sentence(str(packed.folder))}: pack {packed.version}, {packed.size}: {len(packed.cases)} cases, "
+        f"{packed.bytes:,} bytes"
+    )
+    click.echo("PACK.md in it defines the layout, and says what the pack cannot see")
+
+
 @click.command("audit", cls=GuardedCommand, short_help="Print the proof of each clause: code, tests, mutants, cases.")
 @golden_option
 @click.option(
@@ -274,4 +306,5 @@ def print_audit(audited: Audited) -> None:
 
 
 assert isinstance(suite_command, Sections)
-suite_command.section("Commands", check_command, certify_command, audit_command, emit_command, new_command)
+suite_command.section("Commands", check_command, certify_command, audit_command)
+suite_command.section("Write", emit_command, new_command, pack_command)

@@ -13,7 +13,7 @@ import pytest
 import refmoe
 from tests.tour import BLOCK, ROOT, clone, files, run_tour, steps, write_files
 
-IN_A_CLONE = ("README.md", "docs/engine-in-c.md", "docs/ci.md", "docs/audit.md")
+IN_A_CLONE = ("README.md", "docs/engine-in-c.md", "docs/ci.md", "docs/audit.md", "docs/pack.md")
 """Pages that begin in a clone of the repository. The others begin in an empty folder."""
 AFTER_THE_QUICKSTART = ("docs/adapters.md", "docs/unit-tests.md")
 """Pages that continue in the folder of the quickstart."""
@@ -27,8 +27,10 @@ PAGES = [
 NEEDS = {
     "docs/pytorch.md": ["torch", "transformers"],
     "docs/engine-in-c.md": ["cc"],
+    "docs/pack.md": ["cc", "node", "rustc"],
     "docs/audit.md": ["flint"],
 }
+PROGRAMS = ("cc", "node", "rustc")
 SHOWN = {
     "README.md": ("main", "tests"),
     "docs/adapters.md": None,
@@ -50,7 +52,7 @@ def missing(page: str) -> list[str]:
     return [
         name
         for name in NEEDS.get(page, [])
-        if not (shutil.which(name) if name == "cc" else importlib.util.find_spec(name))
+        if not (shutil.which(name) if name in PROGRAMS else importlib.util.find_spec(name))
     ]
 
 

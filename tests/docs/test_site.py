@@ -18,7 +18,7 @@ PAGES = [
     for name in (
         "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "tests/README.md",
         "refmoe/engines/PROTOCOL.md", "golden/FORMAT.md", "golden/arithmetic.md", "golden/dot.md",
-        "golden/elementary.md", "golden/vectors/FORMAT.md",
+        "golden/elementary.md", "golden/vectors/FORMAT.md", "refmoe/suite/pack/PACK.md",
     )
 ] + sorted((ROOT / "docs").glob("*.md"))  # fmt: skip
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")

@@ -70,6 +70,7 @@ INVOCATIONS = (
     "suite certify small --golden golden",
     "suite audit --golden whole --tests tests",
     "suite emit small --golden golden",
+    "suite pack out/pack --size full --golden golden",
     "suite new mine --golden out/g --config hf/config.json --tokens 1,2",
     "mutants results --golden whole --html out/p.html",
     "mutants matrix --golden golden --case small --mutant rope-sign-flipped --dtype float32",

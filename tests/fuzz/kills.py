@@ -93,6 +93,7 @@ def nothing(_folder: Path) -> None:
 COMMANDS = {
     "suite check": Command("suite check --golden golden --executor processes:2", golden, writes=False),
     "suite certify": Command("suite certify --golden golden --executor processes:2", golden),
+    "suite pack": Command("suite pack out --size full --golden golden --executor processes:2", golden),
     "suite emit": Command("suite emit --golden golden --executor processes:2", bare_golden),
     "emit": Command("emit --checkpoint model --tokens 1,2,3,4,5 --decode 6,7 --out out", model),
     "emit processes": Command(
