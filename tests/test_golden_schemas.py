@@ -45,6 +45,7 @@ GOOD = {
     "exponents": ("seed = 1", "seed = 1\nexponents = {wq = -3, gate = 2}"),
     "edits": ("seed = 1", 'seed = 1\nedits = [{parameter = "*.gate", row = 1, copy = 0}]'),
     "keep": ('op = "decode"', 'op = "chunk"\nkeep = 2'),
+    "a call that nobody reads": ('op = "prefill"', 'op = "prefill"\nread = false'),
     "packed": ("[[script]]", '[[script]]\nop = "packed"\nsegments = [[1], [2, 3]]\n\n[[script]]'),
 }
 BAD = {
@@ -76,6 +77,7 @@ BAD = {
     "a seed that is a string": ("seed = 1", 'seed = "1"'),
     "an unknown field of weights": ("seed = 1", "seed = 1\ncolour = 3"),
     "exponents that are a list": ("seed = 1", "seed = 1\nexponents = []"),
+    "a call that is read by a number": ('op = "prefill"', 'op = "prefill"\nread = 0'),
     "an unknown exponent": ("seed = 1", "seed = 1\nexponents = {wx = 3}"),
     "an exponent too large": ("seed = 1", "seed = 1\nexponents = {wq = 121}"),
     "an exponent that is true": ("seed = 1", "seed = 1\nexponents = {wq = true}"),

@@ -90,7 +90,8 @@ def print_case(facts: dict[str, Any]) -> None:
             click.echo(f"  packed  {'; '.join(map(ids, call['segments']))}")
             continue
         kept = "" if call["keep"] is None else f", cache cut to {call['keep']} tokens"
-        click.echo(f"  {call['op']:8}sequence {call['sequence']}: {ids(call['tokens'])}{kept}")
+        unread = "" if call["read"] else "; nobody reads its outputs"
+        click.echo(f"  {call['op']:8}sequence {call['sequence']}: {ids(call['tokens'])}{kept}{unread}")
 
 
 def filled(text: str, first: str, others: str) -> str:

@@ -68,7 +68,7 @@ class Adapter(Protocol):
     taps: tuple[str, ...]
     """The taps that a run can give: some of `protocol.TAPS`, ``"logits"`` or ``"logprobs"`` among them."""
     abilities: tuple[str, ...]
-    """Some of `protocol.ABILITIES`."""
+    """Some of `protocol.ABILITIES`. `protocol.UNREAD` need not be named."""
     policies: Mapping[str, str]
     """Per dtype the policy that describes how the engine rounds. Without an entry, the policy of the dtype's name."""
 
@@ -79,6 +79,7 @@ class Adapter(Protocol):
         """Execute all runs of a case, in order, from empty caches.
 
         A run whose `past` is less than its sequence has seen begins with the cache cut to that many tokens.
+        Arrays of a run that is not `read` are ignored; a `Recorder` does not keep them.
         taps: names without layer; arrays of other taps are ignored.
         returns: keys ``<run>/<tap>``, such as ``prefill/layers.0.moe_norm``, with the taps' full names and the shapes
         of golden/FORMAT.md. Logits may be those of each run's last position.   Raises Skipped.

@@ -58,7 +58,7 @@ class Suite:
     fresh: int | None = None
     """The seed by which the cases got other weights and tokens; None: they are the suite's own."""
     before: Results | None = None
-    """The results of a run of the same suite that was ended: its outcomes are kept."""
+    """The results of a run of the same suite, or of a part of it: its outcomes are kept."""
 
     def labels(self, case: Case, policy: Policy) -> Labels:
         """The names in the header of a trace. Weights of another seed make it a trace of no golden case."""
@@ -218,7 +218,7 @@ def _go_one(run: _Run, cases: SimpleQueue[Case], finish: _Finish) -> None:
 
 
 def outcomes_so_far(before: Results, now: Results, policies: Mapping[str, Policy]) -> dict[tuple[str, str], Outcome]:
-    """The outcomes of a run that was ended, by case and dtype.
+    """The outcomes of a run that was ended, or that had some of the cases, by case and dtype.
 
     now: the results of the run that goes on, without outcomes.   policies: those of the run that goes on, per dtype.
     Outcomes of two runs do not make one result: raises InputError that names the difference.
@@ -231,7 +231,7 @@ def outcomes_so_far(before: Results, now: Results, policies: Mapping[str, Policy
         "version of refmoe": (before.refmoe, now.refmoe),
         "significance": (before.significance, now.significance),
         "seed of fresh cases": (before.fresh, now.fresh),
-        "cases": (before.cases, now.cases),
+        "cases": (before.cases, {name: now.cases.get(name) for name in before.cases}),
     }
     for what, (then, this) in alike.items():
         if then != this:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
@@ -105,7 +105,7 @@ class Harness:
 
     def run(self, runs: Sequence[Run], taps: Collection[str], out: Path) -> None:
         """Run a script; the harness writes the taps to `out`. Raises HarnessError or Refused."""
-        listed = [{**asdict(run), "tokens": list(run.tokens), "positions": list(run.positions)} for run in runs]
+        listed = [{**run.to_json(), "tokens": list(run.tokens), "positions": list(run.positions)} for run in runs]
         self._ask({"command": "run", "runs": listed, "taps": list(taps), "out": str(out)})
 
     def stop(self) -> str | None:

@@ -23,9 +23,10 @@ assert set(TAPS) == {*LAYER_TAPS, *MODEL_TAPS}
 EVERY_TAP = (*TAPS, *READ_OUT_TAPS)
 """All that an engine may give: the taps, and what it reads out of the logits."""
 
-ABILITIES = ("chunk", "decode", "sequences")
+UNREAD = "unread"
+ABILITIES = ("chunk", "decode", "sequences", UNREAD)
 """chunk: several tokens on top of a cache. decode: one token on top of a cache. sequences: more than one sequence, each
-with a cache of its own."""
+with a cache of its own. unread: a call whose outputs nobody reads, of which nothing is written."""
 
 LAYOUTS = ("hf", "mistral")
 """The layouts of a checkpoint on disk."""

@@ -24,6 +24,7 @@ from typing import Any
 from refmoe.checkpoints.write import write_checkpoint
 from refmoe.engines.harness import Harness
 from refmoe.engines.process import BROKEN, HarnessError
+from refmoe.engines.protocol import UNREAD
 from refmoe.errors import InputError
 from refmoe.files.atomic import replacing
 from refmoe.files.safetensors_file import open_safetensors
@@ -51,7 +52,8 @@ def lacks(runs: Sequence[Run], abilities: Sequence[str]) -> str | None:
 def needs(runs: Sequence[Run]) -> set[str]:
     """The abilities that a script needs."""
     found = {run.op for run in runs} - {"prefill"}
-    return found | ({"sequences"} if len({run.sequence for run in runs}) > 1 else set())
+    several = {"sequences"} if len({run.sequence for run in runs}) > 1 else set()
+    return found | several | (set() if all(run.read for run in runs) else {UNREAD})
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,7 @@ def elements_per_key(runs: Sequence[Run], config: Config, taps: Collection[str])
     return {
         f"{run.run}/{tap}": math.prod(shape_of(tap, config, run))
         for run in runs
+        if run.read
         for tap in observable(config)
         if step_of(tap) in taps
     }

@@ -26,6 +26,7 @@ from refmoe.engines.protocol import (
     EVERY_TAP,
     LONGEST_SENTENCE,
     PROTOCOL,
+    UNREAD,
     Message,
     MessageError,
     encode,
@@ -126,7 +127,12 @@ class Server:
         taps = names_field(request, "taps", EVERY_TAP)
         out = Path(text_field(request, "out", os.pathconf("/", "PC_PATH_MAX")))
         arrays = self._started().run(runs, frozenset(taps))
-        wanted = {key: array for key, array in arrays.items() if step_of(key.partition("/")[2]) in taps}
+        read = {run.run for run in runs if run.read}
+        wanted = {
+            key: array
+            for key, array in arrays.items()
+            if key.partition("/")[0] in read and step_of(key.partition("/")[2]) in taps
+        }
         save_file({key: np.ascontiguousarray(array) for key, array in wanted.items()}, out)
         return {"ok": True}
 
@@ -141,10 +147,14 @@ class Server:
 
 
 def description(adapter: Adapter) -> Message:
-    """The answer to ``start``."""
+    """The answer to ``start``.
+
+    Every adapter may be asked for a call that nobody reads, because the server leaves its arrays out.
+    """
+    abilities = [*dict.fromkeys((*adapter.abilities, UNREAD))]
     return {
         "protocol": PROTOCOL, "name": adapter.name, "version": adapter.version, "dtypes": list(adapter.dtypes),
-        "taps": list(adapter.taps), "abilities": list(adapter.abilities), "policies": dict(adapter.policies),
+        "taps": list(adapter.taps), "abilities": abilities, "policies": dict(adapter.policies),
         "layouts": list(getattr(adapter, "layouts", ("hf",))),
     }  # fmt: skip
 
@@ -157,7 +167,7 @@ def parse_runs(found: Any) -> tuple[Run, ...]:
 
 
 def _parse_run(item: Message) -> Run:
-    expect_fields(item, RUN_FIELDS)
+    expect_fields(item, RUN_FIELDS, ("read",))
     if item["op"] not in OPS:
         raise wrong_field("op", item["op"], f"one of {', '.join(OPS)}")
     for name in ("sequence", "past"):
@@ -166,6 +176,8 @@ def _parse_run(item: Message) -> Run:
     for name in ("tokens", "positions"):
         if not isinstance(item[name], list) or not all(isinstance(each, int) and each >= 0 for each in item[name]):
             raise wrong_field(name, item[name], "a list of integers from 0")
+    if not isinstance(item.get("read", True), bool):
+        raise wrong_field("read", item["read"], "true or false")
     return Run(
         run=text_field(item, "run"),
         op=item["op"],
@@ -173,6 +185,7 @@ def _parse_run(item: Message) -> Run:
         tokens=tuple(item["tokens"]),
         positions=tuple(item["positions"]),
         past=item["past"],
+        read=item.get("read", True),
     )
 
 

@@ -52,15 +52,17 @@ def estimate(
     """The cost of a run layer by layer in one process.   stored: bytes of a stored parameter."""
     size = itemsize(arithmetic)
     tokens = sum(len(run.tokens) for run in runs)
-    layer = {tap: sum(_elements(tap, config, run) for run in runs) * size for tap in LAYER_TAPS}
-    head = {"final_norm": tokens * config.dim * size, "logits": tokens * config.vocab * size}
+    read = [run for run in runs if run.read]
+    layer = {tap: sum(_elements(tap, config, run) for run in read) * size for tap in LAYER_TAPS}
+    rows = sum(len(run.tokens) for run in read)
+    head = {"final_norm": rows * config.dim * size, "logits": rows * config.vocab * size}
     whole = layers.stop == config.layers
     largest_part = max(sum(layer.values()), sum(head.values()) if whole else 0)
     written = sum(n for i in layers for tap, n in layer.items() if _wanted(f"layers.{i}.{tap}", taps)) + sum(
         n for tap, n in head.items() if whole and _wanted(tap, taps)
     )
     if not layers.start and _wanted("embedding", taps):
-        written += tokens * config.dim * size
+        written += rows * config.dim * size
     height = block_rows((config.hidden_dim, config.dim))
     block = height * config.dim
     slices = 1 if arithmetic in ("float32", "float64") else SLICES
@@ -68,7 +70,10 @@ def estimate(
     streaming = (AHEAD + 1) * block * (4 + 2 * size) + 3 * slices * tokens * 2 * height * size
     attention = sum(math.prod(parameter_shape(config, f"layers.0.attention.{w}")) for w in ATTENTION)
     kept = min(kept_bytes(config, arithmetic), 2 * attention * size)  # this layer's weights and the next layer's
-    memory = BASE + kept + streaming + COPIES * largest_part
+    filling = [run for run in runs if not run.read]
+    cached = sum(len(run.tokens) for run in filling) * (config.dim + 2 * config.kv_heads * config.head_dim)
+    passing = max((sum(_elements(tap, config, run) for tap in LAYER_TAPS) for run in filling), default=0)
+    memory = BASE + kept + streaming + COPIES * largest_part + (cached + passing) * size
     return Estimate(memory, _weights(config, layers, whole, tokens) * stored, written)
 
 

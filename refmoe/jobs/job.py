@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ class Job:
         """The inputs that the finished parts depend on, as JSON: equal for a run that can use them."""
         begin = None if self.begin is None else [str(self.begin.resolve()), self.begin.stat().st_mtime_ns]
         return {
-            "weights": self.source.identity(), "header": asdict(self.header), "arithmetic": self.arithmetic,
+            "weights": self.source.identity(), "header": self.header.to_json(), "arithmetic": self.arithmetic,
             "taps": self.taps, "layers": [self.layers.start, self.layers.stop], "begin": begin,
         }  # fmt: skip
 

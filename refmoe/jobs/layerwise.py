@@ -17,7 +17,7 @@ from refmoe.errors import InputError
 from refmoe.spec import model as spec
 from refmoe.spec.attention import Cache
 from refmoe.spec.model import Model
-from refmoe.traces.script import cut_layer
+from refmoe.traces.script import cut_layer, filling
 from refmoe.traces.trace import Recorder, Run
 
 States = dict[str, Any]
@@ -29,12 +29,12 @@ class Tap:
     """A tap that splits each array by rows among the runs, and gives each run's rows to a recorder."""
 
     recorder: Recorder
-    rows: list[tuple[str, slice]] = field(default_factory=list)
+    rows: list[tuple[Run, slice]] = field(default_factory=list)
     """Runs and their rows. A single run gets the whole array: not every tap has tokens as its first axis."""
 
     def __call__(self, name: str, x: Any) -> None:
         for run, rows in self.rows:
-            self.recorder.run = run
+            self.recorder.begin(run)
             self.recorder(name, x if len(self.rows) == 1 else x[rows])
 
 
@@ -66,36 +66,43 @@ class Script:
     def embed(self) -> States:
         """The embedding of all runs, MODEL-1."""
         tokens = [token for run in self.runs for token in run.tokens]
-        self._together()
+        self._together(self.runs)
         return self._apart(spec.embed(self.ops, self.model, self.ops.integers(tokens)))
 
     def layer(self, i: int, states: States) -> States:
-        """One layer of all runs, LAYER-1: the attention half run by run, then the other half for all rows at once."""
+        """One layer of all runs, LAYER-1: the attention half run by run, then the other half for all rows at once.
+
+        Of the model's last layer, a run that nobody reads has only its keys and values.
+        """
         ops, layer = self.ops.within(f"layers.{i}."), self.model.parameters.layers[i]
+        wanted = [run for run in self.runs if run.read or i < self.model.config.layers - 1]
         caches: dict[int, Cache | None] = {}
         residuals = []
         for run in self.runs:
-            self.tap.rows = [(run.run, slice(None))]
+            self.tap.rows = [(run, slice(None))]
             before, positions = cut_layer(caches.get(run.sequence), run), ops.integers(run.positions)
-            h, caches[run.sequence] = spec.attention_half(ops, self.model, layer, states[run.run], positions, before)
-            residuals.append(h)
-        self._together()
+            model = self.model if run in wanted else filling(self.model)
+            h, caches[run.sequence] = spec.attention_half(ops, model, layer, states[run.run], positions, before)
+            if run in wanted:
+                residuals.append(h)
+        self._together(wanted)
         return self._apart(spec.moe_half(ops, self.model, layer, ops.concatenate(residuals)))
 
     def head(self, states: States) -> None:
-        """The logits of all runs, MODEL-3."""
-        self._together()
-        spec.head(self.ops, self.model, self.ops.concatenate([states[run.run] for run in self.runs]))
+        """The logits of all runs that are read, MODEL-3."""
+        wanted = [run for run in self.runs if run.read]
+        self._together(wanted)
+        spec.head(self.ops, self.model, self.ops.concatenate([states[run.run] for run in wanted]))
 
-    def _together(self) -> None:
-        """Tell the tap that the next arrays hold the rows of all runs, one run after another."""
+    def _together(self, runs: Sequence[Run]) -> None:
+        """Tell the tap that the next arrays hold the rows of these runs, one run after another."""
         self.tap.rows, start = [], 0
-        for run in self.runs:
-            self.tap.rows.append((run.run, slice(start, start + len(run.tokens))))
+        for run in runs:
+            self.tap.rows.append((run, slice(start, start + len(run.tokens))))
             start += len(run.tokens)
 
     def _apart(self, x: Any) -> States:
-        return {run: x[rows] for run, rows in self.tap.rows}
+        return {run.run: x[rows] for run, rows in self.tap.rows}
 
 
 def check_states(states: States, runs: Sequence[Run], dim: int, where: str) -> None:

@@ -180,13 +180,17 @@ def _call(i: int, call: dict[str, Any]) -> Call | Packed:
         if call.keys() != {"op", "segments"} or not isinstance(segments, list) or not all(map(is_tokens, segments)):
             raise InputError(f"script[{i}]: packed must have 'segments', lists of token ids, and nothing else")
         return Packed(tuple(tuple(segment) for segment in segments))
-    if call.keys() - {"keep"} != {"op", "sequence", "tokens"}:
-        raise InputError(f"script[{i}] must have 'op', 'sequence' and 'tokens', may have 'keep', and nothing else")
+    if call.keys() - {"keep", "read"} != {"op", "sequence", "tokens"}:
+        raise InputError(
+            f"script[{i}] must have 'op', 'sequence' and 'tokens', may have 'keep' and 'read', and nothing else"
+        )
     if not isinstance(call["op"], str) or not is_count(call["sequence"]) or not is_count(call.get("keep", 0)):
         raise InputError(f"script[{i}]: 'op' is not a string, or 'sequence' or 'keep' not an integer from 0")
     if not is_tokens(call["tokens"]):
         raise InputError(f"script[{i}]: 'tokens' is not a list of token ids")
-    return Call(call["op"], call["sequence"], tuple(call["tokens"]), call.get("keep"))
+    if not isinstance(call.get("read", True), bool):
+        raise InputError(f"script[{i}]: 'read' is not true or false")
+    return Call(call["op"], call["sequence"], tuple(call["tokens"]), call.get("keep"), call.get("read", True))
 
 
 def is_count(value: Any) -> bool:

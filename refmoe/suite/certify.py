@@ -105,7 +105,7 @@ def certify(case: Case) -> Certificate:
 
     def tap(name: str, x: Any) -> Any:
         prover.run = recorder.run
-        return prover(name, x)
+        return prover(name, x) if recorder.read else None
 
     execute(BallOps(tap), Model(case.config, case.checkpoint().parameters), case.runs(), recorder)
     return Certificate(prover.bounds, prover.relative, prover.decisions, tuple(prover.unproven))

@@ -81,7 +81,7 @@ def from_json(entry: Any) -> Fingerprint:
 def fingerprint_text(header: Header, fingerprints: dict[str, Fingerprint]) -> str:
     """The text of the file of a case's fingerprints.   fingerprints: by ``<run>/<tap>``"""
     tensors = {key: asdict(fingerprints[key]) for key in sorted(fingerprints)}
-    return json.dumps({**asdict(header), "tensors": tensors}, indent=1) + "\n"
+    return json.dumps({**header.to_json(), "tensors": tensors}, indent=1) + "\n"
 
 
 def read_fingerprints(path: Path) -> tuple[Header, dict[str, Fingerprint]]:

@@ -102,7 +102,8 @@ def _text(new: New, found: Mapping[str, Any]) -> str:
     tables = ["\n".join(_lines(top)), _table("[config]", config), _table("[weights]", {"seed": new.seed})]
     for call in new.script():
         values = {"op": call.op, "sequence": call.sequence, "tokens": [*call.tokens]}
-        tables.append(_table("[[script]]", values if call.keep is None else values | {"keep": call.keep}))
+        kept = {} if call.keep is None else {"keep": call.keep}
+        tables.append(_table("[[script]]", values | kept | ({} if call.read else {"read": False})))
     return "\n\n".join(tables) + "\n"
 
 

@@ -53,6 +53,12 @@ class Run:
     positions: tuple[int, ...]
     past: int
     """The number of tokens of this sequence before the call."""
+    read: bool = True
+    """Whether anybody reads its outputs. A call that only fills the cache has no taps in a trace."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The run as JSON. `read` is left out where it is true, as in files that are older than it."""
+        return {name: value for name, value in asdict(self).items() if name != "read" or not value}
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,10 @@ class Header:
     policy: str = "float64"
     producer: dict[str, str] = field(default_factory=lambda: {"name": "refmoe", "version": __version__})
     format_version: str = FORMAT_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        """The header as JSON."""
+        return asdict(self) | {"runs": [run.to_json() for run in self.runs]}
 
 
 @dataclass(frozen=True, repr=False)
@@ -146,10 +156,15 @@ class Recorder:
         self.patterns = patterns.split(",")
         self.progress = progress
         self.run = ""
+        self.read = True
         self.arrays: dict[str, NDArray[Any]] = {}
 
+    def begin(self, run: Run) -> None:
+        """Begin a run. Of one that nobody reads, no array is kept."""
+        self.run, self.read = run.run, run.read
+
     def __call__(self, name: str, x: Any) -> None:
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.patterns):
+        if self.read and any(fnmatch.fnmatchcase(name, pattern) for pattern in self.patterns):
             self.keep(f"{self.run}/{name}", np.ascontiguousarray(x))
         if self.progress is not None and name.endswith(".residual"):
             self.progress()
@@ -186,7 +201,7 @@ def trace_bytes(header: Header, arrays: dict[str, NDArray[Any]]) -> bytes:
 
 
 def _metadata(header: Header) -> dict[str, str]:
-    return {"refmoe": json.dumps(asdict(header), separators=(",", ":"))}
+    return {"refmoe": json.dumps(header.to_json(), separators=(",", ":"))}
 
 
 def _dense(arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -286,6 +301,8 @@ def _parse_run(i: int, entry: Any, refuse: Any, name_of: Any) -> Run:
         found = entry.get(name)
         if not isinstance(found, list) or not found or not all(_is_count(item) for item in found):
             raise refuse(f"{at}.{name}", found, "a list of at least one integer from 0")
+    if not isinstance(entry.get("read", True), bool):
+        raise refuse(f"{at}.read", entry["read"], "true or false")
     if len(entry["tokens"]) != len(entry["positions"]):
         raise refuse(f"{at}.positions", entry["positions"], "as many positions as tokens")
     return Run(
@@ -295,6 +312,7 @@ def _parse_run(i: int, entry: Any, refuse: Any, name_of: Any) -> Run:
         tokens=tuple(entry["tokens"]),
         positions=tuple(entry["positions"]),
         past=entry["past"],
+        read=entry.get("read", True),
     )
 
 

@@ -52,8 +52,12 @@ def without_bound(x: Enclosure, tokens: Any) -> Enclosure:
     return Enclosure(x.mid, radius, variance, accumulation=x.accumulation, owed=x.owed)
 
 
-def block_size(config: Config, run: Run) -> int:
-    """The number of tokens that are verified together, so that memory does not grow with the run."""
-    taps = ["logits", *(f"layers.0.{name}" for name in LAYER_TAPS)]
+def block_size(config: Config, run: Run, attending: bool = True) -> int:
+    """The number of tokens that are verified together, so that memory does not grow with the run.
+
+    attending: whether any layer attends. Of a run without taps, a model of one layer computes keys and values alone.
+    """
+    names = [name for name, axes in LAYER_TAPS.items() if attending or "S" not in axes.split()]
+    taps = ["logits", *(f"layers.0.{name}" for name in names)]
     per_token = max(math.prod(shape_of(tap, config, run)) for tap in taps) / len(run.tokens)
     return max(1, min(len(run.tokens), int(BLOCK_BYTES / (8 * per_token))))

@@ -86,7 +86,7 @@ def _gaps(
 ) -> list[str]:
     """Sentences about the taps that are in some runs or layers and not in others."""
     said = []
-    absent = [run.run for run in runs if not present[run.run]]
+    absent = [run.run for run in runs if run.read and not present[run.run]]
     if absent:
         said.append(f"the trace holds nothing of {', '.join(absent[:5])}{' and more' * (len(absent) > 5)}")
     there = [names for names in present.values() if names]
@@ -104,7 +104,7 @@ def _positions(runs: tuple[Run, ...], present: dict[str, frozenset[str]]) -> lis
     said = []
     for tap in ("logits", LOGPROBS):
         here = sum(len(run.tokens) for run in runs if tap in present[run.run])
-        every = sum(len(run.tokens) for run in runs)
+        every = sum(len(run.tokens) for run in runs if run.read)
         if 0 < here < every:
             said.append(f"the trace has {tap} of {here} of {every} positions, and only those were judged")
     return said

@@ -15,7 +15,7 @@ from refmoe.profiles.policy import Policy
 from refmoe.spec.model import Caches, Model, embed, head, run_layers
 from refmoe.spec.taps import IDS, LOGPROBS, layer_of, step_of
 from refmoe.steps.rounding import cut_again
-from refmoe.traces.script import cut
+from refmoe.traces.script import cut, fill
 from refmoe.traces.trace import Trace
 from refmoe.verifier import ranking
 from refmoe.verifier.blocks import block_size, by_entry, places, without_bound
@@ -81,6 +81,7 @@ class Pass:
     def go(self, layers: range | None = None) -> Findings:
         """The findings of all runs in order. Each run goes in blocks of tokens, which MODEL-4 allows.
 
+        Of a run of which the trace holds nothing, only the caches are computed.
         layers: the layers to compute; the trace must have the input of the first. None: the whole model.
         """
         model = Model(self.subject.config, self.subject.parameters, self.subject.steps)
@@ -92,7 +93,7 @@ class Pass:
                 self._run, self._present = run, frozenset(self.trace.names(run.run))
                 ops.any_offset = run.sequence not in self._anchored
                 before = cut(caches.get(run.sequence), run)
-                size = block_size(self.subject.config, run)
+                size = block_size(self.subject.config, run, bool(self._present) or len(layers) > 1)
                 for self._start in range(0, len(run.tokens), size):
                     tokens = run.tokens[self._start : self._start + size]
                     positions = run.positions[self._start : self._start + size]
@@ -110,6 +111,8 @@ class Pass:
             x: Any = self._taken("residual", name, self._read(name, "residual"))
         else:
             x = embed(ops, model, ops.integers(tokens))
+        if not self._present:
+            return fill(ops, model, layers, x, positions, before)
         x, extended = run_layers(ops, model, layers, x, positions, before)
         if layers.stop == model.config.layers:
             self._read_out(head(ops, model, x))

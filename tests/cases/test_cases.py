@@ -102,6 +102,7 @@ EXCEPTIONS = {
     "production-tail": "hidden_dim is divided by no tile",
     "production-positions-decoded": "2048 tokens",
     "production-positions-4096-decoded": "4096 tokens",
+    "production-positions-32768-decoded": "32768 tokens",
 }
 """The cases whose rows are no multiples of a block of 256, each with the reason."""
 

@@ -67,6 +67,20 @@ def test_what_is_killed_and_resumed_ends_as_what_ran_through(refmoe: Refmoe, tmp
     assert out.read_bytes() == whole.read_bytes()
 
 
+def test_a_suite_with_more_cases_runs_these_alone(refmoe: Refmoe, tmp_path: Path) -> None:
+    """The file is that of one run of all."""
+    out, whole = tmp_path / "out.json", tmp_path / "whole.json"
+    assert refmoe("conform", "--case", "top-3", "--out", out, "--", *HONEST)[0] == 0
+    first = {(each.case, each.dtype): each for each in read_results(out).outcomes}
+    assert refmoe("conform", "--resume", *CASES, "--out", out, "--", *HONEST)[0] == 0
+    assert refmoe("conform", *CASES, "--out", whole, "--", *HONEST)[0] == 0
+    assert out.read_bytes() == whole.read_bytes()
+    assert first.items() <= {(each.case, each.dtype): each for each in read_results(out).outcomes}.items()
+    status, _, err = refmoe("conform", "--resume", "--case", "top-1", "--out", out, "--", *HONEST)
+    assert status == 2
+    assert "differ by their cases" in err
+
+
 def test_a_finished_run_runs_nothing_again_and_a_first_one_starts(refmoe: Refmoe, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     arguments = ("conform", "--resume", "--case", "top-1", "--out", out, "--", *HONEST)

@@ -109,7 +109,7 @@ class Adapter:
         with self.torch.no_grad(), watch.hooks():
             caches: dict[int, Any] = {}
             for run in runs:
-                watch.recorder.run = run.run
+                watch.recorder.begin(run)
                 tokens, positions = self.torch.tensor([run.tokens]), self.torch.tensor([run.positions])
                 if not self.cached:
                     self.model(tokens, position_ids=positions)

@@ -91,7 +91,8 @@ class Adapter:
         watch = Watch(self.keras, self.model.backbone, frozenset(taps))
         with watch.wrapped():
             for run in runs:
-                watch.recorder.run, watch.cached = run.run, run.past + len(run.tokens)
+                watch.recorder.begin(run)
+                watch.cached = run.past + len(run.tokens)
                 tokens = ops.convert_to_tensor(np.array([run.tokens], np.int32))
                 made = self.model.call_with_cache(tokens, caches.get(run.sequence, empty), run.past)
                 caches[run.sequence] = made[2]

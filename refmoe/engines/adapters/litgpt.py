@@ -92,7 +92,7 @@ class Adapter:
         watch = Watch(self.model, frozenset(taps))
         with self.torch.no_grad(), watch.hooks(self.engine):
             for run in runs:
-                watch.recorder.run = run.run
+                watch.recorder.begin(run)
                 tokens, where = self.torch.tensor([run.tokens]), self.torch.tensor(run.positions)
                 if calls[run.sequence] == 1 and len(run.tokens) > (self.config.sliding_window_size or longest):
                     self.model(tokens)

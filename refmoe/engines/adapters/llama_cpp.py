@@ -132,16 +132,17 @@ class Adapter:
             return wanted or not ask  # asked: whether the value is wanted; otherwise: whether to continue
 
         callback, sequences = native.EvalCallback(watch), sorted({run.sequence for run in runs})
-        cells = -(-longest // PAD) * PAD
-        options = {"n_ctx": cells * len(sequences), "n_seq_max": len(sequences), "n_batch": cells, "n_ubatch": cells}
-        options |= {"n_outputs_max_per_seq": cells, **self.settings}
+        cells, batch = (-(-count // PAD) * PAD for count in (longest, max(len(run.tokens) for run in runs)))
+        options = {"n_ctx": cells * len(sequences), "n_seq_max": len(sequences), "n_batch": batch, "n_ubatch": batch}
+        options |= {"n_outputs_max_per_seq": batch, **self.settings}
         context = native.new_context(self.library, self.model, callback, options)
         found: Arrays = {}
         try:
             for run in runs:
                 seen.clear()
                 native.decode(self.library, context, run, sequences.index(run.sequence))
-                found |= {f"{run.run}/{tap}": shaped(tap, array, self.config, run) for tap, array in seen.items()}
+                if run.read:
+                    found |= {f"{run.run}/{tap}": shaped(tap, array, self.config, run) for tap, array in seen.items()}
         finally:
             self.library.llama_free(context)
         return found

@@ -87,7 +87,7 @@ class Adapter:
                 cache = caches[run.sequence]
                 if cache.kv_seqlens is not None:
                     cache.kv_seqlens[:] = run.past
-                recorder.run = run.run
+                recorder.begin(run)
                 self.model(self.torch.tensor(run.tokens), [len(run.tokens)], cache=cache)
         return recorder.arrays
 

@@ -60,7 +60,8 @@ class Adapter:
         self.watch.begin(taps)
         with self.watch.functions():
             for run in runs:
-                self.watch.recorder.run, self.watch.start = run.run, run.positions[0] - run.past
+                self.watch.recorder.begin(run)
+                self.watch.start = run.positions[0] - run.past
                 if run.positions != tuple(range(run.positions[0], run.positions[0] + len(run.tokens))):
                     raise Skipped(f"mlx-lm takes consecutive positions; those of {run.run} are {run.positions}")
                 if run.sequence not in caches:

@@ -88,7 +88,7 @@ def run_graph(
     caches: dict[int, list[NDArray[Any]]] = {}
     recorder = Recorder()
     for run in runs:
-        recorder.run = run.run
+        recorder.begin(run)
         past = [part[:, :, : run.past] for part in caches.get(run.sequence, empty)]
         made = call([np.array([run.tokens]), np.array([run.positions]), *past])
         caches[run.sequence] = made[-count:]

@@ -103,7 +103,7 @@ class Adapter:
             path = scratch.path / "model.gguf"
             self._write(path)
             for run in runs:
-                watch.recorder.run = run.run
+                watch.recorder.begin(run)
                 if run.sequence not in models:
                     models[run.sequence], _ = self.engine.Transformer.from_gguf(str(path), max_context=longest)
                     if inside:

@@ -60,7 +60,7 @@ class PaddedBatch:
         new[0, :padding] = 0
         row.mask = torch.cat([row.mask, new], dim=1)
         positions = (row.mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        self.recorder.run = run.run
+        self.recorder.begin(run)
 
         def record(tap: str, array: NDArray[Any]) -> None:
             self.recorder(tap, engine.shaped(tap, first_row(tap, array, padding), self.width))

@@ -111,7 +111,8 @@ class Adapter:
             if [len(step["embedding"]) for step in self.steps] != [len(run.tokens) for run in request]:
                 raise RuntimeError(f"vLLM made {len(self.steps)} steps of the {len(request)} runs of a sequence")
             for run, step in zip(request, self.steps, strict=True):
-                arrays |= {f"{run.run}/{tap}": array for tap, array in step.items()}
+                if run.read:
+                    arrays |= {f"{run.run}/{tap}": array for tap, array in step.items()}
         return arrays
 
     def _record(self, tap: str, value: Any) -> None:

@@ -80,7 +80,7 @@ def capture(
 
     with torch.no_grad(), (watching or hooks)(model, record):
         for run in runs:
-            recorder.run = run.run
+            recorder.begin(run)
             if run.sequence not in caches:
                 caches[run.sequence] = new_cache()
             cache = caches[run.sequence]

@@ -14,7 +14,7 @@ BELOW_BFLOAT16 = 2.0**-9
 @condition("routing", "COVER", "every expert at every rank in every layer", "COVER")
 def _cover(seen: Observed) -> bool:
     for i in range(seen.config.layers):
-        chosen = np.concatenate([seen.arrays[f"{run.run}/layers.{i}.router.experts"] for run in seen.runs])
+        chosen = np.concatenate([seen.arrays[f"{run.run}/layers.{i}.router.experts"] for run in seen.read])
         if any(len(np.unique(rank)) < seen.config.experts for rank in chosen.T):
             return False
     return True
@@ -68,7 +68,7 @@ def _near_tie(seen: Observed) -> bool:
 
 @condition("routing", "LOGIT-NEARTIE", "the two largest logits of a token closer than bfloat16 resolves", "NEARTIE")
 def _near_logits(seen: Observed) -> bool:
-    return any(_near(-np.sort(-seen.arrays[f"{run.run}/logits"], axis=-1), 1) for run in seen.runs)
+    return any(_near(-np.sort(-seen.arrays[f"{run.run}/logits"], axis=-1), 1) for run in seen.read)
 
 
 @condition("routing", "FLATROUTER", "on average over a quarter of the router's mass on experts left out", "FLATROUTER")

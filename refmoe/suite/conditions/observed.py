@@ -39,6 +39,11 @@ class Observed:
         return self.case.runs()
 
     @cached_property
+    def read(self) -> tuple[Run, ...]:
+        """The runs whose outputs the golden has."""
+        return tuple(run for run in self.runs if run.read)
+
+    @cached_property
     def sequences(self) -> dict[int, list[Run]]:
         """The runs of each sequence, in order."""
         found: dict[int, list[Run]] = {}
@@ -47,14 +52,14 @@ class Observed:
         return found
 
     def layers(self, tap: str) -> Iterator[tuple[Run, NDArray[Any]]]:
-        """One tap of every layer of every run."""
-        for run in self.runs:
+        """One tap of every layer of every run that is read."""
+        for run in self.read:
             for i in range(self.config.layers):
                 yield run, self.arrays[f"{run.run}/layers.{i}.{tap}"]
 
     def normed(self) -> Iterator[Floats]:
         """The input of every norm: [T, D]."""
-        for run in self.runs:
+        for run in self.read:
             yield self.arrays[f"{run.run}/embedding"]
         for tap in ("attention_residual", "residual"):
             yield from (array for _, array in self.layers(tap))

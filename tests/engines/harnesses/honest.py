@@ -21,7 +21,7 @@ DESCRIPTION = {
     "version": "1.0",
     "dtypes": ["float32", "bfloat16"],
     "taps": ["embedding", "moe_norm", "router.experts", "residual", "logits"],
-    "abilities": ["chunk", "decode", "sequences"],
+    "abilities": ["chunk", "decode", "sequences", "unread"],
     "policies": {},
     "layouts": ["hf"],
 }
