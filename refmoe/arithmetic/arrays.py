@@ -133,6 +133,10 @@ class ArrayOps:
     def gather(self, x: Any, index: Any) -> Any:
         return self.xp.take_along_axis(x, index, axis=-1)
 
+    def remembered(self, x: Any) -> Any:
+        """Keys or values of new tokens, as they are cached. x: [T, K, d]"""
+        return x
+
     def at_any_offset(self, turned: Any, x: Any, table: tuple[Any, Any]) -> Any:
         """`turned`, which is x after a rotation, of an engine that may count positions from another start."""
         return turned

@@ -86,6 +86,8 @@ class EnclosureOps(ArrayOps):
         self._own = {step: own_accumulator(policy, step) for step in PRODUCTS if f"{step}.accumulation" in policy.cuts}
         self._shares = WeightCache(1 << 62)
         self.any_offset = False
+        self.repeats: Any = 1
+        """How often each new token occurs in its sequence, [T] or one number."""
         """Whether the engine may count positions from another start, because no value shows its start."""
         self.events: list[str] = []
         """The cut points and sums at which a legal implementation may have overflowed."""
@@ -271,6 +273,18 @@ class EnclosureOps(ArrayOps):
         if any(getattr(part, "length", None) is None for part in table):  # a bug may make its table of plain numbers
             return turned
         return functions.turned(turned.mid, x, table, self.policy.at("rope.products"))
+
+    def remembered(self, x: Enclosure) -> Enclosure:
+        """The keys or values of new tokens, whose unknown errors are alike where tokens are.
+
+        Equal tokens are rounded alike, so that n equal errors add up to n of them, and not to root n. By Cauchy and
+        Schwarz the square of n weighted errors that are equal is at most n times the sum of their squares.
+        """
+        if np.all(self.repeats == 1) or (x.variance is None and not x.owed and not x.biased):
+            return x
+        x = x.settle()
+        times = np.reshape(self.repeats, (-1, *[1] * (len(x.shape) - 1)))
+        return Enclosure(x.mid, x.radius, x.v * times, accumulation=x.accumulation, length=x.length)
 
     @quiet
     def _exp(self, x: Any) -> Any:

@@ -89,7 +89,7 @@ def rotate(ops: CutOps, x: Array, table: tuple[Array, Array]) -> Array:
 def extend_cache(ops: CutOps, cache: Cache | None, k: Array, v: Array, positions: Array) -> Cache:
     """`refmoe.spec.attention.extend_cache`. k, v: [T, K, d]   returns: a cache of S tokens"""
     k, v = cut_again(ops, "cache.k", "attention.k_rope", k), cut_again(ops, "cache.v", "attention.v", v)
-    return spec_extend_cache(ops, cache, k, v, positions)
+    return spec_extend_cache(ops, cache, ops.remembered(k), ops.remembered(v), positions)
 
 
 def attend(ops: CutOps, q: Array, cache: Cache, mask: Array) -> Array:

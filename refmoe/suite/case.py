@@ -190,7 +190,13 @@ def _call(i: int, call: dict[str, Any]) -> Call | Packed:
         raise InputError(f"script[{i}]: 'tokens' is not a list of token ids")
     if not isinstance(call.get("read", True), bool):
         raise InputError(f"script[{i}]: 'read' is not true or false")
-    return Call(call["op"], call["sequence"], tuple(call["tokens"]), call.get("keep"), call.get("read", True))
+    return Call(
+        op=call["op"],
+        sequence=call["sequence"],
+        tokens=tuple(call["tokens"]),
+        keep=call.get("keep"),
+        read=call.get("read", True),
+    )
 
 
 def is_count(value: Any) -> bool:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any
@@ -88,6 +89,9 @@ class Pass:
         layers = range(self.subject.config.layers) if layers is None else layers
         caches: dict[int, Caches] = {}
         ops: Any = self.ops
+        occurring: dict[int, Counter[int]] = {}
+        for run in self.subject.runs:
+            occurring.setdefault(run.sequence, Counter()).update(run.tokens)
         with np.errstate(all="ignore"):
             for run in self.subject.runs:
                 self._run, self._present = run, frozenset(self.trace.names(run.run))
@@ -98,6 +102,7 @@ class Pass:
                     tokens = run.tokens[self._start : self._start + size]
                     positions = run.positions[self._start : self._start + size]
                     self._tokens = len(tokens)
+                    ops.repeats = np.array([occurring[run.sequence][token] for token in tokens])
                     before = self._block(model, layers, tokens, ops.integers(positions), before)
                 assert before is not None
                 caches[run.sequence] = before
