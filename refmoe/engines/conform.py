@@ -220,6 +220,7 @@ def _go_one(run: _Run, cases: SimpleQueue[Case], finish: _Finish) -> None:
 def outcomes_so_far(before: Results, now: Results, policies: Mapping[str, Policy]) -> dict[tuple[str, str], Outcome]:
     """The outcomes of a run that was ended, or that had some of the cases, by case and dtype.
 
+    Those of a case that has changed since are left out, so that it is run again.
     now: the results of the run that goes on, without outcomes.   policies: those of the run that goes on, per dtype.
     Outcomes of two runs do not make one result: raises InputError that names the difference.
     """
@@ -231,7 +232,7 @@ def outcomes_so_far(before: Results, now: Results, policies: Mapping[str, Policy
         "version of refmoe": (before.refmoe, now.refmoe),
         "significance": (before.significance, now.significance),
         "seed of fresh cases": (before.fresh, now.fresh),
-        "cases": (before.cases, {name: now.cases.get(name) for name in before.cases}),
+        "cases": ({*before.cases} - {*now.cases}, set()),
     }
     for what, (then, this) in alike.items():
         if then != this:
@@ -245,7 +246,8 @@ def outcomes_so_far(before: Results, now: Results, policies: Mapping[str, Policy
                 f"--resume: the results so far judge {each.dtype} by {each.policy}, and this run by "
                 f"{policies[each.dtype].name}"
             )
-    return {(each.case, each.dtype): each for each in before.outcomes}
+    same = {name for name, digest in before.cases.items() if now.cases[name] == digest}
+    return {(each.case, each.dtype): each for each in before.outcomes if each.case in same}
 
 
 @contextmanager

@@ -81,6 +81,20 @@ def test_a_suite_with_more_cases_runs_these_alone(refmoe: Refmoe, tmp_path: Path
     assert "differ by their cases" in err
 
 
+def test_a_case_that_has_changed_is_run_again(refmoe: Refmoe, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    arguments = ("conform", "--resume", *CASES, "--dtype", "float32", "--out", out, "--", *HONEST)
+    assert refmoe(*arguments)[0] == 0
+    whole, values = out.read_bytes(), json.loads(out.read_text())
+    values["cases"]["top-3"] = "0" * 64
+    for each in values["outcomes"]:
+        each["verdict"] = "crashed"
+    out.write_text(json.dumps(values))
+    assert refmoe(*arguments)[0] == 1
+    assert [each.verdict for each in read_results(out).outcomes] == ["crashed", "conformant", "crashed"]
+    assert json.loads(out.read_text())["cases"] == json.loads(whole)["cases"]
+
+
 def test_a_finished_run_runs_nothing_again_and_a_first_one_starts(refmoe: Refmoe, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     arguments = ("conform", "--resume", "--case", "top-1", "--out", out, "--", *HONEST)
@@ -100,7 +114,7 @@ def test_a_finished_run_runs_nothing_again_and_a_first_one_starts(refmoe: Refmoe
         ("refmoe", "0", "differ by their version of refmoe"),
         ("significance", 0.5, "differ by their significance, 0.5 and 1e-06"),
         ("fresh", 3, "differ by their seed of fresh cases, 3 and null"),
-        ("cases", {"top-1": "aa"}, "differ by their cases"),
+        ("cases", {"top-9": "aa"}, "differ by their cases"),
         ("outcomes.0.policy", "hf-float32", "judge float32 by hf-float32, and this run by float32"),
         ("outcomes.0.dtype", "float64", "have outcomes in float64, which this run leaves out"),
     ],
