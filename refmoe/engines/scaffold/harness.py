@@ -31,7 +31,7 @@ DESCRIPTION = {  # HERE: describe the engine
     "version": "0",
     "dtypes": ["float32"],  # of float64, float32, bfloat16, float16
     "taps": ["embedding", "logits"],  # of golden/FORMAT.md, without layer; the more, the sharper the verdicts
-    "abilities": [],  # of chunk, decode, sequences
+    "abilities": [],  # of chunk, decode, sequences, unread
     "policies": {},  # per dtype one of `refmoe policies`; without, the generic one of the dtype's name
     "layouts": ["hf"],
 }
@@ -50,13 +50,18 @@ def run(runs: list[dict[str, Any]], taps: list[str]) -> dict[str, Any]:
     """HERE: the activations of all runs, in order. Keys are `<run>/<tap>`, such as `prefill/layers.0.moe_norm`.
 
     Each run has `run` (its name), `op`, `sequence`, `tokens`, `positions` and `past`. Cut the cache of its sequence to
-    `past` tokens first.
+    `past` tokens first. Where `read` is false, only the cache is filled, and nothing is given.
     """
     arrays = {}
-    for each in runs if "embedding" in taps else []:
+    for each in read(runs) if "embedding" in taps else []:
         table = np.asarray(weights["model.embed_tokens.weight"], np.float32)
         arrays[f"{each['run']}/embedding"] = table[each["tokens"]]
     return arrays
+
+
+def read(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs whose outputs are read."""
+    return [each for each in runs if each.get("read", True)]
 
 
 FIELDS = {"start": {"protocol"}, "load": {"checkpoint", "dtype"}, "run": {"runs", "taps", "out"}, "stop": set()}
@@ -74,7 +79,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         arrays = run(request["runs"], request["taps"])
         # safetensors writes the memory of an array in its order, so a transposed view would be garbage
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, request["out"])
-        if not all(f"{each['run']}/logits" in arrays for each in request["runs"]):
+        if not all(f"{each['run']}/logits" in arrays for each in read(request["runs"])):
             raise Skipped("not written yet", None)
     return {"ok": True}
 
