@@ -63,7 +63,8 @@ def estimate(
     )
     if not layers.start and _wanted("embedding", taps):
         written += rows * config.dim * size
-    height = block_rows((config.hidden_dim, config.dim))
+    tallest = max(config.hidden_dim, config.dim, config.heads * config.head_dim, config.vocab)
+    height = min(block_rows((config.hidden_dim, config.dim)), tallest)
     block = height * config.dim
     slices = 1 if arithmetic in ("float32", "float64") else SLICES
     # per block: the stored values, the converted values, as much again while converting; then a product per slice

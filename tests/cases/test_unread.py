@@ -175,6 +175,13 @@ def test_the_estimate_of_an_emission_counts_what_is_written() -> None:
     assert 0.9 * written < check_emission(emission).trace < 1.2 * written
 
 
+def test_a_long_prefix_needs_little_memory() -> None:
+    """32764 tokens are 1 GiB of scores for each thousand of them that would be kept."""
+    case = read_case(GOLDEN / "production-positions-32768-decoded")
+    emission = Emission(source=case_source(case), runs=case.runs(), out=Path("t"), arithmetic="float32")
+    assert check_emission(emission).memory < 1 << 30
+
+
 # ---- verification
 
 
