@@ -97,9 +97,9 @@ class EnclosureOps(ArrayOps):
         """Quantised matrices as engines multiply them."""
         self._numbers = RowNumbers()
         self.any_offset = False
+        """Whether the engine may count positions from another start, because no value shows its start."""
         self.repeats: Any = 1
         """How often each new token occurs in its sequence, [T] or one number."""
-        """Whether the engine may count positions from another start, because no value shows its start."""
         self.events: list[str] = []
         """The cut points and sums at which a legal implementation may have overflowed."""
 

@@ -28,9 +28,8 @@ from refmoe.profiles.load import policy as named_policy
 from refmoe.profiles.policy import Policy
 from refmoe.spec.taps import layer_of, step_of
 from refmoe.suite.case import Case
-from refmoe.traces.held import held_trace
-from refmoe.traces.trace import Header
-from refmoe.verifier.passes import Key, Pass
+from refmoe.suite.free_pass import FreePass
+from refmoe.verifier.passes import Key
 from refmoe.verifier.routing import blur, sharper
 from refmoe.verifier.segments import SIGNIFICANCE
 from refmoe.verifier.subject import Subject, shape_of
@@ -71,7 +70,7 @@ def legal(case: Case, dtype: str) -> Legal:
     return FreeRun(subject, rules(dtype)).result()
 
 
-class FreeRun(Pass):
+class FreeRun(FreePass):
     """A pass that reads no value of any engine, and keeps what is legal at each tap.
 
     It follows one choice of experts. A token is open from the step on where rounding can decide another one. So is a
@@ -79,8 +78,7 @@ class FreeRun(Pass):
     """
 
     def __init__(self, subject: Subject, policy: Policy) -> None:
-        super().__init__(held_trace(Header(runs=subject.runs), {}), subject, policy, DEVIATIONS)
-        self._anchored = {run.sequence for run in subject.runs}  # a pack says where positions begin
+        super().__init__(subject, policy, DEVIATIONS)
         self.legal = Legal()
         self._open: Any = None  # of the tokens of the block, booleans [T]
         self._cached: dict[tuple[int, int | None], Any] = {}  # per sequence and layer, booleans [S]
