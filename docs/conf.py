@@ -16,13 +16,17 @@ sys.path.insert(0, str(ROOT))
 
 project = "refmoe"
 copyright = "the authors of refmoe"
-extensions = ["myst_parser", "sphinx.ext.autodoc"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "docs.bookmaker.site"]
 root_doc = "docs/index"
 include_patterns = [
-    "docs/*.md", "docs/findings/*.md", "golden/*.md", "golden/vectors/FORMAT.md", "refmoe/engines/PROTOCOL.md",
+    "docs/*.md", "docs/findings/*.md", "docs/book/*.md", "docs/book/*/*.md", "golden/*.md", "golden/vectors/FORMAT.md",
+    "refmoe/engines/PROTOCOL.md",
     "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "tests/README.md",
 ]  # fmt: skip
 html_theme = "furo"
+html_math_renderer = "mathml"
+html_static_path = ["static"]
+html_css_files = ["book.css"]
 html_title = "refmoe"
 html_extra_path = ["site"]
 myst_heading_anchors = 3
