@@ -27,6 +27,7 @@ html_theme = "furo"
 html_math_renderer = "mathml"
 html_static_path = ["static"]
 html_css_files = ["book.css"]
+html_js_files = [("book.js", {"defer": "defer"})]
 html_title = "refmoe"
 html_extra_path = ["site"]
 myst_heading_anchors = 3

@@ -169,6 +169,8 @@ def clause_page(row: Coverage, every: Evidence, steps: list[Page]) -> str:
     """The page of a clause: its text, and links to its code, tests, bugs, cases and measurements."""
     bugs = [MUTANTS[name] for name in row.mutants]
     killers = every.killers(bugs)
+    family = row.clause.rpartition("-")[0]
+    beside = [each for each in every.clauses if each.rpartition("-")[0] == family and each != row.clause]
     name, document = DOCUMENTS[row.area]
     measured, anchor = MEASURED[row.area]
     figures = [link(measured, f"/docs/measurements.md#{anchor}")]
@@ -190,6 +192,7 @@ def clause_page(row: Coverage, every: Evidence, steps: list[Page]) -> str:
                 ("cases made for it", ", ".join(case_link(every, each) for each in row.cases)),
                 ("cases that catch such a bug", ", ".join(case_link(every, each) for each in killers)),
                 ("measured", ", ".join(figures)),
+                ("stated beside it", ", ".join(link(each, f"clauses/{each}.md") for each in beside)),
                 ("read more", link(name, document)),
             )
         ),
@@ -198,7 +201,7 @@ def clause_page(row: Coverage, every: Evidence, steps: list[Page]) -> str:
 
 
 def proof(row: Coverage) -> str:
-    """What proves a clause, in one sentence."""
+    """One sentence about the tests and the known bugs that prove a clause."""
     parts = [f"{sentence(len(row.tests), 'test names', 'tests name')} it"] if row.tests else []
     parts += [f"{sentence(len(row.killed), 'known bug that breaks it is', 'known bugs that break it are')} caught "
               "wherever a case can show it"] if row.killed else []  # fmt: skip

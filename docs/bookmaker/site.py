@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Sphinx calls: it writes the book, typesets equations as MathML, and links the terms of the glossary.
+"""Extend Sphinx: write the book before it reads, typeset equations as MathML, link the terms of the glossary.
 
 Nothing here asks the network for anything, and a page needs no script to show an equation.
 """
