@@ -8,6 +8,7 @@ import json
 import re
 from decimal import Decimal, localcontext
 from fractions import Fraction
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -255,9 +256,11 @@ def test_the_worked_attention_follows_its_clauses(worked: Example) -> None:
             assert np.abs(mixed - context[t, h]).max() < 4e-15
 
 
-def test_the_page_shows_these_values(worked: Example) -> None:
+def test_the_page_shows_these_values(built: tuple[Path, str], worked: Example) -> None:
     """All exact values of a page are those of the step, so that a reader needs no program."""
-    text = (ROOT / "docs" / "book" / "steps" / "route.md").read_text(encoding="utf-8")
-    shown = [json.loads(block) for block in re.findall(r"```\{code-block\} text\n(\[.*\])\n```", text)]
+    text = (built[0] / "docs" / "book" / "steps" / "route.html").read_text(encoding="utf-8")
+    blocks = re.findall(r"<pre>(.*?)</pre>", text, re.DOTALL)
+    plain = [unescape(re.sub(r"<[^>]+>", "", block)).strip() for block in blocks]
+    shown = [json.loads(block) for block in plain if re.fullmatch(r"\[[^=]*\]", block)]
     for name in ("x", "router", "logits"):
         assert value_of(worked, "route", name).array.tolist() in shown
