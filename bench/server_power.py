@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from refmoe.bugs.catalogue import MUTANTS
-from refmoe.engines.server.measure import SPECIFICATION, as_table, measure, work
+from refmoe.engines.server.measure import SPECIFICATION, Work, as_table, measure
 from refmoe.engines.server.power import TABLE
 from refmoe.files.atomic import replacing
-from refmoe.suite.matrix.outcomes import runnable
+from refmoe.suite.matrix.outcomes import POLICIES, runnable
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "server_power.json"
@@ -35,12 +35,14 @@ def write(path: Path, values: dict[str, Any]) -> None:
 def main() -> None:
     """Measure, and write both files after each bug anew."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mutant", action="append", choices=[*MUTANTS], default=[], help="only this bug; repeatable")
+    parser.add_argument(
+        "--mutant", action="append", choices=[SPECIFICATION, *MUTANTS], default=[], help="only this bug; repeatable",
+    )  # fmt: skip
+    parser.add_argument("--executor", default="processes:1", help="as refmoe takes it, such as processes:2")
     arguments = parser.parse_args()
     before = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    names = arguments.mutant or [*runnable()]
-    for name in [SPECIFICATION, *names]:
-        found = measure([each for each in work([name] if name != SPECIFICATION else []) if each.mutant == name])
+    for name in arguments.mutant or [SPECIFICATION, *runnable()]:
+        found = measure([Work(name, dtype) for dtype in POLICIES], arguments.executor)
         before |= found
         print(name, {dtype: len(levels) for dtype, levels in found[name].items()}, flush=True)
         write(RESULTS, before)

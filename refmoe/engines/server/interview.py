@@ -247,7 +247,7 @@ def _faults(question: Question, reply: Reply) -> Iterator[str]:
                 f"{reply.tokens[place]} there"
             )
             break
-    if reply.rows and len(reply.rows) < len(reply.tokens):
+    if reply.rows and len(reply.rows) < len(reply.tokens) - bool(question.stop):  # a stop token may stand without
         lacking = next(i for i in range(len(reply.tokens)) if i not in reply.rows)
         yield f"generated token {lacking} has no log-probabilities, but others of its reply have"
 

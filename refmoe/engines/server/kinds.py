@@ -303,8 +303,9 @@ class Transformers:
         """The distributions after the tokens of a prompt. Raises ServerFault or Unwilling."""
         choice = {"type": "choice", "criteria": {spelled([token]): None for token in range(self._vocab)}}
         cut = list(tokens)[:QUESTIONS]
+        named = {} if self.model is None else {"model": self.model}
         found = self._client.post("/v1/systemone", {
-            "model": self.model or "", "state": [spelled([token]) for token in cut],
+            **named, "state": [spelled([token]) for token in cut],
             "questions": {str(place): choice for place in range(len(cut))},
         })  # fmt: skip
         answers = member(found, "answers", dict, "an object")

@@ -40,11 +40,6 @@ class Work:
     dtype: str
 
 
-def work(mutants: Sequence[str] = ()) -> list[Work]:
-    """All work, or that of some mutants. The specification is part of it."""
-    return [Work(name, dtype) for name in (SPECIFICATION, *(mutants or runnable())) for dtype in POLICIES]
-
-
 @lru_cache
 def _prompts() -> list[tuple[int, ...]]:
     case = served_case()

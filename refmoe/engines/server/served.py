@@ -26,7 +26,7 @@ SEED = 15
 GROUPS = CONFIG.experts // CONFIG.experts_per_token
 SMALL = -10
 """The power of two of the embedding. It is small, so that the first norm shows its epsilon."""
-MARK, WEIGHTS = 2.0, (0.5, 4.0)
+MARK, WEIGHTS = 2.0, (1.0,4.0)
 """The embedding's entry in the column of a token's group, and the entry of each layer's router there."""
 FAINT = -12
 """The power of two of the router's other entries. They tell the two experts of a pair apart."""
@@ -43,6 +43,7 @@ def edits() -> list[dict[str, Any]]:
         {"parameter": "embedding", "exponent": SMALL},
         {"parameter": "embedding", "entries": marks},
         {"parameter": "layers.*.router.gate", "exponent": FAINT},
+        {"parameter": "layers.*.moe_norm", "columns": [0, GROUPS], "value": 1.0},
     ]
     for group in range(GROUPS):  # no layer writes into these columns
         found += [

@@ -180,14 +180,14 @@ class Started:
 
 
 @contextmanager
-def started(command: Sequence[str], client: Client, limit: float) -> Iterator[Started]:
+def started(command: Sequence[str], address: Address, limit: float) -> Iterator[Started]:
     """A server that answers.   limit: seconds for its start
 
     Raises HarnessUnusable where it ends before it answers, or does not answer in time.
     """
     server = Started(command)
     try:
-        why = wait(client, limit, lambda: server.lives)
+        why = wait(Client(address, limit), limit, lambda: server.lives)
         if why:
             state = f" ({server.ending()})" if not server.lives else ""
             server.stop()
@@ -197,7 +197,7 @@ def started(command: Sequence[str], client: Client, limit: float) -> Iterator[St
         server.stop()
 
 
-def wait(client: Client, limit: float, lives: Callable[[], bool] = lambda: True) -> str:
+def wait(client: Client, limit: float, lives: Callable[[], bool]) -> str:
     """Wait until a server answers any request. Returns a sentence where it does not, else nothing.
 
     limit: seconds   lives: whether its process does
