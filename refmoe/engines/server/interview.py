@@ -121,11 +121,11 @@ class Interview:
         try:
             ask()
         except Unwilling as refusal:
+            self.answers.alive = self._lives(way)
             if way in (BATCH, STOPPED):
                 self.answers.refused[way] = refusal.reason
-                return
-            self._break(way, BROKEN_LAW, f"a request like an earlier one was refused: {refusal.reason}")
-            self.answers.alive = self._lives(way)
+            else:
+                self._break(way, BROKEN_LAW, f"a request like an earlier one was refused: {refusal.reason}")
         except ServerFault as fault:
             self._break(way, fault.kind, fault.reason)
             self.answers.alive = self._lives(way)
@@ -170,12 +170,16 @@ class Interview:
         self.answers.said.append(Said(way, tokens, 1 if cached else len(tokens), rows, choices))
 
     def _fed_back(self) -> None:
+        """Ask for the continuation of a prompt with its whole reply, after a long reply and after one token."""
         for prompt in self._prompts[1:]:
             before = self._replies.get(prompt)
-            if before is None or not before.tokens:
-                continue
-            question = Question(prompt + before.tokens, LATER)
-            self._keep(FED_BACK, question, self._kind.ask(question))
+            if before is not None and before.tokens:
+                question = Question(prompt + before.tokens, LATER)
+                self._keep(FED_BACK, question, self._kind.ask(question))
+        shortest = min(self._prompts, key=len)[:2]
+        reply = self._kind.ask(Question(shortest))
+        question = Question(shortest + reply.tokens[:1])
+        self._keep(FED_BACK, question, self._kind.ask(question))
 
     def _together(self) -> None:
         questions = [Question(each, LATER) for each in self._prompts]
@@ -215,7 +219,8 @@ class Interview:
 
     def _keep(self, way: str, question: Question, reply: Reply) -> None:
         """Keep a reply, and hold it against the laws that it can break by itself."""
-        for reason in _faults(question, reply):
+        before = any((each.way, each.kind) == (way, BROKEN_LAW) for each in self.answers.broken)
+        for reason in () if before else _faults(question, reply):
             self._break(way, BROKEN_LAW, reason)
         made = reply.tokens[: question.count]
         last = len(question.tokens) - 1

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from refmoe.engines.process import CRASHED, TIMED_OUT
+from refmoe.engines.process import BROKEN, CRASHED, TIMED_OUT
 from refmoe.engines.server.asking import Client, ServerFault, Unwilling
 from refmoe.engines.server.replies import (
     Reply,
@@ -205,6 +205,10 @@ class OpenAI:
     def in_words(self) -> str:
         return self._shape.about
 
+    def without_rows(self) -> Shape:
+        """The form in which only tokens are asked for."""
+        return next(each for each in shapes(self._vocab) if not each.fields and each.ids == self._shape.ids)
+
     def _prompt(self, question: Question) -> Any:
         return list(question.tokens) if self._shape.ids else spelled(question.tokens)
 
@@ -368,6 +372,10 @@ def first_model(client: Client) -> str | None:
         found = client.get("/v1/models")
     except Unwilling:
         return None
+    except ServerFault as fault:
+        if fault.kind != BROKEN:
+            raise
+        return None  # mlx-lm answers with nothing
     listed = found.get("data") if isinstance(found, dict) else None
     names = [each.get("id") for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
     return next((name for name in names if isinstance(name, str)), None)
@@ -410,7 +418,10 @@ def _openai(client: Client, vocab: int, first: Question, model: str | None, refu
             best = entries, kind
         if reply.prompt_rows or (rows and not shape.fields.get("echo")):
             break
-    return None if best is None else Found(best[1])
+    if best is None:
+        return None
+    entries, kind = best
+    return Found(kind if entries else OpenAI(client, vocab, model, kind.without_rows()))
 
 
 def _answers(client: Client, kind: Kind, first: Question, refusals: list[Unwilling | ServerFault]) -> Reply | None:

@@ -19,16 +19,16 @@ from refmoe.suite import Case
 
 NAME = "served"
 CONFIG = Config(
-    dim=128, layers=2, heads=4, kv_heads=2, head_dim=32, hidden_dim=64, vocab=101, experts=8, experts_per_token=2,
+    dim=192, layers=2, heads=6, kv_heads=2, head_dim=32, hidden_dim=64, vocab=101, experts=8, experts_per_token=2,
     rope_theta=50000.0,
 )  # fmt: skip
-SEED = 15
+SEED = 18
 GROUPS = CONFIG.experts // CONFIG.experts_per_token
 SMALL = -10
 """The power of two of the embedding. It is small, so that the first norm shows its epsilon."""
-MARK, WEIGHTS = 2.0, (1.0,4.0)
+MARK, WEIGHTS = 2.0, (2.0, 4.0)
 """The embedding's entry in the column of a token's group, and the entry of each layer's router there."""
-FAINT = -12
+FAINT = -13
 """The power of two of the router's other entries. They tell the two experts of a pair apart."""
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from refmoe.engines.server.interview import BROKEN_LAW, Answers, Broken, Intervi
 from refmoe.engines.server.judging import OPEN, Judgement, Model, judge
 from refmoe.engines.server.kinds import LLAMA, TRANSFORMERS, Kind, Question, find_kind
 from refmoe.engines.server.power import level_of, power_of
-from refmoe.engines.server.prompts import COUNT, prompts
+from refmoe.engines.server.prompts import COUNT, LENGTHS, prompts
 from refmoe.profiles.policy import Policy
 from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT, Explanation, Power
 from refmoe.verifier.segments import Settings
@@ -61,6 +61,10 @@ class Asking:
     diagnose: bool = True
     progress: Callable[[], None] = field(default=lambda: None)
     """Called after each way of asking."""
+    lengths: Sequence[int] = LENGTHS
+    """The tokens of each prompt."""
+    count: int = COUNT
+    """The tokens to generate after each."""
 
 
 def examine(asking: Asking, model: Model, policy_for: Callable[[str], Policy]) -> Verdict:
@@ -69,15 +73,15 @@ def examine(asking: Asking, model: Model, policy_for: Callable[[str], Policy]) -
     policy_for: the policy by which a kind of server is judged; that of `model` is not used
     Raises InputError where it is no server of a known kind. Any other failure of the server is a verdict.
     """
-    drawn = prompts(model.config, model.parameters)
-    first = Question(drawn[0], COUNT)
+    drawn = prompts(model.config, model.parameters, asking.lengths)
+    first = Question(drawn[0], asking.count)
     try:
         found = find_kind(asking.client, model.config.vocab, first, asking.wanted, asking.model_name)
     except ServerFault as fault:
         nothing = Answers(broken=[Broken("the first request", fault.kind, fault.reason)], alive=False)
         return concluded(nothing, replace(model, policy=policy_for(asking.wanted or "")), asking, None)
     model = replace(model, policy=policy_for(found.kind.name))
-    interview = Interview(asking.client, found.kind, drawn, COUNT, model.config.vocab - 1)
+    interview = Interview(asking.client, found.kind, drawn, asking.count, model.config.vocab - 1)
     answers = interview.go(asking.progress)
     verdict = concluded(answers, model, asking, found.kind)
     again = asking.client.again
