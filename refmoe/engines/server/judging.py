@@ -105,6 +105,7 @@ def judge(answers: Answers, model: Model, settings: Settings | None = None) -> J
     settings = Settings(model.significance) if settings is None else settings
     bounds = Bounds(answers.said, model)
     broken, said = list(answers.broken), bounded(answers.said, bounds)
+    open_rows = sum(len(each.rows) for each in answers.said) - sum(len(each.rows) for each in said)
     trace = trace_of(said, model)
     report = None if trace is None else verified(trace, model, settings)
     if report is not None and report.verdict == NOT_CONFORMANT:
@@ -114,10 +115,13 @@ def judge(answers: Answers, model: Model, settings: Settings | None = None) -> J
             said = [each for each in said if each.way != PROMPT]
             trace = trace_of(said, model)
             report = None if trace is None else verified(trace, model, settings)
+            if report is not None and report.verdict == NOT_CONFORMANT:
+                # an echo lists generated tokens after those of the prompt, and they are off as well
+                said, trace, report = [replace(each, rows={}) for each in said], None, None
     return Judgement(
         tokens=tuple(tokens_of(answers.said, bounds)),
         rows=sum(len(each.rows) for each in answers.said),
-        open_rows=sum(len(each.rows) for each in answers.said) - sum(len(each.rows) for each in said),
+        open_rows=open_rows,
         report=report,
         trace=trace,
         broken=tuple(broken),
@@ -218,18 +222,16 @@ def one_position_off(said: Sequence[Said], model: Model) -> str:
     trace = trace_of(asked, model)
     if trace is None or verified(trace, model, settings).verdict != NOT_CONFORMANT:
         return ""
-    for by, where in ((1, "after"), (-1, "two tokens before")):
-        moved = [
-            replace(each, rows={i + by: row for i, row in each.rows.items() if 0 <= i + by < len(each.tokens)})
-            for each in asked
-        ]
-        trace = trace_of(moved, model)
-        if trace is not None and verified(trace, model, settings).verdict == CONFORMANT:
-            return (
-                "the log-probabilities of a prompt are one position off: those listed for a token are the right ones "
-                f"{where} it, but those before it were expected"
-            )
-    return ""
+    moved = [
+        replace(each, rows={i + 1: row for i, row in each.rows.items() if i + 1 < len(each.tokens)}) for each in asked
+    ]
+    trace = trace_of(moved, model)
+    if trace is None or verified(trace, model, settings).verdict != CONFORMANT:
+        return ""
+    return (
+        "the log-probabilities of a prompt are one position off: those listed for a token are the right ones after it, "
+        "but those before it were expected"
+    )
 
 
 # ---- tokens

@@ -49,7 +49,7 @@ def test_a_wider_policy_takes_the_values_of_a_narrow_one(dtype: str) -> None:
     assert asked(honest_llama(), dtype=dtype).verdict == CONFORMANT
 
 
-GROSS = ("rope-theta-default", "head-final-norm-gain-missing", "attn-scale-missing", "router-wrong-k-1")
+GROSS = ("rope-theta-default", "head-final-norm-missing", "attn-scale-missing", "router-wrong-k")
 
 
 @pytest.mark.parametrize("mutant", GROSS)
@@ -67,7 +67,7 @@ def test_a_small_bug_needs_numbers() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mutant", ["rope-theta-default", "norm-eps-1e-6", "router-wrong-k-1"])
+@pytest.mark.parametrize("mutant", ["rope-theta-default", "norm-eps-1e-6", "router-wrong-k"])
 def test_log_probabilities_name_the_bug(mutant: str) -> None:
     found = asked(honest_llama(mutant), diagnose=True)
     assert found.explanations
@@ -77,14 +77,12 @@ def test_log_probabilities_name_the_bug(mutant: str) -> None:
 # ---- bugs of servers, each met in a real one
 
 
-@pytest.mark.parametrize("by", [1, -1])
-def test_an_echo_that_is_one_position_off_is_told_from_a_wrong_model(by: int) -> None:
-    found = asked(honest_openai(refused=("prompt_logprobs",), text_only=True, echo_off_by=by))
-    assert [each.way for each in found.judgement.broken] == [PROMPT] * (by == 1)
-    if by == 1:
-        assert found.verdict == NOT_CONFORMANT
-        assert found.judgement.report is not None
-        assert found.judgement.report.verdict == CONFORMANT
+def test_an_echo_that_is_one_position_off_is_told_from_a_wrong_model() -> None:
+    found = asked(honest_openai(refused=("prompt_logprobs",), text_only=True, echo_off_by=1))
+    assert found.verdict == NOT_CONFORMANT
+    assert [each.way for each in found.judgement.broken] == [PROMPT]
+    assert found.judgement.report is None
+    assert not found.judgement.wrong
 
 
 def test_a_wrong_model_is_not_called_one_position_off() -> None:
