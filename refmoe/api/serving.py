@@ -148,8 +148,8 @@ def need_answer(client: Client) -> None:
     except ServerFault as fault:
         if fault.kind == CRASHED:
             raise InputError(
-                f"{client.address.url}: no server answers: {fault.reason}; --server-files DIR writes a model, and shows "
-                "the commands that serve it"
+                f"{client.address.url}: no server answers: {fault.reason}; --server-files DIR writes a model, and "
+                "shows the commands that serve it"
             ) from None
 
 

@@ -28,6 +28,7 @@ NEEDS = {
     "docs/pytorch.md": ["torch", "transformers"],
     "docs/engine-in-c.md": ["cc"],
     "docs/audit.md": ["flint"],
+    "docs/servers.md": ["gguf"],
 }
 SHOWN = {
     "README.md": ("main", "tests"),

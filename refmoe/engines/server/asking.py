@@ -158,6 +158,8 @@ class Client:
         finally:
             watchdog.cancel()
             connection.close()
+        if monotonic() >= deadline:  # headers that are cut off look complete
+            raise ServerFault(TIMED_OUT, f"no answer to {method} {path} within {limit:g} seconds")
         if response.status >= 300:
             raise Unwilling(response.status, f"{path} answers with status {response.status}: {_reason(data)}")
         return _value(data, path)

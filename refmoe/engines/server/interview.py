@@ -152,9 +152,7 @@ class Interview:
             self._replies[prompt] = reply
             self._keep(GENERATED, question, reply)
             if reply.prompt_rows:
-                self.answers.said.append(
-                    Said(PROMPT, prompt, len(prompt), rows=dict(reply.prompt_rows))
-                )
+                self.answers.said.append(Said(PROMPT, prompt, len(prompt), rows=dict(reply.prompt_rows)))
 
     def _prefixes(self, cached: bool) -> None:
         """Ask for the token after each prefix of the first prompt, in growing order."""

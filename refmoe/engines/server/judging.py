@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -197,7 +198,7 @@ def calls(said: Said) -> list[tuple[int, int, bool]]:
     last = max(said.rows)
     cuts = [place for place in range(1, last + 1) if (place in said.rows) != (place - 1 in said.rows)]
     bounds = [0, *cuts, last + 1]
-    return [(a, b, a in said.rows) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [(a, b, a in said.rows) for a, b in pairwise(bounds)]
 
 
 def _arrays(rows: Sequence[Row], vocab: int) -> dict[str, Any]:

@@ -120,9 +120,7 @@ class Llama:
         rows: list[Row | None] = []
         reported: list[int] = []
         if isinstance(found, dict) and found.get("completion_probabilities") is not None:
-            rows, reported = rows_of_lists(
-                found["completion_probabilities"], self._vocab, "completion_probabilities"
-            )
+            rows, reported = rows_of_lists(found["completion_probabilities"], self._vocab, "completion_probabilities")
         tokens = read_ids(member(found, "tokens", list, "a list of token ids"), self._vocab, "tokens")
         finish = found.get("stop_type")
         return Reply(
@@ -404,7 +402,9 @@ def _transformers(
     return None
 
 
-def _openai(client: Client, vocab: int, first: Question, model: str | None, refusals: list[Unwilling | ServerFault]) -> Found | None:
+def _openai(
+    client: Client, vocab: int, first: Question, model: str | None, refusals: list[Unwilling | ServerFault]
+) -> Found | None:
     """The form that gives most rows. A server that takes a field and ignores it answers, but without rows."""
     best: tuple[int, OpenAI] | None = None
     for shape in shapes(vocab):

@@ -24,8 +24,9 @@ from refmoe.engines.server.served import served_case
 from refmoe.engines.server.simulated import Simulated
 from refmoe.engines.server.verdict import whole
 from refmoe.parallel import results
-from refmoe.suite.matrix.outcomes import POLICIES, runnable, setting
+from refmoe.profiles.load import policy as named_policy
 from refmoe.steps.sharded.layout import layouts
+from refmoe.suite.matrix.outcomes import POLICIES, setting
 from refmoe.verifier.findings import NOT_CONFORMANT
 
 SPECIFICATION = "-"
@@ -80,24 +81,27 @@ def seen_at(each: Work) -> list[str]:
     """The levels by which a bug is seen at a dtype, the least first."""
     case = served_case()
     if each.mutant == SPECIFICATION:
-        from refmoe.profiles.load import policy as named_policy
-
         rules, parameters = named_policy(each.dtype), case.checkpoint().parameters
         engines: Iterator[Mutant | None] = iter([None])
     else:
         rules, parameters = setting(each.mutant, case, each.dtype)
         engines = _engines(each.mutant)
     model = Model("case served", case.config, parameters, rules)
+    right = said_by(Simulated(None, case.config, parameters, rules))
     seen: list[str] = []
     for engine in engines:
         try:
             answers = said_by(Simulated(engine, case.config, parameters, rules))
         except ServerFault:  # its log-probabilities are none
             return [*LEVELS]
+        if engine is not None and answers.said == right.said:
+            continue  # the bug changes nothing here
         for level in LEVELS:
-            if level in seen or any(less in seen for less in CONTAINED[level]):
-                seen.append(level)
-            elif whole(judge(at_level(answers, level), model))[0] == NOT_CONFORMANT:
+            if (
+                level in seen
+                or any(less in seen for less in CONTAINED[level])
+                or whole(judge(at_level(answers, level), model))[0] == NOT_CONFORMANT
+            ):
                 seen.append(level)
         if len(set(seen)) == len(LEVELS):
             break

@@ -47,8 +47,8 @@ class Exact:
         self._margin = np.inf
         past = 0 if caches is None else len(caches[0].positions)
         positions, tokens = self._ops.integers([past]), self._ops.integers([token])
-        logits, caches = forward(self._ops, self._model, tokens, positions, caches)
-        return int(np.argmax(logits[-1])), self._margin, caches
+        logits, extended = forward(self._ops, self._model, tokens, positions, caches)
+        return int(np.argmax(np.asarray(logits[-1]))), self._margin, extended
 
     def _tap(self, name: str, x: Any) -> None:
         k = self._model.config.experts_per_token

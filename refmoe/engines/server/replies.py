@@ -65,7 +65,9 @@ def read_text(text: str, vocab: int) -> tuple[int, ...]:
     """The tokens of a text. Raises ServerFault for a text that is not made of tokens."""
     rest = WORD.sub("", text).strip()
     if rest:
-        raise broken(f"the text {shown(text)} is not made of tokens such as <77>; was its checkpoint written by refmoe?")
+        raise broken(
+            f"the text {shown(text)} is not made of tokens such as <77>; was its checkpoint written by refmoe?"
+        )
     return tuple(_id(int(found), vocab) for found in WORD.findall(text))
 
 

@@ -46,9 +46,7 @@ def edits() -> list[dict[str, Any]]:
         {"parameter": "layers.*.moe_norm", "columns": [0, GROUPS], "value": 1.0},
     ]
     for group in range(GROUPS):  # no layer writes into these columns
-        found += [
-            {"parameter": name, "row": group, "value": 0.0} for name in ("layers.*.attention.wo", "layers.*.w2")
-        ]
+        found += [{"parameter": name, "row": group, "value": 0.0} for name in ("layers.*.attention.wo", "layers.*.w2")]
     for layer in range(CONFIG.layers):
         # each layer has other experts for a group
         pairs = [(expert, (expert // CONFIG.experts_per_token + layer) % GROUPS) for expert in range(CONFIG.experts)]

@@ -12,7 +12,7 @@ from refmoe.engines.judge import in_words
 from refmoe.engines.process import BROKEN, CRASHED, TIMED_OUT
 from refmoe.engines.server.asking import Client, ServerFault
 from refmoe.engines.server.interview import BROKEN_LAW, Answers, Broken, Interview
-from refmoe.engines.server.judging import OPEN, Judgement, Model, judge
+from refmoe.engines.server.judging import OPEN, Judgement, Model, by_way, judge
 from refmoe.engines.server.kinds import LLAMA, TRANSFORMERS, Kind, Question, find_kind
 from refmoe.engines.server.power import level_of, power_of
 from refmoe.engines.server.prompts import COUNT, LENGTHS, prompts
@@ -163,8 +163,6 @@ def explain(judgement: Judgement, model: Model) -> tuple[Explanation, ...]:
 def facts(found: Verdict) -> dict[str, Any]:
     """The verdict as plain values."""
     judgement, report = found.judgement, found.judgement.report
-    from refmoe.engines.server.judging import by_way
-
     return {
         "verdict": found.verdict,
         "reason": found.reason,

@@ -95,7 +95,11 @@ def llama(source: Engine, body: Body) -> Any:
     made = cut_at_stop(made, body.get("stop"))
     first = len(body["prompt"]) - 1
     entries = [
-        {"id": token, "logprob": float(rows[first + i, token]), "top_logprobs": listed(rows[first + i], body["n_probs"])}
+        {
+            "id": token,
+            "logprob": float(rows[first + i, token]),
+            "top_logprobs": listed(rows[first + i], body["n_probs"]),
+        }
         for i, token in enumerate(made)
     ]
     return {"tokens": made, "content": spelled(made), "completion_probabilities": entries, "stop_type": "limit"}
@@ -127,7 +131,10 @@ def openai(source: Engine, body: Body, most: int = VOCAB, echo_off_by: int = 0, 
                 whole = [*tokens, *made]
                 shown = [None, *(by_name(rows[min(i + echo_off_by, len(rows) - 1)], count, name)
                                  for i in range(len(whole) - 1))]  # fmt: skip
-                choice |= {"text": spelled(whole), "logprobs": {"tokens": list(map(word, whole)), "top_logprobs": shown}}
+                choice |= {
+                    "text": spelled(whole),
+                    "logprobs": {"tokens": list(map(word, whole)), "top_logprobs": shown},
+                }
             else:
                 shown = [by_name(rows[first + i], count, name) for i in range(len(made))]
                 choice["logprobs"] = {"tokens": [name(token) for token in made], "top_logprobs": shown}

@@ -122,7 +122,11 @@ def swapped(answer: Answer) -> Answer:
 
     def wrong(path: str, body: Any) -> Any:
         found = answer(path, body)
-        return [{**each, "index": len(found) - 1 - i} for i, each in enumerate(found)] if isinstance(found, list) else found
+        return (
+            [{**each, "index": len(found) - 1 - i} for i, each in enumerate(found)]
+            if isinstance(found, list)
+            else found
+        )
 
     return wrong
 

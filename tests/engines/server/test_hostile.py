@@ -71,7 +71,18 @@ def test_a_request_is_sent_again_once(spoil: Spoil) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["", "127.0.0.1:80", "ftp://a", "http://", "http://a:99999", "http://a:x", "http://a?b=c", "http://a@b", "http://[1"]
+    "url",
+    [
+        "",
+        "127.0.0.1:80",
+        "ftp://a",
+        "http://",
+        "http://a:99999",
+        "http://a:x",
+        "http://a?b=c",
+        "http://a@b",
+        "http://[1",
+    ],
 )
 def test_an_address_that_is_none(url: str) -> None:
     with pytest.raises(InputError):
