@@ -256,7 +256,7 @@ def _faults(question: Question, reply: Reply) -> Iterator[str]:
 
 
 def without(answers: Answers, entries: int, rows: bool = True, generated: bool = True) -> Answers:
-    """What a server would have said that gives less.
+    """The answers of a server that gives less.
 
     entries: of each row, the largest so many   rows: whether it gives rows at all
     generated: whether it gives rows of generated tokens

@@ -45,7 +45,7 @@ Tokens = Sequence[int]
 
 @dataclass(frozen=True)
 class Question:
-    """What a server is asked for after one prompt."""
+    """A prompt, and all that a server is asked for after it."""
 
     tokens: tuple[int, ...]
     count: int = 1
@@ -75,7 +75,7 @@ class Kind(Protocol):
         """Ask, and break the connection off when the answer begins. Raises ServerFault."""
 
     def in_words(self) -> str:
-        """What it takes and gives, in words."""
+        """All that it takes and gives, in words."""
 
 
 # ---- llama.cpp

@@ -30,7 +30,7 @@ TOKENS, LARGEST, PROMPTS, WHOLE = LEVELS = (
     "tokens and whole distributions of prompts",
     "tokens and whole distributions",
 )
-"""What a server may give, the least first."""
+"""All that a server may give, the least first."""
 CONTAINED: Mapping[str, tuple[str, ...]] = {
     TOKENS: (), LARGEST: (TOKENS,), PROMPTS: (TOKENS,), WHOLE: (TOKENS, LARGEST, PROMPTS),
 }  # fmt: skip

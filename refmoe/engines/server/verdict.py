@@ -36,7 +36,7 @@ class Verdict:
     """One sentence."""
     kind: str
     gives: str
-    """What the server takes and gives, in words."""
+    """All that the server takes and gives, in words."""
     policy: Policy
     answers: Answers
     judgement: Judgement
