@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from refmoe.bugs.catalogue import MUTANTS
-from refmoe.engines.server.measure import SPECIFICATION, Work, as_table, measure
+from refmoe.engines.server.measure import SPECIFICATION, Work, as_table, seen_at
 from refmoe.engines.server.power import TABLE
 from refmoe.files.atomic import replacing
 from refmoe.suite.matrix.outcomes import POLICIES, runnable
@@ -38,11 +38,10 @@ def main() -> None:
     parser.add_argument(
         "--mutant", action="append", choices=[SPECIFICATION, *MUTANTS], default=[], help="only this bug; repeatable",
     )  # fmt: skip
-    parser.add_argument("--executor", default="processes:1", help="as refmoe takes it, such as processes:2")
     arguments = parser.parse_args()
     before = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     for name in arguments.mutant or [SPECIFICATION, *runnable()]:
-        found = measure([Work(name, dtype) for dtype in POLICIES], arguments.executor)
+        found = {name: {dtype: seen_at(Work(name, dtype)) for dtype in POLICIES}}
         before |= found
         print(name, {dtype: len(levels) for dtype, levels in found[name].items()}, flush=True)
         write(RESULTS, before)

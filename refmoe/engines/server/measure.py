@@ -6,13 +6,14 @@ A bug that a level shows is shown by every level that contains it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from refmoe.bugs.catalogue import MUTANTS
 from refmoe.bugs.mutant import PARALLEL, Mutant
+from refmoe.bugs.quantised_checkpoint import INT8, quantised
 from refmoe.bugs.sharded_mutant import ONE_DEVICE, on_ranks
 from refmoe.engines.server.asking import ServerFault
 from refmoe.engines.server.interview import GENERATED, PROMPT, Answers, Said, without
@@ -23,7 +24,6 @@ from refmoe.engines.server.prompts import COUNT, prompts
 from refmoe.engines.server.served import served_case
 from refmoe.engines.server.simulated import Simulated
 from refmoe.engines.server.verdict import whole
-from refmoe.parallel import results
 from refmoe.profiles.load import policy as named_policy
 from refmoe.steps.sharded.layout import layouts
 from refmoe.suite.matrix.outcomes import POLICIES, setting
@@ -87,7 +87,7 @@ def seen_at(each: Work) -> list[str]:
         rules, parameters = setting(each.mutant, case, each.dtype)
         engines = _engines(each.mutant)
     model = Model("case served", case.config, parameters, rules)
-    right = said_by(Simulated(None, case.config, parameters, rules))
+    right = _right(rules.name, "QUANT" in MUTANTS[each.mutant].needs if each.mutant in MUTANTS else False)
     seen: list[str] = []
     for engine in engines:
         try:
@@ -108,6 +108,15 @@ def seen_at(each: Work) -> list[str]:
     return [level for level in LEVELS if level in seen]
 
 
+@lru_cache
+def _right(policy: str, quantised_model: bool) -> Answers:
+    """The answers of the specification, on the model or on the model whose matrices are quantised."""
+    case = served_case()
+    ground = case.checkpoint().parameters
+    parameters = quantised(ground, INT8) if quantised_model else ground
+    return said_by(Simulated(None, case.config, parameters, named_policy(policy)))
+
+
 def _engines(name: str) -> Iterator[Mutant]:
     """The engines with a bug: one, or of a bug of sharded runs one for each layout of ranks."""
     mutant = MUTANTS[name]
@@ -117,18 +126,6 @@ def _engines(name: str) -> Iterator[Mutant]:
     for layout in layouts(served_case().config):
         if layout != ONE_DEVICE:
             yield on_ranks(mutant, layout)
-
-
-def measure(
-    items: Sequence[Work], executor: str | None = None, progress: Callable[[], None] = lambda: None
-) -> dict[str, dict[str, list[str]]]:
-    """Per bug and dtype the levels by which it is seen."""
-    found: dict[str, dict[str, list[str]]] = {}
-    with results(seen_at, items, executor) as measured:
-        for each, seen in measured:
-            found.setdefault(each.mutant, {})[each.dtype] = seen
-            progress()
-    return found
 
 
 def as_table(found: dict[str, dict[str, list[str]]]) -> dict[str, Any]:

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
-from refmoe.cli import commands
 from refmoe.engines.server.served import served_case
+from tests.command_line import Refmoe
 from tests.engines.server.fake import honest_llama, honest_openai, serving
 
 SCRIPT = """
@@ -29,15 +28,9 @@ server.serve_forever()
 """
 
 
-def run(*words: str) -> tuple[int, str]:
-    """The exit status and the output of a command."""
-    found = CliRunner().invoke(commands, ["conform", *words], standalone_mode=True)
-    return found.exit_code, found.output
-
-
-def judged(url: str, *words: str) -> tuple[int, Any]:
+def judged(refmoe: Refmoe, url: str, *words: str) -> tuple[int, Any]:
     """The exit status and the facts of a server."""
-    status, output = run("--server", url, "--json", "--no-diagnose", *words)
+    status, output, _ = refmoe("conform", "--server", url, "--json", "--no-diagnose", *words)
     return status, json.loads(output)
 
 
@@ -46,9 +39,9 @@ def free_port() -> int:
         return int(url.rpartition(":")[2])
 
 
-def test_a_healthy_server() -> None:
+def test_a_healthy_server(refmoe: Refmoe) -> None:
     with serving(honest_llama()) as url:
-        status, facts = judged(url, "--dtype", "float32")
+        status, facts = judged(refmoe, url, "--dtype", "float32")
     assert (status, facts["verdict"], facts["kind"]) == (0, "conformant", "llama.cpp")
     assert facts["policy"] == "llama.cpp-float32"
     assert all(way["right"] for way in facts["ways"].values())
@@ -56,9 +49,9 @@ def test_a_healthy_server() -> None:
 
 
 @pytest.mark.slow
-def test_a_wrong_server_and_what_a_person_reads() -> None:
+def test_a_wrong_server_and_what_a_person_reads(refmoe: Refmoe) -> None:
     with serving(honest_openai("rope-theta-default")) as url:
-        status, output = run("--server", url, "--policy", "float32")
+        status, output, _ = refmoe("conform", "--server", url, "--policy", "float32")
     assert status == 1
     assert "rope-theta-default" in output
 
@@ -80,33 +73,35 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_an_option_that_cannot_be_used(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_option_that_cannot_be_used(
+    name: str, refmoe: Refmoe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    status, output = run(*WRONG[name])
+    status, _, said = refmoe("conform", *WRONG[name])
     assert status == 2
-    assert "Traceback" not in output
+    assert "Traceback" not in said
     assert not any(tmp_path.iterdir())
 
 
-def test_a_server_that_refmoe_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_refmoe_starts(refmoe: Refmoe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is ended afterwards, and prints more than a pipe holds."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
     script, port = tmp_path / "server.py", free_port()
     script.write_text(SCRIPT)
     command = [sys.executable, str(script), str(port), "{checkpoint}"]
-    status, facts = judged(f"http://127.0.0.1:{port}", "--dtype", "float32", "--", *command)
+    status, facts = judged(refmoe, f"http://127.0.0.1:{port}", "--dtype", "float32", "--", *command)
     assert (status, facts["verdict"]) == (0, "conformant")
-    status, _ = run("--server", f"http://127.0.0.1:{port}", "--dtype", "float32")
+    status, _, _ = refmoe("conform", "--server", f"http://127.0.0.1:{port}", "--dtype", "float32")
     assert status == 2
 
 
 @pytest.mark.skipif(find_spec("gguf") is None, reason="gguf not installed: pip install -e '.[llama-cpp]'")
-def test_the_files_for_servers(tmp_path: Path) -> None:
+def test_the_files_for_servers(refmoe: Refmoe, tmp_path: Path) -> None:
     import gguf
 
     folder = tmp_path / "model"
     for _ in range(2):  # a second time it replaces its own
-        status, output = run("--server-files", str(folder), "--dtype", "bfloat16", "--json")
+        status, output, _ = refmoe("conform", "--server-files", str(folder), "--dtype", "bfloat16", "--json")
         assert status == 0
     assert all(str(folder) in each["command"] for each in json.loads(output)["commands"].values())
     config = json.loads((folder / "checkpoint" / "config.json").read_text())

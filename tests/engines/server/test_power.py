@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of what a server's evidence shows: it is whole, it is that of the measurement, and it can be measured anew."""
+"""The table of the bugs that a server's evidence shows: it is whole, and it is that of the measurement."""
 
 from __future__ import annotations
 
