@@ -134,8 +134,13 @@ def judge_server(asked: Served, bars: Bars = silent) -> Verdict:
             need_answer(client)
         advance = stack.enter_context(bars("ask", STEPS))
         name = f"case {NAME if asked.case is None else case.name}"
-        model = Model(name, case.config, parameters, asked.policy_for(asked.kind or ""), asked.significance)
-        asking = Asking(client, asked.kind, asked.model, asked.diagnose, advance)
+        model = Model(
+            name=name, config=case.config, parameters=parameters, policy=asked.policy_for(asked.kind or ""),
+            significance=asked.significance,
+        )  # fmt: skip
+        asking = Asking(
+            client=client, wanted=asked.kind, model_name=asked.model, diagnose=asked.diagnose, progress=advance
+        )  # fmt: skip
         return examine(asking, model, asked.policy_for)
 
 

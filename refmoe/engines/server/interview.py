@@ -165,7 +165,8 @@ class Interview:
             if reply.tokens:
                 choices[length - 1] = reply.tokens[0]
         way = GROWN if cached or not self._kind.chooses_cache else PREFIXES
-        self.answers.said.append(Said(way, tokens, 1 if cached else len(tokens), rows, choices))
+        given = 1 if cached else len(tokens)
+        self.answers.said.append(Said(way=way, tokens=tokens, given=given, rows=rows, choices=choices))
 
     def _fed_back(self) -> None:
         """Ask for the continuation of a prompt with its whole reply, after a long reply and after one token."""

@@ -181,7 +181,8 @@ def trace_of(said: Sequence[Said], model: Model) -> Trace | None:
             op = "prefill" if not start else "chunk"
             name = f"{each.way} {number + 1} from {start}"
             positions = tuple(range(start, stop))
-            runs.append(Run(name, op, number, each.tokens[start:stop], positions, start))
+            tokens = each.tokens[start:stop]
+            runs.append(Run(run=name, op=op, sequence=number, tokens=tokens, positions=positions, past=start))
             if there:
                 rows = [each.rows[place].first(entries) for place in positions]
                 arrays |= {f"{name}/{tap}": array for tap, array in _arrays(rows, model.config.vocab).items()}
@@ -266,7 +267,12 @@ class Bounds:
         self._texts = [
             text for text in texts if not any(text == other[: len(text)] and text != other for other in texts)
         ]
-        runs = [Run(f"text {i}", "prefill", i, text, tuple(range(len(text))), 0) for i, text in enumerate(self._texts)]
+        runs = [
+            Run(
+                run=f"text {i}", op="prefill", sequence=i, tokens=text, positions=tuple(range(len(text))), past=0
+            )  # fmt: skip
+            for i, text in enumerate(self._texts)
+        ]
         self._policy = model.policy
         self._logits: dict[int, Enclosure] = {}
         self._mid: dict[int, Any] = {}

@@ -18,6 +18,7 @@ from refmoe.engines.server.power import level_of, power_of
 from refmoe.engines.server.prompts import COUNT, LENGTHS, prompts
 from refmoe.profiles.policy import Policy
 from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT, Explanation, Power
+from refmoe.verifier.passes import Pass
 from refmoe.verifier.segments import Settings
 
 FAULTS = (CRASHED, TIMED_OUT, BROKEN)
@@ -81,7 +82,9 @@ def examine(asking: Asking, model: Model, policy_for: Callable[[str], Policy]) -
         nothing = Answers(broken=[Broken("the first request", fault.kind, fault.reason)], alive=False)
         return concluded(nothing, replace(model, policy=policy_for(asking.wanted or "")), asking, None)
     model = replace(model, policy=policy_for(found.kind.name))
-    interview = Interview(asking.client, found.kind, drawn, asking.count, model.config.vocab - 1)
+    interview = Interview(
+        client=asking.client, kind=found.kind, prompts=drawn, count=asking.count, end=model.config.vocab - 1
+    )
     answers = interview.go(asking.progress)
     verdict = concluded(answers, model, asking, found.kind)
     again = asking.client.again
@@ -94,7 +97,7 @@ def concluded(answers: Answers, model: Model, asking: Asking, kind: Kind | None)
     from refmoe.verifier.diagnosis import Keeper
 
     keeper = Keeper()
-    settings = Settings(model.significance, **({"passes": keeper} if asking.diagnose else {}))
+    settings = Settings(model.significance, passes=keeper if asking.diagnose else Pass)
     judgement = judge(answers, model, settings)
     verdict, reason = whole(judgement)
     level = level_of(answers, model.config.vocab)
