@@ -268,9 +268,7 @@ class Bounds:
             text for text in texts if not any(text == other[: len(text)] and text != other for other in texts)
         ]
         runs = [
-            Run(
-                run=f"text {i}", op="prefill", sequence=i, tokens=text, positions=tuple(range(len(text))), past=0
-            )  # fmt: skip
+            Run(run=f"text {i}", op="prefill", sequence=i, tokens=text, positions=tuple(range(len(text))), past=0)
             for i, text in enumerate(self._texts)
         ]
         self._policy = model.policy
