@@ -673,13 +673,16 @@ def servers() -> str:
     found = results("server_power")
     known = [name for name in found if name != SPECIFICATION]
     dtypes = (*reversed(DTYPES),)
-    seen = {(level, dtype): sum(level in found[name][dtype] for name in known) for level in LEVELS for dtype in dtypes}
-    rows = [(level, *(f"{seen[level, dtype]} of {len(known)}" for dtype in dtypes)) for level in LEVELS]
+    measured = {dtype: [name for name in known if dtype in found[name]] for dtype in dtypes}
+    seen = {(level, dtype): sum(level in found[name][dtype] for name in measured[dtype])
+            for level in LEVELS for dtype in dtypes}  # fmt: skip
+    rows = [(level, *(f"{seen[level, dtype]} of {len(measured[dtype])}" for dtype in dtypes)) for level in LEVELS]
     unseen = ", ".join(f"`{name}`" for name in known if not any(found[name].values()))
     return f"""## Known bugs behind a server
 
 Each known bug is a server that is asked about refmoe's own model, as `refmoe conform --server` asks. It is judged by
-what it gives: tokens alone, more of each distribution, or all. A number counts the bugs that are seen.
+what it gives: tokens alone, more of each distribution, or all. A number counts the bugs that are
+seen, of those that were measured at this dtype.
 The specification itself is such a server too, and is conformant at each level in each dtype.
 Command: `python -m bench.server_power`; file: {link("server_power.json")}.
 

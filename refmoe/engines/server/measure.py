@@ -136,7 +136,7 @@ def as_table(found: dict[str, dict[str, list[str]]]) -> dict[str, Any]:
     known = [name for name in found if name != SPECIFICATION]
     return {
         "format_version": FORMAT_VERSION,
-        "known": known,
+        "known": {dtype: [name for name in known if dtype in found[name]] for dtype in POLICIES},
         "seen": {
             level: {dtype: [name for name in known if level in found[name].get(dtype, ())] for dtype in POLICIES}
             for level in LEVELS

@@ -54,7 +54,7 @@ def _least(rows: list[Row]) -> int:
 
 @cache
 def table() -> dict[str, Any]:
-    """The measured table, as the package holds it: ``known``, and per level and dtype the ids that are ``seen``."""
+    """The table of the package: per dtype the ids that are ``known``, and per level and dtype those ``seen``."""
     document: dict[str, Any] = strict_json(own_text("refmoe.engines.server", TABLE))
     assert document["format_version"] == FORMAT_VERSION
     return document
@@ -63,7 +63,7 @@ def table() -> dict[str, Any]:
 def power_of(level: str, policy: Policy) -> Power:
     """The power that was measured at a level, at the dtype of a policy."""
     dtype = policy.storage.name if not policy.storage.holds(FLOAT32) else FLOAT32.name
-    known = table()["known"]
+    known = table()["known"][dtype]
     seen = table()["seen"][level][dtype]
     return Power(
         taps=level,
