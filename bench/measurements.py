@@ -21,6 +21,8 @@ from typing import Any
 from bench.cluster_plan import Rates, layer_bytes, plans, trace_bytes
 from refmoe.bugs.catalogue import MUTANTS
 from refmoe.engines.results import NOT_JUDGED, SKIPPED, Results, read_results
+from refmoe.engines.server.measure import SPECIFICATION
+from refmoe.engines.server.power import LEVELS
 from refmoe.spec.config import PRESETS
 from refmoe.suite import find_cases, find_full_size_cases
 from refmoe.suite.conditions import CONDITIONS
@@ -693,6 +695,28 @@ def law(found: dict[str, Any]) -> str:
     return "passes" if found["law"] is None else f"{found['law']}, example {found['example']}"
 
 
+def servers() -> str:
+    found = results("server_power")
+    known = [name for name in found if name != SPECIFICATION]
+    dtypes = (*reversed(DTYPES),)
+    measured = {dtype: [name for name in known if dtype in found[name]] for dtype in dtypes}
+    seen = {(level, dtype): sum(level in found[name][dtype] for name in measured[dtype])
+            for level in LEVELS for dtype in dtypes}  # fmt: skip
+    rows = [(level, *(f"{seen[level, dtype]} of {len(measured[dtype])}" for dtype in dtypes)) for level in LEVELS]
+    unseen = ", ".join(f"`{name}`" for name in known if not any(found[name].values()))
+    return f"""## Known bugs behind a server
+
+Each known bug is a server that is asked about refmoe's own model, as `refmoe conform --server` asks. It is judged by
+what it gives: tokens alone, more of each distribution, or all. A number counts the bugs that are
+seen, of those that were measured at this dtype.
+The specification itself is such a server too, and is conformant at each level in each dtype.
+Command: `python -m bench.server_power`; file: {link("server_power.json")}.
+
+{table(("what the server gives", *dtypes), rows)}
+
+No level shows these, as the model does not meet their conditions, or no log-probability changes: {unseen}."""
+
+
 def folders() -> str:
     found = results("folders")
     rows = [
@@ -845,7 +869,7 @@ SECTIONS = (
     goldens, known_bugs, packs, diagnosis, left_out, drawn_faults, diagnosis_time, engines, quantised_engines, faults,
     tensor_cores, verify_cost, verdict_cost, kernel_tests, kernel_cheats, real_kernels, testing_cost, conform_cost,
     invariance, exact_cost, full_size, scaling, cluster_plan, peers, elementary, weight_formula, startup_cost,
-    robustness, folders, versions,
+    robustness, folders, servers, versions,
 )  # fmt: skip
 
 

@@ -20,7 +20,6 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "docs.bookmaker.site"]
 root_doc = "docs/index"
 include_patterns = [
     "docs/*.md", "docs/findings/*.md", "docs/book/*.md", "docs/book/*/*.md", "golden/*.md", "golden/vectors/FORMAT.md",
-    "docs/*.md", "docs/findings/*.md", "docs/book/*.md", "docs/book/*/*.md", "golden/*.md", "golden/vectors/FORMAT.md",
     "refmoe/engines/PROTOCOL.md", "refmoe/suite/pack/PACK.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md",
     "tests/README.md",
 ]  # fmt: skip

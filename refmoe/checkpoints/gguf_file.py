@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,18 +53,47 @@ TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """The dtype of a tensor, and ggml's name of its type."""
 FILE_TYPES_OF_FORMATS = {"Q4_K": "Q4_K_S", "Q5_K": "Q5_K_S", "MXFP4": "MXFP4_MOE"}
 """Files in one format whose name in gguf is another than the format's."""
+NO_MERGE = "\u0120 \u0120"
+"""A merge of two blanks, which the words of `words` never have."""
 
 
-def placeholders(vocab: int) -> tuple[list[str], list[str]]:
-    """The pieces of a vocabulary, and gguf's names of their kinds, for a model that only knows token ids.
+@dataclass(frozen=True)
+class Vocabulary:
+    """The vocabulary of a GGUF file."""
 
-    As many as there are rows: Mixtral's unknown token, control tokens and bytes, and unused pieces after them.
+    model: str
+    """gguf's name of the tokenizer: ``llama`` or ``gpt2``."""
+    pieces: list[str]
+    """The piece of each token."""
+    kinds: list[str]
+    """gguf's name of the kind of each piece."""
+    begin: int
+    end: int
+    """The tokens that begin and end a text."""
+    merges: tuple[str, ...] = ()
+    """The merges of a ``gpt2`` tokenizer, which refuses a file without any."""
+
+
+def placeholders(vocab: int) -> Vocabulary:
+    """The vocabulary of a model that only knows token ids.
+
+    It has as many pieces as there are rows: Mixtral's unknown token, control tokens and bytes, then unused pieces.
     """
     first = [("<unk>", "UNKNOWN"), ("<s>", "CONTROL"), ("</s>", "CONTROL")]
     first += [(f"<0x{byte:02X}>", "BYTE") for byte in range(256)]
     rest = [(f"<unused{token}>", "UNUSED") for token in range(len(first), vocab)]
     pieces, kinds = zip(*(first + rest)[:vocab], strict=True)
-    return list(pieces), list(kinds)
+    return Vocabulary("llama", list(pieces), list(kinds), begin=min(1, vocab - 1), end=min(2, vocab - 1))
+
+
+def words(pieces: Sequence[str]) -> Vocabulary:
+    """The vocabulary of a model whose tokens are these words, in a text without anything between them.
+
+    llama.cpp takes the longest user-defined pieces of a text before it applies merges. The last word ends a text.
+    """
+    end = len(pieces) - 1
+    kinds = ["USER_DEFINED"] * len(pieces)
+    return Vocabulary("gpt2", list(pieces), kinds, begin=end, end=end, merges=(NO_MERGE,))
 
 
 def type_of(config: Config, weight: Weight, name: str, kind: str) -> str:
@@ -111,10 +141,12 @@ def file_type(kind: str) -> str:
     return FILE_TYPES.get(kind, f"MOSTLY_{FILE_TYPES_OF_FORMATS.get(kind, kind)}")
 
 
-def write_gguf(path: Path, config: Config, parameters: Parameters, kind: str = "float32") -> None:
-    """Write a GGUF file, with the pieces of `placeholders` for a tokenizer: engines refuse a file that has none.
+def write_gguf(
+    path: Path, config: Config, parameters: Parameters, kind: str = "float32", vocabulary: Vocabulary | None = None
+) -> None:
+    """Write a GGUF file. Engines refuse a file without a vocabulary.
 
-    kind: one of `FILE_TYPES` or `KINDS`, the dtype or the format of matrices
+    kind: one of `FILE_TYPES` or `KINDS`, the dtype or the format of matrices   vocabulary: None: `placeholders`
     A window is not written, as llama.cpp's llama has none. Raises InputError when the package gguf is not installed, or
     a dtype cannot represent a value.
     """
@@ -139,14 +171,19 @@ def write_gguf(path: Path, config: Config, parameters: Parameters, kind: str = "
     writer.add_expert_used_count(config.experts_per_token)
     writer.add_file_type(getattr(gguf.LlamaFileType, file_type(kind)))
     writer.add_vocab_size(config.vocab)
-    pieces, kinds = placeholders(config.vocab)
-    writer.add_tokenizer_model("llama")
+    text = placeholders(config.vocab) if vocabulary is None else vocabulary
+    writer.add_tokenizer_model(text.model)
     writer.add_tokenizer_pre("default")
-    writer.add_token_list(pieces)
+    writer.add_token_list(text.pieces)
     writer.add_token_scores([0.0] * config.vocab)
-    writer.add_token_types([getattr(gguf.TokenType, each) for each in kinds])
-    writer.add_bos_token_id(min(1, config.vocab - 1))
-    writer.add_eos_token_id(min(2, config.vocab - 1))
+    writer.add_token_types([getattr(gguf.TokenType, each) for each in text.kinds])
+    if text.merges:
+        writer.add_token_merges(text.merges)
+    writer.add_bos_token_id(text.begin)
+    writer.add_eos_token_id(text.end)
+    if vocabulary is not None:
+        writer.add_add_bos_token(False)
+        writer.add_add_eos_token(False)
     for name, array, wanted in tensors(config, weights, kind):
         # NumPy has neither blocks nor bfloat16 of its own: gguf takes their bytes
         raw = array if wanted in ("F32", "F16") else array.view(np.uint8)

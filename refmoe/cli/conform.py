@@ -32,6 +32,7 @@ from refmoe.api.conforming import (
     write_scaffold,
 )
 from refmoe.api.engines import Listed, engine, engines
+from refmoe.api.serving import KINDS, Served, judge_server, verdict_facts, write_server_files
 from refmoe.cli.guard import OUTPUT, OUTPUT_FOLDER, GuardedCommand
 from refmoe.cli.options import (
     PATH,
@@ -85,6 +86,27 @@ class Files:
         if self.resume and self.out is not None and self.out.exists():
             return read_results(self.out)
         return None
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """The options about a running server."""
+
+    server: str | None
+    server_kind: str | None
+    server_model: str | None
+    server_files: Path | None
+
+    @property
+    def given(self) -> bool:
+        """Whether a server is judged, or its files are written. Raises InputError for options without the other."""
+        if self.server is None and (self.server_kind or self.server_model):
+            raise InputError("--server-kind and --server-model are about --server, which was not given")
+        return self.server is not None or self.server_files is not None
+
+
+APPLIES = ("harness", "cases", "dtypes", "policies", "timeout", "significance", "diagnose", "golden")
+"""The options of a run that a server takes as well."""
 
 
 class ConformCommand(GuardedCommand):
@@ -157,6 +179,16 @@ def _about(option: Listed) -> str:
     "--scaffold", type=(click.Choice([*SCAFFOLDS]), OUTPUT), metavar="LANGUAGE FILE",
     help=f"Only write a harness to begin with: {' or '.join(SCAFFOLDS)}.",
 )  # fmt: skip
+@click.option(
+    "--server", metavar="URL",
+    help="Judge a running server over HTTP; after -- the command that starts it, with {checkpoint} or {gguf}.",
+)  # fmt: skip
+@click.option("--server-kind", type=click.Choice(KINDS), help="The kind of server; else it is found by asking.")
+@click.option("--server-model", metavar="NAME", help="The name of the model in requests; else the server's first one.")
+@click.option(
+    "--server-files", type=OUTPUT_FOLDER, metavar="DIR",
+    help="Write the model that a server is to serve, and show the commands that serve it.",
+)  # fmt: skip
 @json_option
 @click.pass_context
 def conform_command(
@@ -172,6 +204,8 @@ def conform_command(
     refmoe conform --fresh 20261128 -- ./my-harness
     refmoe conform --adapter llama_cpp --out llama.json --resume
     refmoe conform --scaffold c harness.c
+    refmoe conform --server-files model
+    refmoe conform --server http://127.0.0.1:8000 --dtype bfloat16
     refmoe conform --adapter transformers --help
 
     COMMAND, an adapter of your own and the Python that runs it are programs. They are executed with your rights.
@@ -186,6 +220,9 @@ def conform_command(
         else:
             click.echo(f"{scaffold[1]}: a harness that skips every case as yet; run it with\n    {usage(*scaffold)}")
         return
+    server = record_of(ServerOptions, options)
+    if server.given:
+        context.exit(_judge_server(context, server, options, as_json))
     files = record_of(Files, options)
     asked = Conformance(**options)
     asked.check()
@@ -219,3 +256,56 @@ def conform_command(
         if unwritten is not None:
             raise unwritten
     context.exit(status)
+
+
+def _judge_server(context: click.Context, server: ServerOptions, options: dict[str, Any], as_json: bool) -> int:
+    """Write the files that a server loads, or judge a server.   returns: the exit status"""
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        source = context.get_parameter_source(name)
+        if name in options and name not in APPLIES and source is click.core.ParameterSource.COMMANDLINE:
+            given = parameter.opts[0]
+            raise InputError(f"{given} has no meaning for a server, but none was expected beside --server")
+    one: dict[str, str | None] = {}
+    for name, option in (("cases", "--case"), ("dtypes", "--dtype"), ("policies", "--policy")):
+        if len(options[name]) > 1:
+            raise InputError(f"{option} was given {len(options[name])} times, but a server has one at most")
+        one[name] = options[name][0] if options[name] else None
+    if server.server is None:
+        if options["harness"]:
+            raise InputError("a command that starts a server needs --server URL, where it answers")
+        folder, url = server.server_files, "http://127.0.0.1:8000"
+        assert folder is not None
+        commands = write_server_files(folder, one["dtypes"], url, one["cases"], options["golden"])
+        if as_json:
+            shown = {name: {"command": words, "about": about} for name, (words, about) in commands.items()}
+            click.echo(json_text({"folder": str(folder), "commands": shown}))
+        else:
+            from refmoe.report.server_text import print_commands
+
+            print_commands(str(folder), commands, url)
+        return 0
+    asked = Served(
+        url=server.server, kind=server.server_kind, model=server.server_model, dtype=one["dtypes"],
+        policy=one["policies"], case=one["cases"], golden=options["golden"], files=server.server_files,
+        command=options["harness"], timeout=options["timeout"], significance=options["significance"],
+        diagnose=options["diagnose"],
+    )  # fmt: skip
+    try:
+        verdict = judge_server(asked, progress_bar)
+    except HarnessUnusable as unusable:
+        from refmoe.report.wording import visible
+
+        for line in unusable.log.splitlines():
+            click.echo(f"  {visible(line)}", err=True)
+        raise
+    status = EXIT_STATUS.get(verdict.verdict, EXIT_STATUS[FAILED])
+    if status == EXIT_STATUS[WELL] and verdict.power.weak:
+        status = EXIT_STATUS[CANNOT]
+    if as_json:
+        click.echo(json_text({"status": status, **verdict_facts(verdict)}))
+    else:
+        from refmoe.report.server_text import print_verdict
+
+        print_verdict(verdict)
+    return status

@@ -130,6 +130,11 @@ class Process:
     def lives(self) -> bool:
         return self._process.poll() is None
 
+    @property
+    def status(self) -> int:
+        """The status with which it has ended, as of `subprocess.Popen.returncode`; 0 while it lives."""
+        return self._process.poll() or 0
+
     def stop(self) -> str | None:
         """Ask it to stop, and kill it if it does not.   returns: a sentence about an irregular end, or None"""
         try:

@@ -29,6 +29,7 @@ NEEDS = {
     "docs/engine-in-c.md": ["cc"],
     "docs/pack.md": ["cc", "node", "rustc"],
     "docs/audit.md": ["flint"],
+    "docs/servers.md": ["gguf"],
 }
 PROGRAMS = ("cc", "node", "rustc")
 SHOWN = {

@@ -38,6 +38,9 @@ INVOCATIONS = (
     f"--write-ci out/ci --refmoe-from a/b {HARNESS}",
     "conform --adapter router.py --python router.py --golden golden --case small --no-diagnose --out out/r.json",
     "conform --scaffold python out/h.py",
+    "conform --server-files out/s --case small --golden golden --dtype bfloat16",
+    "conform --server http://127.0.0.1:1 --policy policy.toml --case small --golden golden --server-files out/s "
+    "-- /bin/false {checkpoint}",
     "engines",
     "engines router.py --install out/e",
     "capture --checkpoint text --chat chat.json --out out/t.safetensors",

