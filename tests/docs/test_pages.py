@@ -15,7 +15,7 @@ from tests.tour import BLOCK, ROOT, clone, files, run_tour, steps, write_files
 
 IN_A_CLONE = ("README.md", "docs/engine-in-c.md", "docs/ci.md", "docs/audit.md")
 """Pages that begin in a clone of the repository. The others begin in an empty folder."""
-AFTER_THE_QUICKSTART = ("docs/adapters.md", "docs/unit-tests.md")
+AFTER_THE_QUICKSTART = ("docs/adapters.md", "docs/unit-tests.md", "docs/evidence.md")
 """Pages that continue in the folder of the quickstart."""
 OTHERS = ("docs/routers.md", "docs/router-contract.md", "docs/kernel-contract.md")
 """Pages that tests/routers and tests/kernels run."""
@@ -28,6 +28,7 @@ NEEDS = {
     "docs/pytorch.md": ["torch", "transformers"],
     "docs/engine-in-c.md": ["cc"],
     "docs/audit.md": ["flint"],
+    "docs/evidence.md": ["cryptography", "cyclonedx", "in_toto_attestation"],
 }
 SHOWN = {
     "README.md": ("main", "tests"),
