@@ -15,8 +15,8 @@ PACKAGE = Path(__file__).parents[1] / "refmoe"
 
 ROOMS = (
     "errors", "signals", "files", "parallel", "contracts", "arithmetic", "spec", "profiles", "checkpoints", "traces",
-    "text", "steps", "routers", "kernels", "cuda", "jobs", "bugs", "verifier", "suite", "engines", "report", "api",
-    "testing", "cli", "__main__",
+    "text", "steps", "routers", "kernels", "cuda", "jobs", "bugs", "verifier", "suite", "engines", "evidence",
+    "report", "api", "testing", "cli", "__main__",
 )  # fmt: skip
 """A room imports only from the rooms before it."""
 ALONE = {"spec": set[str](), "arithmetic": {"errors"}}

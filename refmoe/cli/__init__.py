@@ -65,6 +65,7 @@ commands.section(
     Later("engines", "List the adapters, their options, or install an engine."),
     Later("capture", "Record a trace from transformers."),
     Later("scoreboard", "Put the results of several engines side by side."),
+    Later("evidence", "Write the evidence of a run as a package, or check such a package."),
     Later("policies", "List the numeric policies, or print where some of them differ."),
     Later("cases", "List the golden cases, or print one in full."),
 )

@@ -65,6 +65,8 @@ class Judge:
 
     No verdict depends on them. A name that is found in this way may have no second one beside it.
     """
+    passes: Callable[..., Pass] = field(default=Pass, compare=False)
+    """Makes the passes of a judgement without a diagnosis, which keeps what it needs of its own."""
 
     def judge(self, question: Question, parameters: Parameters) -> Outcome:
         """The outcome of a case at a dtype. A trace that cannot come from this model is a broken answer.
@@ -82,7 +84,7 @@ class Judge:
         case, dtype, policy, trace = question.case, question.dtype, question.policy, question.trace
         name, config, runs = f"case {case.name}", case.config, case.runs()
         keeper = Keeper()
-        settings = Settings(self.significance, passes=keeper if self.diagnosing else Pass)
+        settings = Settings(self.significance, passes=keeper if self.diagnosing else self.passes)
         outcome = Outcome(case=case.name, dtype=dtype, policy=policy.name, verdict=BROKEN, reason="")
         try:
             report = verify(trace, name, config, parameters, runs, policy, settings)

@@ -252,12 +252,17 @@ def keep_folder(path: Path) -> None:
         raise InputError(f"{path}: cannot be written to: {error.strerror}") from None
 
 
+def kept_name(case: str, dtype: str) -> str:
+    """The name of the file in which a case at a dtype is kept."""
+    return f"{case}-{dtype}.safetensors"
+
+
 def kept_file(folder: Path, case: str, dtype: str) -> Path:
     """The file in which a case at a dtype is kept. Deletes the file of an earlier run, which would pass for a new one.
 
     Where it cannot be deleted, a new file cannot be renamed over it either, and the outcome says so.
     """
-    path = folder / f"{case}-{dtype}.safetensors"
+    path = folder / kept_name(case, dtype)
     with suppress(OSError):
         path.unlink(missing_ok=True)
     return path

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from pathlib import Path
 
 import pytest
 
 from refmoe.api.conforming import Conformance, conform, write_results, write_scaffold
+from refmoe.api.evidence import Wanted, write_evidence
 from refmoe.checkpoints.synthetic import synthetic_checkpoint
 from refmoe.checkpoints.write import write_checkpoint
 from refmoe.jobs.emission import Emission, emit
@@ -31,7 +33,7 @@ def route(x):
 
 @pytest.fixture(scope="session")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder {in}: a model, its trace, a harness, results, a router and a folder of tests."""
+    """The folder {in}: a model, its trace, a harness, results, their package, a router and a folder of tests."""
     folder = tmp_path_factory.mktemp("given")
     write_checkpoint(folder / "model", SMALL, synthetic_checkpoint(SMALL, 3).parameters)
     runs = plan([Call("prefill", 0, (1, 2, 3))], SMALL.vocab)
@@ -40,6 +42,9 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     harness = (__import__("sys").executable, str(folder / "skips.py"))
     results, _ = conform(Conformance(harness=harness, cases=("one-pair",), dtypes=("float32",), diagnose=False))
     write_results(folder / "results", results)
+    if importlib.util.find_spec("cyclonedx") is not None:
+        wanted = Wanted(results=folder / "results", traces=folder, golden=ROOT / "golden")
+        write_evidence(folder / "package", wanted)
     (folder / "router.py").write_text(ROUTER)
     (folder / "kernel.py").write_text(KERNEL)
     (folder / "tests").mkdir()

@@ -57,6 +57,12 @@ EXAMPLES = {
     ),
     "engines": Example("onnx", "none"),
     "scoreboard": Example("{in}/results --html {out}/page", "{in}/none", ("page",), needs="jinja2"),
+    "evidence write": Example(
+        "{out}/package --engine {in}/results --traces {in}",
+        "{out}/package --engine {in}/none --traces {in}",
+        ("package/results.json", "package/report.md", "package/SHA256SUMS"), needs="cyclonedx",
+    ),
+    "evidence verify": Example("{in}/package", "{in}/none", needs="cyclonedx"),
     "policies": Example("float32 bfloat16", "float33"),
     "cases": Example("one-pair", "none"),
     "info": Example("{in}/model", "{in}/none"),

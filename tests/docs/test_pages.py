@@ -15,7 +15,7 @@ from tests.tour import BLOCK, ROOT, clone, files, run_tour, steps, write_files
 
 IN_A_CLONE = ("README.md", "docs/engine-in-c.md", "docs/ci.md", "docs/audit.md", "docs/pack.md")
 """Pages that begin in a clone of the repository. The others begin in an empty folder."""
-AFTER_THE_QUICKSTART = ("docs/adapters.md", "docs/unit-tests.md")
+AFTER_THE_QUICKSTART = ("docs/adapters.md", "docs/unit-tests.md", "docs/evidence.md")
 """Pages that continue in the folder of the quickstart."""
 OTHERS = ("docs/routers.md", "docs/router-contract.md", "docs/kernel-contract.md")
 """Pages that tests/routers and tests/kernels run."""
@@ -30,6 +30,7 @@ NEEDS = {
     "docs/pack.md": ["cc", "node", "rustc"],
     "docs/audit.md": ["flint"],
     "docs/servers.md": ["gguf"],
+    "docs/evidence.md": ["cryptography", "cyclonedx", "in_toto_attestation"],
 }
 PROGRAMS = ("cc", "node", "rustc")
 SHOWN = {

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import chdir, contextmanager, redirect_stdout
 from dataclasses import replace
@@ -38,6 +40,17 @@ from tests.fuzz.inputs_mutations import (
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "golden"
 ENCODINGS = ("utf-8", "utf-8", "utf-8", "ascii", "latin-1", "cp1252", "iso-8859-9")
+KEY = """\
+-----BEGIN PRIVATE KEY-----
+MC4CAQAwBQYDK2VwBCIEIJug8EsRyDM6XOq7FAOYuTBFUu8icP3YSljuIlZwkfAO
+-----END PRIVATE KEY-----
+"""
+PUBLIC = """\
+-----BEGIN PUBLIC KEY-----
+MCowBQYDK2VwAyEAccLDND2gpNFJ1BDN4SV67ext/7ORNg1LM9pEj4NNFT8=
+-----END PUBLIC KEY-----
+"""
+"""A key that signs nothing but packages of these tests."""
 CASE = """\
 format_version = "1"
 why = "A small case."
@@ -206,7 +219,23 @@ def base() -> Path:
     found = json.loads((results / "onnx.json").read_text())
     found["outcomes"] = found["outcomes"][:6]
     (place / "results.json").write_text(json.dumps(found))
+    _package(place)
     return place
+
+
+def _package(place: Path) -> None:
+    """The results of the one case, its kept trace, keys, and their package where its libraries are installed."""
+    (place / "key.pem").write_text(KEY)
+    (place / "public.pem").write_text(PUBLIC)
+    refmoe(
+        f"conform --golden {place / 'golden'} --case small --dtype float32 --no-diagnose --keep {place / 'kept'} "
+        f"--out {place / 'few.json'} -- {sys.executable} {ROOT / 'tests' / 'engines' / 'harnesses' / 'honest.py'}"
+    )
+    words = f"--golden {place / 'golden'} --engine {place / 'few.json'} --traces {place / 'kept'}"
+    if importlib.util.find_spec("cyclonedx") is None:
+        (place / "package").mkdir()
+    else:
+        refmoe(f"evidence write {place / 'package'} {words} --key {place / 'key.pem'} --date 2026-11-29")
 
 
 def _tokenizer(path: Path) -> None:

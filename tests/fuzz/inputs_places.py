@@ -47,6 +47,8 @@ INVOCATIONS = (
     "capture --case small --golden golden --out out/t.safetensors",
     "capture --checkpoint text --tokens 1 --adapter router.py --out out/t.safetensors",
     "scoreboard results.json --html out/p.html",
+    "evidence write out/e --engine few.json --traces kept --golden golden --artifact router.py --key key.pem",
+    "evidence verify package --golden golden --key public.pem",
     "policies policy.toml",
     "cases --golden golden",
     "cases small --golden golden",
@@ -82,7 +84,7 @@ INVOCATIONS = (
     "mutants show rope-sign-flipped",
 )
 """Invocations in which every option that names an input, and every output, is given."""
-SLOW = ("suite audit", "mutants", "router check", "kernel check", "capture")
+SLOW = ("evidence", "suite audit", "mutants", "router check", "kernel check", "capture")
 """Commands that take seconds; they are tried less often."""
 LOCALES = (
     {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"LC_ALL": "POSIX",
