@@ -24,12 +24,12 @@ from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters
 from refmoe.spec.taps import IDS, LOGPROBS
 from refmoe.steps.enclosure_ops import EnclosureOps
+from refmoe.suite.free_pass import FreePass
 from refmoe.traces.held import held_trace
 from refmoe.traces.trace import Header, Run, Trace
 from refmoe.verifier import ranking
 from refmoe.verifier.findings import CONFORMANT, CONTESTABLE, FORCED, NOT_CONFORMANT, TIE, Report
 from refmoe.verifier.intake import take_in
-from refmoe.verifier.passes import Pass
 from refmoe.verifier.routing import sharper
 from refmoe.verifier.segments import SIGNIFICANCE, Settings
 from refmoe.verifier.subject import Subject
@@ -239,12 +239,12 @@ def one_position_off(said: Sequence[Said], model: Model) -> str:
 # ---- tokens
 
 
-class LogitsPass(Pass):
+class LogitsPass(FreePass):
     """A pass over texts alone, which keeps the enclosure of their logits."""
 
     def __init__(self, subject: Subject, policy: Policy, spreads: float) -> None:
-        nothing = held_trace(Header(subject.runs), {})
-        super().__init__(nothing, subject, policy, spreads)
+        super().__init__(subject, policy, spreads)
+        self._anchored = set()  # a server may count positions from any start
         self.kept: dict[str, list[Any]] = {}
         self.mid: dict[str, list[Any]] = {}
 
