@@ -48,7 +48,7 @@ def inline_equation(self: Any, node: nodes.math) -> None:
 def block_equation(self: Any, node: nodes.math_block) -> None:
     """An equation in a frame that a keyboard can scroll, since a telephone is narrower than some."""
     self.body.append(
-        self.starttag(node, "div", CLASS="math scroll", tabindex="0", role="region", **{"aria-label": "equation"})
+        self.starttag(node, "div", CLASS="math scroll", tabindex="0", role="group", **{"aria-label": "equation"})
     )
     self.body.append(tex2mathml(node.astext(), as_block=True))
     self.body.append("</div>\n")
