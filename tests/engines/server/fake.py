@@ -38,7 +38,7 @@ class Engine:
         parameters = case.checkpoint().parameters
         model = Model(case.config, parameters, CUT_STEPS)
         self._model = model if mutant is None else MUTANTS[mutant].model(case.config, parameters)
-        self._ops: Any = PlainOps(policy("float32"), None, frozenset(), WeightCache(1 << 26))
+        self._ops: Any = PlainOps(policy("float32"), None, frozenset(), WeightCache(1 << 26), WeightCache(0))
         self._lock = Lock()
 
     def run(self, tokens: Sequence[int], count: int) -> tuple[list[int], Any]:
