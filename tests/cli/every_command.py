@@ -90,6 +90,7 @@ EXAMPLES = {
         "mine --golden {out}/golden --like one-pair", "mine --golden {out}/golden --set heads=5",
         ("golden/mine/case.toml", "golden/mine/manifest.json"),
     ),
+    "suite pack": Example("{out}/pack --size smoke", "{out}/pack --golden {in}/none", ("pack/pack.json",)),
     "mutants list": Example("", "--none"),
     "mutants show": Example("rope-sign-flipped", "none"),
     "mutants matrix": Example(

@@ -51,7 +51,7 @@ def hard(path: Path, source: Path) -> None:
 
 
 LINKS: dict[str, Callable[[Path, Path], None] | None] = {"itself": None, "symbolic link": symbolic, "hard link": hard}
-WRITERS = [name for name, example in EXAMPLES.items() if re.search(r"\{out\}/(?!golden|model|package)", example.works)]
+WRITERS = [name for name, example in EXAMPLES.items() if re.search(r"\{out\}/(?!golden|model|pack)", example.works)]
 
 
 @pytest.mark.parametrize("link", LINKS)
