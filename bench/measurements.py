@@ -506,7 +506,7 @@ def scaling() -> str:
         (
             f"`{name}`",
             f"{row['one_seconds']:.1f} s",
-            f"{row['busy_cores_of_one']:.2f}",
+            f"{row['busy_cores_of_one']:.2f}" if "busy_cores_of_one" in row else "not measured",
             *(
                 text
                 for way in ("processes", "dask")
