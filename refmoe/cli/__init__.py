@@ -63,7 +63,7 @@ commands.section(
     Later("verify", "Judge values: conformant, or wrong, where and by how much."),
     Later("conform", "Run an engine on the golden cases, and judge each."),
     Later("engines", "List the adapters, their options, or install an engine."),
-    Later("capture", "Record a trace from transformers."),
+    Later("capture", "Record a trace from an engine."),
     Later("scoreboard", "Put the results of several engines side by side."),
     Later("evidence", "Write the evidence of a run as a package, or check such a package."),
     Later("policies", "List the numeric policies, or print where some of them differ."),

@@ -51,8 +51,8 @@ def evidence_command() -> None:
 @click.option("--traces", type=PATH, metavar="DIR", required=True, help="The folder of refmoe conform --keep.")
 @golden_option
 @click.option(
-    "--policy", "policies", multiple=True, metavar="FILE",
-    help="A policy of your own by which the run was judged (TOML); repeatable.",
+    "--policy", "policies", multiple=True, metavar="POLICY",
+    help="The file of a policy of your own by which the run was judged (TOML); repeatable.",
 )  # fmt: skip
 @click.option("--build", metavar="TEXT", default="", help="The build of the engine, in your words.")
 @click.option(
@@ -69,7 +69,7 @@ def write_command(folder: Path, as_json: bool, **options: Any) -> None:
     """Write the evidence of a run into DIR: inputs, documents, pages, bill of materials, statement, digests.
 
     \b
-    refmoe evidence package --engine results.json --traces traces
+    refmoe evidence write package --engine results.json --traces traces
     refmoe evidence package --engine results.json --traces traces --build "gcc 14.2" --artifact engine.so --key me.pem
 
     Each trace is judged again on the way. DIR has to be new or empty. Equal input and an equal date give equal bytes.

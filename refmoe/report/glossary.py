@@ -29,7 +29,7 @@ TERMS = {
     "decision": "The choice of experts for one token in one layer.",
     "forced": "A decision that the policy's rounding cannot change.",
     "tie": "A decision between experts whose logits are equal in exact arithmetic.",
-    "contestable": "A decision that rounding alone can change. Either choice is legal.",
+    "contestable": "A decision, or a code, that rounding alone can change. Either choice is legal.",
     "margin": "The distance between the logits of the last chosen expert and of the best one left out.",
     "known bug": "A mistake that a real implementation has had, with its source.",
     "explanation": "A known bug, other arithmetic, two at once, or a structure, under which all failed checks pass.",

@@ -193,8 +193,8 @@ def test_a_long_run_is_judged_in_pieces_as_it_is_at_once(
     sizes = []
     size_of = blocks.block_size
 
-    def block_size(config: Config, run: Run) -> int:
-        sizes.append((size_of(config, run), len(run.tokens)))
+    def block_size(config: Config, run: Run, attending: bool) -> int:
+        sizes.append((size_of(config, run, attending), len(run.tokens)))
         return sizes[-1][0]
 
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 24 << 10)
