@@ -11,6 +11,7 @@ from refmoe.engines.results import read_results
 from refmoe.evidence.documents import result_of
 from refmoe.evidence.layout import EPSILON, document, files_of
 from refmoe.evidence.own import this_refmoe
+from refmoe.evidence.pages import figure
 from refmoe.evidence.statement import is_signed
 from refmoe.evidence.verify import CHECKS, Verification, verify_package
 from refmoe.evidence.write import Wanted, write_package
@@ -69,4 +70,4 @@ def verification_facts(found: Verification) -> dict[str, Any]:
     }  # fmt: skip
 
 
-__all__ = ["CHECKS", "Verification", "Wanted", "verification_facts", "verify_evidence", "write_evidence"]
+__all__ = ["CHECKS", "Verification", "Wanted", "figure", "verification_facts", "verify_evidence", "write_evidence"]

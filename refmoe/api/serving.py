@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from refmoe.api.progress import Bars, silent
 from refmoe.engines.process import CRASHED
@@ -18,7 +17,8 @@ from refmoe.engines.server.judging import TOKEN_VERDICTS, Model, by_way
 from refmoe.engines.server.kinds import KINDS
 from refmoe.engines.server.served import NAME, served_case
 from refmoe.engines.server.serving import PLACES, filled, shown_commands, started, write_files
-from refmoe.engines.server.verdict import POLICIES, Asking, Verdict, examine, facts
+from refmoe.engines.server.verdict import POLICIES, Asking, Verdict, examine
+from refmoe.engines.server.verdict import facts as verdict_facts
 from refmoe.errors import InputError
 from refmoe.files.scratch import Scratch
 from refmoe.files.sentences import quoted
@@ -32,7 +32,8 @@ from refmoe.verifier.segments import SIGNIFICANCE
 Names = Sequence[str]
 DTYPES = ("float32", "bfloat16", "float16")
 """The dtypes in which a server may compute."""
-STEPS = len(WAYS)
+STEPS = len(WAYS) - 1
+"""The steps of the progress bar. What a server says of prompts comes with the generated tokens."""
 
 
 @dataclass(frozen=True)
@@ -156,11 +157,6 @@ def need_answer(client: Client) -> None:
                 f"{client.address.url}: no server answers: {fault.reason}; --server-files DIR writes a model, and "
                 "shows the commands that serve it"
             ) from None
-
-
-def verdict_facts(found: Verdict) -> dict[str, Any]:
-    """The verdict as plain values."""
-    return facts(found)
 
 
 __all__ = [

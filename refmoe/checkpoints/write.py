@@ -22,7 +22,7 @@ from refmoe.errors import InputError
 from refmoe.files.atomic import replacing
 from refmoe.files.reading import exists
 from refmoe.files.safetensors_file import open_safetensors, write_tensors
-from refmoe.files.writable import need_space
+from refmoe.files.writable import make_folder, need_space
 from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters
 
@@ -136,10 +136,7 @@ def write_checkpoint(
 def new_folder(folder: Path) -> Iterator[None]:
     """Make a folder, and those above it. If the body raises, those of them that are empty are removed again."""
     made = [each for each in (folder, *folder.parents) if not each.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be made: {error.strerror}") from None
+    make_folder(folder, parents=True)
     try:
         yield
     except BaseException:

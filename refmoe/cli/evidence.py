@@ -8,7 +8,15 @@ from typing import Any
 
 import click
 
-from refmoe.api.evidence import CHECKS, Verification, Wanted, verification_facts, verify_evidence, write_evidence
+from refmoe.api.evidence import (
+    CHECKS,
+    Verification,
+    Wanted,
+    figure,
+    verification_facts,
+    verify_evidence,
+    write_evidence,
+)
 from refmoe.cli.guard import OUTPUT_FOLDER, GuardedCommand
 from refmoe.cli.options import PATH, golden_option, json_option, progress_bar
 from refmoe.cli.sections import Sections
@@ -82,13 +90,9 @@ def write_command(folder: Path, as_json: bool, **options: Any) -> None:
     signed = "signed" if facts["signed"] else "not signed"
     click.echo(f"{folder}: {facts['result']}, {len(facts['files'])} files, {signed}")
     for dtype, end in facts["end_to_end"].items():
-        total, accepted = (_figure(value) for value in (end["total"], end["from_tokens"]["accepted"]))
+        total, accepted = (figure(value) for value in (end["total"], end["from_tokens"]["accepted"]))
         click.echo(f"{dtype}: logits within {total} of the real numbers; a pass accepts {accepted} from the tokens on")
     click.echo(f"read {folder / 'report.md'}, and check it: refmoe evidence verify {folder}")
-
-
-def _figure(value: float | None) -> str:
-    return "no bound" if value is None else f"{value:.3g}"
 
 
 @click.command("verify", cls=GuardedCommand, short_help="Check a package, without the engine.")

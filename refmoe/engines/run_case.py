@@ -30,6 +30,7 @@ from refmoe.files.atomic import replacing
 from refmoe.files.safetensors_file import open_safetensors
 from refmoe.files.scratch import Scratch
 from refmoe.files.sentences import quoted
+from refmoe.files.writable import make_folder
 from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters
 from refmoe.spec.taps import observable, step_of
@@ -242,10 +243,7 @@ def keep_folder(path: Path) -> None:
     """Make the folder where it does not exist. Raises InputError when it cannot be made or written to."""
     if path.exists() and not path.is_dir():
         raise InputError(f"{path}: is a file, but a folder to write traces to was expected")
-    try:
-        path.mkdir(exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be made: {error.strerror}") from None
+    make_folder(path)
     try:
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:

@@ -14,6 +14,7 @@ from refmoe.files.atomic import replacing
 from refmoe.files.parsing import read_json_value
 from refmoe.files.reading import read_text
 from refmoe.files.sentences import quoted
+from refmoe.files.writable import make_folder
 from refmoe.suite.manifest import file_digest
 
 FORMAT_VERSION = "1"
@@ -45,10 +46,7 @@ def to_text(value: Any) -> str:
 
 def write_file(path: Path, content: str | bytes) -> None:
     """Write a file and the folders above it, whole or not at all. Raises InputError when it cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path.parent}: cannot be made: {error.strerror}") from None
+    make_folder(path.parent, parents=True)
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 

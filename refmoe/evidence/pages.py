@@ -89,14 +89,14 @@ def _epsilon(dtype: str, at: Mapping[str, Any]) -> Iterable[str]:
     names = ("allowed", "accepted", "reached", "proven", "total", "relative")
     yield from (f"### {dtype}, by {at['policy']}, the largest of {at['cases']} cases", "")
     yield from _table(("step", *names), [
-        (step, *(_figure(bounds[name]) for name in names)) for step, bounds in at["steps"].items()
+        (step, *(figure(bounds[name]) for name in names)) for step, bounds in at["steps"].items()
     ])  # fmt: skip
     end = at["end_to_end"]
     yield from _table(("end to end, in the logits", ""), [
-        ("total: distance from the real numbers", _figure(end["total"])),
-        ("relative", _figure(end["relative"])),
-        ("from_tokens, allowed: the worst case under the policy", _figure(end["from_tokens"]["allowed"])),
-        ("from_tokens, accepted: independent roundings, at the significance", _figure(end["from_tokens"]["accepted"])),
+        ("total: distance from the real numbers", figure(end["total"])),
+        ("relative", figure(end["relative"])),
+        ("from_tokens, allowed: the worst case under the policy", figure(end["from_tokens"]["allowed"])),
+        ("from_tokens, accepted: independent roundings, at the significance", figure(end["from_tokens"]["accepted"])),
     ])  # fmt: skip
 
 
@@ -136,7 +136,8 @@ def _policy(at: Mapping[str, Any]) -> str:
     return f"{at['policy']}{wider[at['wider']]}"
 
 
-def _figure(value: float | None) -> str:
+def figure(value: float | None) -> str:
+    """A bound in words."""
     return "no bound" if value is None else f"{value:.3g}"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -91,30 +92,40 @@ class Signed:
 
 def private_key(path: Path) -> Any:
     """A private key. Raises InputError for a file that holds no Ed25519 key in PEM, or one with a password."""
-    serialization = require("cryptography.hazmat.primitives.serialization", "evidence", "a signature")
-    ed25519 = require("cryptography.hazmat.primitives.asymmetric.ed25519", "evidence", "a signature")
-    try:
-        found = serialization.load_pem_private_key(read_bytes(path, "a private key", LARGEST_KEY), None)
-    except TypeError:
-        raise InputError(f"{path}: needs a password, but a private key without one was expected") from None
-    except Exception:  # cryptography has no common base of its errors
-        raise InputError(f"{path}: is no private key, but an Ed25519 key in PEM was expected") from None
-    if not isinstance(found, ed25519.Ed25519PrivateKey):
-        raise InputError(f"{path}: is a key of another kind, but an Ed25519 key was expected")
-    return found
+
+    def load(data: bytes) -> Any:
+        from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+        try:
+            return load_pem_private_key(data, None)
+        except TypeError:
+            raise InputError(f"{path}: needs a password, but a private key without one was expected") from None
+
+    return _ed25519(path, "private", load)
 
 
 def public_key(path: Path) -> Any:
     """A public key. Raises InputError for a file that holds no Ed25519 key in PEM."""
-    serialization = require("cryptography.hazmat.primitives.serialization", "evidence", "a signature")
+
+    def load(data: bytes) -> Any:
+        from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+        return load_pem_public_key(data)
+
+    return _ed25519(path, "public", load)
+
+
+def _ed25519(path: Path, side: str, load: Callable[[bytes], Any]) -> Any:
+    """The key in a file.   side: ``private`` or ``public``   load: reads PEM"""
     ed25519 = require("cryptography.hazmat.primitives.asymmetric.ed25519", "evidence", "a signature")
+    data = read_bytes(path, f"a {side} key", LARGEST_KEY)
     try:
-        found = serialization.load_pem_public_key(read_bytes(path, "a public key", LARGEST_KEY))
+        found = load(data)
     except InputError:
         raise
     except Exception:  # cryptography has no common base of its errors
-        raise InputError(f"{path}: is no public key, but an Ed25519 key in PEM was expected") from None
-    if not isinstance(found, ed25519.Ed25519PublicKey):
+        raise InputError(f"{path}: is no {side} key, but an Ed25519 key in PEM was expected") from None
+    if not isinstance(found, getattr(ed25519, f"Ed25519{side.title()}Key")):
         raise InputError(f"{path}: is a key of another kind, but an Ed25519 key was expected")
     return found
 

@@ -46,6 +46,14 @@ def protecting(inputs: Iterable[Path]) -> Iterator[None]:
         _protected.reset(token)
 
 
+def make_folder(folder: Path, parents: bool = False, exist_ok: bool = True) -> None:
+    """Make a folder, as `Path.mkdir` does. Raises InputError when it cannot be made."""
+    try:
+        folder.mkdir(parents=parents, exist_ok=exist_ok)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made: {error.strerror}") from None
+
+
 def refuse_outputs(files: Sequence[Path], folders: Sequence[Path] = ()) -> None:
     """Raises InputError when outputs cannot be written, or would replace a protected input or each other.
 

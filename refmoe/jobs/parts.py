@@ -24,6 +24,7 @@ from refmoe.files.parsing import strict_json
 from refmoe.files.reading import read_bytes
 from refmoe.files.safetensors_file import StoredTensor, open_safetensors
 from refmoe.files.sentences import one_line
+from refmoe.files.writable import make_folder
 
 JOB_FILE = "job.json"
 STATE = "state:"
@@ -55,10 +56,7 @@ class Parts:
         self.folder, self.names = folder, list(names)
         # JSON turns tuples into lists, so the identity is compared in the form that JSON gives back
         self.job = strict_json(json.dumps(job))
-        try:
-            folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{folder}: cannot be made: {error.strerror}") from None
+        make_folder(folder)
         path = folder / JOB_FILE
         if path.exists():
             self._refuse_another(path)

@@ -13,7 +13,7 @@ from refmoe.verifier.passes import Pass
 from refmoe.verifier.subject import Subject
 
 NO_TAP = frozenset({""})
-"""The name of no tap."""
+"""Not empty, so that a pass computes a whole call; without the name of any tap, so that it reads nothing."""
 
 
 class FreePass(Pass):

@@ -12,6 +12,7 @@ from typing import Any
 
 from refmoe.errors import InputError
 from refmoe.files.atomic import replacing
+from refmoe.files.writable import make_folder
 from refmoe.spec.config import Config
 from refmoe.suite.activations import compute
 from refmoe.suite.case import CASE_FILE, SMALL, Case, read_case
@@ -61,10 +62,7 @@ def write_new_case(golden: Path, new: New) -> Case:
     folder = golden / new.name
     if folder.exists():
         raise InputError(f"{folder}: exists already, but the name of a new case was expected")
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be made: {error.strerror}") from None
+    make_folder(folder, parents=True, exist_ok=False)
     try:
         case = _write(folder, new)
         emit(case)

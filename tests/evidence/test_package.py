@@ -18,8 +18,10 @@ from refmoe.engines.results import read_results, write_results
 from refmoe.errors import InputError
 from refmoe.evidence import layout
 from refmoe.evidence.own import Own
+from refmoe.evidence.statement import private_key, public_key
 from refmoe.evidence.verify import verify_package
 from refmoe.evidence.write import write_package
+from refmoe.files.reading import read_bytes
 from refmoe.suite.matrix.file import MATRIX_FILE, read_matrix
 from tests.command_line import Refmoe
 from tests.engines.running import GOLDEN
@@ -177,6 +179,16 @@ def test_a_key_of_another_kind_is_refused(made: Made, tmp_path: Path) -> None:
     for name in ("ec.pem", "none.pem", public.name):
         with pytest.raises(InputError, match=name):
             write_package(tmp_path / "package", replace(made.wanted, key=tmp_path / name))
+
+
+def test_a_key_file_that_is_not_there_is_said_so(made: Made, tmp_path: Path) -> None:
+    """For signing and for checking, in the sentence of every other missing file."""
+    with pytest.raises(InputError) as unread:
+        read_bytes(tmp_path / "none.pem", "a key")
+    reason = str(unread.value).partition(": ")[2].partition(",")[0]
+    for read in (private_key, public_key):
+        with pytest.raises(InputError, match=reason):
+            read(tmp_path / "none.pem")
 
 
 # ---- the command

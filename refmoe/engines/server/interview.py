@@ -92,17 +92,12 @@ class Interview:
         self.answers = Answers()
 
     def go(self, progress: Callable[[], None] = lambda: None) -> Answers:
-        """All answers.   progress: called after each way of asking, `steps` times"""
+        """All answers.   progress: called after each way of asking"""
         for way, ask in self._plan():
             if self.answers.alive:
                 self._guarded(way, ask)
             progress()
         return self.answers
-
-    @property
-    def steps(self) -> int:
-        """The number of ways of asking."""
-        return len(self._plan())
 
     def _plan(self) -> list[tuple[str, Callable[[], None]]]:
         return [

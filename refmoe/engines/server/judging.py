@@ -28,7 +28,7 @@ from refmoe.suite.free_pass import FreePass
 from refmoe.traces.held import held_trace
 from refmoe.traces.trace import Header, Run, Trace
 from refmoe.verifier import ranking
-from refmoe.verifier.findings import CONFORMANT, CONTESTABLE, FORCED, NOT_CONFORMANT, TIE, Report
+from refmoe.verifier.findings import CONFORMANT, CONTESTABLE, FAIL, FORCED, NOT_CONFORMANT, TIE, Report
 from refmoe.verifier.intake import take_in
 from refmoe.verifier.routing import sharper
 from refmoe.verifier.segments import SIGNIFICANCE, Settings
@@ -101,21 +101,20 @@ class Judgement:
         return {name: sum(each.verdict == name for each in self.tokens) for name in TOKEN_VERDICTS}
 
 
-def judge(answers: Answers, model: Model, settings: Settings | None = None) -> Judgement:
-    """Judge all answers of a server.   settings: of the verification; None: those of the model"""
-    settings = Settings(model.significance) if settings is None else settings
+def judge(answers: Answers, model: Model) -> Judgement:
+    """Judge all answers of a server."""
     bounds = Bounds(answers.said, model)
     broken, said = list(answers.broken), bounded(answers.said, bounds)
     open_rows = sum(len(each.rows) for each in answers.said) - sum(len(each.rows) for each in said)
     trace = trace_of(said, model)
-    report = None if trace is None else verified(trace, model, settings)
+    report = None if trace is None else verified(trace, model)
     if report is not None and report.verdict == NOT_CONFORMANT:
         moved = one_position_off(said, model)
         if moved:
             broken.append(Broken(PROMPT, BROKEN_LAW, moved))
             said = [each for each in said if each.way != PROMPT]
             trace = trace_of(said, model)
-            report = None if trace is None else verified(trace, model, settings)
+            report = None if trace is None else verified(trace, model)
             if report is not None and report.verdict == NOT_CONFORMANT:
                 # an echo lists generated tokens after those of the prompt, and they are off as well
                 said, trace, report = [replace(each, rows={}) for each in said], None, None
@@ -137,9 +136,9 @@ def bounded(said: Sequence[Said], bounds: Bounds) -> list[Said]:
     ]
 
 
-def verified(trace: Trace, model: Model, settings: Settings) -> Report:
+def verified(trace: Trace, model: Model) -> Report:
     """The report on log-probabilities."""
-    settings = replace(settings, ops=partial(SharpOps, spreads_of(trace, model)))
+    settings = Settings(model.significance, ops=partial(SharpOps, spreads_of(trace, model)))
     return verify(trace, model.name, model.config, model.parameters, None, model.policy, settings)
 
 
@@ -220,15 +219,14 @@ def one_position_off(said: Sequence[Said], model: Model) -> str:
     returns: a sentence that says so; empty where they are right, or wrong in both places
     """
     asked = [each for each in said if each.way == PROMPT]
-    settings = Settings(model.significance)
     trace = trace_of(asked, model)
-    if trace is None or verified(trace, model, settings).verdict != NOT_CONFORMANT:
+    if trace is None or verified(trace, model).verdict != NOT_CONFORMANT:
         return ""
     moved = [
         replace(each, rows={i + 1: row for i, row in each.rows.items() if i + 1 < len(each.tokens)}) for each in asked
     ]
     trace = trace_of(moved, model)
-    if trace is None or verified(trace, model, settings).verdict != CONFORMANT:
+    if trace is None or verified(trace, model).verdict != CONFORMANT:
         return ""
     return (
         "the log-probabilities of a prompt are one position off: those listed for a token are the right ones after it, "
@@ -354,7 +352,7 @@ def by_way(judgement: Judgement, said: Sequence[Said]) -> Mapping[str, tuple[int
     """Per way of asking: the number of rows, the number of tokens, and whether all of them are right."""
     failed = set()
     if judgement.report is not None:
-        failed = {check.run.rpartition(" from ")[0] for check in judgement.report.checks if check.verdict == "fail"}
+        failed = {check.run.rpartition(" from ")[0] for check in judgement.report.checks if check.verdict == FAIL}
     wrong = {each.way for each in judgement.wrong} | {each.way for each in judgement.broken}
     wrong |= {name.rpartition(" ")[0] for name in failed}
     found: dict[str, tuple[int, int, bool]] = {}

@@ -15,8 +15,9 @@ from typing import Any
 
 from refmoe.errors import InputError, require
 
-OPTIONS = {"cache": "f32", "flash": "off", "slots": "1"}
-"""The options and their defaults."""
+OPTIONS = {"cache": ("f32", "f16", "bf16"), "flash": ("off", "on"), "slots": tuple(map(str, range(1, 65)))}
+"""The options and the values that each takes, the default first."""
+PORTS = range(1, 1 << 16)
 CONTEXT = 4096
 """Tokens that the cache of all slots holds."""
 
@@ -27,7 +28,7 @@ def serve(path: str, port: int, options: dict[str, str]) -> Any:
     options: as `OPTIONS` has them
     """
     x: Any = require("xllamacpp", "llama-cpp", "this server")
-    kinds = {name: getattr(x.ggml_type, f"GGML_TYPE_{name.upper()}") for name in ("f32", "f16", "bf16")}
+    kinds = {name: getattr(x.ggml_type, f"GGML_TYPE_{name.upper()}") for name in OPTIONS["cache"]}
     flash = "ENABLED" if options["flash"] == "on" else "DISABLED"
     params = x.CommonParams()
     params.model.path = path
@@ -42,19 +43,25 @@ def serve(path: str, port: int, options: dict[str, str]) -> Any:
 
 def main(arguments: Sequence[str]) -> None:
     """``python -m refmoe.engines.server.llama_server``"""
-    usage = f"usage: llama_server MODEL.gguf PORT {' '.join(f'[{name}={value}]' for name, value in OPTIONS.items())}"
-    if len(arguments) < 2 or not arguments[1].isdigit():
+    usage = f"usage: llama_server MODEL.gguf PORT {' '.join(f'[{name}={_takes(name)}]' for name in OPTIONS)}"
+    if len(arguments) < 2 or not arguments[1].isdigit() or int(arguments[1]) not in PORTS:
         sys.exit(usage)
     given = dict(each.partition("=")[::2] for each in arguments[2:])
-    if not given.keys() <= OPTIONS.keys():
+    if any(value not in OPTIONS.get(name, ()) for name, value in given.items()):
         sys.exit(usage)
     try:
-        server = serve(arguments[0], int(arguments[1]), {**OPTIONS, **given})
+        server = serve(arguments[0], int(arguments[1]), {name: given.get(name, OPTIONS[name][0]) for name in OPTIONS})
     except InputError as error:
         sys.exit(str(error))
     print(f"listening on {server.listening_address}", flush=True)
     while True:
         time.sleep(1)
+
+
+def _takes(name: str) -> str:
+    """The values of an option in words."""
+    values = OPTIONS[name]
+    return "|".join(values) if len(values) < 4 else f"{values[0]} to {values[-1]}"
 
 
 if __name__ == "__main__":

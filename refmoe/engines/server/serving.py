@@ -14,7 +14,7 @@ from time import monotonic
 from refmoe.checkpoints.gguf_file import FILE_TYPES, words, write_gguf
 from refmoe.checkpoints.write import new_folder, write_checkpoint, write_json
 from refmoe.engines.harness import HarnessUnusable
-from refmoe.engines.process import Process, ending
+from refmoe.engines.process import BROKEN, Process, ending
 from refmoe.engines.server.asking import Address, Client, ServerFault, Unwilling
 from refmoe.engines.server.replies import spelled
 from refmoe.errors import InputError
@@ -212,7 +212,7 @@ def wait(client: Client, limit: float, lives: Callable[[], bool]) -> str:
             if refusal.status != 503:  # a server that loads its model
                 return ""
         except ServerFault as fault:
-            if fault.kind == "broken answer":
+            if fault.kind == BROKEN:
                 return ""
         if not lives():
             return "it ended before it answered"

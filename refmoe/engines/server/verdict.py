@@ -18,8 +18,6 @@ from refmoe.engines.server.power import level_of, power_of
 from refmoe.engines.server.prompts import COUNT, LENGTHS, prompts
 from refmoe.profiles.policy import Policy
 from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT, Explanation, Power
-from refmoe.verifier.passes import Pass
-from refmoe.verifier.segments import Settings
 
 FAULTS = (CRASHED, TIMED_OUT, BROKEN)
 POLICIES = {LLAMA: {"float32": "llama.cpp-float32"}, TRANSFORMERS: {"float32": "hf-float32", "bfloat16": "hf-bfloat16",
@@ -94,11 +92,7 @@ def examine(asking: Asking, model: Model, policy_for: Callable[[str], Policy]) -
 
 def concluded(answers: Answers, model: Model, asking: Asking, kind: Kind | None) -> Verdict:
     """The verdict on answers.   kind: of the server, None where it gave no answer at all"""
-    from refmoe.verifier.diagnosis import Keeper
-
-    keeper = Keeper()
-    settings = Settings(model.significance, passes=keeper if asking.diagnose else Pass)
-    judgement = judge(answers, model, settings)
+    judgement = judge(answers, model)
     verdict, reason = whole(judgement)
     level = level_of(answers, model.config.vocab)
     explanations, notes = None, [f"{way}: not offered: {why}" for way, why in answers.refused.items()]
@@ -151,13 +145,13 @@ def whole(judgement: Judgement) -> tuple[str, str]:
 
 def explain(judgement: Judgement, model: Model) -> tuple[Explanation, ...]:
     """The known bugs and structures that explain wrong log-probabilities."""
-    from refmoe.verifier.diagnosis import explained, gather, search
+    from refmoe.verifier.diagnosis import diagnose
 
     report, trace = judgement.report, judgement.trace
     assert report is not None
     assert trace is not None
-    evidence = gather(trace, model.config, model.parameters, None, model.policy, report)
-    return explained(report, search(evidence, MUTANTS.values())).explanations or ()
+    found = diagnose(trace, model.config, model.parameters, None, model.policy, report, MUTANTS.values())
+    return tuple(each for each in found if each.explains)
 
 
 # ---- as plain values

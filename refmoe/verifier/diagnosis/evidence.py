@@ -15,6 +15,7 @@ from refmoe.arithmetic.formats import FLOAT64, Format
 from refmoe.arithmetic.weight_cache import WeightCache
 from refmoe.bugs.forced_rounding import rounded
 from refmoe.bugs.quantised_checkpoint import QuantisedWeight, SmoothedGain
+from refmoe.checkpoints.names import named_weights
 from refmoe.checkpoints.rows import RowWeight
 from refmoe.checkpoints.size import total_parameters
 from refmoe.checkpoints.weight import Weight
@@ -23,6 +24,7 @@ from refmoe.profiles.policy import Policy
 from refmoe.spec.config import Config
 from refmoe.spec.model import Model, Parameters
 from refmoe.spec.taps import layer_of, step_of
+from refmoe.steps.coded import quantises
 from refmoe.steps.enclosure_ops import MATRIX_BYTES, EnclosureOps
 from refmoe.traces.trace import Run, Trace
 from refmoe.verifier.diagnosis.fit import within_own_rounding
@@ -138,7 +140,7 @@ def gather(
     else:
         judging = Recording(contents.trace, replace(right, ops=ops_under(evidence, policy)), policy, limits.excess)
         judging.go(evidence.whole.layers)
-    checks = assemble(judging.findings, contents, config, policy, limits)
+    checks = assemble(judging.findings, contents, config, policy, limits, makes_codes(policy, parameters))
     taps = observe(judging.recorded(), policy, limits.excess, checks, report.checks)
     return replace(evidence, observed=taps | _choices(contents.trace, config, report))
 
@@ -235,6 +237,11 @@ def subject_of(evidence: Evidence, variation: Variation) -> Subject:
     right = evidence.right
     model = variation.model(right.config, right.parameters)
     return Subject(model.config, model.parameters, variation.runs(evidence.contents.runs), model.steps)
+
+
+def makes_codes(policy: Policy, parameters: Parameters) -> bool:
+    """Whether products make codes of their inputs, as `verify` asks."""
+    return bool(policy.inputs) and quantises(policy, named_weights(parameters).values())
 
 
 def until(runs: tuple[Run, ...], names: Set[str]) -> tuple[Run, ...]:
@@ -359,6 +366,7 @@ def judge_part(
     """
     names = {run.run for run in part.runs}
     subject = replace(subject, runs=until(subject.runs, names), ops=ops_under(evidence, policy))
+    coded = makes_codes(policy, subject.parameters)
     contents = replace(evidence.contents, runs=part.runs, present=dict(part.present))
     recorded: dict[Key, Recorded] = {}
 
@@ -367,7 +375,7 @@ def judge_part(
         found = judging.go(part.layers)
         if not recorded:
             recorded.update(judging.recorded())
-        return assemble(found, contents, evidence.right.config, policy, evidence.limits)
+        return assemble(found, contents, evidence.right.config, policy, evidence.limits, coded)
 
     checks = first = checked(Reading())
     failed = frozenset((check.run, check.tap) for check in checks if check.verdict == FAIL)

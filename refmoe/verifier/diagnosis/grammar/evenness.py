@@ -46,7 +46,7 @@ def uneven(shares: Sequence[Share], unit: float) -> str:
     """
     if not shares:
         return ""
-    rows = Rows(*(np.concatenate(each) for each in zip(*map(_rows, shares), strict=True)))
+    rows = Measured(*(np.concatenate(each) for each in zip(*map(_rows, shares), strict=True)))
     for kind in dict.fromkeys(name for share in shares for name in share.groups):
         if all(kind in share.groups for share in shares):
             parts = [np.broadcast_to(share.groups[kind], share.error.shape[:-1]).reshape(-1) for share in shares]
@@ -56,8 +56,8 @@ def uneven(shares: Sequence[Share], unit: float) -> str:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Some rows, an array [n] each."""
+class Measured:
+    """What the rows of all taps tell of the coefficient, an array [n] each."""
 
     weight: Any
     """The inverse of the variance of the coefficient; 0 where the fault does not act."""
@@ -70,7 +70,7 @@ class Rows:
 
 
 def _rows(share: Share) -> tuple[Any, ...]:
-    """The rows of one tap, in the order of the fields of `Rows`."""
+    """The rows of one tap, in the order of the fields of `Measured`."""
     with np.errstate(all="ignore"):
         scaled = np.where(share.variance > 0, share.effect / share.variance, 0.0)
         weight, along = (scaled * share.effect).sum(-1).reshape(-1), (scaled * share.error).sum(-1).reshape(-1)
@@ -80,7 +80,7 @@ def _rows(share: Share) -> tuple[Any, ...]:
         return np.where(able, weight, 0.0), coefficient, *sizes
 
 
-def _differ(rows: Rows, group: Any, unit: float) -> bool:
+def _differ(rows: Measured, group: Any, unit: float) -> bool:
     """Whether the mean coefficients of groups differ by more than their scatter allows, and by more than a roundoff."""
     told = rows.weight > 0
     weight, coefficient = rows.weight[told], rows.coefficient[told]
