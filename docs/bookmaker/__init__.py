@@ -9,7 +9,9 @@ typed by hand:
     example      the values of a step in one run of a golden case
     evidence     tests, known bugs, cases, engines and certificates
     markdown     the pieces of a page
-    chapters     the pages
+    step_pages, bug_pages, case_pages, figure_pages, questions
+                 the pages of each kind
+    chapters     the pages of clauses and of their code, and the book as a whole
 
 A page about a clause or a step has links to its evidence. So a reader needs no search, and no network.
 """

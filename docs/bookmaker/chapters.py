@@ -1,28 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The chapters of the book: steps, clauses, known bugs, cases, tests, code, rounding, certificates, engines."""
+"""The book: its first page, the list of steps, the clauses and their code, and all other pages by name."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
+from docs.bookmaker.bug_pages import bugs_index, bugs_page, by_kind
+from docs.bookmaker.case_pages import by_family, by_file, cases_page, tests_index, tests_page
 from docs.bookmaker.evidence import (
     Evidence,
-    difference,
     evidence,
-    failures_at,
     parsed,
-    source_of_test,
-    title,
 )
 from docs.bookmaker.example import example
+from docs.bookmaker.figure_pages import certificates_page, engines_page, rounding_page
 from docs.bookmaker.markdown import (
     block,
     code,
     contents,
-    folded,
     link,
     listed,
     minutes,
@@ -34,16 +31,10 @@ from docs.bookmaker.markdown import (
 )
 from docs.bookmaker.questions import questions_page
 from docs.bookmaker.spec_pages import LARGE, SIZES, Page, pages
-from docs.bookmaker.step_pages import bug_link, case_link, errors_table, happened, step_page, test_link, test_page
+from docs.bookmaker.step_pages import bug_link, case_link, step_page, test_link, test_page
 from refmoe.bugs.catalogue import MUTANTS
-from refmoe.bugs.mutant import Mutant
-from refmoe.profiles.cut_points import CUT_POINTS
-from refmoe.profiles.load import budget_in_words, policies, policy
 from refmoe.spec.config import PRESETS
-from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS
-from refmoe.suite import FAMILIES, Case, read_manifest
 from refmoe.suite.audit import AREAS, PACKAGE, Coverage
-from refmoe.suite.matrix.outcomes import POLICIES
 
 DOCUMENTS = {
     "model": ("How a trace is judged", "/docs/verification.md"),
@@ -63,9 +54,6 @@ MEASURED = {
     "router contract": ("whatever a stranger hands in", "whatever-a-stranger-hands-in"),
 }
 """Per area the figures that were measured."""
-CONDITIONS = "/golden/CASES.md#the-conditions"
-MOST_RUNS = 12
-"""Runs of a case that its page names."""
 READING = (
     ("The arithmetic of a golden", "/golden/arithmetic.md"),
     ("Sums of products", "/golden/dot.md"),
@@ -257,275 +245,3 @@ def source_at(path: Path, name: str, line: int) -> tuple[str, int]:
             return "\n".join(lines[line - 1 : node.end_lineno]), line
     first = tree.body[0]
     return "\n".join(lines[first.lineno - 1 : first.end_lineno]), first.lineno
-
-
-# ---- known bugs
-
-
-def by_kind() -> Iterator[tuple[str, Iterator[Mutant]]]:
-    """The known bugs by their class, in the order of the catalogue."""
-    yield from groupby(MUTANTS.values(), key=lambda each: each.kind)
-
-
-def bugs_page(kind: str, bugs: list[Mutant], every: Evidence) -> str:
-    """The known bugs of a class."""
-    parts = [part for each in bugs for part in bug_parts(each, every)]
-    return page(f"# Known bugs: {kind.replace('_', ' ')}", f"{link('All known bugs', 'bugs/index.md')}.", *parts)
-
-
-def bug_parts(bug: Mutant, every: Evidence) -> Iterator[str]:
-    """One known bug: what it does, where it happened, what it changes, what catches it."""
-    yield f"## {bug.id}"
-    yield f"{text(bug.about)} {happened(bug)}"
-    yield table(
-        ["fact", "value"],
-        [
-            ["breaks", ", ".join(link(each, f"clauses/{each}.md") for each in bug.breaks)],
-            ["first seen at", ", ".join(map(code, bug.touches)) or "no tap of a forward pass"],
-            [
-                "needs",
-                ", ".join(link(code(each), CONDITIONS) for each in bug.needs) or "nothing",
-            ],
-            ["severity", bug.severity],
-            ["to mend it", text(bug.fix)],
-        ],
-    )
-    yield block(*difference(bug))
-    kills = every.kills[bug.id]
-    rows = []
-    for name in POLICIES:
-        if kills[name]:
-            steps = ", ".join(code(step) for step in dict.fromkeys(at.split(" ")[0] for at in kills[name].values()))
-            rows.append([name, str(len(kills[name])), steps])
-        elif name in bug.unseen:
-            rows.append([name, "0", text(bug.unseen[name])])
-    yield table(["dtype", "cases that catch it", "first wrong step there"], rows)
-    names = sorted(every.killing(bug.id))
-    if names:
-        yield folded(
-            f"The {sentence(len(names), 'case')} that catch {bug.id}",
-            ", ".join(case_link(every, each) for each in names),
-        )
-    for place, vectors in every.matrix.outside.get(bug.id, {}).items():
-        named = ", ".join(map(text, vectors))
-        yield f"Caught by {sentence(len(vectors), 'vector')} of {case_link(every, place)}: {named}."
-    if bug.equivalent:
-        yield f"No legal run shows it: {text(bug.equivalent)}."
-
-
-def bugs_index(every: Evidence) -> str:
-    """Every known bug, by class, with the number of cases that catch it."""
-    parts = []
-    for kind, bugs in by_kind():
-        rows = []
-        for bug in bugs:
-            seen = every.killing(bug.id)
-            vectors = sum(map(len, every.matrix.outside.get(bug.id, {}).values()))
-            caught = sentence(len(seen), "case") if seen else sentence(vectors, "vector") if vectors else "none can"
-            rows.append([bug_link(bug), text(bug.about), caught])
-        parts += [
-            f"## {link(kind.replace('_', ' '), f'bugs/{kind}.md')}",
-            table(["bug", "what it does", "caught by"], rows),
-        ]
-    return page(
-        "# Known bugs",
-        "Each is a bug that an implementation had. It is run as if it were somebody's engine, and judged: "
-        f"{link('what is measured', '/docs/measurements.md#known-bugs-that-the-cases-catch')}.",
-        *parts,
-        contents(f"bugs/{kind}" for kind, _ in by_kind()),
-    )
-
-
-# ---- cases and tests
-
-
-def by_family(every: Evidence) -> Iterator[tuple[str, Iterator[Case]]]:
-    """The cases by family, as they are listed."""
-    ordered = sorted(every.cases, key=lambda case: (FAMILIES.index(case.family), case.name))
-    yield from groupby(ordered, key=lambda case: case.family)
-
-
-def cases_page(family: str, cases: list[Case], every: Evidence) -> str:
-    """The cases of a family."""
-    parts = [part for case in cases for part in case_parts(case, every)]
-    conditions = link("The table of cases and conditions", "/golden/CASES.md")
-    return page(f"# Cases: {family}", f"{conditions} has them in short.", *parts)
-
-
-def case_parts(case: Case, every: Evidence) -> Iterator[str]:
-    """One case: the reason for it, its dimensions, its calls, the bugs that it catches, its certificate."""
-    config = case.config
-    named = case.name
-    caught = {
-        name: at for name in MUTANTS
-        if (at := [policy for policy in POLICIES if named in every.kills[name][policy]])
-    }  # fmt: skip
-    runs = [f"{code(run.run)} ({sentence(len(run.tokens), 'token')})" for run in case.runs()]
-    yield f"## {case.name}"
-    yield text(case.why)
-    yield table(
-        ["fact", "value"],
-        [
-            ["dimensions", ", ".join(f"{field} {getattr(config, field)}" for field in SIZES.values())],
-            ["runs", ", ".join(runs[:MOST_RUNS]) + (f" and {len(runs) - MOST_RUNS} more" if runs[MOST_RUNS:] else "")],
-            ["clauses", ", ".join(link(each, f"clauses/{each}.md") for each in case.clauses)],
-            ["made for", ", ".join(bug_link(MUTANTS[each]) for each in case.bugs if each in MUTANTS) or "no bug alone"],
-            ["catches", f"{len(caught)} of {len(MUTANTS)} known bugs"],
-            ["certificate", certificate_words(read_manifest(case.folder)["certificate"])],
-        ],
-    )  # fmt: skip
-    yield (
-        folded(f"The known bugs that {case.name} catches", ", ".join(bug_link(MUTANTS[name]) for name in caught))
-        if caught
-        else ""
-    )
-
-
-MOST_RUNS = 12
-
-
-def certificate_words(certificate: dict[str, object] | None) -> str:
-    """A certificate in one line."""
-    if certificate is None:
-        return "none"
-    worst_at, decisions = certificate["worst"], certificate["decisions"]
-    assert isinstance(worst_at, dict)
-    assert isinstance(decisions, dict)
-    proven = int(decisions["all"]) - len(decisions["unproven"])
-    return (
-        f"every value within {worst_at['relative']:.2g} of its tap's RMS ({certificate['arithmetic']}); "
-        f"{proven} of {decisions['all']} routing decisions proven"
-    )
-
-
-def by_file(every: Evidence) -> dict[str, list[str]]:
-    """The tests that name a clause, by their file."""
-    found: dict[str, list[str]] = {}
-    for test in sorted({test for row in every.clauses.values() for test in row.tests}):
-        found.setdefault(test.partition("::")[0], []).append(test)
-    return found
-
-
-def tests_page(path: str, tests: list[str], every: Evidence) -> str:
-    """The tests of a file that name clauses, as they stand."""
-    parts = []
-    for test in tests:
-        name = test.partition("::")[2]
-        line, source = source_of_test(every.root, test)
-        clauses = [row.clause for row in every.clauses.values() if test in row.tests]
-        parts += [f"## {code(name)}"] if name else []
-        parts += ["Names " + ", ".join(link(each, f"clauses/{each}.md") for each in clauses) + "."]
-        parts += [block("python", source, line)]
-    return page(f"# {code(path)}", f"{link('All tests that name a clause', 'tests/index.md')}.", *parts, orphan=True)
-
-
-def tests_index(every: Evidence) -> str:
-    """The files of tests that name clauses."""
-    return page(
-        "# Tests that name a clause",
-        f"{link('What each folder of tests is for', '/tests/README.md')}.",
-        table(
-            ["file", "tests"],
-            [
-                [
-                    link(code(path), f"tests/{test_page(path)}.md"),
-                    ", ".join(test_link(each) for each in tests if "::" in each),
-                ]
-                for path, tests in by_file(every).items()
-            ],
-        ),
-    )
-
-
-# ---- rounding, certificates, engines
-
-
-def rounding_page() -> str:
-    """Every cut point and budget under the generic policies, and the list of policies."""
-    generic = [policy(name) for name in POLICIES]
-    budgets = ("exp", "angles", "circle")
-    return page(
-        "# What may round, and how far functions may be off",
-        "A policy says which dtype an engine may round to at each cut point. A value may always be more precise. The "
-        f"three generic policies are below; {link('policies', '/docs/policies.md')} says how to change one.",
-        "## Cut points",
-        table(
-            ["cut point", "what is rounded", "shown by", *POLICIES],
-            [
-                [
-                    code(name),
-                    text(cut.about),
-                    ", ".join(map(text, cut.shown_by)),
-                    *(str(each.at(name)) for each in generic),
-                ]
-                for name, cut in CUT_POINTS.items()
-            ],
-        ),
-        "## Budgets of functions",
-        "Nothing but its author bounds the exp of an engine. So these are tolerances, in units of the roundoff of the "
-        "dtype of statistics.",
-        table(
-            ["budget", *POLICIES, "source"],
-            [
-                [
-                    each,
-                    *(text(budget_in_words(getattr(p, each))) for p in generic),
-                    text(getattr(generic[0], each).source),
-                ]
-                for each in budgets
-            ],
-        ),
-        "## All policies",
-        table(
-            ["policy", "whose arithmetic", "read from"],
-            [[code(p.name), text(p.about), text(p.source)] for p in policies()],
-        ),
-    )
-
-
-def certificates_page(every: Evidence) -> str:
-    """The certificate of each case."""
-    return page(
-        "# How far goldens are from the real numbers",
-        "A certificate is a proven bound on the distance between each golden value and the real number that it stands "
-        "for. Arb computes it in ball arithmetic, from the same specification. "
-        f"Command: {code('refmoe suite certify')}; code: {code('refmoe/suite/certify.py')}. The bounds of each tap are "
-        f"in the manifest of the case ({link('format', '/golden/FORMAT.md#manifests')}).",
-        table(
-            ["case", "certificate", "its worst tap", "decisions that are not proven"],
-            [
-                [
-                    case_link(every, case.name), certificate_words(certificate),
-                    code(certificate["worst"]["tensor"]),  # type: ignore[index]
-                    ", ".join(map(code, certificate["decisions"]["unproven"][:3]))  # type: ignore[index]
-                    + (" …" if len(certificate["decisions"]["unproven"]) > 3 else ""),  # type: ignore[index]
-                ]
-                for case, certificate in every.certificates()
-            ],
-        ),
-        "A decision that is not proven is an exact tie, made on purpose.",
-    )  # fmt: skip
-
-
-def engines_page(every: Evidence) -> str:
-    """The worst error of each engine at each tap."""
-    parts = []
-    for tap in ("embedding", *LAYER_TAPS, "final_norm", "logits"):
-        errors = errors_table(every, (tap,))
-        parts += [f"## {tap}", errors or "No engine shows it, or it has no size of error."]
-        parts.append(
-            listed(
-                f"First wrong here: {text(title(results))} at {outcome.dtype}, case {case_link(every, outcome.case)}: "
-                f"{text(known.reason)}"
-                for results, outcome, known in failures_at(every, (tap,))
-            )
-        )
-    assert {*MODEL_TAPS} == {"embedding", "final_norm", "logits"}
-    return page(
-        "# Engines, step by step",
-        "The worst error of each engine at each tap, over all cases in which it conforms. 1 is the largest error that "
-        "its policy allows. An empty cell was not run, or does not show the tap. "
-        f"{link('All verdicts', '/docs/measurements.md#real-engines')}; {link('findings', '/docs/findings.md')}. "
-        f"The files are in {code('bench/results/conform')}.",
-        *parts,
-    )

@@ -57,7 +57,7 @@ def uneven(shares: Sequence[Share], unit: float) -> str:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the rows of all taps tell of the coefficient, an array [n] each."""
+    """The coefficient of each row of all taps, and the weight that it has: an array [n] each."""
 
     weight: Any
     """The inverse of the variance of the coefficient; 0 where the fault does not act."""
