@@ -118,14 +118,13 @@ def conform(
             )
             done = {} if suite.before is None else outcomes_so_far(suite.before, results, policies)
             order = [(case.name, dtype) for case in suite.cases for dtype in policies]
-            harnesses = [harness, *(each.result() for each in others)]
-            with ended(harnesses):
-                runs = [
-                    _Run(each, suite, policies, folders, seat) for each, seat in zip(harnesses, judges, strict=True)
-                ]
-                _go(runs, _Finish(watch, results, order, done))
-                results = replace(results, outcomes=tuple(done[place] for place in order))
-                notes = dict.fromkeys(note for each in harnesses if (note := each.stop()) is not None)
+            lanes = [
+                _Lane(arriving, partial(_Run, suite=suite, policies=policies, folders=folders, seat=seat))
+                for arriving, seat in zip([_arrived(harness), *others], judges, strict=True)
+            ]
+            _go(lanes, suite.cases, _Finish(watch, results, order, done))
+            results = replace(results, outcomes=tuple(done[place] for place in order))
+            notes = dict.fromkeys(note for each in lanes if (note := each.stop()) is not None)
     return replace(results, notes=(*notes, *golden_bits_notes(results)))
 
 
@@ -177,28 +176,61 @@ class _Finish:
             self._watch.log(outcome, answer.said if outcome.failed else "")
 
 
-def _go(runs: Sequence[_Run], finish: _Finish) -> None:
+def _arrived(harness: Harness) -> Future[Harness]:
+    """A harness that has been started, as those that start in the background are given."""
+    future: Future[Harness] = Future()
+    future.set_result(harness)
+    return future
+
+
+@dataclass(frozen=True)
+class _Lane:
+    """An engine with its judge. It takes cases as soon as the engine has started."""
+
+    arriving: Future[Harness]
+    begin: Callable[[Harness], _Run]
+
+    def go(self, cases: SimpleQueue[Case], finish: _Finish) -> None:
+        """Run cases. Raises what the engine raises where it does not start."""
+        _go_one(self.begin(self.arriving.result()), cases, finish)
+
+    @property
+    def engine(self) -> Harness | None:
+        """The engine if it has started."""
+        return self.arriving.result() if self.arriving.done() and self.arriving.exception() is None else None
+
+    def kill(self) -> None:
+        """End the engine if it has started."""
+        if self.engine is not None:
+            self.engine.kill()
+
+    def stop(self) -> str | None:
+        """Ask the engine to end if it has started.   returns: a sentence about an irregular end, or None"""
+        return None if self.engine is None else self.engine.stop()
+
+
+def _go(lanes: Sequence[_Lane], chosen: Sequence[Case], finish: _Finish) -> None:
     """Run the cases on all engines. Each takes the next case as soon as it is free."""
     cases: SimpleQueue[Case] = SimpleQueue()
-    for case in runs[0].suite.cases:
+    for case in chosen:
         cases.put(case)
-    if len(runs) == 1:
+    if len(lanes) == 1:
         try:
-            _go_one(runs[0], cases, finish)
+            lanes[0].go(cases, finish)
         finally:
             finish.given_up.set()
         return
-    lanes = [in_background(partial(_go_one, each, cases, finish)) for each in runs]
+    going = [in_background(partial(each.go, cases, finish)) for each in lanes]
     try:
-        for lane in as_completed(lanes):
-            lane.result()
+        for each in as_completed(going):
+            each.result()
     finally:
         finish.given_up.set()
         last = monotonic() + LAST_VERDICT
-        while wait(lanes, 0).not_done and monotonic() < last:
-            for each in runs:  # a lane may have started its engine again before it saw the end of the run
-                each.harness.kill()
-            wait(lanes, 0.1)
+        while wait(going, 0).not_done and monotonic() < last:
+            for lane in lanes:  # one may have started its engine again before it saw the end of the run
+                lane.kill()
+            wait(going, 0.1)
 
 
 def _go_one(run: _Run, cases: SimpleQueue[Case], finish: _Finish) -> None:
