@@ -12,7 +12,7 @@ from refmoe.arithmetic.enclosure.array import Enclosure
 from refmoe.spec.config import Config
 from refmoe.spec.taps import LAYER_TAPS
 from refmoe.traces.trace import Run
-from refmoe.verifier.subject import shape_of
+from refmoe.verifier.subject import DIMENSIONS, sizes_of
 from refmoe.verifier.tally import Place
 
 BLOCK_BYTES = 16 << 20
@@ -57,7 +57,7 @@ def block_size(config: Config, run: Run, attending: bool = True) -> int:
 
     attending: whether any layer attends. Of a run without taps, a model of one layer computes keys and values alone.
     """
-    names = [name for name, axes in LAYER_TAPS.items() if attending or "S" not in axes.split()]
-    taps = ["logits", *(f"layers.0.{name}" for name in names)]
-    per_token = max(math.prod(shape_of(tap, config, run)) for tap in taps) / len(run.tokens)
+    sizes = sizes_of(config, run)
+    steps = [step for step in ("logits", *LAYER_TAPS) if attending or "S" not in DIMENSIONS[step]]
+    per_token = max(math.prod(sizes[axis] for axis in DIMENSIONS[step]) for step in steps) / len(run.tokens)
     return max(1, min(len(run.tokens), int(BLOCK_BYTES / (8 * per_token))))

@@ -70,11 +70,16 @@ class Findings:
 DIMENSIONS = {step: names.split() for step, names in (MODEL_TAPS | READ_OUT_TAPS | LAYER_TAPS).items()}
 
 
-def shape_of(tap: str, config: Config, run: Run, entries: int | None = None) -> tuple[int, ...]:
-    """The shape of a tap in a run.   entries: the listed log-probabilities of each token; None: the whole vocabulary"""
-    sizes = {
+def sizes_of(config: Config, run: Run, entries: int | None = None) -> dict[str, int]:
+    """The length of each axis of the taps of a run.   entries: as in `shape_of`"""
+    return {
         "T": len(run.tokens), "S": run.past + len(run.tokens), "D": config.dim, "H": config.heads,
         "K": config.kv_heads, "d": config.head_dim, "E": config.experts, "k": config.experts_per_token,
         "F": config.hidden_dim, "V": config.vocab, "n": config.vocab if entries is None else entries,
     }  # fmt: skip
-    return tuple(sizes[name] for name in DIMENSIONS[step_of(tap)])
+
+
+def shape_of(tap: str, config: Config, run: Run, entries: int | None = None) -> tuple[int, ...]:
+    """The shape of a tap in a run.   entries: the listed log-probabilities of each token; None: the whole vocabulary"""
+    sizes = sizes_of(config, run, entries)
+    return tuple(sizes[axis] for axis in DIMENSIONS[step_of(tap)])

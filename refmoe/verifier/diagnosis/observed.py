@@ -173,23 +173,27 @@ def observe(
         if key not in recorded:
             continue
         made = recorded[key]
-        y = made.found
-        format = policy.at(step_of(check.tap))
-        low, high = nearest(made.mid - made.radius, format), nearest(made.mid + made.radius, format)
-        fits = representable(y, format)
-        outside = np.where(fits, ~((y >= low) & (y <= high)), ~(np.abs(y - made.mid) <= made.radius))
         tap = Observed(
-            found=y,
+            found=made.found,
             mid=made.mid,
             variance=made.variance + (OWN * made.mid) ** 2,
-            format=format,
+            format=policy.at(step_of(check.tap)),
             read=made.read,
-            wrong=outside,
+            wrong=np.zeros(made.found.shape, bool),
             passes=final.get(key) == PASS,
             as_stored=check.verdict != FAIL or final.get(key) == FAIL,
         )
-        far = tap.beyond(tap.mid) * tap.spacing > limit * np.sqrt(tap.variance)
-        wrong = outside | far if final.get(key) == FAIL else np.zeros(y.shape, bool)
-        # a check may fail as a whole, by the size or the lean of its errors
-        taps[key] = replace(tap, wrong=wrong if wrong.any() or final.get(key) != FAIL else np.ones(y.shape, bool))
+        taps[key] = replace(tap, wrong=_wrong(tap, made.radius, limit)) if final.get(key) == FAIL else tap
     return taps
+
+
+def _wrong(tap: Observed, radius: Any, limit: float) -> Any:
+    """The values of a failed check that the policy does not allow: booleans [n].
+
+    A check may fail as a whole, by the size or the lean of its errors. Then all its values count as wrong.
+    """
+    y, mid = tap.found, tap.mid
+    low, high = nearest(mid - radius, tap.format), nearest(mid + radius, tap.format)
+    outside = np.where(representable(y, tap.format), ~((y >= low) & (y <= high)), ~(np.abs(y - mid) <= radius))
+    wrong = outside | (tap.beyond(mid) * tap.spacing > limit * np.sqrt(tap.variance))
+    return wrong if wrong.any() else np.ones(y.shape, bool)
