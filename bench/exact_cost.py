@@ -3,7 +3,8 @@
 
 Weights are prepared (exact) or converted (native) once, before the clock starts, as in use. Both are timed in turns, in
 one thread and by that thread's own time, so that other work on the machine counts little.
-The median of the ratios is printed, then the share of each operation in the exact time.
+The median of the ratios is printed, then the share of each operation in the exact time. A computation on few values
+takes the time of its calls of functions, so that the ratio of their numbers is the wall.
 
     python bench/exact_cost.py
     python bench/exact_cost.py --repeats 9 --json bench/results/exact_cost.json
@@ -12,7 +13,9 @@ The median of the ratios is printed, then the share of each operation in the exa
 from __future__ import annotations
 
 import argparse
+import cProfile
 import json
+import pstats
 import statistics
 import time
 from collections import defaultdict
@@ -107,8 +110,16 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.thread_time() - start
 
 
+def calls(subject: Callable[[Any], Any], ops: Any) -> int:
+    """The number of function calls that a computation makes once its weights are ready, NumPy's included."""
+    subject(ops)
+    profile = cProfile.Profile()
+    profile.runcall(subject, ops)
+    return int(pstats.Stats(profile).total_calls)  # type: ignore[attr-defined]
+
+
 def measure(subject: Callable[[Any], Any], repeats: int) -> dict[str, Any]:
-    """Median times, the median of the ratios, and the shares of the exact time."""
+    """Median times, the median of the ratios, the ratio of the numbers of calls, and the shares of the exact time."""
     native, exact = NativeOps(np.float64), Stopwatch()
     subject(native)
     subject(exact)
@@ -119,6 +130,7 @@ def measure(subject: Callable[[Any], Any], repeats: int) -> dict[str, Any]:
         "ratio": statistics.median(a / b for a, b in pairs),
         "exact_ms": 1e3 * statistics.median(a for a, _ in pairs),
         "native_ms": 1e3 * statistics.median(b for _, b in pairs),
+        "calls": calls(subject, ExactOps()) / calls(subject, native),
         "shares": {name: spent / total for name, spent in sorted(exact.spent.items(), key=lambda item: -item[1])},
     }
 
