@@ -72,6 +72,8 @@ class Engine:
         return f"{self.architecture} {self.dtype}, {self.instruction}{promoted}"
 
 
+ANY_CUT = "float32+truncates=true"
+"""The policy of any float32 sums that are cut off, where the tensor core is not named."""
 TF32_CORES = {"Ampere": "ampere-tf32", "Ada Lovelace": "ampere-tf32", "RTX Blackwell": "hopper-tf32"}
 
 
@@ -84,13 +86,16 @@ def _engines() -> Iterator[Engine]:
         yield Engine(architecture, "float16", f"mma {shape}.f32.f16.f16.f32", "float16")
         if architecture not in ("Volta", "Turing"):
             yield Engine(architecture, "bfloat16", f"mma {shape}.f32.bf16.bf16.f32", "bfloat16")
-            yield Engine(architecture, "tf32", "mma m16n8k8.f32.tf32.tf32.f32", TF32_CORES[architecture])
+            for policy in (TF32_CORES[architecture], ANY_CUT):
+                yield Engine(architecture, "tf32", "mma m16n8k8.f32.tf32.tf32.f32", policy)
     yield Engine("Hopper", "float16", "wgmma m64n8k16.f32.f16.f16", "float16")
     yield Engine("Hopper", "bfloat16", "wgmma m64n8k16.f32.bf16.bf16", "bfloat16")
-    yield Engine("Hopper", "tf32", "wgmma m64n8k8.f32.tf32.tf32", "hopper-tf32")
+    for policy in ("hopper-tf32", ANY_CUT):
+        yield Engine("Hopper", "tf32", "wgmma m64n8k8.f32.tf32.tf32", policy)
     yield Engine("Blackwell", "float16", "tcgen05 m64n8k16.kind::f16.f32.f16.f16", "float16")
     yield Engine("Blackwell", "bfloat16", "tcgen05 m64n8k16.kind::f16.f32.bf16.bf16", "bfloat16")
-    yield Engine("Blackwell", "tf32", "tcgen05 m64n8k8.kind::tf32.f32.tf32.tf32", "hopper-tf32")
+    for policy in ("hopper-tf32", ANY_CUT):
+        yield Engine("Blackwell", "tf32", "tcgen05 m64n8k8.kind::tf32.f32.tf32.tf32", policy)
     yield Engine("CDNA1", "float16", "mfma f32_16x16x16f16", "float16")
     yield Engine("CDNA1", "bfloat16", "mfma f32_16x16x8bf16", "bfloat16")
     yield Engine("CDNA2", "float16", "mfma f32_16x16x16f16", "float16", flushes=True)
@@ -99,7 +104,7 @@ def _engines() -> Iterator[Engine]:
     yield Engine("CDNA2", "bfloat16", "mfma f32_16x16x8bf16", "bfloat16")
     yield Engine("CDNA3", "float16", "mfma f32_16x16x16_f16", "float16")
     yield Engine("CDNA3", "bfloat16", "mfma f32_16x16x16_bf16", "bfloat16")
-    yield Engine("CDNA3", "tf32", "mfma f32_16x16x8_xf32", "float32+truncates=true")
+    yield Engine("CDNA3", "tf32", "mfma f32_16x16x8_xf32", ANY_CUT)
     yield Engine("CDNA3", "float8_e4m3fnuz", "mfma f32_16x16x32_fp8_fp8", "bfloat16")
     for dtype, short in (("float8_e4m3fn", "e4m3"), ("float8_e5m2", "e5m2")):
         yield Engine("Ada Lovelace", dtype, f"mma m16n8k32.f32.{short}.{short}.f32", "ada-fp8")

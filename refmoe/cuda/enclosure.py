@@ -75,6 +75,12 @@ class DeviceMatrix(Matrix):
         found: Factor | None = self._below[tiny]
         return found
 
+    def lacking(self, tiny: float) -> Factor | None:
+        small = self.below(tiny)
+        if small is None:
+            return None
+        return Factor(self.xp.where(small.values > 0, tiny - small.values, 0.0), self.xp)
+
     def fits(self, format: Format) -> bool:
         if format not in self._fits:
             self._fits[format] = bool(representable(on_host(self.mid.values), format).all())

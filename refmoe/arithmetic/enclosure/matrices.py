@@ -88,6 +88,11 @@ class Matrix:
             self._below[tiny] = small if small.any() else None
         return self._below[tiny]
 
+    def lacking(self, tiny: float) -> Any:
+        """How far the elements between zero and `tiny` are below it, zero for the others. None if there are none."""
+        small = self.below(tiny)
+        return None if small is None else np.where(small > 0, tiny - small, 0.0)
+
     def fits(self, format: Format) -> bool:
         """Whether the format holds all elements."""
         if format not in self._fits:

@@ -5,6 +5,17 @@ Let m be the sum of n terms, and A the sum of their magnitudes. Each partial sum
 (A + |m|) / 2: the larger of the sum of the positive terms and that of the negative ones. So n roundings of unit u move
 the result by at most about n u (A + |m|) / 2. The variance assumes an order of terms that does not depend on their
 values. It follows the partial sums along the index, since structured rows can make these far larger than chance would.
+
+An accumulator that cuts off loses half a unit of 2 u towards zero, on average. Losses in one direction do not average
+out, so they are a bias and no part of the variance. `Accumulator.bias` adds up three parts:
+
+terms     A term loses against its own sign. Positive and negative terms cancel, but for the surplus of one sign.
+results   The result of a step loses against the sign of the sum so far, which it keeps for many steps. Together this is
+          u N s, with N steps and the mean magnitude s of the partial sums. It grows like N, and not like its root.
+sums      The sum so far loses where a term of the step is larger: u times the largest term of the step, at most. Over N
+          steps, this adds up to u sqrt(N Q), where Q is the sum of the squares of the terms (Cauchy and Schwarz).
+
+docs/verification.md derives s, for terms in random order and along the index.
 """
 
 from __future__ import annotations
@@ -24,6 +35,12 @@ PIECE = 1 << 15
 """Elements of a product whose bounds are computed at once: their temporary arrays fit in the cache."""
 BLOCK = 4
 """The fewest terms that a truncating accumulator aligns together: 4 in Volta's tensor cores, more in later ones."""
+REACH = 2.0
+"""The mean distance of partial sums from a line, in roots of Q, that terms in random order do not exceed.
+
+That mean is about 0.31, and larger by r with a probability of 2 exp(-6 r^2): 1e-7 for 2. Half a unit is 0.7 u of a
+number on average, which counts as u here. So an excess needs 2.8, with a probability of 1e-16.
+"""
 
 
 @dataclass(frozen=True)
@@ -47,6 +64,17 @@ class Accumulator:
         """
         count = 2 * (n + 2 * math.ceil(n / BLOCK)) if self.truncates else n - 1
         return math.expm1(min((count + self.rescales * n) * self.format.u, 700.0))
+
+    def bias(self, sums: Sums, one_way: Any, n: int) -> Any:
+        """The bound on what a truncating accumulator is expected to lose in one direction, [..., l, m].
+
+        one_way: the surplus of terms of one sign, [..., l, m]; or n, where the signs of terms are not known
+        """
+        size, steps = np.abs(sums.mid), math.ceil(n / BLOCK)
+        largest, root = (sums.total + size) / 2, np.sqrt(sums.energy)
+        along = np.sqrt((sums.path + between(n) / 2 * sums.energy) / max(n, 1))
+        mean = np.minimum(np.maximum(size / 2 + REACH * root, along), largest)
+        return self.format.u * (one_way * largest + steps * mean + math.sqrt(steps) * root)
 
     def underflow(self, n: int) -> tuple[float, float]:
         """Radius and variance of the losses of n products and n sums below the smallest normal value."""
@@ -114,16 +142,19 @@ def product(x: Enclosure, w: Matrix, how: Accumulator, exact_mid: Any = None) ->
     for part in _pieces(sums.mid.shape):
         lost = inputs[part] if np.ndim(inputs) else inputs
         radius[part], variance[part] = how.bounds(sums.rows(part), lost, terms)
+    if not how.truncates:
+        return Enclosure(sums.mid, radius, variance, accumulation=x.accumulation)
+    tiny = how.inputs.tiny
+    apart = tiny * (_lengths(x, w) + n * tiny) if pairs else misaligned(np.abs(x.mid), w, tiny)
+    apart = how.growth(n) * (SLACK + n * OWN) * apart
 
     @quiet
     def bias() -> Any:
         # the signs of turned elements are not known: at worst all terms are cut off in the same direction
         one_way = n if pairs else np.abs(np.sign(x.mid).astype(np.float32) @ w.signs)
-        whole = sums.rows(slice(None))
-        return bounded(how.format.u * ((whole.total + np.abs(whole.mid)) / 2) * one_way)
+        return bounded(how.bias(sums.rows(slice(None)), one_way, n) + apart)
 
-    bias_or_none = bias if how.truncates else None
-    return Enclosure(sums.mid, radius, variance, accumulation=x.accumulation, bias=bias_or_none)
+    return Enclosure(sums.mid, bounded(radius + apart), variance, accumulation=x.accumulation, bias=bias)
 
 
 def _pieces(shape: tuple[int, ...]) -> Iterator[slice]:
@@ -145,6 +176,19 @@ def flushed(size: Any, w: Matrix, format: Format) -> Any:
         lost = lost + small @ w.size
     below = w.below(format.tiny)
     return lost if below is None else lost + size @ below
+
+
+def misaligned(size: Any, w: Matrix, tiny: float) -> Any:
+    """The sum of what terms with a subnormal factor lack to the magnitudes as which they are aligned, [..., l, m].
+
+    A tensor core takes the exponent of the smallest normal value for such a factor. So other terms lose more.
+    """
+    apart: Any = 0.0
+    lacks = np.where((size > 0) & (size < tiny), tiny - size, 0.0)
+    if lacks.any():
+        apart, size = lacks @ w.size, size + lacks
+    lacking = w.lacking(tiny)
+    return apart if lacking is None else apart + size @ lacking
 
 
 @quiet
