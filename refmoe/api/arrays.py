@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from refmoe.arithmetic.formats import OF_DTYPE
 from refmoe.errors import InputError
 from refmoe.files.sentences import one_line
 
@@ -26,11 +27,13 @@ def to_numpy(value: Any, name: str) -> NDArray[Any]:
     Raises InputError for a value that is no array of numbers, or whose dtype is not supported.
     """
     array = _convert(value, name)
+    if array.dtype in OF_DTYPE:
+        return array
     if array.dtype.kind in "iu":
         return _int64(array, name)
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
-    if str(array.dtype) not in REAL:
+    if array.dtype not in OF_DTYPE:
         raise InputError(f"{name}: the dtype is {array.dtype}, but one of {', '.join(REAL)} or integers was expected")
     return array
 
@@ -41,7 +44,7 @@ def libraries_of(value: object) -> set[str]:
 
 
 def _convert(value: Any, name: str) -> NDArray[Any]:
-    libraries = libraries_of(value)
+    libraries = set() if type(value) is np.ndarray else libraries_of(value)
     try:
         if "torch" in libraries:
             array = from_torch(value)

@@ -33,7 +33,7 @@ def enclosed(call: Call, policy: Policy) -> tuple[Enclosure, bool]:
     return x, bool(ops.events)
 
 
-PIECE = 1 << 17
+PIECE = 1 << 14
 """Values of a step without a matrix that are judged at a time, so that their arrays stay in the cache."""
 
 
@@ -70,16 +70,8 @@ def checked_in_pieces(output: Output, policy: Policy, significance: float, parts
         at = places[start : start + step]
         x, overflows = enclosed(_part(output.call, at, axis, parts is None and step >= count), policy)
         may_overflow |= overflows
-        random = min(max(drawn - start, 0), len(at))
-        for chosen, counts in ((slice(0, random), True), (slice(random, None), False)):
-            here = at[chosen]
-            if not here.size:
-                continue
-            values, some = found.take(here, axis), x if len(here) == len(at) else _sliced(x, chosen, axis, len(at))
-            before = (tally.squares, tally.counted, tally.leaning, tally.reach)
-            add(tally, values, some, policy, output.step, may_overflow, (axis, here))
-            if not counts:
-                tally.squares, tally.counted, tally.leaning, tally.reach = before
+        values = found if parts is None and step >= count else found.take(at, axis)
+        add(tally, values, x, Site(policy, output.step, may_overflow, axis, at), drawn - start)
     reads = output.reads if parts is None or axis else tuple(array[parts.drawn] for array in output.reads)
     return conclude(output, tally, policy, significance, found.size, repeats(*reads))
 
@@ -90,47 +82,57 @@ def _part(call: Any, at: NDArray[Any], axis: int, whole: bool) -> Any:
     return call.part(at) if axis else call.some(at)
 
 
-def _sliced(x: Enclosure, chosen: slice, axis: int, count: int) -> Enclosure:
-    """Some places of an axis.   count: all its places"""
-    shape, index = x.shape, (slice(None),) * axis + (chosen,)
-    return x.map(lambda part: np.broadcast_to(part, shape)[index])
-
-
 def check(output: Output, x: Enclosure, policy: Policy, significance: float, may_overflow: bool) -> Check:
     """The verifier's check of the values found.
 
     x: their enclosure   may_overflow: whether a legal kernel may have overflowed before the output
     """
     tally = Tally(rows=len(output.found))
-    add(tally, output.found, x, policy, output.step, may_overflow)
+    add(tally, output.found, x, Site(policy, output.step, may_overflow))
     return conclude(output, tally, policy, significance, tally.values, repeats(*output.reads))
 
 
-def add(
-    tally: Tally,
-    found: NDArray[Any],
-    x: Enclosure,
-    policy: Policy,
-    step: str,
-    may_overflow: bool,
-    places: tuple[int, NDArray[Any]] | None = None,
-) -> None:
+@dataclass(frozen=True)
+class Site:
+    """Where values stand, and what may round them."""
+
+    policy: Policy
+    step: str
+    may_overflow: bool
+    """Whether a legal kernel may have overflowed before the output."""
+    axis: int = 0
+    at: NDArray[Any] | None = None
+    """The places of the values in the whole output, along the axis: integers. None: their own."""
+
+    def index(self, flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The index in the whole output of a value.   flat, shape: of the values, with the axis first"""
+        place, *others = (int(i) for i in np.unravel_index(flat, shape))
+        others.insert(self.axis, place if self.at is None else int(self.at[place]))
+        return tuple(others)
+
+
+def add(tally: Tally, found: NDArray[Any], x: Enclosure, site: Site, counted: int | None = None) -> None:
     """Test values against their enclosure.
 
-    found: [rows, ...]   places: an axis, and the places of its elements in the whole output; None: their own
+    found: [rows, ...]   x: of a shape that broadcasts to it
+    counted: the first places of the axis, of which size and lean are taken; None: all
     """
-    shape = found.shape
-    flat = x.map(lambda part: (part if part.shape == shape else np.broadcast_to(part, shape)).reshape(-1))
+    shape, axis = found.shape, site.axis
+    moved = (shape[axis], *shape[:axis], *shape[axis + 1 :])
 
-    def place(at: int) -> tuple[int, ...]:
-        index = [int(i) for i in np.unravel_index(at, shape)]
-        if places is not None:
-            axis, own = places
-            index[axis] = int(own[index[axis]])
-        return tuple(index)
+    def move(part: Any) -> Any:
+        whole = part if part.shape == shape else np.broadcast_to(part, shape)
+        return (np.moveaxis(whole, axis, 0) if axis else whole).reshape(-1)
 
-    values = found.astype(np.float64).reshape(-1)
-    tally.add(flat, values, policy.at(step), OF_DTYPE[found.dtype], place, may_overflow)
+    tally.add(
+        x.map(move),
+        move(found.astype(np.float64)),
+        site.policy.at(site.step),
+        OF_DTYPE[found.dtype],
+        lambda at: site.index(at, moved),
+        site.may_overflow,
+        None if counted is None else min(max(counted, 0), shape[axis]) * (found.size // max(shape[axis], 1)),
+    )
 
 
 def conclude(output: Output, tally: Tally, policy: Policy, significance: float, values: int, equal: int) -> Check:
@@ -154,6 +156,8 @@ def conclude(output: Output, tally: Tally, policy: Policy, significance: float, 
 
 def repeats(*arrays: NDArray[Any]) -> int:
     """The number of times that the most frequent row occurs.   arrays: whose rows belong together, [n, ...] each"""
+    if all(len(array) == 1 for array in arrays):
+        return 1
     for array in arrays:
         if array.size and len(np.unique(array.reshape(len(array), -1)[:, 0])) == len(array):
             return 1  # the rows of most kernels differ in their first element

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any, TypedDict
 
 import numpy as np
@@ -51,23 +52,27 @@ def policy_for(options: Mapping[str, Any], step: str, found: Any, inputs: Mappin
     where a kernel returns its float32 accumulator. Then it is that of the widest input, with the output as found.
     Parameters are known as the kernel has them, so no policy rounds them before they are used.
     """
-    given = options.get("policy")
-    if given is not None:
-        policy = as_policy(given)
-    else:
-        out = OF_DTYPE[found.dtype]
-        wide = max((OF_DTYPE[each.dtype] for each in inputs.values()), key=lambda f: f.precision, default=out)
-        if wide.precision < out.precision:
-            policy = as_policy(wide.name)
-            policy = replace(policy, cuts={**policy.cuts, step: out})
-        else:
-            policy = as_policy(out.name)
-    return replace(policy, cuts={**policy.cuts, "weights": widest(inputs, policy.at("weights"))})
+    given, dtypes = options.get("policy"), tuple(each.dtype for each in inputs.values())
+    if given is None:
+        return _default(step, found.dtype, dtypes)
+    policy = as_policy(given)
+    return replace(policy, cuts={**policy.cuts, "weights": widest(dtypes, policy.at("weights"))})
 
 
-def widest(inputs: Mapping[str, Any], least: Format) -> Format:
-    """A dtype that holds the values of all arrays, as far as there is one: the most precise of theirs and `least`."""
-    formats = [least, *(OF_DTYPE[each.dtype] for each in inputs.values())]
+@cache
+def _default(step: str, found: Any, inputs: tuple[Any, ...]) -> Policy:
+    """The policy of a call that names none.   found, inputs: dtypes"""
+    out = OF_DTYPE[found]
+    wide = max((OF_DTYPE[each] for each in inputs), key=lambda f: f.precision, default=out)
+    narrower = wide.precision < out.precision
+    policy = as_policy(wide.name if narrower else out.name)
+    cuts = {**policy.cuts, **({step: out} if narrower else {})}
+    return replace(policy, cuts={**cuts, "weights": widest(inputs, policy.at("weights"))})
+
+
+def widest(dtypes: Sequence[Any], least: Format) -> Format:
+    """A dtype that holds the values of all these, as far as there is one: the most precise of theirs and `least`."""
+    formats = [least, *(OF_DTYPE[each] for each in dtypes)]
     most = max(formats, key=lambda f: f.precision)
     return most if all(most.holds(each) for each in formats) else OF_DTYPE[np.dtype(np.float32)]
 

@@ -24,7 +24,9 @@ from refmoe.verifier.tally import ROWS
 MANY = 1 << 15
 """The work from which an output is screened: its values, each counted once more for every `TERMS` terms."""
 TERMS = 16
-"""Terms of a sum whose bounds cost as much as those of one value without a sum."""
+"""Terms of a sum whose bounds cost as much as the tests of one value."""
+ALONE = 4
+"""The work of a value that is no sum: a plain evaluation costs far less than its bounds."""
 SHARE = 16
 """One in so many rows or columns is drawn, where there are enough rows for the tests of size and lean."""
 SINGLE = 64
@@ -47,7 +49,7 @@ def parts(output: Output, format: Format, seed: int) -> Parts | None:
     format: the dtype that the policy has for the output
     """
     call, size = output.call, output.found.size
-    if not isinstance(call, Plain) or size * (1 + call.terms // TERMS) < MANY:
+    if not isinstance(call, Plain) or size * (ALONE if call.terms == 1 else 1 + call.terms // TERMS) < MANY:
         return None
     count = output.found.shape[call.axis]
     if len(output.found) >= ROWS:

@@ -71,6 +71,24 @@ class Limits:
         return math.sqrt(1 + 3 * math.sqrt(math.log(1 / level) / (2 * values / alike)))
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """The values of which size and lean of errors are taken. Each is of shape [n], or a number for all."""
+
+    error: Any
+    mid: Any
+    variance: Any
+    spacing: Any
+    """The spacing of the dtype at the midpoint."""
+    usable: Any
+    """Whether an error counts; True for all."""
+
+    def first(self, count: int) -> Sizes:
+        """The first values, none where the count is below 0."""
+        part = slice(max(count, 0))
+        return Sizes(*(each[part] if np.ndim(each) else each for each in vars(self).values()))
+
+
 @dataclass
 class Tally:
     """The sums and extremes of the values of one tap of one run that were tested so far."""
@@ -92,36 +110,43 @@ class Tally:
     worst_rank: tuple[int, float] = (-1, -1.0)
 
     def add(
-        self, x: Enclosure, found: Any, policy_format: Format, found_format: Format, place: Place, may_overflow: bool
-    ) -> None:
+        self, x: Enclosure, found: Any, policy_format: Format, found_format: Format, place: Place, may_overflow: bool,
+        counted: int | None = None,
+    ) -> None:  # fmt: skip
         """Test values against their enclosure.
 
         x: the enclosure before the last rounding, [n]   found: binary64 [n]   place: from position to index
         may_overflow: whether a legal implementation may have overflowed before this tap
+        counted: the first values, of which size and lean are taken; None: all values
 
         A value that the policy's dtype holds is tested as rounded to that dtype. Any other value was stored more
         precisely, and is tested as rounded to the dtype of the trace.
         """
+        counted = found.size if counted is None else counted
         with np.errstate(all="ignore"):
             for start in range(0, found.size, PIECE):
                 part = slice(start, start + PIECE)
-                self._add_piece(x[part], found[part], policy_format, found_format, place, start, may_overflow)
+                self._add_piece(
+                    x if found.size <= PIECE else x[part], found[part], policy_format, found_format, place, start,
+                    may_overflow, counted - start,
+                )  # fmt: skip
 
     def _add_piece(
         self, x: Enclosure, found: Any, policy_format: Format, found_format: Format, place: Place, start: int,
-        may_overflow: bool,
+        may_overflow: bool, counted: int,
     ) -> None:  # fmt: skip
         fits = policy_format.holds(found_format) or representable(found, policy_format)
         if np.all(fits):
-            self._add(x, found, policy_format, _from(place, range(start, start + found.size)), may_overflow)
+            self._add(x, found, policy_format, _from(place, range(start, start + found.size)), may_overflow, counted)
             return
         finer = found_format if found_format.precision > policy_format.precision else policy_format
         for chosen, format in ((fits, policy_format), (~fits, finer)):
             at = np.flatnonzero(chosen)
             if at.size:
-                self._add(x[at], found[at], format, _from(place, start + at), may_overflow)
+                first = int(np.searchsorted(at, counted))
+                self._add(x[at], found[at], format, _from(place, start + at), may_overflow, first)
 
-    def _add(self, x: Enclosure, y: Any, format: Format, place: Place, may_overflow: bool) -> None:
+    def _add(self, x: Enclosure, y: Any, format: Format, place: Place, may_overflow: bool, counted: int) -> None:
         # if the operation rounds its result to this very dtype, that rounding is the last one, tested below
         before = x if x.biased or (x.owed and format == x.accumulation) else x.settle()
         m, r, v = before.mid, np.asarray(before.r), np.asarray(before.v)
@@ -173,11 +198,8 @@ class Tally:
         # fmax ignores NaN: no error where no error is allowed
         self.worst_error = float(np.fmax.reduce(ratio, initial=self.worst_error))
         self.excess = float(np.fmax.reduce(excess, initial=self.excess))
-        total = v + (spacing**2 / 12 if format != FLOAT64 else 0.0)
-        if x.biased and np.where(finite & spread, error**2 / total - 1, 0.0).sum() > 0:
-            # only where errors are larger than expected, because the bias costs a matrix product
-            total = total + x.bias**2
-        self._add_size(error, m, total, spacing, format, finite & spread)
+        sizes = Sizes(error=error, mid=m, variance=v, spacing=spacing, usable=finite & spread)
+        self._add_size(sizes.first(counted) if counted < y.size else sizes, x, format)
         at, score = _worst(outside, bounded, np.where(outside, ratio, excess) if outside.any() else excess)
         rank = (bool(outside[at]), score)
         if rank > self.worst_rank or self.worst is None:
@@ -191,8 +213,14 @@ class Tally:
                 sigma=float(sigma[at]),
             )
 
-    def _add_size(self, error: Any, m: Any, total: Any, spacing: Any, format: Format, usable: Any) -> None:
-        weight, delta = 1 / total, -np.sign(m) * spacing / 2
+    def _add_size(self, sizes: Sizes, x: Enclosure, format: Format) -> None:
+        """Count the size and the lean of some errors.   x: the enclosure of these, and of those after them"""
+        error, spacing, usable = sizes.error, sizes.spacing, sizes.usable
+        total = sizes.variance + (spacing**2 / 12 if format != FLOAT64 else 0.0)
+        if x.biased and np.where(usable, error**2 / total - 1, 0.0).sum() > 0:
+            # only where errors are larger than expected, because the bias costs a matrix product
+            total = total + x.bias[: error.size] ** 2
+        weight, delta = 1 / total, -np.sign(sizes.mid) * spacing / 2
         if usable is not True or not total.min(initial=math.inf) > 0:
             weight = np.where(usable & (total > 0), weight, 0.0)
             error, delta = np.where(weight > 0, error, 0.0), np.where(weight > 0, delta, 0.0)

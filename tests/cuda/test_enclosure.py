@@ -81,4 +81,6 @@ def test_a_matrix_on_the_device_answers_as_one_on_the_host() -> None:
     assert isinstance(below, Factor)
     assert np.array_equal(x @ below, x @ host.below(2.0**-126))
     assert below.max(initial=0.0) == 2.0**-140
+    assert there.lacking(2.0**-150) is None
+    assert np.array_equal(x @ there.lacking(2.0**-126), x @ host.lacking(2.0**-126))
     assert there.size[..., :1, :].max(initial=5.0) == 5.0
