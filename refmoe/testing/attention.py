@@ -335,8 +335,16 @@ def attention_changes(call: Attention, kv_heads: int) -> Iterator[Change]:
             yield Change(
                 "the window is one key too short", replace(call, window=call.window - 1), "attn-swa-off-by-one"
             )
-    for scale, words in ((1.0, "missing"), (1 / size, "1 / d"), (size**-0.25, "used on one factor only")):
-        if scale != call.scale:
+    own = size**-0.5 if call.scale is None else call.scale
+    for scale, words in (
+        (1.0, "missing"),
+        (1 / size, "1 / d"),
+        (size**-0.25, "used on one factor only"),
+        ((size * call.q.shape[1]) ** -0.5, "1 / sqrt(H d), as if all heads were one"),
+        (own * math.log(2), "as for exp, but powers of 2 are taken"),
+        (own / math.log(2), "as for powers of 2, but exp is taken"),
+    ):
+        if scale != own:
             bug = "attn-scale-missing" if scale == 1.0 else ""
             yield Change(f"the scale is {words}", replace(call, scale=scale), bug)
     if call.scale is not None:

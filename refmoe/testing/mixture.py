@@ -25,6 +25,8 @@ from refmoe.testing.products import as_transpose, expert_changes, within
 STEP = "moe.output"
 ROWS = 512
 """Rows of one expert that are enclosed at a time, so that memory does not grow with them."""
+BLOCKS = (16, 32, 64, 128)
+"""The rows of an expert that kernels take at a time."""
 LARGE = 1 << 26
 """Elements of the matrices from which copies of all of them cost too much to try a mistake."""
 
@@ -147,6 +149,8 @@ def slot_changes(ids: NDArray[Any], weights: NDArray[Any]) -> Iterator[tuple[str
         for slot, words in ((0, "first"), (k - 1, "last")) if k > 2 else ():
             only = np.where(np.arange(k) == slot, ids, -1)
             yield f"only the {words} slot of each token is added", only, wide, "expert-scatter-overwrite"
+        for words, left in lost_rows(ids):
+            yield words, left, wide, ""
         repeated = np.array([len({*row[row >= 0].tolist()}) < (row >= 0).sum() for row in ids])
         if repeated.any():
             once = np.array(ids)
@@ -155,6 +159,30 @@ def slot_changes(ids: NDArray[Any], weights: NDArray[Any]) -> Iterator[tuple[str
                     if once[row, slot] in ids[row, :slot]:
                         once[row, slot] = -1
             yield "an expert that a token has twice is added once", once, wide, "expert-scatter-overwrite"
+
+
+def lost_rows(ids: NDArray[Any]) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Rows of experts that a kernel loses: in words, and the ids [T, k] that are left, -1 for what is lost."""
+    flat = ids.reshape(-1)
+    _, expert, counts = np.unique(flat, return_inverse=True, return_counts=True)
+    expert = expert.reshape(-1)
+    place = np.empty(flat.size, np.int64)  # among the rows of the slot's expert
+    starts = np.cumsum(counts) - counts
+    order = np.argsort(expert, kind="stable")
+    place[order] = np.arange(flat.size) - starts[expert[order]]
+    count = counts[expert]
+    losses = {
+        "the first row of each expert is lost": place == 0,
+        "the last row of each expert is lost": place == count - 1,
+    }
+    for block in BLOCKS:
+        losses[f"the rows of each expert behind its last whole block of {block} are lost"] = (
+            place >= count // block * block
+        )
+        losses[f"the rows of each expert behind its first {block} are lost"] = place >= block
+    for words, lost in losses.items():
+        if (lost & (flat >= 0)).any():
+            yield words, np.where(lost, -1, flat).reshape(ids.shape)
 
 
 def roundings_of(weights: NDArray[Any], given: NDArray[Any]) -> int:

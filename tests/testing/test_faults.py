@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -179,6 +180,9 @@ MASKED = {
     "a query sees one key of the future": (seen(14), None, None),
     "the mask is aligned to the first key": (seen(1), None, None),
     "the scale is missing": (seen(13), None, 1.0),
+    "the scale is 1 / sqrt(H d), as if all heads were one": (seen(13), None, 1 / 8),
+    "the scale is as for exp, but powers of 2 are taken": (seen(13), None, math.log(2) / 4),
+    "the scale is as for powers of 2, but exp is taken": (seen(13), None, 1 / 4 / math.log(2)),
     "the window is not used": (seen(13), 8, None),
     "the window is one key too long": (seen(13, 9), 8, None),
     "the window is one key too short": (seen(13, 7), 8, None),
@@ -374,6 +378,29 @@ def test_combine() -> None:
         with pytest.raises(AssertionError) as failed:
             assertions.assert_combine(kernels.combine(outputs, other.astype(np.float32)), outputs, ids, weights)
         assert name in names(failed.value)
+
+
+LOST: dict[str, Callable[[list[Any]], list[Any]]] = {
+    "the first row of each expert is lost": lambda rows: rows[:1],
+    "the last row of each expert is lost": lambda rows: rows[-1:],
+    "the rows of each expert behind its last whole block of 16 are lost": lambda rows: rows[len(rows) // 16 * 16 :],
+    "the rows of each expert behind its first 32 are lost": lambda rows: rows[32:],
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_rows_of_experts_that_are_lost_are_named(name: str) -> None:
+    """Each expert's rows are its slots, token after token."""
+    rng = np.random.default_rng(14)
+    outputs, weights = drawn(rng, 200, 2, 16), kernels.softmax(drawn(rng, 200, 2))
+    ids = np.argsort(rng.random((200, 4)), 1)[:, :2]
+    kept = np.array(weights)
+    for expert in range(4):
+        for slot in LOST[name]([slot for slot in np.ndindex(*ids.shape) if ids[slot] == expert]):
+            kept[slot] = 0
+    with pytest.raises(AssertionError) as failed:
+        assertions.assert_combine(kernels.combine(outputs, kept), outputs, ids, weights)
+    assert name in names(failed.value)
 
 
 def test_one_wrong_value_among_very_many_is_found() -> None:
