@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cost of the assertions on kernels: each against one evaluation of its step in float32 by NumPy, in turns.
 
+Beside it stand the walls. An assertion on one value costs its calls. To judge a value of a step without sums takes many
+passes over arrays of binary64, and the time of one such pass is measured too.
+
 Processor time is measured, which other processes of the machine change little. Use one thread: OMP_NUM_THREADS=1.
 
     python -m bench.testing_cost
@@ -17,10 +20,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
 import refmoe
+from refmoe.testing import screening
+from refmoe.testing.checking import PIECE
 
 Work = Callable[[], Any]
 MODEL = {"D": 4096, "F": 14336, "E": 8, "k": 2, "H": 32, "K": 8, "d": 128, "S": 1024}
@@ -30,7 +36,11 @@ SMALL = {"D": 512, "F": 1792, "E": 8, "k": 2, "H": 8, "K": 2, "d": 64, "S": 1024
 LEAST = dict.fromkeys(MODEL, 1) | {"d": 2}
 """One value, or one pair."""
 FLOOR = 50
-"""Repeats of an assertion on one value."""
+"""Repeats of an assertion on one value, and of one on all values of a step."""
+ALONE = ("rms norm", "rotary", "swiglu", "combine")
+"""The steps without sums over a matrix."""
+WHOLE = 32
+"""Tokens of which all values are judged."""
 
 
 def silu(x: Any) -> Any:
@@ -178,6 +188,29 @@ def measured(size: dict[str, int], tokens: list[int], repeats: int, only: str) -
             yield {"step": name, "tokens": count, "numpy": plain, "assertion": both - plain, "ratio": both / plain - 1}
 
 
+def per_value(size: dict[str, int], least: dict[str, float]) -> dict[str, float]:
+    """The seconds in which a value is judged, where all values are.   least: those of an assertion on one value"""
+    found = {}
+    for name in ALONE:
+        step = FAMILIES[name](np.random.default_rng(0), WHOLE, size)[0]
+        with patch.object(screening, "MANY", 1 << 62):
+            row = next(measured(size, [WHOLE], FLOOR, name))
+        found[name] = (row["assertion"] - least[name]) / step().size
+    return found
+
+
+def one_pass() -> float:
+    """The seconds for each value in which two arrays of binary64 are added, in pieces as the assertions take them."""
+    a, b = np.ones((2, PIECE))
+    times = []
+    for _ in range(FLOOR):
+        start = time.perf_counter()
+        for _ in range(FLOOR):
+            np.add(a, b, out=b)
+        times.append(time.perf_counter() - start)
+    return min(times) / FLOOR / PIECE
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
@@ -198,9 +231,24 @@ def main() -> None:
     least = {row["step"]: row["assertion"] for row in measured(LEAST, [1], FLOOR, options.only)}
     for step, spent in least.items():
         print(f"{step:<26} one value: {1000 * spent:.2f} ms")
+    value = per_value(size, least) if not options.only else {}
+    for step, spent in value.items():
+        print(f"{step:<26} a value judged: {1e9 * spent:.0f} ns")
+    print(f"one pass over an array: {1e9 * (single := one_pass()):.2f} ns for each value")
     if options.json:
         options.json.write_text(
-            json.dumps({"sizes": size, "repeats": options.repeats, "rows": rows, "least": least}, indent=1) + "\n"
+            json.dumps(
+                {
+                    "sizes": size,
+                    "repeats": options.repeats,
+                    "rows": rows,
+                    "least": least,
+                    "value": value,
+                    "pass": single,
+                },
+                indent=1,
+            )
+            + "\n"
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,21 @@ PIECE = 1 << 14
 """Values of a step without a matrix that are judged at a time, so that their arrays stay in the cache."""
 
 
+KEPT = 1 << 22
+"""Bytes of the array that is freed to make the allocator keep memory: more than the arrays of a piece take."""
+
+
+@cache
+def keep_memory() -> None:
+    """Make the allocator of the C library keep memory for later arrays.
+
+    glibc gives memory back as soon as 128 KiB are free, and maps blocks of that size anew each time. So two thirds of
+    the time went into the page faults of temporary arrays. The largest block that was freed raises both limits, for the
+    whole process (mallopt(3), M_MMAP_THRESHOLD). The memory of this block is never touched, so it takes none.
+    """
+    np.empty(KEPT, np.uint8)
+
+
 @dataclass(frozen=True)
 class Parts:
     """The rows or columns of an output that are judged, where not all are."""
@@ -60,6 +76,7 @@ def checked_in_pieces(output: Output, policy: Policy, significance: float, parts
     parts: the rows or columns that are judged; None: all rows
     The significance is split over all values of the output.
     """
+    keep_memory()
     found = output.found
     axis, drawn = (0, len(found)) if parts is None else (parts.axis, len(parts.drawn))
     places = np.arange(drawn) if parts is None else parts.places
