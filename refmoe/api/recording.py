@@ -13,7 +13,7 @@ from refmoe.api.progress import Bars, silent
 from refmoe.checkpoints.ggml_quantise import KINDS
 from refmoe.checkpoints.gguf_file import TYPES, write_gguf_model
 from refmoe.checkpoints.load import checkpoint_digest, load_checkpoint
-from refmoe.checkpoints.quantise import RECIPES, write_quantised
+from refmoe.checkpoints.quantise import NAMES, write_quantised
 from refmoe.checkpoints.size import total_parameters
 from refmoe.checkpoints.write import DTYPE_NAMES, write_checkpoint
 from refmoe.engines.adapter import Skipped, adapter_class
@@ -29,7 +29,7 @@ from refmoe.traces.trace import Header, Recorder, Run, write_trace
 DTYPES, ATTENTIONS = engine.DTYPES, ("eager", "sdpa")
 WRITTEN_DTYPES = tuple(DTYPE_NAMES)
 DTYPES_OF_TYPES = {kind: dtype for dtype, kind in TYPES.items()}
-RECIPE_NAMES = tuple(RECIPES)
+RECIPE_NAMES = NAMES
 GGUF_KINDS = (*DTYPES_OF_TYPES, *KINDS)
 """ggml's names of the types and mixtures that a GGUF file is written in."""
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Integer codes of the input of a product, as engines with quantised weights make them, and the parts of such weights.
+"""Codes of the input of a product or of a cache, as quantised engines make them, and the parts of quantised weights.
 
-An engine cuts a row into blocks, and gives each block a scale and each value an integer code of eight bits. Then it
-multiplies the codes of the row by those of the weights. The rule is public, so the codes follow from the input. Only a
-value next to the boundary between two codes may have either: its code is contestable.
+An engine cuts a row into blocks, and gives each block a scale and each value a code: an integer, or a float of eight
+bits. Then it multiplies the codes of the row by those of the weights. The rule is public, so the codes follow from the
+input. Only a value next to the boundary between two codes may have either: its code is contestable.
 """
 
 from __future__ import annotations
@@ -14,18 +14,43 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.arithmetic.formats import FLOAT32, Format, nearest
+from refmoe.arithmetic.formats import FLOAT32, Format, nearest, ulp
 
-MOST = 127
-"""The largest code."""
 FREE_CODES = 4
 """The most contestable codes of a row that are tried in every combination. The error of others counts in full."""
 SMALL = 2.0**-100
 """A block whose largest magnitude is below has codes that depend on how an engine underflows."""
 
-MAXIMA = ("absolute", "signed")
-CODES = ("reciprocal of the maximum", "reciprocal of the scale", "reciprocal of the stored scale")
-ROUNDINGS = ("half-even", "half-away")
+FIXED = "none"
+MAXIMA = ("absolute", "signed", FIXED)
+CODES = (
+    "reciprocal of the maximum", "reciprocal of the scale", "reciprocal of the stored scale", "quotient by the scale",
+)  # fmt: skip
+ROUNDINGS = ("half-even", "half-away", "half-up")
+E4M3 = Format("e4m3", precision=4, exponent_min=-6, exponent_max=8)
+E5M2 = Format("e5m2", precision=3, exponent_min=-14, exponent_max=15)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The codes that there are."""
+
+    low: float
+    high: float
+    """The least and the largest code."""
+    format: Format | None = None
+    """The format of codes that are floats; None: they are integers."""
+
+    def spacing(self, size: Any) -> Any:
+        """The distance of two codes at these magnitudes."""
+        return 1.0 if self.format is None else ulp(size, self.format)
+
+
+KINDS = {
+    "int8": Kind(low=-128, high=127), "int4": Kind(low=-8, high=7), "e4m3": Kind(low=-448, high=448, format=E4M3),
+    "e5m2": Kind(low=-E5M2.largest, high=E5M2.largest, format=E5M2),
+}  # fmt: skip
+"""The codes that a format may have. E4M3 keeps the place of 480 for NaN."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +62,20 @@ class InputFormat:
     source: str
     block: int
     """The values that share a scale, a power of two; 0: the whole row."""
+    kind: str
+    """One of `KINDS`: integers or floats, and of how many bits."""
+    most: float
+    """The code of the largest magnitude, before it is rounded; it may lie between two codes."""
     maximum: str
-    """Whether the scale is that of the largest magnitude, or has the sign of that value, whose code is then -127."""
+    """Whether the scale is that of the largest magnitude, or has the sign of that value, whose code is then negative.
+
+    ``none``: the scale is 1.
+    """
     codes: str
-    """The factor of a value: 127 over the maximum, or 1 over the scale, before it is stored or after."""
+    """The factor of a value: `most` over the maximum, or 1 over the scale, before it is stored or after.
+
+    ``quotient by the scale``: the value is divided by the scale as it is before it is stored.
+    """
     rounding: str
     """Where a product halfway between two codes goes."""
     scale: Format
@@ -53,6 +88,11 @@ class InputFormat:
     """The fewest terms whose sum reaches the accumulator at once, as an integer or scaled; 0: the whole row."""
     roundings: int
     """The roundings of a term beside those of the runs: of scales, and of the last sum over lanes."""
+
+    @property
+    def limits(self) -> Kind:
+        """The codes of its kind."""
+        return KINDS[self.kind]
 
     def depth(self, terms: int) -> int:
         """The most roundings of a term of the product on its way into the sum."""
@@ -81,7 +121,7 @@ class Codes:
 
     how: InputFormat
     codes: Any
-    """Integers [t, n]."""
+    """[t, n]"""
     scales: Any
     """As stored, [t, blocks]; not finite where the engine's are not."""
     unrounded: Any
@@ -114,9 +154,23 @@ class Codes:
 
     def contestable(self) -> Any:
         """The values that an engine may round either way: booleans [t, n]"""
-        size = np.abs(self.ideal)
-        near = np.abs(size % 1 - 0.5) <= self.how.contest * FLOAT32.u * np.maximum(size, 1)
-        return near & (size < MOST) & ~self.unknown[:, None]
+        low, high = self._neighbours(self.ideal)
+        steps = np.abs(self.ideal) / self.how.limits.spacing(self.ideal)
+        near = np.abs(steps % 1 - 0.5) <= self.how.contest * FLOAT32.u * np.maximum(steps, 1)
+        return near & (low != high) & ~self.unknown[:, None]
+
+    def _neighbours(self, ideal: Any) -> tuple[Any, Any]:
+        """The codes below and above real numbers."""
+        kind = self.how.limits
+        spacing = kind.spacing(ideal)
+        low = np.floor(ideal / spacing) * spacing
+        return low.clip(kind.low, kind.high), (low + spacing).clip(kind.low, kind.high)
+
+    def ends(self) -> tuple[Any, Any]:
+        """The least and the largest value, scale times code, that an engine may have: [t, n] each"""
+        doubt, scales = self.contestable(), np.repeat(self.scales, self.width, axis=1)
+        ends = [np.where(doubt, codes, self.codes) * scales for codes in self._neighbours(self.ideal)]
+        return np.minimum(*ends), np.maximum(*ends)
 
     def replaced(self, row: int, columns: Any, codes: Any) -> Codes:
         """One row with other codes at some columns: [1, n]"""
@@ -130,8 +184,8 @@ class Codes:
 
     def alternatives(self, row: int, contested: Any) -> list[Codes]:
         """The row with every other choice of its contestable codes, of those columns: each [1, n]"""
-        low = np.floor(self.ideal[row, contested])
-        choices = (low + choice for choice in combinations((0.0, 1.0), repeat=len(contested)))
+        low, high = self._neighbours(self.ideal[row, contested])
+        choices = (np.where(up, high, low) for up in combinations((False, True), repeat=len(contested)))
         here = self.codes[row, contested]
         return [self.replaced(row, contested, codes) for codes in choices if not np.array_equal(codes, here)]
 
@@ -139,30 +193,43 @@ class Codes:
 @np.errstate(all="ignore")
 def quantise(x: Any, how: InputFormat) -> Codes:
     """The codes of rows of float32 values.   x: [t, n], n whole blocks"""
-    single, width = np.float32, how.block or x.shape[1]
+    single, width, kind = np.float32, how.block or x.shape[1], how.limits
     blocks = np.asarray(x, single).reshape(len(x), -1, width)
     at = np.abs(blocks).argmax(-1)[..., None]
     top = np.take_along_axis(blocks, at, -1)
-    if how.maximum == "signed":
-        factor = single(-MOST) / top
-        scale = single(1) / factor
-        ideal = blocks.astype(np.float64) * (-MOST / top.astype(np.float64))
+    if how.maximum == FIXED:
+        top = np.full_like(top, how.most)  # so that the scale is 1
+    most = single(-how.most if how.maximum == "signed" else how.most)
+    top = top if how.maximum == "signed" else np.abs(top)
+    if how.codes == CODES[0]:
+        factor = most / top
+        scale = single(1) / factor if how.maximum == "signed" else top / most
     else:
-        top = np.abs(top)
-        scale = top / single(MOST)
-        factor = single(MOST) / top if how.codes == CODES[0] else single(1) / scale
-        ideal = blocks.astype(np.float64) * (MOST / top.astype(np.float64))
+        scale = top / most
+        factor = single(1) / scale
+    ideal = blocks.astype(np.float64) * (float(most) / top.astype(np.float64))
     stored = nearest(scale, how.scale)
     if how.codes == CODES[2]:
         factor = single(1) / stored.astype(single)
         ideal = blocks.astype(np.float64) / stored
     empty = top == 0
     factor, ideal = np.where(empty, single(0), factor), np.where(empty, 0.0, ideal)
+    made = (np.where(empty, single(0), blocks / scale) if how.codes == CODES[3] else blocks * factor).astype(np.float64)
     stored, scale = np.where(empty, 0.0, stored), np.where(empty, 0.0, scale.astype(np.float64))
-    made = (blocks * factor).astype(np.float64)
-    rounded = np.rint(made) if how.rounding == "half-even" else np.trunc(made + np.copysign(0.5, made))
     unknown = ~np.isfinite(stored) | (np.abs(top) < SMALL) & ~empty | ~np.isfinite(made).all(-1, keepdims=True)
     return Codes(
-        how=how, codes=np.clip(rounded, -MOST - 1, MOST).reshape(x.shape), scales=stored[..., 0],
+        how=how, codes=_rounded(made, how).clip(kind.low, kind.high).reshape(x.shape), scales=stored[..., 0],
         unrounded=scale[..., 0], ideal=ideal.reshape(x.shape), unknown=unknown[..., 0].any(-1),
     )  # fmt: skip
+
+
+def _rounded(made: Any, how: InputFormat) -> Any:
+    """Float32 values, as binary64, rounded to codes."""
+    kind = how.limits
+    if kind.format is not None:
+        return nearest(made.clip(kind.low, kind.high), kind.format)
+    if how.rounding == "half-even":
+        return np.rint(made)
+    if how.rounding == "half-away":
+        return np.trunc(made + np.copysign(0.5, made))
+    return np.floor((made + (0.5 - kind.low)).astype(np.float32)) + kind.low  # the sum is one of float32

@@ -31,6 +31,8 @@ from refmoe.files.sentences import quoted, shown
 
 FIELD = "quantization_config"
 METHODS = ("fp8", "compressed-tensors", "gptq", "awq")
+ATTENTION_ALONE = re.compile(r".*self_attn\.[qkvo]_proj")
+"""The matrices of attention."""
 ATTENTION_AND_EXPERTS = re.compile(r".*(self_attn\.[qkvo]_proj|experts\.\d+\.w[123]|experts\.(gate_up|down)_proj)")
 """The matrices that every published scheme quantises. Router, embedding and output matrix are left out by some."""
 MOST_REPEATS = 3

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write a Hugging Face checkpoint whose matrices are quantised, as published ones are.
 
-The matrices of attention and of the experts are quantised. Embedding, router and output matrix stay as they are.
+The matrices of attention and of the experts are quantised, or those of attention alone. Embedding, router and output
+matrix stay as they are.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refmoe.checkpoints.names import named_weights, untied
-from refmoe.checkpoints.quantisation import ATTENTION_AND_EXPERTS, FIELD
+from refmoe.checkpoints.quantisation import ATTENTION_ALONE, ATTENTION_AND_EXPERTS, FIELD
 from refmoe.checkpoints.write import (
     DTYPE_NAMES,
     Tensors,
@@ -82,6 +83,11 @@ def _int4(wide: int) -> Callable[[Matrix], Tensors]:
     return parts
 
 
+def _int8(matrix: Matrix) -> Tensors:
+    scales, over = _scales(matrix, 1, matrix.shape[1], 127.5)
+    return {"weight": np.rint(over).clip(-128, 127).astype(np.int8), "weight_scale": scales}
+
+
 def _compressed(form: str, inputs: str | None = None, **weights: Any) -> dict[str, Any]:
     """The configuration of compressed-tensors for one group of matrices.
 
@@ -104,6 +110,9 @@ RECIPES = {
         (1, 1), _fp8(1, 0, "weight_scale"),
         _compressed("float-quantized", "float", num_bits=8, type="float", strategy="channel"), "ignore",
     ),
+    "int8-channel": Recipe(
+        (1, 1), _int8, _compressed("int-quantized", "int", num_bits=8, type="int", strategy="channel"), "ignore"
+    ),
     "int4-group32": Recipe(
         (1, 32), _int4(32),
         _compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32), "ignore",
@@ -113,24 +122,29 @@ RECIPES = {
         _compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=128), "ignore",
     ),
 }  # fmt: skip
+"""The ways in which matrices are quantised."""
+ATTENTION = ":attention"
+"""The end of a name whose recipe is for the matrices of attention alone."""
+NAMES = (*RECIPES, *(recipe + ATTENTION for recipe in RECIPES))
 """The names under which a quantised checkpoint can be asked for."""
 
 
 def write_quantised(folder: Path, config: Config, parameters: Parameters, recipe: str, dtype: str) -> None:
     """Write a checkpoint.
 
-    recipe: one of `RECIPES`   dtype: of all that is not quantised, as for `write_checkpoint`
+    recipe: one of `NAMES`   dtype: of all that is not quantised, as for `write_checkpoint`
 
     Raises InputError as `write_checkpoint` does, and when no matrix has the sizes that the recipe needs.
     """
-    rules, weights = RECIPES[recipe], untied(named_weights(parameters))
+    rules, weights = RECIPES[recipe.removesuffix(ATTENTION)], untied(named_weights(parameters))
+    parts = ATTENTION_ALONE if recipe.endswith(ATTENTION) else ATTENTION_AND_EXPERTS
     tensors: Tensors = {}
     left: list[str] = []
     for part in hf_tensors(config, weights, np.dtype(np.float32), fused=False):
         for name, array in part.items():
             module = name.removesuffix(".weight")
             fits = array.ndim == 2 and not any(size % unit for size, unit in zip(array.shape, rules.unit, strict=True))
-            if fits and ATTENTION_AND_EXPERTS.fullmatch(module):
+            if fits and parts.fullmatch(module):
                 tensors |= {f"{module}.{entry}": stored for entry, stored in rules.parts(array).items()}
             else:
                 tensors[name] = _at(array, dtype, name)

@@ -36,7 +36,7 @@ PREFIX = "gguf:"
 )  # fmt: skip
 @click.option(
     "--quantise", type=click.Choice(RECIPE_NAMES),
-    help="Quantise the matrices of attention and experts, in Hugging Face's layout.",
+    help="Quantise the matrices of attention and experts, or of attention alone, in Hugging Face's layout.",
 )  # fmt: skip
 @json_option
 def materialise_command(

@@ -116,6 +116,11 @@ ISLANDS = (
 )  # fmt: skip
 """The cut points of norms, rotations and softmax, which many engines of wide dtypes compute in float32."""
 
+KEPT_IN_CODES = ("cache.k", "cache.v", "attention.query")
+"""The cut points whose values a policy may keep as codes with scales, along each head."""
+ROTATED = ("cache.k", "attention.query")
+"""The cut points of `KEPT_IN_CODES` that hold rotary pairs."""
+
 CODED_TOGETHER = {"attention.q": "attention_norm", "expert.gate": "moe_norm"}
 """The taps whose codes several products read, each by the first of these products. The router reads no codes."""
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The formats of the input of a product, by name: refmoe's own in `inputs.toml`, and those of a policy of a user."""
+"""The formats of codes, by name: refmoe's own in `inputs.toml`, and those of a policy of a user."""
 
 from __future__ import annotations
 
@@ -8,24 +8,39 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from refmoe.arithmetic.codes import CODES, MAXIMA, ROUNDINGS, InputFormat
+from refmoe.arithmetic.codes import CODES, KINDS, MAXIMA, ROUNDINGS, InputFormat
 from refmoe.arithmetic.formats import FORMATS, Format
 from refmoe.errors import InputError
 from refmoe.files.parsing import toml
 from refmoe.files.reading import own_text
 from refmoe.files.sentences import shown
-from refmoe.profiles.cut_points import TENSOR_FORMATS
+from refmoe.profiles.cut_points import PROJECTIONS, TENSOR_FORMATS
 
 MATRICES = (
     "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "MXFP4", "int8-channel", "int8-tensor",
-    *TENSOR_FORMATS.values(),
+    "fp8-channel", "fp8-tensor", "fp8-block128x128", *TENSOR_FORMATS.values(),
 )  # fmt: skip
 """The formats of a matrix for which a policy may name a format of the input: those that `refmoe info` prints."""
 
+
+def is_matrix(name: str) -> bool:
+    """Whether a policy may name a format of the input for this: a format, or a product and a format.
+
+    name: such as ``int8-channel``, or ``expert.gate.int8-channel``
+    """
+    step, _, matrix = name.rpartition(".")
+    return matrix in MATRICES and (not step or step in PROJECTIONS)
+
+
 TEXTS = ("about", "source")
-CHOICES = {"maximum": MAXIMA, "codes": CODES, "rounding": ROUNDINGS, "scale": (*FORMATS,), "sums": (*FORMATS,)}
+CHOICES = {
+    "kind": (*KINDS,), "maximum": MAXIMA, "codes": CODES, "rounding": ROUNDINGS, "scale": (*FORMATS,),
+    "sums": (*FORMATS,),
+}  # fmt: skip
 NUMBERS = {"block": 1 << 20, "contest": 64, "run": 1 << 20, "roundings": 64}
 """The fields that are integers from 0, each with the largest value."""
+MOST = "most"
+"""The field that is a number of halves, at least 1 and at most one more than the largest code."""
 OPTIONAL = {"sums": None}
 
 Refuse = Callable[[str, Any, str], InputError]
@@ -60,12 +75,17 @@ def build(name: str, table: Any, tables: Mapping[str, Any], refuse: Refuse) -> I
             raise refuse("base", base, f"one of {', '.join(each for each in tables if each not in seen)}")
         seen.add(base)
         values = {**{key: value for key, value in tables[base].items() if key not in TEXTS}, **values}
-    known = (*TEXTS, *CHOICES, *NUMBERS)
+    known = (*TEXTS, *CHOICES, *NUMBERS, MOST)
     for field in values.keys() - {*known}:
         raise refuse(field, values[field], f"no such field, but one of {', '.join(known)}")
     made: dict[str, Any] = {**OPTIONAL, "name": name}
     for field in (each for each in known if each in values or each not in OPTIONAL):
         made[field] = _value(field, values.get(field), refuse)
+    largest = KINDS[made["kind"]].high
+    if not largest / 2 <= made[MOST] <= largest + 1:
+        raise refuse(
+            MOST, made[MOST], f"a number from {largest / 2:g} to {largest + 1:g}, for codes of {made['kind']},"
+        )
     return InputFormat(**made)
 
 
@@ -80,6 +100,10 @@ def _value(field: str, found: Any, refuse: Refuse) -> Any:
         if field == "block" and found & (found - 1):
             raise refuse(field, found, "a power of two, or 0 for the whole row,")
         return found
+    if field == MOST:
+        if not isinstance(found, int | float) or isinstance(found, bool) or not (2.0 * found).is_integer():
+            raise refuse(field, found, "a number of whole halves")
+        return float(found)
     if found not in CHOICES[field]:
         raise refuse(field, found, f"one of {', '.join(CHOICES[field])}")
     return FORMATS[found] if field in ("scale", "sums") else found

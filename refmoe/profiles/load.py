@@ -6,6 +6,7 @@ my-engine.toml                      a file with one table, of the same format; i
 hf-float32+cache=float16            with changes, each a field, a cut point, or one of `GROUPS`
 llama.cpp-quantised+Q4_K.input=q8_0 and so is the input of products with matrices of one format
 llama.cpp-quantised+codes=q8_2      or of all formats whose inputs become codes
+llama.cpp-quantised+cache=q8_0      and so are the values that the cache keeps
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -26,11 +27,12 @@ from refmoe.files.parsing import toml
 from refmoe.files.reading import own_text
 from refmoe.files.sentences import shown
 from refmoe.profiles import inputs
-from refmoe.profiles.cut_points import CUT_POINTS, INPUT_CUTS, ISLANDS
+from refmoe.profiles.cut_points import CUT_POINTS, INPUT_CUTS, ISLANDS, KEPT_IN_CODES
 from refmoe.profiles.policy import (
     COMPARED,
     CONSUMERS,
     FORMATS,
+    PAIRS,
     ROUTER_ORDERS,
     SCALES,
     SIGMOIDS,
@@ -44,7 +46,7 @@ DTYPES = ("storage", "accumulation", "statistics")
 BUDGETS = ("exp", "angles", "circle")
 CHOICES = {
     "scale": SCALES, "router_order": ROUTER_ORDERS, "compared": COMPARED, "ties": TIES, "consumers": CONSUMERS,
-    "sigmoid": SIGMOIDS,
+    "sigmoid": SIGMOIDS, "pairs": PAIRS,
 }  # fmt: skip
 FLAGS = ("truncates", "flushes")
 NUMBERS = ("ranks",)
@@ -107,7 +109,8 @@ def _in_words(policy: Policy) -> dict[str, str]:
     words |= {name: str(getattr(policy, name)) for name in NUMBERS}
     words |= {name: budget_in_words(getattr(policy, name)) for name in BUDGETS}
     words["inputs"] = ", ".join(f"{matrix}: {of.name}" for matrix, of in sorted(policy.inputs.items())) or "none"
-    return words | {cut: str(policy.at(cut)) for cut in CUT_POINTS}
+    kept = {cut: how.name for cut, how in policy.kept.items()}
+    return words | {cut: str(policy.at(cut)) for cut in CUT_POINTS} | kept
 
 
 def budget_in_words(budget: Budget) -> str:
@@ -166,25 +169,43 @@ def _build(name: str, tables: dict[str, Any], where: str) -> Policy:
     for cut in values["cuts"].keys() - {*CUT_POINTS, *groups}:
         known = (*CUT_POINTS, *groups)
         raise InputError(f"{where}: [{name}] has a cut point '{cut}', but only {_one_of(known, cut)} was expected")
-    cuts: dict[str, Format] = {}
-    for cut, dtype in sorted(values["cuts"].items(), key=lambda item: item[0] not in groups):  # single ones win
-        cuts |= dict.fromkeys(groups.get(cut, (cut,)), _value(cut, dtype, refuse))
+    cuts: dict[str, Any] = {}
+    for cut, found in sorted(values["cuts"].items(), key=lambda item: item[0] not in groups):  # single ones win
+        cuts |= {each: _cut(each, found, refuse) for each in groups.get(cut, (cut,))}
     made = {matrix: _input(matrix, found, refuse) for matrix, found in values["inputs"].items()}
-    return Policy(name=name, cuts=cuts, inputs=made, **parts)
+    return Policy(name=name, inputs=made, **(parts | _apart(cuts)))
+
+
+def _apart(cuts: Mapping[str, Format | InputFormat]) -> dict[str, dict[str, Any]]:
+    """The fields of a policy for these cut points: the dtypes of some, and what others are kept in."""
+    kept = {cut: found for cut, found in cuts.items() if isinstance(found, InputFormat)}
+    return {"cuts": {cut: found for cut, found in cuts.items() if cut not in kept}, "kept": kept}
+
+
+def _cut(cut: str, found: Any, refuse: Refuse) -> Format | InputFormat:
+    """The dtype of a cut point, or the codes in which it keeps values, if it is one of `KEPT_IN_CODES`."""
+    if cut not in KEPT_IN_CODES:
+        dtype: Format = _value(cut, found, refuse)
+        return dtype
+    return _codes(f"cuts.{cut}", cut, found, refuse)
 
 
 def _input(matrix: str, found: Any, refuse: Refuse) -> InputFormat | Format:
-    """The format of the input of products with matrices of a format: found by its name, or a table of one's own."""
-    if matrix not in inputs.MATRICES:
+    """The format of the input of products with matrices of a format, or of one such product."""
+    if not inputs.is_matrix(matrix):
         raise refuse("inputs", matrix, f"the format of a matrix, {_one_of(inputs.MATRICES, matrix)},")
+    return _codes(f"inputs.{matrix}", matrix, found, refuse)
+
+
+def _codes(field: str, name: str, found: Any, refuse: Refuse) -> InputFormat | Format:
+    """A format by its name, or a table of one's own."""
     if isinstance(found, dict):
-        own = inputs.own_tables()
 
-        def wrong(field: str, value: Any, expected: str) -> InputError:
-            return refuse(f"inputs.{matrix}.{field}", value, expected)
+        def wrong(part: str, value: Any, expected: str) -> InputError:
+            return refuse(f"{field}.{part}", value, expected)
 
-        return inputs.build(f"own {matrix}", found, own, wrong)
-    return inputs.input_format(found, lambda expected: refuse(f"inputs.{matrix}", found, expected))
+        return inputs.build(f"own {name}", found, inputs.own_tables(), wrong)
+    return inputs.input_format(found, lambda expected: refuse(field, found, expected))
 
 
 def _cuts_of(group: str) -> tuple[str, ...]:
@@ -251,7 +272,7 @@ def _changed(found: Policy, change: str, text: str) -> Policy:
     if not equals:
         raise InputError(f"policy '{text}': '{change}' was found, but a change such as cache=float16 was expected")
     matrix = field.removesuffix(INPUT)
-    if matrix != field and matrix in inputs.MATRICES:
+    if matrix != field and inputs.is_matrix(matrix):
         return replace(found, inputs={**found.inputs, matrix: _input(matrix, word, refuse)})
     if field == CODES:
         coded = [name for name, of in found.inputs.items() if isinstance(of, InputFormat)]
@@ -265,9 +286,11 @@ def _changed(found: Policy, change: str, text: str) -> Policy:
         value = {"true": True, "false": False}.get(word, word)
     elif field in NUMBERS and word.isdecimal():
         value = int(word)
-    values = {name: _value(name, value, refuse) for name in GROUPS.get(field, (field,))}
-    cuts = {name: dtype for name, dtype in values.items() if name in CUT_POINTS}
-    return replace(found, cuts={**found.cuts, **cuts}, **{name: values[name] for name in values if name not in cuts})
+    names = GROUPS.get(field, (field,))
+    cuts = {name: _cut(name, value, refuse) for name in names if name in CUT_POINTS}
+    values = {name: _value(name, value, refuse) for name in names if name not in cuts}
+    parts: dict[str, Any] = values | _apart({**found.cuts, **found.kept, **cuts})
+    return replace(found, **parts)
 
 
 def _shown(found: Any) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from refmoe.arithmetic.codes import InputFormat
 from refmoe.arithmetic.enclosure.budgets import Budget
 from refmoe.arithmetic.formats import FORMATS, Format
-from refmoe.profiles.cut_points import CUT_POINTS, format_of
+from refmoe.profiles.cut_points import CUT_POINTS, format_of, product_of
 
 ROUTER_ORDERS = ("top-k-then-softmax", "softmax-then-top-k")
 SCALES = ("scores", "query")
@@ -18,6 +18,7 @@ TIES = ("any", "lower")
 COMPARED = ("stored", "unrounded")
 CONSUMERS = ("stored", "unrounded")
 SIGMOIDS = ("relative", "absolute")
+PAIRS = ("halves", "interleaved")
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class Policy:
 
     A polynomial approximation of the sigmoid has few correct digits, or none, for values far below 1.
     """
+    pairs: str = "halves"
+    """Where the elements of a rotary pair stand in a head whose values share scales: half a head apart, or together."""
     truncates: bool = False
     """Whether an accumulator may truncate, as tensor cores do."""
     flushes: bool = False
@@ -70,17 +73,24 @@ class Policy:
     inputs: Mapping[str, InputFormat | Format] = field(default_factory=dict)
     """Per format of a matrix what becomes of the other factor of its products: codes, or values of a dtype.
 
-    It belongs to the format of the tensor, not of the file, because a file may hold several.
+    It belongs to the format of the tensor, not of the file, because a file may hold several. An entry for one product
+    and a format, such as ``expert.gate.int8-channel``, comes before that of the format.
     """
+    kept: Mapping[str, InputFormat] = field(default_factory=dict)
+    """The cut points of `KEPT_IN_CODES` whose values become codes and scales. Their dtype is then not used."""
 
     def input_of(self, weight: Any) -> InputFormat | Format | None:
         """The format of the input of products with this matrix; None: the dtype of its cut point."""
-        return self.inputs.get(format_of(weight)) if self.inputs else None
+        if not self.inputs:
+            return None
+        matrix = format_of(weight)
+        return self.inputs.get(f"{product_of(weight)}.{matrix}", self.inputs.get(matrix))
 
     @property
     def codes(self) -> tuple[InputFormat, ...]:
-        """The formats of codes that products may make of their inputs, each once, in the order of their names."""
-        found = {each.name: each for each in self.inputs.values() if isinstance(each, InputFormat)}
+        """The formats of codes of products and of the cache, each once, in the order of their names."""
+        coded = (*self.inputs.values(), *self.kept.values())
+        found = {each.name: each for each in coded if isinstance(each, InputFormat)}
         return tuple(found[name] for name in sorted(found))
 
     def at(self, cut: str) -> Format:
@@ -103,6 +113,7 @@ FIELDS = {
     "ties": "the expert chosen of two with equal logits: any, or the one with the lower id",
     "consumers": "whether the next step reads the stored tap, or may read it before it is rounded (fused kernels)",
     "sigmoid": "whether the error of the sigmoid is relative to it, or relative to 1",
+    "pairs": "whether the elements of a rotary pair stand half a head apart or together, where heads are kept in codes",
     "truncates": "whether an accumulator may cut off, as tensor cores do",
     "flushes": "whether subnormal inputs and results of a product may become zero",
     "ranks": "the ranks that share the sums of attention.output and expert.output, or the experts of a token",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products with quantised matrices under a policy: what both the ideal engine and its enclosures need."""
+"""Products with quantised matrices, and values kept in codes, under a policy: for the ideal engine and enclosures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.arithmetic.codes import Factors, InputFormat
+from refmoe.arithmetic.codes import Factors, InputFormat, quantise
 from refmoe.arithmetic.enclosure.array import Enclosure, concatenate
 from refmoe.arithmetic.enclosure.coded import (
     Left,
@@ -23,7 +23,7 @@ from refmoe.arithmetic.enclosure.coded import (
 from refmoe.arithmetic.weight_cache import WeightCache
 from refmoe.checkpoints.rows import RowWeight
 from refmoe.errors import InputError
-from refmoe.profiles.cut_points import CODED_TOGETHER, PROJECTIONS, product_of
+from refmoe.profiles.cut_points import CODED_TOGETHER, PROJECTIONS, ROTATED, product_of
 from refmoe.profiles.policy import Policy
 
 BLOCK = 1 << 20
@@ -46,6 +46,28 @@ def codes_of(policy: Policy, weight: Any) -> InputFormat | None:
             f"policy {policy.name} makes of the input of products with {weight.format}"
         )
     return how
+
+
+def kept(policy: Policy, cut: str, x: Any, code: Callable[[Any, InputFormat], Any]) -> Any:
+    """Values [.., d] at a cut point that keeps them in codes.   code: gives what codes and scales stand for
+
+    Raises InputError where heads are no whole blocks of the codes.
+    """
+    how, width = policy.kept[cut], x.shape[-1]
+    if how.block and width % how.block:
+        raise InputError(
+            f"policy {policy.name}: {cut} keeps heads of {width} values, but whole blocks of {how.block} were "
+            f"expected, of which {how.name} makes codes"
+        )
+    if policy.pairs == "halves" or cut not in ROTATED:
+        return code(x, how)
+    order = np.arange(width).reshape(2, -1).T.reshape(-1)  # the first elements of all pairs, then the second ones
+    return code(x[..., order], how)[..., np.argsort(order)]
+
+
+def coded_values(x: Any, how: InputFormat) -> Any:
+    """Values [.., n] as codes and scales give them back."""
+    return quantise(x.reshape(-1, x.shape[-1]), how).values.reshape(x.shape)
 
 
 def quantises(policy: Policy, weights: Any) -> bool:

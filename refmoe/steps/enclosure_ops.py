@@ -23,6 +23,7 @@ from refmoe.arithmetic.enclosure.array import (
     stored,
     unbounded_beyond,
 )
+from refmoe.arithmetic.enclosure.coded import in_codes
 from refmoe.arithmetic.enclosure.matrices import Matrix
 from refmoe.arithmetic.enclosure.narrow import matrix_of
 from refmoe.arithmetic.enclosure.products import Accumulator, over_ranks, product, total
@@ -33,7 +34,7 @@ from refmoe.arithmetic.weight_cache import WeightCache
 from refmoe.checkpoints.weight import Weight
 from refmoe.profiles.cut_points import PRODUCTS, PROJECTIONS, ROW_PARALLEL, STATISTICS, product_of
 from refmoe.profiles.policy import Policy
-from refmoe.steps.coded import RowNumbers, codes_of, enclosed
+from refmoe.steps.coded import RowNumbers, codes_of, enclosed, kept
 from refmoe.steps.rounding import CutOps, cut_again
 from refmoe.steps.sharded import block
 from refmoe.steps.sharded.parameters import part
@@ -351,6 +352,8 @@ class EnclosureOps(ArrayOps):
     @quiet
     def cut(self, name: str, x: Enclosure) -> Enclosure:
         policy = self.policy
+        if name in policy.kept:
+            return cast(Enclosure, kept(policy, name, x, in_codes))
         format = policy.at(name)
         result = x.cut(format, any_scale=name == "attention.probs")
         if name == "attention.probs":

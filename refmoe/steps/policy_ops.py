@@ -19,7 +19,7 @@ from refmoe.arithmetic.formats import FLOAT64, Format, nearest
 from refmoe.profiles.cut_points import PROJECTIONS, ROW_PARALLEL, product_of
 from refmoe.profiles.policy import Policy
 from refmoe.spec.softmax import softmax
-from refmoe.steps.coded import codes_of, groups_of
+from refmoe.steps.coded import coded_values, codes_of, groups_of, kept
 from refmoe.steps.rounding import cut_again
 from refmoe.steps.sharded import block
 
@@ -37,6 +37,8 @@ class PolicyOps(ExactOps):
         self.policy = policy
 
     def cut(self, name: str, x: Any) -> Any:
+        if name in self.policy.kept:
+            return kept(self.policy, name, x, coded_values)
         return nearest(x, self.policy.at(name))
 
     def tap(self, name: str, x: Any) -> Any:

@@ -60,7 +60,9 @@ class CutOps(ArrayOps):
 
 def cut_again(ops: CutOps, name: str, before: str, x: Array) -> Array:
     """`x` after the cut point `name`. `x` was last stored at `before`, and a dtype that holds it changes nothing."""
-    return x if ops.policy.at(name).holds(ops.policy.at(before)) else ops.cut(name, x)
+    if name not in ops.policy.kept and ops.policy.at(name).holds(ops.policy.at(before)):
+        return x
+    return ops.cut(name, x)
 
 
 def rms_norm(ops: CutOps, x: Array, gain: Array, eps: float) -> Array:

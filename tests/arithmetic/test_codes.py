@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Codes of inputs: those of the package gguf and of llama.cpp's own library, and those that rounding can decide."""
+"""Codes: those of the package gguf, of llama.cpp's library and of compressed-tensors; those that rounding decides."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -26,8 +27,8 @@ needs_engine = pytest.mark.skipif(
     find_spec("xllamacpp") is None, reason="xllamacpp not installed: pip install -e '.[llama-cpp]'"
 )
 WIDTH = 512
-BYTES = {"q8_0": (8, 34), "q8_1": (9, 36), "q8_k": (15, 292)}
-"""llama.cpp's numbers of its formats of inputs, and the bytes of a block."""
+BYTES = {"q8_0": (8, 34), "q8_1": (9, 36), "q8_k": (15, 292), "q4_0": (2, 18)}
+"""llama.cpp's numbers of its formats of inputs and caches, and the bytes of a block."""
 TINY = replace(input_formats()["q8_0"], block=4)
 
 
@@ -50,6 +51,50 @@ def test_without_avx_they_are_those_of_the_package_gguf(kind: str) -> None:
     found = quantise(x, input_formats()["q8_0-half-away"])
     np.testing.assert_array_equal(found.codes.reshape(-1, 32), raw[:, 2:].view(np.int8))
     np.testing.assert_array_equal(found.scales.reshape(-1), raw[:, :2].copy().view(np.float16)[:, 0])
+
+
+@needs_gguf
+@pytest.mark.parametrize("kind", ["random", "ties"])
+def test_those_of_four_bits_are_those_of_the_package_gguf(kind: str) -> None:
+    """The package keeps them above 8: those of the first 16 values in the low halves of bytes."""
+    gguf: Any = import_module("gguf")
+    x = rows(kind)
+    raw = gguf.quants.quantize(x, gguf.GGMLQuantizationType.Q4_0).reshape(-1, 18)
+    found = quantise(x, input_formats()["q4_0"])
+    expected = np.concatenate([raw[:, 2:] & 15, raw[:, 2:] >> 4], axis=1).astype(np.int8) - 8
+    np.testing.assert_array_equal(found.codes.reshape(-1, 32), expected)
+    np.testing.assert_array_equal(found.scales.reshape(-1), raw[:, :2].copy().view(np.float16)[:, 0])
+
+
+@pytest.mark.parametrize("kind", ["random", "ties"])
+@pytest.mark.parametrize(("name", "type_"), [("int8-token-simulated", "int"), ("e4m3-token-simulated", "float")])
+def test_those_of_a_token_are_those_that_compressed_tensors_simulates(name: str, type_: str, kind: str) -> None:
+    """The library gives codes times scales, rounded to float32."""
+    torch: Any = pytest.importorskip("torch")
+    pytest.importorskip("compressed_tensors")
+    library: Any = import_module("compressed_tensors.quantization")
+    helpers: Any = import_module("compressed_tensors.quantization.utils")
+    forward: Any = import_module("compressed_tensors.quantization.lifecycle.forward")
+    arguments = library.QuantizationArgs(num_bits=8, type=type_, strategy="token", symmetric=True, dynamic=True)
+    x = rows(kind)
+    value = torch.from_numpy(x)[None]
+    scale, zero = helpers.compute_dynamic_scales_and_zp(value, arguments, None)
+    made = forward.fake_quantize(value, scale, zero, arguments)[0].numpy()
+    found = quantise(x, input_formats()[name])
+    np.testing.assert_array_equal(found.values.astype(np.float32), made)
+    assert len(np.unique(found.codes)) >= 80
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("e4m3-cache", "float8_e4m3fn"), ("e5m2-cache", "float8_e5m2")])
+def test_floats_of_a_cache_are_those_of_ml_dtypes(name: str, dtype: str) -> None:
+    """Every value of the format, every middle of two neighbours, and what lies beyond the largest."""
+    kind = np.dtype(getattr(ml_dtypes, dtype))
+    values = np.arange(256, dtype=np.uint8).view(kind).astype(np.float32)
+    values = np.unique(values[np.isfinite(values)])
+    x = np.concatenate([values, (values[1:] + values[:-1]) / 2, values[[0, -1]] * 1.5, np.spacing(values) + values])
+    most = values[-1]
+    expected = np.clip(x, -most, most).astype(kind).astype(np.float64)
+    np.testing.assert_array_equal(quantise(x[None], input_formats()[name]).values[0], expected)
 
 
 class Traits(c.Structure):
@@ -77,8 +122,10 @@ def by_llama_cpp(name: str, x: NDArray[np.float32]) -> NDArray[np.uint8]:
 def test_they_are_those_of_llama_cpp(name: str, kind: str) -> None:
     x = rows(kind)
     raw, found = by_llama_cpp(name, x), quantise(x, input_formats()[name])
-    start = {"q8_0": 2, "q8_1": 4, "q8_k": 4}[name]
+    start = {"q8_0": 2, "q8_1": 4, "q8_k": 4, "q4_0": 2}[name]
     codes = raw[:, start : start + found.width].view(np.int8)
+    if name == "q4_0":
+        codes = np.concatenate([raw[:, 2:] & 15, raw[:, 2:] >> 4], axis=1).astype(np.int8) - 8
     scales = raw[:, :4].copy().view(np.float32) if name == "q8_k" else raw[:, :2].copy().view(np.float16)
     np.testing.assert_array_equal(found.codes.reshape(codes.shape), codes)
     np.testing.assert_array_equal(found.scales.reshape(-1), scales[:, 0])

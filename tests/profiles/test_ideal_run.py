@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ def run(rules: Policy, model: Model | None = None) -> dict[str, Any]:
     """Every tap of a small model, prefill, chunk and decode."""
     model = model or random_model()
     recorder = Recorder()
+    rules = replace(rules, kept={cut: replace(how, block=SMALL.head_dim) for cut, how in rules.kept.items()})
     runs = plan(CALLS, SMALL.vocab)
     execute(PolicyOps(rules, recorder), Model(model.config, model.parameters, CUT_STEPS), runs, recorder)
     return recorder.arrays

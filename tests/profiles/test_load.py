@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -226,3 +227,55 @@ def test_the_input_of_products_belongs_to_the_format_of_a_matrix(tmp_path: Path)
     assert (changed.inputs["Q4_K"], changed.inputs["Q6_K"]) == (input_formats()["q8_0"], FLOAT16)
     assert [row.field for row in differences([base, changed])] == ["inputs"]
     assert {each.name for each in base.codes} == {"q8_0", "q8_1", "q8_k"}
+
+
+def test_a_cache_may_keep_codes(tmp_path: Path) -> None:
+    """By a change of both, or of one; a dtype takes the codes away again. No other cut point has codes."""
+    base, formats = policy("llama.cpp-quantised"), input_formats()
+    changed = policy("llama.cpp-quantised+cache=q8_0")
+    assert changed.kept == {"cache.k": formats["q8_0"], "cache.v": formats["q8_0"]}
+    assert [row.field for row in differences([base, changed])] == ["cache.k", "cache.v"]
+    assert [row.values[1] for row in differences([base, changed])] == ["q8_0", "q8_0"]
+    again = policy("llama.cpp-quantised+cache=q8_0+cache.k=q4_0+cache.v=float16")
+    assert again.kept == {"cache.k": formats["q4_0"]}
+    assert (again.at("cache.v"), "cache.k" in again.cuts) == (FLOAT16, False)
+    assert formats["q4_0"] in again.codes
+    with pytest.raises(InputError, match=r'attention\.k is "q8_0"'):
+        policy("llama.cpp-quantised+attention.k=q8_0")
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        '[mine]\nabout = "M"\nsource = "S"\nbase = "float32"\n'
+        '[mine.cuts."cache.v"]\nbase = "q8_0"\nabout = "A"\nsource = "S"\nblock = 64\n'
+    )
+    own = policy(str(path)).kept["cache.v"]
+    assert (own.block, own.kind, own.most) == (64, "int8", 127.0)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a policy asks of a parameter."""
+
+    name: str
+    format: str = "int8-channel"
+
+
+def test_one_product_may_read_other_codes_than_the_format_says() -> None:
+    found = policy("float32+int8-channel.input=int8-token+expert.gate.int8-channel.input=float32")
+    gate, up = (Stored(f"layers.0.experts.1.{name}") for name in ("w1", "w3"))
+    assert found.input_of(gate) == FLOAT32
+    assert found.input_of(up) == input_formats()["int8-token"]
+    with pytest.raises(InputError):
+        policy("float32+expert.gat.int8-channel.input=float32")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("most", "130"), ("most", "127.25"), ("kind", '"int9"'), ("most", "8"), ("maximum", '"big"')]
+)
+def test_a_format_of_one_s_own_that_cannot_be(tmp_path: Path, field: str, value: str) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        '[mine]\nabout = "M"\nsource = "S"\nbase = "float32"\n'
+        f'[mine.cuts."cache.k"]\nbase = "q8_0"\nabout = "A"\nsource = "S"\n{field} = {value}\n'
+    )
+    with pytest.raises(InputError, match=f"cuts.cache.k.{field}"):
+        policy(str(path))

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.arithmetic.codes import FREE_CODES, MOST, Factors, InputFormat, quantise
+from refmoe.arithmetic.codes import FIXED, FREE_CODES, Factors, InputFormat, quantise
 from refmoe.arithmetic.enclosure.array import (
     OWN,
     SLACK,
@@ -36,7 +36,7 @@ from refmoe.arithmetic.formats import FLOAT32, representable
 LOST = 2.0**-135
 """The most that a term loses below the smallest normal float32: a scale errs by 2^-150, times a sum of 4096 codes."""
 STEP_ERROR = 2.0**-14
-"""The error of a value over its scale, before it is rounded to a code: below 2^-14 for values up to 127."""
+"""The error of a value over its scale, before it is rounded to a code, in steps: below 2^-14 for values up to 128."""
 
 
 @dataclass(frozen=True)
@@ -100,21 +100,66 @@ def _loosened(left: Left, rough: Left, rows: Any) -> Left:
 def _unknown(x: Enclosure, how: InputFormat, groups: int) -> Left:
     """Rows whose codes are not known: the input itself, with half a step of the code and the error of the scale."""
     x = x.settle()
-    rows, width = len(x.mid), how.block or x.shape[1]
-    error = x.r + (0.0 if representable(x.mid, FLOAT32).all() else FLOAT32.u * np.abs(x.mid) + FLOAT32.tiny)
-    most = np.abs(x.mid) + error
-    step = np.repeat(most.reshape(rows, -1, width).max(-1), width, axis=1) / MOST
-    stored, lost = how.scale.u + FLOAT32.u * 4, how.scale.u * how.scale.tiny
-    scaled = step * (1 + stored) + lost
-    radius = error + stored * (most + scaled) + lost * (MOST + 1) + scaled * (0.5 + STEP_ERROR)
-    radius = unbounded_beyond(scaled, radius * SLACK, how.scale)
+    rows = len(x.mid)
+    most = x.size + _error(x)
+    radius = _rough(x, how)
     if not groups:
         return Left(values=x.mid, sums=None, radius=radius, rows=rows)
     sums, off = (part.reshape(rows, groups, -1).sum(-1) for part in (x.mid, radius))
     if how.sums is not None:
-        size = (most + radius).reshape(rows, groups, -1).sum(-1)
+        stored, size = _stored(how), (most + radius).reshape(rows, groups, -1).sum(-1)
         off = unbounded_beyond(size, off + (stored + how.sums.u) * size + how.sums.u * how.sums.tiny, how.sums)
     return Left(values=x.mid, sums=sums, radius=radius, sums_radius=off * SLACK, rows=rows)
+
+
+def _error(x: Enclosure) -> Any:
+    """The most by which a float32 that an engine makes a code of may differ from the middle of its enclosure."""
+    return x.r + (0.0 if representable(x.mid, FLOAT32).all() else FLOAT32.u * x.size + FLOAT32.tiny)
+
+
+def _stored(how: InputFormat) -> float:
+    """The relative error of a stored scale."""
+    return how.scale.u + FLOAT32.u * 4
+
+
+def _rough(x: Enclosure, how: InputFormat) -> Any:
+    """The most by which scale times code may differ from the middle of its enclosure [t, n], whatever the codes are."""
+    rows, width, kind = len(x.mid), how.block or x.shape[1], how.limits
+    error = _error(x)
+    most = x.size + error
+    if how.maximum == FIXED:
+        step = np.ones(x.shape)
+    else:
+        step = np.repeat(most.reshape(rows, -1, width).max(-1), width, axis=1) / how.most
+    stored, lost = _stored(how), how.scale.u * how.scale.tiny
+    scaled = step * (1 + stored) + lost
+    if kind.format is None:
+        half = scaled * (max(0.5, how.most - kind.high) + STEP_ERROR)
+    else:
+        half = (kind.format.u + 4 * FLOAT32.u) * most + scaled * kind.format.u * kind.format.tiny
+    if how.maximum == FIXED:
+        half = half + np.maximum(most - kind.high, 0)
+    radius = error + stored * (most + scaled) + lost * kind.high + half
+    return unbounded_beyond(scaled, radius * SLACK, how.scale)
+
+
+@quiet
+def in_codes(x: Enclosure, how: InputFormat) -> Enclosure:
+    """x [.., n] as an engine keeps it that stores codes and scales. A contestable code may be either of two."""
+    x = x.settle()
+    flat = x.reshape(-1, x.shape[-1])
+    wide = _rough(flat, how)
+    mid, radius = flat.mid, wide
+    if x.radius is None and x.length is None and representable(x.mid, FLOAT32).all():
+        codes = quantise(flat.mid, how)
+        low, high = codes.ends()
+        known = ~codes.unknown[:, None]
+        mid, radius = np.where(known, low / 2 + high / 2, mid), np.where(known, (high - low) / 2, wide)
+    elif x.length is not None:
+        radius = radius * math.sqrt(2) * SLACK  # of two elements of a pair, each may err by as much
+    radius = bounded(radius)
+    made = Enclosure(mid, radius, bounded(flat.v + radius**2 / 3), accumulation=x.accumulation, length=flat.length)
+    return made.reshape(x.shape)
 
 
 # ---- the product

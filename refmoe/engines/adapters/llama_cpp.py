@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Collection, Sequence
 from importlib.metadata import version
@@ -59,6 +60,9 @@ NAMES = {
 The table lacks attention.scores. llama.cpp has a tensor of the unscaled products only, because softmax scales them.
 """
 
+CACHES = {"float16": "float32-cache-float16", "q8_0": "cache-q8_0", "q4_0": "cache-q4_0"}
+"""The policies of types of the cache, each after ``llama.cpp-``."""
+
 TURNED = ("attention.q", "attention.k", "attention.q_rope", "attention.k_rope")
 """Taps whose rotary pairs are interleaved in llama.cpp."""
 
@@ -76,7 +80,10 @@ class Adapter:
     dtypes = ("float32",)
     abilities = ("chunk", "decode", "sequences")
     options = MappingProxyType({
-        "cache": Option("the dtype of the cache; llama.cpp's own default is float16", (*native.TYPES,)),
+        "cache": Option(
+            "the type of the cache; llama.cpp's own default is float16. Heads in q8_0 or q4_0 are not turned",
+            (*native.TYPES,),
+        ),
         "flash": Option("flash attention; llama.cpp's own default is on", (*native.FLASH,)),
         "threads": Option("the threads of llama.cpp"),
         "file": Option("the dtype of the matrices in the GGUF file", (*FILE_TYPES,)),
@@ -89,6 +96,10 @@ class Adapter:
         self, cache: str = "float32", flash: str = "off", threads: str = "1", file: str = "float32",
         library: str = native.PACKAGE,
     ) -> None:  # fmt: skip
+        if cache in native.CODED:
+            if flash == "off":
+                raise InputError(f"option flash is 'off', but with cache={cache} llama.cpp needs flash=on")
+            os.environ[native.UNTURNED] = "1"
         self.file, self.cache, self.flash = file, cache, flash
         build = None if library == native.PACKAGE else Path(library)
         self.library = native.load_library(lambda text: print(text, end="", file=sys.stderr), build)
@@ -162,18 +173,23 @@ class Adapter:
 
 def policy_of(file: str, cache: str, flash: str) -> str:
     """The policy of llama.cpp with these options."""
-    if flash == "on":  # it rounds keys and values of a float32 cache to float16 before it reads them
+    if flash == "on" and cache not in native.CODED:
+        # it rounds keys and values of a float32 cache to float16 before it reads them
         return "llama.cpp-float32-flash" if file == "float32" else f"llama.cpp-{file}"
-    name = "llama.cpp-float32" + ("-cache-float16" if cache == "float16" else "")
     inputs = f"+linear.input={file}+router.logits.input=float32" if file != "float32" else ""
-    return name + inputs + ("+flushes=true" if file == "bfloat16" else "")
+    return _of_cache(cache) + inputs + ("+flushes=true" if file == "bfloat16" else "")
 
 
 def policy_of_gguf(cache: str, flash: str) -> str:
     """The policy of llama.cpp with these options and a GGUF file of whatever formats."""
-    if flash == "on":
+    if flash == "on" and cache not in native.CODED:
         return "llama.cpp-quantised"
-    return policy_of("float32", cache, flash) + "+F16.input=float16+BF16.input=bfloat16"
+    return _of_cache(cache) + "+F16.input=float16+BF16.input=float16"
+
+
+def _of_cache(cache: str) -> str:
+    """The policy of llama.cpp with this cache and a float32 file. Flash attention is on where the cache has codes."""
+    return "llama.cpp-float32" if cache == "float32" else f"llama.cpp-{CACHES[cache]}"
 
 
 def shaped(tap: str, array: NDArray[Any], config: Config, run: Run) -> NDArray[Any]:

@@ -25,8 +25,12 @@ LIBRARY = "xllamacpp, or a path of libllama"
 """The values of the option `library`."""
 FLASH = {"off": 0, "on": 1}
 """LLAMA_FLASH_ATTN_TYPE_DISABLED and _ENABLED."""
-TYPES = {"float32": 0, "float16": 1}
-"""GGML_TYPE_F32 and GGML_TYPE_F16."""
+TYPES = {"float32": 0, "float16": 1, "q8_0": 8, "q4_0": 2}
+"""GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0 and GGML_TYPE_Q4_0."""
+CODED = ("q8_0", "q4_0")
+"""The types that are codes with scales."""
+UNTURNED = "LLAMA_ATTN_ROT_DISABLE"
+"""The variable by which a quantised cache keeps heads as they are, and not turned by a Hadamard matrix."""
 DTYPES = {0: np.float32, 1: np.float16, 26: np.int32}
 """The NumPy dtypes of some values of ggml_type."""
 LOUD = (3, 4)

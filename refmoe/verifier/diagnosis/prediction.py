@@ -20,7 +20,7 @@ from refmoe.arithmetic.weight_cache import WeightCache
 from refmoe.profiles.cut_points import PROJECTIONS, product_of
 from refmoe.profiles.policy import Policy
 from refmoe.spec.taps import step_of
-from refmoe.steps.coded import codes_of, groups_of, parts_of
+from refmoe.steps.coded import coded_values, codes_of, groups_of, kept, parts_of
 from refmoe.steps.policy_ops import PolicyOps
 from refmoe.steps.rounding import CutOps, cut_again
 from refmoe.traces.trace import Trace
@@ -60,6 +60,8 @@ class PlainOps(PolicyOps):
         self._forced, self._weights, self._factors = forced, weights, factors
 
     def cut(self, name: str, x: Any) -> Any:
+        if name in self.policy.kept:
+            return kept(self.policy, name, x, coded_values)
         return nearest(x, self.policy.at(name)) if name in self._forced else x
 
     def tap(self, name: str, x: Any) -> Any:

@@ -21,6 +21,7 @@ from refmoe.arithmetic.enclosure.coded import (
     candidates,
     coded_product,
     contested_rows,
+    in_codes,
     left_factor,
     with_choices,
 )
@@ -32,6 +33,11 @@ SMALL = {
     name: replace(input_formats()[name], block=WIDTH, run=WIDTH)
     for name in ("q8_0", "q8_0-half-away", "q8_1", "q8_k", "q8_2")
 }
+KEPT = {name: replace(input_formats()[name], block=WIDTH) for name in ("q8_0", "q4_0", "q8_2")} | {
+    name: input_formats()[name]
+    for name in ("int8-token", "int8-token-simulated", "e4m3-token-simulated", "e4m3-cache", "e5m2-cache")
+}
+"""Formats that a cache may have, and their codes of other kinds."""
 single = np.float32
 
 
@@ -195,3 +201,71 @@ def test_known_codes_are_narrower_than_float16_by_the_depth_of_the_sum(n: int) -
     rounded = 2.0**-11 * np.abs(x) @ np.abs(weights.terms).T
     assert np.median(rounded / known) > 0.99 * 2**13 / how.depth(n)
     assert np.median(unknown / known) > 20 * 2**13 / how.depth(n)
+
+
+# ---- values that are kept in codes
+
+
+def near_boundaries(rng: np.random.Generator, how: InputFormat) -> Any:
+    """A row [1, n] of which some values lie within a few float32 values of a boundary between codes."""
+    x = (rng.standard_normal((1, WIDTH * BLOCKS)) * 2.0 ** rng.integers(-9, 9)).astype(single)
+    codes = quantise(x, how)
+    for at in rng.integers(0, x.size, 4):
+        step = codes.how.limits.spacing(codes.codes[0, at])
+        value = single((codes.codes[0, at] + step * rng.choice([-0.5, 0.5])) * codes.scales[0, at // codes.width])
+        if np.abs(value) < np.abs(x).max() / 2:
+            x[0, at] = value + rng.integers(-2, 3) * np.spacing(value)
+    return x
+
+
+def inside(found: Enclosure, values: Any) -> bool:
+    return bool((np.abs(values - found.mid) <= found.r).all())
+
+
+@settings(max_examples=200, deadline=None)
+@given(seed=st.integers(0, 2**32), name=st.sampled_from([*KEPT]))
+def test_every_choice_of_a_code_that_is_kept_is_inside_and_no_other(seed: int, name: str) -> None:
+    """A code that is not contestable has no room at all: its neighbours are outside."""
+    rng, how = np.random.default_rng(seed), KEPT[name]
+    x = near_boundaries(rng, how)
+    found, codes = in_codes(Enclosure(x), how), quantise(x, how)
+    for choice in every_choice(codes):
+        assert inside(found, choice.values)
+    sure = ~codes.contestable()
+    assert (found.r[sure] == 0).all()
+    np.testing.assert_array_equal(found.mid[sure], codes.values[sure])
+    assert sure.sum() >= x.size / 2
+
+
+@settings(max_examples=200, deadline=None)
+@given(seed=st.integers(0, 2**32), name=st.sampled_from([*KEPT]), wide=st.booleans())
+def test_codes_of_every_value_within_its_radius_are_inside(seed: int, name: str, wide: bool) -> None:
+    rng, how = np.random.default_rng(seed), KEPT[name]
+    x = near_boundaries(rng, how)
+    radius = np.abs(x) * (0.25 if wide else 2.0**-12)
+    found = in_codes(Enclosure(x, radius, radius**2), how)
+    for _ in range(20):
+        end = x + radius * rng.choice([-1, 1, rng.uniform(-1, 1)], x.shape)
+        near = np.where(np.abs(end.astype(single) - x.astype(np.float64)) <= radius, end.astype(single), x)
+        assert inside(found, quantise(near, how).values)
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_codes_of_a_pair_turned_by_any_angle_are_inside(name: str) -> None:
+    """Where the angle of a pair is not known, the radius bounds the length of the error of both elements."""
+    rng, how = np.random.default_rng(11), KEPT[name]
+    half = WIDTH * BLOCKS // 2
+    x = rng.standard_normal((1, 2 * half)).astype(single)
+    length = np.tile(np.hypot(x[:, :half], x[:, half:]), 2)
+    found = in_codes(Enclosure(x, np.zeros(x.shape), length=length), how)
+    assert found.length is not None
+    for angle in rng.uniform(0, 2 * np.pi, 100):
+        cos, sin = np.cos(angle), np.sin(angle)
+        a, b = x[:, :half], x[:, half:]
+        turned = np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=1).astype(single)
+        error = quantise(turned, how).values - turned.astype(np.float64)
+        assert (np.hypot(error[:, :half], error[:, half:]) <= found.r[:, :half]).all()
+
+
+def test_scales_beyond_their_dtype_are_kept_without_a_bound() -> None:
+    assert np.isinf(in_codes(Enclosure(np.full((1, WIDTH), 1e9, single)), KEPT["q8_0"]).r).all()

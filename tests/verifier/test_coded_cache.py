@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A cache of keys and values in codes: the ideal engine and llama.cpp conform, and planted faults are seen there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from refmoe.arithmetic.codes import InputFormat, quantise
+from refmoe.checkpoints.load import load_checkpoint
+from refmoe.checkpoints.synthetic import synthetic_checkpoint
+from refmoe.checkpoints.write import write_checkpoint
+from refmoe.engines.adapters import llama_cpp
+from refmoe.errors import InputError
+from refmoe.profiles.load import policy
+from refmoe.profiles.policy import Policy
+from refmoe.spec.config import Config
+from refmoe.spec.model import Model, Parameters
+from refmoe.steps.policy_ops import PolicyOps
+from refmoe.steps.rounding import CUT_STEPS
+from refmoe.suite import read_case
+from refmoe.traces.script import execute, plan
+from refmoe.traces.trace import Header, Recorder, Run, read_trace, write_trace
+from refmoe.verifier.findings import CONFORMANT, Report
+from refmoe.verifier.verify import verify
+
+engine = pytest.mark.skipif(
+    find_spec("xllamacpp") is None or find_spec("gguf") is None,
+    reason="xllamacpp or gguf not installed: pip install -e '.[llama-cpp]'",
+)
+GOLDEN = Path(__file__).parents[2] / "golden"
+CONFIG = Config(
+    dim=128, layers=2, heads=4, kv_heads=2, head_dim=64, hidden_dim=64, vocab=64, experts=3, experts_per_token=2,
+    norm_eps=1e-5, rope_theta=1e4,
+)  # fmt: skip
+RUNS: tuple[Run, ...] = plan([("prefill", 0, [3, 14, 15, 9, 26, 5, 35, 8]), ("decode", 0, [2])], CONFIG.vocab)
+FIRST = ("prefill", "layers.0.attention.context")
+NAMES = (
+    "llama.cpp-cache-q8_0", "llama.cpp-cache-q4_0", "bfloat16+consumers=stored+cache=e4m3-cache",
+    "float32+cache=e5m2-cache", "float32+cache.k=int8-token", "float32+cache.v=q8_0",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def parameters() -> Parameters:
+    return synthetic_checkpoint(CONFIG, 4).parameters
+
+
+def trace_of(ops: PolicyOps, parameters: Parameters, recorder: Recorder) -> dict[str, Any]:
+    execute(ops, Model(CONFIG, parameters, CUT_STEPS), RUNS, recorder)
+    return {key: array for key, array in recorder.arrays.items() if not key.endswith(UNSEEN)}
+
+
+UNSEEN = ("attention.scores", "attention.probs")
+"""What no fused attention shows."""
+
+
+def judged(arrays: dict[str, Any], parameters: Parameters, name: str, folder: Path) -> Report:
+    path = folder / "trace.safetensors"
+    write_trace(path, Header(RUNS, "test", policy=name), arrays)
+    return verify(read_trace(path), "test", CONFIG, parameters, RUNS, policy(name))
+
+
+def ideal(rules: Policy, parameters: Parameters) -> dict[str, Any]:
+    recorder = Recorder()
+    return trace_of(PolicyOps(rules, recorder), parameters, recorder)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_ideal_engine_conforms_and_one_with_another_cache_does_not(
+    name: str, parameters: Parameters, tmp_path: Path
+) -> None:
+    report = judged(ideal(policy(name), parameters), parameters, name, tmp_path)
+    assert report.verdict == CONFORMANT, report.headline
+    for other in (f"{name}+cache=float32", f"{name}+cache=q8_2"):
+        assert judged(ideal(policy(other), parameters), parameters, name, tmp_path).first_wrong == FIRST
+
+
+def test_without_the_keys_the_report_is_wide_and_accuses_nobody(parameters: Parameters, tmp_path: Path) -> None:
+    """Rotated keys are not in the trace, so that their codes are not known."""
+    name = "llama.cpp-cache-q8_0"
+    for dropped in (("k_rope",), ("k_rope", "q_rope"), ("k_rope", "attention.k"), ("attention.v",), ("k_rope", ".v")):
+        arrays = ideal(policy(name), parameters)
+        some = {key: array for key, array in arrays.items() if not key.endswith(dropped)}
+        assert judged(some, parameters, name, tmp_path).verdict == CONFORMANT, dropped
+
+
+# ---- faults
+
+
+Code = Callable[[Any, InputFormat], Any]
+
+
+def by_another_rule(**changes: Any) -> Code:
+    def code(x: Any, how: InputFormat) -> Any:
+        return quantise(x, replace(how, **changes)).values
+
+    return code
+
+
+def one_code_off(x: Any, how: InputFormat) -> Any:
+    codes = quantise(x, how)
+    codes.codes[0, 5] += np.where(codes.codes[0, 5] > 0, -1, 1)
+    return codes.values
+
+
+def scale_of_the_neighbour(x: Any, how: InputFormat) -> Any:
+    codes = quantise(x, how)
+    return codes.codes * np.repeat(np.roll(codes.scales, 1, axis=1), codes.width, axis=1)
+
+
+def truncated(x: Any, how: InputFormat) -> Any:
+    codes = quantise(x, how)
+    return np.trunc(codes.ideal) * np.repeat(codes.scales, codes.width, axis=1)
+
+
+def halves(x: Any, how: InputFormat) -> Any:
+    """Scales shared by values whose pairs stand half a head apart."""
+    order = np.arange(x.shape[-1]).reshape(-1, 2).T.reshape(-1)
+    return quantise(x[:, order], how).values[:, np.argsort(order)]
+
+
+FAULTS: dict[str, tuple[str, Code]] = {
+    "one code off": ("cache.k", one_code_off),
+    "one code of a value off": ("cache.v", one_code_off),
+    "scale of the neighbour": ("cache.k", scale_of_the_neighbour),
+    "scale of a value's neighbour": ("cache.v", scale_of_the_neighbour),
+    "keys truncated": ("cache.k", truncated),
+    "values truncated": ("cache.v", truncated),
+    "another maximum": ("cache.k", by_another_rule(most=126.0)),
+    "scale in float32": ("cache.v", by_another_rule(scale=policy("float32").storage)),
+    "queries not coded": ("attention.query", lambda x, how: x),
+    "queries truncated": ("attention.query", truncated),
+    "order of pairs": ("cache.k", halves),
+}
+
+
+class Faulty(PolicyOps):
+    """An engine with a fault in what it keeps at one cut point."""
+
+    def __init__(self, rules: Policy, recorder: Recorder, fault: str) -> None:
+        super().__init__(rules, recorder)
+        self.at, self.code = FAULTS[fault]
+
+    def cut(self, name: str, x: Any) -> Any:
+        if name != self.at:
+            return super().cut(name, x)
+        how, order = self.policy.kept[name], np.arange(x.shape[-1])
+        if name != "cache.v":
+            order = order.reshape(2, -1).T.reshape(-1)
+        flat = self.code(x.reshape(-1, x.shape[-1])[:, order], how)
+        return flat[:, np.argsort(order)].reshape(x.shape)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_seen_where_it_is(fault: str, parameters: Parameters, tmp_path: Path) -> None:
+    name, recorder = "llama.cpp-cache-q8_0", Recorder()
+    arrays = trace_of(Faulty(policy(name), recorder, fault), parameters, recorder)
+    assert judged(arrays, parameters, name, tmp_path).first_wrong == FIRST
+
+
+def test_heads_that_are_no_whole_blocks_are_refused() -> None:
+    with pytest.raises(InputError, match=r"heads of 24.*whole blocks of 32"):
+        PolicyOps(policy("float32+cache=q8_0")).cut("cache.k", np.ones((2, 1, 24)))
+
+
+# ---- a real engine
+
+
+@engine
+@pytest.mark.parametrize("cache", ["q8_0", "q4_0"])
+@pytest.mark.parametrize("case", ["production-head-32", "production-first"])
+def test_llama_cpp_conforms(case: str, cache: str, tmp_path: Path) -> None:
+    """Heads of 32 and 64. Under the policy of a float16 cache the same trace does not conform."""
+    model = read_case(GOLDEN / case)
+    write_checkpoint(tmp_path / "model", model.config, model.checkpoint().parameters, dtype="bfloat16")
+    adapter = llama_cpp.Adapter(cache=cache, flash="on")
+    adapter.load(tmp_path / "model", "float32")
+    runs, loaded = model.runs(), load_checkpoint(tmp_path / "model")
+    arrays = adapter.run(runs, adapter.taps)
+    for name, right in ((adapter.policies["float32"], True), ("llama.cpp-float32-flash", False)):
+        write_trace(tmp_path / "t.safetensors", Header(runs, case, policy=name), arrays)
+        trace = read_trace(tmp_path / "t.safetensors")
+        report = verify(trace, case, loaded.config, loaded.parameters, runs, policy(name))
+        assert (report.verdict == CONFORMANT) == right, report.headline
+        assert right or report.first_wrong == ("prefill", "layers.0.attention.context")
