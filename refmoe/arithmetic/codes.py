@@ -26,7 +26,8 @@ MAXIMA = ("absolute", "signed", FIXED)
 CODES = (
     "reciprocal of the maximum", "reciprocal of the scale", "reciprocal of the stored scale", "quotient by the scale",
 )  # fmt: skip
-ROUNDINGS = ("half-even", "half-away", "half-up")
+TOWARD_ZERO = "toward zero"
+ROUNDINGS = ("half-even", "half-away", "half-up", TOWARD_ZERO)
 E4M3 = Format("e4m3", precision=4, exponent_min=-6, exponent_max=8)
 E5M2 = Format("e5m2", precision=3, exponent_min=-14, exponent_max=15)
 
@@ -77,7 +78,7 @@ class InputFormat:
     ``quotient by the scale``: the value is divided by the scale as it is before it is stored.
     """
     rounding: str
-    """Where a product halfway between two codes goes."""
+    """Where a product halfway between two codes goes; `TOWARD_ZERO`: every product goes there."""
     scale: Format
     """The dtype of the stored scale."""
     sums: Format | None
@@ -154,6 +155,8 @@ class Codes:
 
     def contestable(self) -> Any:
         """The values that an engine may round either way: booleans [t, n]"""
+        if self.how.rounding == TOWARD_ZERO:  # it has no contest
+            return np.zeros(self.ideal.shape, bool)
         low, high = self._neighbours(self.ideal)
         steps = np.abs(self.ideal) / self.how.limits.spacing(self.ideal)
         near = np.abs(steps % 1 - 0.5) <= self.how.contest * FLOAT32.u * np.maximum(steps, 1)
@@ -226,6 +229,9 @@ def quantise(x: Any, how: InputFormat) -> Codes:
 def _rounded(made: Any, how: InputFormat) -> Any:
     """Float32 values, as binary64, rounded to codes."""
     kind = how.limits
+    if how.rounding == TOWARD_ZERO:
+        spacing = kind.spacing(made)
+        return np.trunc(made / spacing) * spacing
     if kind.format is not None:
         return nearest(made.clip(kind.low, kind.high), kind.format)
     if how.rounding == "half-even":

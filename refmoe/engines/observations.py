@@ -126,6 +126,7 @@ def is_wider(policy: Policy, dtype: str) -> bool:
         or (policy.flushes and not own.flushes)
         or policy.ranks > own.ranks
         or policy.inputs != own.inputs
+        or policy.kept != own.kept
     )
 
 

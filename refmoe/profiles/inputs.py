@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from refmoe.arithmetic.codes import CODES, KINDS, MAXIMA, ROUNDINGS, InputFormat
+from refmoe.arithmetic.codes import CODES, KINDS, MAXIMA, ROUNDINGS, TOWARD_ZERO, InputFormat
 from refmoe.arithmetic.formats import FORMATS, Format
 from refmoe.errors import InputError
 from refmoe.files.parsing import toml
@@ -86,6 +86,8 @@ def build(name: str, table: Any, tables: Mapping[str, Any], refuse: Refuse) -> I
         raise refuse(
             MOST, made[MOST], f"a number from {largest / 2:g} to {largest + 1:g}, for codes of {made['kind']},"
         )
+    if made["rounding"] == TOWARD_ZERO and made["contest"]:
+        raise refuse("contest", made["contest"], f"0, as nothing is decided halfway with rounding {TOWARD_ZERO},")
     return InputFormat(**made)
 
 

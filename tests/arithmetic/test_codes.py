@@ -95,6 +95,10 @@ def test_floats_of_a_cache_are_those_of_ml_dtypes(name: str, dtype: str) -> None
     most = values[-1]
     expected = np.clip(x, -most, most).astype(kind).astype(np.float64)
     np.testing.assert_array_equal(quantise(x[None], input_formats()[name]).values[0], expected)
+    toward_zero = [max(values[values <= abs(each)]) * np.sign(each) for each in x]
+    truncated = quantise(x[None], input_formats()[f"{name}-truncated"])
+    np.testing.assert_array_equal(truncated.values[0], toward_zero)
+    assert not truncated.contestable().any()
 
 
 class Traits(c.Structure):

@@ -12,6 +12,7 @@ import pytest
 from refmoe.arithmetic.formats import FORMATS
 from refmoe.engines.observations import is_wider, policies_used
 from refmoe.engines.results import read_results
+from refmoe.profiles.inputs import input_formats
 from refmoe.profiles.load import policy
 from refmoe.profiles.policy import CUT_POINTS, Policy
 from tests.command_line import Refmoe
@@ -40,9 +41,10 @@ def test_one_coarser_cut_is_wider(dtype: str, cut: str) -> None:
 
 
 ALLOWING = {"ranks": 8, "truncates": True, "flushes": True, "ties": "any", "compared": "unrounded",
-    "consumers": "unrounded", "sigmoid": "absolute", "inputs": {"Q8_0": FORMATS["float16"]}}  # fmt: skip
+    "consumers": "unrounded", "sigmoid": "absolute", "inputs": {"Q8_0": FORMATS["float16"]},
+    "kept": {"cache.k": input_formats()["q8_0"]}}  # fmt: skip
 """Fields whose value allows more than another one, with the value that allows most."""
-ANOTHER_WAY = {"name", "about", "source", "scale", "router_order"}
+ANOTHER_WAY = {"name", "about", "source", "scale", "router_order", "pairs"}
 """Fields that say something else, and allow neither more nor less."""
 MEASURES = {"storage", "accumulation", "statistics", "exp", "angles", "circle", "cuts"}
 """Dtypes and budgets, which the other tests change."""

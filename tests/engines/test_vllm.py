@@ -238,8 +238,9 @@ def test_the_engine_is_asked_for_no_graph_no_chunks_and_no_prefix_cache(adapter:
     adapter.load(tmp_path / "model", "float32")
     assert adapter.llm.options == {
         "skip_tokenizer_init": True, "enforce_eager": True, "max_num_seqs": 1, "async_scheduling": False,
-        "enable_prefix_caching": False, "enable_chunked_prefill": False,
+        "enable_prefix_caching": False, "enable_chunked_prefill": False, "kv_cache_dtype": "auto",
     }  # fmt: skip
+    assert adapter.policies["float32"] == "float32"
     adapter.load(tmp_path / "model", "float32")  # in place of the first
 
 

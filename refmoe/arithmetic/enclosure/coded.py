@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.arithmetic.codes import FIXED, FREE_CODES, Factors, InputFormat, quantise
+from refmoe.arithmetic.codes import FIXED, FREE_CODES, TOWARD_ZERO, Factors, InputFormat, quantise
 from refmoe.arithmetic.enclosure.array import (
     OWN,
     SLACK,
@@ -137,6 +137,8 @@ def _rough(x: Enclosure, how: InputFormat) -> Any:
         half = scaled * (max(0.5, how.most - kind.high) + STEP_ERROR)
     else:
         half = (kind.format.u + 4 * FLOAT32.u) * most + scaled * kind.format.u * kind.format.tiny
+    if how.rounding == TOWARD_ZERO:
+        half = 2 * half
     if how.maximum == FIXED:
         half = half + np.maximum(most - kind.high, 0)
     radius = error + stored * (most + scaled) + lost * kind.high + half

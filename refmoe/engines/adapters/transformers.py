@@ -19,6 +19,8 @@ from refmoe.traces.trace import Recorder, Run
 EXPERTS = tuple(tap for tap in TAPS if tap.startswith("expert."))
 AROUND = ("embedding", "residual", "final_norm", "logits")
 """The taps that a compiled layer does not hide."""
+CODED = "-w8a8"
+"""The end of the policy of a folder of compressed-tensors that declares codes of inputs."""
 ALIGNED = 16
 """torch's grouped_mm wants strides that are multiples of this number of bytes."""
 ALIGNMENT = "https://github.com/pytorch/pytorch/issues/172440"
@@ -72,6 +74,7 @@ class Adapter:
     def load(self, checkpoint: Path, dtype: str) -> None:
         """Load a checkpoint of the Hugging Face layout. Raises Skipped for dims that grouped_mm does not take."""
         self.model = engine.load_model(checkpoint, dtype, self.attention, self.experts)
+        self.policies[dtype] = f"hf-{dtype}" + (CODED if dtype == "float32" and codes_inputs(self.model) else "")
         config, size = self.model.config, self.model.dtype.itemsize
         widths = (config.hidden_size, config.intermediate_size)
         if self.experts == "grouped_mm" and any(width * size % ALIGNED for width in widths):
@@ -110,6 +113,12 @@ class Adapter:
         longest = max(run.past + len(run.tokens) for run in runs)
         # some cells stay unused, as in an engine that has allocated for the longest answer
         return lambda: transformers.StaticCache(config=self.model.config, max_cache_len=longest + 3)
+
+
+def codes_inputs(model: Any) -> bool:
+    """Whether any module simulates codes of its input, as compressed-tensors makes it do."""
+    schemes = (getattr(module, "quantization_scheme", None) for module in model.modules())
+    return any(scheme is not None and scheme.input_activations is not None for scheme in schemes)
 
 
 def refuse_cuts(runs: Sequence[Run]) -> None:

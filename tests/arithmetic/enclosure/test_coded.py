@@ -35,7 +35,16 @@ SMALL = {
 }
 KEPT = {name: replace(input_formats()[name], block=WIDTH) for name in ("q8_0", "q4_0", "q8_2")} | {
     name: input_formats()[name]
-    for name in ("int8-token", "int8-token-simulated", "e4m3-token-simulated", "e4m3-cache", "e5m2-cache")
+    for name in (
+        "int8-token",
+        "int8-token-simulated",
+        "e4m3-token",
+        "e4m3-token-simulated",
+        "e4m3-cache",
+        "e5m2-cache",
+        "e4m3-cache-truncated",
+        "e5m2-cache-truncated",
+    )
 }
 """Formats that a cache may have, and their codes of other kinds."""
 single = np.float32
