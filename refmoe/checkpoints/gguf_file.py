@@ -72,6 +72,12 @@ class Vocabulary:
     """The tokens that begin and end a text."""
     merges: tuple[str, ...] = ()
     """The merges of a ``gpt2`` tokenizer, which refuses a file without any."""
+    scores: tuple[float, ...] = ()
+    """The score of each piece of a ``llama`` tokenizer; none: all are 0."""
+    cut: str = "default"
+    """gguf's name of the way in which a ``gpt2`` tokenizer cuts a text."""
+    adds_begin: bool = False
+    """Whether a text begins with the token `begin`."""
 
 
 def placeholders(vocab: int) -> Vocabulary:
@@ -173,16 +179,16 @@ def write_gguf(
     writer.add_vocab_size(config.vocab)
     text = placeholders(config.vocab) if vocabulary is None else vocabulary
     writer.add_tokenizer_model(text.model)
-    writer.add_tokenizer_pre("default")
+    writer.add_tokenizer_pre(text.cut)
     writer.add_token_list(text.pieces)
-    writer.add_token_scores([0.0] * config.vocab)
+    writer.add_token_scores(text.scores or [0.0] * config.vocab)
     writer.add_token_types([getattr(gguf.TokenType, each) for each in text.kinds])
     if text.merges:
         writer.add_token_merges(text.merges)
     writer.add_bos_token_id(text.begin)
     writer.add_eos_token_id(text.end)
     if vocabulary is not None:
-        writer.add_add_bos_token(False)
+        writer.add_add_bos_token(vocabulary.adds_begin)
         writer.add_add_eos_token(False)
     for name, array, wanted in tensors(config, weights, kind):
         # NumPy has neither blocks nor bfloat16 of its own: gguf takes their bytes

@@ -20,6 +20,8 @@ from refmoe.files.reading import need_file
 from refmoe.files.sentences import quoted
 
 EXPECTED = "a GGUF file"
+TOKENIZER = "tokenizer."
+"""The beginning of the names of the tokenizer's fields."""
 LONGEST = 1 << 22
 """The most elements of an array in the metadata. The largest vocabularies have a tenth of this number."""
 
@@ -61,7 +63,7 @@ def open_gguf(path: Path) -> GgufFile:
         reader = _reader(gguf)(path)
         if reader.byte_order != "I":
             raise InputError(f"{path}: has the other byte order, but a little-endian GGUF file was expected")
-        fields = {name: field for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
+        fields = {name: field for name, field in reader.fields.items() if not name.startswith(TOKENIZER)}
         values = {name: field.contents() for name, field in fields.items()}
         sizes = {kind.name: pair for kind, pair in gguf.GGML_QUANT_SIZES.items()}
         end, alignment = int(reader.data_offset), int(reader.alignment)
@@ -77,6 +79,15 @@ def open_gguf(path: Path) -> GgufFile:
             end = -(-(tensor.offset + tensor.nbytes) // alignment) * alignment
             tensors[found.name] = tensor
     return GgufFile(path, values, tensors)
+
+
+def tokenizer_fields(path: Path) -> dict[str, Any]:
+    """The fields of the tokenizer in the metadata of a GGUF file, by their full names. Raises InputError."""
+    gguf: Any = require("gguf", "llama-cpp", "reading a GGUF file")
+    need_file(path, EXPECTED)
+    with foreign_parser(path, EXPECTED):
+        fields = _reader(gguf)(path).fields
+        return {name: field.contents() for name, field in fields.items() if name.startswith(TOKENIZER)}
 
 
 def _check(tensor: GgufTensor, block: int, start: int, size: int) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The text of a checkpoint's folder: its vocabulary, added tokens, chat template and end tokens, obeyed or refused."""
+"""The text of a checkpoint: its vocabulary, added tokens, chat template and end tokens, obeyed or refused."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from functools import cached_property
 from pathlib import Path
 
 from refmoe.errors import InputError
-from refmoe.files.reading import exists
+from refmoe.files.reading import exists, is_folder
 from refmoe.files.sentences import quoted
 from refmoe.text.chat import check_messages, encode_chat
 from refmoe.text.chat_template import ChatTemplate
+from refmoe.text.gguf_vocabulary import read_vocabulary
 from refmoe.text.settings import AddedToken, TextSettings, read_settings
 from refmoe.text.stream import TextStream
 from refmoe.text.tokenizer import Tokenizer
@@ -31,6 +32,8 @@ class FolderText:
     tokenizer: Tokenizer | JsonTokenizer | None
     """None where the folder has no vocabulary: then there are only token ids."""
     settings: TextSettings
+    refused: tuple[AddedToken, ...] = ()
+    """Tokens whose text no prompt may hold."""
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a prompt.
@@ -42,8 +45,7 @@ class FolderText:
         Raises InputError when the folder has no vocabulary, or for such a text.
         """
         tokenizer = self._need()
-        if isinstance(tokenizer, Tokenizer):
-            self._refuse_added(text, self.beyond.values())
+        self._refuse_added(text, (*self.beyond.values(), *self.refused))
         return tokenizer.encode(text)
 
     def encode_chat(self, messages: object) -> list[int]:
@@ -56,6 +58,8 @@ class FolderText:
         """
         tokenizer, settings = self._need(), self.settings
         if settings.template is None or settings.template_file is None:
+            if isinstance(tokenizer, Tokenizer):
+                return encode_chat(tokenizer, messages)
             if not exists(self.folder / SENTENCEPIECE):
                 raise InputError(
                     f"{self.folder}: has neither a chat template nor {SENTENCEPIECE}, but a dialogue needs one"
@@ -107,6 +111,8 @@ class FolderText:
 
     def _need(self) -> Tokenizer | JsonTokenizer:
         if self.tokenizer is None:
+            if not is_folder(self.folder):
+                raise InputError(f"{self.folder}: its vocabulary has no piece of text, but text needs one")
             raise InputError(f"{self.folder}: neither {JSON} nor {SENTENCEPIECE} is there, but text needs one of them")
         return self.tokenizer
 
@@ -115,8 +121,8 @@ class FolderText:
         for added in tokens:
             if added.content in text:
                 raise InputError(
-                    f"{self.folder}: {SENTENCEPIECE} does not say how the text beside the token "
-                    f"{quoted(added.content)} is split, so {JSON} was expected"
+                    f"{self._need().path}: does not say how the text beside the token {quoted(added.content)} is "
+                    f"split, so {JSON} was expected"
                 )
 
 
@@ -136,17 +142,21 @@ class FolderStream(TextStream):
 
 
 def read_folder(folder: Path, rows: int) -> FolderText:
-    """The text of a checkpoint's folder.   rows: the number of rows of the model's embedding
+    """The text of a checkpoint's folder, or of a GGUF file.   rows: the number of rows of the model's embedding
 
     Raises InputError for files that cannot be obeyed, and for a vocabulary of more tokens than there are rows.
     """
-    settings = read_settings(folder)
     tokenizer: Tokenizer | JsonTokenizer | None = None
-    if exists(folder / JSON):
-        tokenizer = JsonTokenizer.load(folder / JSON, settings)
-    elif exists(folder / SENTENCEPIECE):
-        tokenizer = Tokenizer.load(folder / SENTENCEPIECE)
-    text = FolderText(folder, rows, tokenizer, settings)
+    refused: tuple[AddedToken, ...] = ()
+    if exists(folder) and not is_folder(folder):
+        tokenizer, settings, refused = read_vocabulary(folder)
+    else:
+        settings = read_settings(folder)
+        if exists(folder / JSON):
+            tokenizer = JsonTokenizer.load(folder / JSON, settings)
+        elif exists(folder / SENTENCEPIECE):
+            tokenizer = Tokenizer.load(folder / SENTENCEPIECE)
+    text = FolderText(folder, rows, tokenizer, settings, refused)
     if tokenizer is not None:
         count = max(tokenizer.vocab_size, 1 + max(settings.added, default=-1))
         if count > rows:

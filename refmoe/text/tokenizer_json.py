@@ -57,15 +57,7 @@ class JsonTokenizer:
         backend.no_truncation()
         backend.no_padding()
         _add(tokenizers, backend, settings, path)
-        ids = backend.get_vocab(with_added_tokens=True).values()
-        if not ids:
-            raise InputError(f"{path}: holds no token, but {EXPECTED} was expected")
-        silent = frozenset(token for token, added in backend.get_added_tokens_decoder().items() if added.special)
-        contradiction = _contradiction(backend, settings, path)
-        return JsonTokenizer(
-            path=path, backend=backend, vocab_size=max(ids) + 1, decoders=_decoders(backend), silent=silent,
-            contradiction=contradiction,
-        )  # fmt: skip
+        return of_backend(path, backend, _contradiction(backend, settings, path))
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """The token ids of a text.   bos: whether to add what the file puts around a text, such as BOS
@@ -84,6 +76,21 @@ class JsonTokenizer:
     def piece(self, token: int) -> str | None:
         """The piece of a token that has text; None for a special token, and for an id without a token."""
         return None if token in self.silent else self.backend.id_to_token(token)
+
+
+def of_backend(path: Path, backend: Any, contradiction: str | None = None) -> JsonTokenizer:
+    """A tokenizer of the tokenizers library.   contradiction: as `JsonTokenizer` has it
+
+    Raises InputError for one without tokens.
+    """
+    ids = backend.get_vocab(with_added_tokens=True).values()
+    if not ids:
+        raise InputError(f"{path}: holds no token, but {EXPECTED} was expected")
+    silent = frozenset(token for token, added in backend.get_added_tokens_decoder().items() if added.special)
+    return JsonTokenizer(
+        path=path, backend=backend, vocab_size=max(ids) + 1, decoders=_decoders(backend), silent=silent,
+        contradiction=contradiction,
+    )  # fmt: skip
 
 
 def _add(tokenizers: Any, backend: Any, settings: TextSettings, path: Path) -> None:
