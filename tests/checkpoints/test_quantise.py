@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from importlib import import_module
@@ -16,7 +17,8 @@ import pytest
 import refmoe as api
 from refmoe.checkpoints.load import load_checkpoint
 from refmoe.checkpoints.names import named_weights
-from refmoe.checkpoints.quantise import RECIPES
+from refmoe.checkpoints.quantisation import FIELD
+from refmoe.checkpoints.quantise import ATTENTION, NAMES, RECIPES
 from refmoe.checkpoints.rows import RowWeight
 from tests.checkpoints.quantised_folders import read_tensors
 from tests.command_line import Refmoe
@@ -66,7 +68,40 @@ def parameters_of(model: Any, layer: int, hidden: int) -> Iterator[tuple[str, An
         yield f"layers.{layer}.experts.{e}.w2", down
 
 
-@recipes
+@pytest.mark.parametrize("recipe", [name for name in NAMES if name.endswith(ATTENTION)])
+def test_attention_alone_is_quantised(recipe: str, tmp_path: Path, refmoe: Refmoe, original: dict[str, Any]) -> None:
+    assert refmoe("materialise", CASE, tmp_path / "m", "--quantise", recipe, "--dtype", "float32")[0] == 0
+    assert refmoe("materialise", CASE, tmp_path / "w", "--quantise", recipe.removesuffix(ATTENTION))[0] == 0
+    whole = named_weights(load_checkpoint(tmp_path / "w").parameters)
+    for name, weight in named_weights(load_checkpoint(tmp_path / "m").parameters).items():
+        assert isinstance(weight, RowWeight) == (".attention.w" in name and isinstance(whole[name], RowWeight)), name
+        expected = whole[name].read() if isinstance(weight, RowWeight) else original[name]
+        np.testing.assert_array_equal(weight.read(), expected, err_msg=name)
+
+
+@needs_transformers
+def test_int8_is_read_by_the_library_of_its_format(tmp_path: Path, refmoe: Refmoe) -> None:
+    """compressed-tensors gives the same numbers, rounded to float32. transformers loads no experts of this kind."""
+    torch, compressors = import_module("torch"), import_module("compressed_tensors.compressors")
+    load_file = import_module("safetensors.torch").load_file
+    config_of, transformers = import_module("compressed_tensors.quantization"), import_module("transformers")
+    assert refmoe("materialise", CASE, tmp_path / "m", "--quantise", "int8-channel", "--dtype", "float32")[0] == 0
+    declared = json.loads((tmp_path / "m" / "config.json").read_text())[FIELD]
+    scheme = config_of.QuantizationConfig.model_validate(declared).config_groups["group_0"]
+    compressor = compressors.BaseCompressor.get_value_from_registry(declared["format"])
+    stored = load_file(tmp_path / "m" / "model.safetensors")
+    weights = named_weights(load_checkpoint(tmp_path / "m").parameters)
+    matrices = {"attention.wq": "self_attn.q_proj", "experts.5.w2": "block_sparse_moe.experts.5.w2"}
+    for ours, theirs in matrices.items():
+        parts = {part: stored[f"model.layers.1.{theirs}.{part}"] for part in ("weight", "weight_scale")}
+        assert parts["weight"].dtype == torch.int8
+        values = torch.from_numpy(np.asarray(weights[f"layers.1.{ours}"].read(), np.float64)).float()
+        assert compressor.decompress(parts, scheme)["weight"].equal(values), ours
+    with pytest.raises(RuntimeError, match="conversion"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe != "int8-channel"])
 @needs_transformers
 def test_transformers_loads_the_same_numbers(
     recipe: str, tmp_path: Path, refmoe: Refmoe, caplog: pytest.LogCaptureFixture
