@@ -14,7 +14,6 @@ import json
 import re
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from refmoe.bugs.catalogue import MUTANTS
 from refmoe.engines.results import NOT_JUDGED, SKIPPED, Results, read_results
 from refmoe.engines.server.measure import SPECIFICATION
 from refmoe.engines.server.power import LEVELS
+from refmoe.files.markdown import table
 from refmoe.spec.config import PRESETS
 from refmoe.suite import find_cases, find_full_size_cases
 from refmoe.suite.conditions import CONDITIONS
@@ -54,12 +54,6 @@ def results(name: str) -> Any:
 def _measured(name: str) -> bool:
     """Whether there is a file of results."""
     return (RESULTS / f"{name}.json").exists()
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def link(*names: str) -> str:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from refmoe.files import markdown
+
 BOOK = "/docs/book"
 """The place of the book's pages in the sources of the site."""
 SPECIAL = re.compile(r"([\\*_{}\[\]<>#|~$^])")
@@ -36,9 +38,8 @@ def slug(heading: str) -> str:
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table, or nothing where it has no row."""
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    rule = f"|{'---|' * len(head)}"
-    return "\n".join([f"| {' | '.join(head)} |", rule, *lines]) if lines else ""
+    lines = [*rows]
+    return markdown.table(head, lines) if lines else ""
 
 
 def listed(items: Iterable[str]) -> str:

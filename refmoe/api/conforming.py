@@ -17,13 +17,21 @@ from refmoe.engines.conform import Suite, Watch
 from refmoe.engines.conform import conform as run_suite
 from refmoe.engines.harness import Harness, HarnessUnusable
 from refmoe.engines.judge import Judge
-from refmoe.engines.known import Failures, known_failures, read_known, sort_failures, write_known
+from refmoe.engines.known import (
+    CANNOT,
+    FAILED,
+    WELL,
+    Failures,
+    known_failures,
+    read_known,
+    sort_failures,
+    whole_verdict,
+    write_known,
+)
 from refmoe.engines.observations import policies_used
 from refmoe.engines.options import options_of
 from refmoe.engines.protocol import DTYPES
 from refmoe.engines.results import (
-    NOT_JUDGED,
-    SKIPPED,
     Outcome,
     Results,
     json_number,
@@ -33,11 +41,20 @@ from refmoe.engines.results import (
 )
 from refmoe.engines.run_case import keep_folder
 from refmoe.engines.scaffold import SCAFFOLDS, usage, write_scaffold
-from refmoe.engines.scaffold.workflow import check_source, known_file, write_workflow
+from refmoe.engines.scaffold.ci import (
+    KNOWN,
+    SYSTEMS,
+    Pipeline,
+    check_source,
+    ci_file,
+    ci_text,
+    refuse_existing,
+    write_ci,
+)
 from refmoe.engines.scoreboard import KINDS, Entrant, Scoreboard, result_files, scoreboard
 from refmoe.errors import InputError
 from refmoe.files.parsing import strict_json
-from refmoe.files.writable import refuse_output
+from refmoe.files.writable import make_folder, refuse_output
 from refmoe.parallel import ONE_THREAD, environment, parse_executor
 from refmoe.profiles.load import policy as named_policy
 from refmoe.profiles.policy import Policy
@@ -45,7 +62,6 @@ from refmoe.signals import ended_by_signals
 from refmoe.suite import FAMILIES, SMALL, Case, find_cases, read_case
 from refmoe.suite.fresh import fresh_case
 from refmoe.suite.golden_folder import case_folder, golden_folder
-from refmoe.verifier.findings import CANNOT_JUDGE
 from refmoe.verifier.segments import SIGNIFICANCE
 
 Names = Sequence[str]
@@ -127,17 +143,14 @@ class Conformance:
         case = read_case(folder)
         return case if self.fresh is None else fresh_case(case, self.fresh)
 
-    def arguments(self) -> list[str]:
-        """The options of ``refmoe conform`` that a run on another machine needs too."""
-        repeated = {
-            "--option": self.options, "--case": self.cases, "--family": self.families, "--dtype": self.dtypes,
-            "--policy": self.policies,
+    def repeated(self) -> dict[str, Names]:
+        """The options of ``refmoe conform`` that a run on another machine needs too, each with its values."""
+        options = {
+            "adapter": [self.adapter] if self.adapter is not None else [], "option": self.options, "case": self.cases,
+            "family": self.families, "dtype": self.dtypes, "policy": self.policies,
+            "fresh": [] if self.fresh is None else [str(self.fresh)], "timeout": [f"{self.timeout:g}"],
         }  # fmt: skip
-        words = ["--adapter", self.adapter] if self.adapter is not None else []
-        for option, values in repeated.items():
-            words += [word for value in values for word in (option, value)]
-        words += ["--fresh", str(self.fresh)] if self.fresh is not None else []
-        return [*words, "--timeout", f"{self.timeout:g}"]
+        return {name: values for name, values in options.items() if values}
 
 
 def policies_of(names: Names) -> dict[str, Policy]:
@@ -198,18 +211,7 @@ def conform(
         return run_suite(harness, identity, replace(suite, before=before), Watch(log, save), asked.executor), logs
 
 
-# ---- known failures, and the verdict of the whole run
-
-WELL, FAILED, CANNOT = "conformant", "not conformant", "cannot judge"
-
-
-def whole_verdict(results: Results, failures: Failures) -> str:
-    """The verdict of a run: `FAILED` where a case fails or no longer does, `CANNOT` where nothing could be judged."""
-    if failures.passing or any(each.verdict != CANNOT_JUDGE for each in failures.failing):
-        return FAILED
-    if failures.failing or all(each.verdict in (NOT_JUDGED, SKIPPED) for each in results.outcomes):
-        return CANNOT
-    return WELL
+# ---- as plain values
 
 
 def run_facts(results: Results, failures: Failures) -> dict[str, Any]:
@@ -237,23 +239,54 @@ def policy_facts(results: Results) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Workflow:
-    """A GitHub workflow that repeats a run."""
+class Ci:
+    """Files by which CI systems repeat a run."""
 
-    path: Path
+    systems: Sequence[tuple[str, Path]]
+    """Each one of `SYSTEMS`, and the root of the repository."""
     source: str
     """``OWNER/REPOSITORY[@REF]`` of refmoe."""
+    known: Path | None
+    """The list of known failures; None: it is written, beside the files."""
+    places: Names
+    """The values of ``--source``."""
 
-    def check(self) -> None:
-        """Raises InputError when a file cannot be written, or the source is none."""
+    def check(self, asked: Conformance) -> None:
+        """Raises InputError when a file is there already or cannot hold the run, or the source is none."""
         check_source(self.source)
-        for path in (self.path, known_file(self.path)):
-            refuse_output(path)
+        for system, root in self.systems:
+            refuse_existing(ci_file(system, root))
+            ci_text(system, self._pipeline(asked, root))
+        for root in self._roots() if self.known is None else ():
+            if (root / KNOWN).exists():
+                raise InputError(f"{root / KNOWN}: is there already; --known {root / KNOWN} takes it as it is")
 
-    def write(self, asked: Conformance, results: Results) -> None:
-        """Write the workflow, and beside it the list of today's failures."""
-        write_known(known_file(self.path), known_failures(results))
-        write_workflow(self.path, self.source, asked.arguments(), asked.harness, asked.adapter)
+    def write(self, asked: Conformance, results: Results) -> list[Path]:
+        """Write the files, and beside them the list of today's failures.   returns: the files"""
+        written = []
+        for root in self._roots() if self.known is None else ():
+            make_folder(root, parents=True)
+            write_known(root / KNOWN, known_failures(results))
+            written.append(root / KNOWN)
+        for system, root in self.systems:
+            write_ci(system, root, self._pipeline(asked, root))
+            written.append(ci_file(system, root))
+        return written
+
+    def _pipeline(self, asked: Conformance, root: Path) -> Pipeline:
+        known = Path(KNOWN) if self.known is None else _relative(self.known, root)
+        return Pipeline(
+            source=self.source, options=asked.repeated(), harness=asked.harness, known=known, places=self.places
+        )
+
+    def _roots(self) -> list[Path]:
+        return list(dict.fromkeys(root for _, root in self.systems))
+
+
+def _relative(path: Path, root: Path) -> Path:
+    """The path relative to the root of the repository, if it lies inside."""
+    path, root = path.resolve(), root.resolve()
+    return path.relative_to(root) if path.is_relative_to(root) else path
 
 
 def board_facts(board: Scoreboard) -> dict[str, Any]:
@@ -290,8 +323,8 @@ def _engine(entrant: Entrant) -> dict[str, Any]:
 
 
 __all__ = [
-    "CANNOT", "DTYPES", "FAILED", "FAMILIES", "SCAFFOLDS", "SHIPPED", "WELL", "Conformance", "Failures",
-    "HarnessUnusable", "Results", "Scoreboard", "Workflow", "board_facts", "conform", "read_known", "read_results",
-    "refuse_output", "result_files", "run_facts", "scoreboard", "sort_failures", "usage", "whole_verdict",
-    "write_results", "write_scaffold",
+    "CANNOT", "DTYPES", "FAILED", "FAMILIES", "SCAFFOLDS", "SHIPPED", "SYSTEMS", "WELL", "Ci", "Conformance",
+    "Failures", "HarnessUnusable", "Results", "Scoreboard", "board_facts", "check_source", "conform", "read_known",
+    "read_results", "refuse_output", "result_files", "run_facts", "scoreboard", "sort_failures", "usage",
+    "whole_verdict", "write_results", "write_scaffold",
 ]  # fmt: skip

@@ -5,14 +5,19 @@ from __future__ import annotations
 
 import io
 import os
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from refmoe.api.arguments import kind, writable_file
 from refmoe.api.files import write_text
+from refmoe.engines.scaffold.ci import check_source
 from refmoe.errors import InputError
 from refmoe.files.parsing import strict_json
 from refmoe.verifier.findings import CONFORMANT, Check, Explanation, Power
 from refmoe.verifier.findings import Report as Findings
+
+if TYPE_CHECKING:
+    from refmoe.report.sources import Sources
 
 
 class Report:
@@ -121,3 +126,27 @@ class Report:
         from refmoe.report.junit import to_junit
 
         write_text(writable_file(path, "junit"), to_junit(self.findings))
+
+    def sarif(
+        self, path: str | os.PathLike[str], sources: Sequence[str], refmoe_from: str | None = None
+    ) -> None:  # fmt: skip
+        """Write SARIF 2.1.0, by which GitHub and editors show the first wrong step at a line of source.
+
+        sources: each ``STEP=FILE:PLACE``, or ``FILE:PLACE`` for all other steps. PLACE is the number of a line, or a
+            text in it. FILE is relative to the current folder.
+        refmoe_from: ``OWNER/REPOSITORY[@REF]`` of refmoe on GitHub, for links to the specification.
+        Raises InputError for a place that does not exist, and when the file cannot be written.
+        """
+        from refmoe.report.verification_sarif import verification_sarif
+
+        target, places = writable_file(path, "sarif"), check_places(sources, refmoe_from)
+        write_text(target, verification_sarif(self.findings, places, refmoe_from))
+
+
+def check_places(sources: Sequence[str], refmoe_from: str | None) -> Sources:
+    """The places of alerts, as for `Report.sarif`. Raises InputError for one that does not exist."""
+    from refmoe.report.sources import read_sources
+
+    if refmoe_from is not None:
+        check_source(refmoe_from)
+    return read_sources(sources, ())

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,14 @@ from refmoe.api.conforming import (
     FAMILIES,
     SCAFFOLDS,
     SHIPPED,
+    SYSTEMS,
     WELL,
+    Ci,
     Conformance,
+    Failures,
     HarnessUnusable,
     Results,
-    Workflow,
+    check_source,
     conform,
     read_known,
     read_results,
@@ -32,6 +36,7 @@ from refmoe.api.conforming import (
     write_scaffold,
 )
 from refmoe.api.engines import Listed, engine, engines
+from refmoe.api.files import write_text
 from refmoe.api.serving import KINDS, Served, judge_server, verdict_facts, write_server_files
 from refmoe.cli.guard import OUTPUT, OUTPUT_FOLDER, GuardedCommand
 from refmoe.cli.options import (
@@ -43,10 +48,13 @@ from refmoe.cli.options import (
     json_option,
     progress_bar,
     record_of,
+    sarif_options,
     significance_option,
+    words_of,
 )
 from refmoe.errors import InputError
 from refmoe.report.json_text import json_text
+from refmoe.report.sources import Sources, read_sources
 
 UNUSABLE = 2
 EXIT_STATUS = {WELL: 0, FAILED: 1, CANNOT: 3}
@@ -60,26 +68,64 @@ class Files:
     out: Path | None
     resume: bool
     """Whether outcomes that `out` already has are kept."""
-    write_ci: Path | None
-    source: str | None
-    """``OWNER/REPOSITORY[@REF]`` of refmoe, for the workflow."""
+    write_ci: tuple[tuple[str, Path], ...]
+    """Per CI system the root of the repository."""
+    refmoe_from: str | None
+    """``OWNER/REPOSITORY[@REF]`` of refmoe."""
+    junit: Path | None
+    sarif: Path | None
+    sources: tuple[str, ...]
+    """The places of steps in the engine's source."""
+    badge: Path | None
+    summary: Path | None
 
-    def check(self) -> Workflow | None:
-        """The workflow to write. Raises InputError for options without the other, and files that cannot be written."""
-        if self.write_ci is None and self.source is not None:
-            raise InputError("--refmoe-from is about --write-ci, which was not given")
-        if self.write_ci is not None and self.source is None:
+    def check(self, asked: Conformance) -> tuple[Ci | None, Sources | None]:
+        """The files of CI systems to write, and the places of alerts.
+
+        Raises InputError for options without the other, and files that cannot be written.
+        """
+        if self.refmoe_from is not None and not self.write_ci and self.sarif is None:
+            raise InputError("--refmoe-from is about --write-ci and --sarif, but neither was given")
+        if self.write_ci and self.refmoe_from is None:
             raise InputError(
                 "--write-ci needs --refmoe-from OWNER/REPOSITORY, the repository on GitHub that has refmoe and its "
                 "cases"
             )
+        if self.sources and self.sarif is None:
+            raise InputError("--source is about --sarif, which was not given")
         if self.resume and self.out is None:
             raise InputError("--resume needs --out FILE, which has the results so far")
-        workflow = None
-        if self.write_ci is not None and self.source is not None:
-            workflow = Workflow(self.write_ci, self.source)
-            workflow.check()
-        return workflow
+        if self.refmoe_from is not None:
+            check_source(self.refmoe_from)
+        ci = None
+        if self.write_ci and self.refmoe_from is not None:
+            ci = Ci(systems=self.write_ci, source=self.refmoe_from, known=self.known, places=self.sources)
+            ci.check(asked)
+        return ci, None if self.sarif is None else read_sources(self.sources, self._candidates(asked))
+
+    def _candidates(self, asked: Conformance) -> list[Path]:
+        """Files in which all is shown that has no line: the adapter, the program, the list of known failures."""
+        words = [asked.adapter] if asked.adapter is not None else [w for word in asked.harness for w in words_of(word)]
+        return [Path(word) for word in words] + ([] if self.known is None else [self.known])
+
+    def reports(self, results: Results, failures: Failures, sources: Sources | None) -> Iterator[tuple[Path, str]]:
+        """The reports of a run: each file with its text."""
+        if self.junit is not None:
+            from refmoe.report.conform_junit import run_junit
+
+            yield self.junit, run_junit(results, failures)
+        if self.sarif is not None and sources is not None:
+            from refmoe.report.conform_sarif import run_sarif
+
+            yield self.sarif, run_sarif(results, failures, sources, self.refmoe_from)
+        if self.badge is not None:
+            from refmoe.report.standing import badge, standing
+
+            yield self.badge, badge(standing(results, failures))
+        if self.summary is not None:
+            from refmoe.report.conform_markdown import run_markdown
+
+            yield self.summary, run_markdown(results, failures)
 
     def before(self) -> Results | None:
         """The results to go on with, None without any. Raises InputError for a file that holds no results."""
@@ -170,10 +216,13 @@ def _about(option: Listed) -> str:
 @click.option(
     "--keep", type=OUTPUT_FOLDER, metavar="DIR", help="Keep the traces that the engine returned, one for each case."
 )
-@click.option("--write-ci", type=OUTPUT, metavar="FILE", help="Write a GitHub workflow, today's failures known.")
+@click.option("--junit", type=OUTPUT, metavar="FILE", help="Write the outcomes as JUnit XML.")
+@sarif_options
+@click.option("--badge", type=OUTPUT, metavar="FILE", help="Write the JSON of a badge, for shields.io.")
+@click.option("--summary", type=OUTPUT, metavar="FILE", help="Write a summary in Markdown.")
 @click.option(
-    "--refmoe-from", "source", metavar="OWNER/REPOSITORY[@REF]",
-    help="With --write-ci: where on GitHub it gets refmoe and the cases.",
+    "--write-ci", type=(click.Choice([*SYSTEMS]), OUTPUT_FOLDER), multiple=True, metavar="SYSTEM DIR",
+    help=f"Write files that repeat this run: {', '.join(SYSTEMS)}. DIR is the root of the repository. Repeatable.",
 )  # fmt: skip
 @click.option(
     "--scaffold", type=(click.Choice([*SCAFFOLDS]), OUTPUT), metavar="LANGUAGE FILE",
@@ -203,6 +252,8 @@ def conform_command(
     refmoe conform --keep traces -- ./my-harness --threads 4
     refmoe conform --fresh 20261128 -- ./my-harness
     refmoe conform --adapter llama_cpp --out llama.json --resume
+    refmoe conform --sarif alerts.sarif --source attention.q_rope=rope.cpp:apply_rope -- ./my-harness
+    refmoe conform --write-ci github . --refmoe-from OWNER/refmoe -- ./my-harness
     refmoe conform --scaffold c harness.c
     refmoe conform --server-files model
     refmoe conform --server http://127.0.0.1:8000 --dtype bfloat16
@@ -226,7 +277,7 @@ def conform_command(
     files = record_of(Files, options)
     asked = Conformance(**options)
     asked.check()
-    workflow = files.check()
+    ci, sources = files.check(asked)
     listed = read_known(files.known) if files.known is not None else []
     try:
         results, logs = conform(asked, progress_bar, files.out, files.before())
@@ -242,10 +293,11 @@ def conform_command(
     try:
         if files.out is not None:
             write_results(files.out, results)
-        if workflow is not None:
-            workflow.write(asked, results)
+        for path, text in files.reports(results, failures, sources):
+            write_text(path, text)
+        written = [] if ci is None else ci.write(asked, results)
     except InputError as error:  # the verdicts are said all the same
-        unwritten, status = error, UNUSABLE
+        unwritten, status, written = error, UNUSABLE, []
     if as_json:
         why = {} if unwritten is None else {"error": str(unwritten)}
         click.echo(json_text({"status": status, **why, **run_facts(results, failures)}))
@@ -253,6 +305,8 @@ def conform_command(
         from refmoe.report.scoreboard_text import print_results
 
         print_results(results, failures, logs)
+        for path in written:
+            click.echo(f"written: {path}")
         if unwritten is not None:
             raise unwritten
     context.exit(status)

@@ -70,11 +70,16 @@ def _flat(value: Any) -> Iterator[Any]:
 
 
 def _paths(values: Iterable[Any]) -> Iterator[Path]:
-    """The files and folders that values name: as they are, in ``DTYPE=FILE``, and in ``FILE+change``."""
+    """The files and folders that values name.
+
+    They stand alone, after ``DTYPE=`` or ``STEP=``, and before ``+change`` or ``:PLACE``.
+    """
     for value in values:
         if isinstance(value, Path | str) and str(value):
             text = str(value)
-            parts = {text, text.partition("+")[0], text.partition("=")[2].partition("+")[0]} - {"", ".", "/"}
+            named = {text, text.partition("=")[2]}
+            parts = named | {part.partition(mark)[0] for part in named for mark in "+:"}
+            parts -= {"", ".", "/"}
             yield from (Path(part) for part in parts if _is_there(Path(part)))
 
 

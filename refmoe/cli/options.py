@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from refmoe.api.arguments import LEAST_SIGNIFICANCE
 from refmoe.api.verifying import SIGNIFICANCE
-from refmoe.cli.guard import OUTPUT_FOLDER
+from refmoe.cli.guard import OUTPUT, OUTPUT_FOLDER
 from refmoe.cuda.place import DEVICES, Place
 from refmoe.errors import InputError
 from refmoe.files.numbers import decimal, integer
@@ -167,6 +168,33 @@ def device_option(what: str) -> Callable[[Command], Command]:
         "--device", type=click.Choice(DEVICES), default="cpu", show_default=True, callback=_place,
         help=f"cuda: an NVIDIA GPU, through CuPy (pip install 'refmoe[cuda13]'). {what}",
     )  # fmt: skip
+
+
+def sarif_options(command: Command) -> Command:
+    """Add ``--sarif``, ``--source`` and ``--refmoe-from``."""
+    for option in (
+        click.option(
+            "--refmoe-from", metavar="OWNER/REPOSITORY[@REF]",
+            help="Where refmoe is on GitHub: alerts link there, and CI systems get it and the cases from there.",
+        ),
+        click.option(
+            "--source", "sources", multiple=True, metavar="[STEP=]FILE[:PLACE]",
+            help="With --sarif: the line of a step, by its number or a text in it; without STEP, of all others.",
+        ),
+        click.option(
+            "--sarif", type=OUTPUT, metavar="FILE", help="Write SARIF: GitHub shows what is wrong at lines of source."
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a command line; none where it is no whole one."""
+    try:
+        return shlex.split(text)
+    except ValueError:  # a quote that is never closed
+        return []
 
 
 def checkpoint_options(command: Command) -> Command:

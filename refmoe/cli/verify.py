@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from refmoe.api.report import Report
+from refmoe.api.report import Report, check_places
 from refmoe.api.verifying import Judging, ModelChoice, distances, verify_file
 from refmoe.cli.guard import OUTPUT, PAGE, GuardedCommand
 from refmoe.cli.options import (
@@ -25,6 +25,7 @@ from refmoe.cli.options import (
     json_option,
     progress_bar,
     record_of,
+    sarif_options,
     seed_option,
     significance_option,
 )
@@ -41,7 +42,17 @@ class Output:
 
     html: Path | None
     junit: Path | None
+    sarif: Path | None
+    sources: tuple[str, ...]
+    refmoe_from: str | None
     as_json: bool
+
+    def check(self) -> None:
+        """Raises InputError for options without the other, and places that are none."""
+        if self.sarif is None and (self.sources or self.refmoe_from is not None):
+            raise InputError("--source and --refmoe-from are about --sarif, which was not given")
+        if self.sarif is not None:
+            check_places(self.sources, self.refmoe_from)
 
 
 @click.command("verify", cls=GuardedCommand, short_help="Judge values: conformant, or wrong, where and by how much.")
@@ -68,6 +79,7 @@ class Output:
 @executor_option("Judge layers side by side,", ONE_PROCESS)
 @click.option("--html", type=PAGE, metavar="FILE", help="Write the report as one page that needs no network.")
 @click.option("--junit", type=OUTPUT, metavar="FILE", help="Write the report as JUnit XML.")
+@sarif_options
 @click.option(
     "--distances", "reference", type=PATH, metavar="REFERENCE",
     help="Only print the distance from this trace, or from the golden of this case; no verdict.",
@@ -103,6 +115,7 @@ def verify_command(
     if only is not None:
         raise InputError(f"--run {only} goes with --distances REFERENCE, but that was not given")
     script, output = record_of(Input, options), record_of(Output, options)
+    output.check()
     model = ModelChoice(
         case=options.pop("case_name"), golden=golden, checkpoint=options.pop("checkpoint"),
         layout=options.pop("layout"), seed=options.pop("seed"),
@@ -155,3 +168,5 @@ def show(report: Report, output: Output) -> None:
         report.html(output.html)
     if output.junit is not None:
         report.junit(output.junit)
+    if output.sarif is not None:
+        report.sarif(output.sarif, output.sources, output.refmoe_from)

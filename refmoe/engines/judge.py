@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from numpy.typing import NDArray
 
+from refmoe.engines.first_wrong import first_token
 from refmoe.engines.observations import has_golden_bits
 from refmoe.engines.process import BROKEN
 from refmoe.engines.protocol import EVERY_TAP
@@ -107,6 +108,8 @@ class Judge:
             verdict=report.verdict,
             reason=reason_of(report) + unexplained,
             first_wrong=report.first_wrong,
+            token=first_token(report),
+            taps=None if report.power is None else report.power.taps,
             worst_errors=worst_errors(report),
             explanations=tuple(
                 Cause(name=each.name, kind=each.kind, about=each.about, fix=each.fix, sources=each.sources)

@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from refmoe.engines.protocol import DTYPES
-from refmoe.engines.results import Engine, Outcome, Results
+from refmoe.engines.results import NOT_JUDGED, SKIPPED, Engine, Outcome, Results
 from refmoe.errors import InputError
 from refmoe.files.atomic import replacing
 from refmoe.files.parsing import toml
 from refmoe.files.sentences import quoted, shown
-from refmoe.verifier.findings import CONFORMANT
+from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT
 
 FORMAT_VERSION = "1"
 FIELDS = ("engine", "case", "dtype", "reason")
@@ -79,6 +79,18 @@ def sort_failures(results: Results, listed: Iterable[KnownFailure]) -> Failures:
         elif outcome.verdict == CONFORMANT and entry is not None:
             passing.append((outcome, entry))
     return Failures(tuple(failing), tuple(known), tuple(passing))
+
+
+WELL, FAILED, CANNOT = "conformant", "not conformant", "cannot judge"
+
+
+def whole_verdict(results: Results, failures: Failures) -> str:
+    """The verdict of a run: `FAILED` where a case fails or no longer does, `CANNOT` where nothing could be judged."""
+    if failures.passing or any(each.verdict != CANNOT_JUDGE for each in failures.failing):
+        return FAILED
+    if failures.failing or all(each.verdict in (NOT_JUDGED, SKIPPED) for each in results.outcomes):
+        return CANNOT
+    return WELL
 
 
 def known_failures(results: Results) -> list[KnownFailure]:

@@ -18,6 +18,7 @@ from refmoe.files.atomic import replacing
 from refmoe.files.json_file import JsonFile, read_json
 from refmoe.files.sentences import quoted
 from refmoe.suite.case import is_list
+from refmoe.suite.power import TAP_SETS
 from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT
 
 SKIPPED, NOT_JUDGED = "skipped", "not judged"
@@ -60,6 +61,10 @@ class Outcome:
     """The explanations of a failure, the best first."""
     golden_bits: bool = False
     """Whether every value is the golden's own, rounded once."""
+    token: int | None = None
+    """The token of the worst value of the first wrong step; None where no value of it has one."""
+    taps: str | None = None
+    """The set of taps that was judged, as `refmoe.verifier.findings.Power` names it; None where nothing was judged."""
 
     @property
     def failed(self) -> bool:
@@ -116,8 +121,8 @@ OPTIONAL = ("fresh", "wider")
 OUTCOME_FIELDS = (
     "case", "dtype", "policy", "verdict", "reason", "issue", "first_wrong", "worst_errors", "explanations",
 )  # fmt: skip
-OUTCOME_OPTIONAL = ("golden_bits",)
-"""Fields that are left out where they are false."""
+OUTCOME_OPTIONAL = ("golden_bits", "token", "taps")
+"""Fields that are left out where they are false, or where there is no value."""
 CAUSE_FIELDS = ("name", "kind", "about", "fix", "sources")
 UNBOUNDED = {"NaN": math.nan, "Infinity": math.inf}
 """Words for numbers that JSON lacks."""
@@ -161,7 +166,7 @@ def _plain(outcome: Outcome) -> dict[str, Any]:
             {**{name: getattr(each, name) for name in CAUSE_FIELDS}, "sources": list(each.sources)}
             for each in outcome.explanations
         ],
-        **{name: True for name in OUTCOME_OPTIONAL if getattr(outcome, name)},
+        **{name: value for name in OUTCOME_OPTIONAL if (value := getattr(outcome, name)) not in (None, False)},
     }  # fmt: skip
 
 
@@ -193,15 +198,16 @@ def read_results(path: Path) -> Results:
         smoke=_text(file, "smoke"),
         outcomes=outcomes,
         notes=_list(file, "notes"),
-        fresh=_seed(file),
+        fresh=_whole(file, "fresh"),
         wider=_wider(file),
     )
 
 
-def _seed(file: JsonFile) -> int | None:
-    found = file.values.get("fresh")
+def _whole(file: JsonFile, name: str) -> int | None:
+    """An integer from 0, None where the field is left out."""
+    found = file.values.get(name)
     if found is not None and (isinstance(found, bool) or not isinstance(found, int) or found < 0):
-        raise file.refuse("fresh", found, "an integer from 0 was expected")
+        raise file.refuse(name, found, "an integer from 0 was expected")
     return found
 
 
@@ -214,9 +220,8 @@ def _wider(file: JsonFile) -> tuple[str, ...]:
 
 def _outcome(file: JsonFile) -> Outcome:
     _only(file, OUTCOME_FIELDS, OUTCOME_OPTIONAL)
-    for name in OUTCOME_OPTIONAL:
-        if name in file.values and file.values[name] is not True:
-            raise file.refuse(name, file.values[name], "true, or no such field, was expected")
+    if file.values.get("golden_bits", True) is not True:
+        raise file.refuse("golden_bits", file.values["golden_bits"], "true, or no such field, was expected")
     for name, known in (("dtype", DTYPES), ("verdict", VERDICTS)):
         if file.values.get(name) not in known:
             raise file.refuse(name, file.values.get(name), f"one of {', '.join(known)} was expected")
@@ -236,8 +241,17 @@ def _outcome(file: JsonFile) -> Outcome:
         first_wrong=first,
         worst_errors=_errors(file),
         explanations=tuple(_cause(each) for each in _objects(file, "explanations")),
-        **{name: name in file.values for name in OUTCOME_OPTIONAL},
+        golden_bits="golden_bits" in file.values,
+        token=_whole(file, "token"),
+        taps=_taps(file),
     )
+
+
+def _taps(file: JsonFile) -> str | None:
+    found = file.values.get("taps")
+    if found is not None and found not in ("", *TAP_SETS):
+        raise file.refuse("taps", found, f"one of {', '.join(TAP_SETS)}, or an empty text, was expected")
+    return found
 
 
 def _errors(file: JsonFile) -> Mapping[str, float]:

@@ -9,6 +9,7 @@ from typing import Any
 from refmoe.engines.results import Results
 from refmoe.evidence.declared import Declared
 from refmoe.evidence.layout import CHECKPOINTS, CLAUSES, EPSILON, LIMITS, POWER, READINGS, REPORT, RULES, SUMMARY
+from refmoe.files.markdown import table
 from refmoe.files.reading import own_text
 
 MOST = 40
@@ -148,9 +149,5 @@ def _names(names: Iterable[str]) -> str:
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterable[str]:
-    """A table in Markdown, with an empty line after it. Text of a stranger stays in its cell."""
-    yield f"| {' | '.join(heads)} |"
-    yield f"|{'---|' * len(heads)}"
-    for row in rows:
-        yield f"| {' | '.join(' '.join(cell.split()).replace('|', chr(92) + '|') for cell in row)} |"
-    yield ""
+    """A table with an empty line after it."""
+    yield from (table(heads, rows), "")

@@ -7,12 +7,13 @@ import math
 from dataclasses import dataclass
 from itertools import islice
 
+from refmoe.engines.first_wrong import wrong_choices
 from refmoe.report import wording
 from refmoe.report.error_plot import crowded, error_plot, interval_plot
 from refmoe.report.heat_map import LEVELS, heat_map
 from refmoe.report.page import render
 from refmoe.report.routing_strips import MARKS, routing_strips
-from refmoe.report.summary import run_names, summarise_routing, summarise_steps, wrong_choices
+from refmoe.report.summary import run_names, summarise_routing, summarise_steps
 from refmoe.suite.power import in_words
 from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT, FAIL, UNDECIDABLE, Check, Decision, Report, as_set
 

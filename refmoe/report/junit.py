@@ -59,6 +59,11 @@ def to_junit(report: Report) -> str:
         _verdict(root, report)
     if report.explanations is not None:
         _explanations(root, report.explanations)
+    return document(root)
+
+
+def document(root: Element) -> str:
+    """The text of a document of suites, whose counts are set."""
     for parent in (*root, root):
         _count(parent)
     ElementTree.indent(root)

@@ -121,11 +121,3 @@ def summarise_routing(report: Report) -> Routing:
 def deviates(decision: Decision) -> bool:
     """Whether the trace chose another set of experts than exact arithmetic. The order does not count."""
     return bool(decision.found) and set(decision.found) != set(decision.expected)
-
-
-def wrong_choices(report: Report, run: str, tap: str) -> tuple[Decision, ...]:
-    """The illegal decisions of a tap's layer, if the tap is router.experts or router.weights; else none."""
-    parts = tap.split(".")
-    if parts[0] != "layers" or parts[2:] not in (["router", "experts"], ["router", "weights"]):
-        return ()
-    return tuple(d for d in report.decisions if not d.legal and (d.run, str(d.layer)) == (run, parts[1]))

@@ -7,8 +7,8 @@ import math
 import re
 from collections.abc import Iterable
 
-from refmoe.report.summary import wrong_choices
-from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS, READ_OUT_TAPS, step_of
+from refmoe.engines.first_wrong import wrong_choices
+from refmoe.spec.taps import step_of
 from refmoe.verifier.findings import (
     FAIL,
     FREE,
@@ -24,6 +24,7 @@ from refmoe.verifier.findings import (
     Report,
     as_set,
 )
+from refmoe.verifier.subject import DIMENSIONS
 
 AXES = {
     "T": "token", "H": "head", "K": "key/value head", "E": "expert", "k": "slot", "S": "cached position",
@@ -47,9 +48,6 @@ NOUNS = {
     "logprobs.ids": "the list of largest log-probabilities",
 }  # fmt: skip
 """Per step the noun for one value of it."""
-
-DIMENSIONS = LAYER_TAPS | MODEL_TAPS | READ_OUT_TAPS
-"""Per step the dimensions of its tap."""
 
 CHOICES = ("router.experts", "logprobs.ids")
 """The steps that are choices: their checks count tokens."""
@@ -96,7 +94,7 @@ def place(step: str, where: tuple[int, ...], expert: int | None = None) -> str:
 
     expert: the expert of the slot; if given, it is named instead of the slot.
     """
-    shape = DIMENSIONS.get(step, "").split()
+    shape = DIMENSIONS.get(step, [])
     if len(shape) != len(where):
         return f"element {list(where)}" if where else ""
     return _indices(zip(shape, where, strict=True), expert)
@@ -125,7 +123,7 @@ def _value(report: Report, check: Check | None, run: str, tap: str) -> str:
         return f"{noun} of token {choices[0].token}"
     if check is None or check.worst is None:
         return noun
-    shape = DIMENSIONS.get(step, "").split()
+    shape = DIMENSIONS.get(step, [])
     named = [(d, i) for d, i in zip(shape, check.worst.where, strict=False) if d not in CHANNELS]
     if not named or len(shape) != len(check.worst.where):
         return noun

@@ -44,12 +44,14 @@ class Example:
 
 EXAMPLES = {
     "verify": Example(
-        "{in}/trace --checkpoint {in}/model --policy float32 --html {out}/page --junit {out}/junit", "{in}/none",
-        ("page", "junit"), needs="jinja2",
+        "{in}/trace --checkpoint {in}/model --policy float32 --html {out}/page --junit {out}/junit "
+        "--sarif {out}/sarif --source {in}/skips.py",
+        "{in}/none", ("page", "junit", "sarif"), needs="jinja2",
     ),
     "conform": Example(
-        "--case one-pair --dtype float32 --no-diagnose --out {out}/results -- {python} {in}/skips.py",
-        "--case none -- {python} {in}/skips.py", ("results",), status=3,
+        "--case one-pair --dtype float32 --no-diagnose --out {out}/results --junit {out}/junit --badge {out}/badge "
+        "--summary {out}/summary --sarif {out}/sarif --source {in}/skips.py -- {python} {in}/skips.py",
+        "--case none -- {python} {in}/skips.py", ("results", "junit", "badge", "summary", "sarif"), status=3,
     ),
     "capture": Example(
         "--checkpoint {in}/model --tokens 1,2 --out {out}/trace", "--checkpoint {in}/none --tokens 1 --out {out}/trace",

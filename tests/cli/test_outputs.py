@@ -38,7 +38,16 @@ def test_every_path_is_declared_as_input_or_output(name: str) -> None:
         for kind in kinds(parameter):
             assert not isinstance(kind, click.File)
             assert not isinstance(kind, click.Path) or kind is PATH or isinstance(kind, Output | OutputFolder)
-            writes = parameter.opts[0] in ("--out", "--html", "--junit", "--keep", "--write-ci")
+            writes = parameter.opts[0] in (
+                "--out",
+                "--html",
+                "--junit",
+                "--sarif",
+                "--badge",
+                "--summary",
+                "--keep",
+                "--write-ci",
+            )
             assert not writes or isinstance(kind, Output | OutputFolder), parameter.opts
 
 

@@ -129,10 +129,13 @@ def test_a_harness_that_does_not_start_is_status_2_with_its_last_words(refmoe: R
         (("--adapter", "nonesuch"), "adapter 'nonesuch' cannot be used: its own error at start: adapter 'nonesuch'"),
         (("--keep", "README.md", "--", "./x"), "README.md: is a file"),
         (("--keep", "no-such/folder", "--", "./x"), "no-such/folder: cannot be made: No such file or directory"),
-        (("--write-ci", "/tmp/x.yml", "--", "./x"), "--write-ci needs --refmoe-from OWNER/REPOSITORY"),
-        (("--refmoe-from", "me/refmoe", "--", "./x"), "--refmoe-from is about --write-ci, which was not given"),
-        (("--write-ci", "/tmp/x.yml", "--refmoe-from", "refmoe", "--", "./x"), "--refmoe-from is 'refmoe', but"),
-        (("--write-ci", "/tmp/x.yml", "--refmoe-from", "a/b@c d", "--", "./x"), "--refmoe-from is 'a/b@c d', but"),
+        (("--write-ci", "github", "/tmp/x", "--", "./x"), "--write-ci needs --refmoe-from OWNER/REPOSITORY"),
+        (("--refmoe-from", "me/refmoe", "--", "./x"), "--refmoe-from is about --write-ci and --sarif"),
+        (("--write-ci", "github", "/tmp/x", "--refmoe-from", "refmoe", "--", "./x"), "--refmoe-from is 'refmoe', but"),
+        (("--write-ci", "shell", "/tmp/x", "--refmoe-from", "a/b@c d", "--", "./x"), "--refmoe-from is 'a/b@c d', but"),
+        (("--source", "README.md", "--", "./x"), "--source is about --sarif, which was not given"),
+        (("--sarif", "/tmp/alerts.sarif", "--", "./x"), "--source FILE, a file of the engine, was expected"),
+        (("--sarif", "/tmp/alerts.sarif", "--source", "logit=README.md", "--", "./x"), "one of the steps embedding"),
     ],
 )
 def test_a_mistake_is_one_sentence(refmoe: Refmoe, arguments: tuple[str, ...], words: str) -> None:

@@ -27,7 +27,8 @@ from tests.fuzz.inputs_mutations import LONG, TEXTS
 
 HARNESS = "-- /bin/false"
 INVOCATIONS = (
-    "verify trace.safetensors --checkpoint hf --policy policy.toml --no-diagnose --html out/p.html --junit out/j.xml",
+    "verify trace.safetensors --checkpoint hf --policy policy.toml --no-diagnose --html out/p.html --junit out/j.xml "
+    "--sarif out/a.sarif --source chat.json",
     "verify trace.safetensors --distances exact.safetensors",
     "verify ofcase.safetensors --case small --golden golden --no-diagnose --json",
     "verify ofcase.safetensors --distances small --golden golden",
@@ -35,7 +36,8 @@ INVOCATIONS = (
     "verify values.pt --checkpoint hf --tokens 1,2,3 --decode 4 --policy float32 --no-diagnose",
     "verify values.safetensors --checkpoint text --chat chat.json --policy float32 --no-diagnose",
     f"conform --known known.toml --golden golden --case small --policy policy.toml --out out/r.json --keep out/k "
-    f"--write-ci out/ci --refmoe-from a/b {HARNESS}",
+    f"--write-ci shell out/ci --refmoe-from a/b --junit out/j.xml --badge out/b.json --summary out/s.md "
+    f"--sarif out/a.sarif --source known.toml {HARNESS}",
     "conform --adapter router.py --python router.py --golden golden --case small --no-diagnose --out out/r.json",
     "conform --scaffold python out/h.py",
     "conform --server-files out/s --case small --golden golden --dtype bfloat16",

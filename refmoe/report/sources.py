@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Places in an engine's source: the line at which a wrong step is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from refmoe.engines.protocol import EVERY_TAP
+from refmoe.errors import InputError
+from refmoe.files.numbers import integer
+from refmoe.files.reading import exists, read_text
+from refmoe.files.sentences import quoted
+
+EXPECTED = "a source file of the engine"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A line of a file."""
+
+    uri: str
+    """The file, relative to the root of the repository, as a URI."""
+    line: int
+    """From 1."""
+    end: int
+    """The column after the last character of the line. Columns count characters, from 1."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The places of an engine's steps."""
+
+    steps: Mapping[str, Place]
+    rest: Place
+    """The place of every other step, and of a failure that is no step's."""
+
+    def of(self, step: str) -> Place:
+        """The place of a step."""
+        return self.steps.get(step, self.rest)
+
+
+def read_sources(given: Iterable[str], candidates: Sequence[Path]) -> Sources:
+    """The places that a user names.
+
+    given: each ``STEP=FILE:PLACE``, or ``FILE:PLACE`` for all other steps. PLACE is the number of a line, or a text in
+        the line; without it, the first line. FILE is relative to the current folder.
+    candidates: files for all other steps where none is given. The first
+        one counts that is a text of the repository.
+    Raises InputError where a step, a file or a line does not exist, and where no place is left for the other steps.
+    """
+    root = repository()
+    steps: dict[str, Place] = {}
+    rest: Place | None = None
+    for each in given:
+        step, where = _parts(each)
+        if step in steps or (step == "" and rest is not None):
+            raise InputError(f"--source {quoted(each)}: {step or 'all other steps'} has a place already")
+        found = _place(root, where)
+        if step:
+            steps[step] = found
+        else:
+            rest = found
+    if rest is None:
+        rest = _first(root, candidates)
+    if rest is None:
+        raise InputError(
+            "--sarif shows each result at a line of the repository, but it has none: --source FILE, a file of the "
+            "engine, was expected"
+        )
+    return Sources(steps, rest)
+
+
+def repository() -> Path:
+    """The root of the repository that the current folder belongs to; the current folder where there is none."""
+    here = Path.cwd().resolve()
+    return next((folder for folder in (here, *here.parents) if exists(folder / ".git")), here)
+
+
+def _parts(given: str) -> tuple[str, str]:
+    """The step, or an empty text, and the rest."""
+    step, equals, where = given.partition("=")
+    if not equals or step not in EVERY_TAP:
+        if equals and not exists(Path(given.partition(":")[0])):
+            raise InputError(
+                f"--source {quoted(given)}: one of the steps {', '.join(EVERY_TAP)} was expected before '='"
+            )
+        return "", given
+    return step, where
+
+
+def _place(root: Path, where: str) -> Place:
+    parts = where.split(":")
+    names = [":".join(parts[:count]) for count in range(len(parts), 0, -1)]  # a name may have a colon, as a text may
+    name = next((each for each in names if exists(Path(each))), parts[0])
+    wanted = where.removeprefix(name)[1:]
+    path = Path(name)
+    lines = read_text(path, EXPECTED).splitlines() or [""]
+    number = integer(wanted)
+    if wanted and number is None:
+        number = next((i for i, line in enumerate(lines, 1) if wanted in line), None)
+        if number is None:
+            raise InputError(f"{path}: no line has {quoted(wanted)}, but --source names one")
+    number = 1 if number is None else number
+    if not 1 <= number <= len(lines):
+        raise InputError(f"{path}: has {len(lines)} lines, but --source names line {number}")
+    uri = _uri(root, path)
+    if uri is None:
+        raise InputError(f"{path}: lies outside of the repository {root}, but a file of it was expected")
+    return Place(uri=uri, line=number, end=len(lines[number - 1]) + 1)
+
+
+def _uri(root: Path, path: Path) -> str | None:
+    """The file as a URI relative to the root; None for a file outside. Links are followed, as GitHub shows no link."""
+    real = path.resolve()
+    return quote(real.relative_to(root).as_posix()) if real.is_relative_to(root) else None
+
+
+def _first(root: Path, candidates: Sequence[Path]) -> Place | None:
+    """The first line of the first candidate that can be shown."""
+    for path in candidates:
+        try:
+            if _uri(root, path) is not None:
+                return _place(root, str(path))
+        except InputError:  # a program, or no file at all
+            continue
+    return None
