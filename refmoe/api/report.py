@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from refmoe.api.arguments import kind, writable_file
+from refmoe.api.arguments import kind, name_of, writable_file
 from refmoe.api.files import write_text
 from refmoe.engines.scaffold.ci import check_source
 from refmoe.errors import InputError
@@ -147,6 +147,10 @@ def check_places(sources: Sequence[str], refmoe_from: str | None) -> Sources:
     """The places of alerts, as for `Report.sarif`. Raises InputError for one that does not exist."""
     from refmoe.report.sources import read_sources
 
+    if not isinstance(sources, list | tuple):
+        raise InputError(f"sources: is {kind(sources)}, but a list of texts was expected, each STEP=FILE:PLACE")
+    for each in sources:
+        name_of(each, "sources", "STEP=FILE:PLACE or FILE:PLACE")
     if refmoe_from is not None:
-        check_source(refmoe_from)
+        check_source(name_of(refmoe_from, "refmoe_from", "OWNER/REPOSITORY"))
     return read_sources(sources, ())

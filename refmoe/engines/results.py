@@ -166,7 +166,8 @@ def _plain(outcome: Outcome) -> dict[str, Any]:
             {**{name: getattr(each, name) for name in CAUSE_FIELDS}, "sources": list(each.sources)}
             for each in outcome.explanations
         ],
-        **{name: value for name in OUTCOME_OPTIONAL if (value := getattr(outcome, name)) not in (None, False)},
+        **({"golden_bits": True} if outcome.golden_bits else {}),
+        **{name: value for name in OUTCOME_OPTIONAL[1:] if (value := getattr(outcome, name)) is not None},
     }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from refmoe.engines.observations import is_wider
@@ -38,7 +39,8 @@ def _faults(outcome: Outcome, judged: Mapping[tuple[str, str], Judged]) -> Itera
     if outcome.verdict in WITHOUT_A_TRACE:
         yield f"{RESULTS}: says that {place} is {outcome.verdict}, but {name} is there"
         return
-    for difference in differences(figures(outcome), figures(again.outcome)):
+    taps = None if outcome.taps is None else again.outcome.taps  # results of earlier versions do not have it
+    for difference in differences(figures(outcome), figures(replace(again.outcome, taps=taps))):
         yield f"{RESULTS}: {place}: {difference} ({name}, judged again)"
     recorded, now = (FRACTION.sub("#", each.reason) for each in (outcome, again.outcome))
     if recorded != now and not recorded.startswith(f"{now}; "):  # what follows was said about the run
@@ -52,6 +54,7 @@ def figures(outcome: Outcome) -> dict[str, Any]:
         "first_wrong": None if outcome.first_wrong is None else list(outcome.first_wrong),
         "worst_errors": {step: json_number(error) for step, error in outcome.worst_errors.items()},
         "golden_bits": outcome.golden_bits,
+        "taps": outcome.taps,
     }
 
 

@@ -119,7 +119,7 @@ def to_sarif(log: Log) -> str:
 def _rule(rule: str, home: str | None) -> dict[str, Any]:
     if rule in OTHERS:
         short, full = OTHERS[rule][1:]
-        file, page = None, "docs/reading-a-report.md"
+        file, page, kind = None, "docs/reading-a-report.md", "Verdict"
     else:
         noun = NOUNS[rule]
         short = f"{noun[:1].upper()}{noun[1:]} is wrong"
@@ -127,12 +127,12 @@ def _rule(rule: str, home: str | None) -> dict[str, Any]:
             f"A value of {rule} [{', '.join(DIMENSIONS[rule])}] is not one that the policy of the engine can produce."
         )
         file = f"refmoe/spec/{SPECIFIED[rule]}.py" if rule in SPECIFIED else None
-        page = file or "golden/FORMAT.md"
+        page, kind = file or "golden/FORMAT.md", "Step"
     told = f"The specification states the step in {file}. " if file else ""
     how = "The message has the case, the call, the layer and the token, and the known bug where one explains all of it."
     found: dict[str, Any] = {
         "id": rule,
-        "name": "".join(part[:1].upper() + part[1:] for part in re.split(r"[._-]", rule)),
+        "name": "".join(part[:1].upper() + part[1:] for part in re.split(r"[._-]", rule)) + kind,
         "shortDescription": {"text": _message(f"{short}.")[:LONGEST]},
         "fullDescription": {"text": _message(full)[:LONGEST]},
         "help": {"text": f"{told}{how}"},

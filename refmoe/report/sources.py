@@ -47,24 +47,22 @@ def read_sources(given: Iterable[str], candidates: Sequence[Path]) -> Sources:
 
     given: each ``STEP=FILE:PLACE``, or ``FILE:PLACE`` for all other steps. PLACE is the number of a line, or a text in
         the line; without it, the first line. FILE is relative to the current folder.
-    candidates: files for all other steps where none is given. The first
-        one counts that is a text of the repository.
+    candidates: files for all other steps where none is given. The first one counts that is a text of a repository.
     Raises InputError where a step, a file or a line does not exist, and where no place is left for the other steps.
     """
-    root = repository()
     steps: dict[str, Place] = {}
     rest: Place | None = None
     for each in given:
         step, where = _parts(each)
         if step in steps or (step == "" and rest is not None):
             raise InputError(f"--source {quoted(each)}: {step or 'all other steps'} has a place already")
-        found = _place(root, where)
+        found = _place(where)
         if step:
             steps[step] = found
         else:
             rest = found
     if rest is None:
-        rest = _first(root, candidates)
+        rest = _first(candidates)
     if rest is None:
         raise InputError(
             "--sarif shows each result at a line of the repository, but it has none: --source FILE, a file of the "
@@ -73,10 +71,9 @@ def read_sources(given: Iterable[str], candidates: Sequence[Path]) -> Sources:
     return Sources(steps, rest)
 
 
-def repository() -> Path:
-    """The root of the repository that the current folder belongs to; the current folder where there is none."""
-    here = Path.cwd().resolve()
-    return next((folder for folder in (here, *here.parents) if exists(folder / ".git")), here)
+def repository(file: Path) -> Path:
+    """The root of the repository that a file belongs to; the current folder where it belongs to none."""
+    return next((folder for folder in file.parents if exists(folder / ".git")), Path.cwd().resolve())
 
 
 def _parts(given: str) -> tuple[str, str]:
@@ -91,7 +88,7 @@ def _parts(given: str) -> tuple[str, str]:
     return step, where
 
 
-def _place(root: Path, where: str) -> Place:
+def _place(where: str) -> Place:
     parts = where.split(":")
     names = [":".join(parts[:count]) for count in range(len(parts), 0, -1)]  # a name may have a colon, as a text may
     name = next((each for each in names if exists(Path(each))), parts[0])
@@ -106,24 +103,20 @@ def _place(root: Path, where: str) -> Place:
     number = 1 if number is None else number
     if not 1 <= number <= len(lines):
         raise InputError(f"{path}: has {len(lines)} lines, but --source names line {number}")
-    uri = _uri(root, path)
-    if uri is None:
-        raise InputError(f"{path}: lies outside of the repository {root}, but a file of it was expected")
-    return Place(uri=uri, line=number, end=len(lines[number - 1]) + 1)
+    real = path.resolve()  # GitHub shows no link
+    root = repository(real)
+    if not real.is_relative_to(root):
+        raise InputError(
+            f"{path}: lies in no repository and outside of {root}, but a file of the repository was expected"
+        )
+    return Place(uri=quote(real.relative_to(root).as_posix()), line=number, end=len(lines[number - 1]) + 1)
 
 
-def _uri(root: Path, path: Path) -> str | None:
-    """The file as a URI relative to the root; None for a file outside. Links are followed, as GitHub shows no link."""
-    real = path.resolve()
-    return quote(real.relative_to(root).as_posix()) if real.is_relative_to(root) else None
-
-
-def _first(root: Path, candidates: Sequence[Path]) -> Place | None:
+def _first(candidates: Sequence[Path]) -> Place | None:
     """The first line of the first candidate that can be shown."""
     for path in candidates:
         try:
-            if _uri(root, path) is not None:
-                return _place(root, str(path))
+            return _place(str(path))
         except InputError:  # a program, or no file at all
             continue
     return None

@@ -15,6 +15,7 @@ import pytest
 import refmoe
 from refmoe import InputError
 from refmoe.report.verification_json import schema
+from tests.report.sarif_checks import github_faults, schema_faults
 
 TOKENS = [1, 31, 41]
 
@@ -99,6 +100,30 @@ def test_its_files(wrong: refmoe.Report, tmp_path: Path) -> None:
     assert (tmp_path / "a.html").read_text() == (tmp_path / "b.html").read_text()
     assert "layers.0.attention.q_rope" in (tmp_path / "a.html").read_text()
     assert ElementTree.parse(tmp_path / "c.xml").getroot().tag == "testsuites"
+
+
+def test_its_alert_at_a_line(
+    right: refmoe.Report, wrong: refmoe.Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rope.py").write_text("import math\n\ndef rotate(x):\n    pass\n")
+    monkeypatch.chdir(tmp_path)
+    sources = ["attention.q_rope=rope.py:def rotate", "rope.py"]
+    for report, places in ((right, []), (wrong, [("rope.py", 3)])):
+        report.sarif("a.sarif", sources)
+        text = (tmp_path / "a.sarif").read_text()
+        log = json.loads(text)
+        assert schema_faults(log) == github_faults(text) == []
+        found = [each["locations"][0]["physicalLocation"] for each in log["runs"][0]["results"]]
+        assert [(each["artifactLocation"]["uri"], each["region"]["startLine"]) for each in found] == places
+
+
+@pytest.mark.parametrize("sources", ["rope.py", None, 3, [3], [b"rope.py"], ["none.py"], [], ["logits=rope.py"]])
+def test_a_source_that_is_none(wrong: refmoe.Report, tmp_path: Path, sources: Any) -> None:
+    with pytest.raises(InputError):
+        wrong.sarif(tmp_path / "a.sarif", sources)
+    with pytest.raises(InputError):
+        wrong.sarif(tmp_path / "a.sarif", [__file__], refmoe_from="refmoe")
+    assert [*tmp_path.iterdir()] == []
 
 
 @pytest.mark.parametrize("path", ["", "folder", "missing/a", "nul\0", 3, None, b"bytes", "a" * 5000])

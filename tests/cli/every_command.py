@@ -45,12 +45,12 @@ class Example:
 EXAMPLES = {
     "verify": Example(
         "{in}/trace --checkpoint {in}/model --policy float32 --html {out}/page --junit {out}/junit "
-        "--sarif {out}/sarif --source {in}/skips.py",
+        f"--sarif {{out}}/sarif --source {ROOT}/pyproject.toml",
         "{in}/none", ("page", "junit", "sarif"), needs="jinja2",
     ),
     "conform": Example(
         "--case one-pair --dtype float32 --no-diagnose --out {out}/results --junit {out}/junit --badge {out}/badge "
-        "--summary {out}/summary --sarif {out}/sarif --source {in}/skips.py -- {python} {in}/skips.py",
+        f"--summary {{out}}/summary --sarif {{out}}/sarif --source {ROOT}/pyproject.toml -- {{python}} {{in}}/skips.py",
         "--case none -- {python} {in}/skips.py", ("results", "junit", "badge", "summary", "sarif"), status=3,
     ),
     "capture": Example(

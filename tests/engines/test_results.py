@@ -77,6 +77,15 @@ def test_what_is_written_is_read(folder: Path) -> None:
     assert read.counts["skipped"] == 1
 
 
+def test_a_token_and_taps_are_written_where_there_are_any(tmp_path: Path) -> None:
+    """The first token has number 0, and no measured set of taps is an empty text: both are values."""
+    found = replace(RESULTS, outcomes=(replace(OUTCOMES[1], token=0, taps=""), replace(OUTCOMES[0], taps="logits")))
+    write_results(tmp_path / "x.json", found)
+    read = read_results(tmp_path / "x.json")
+    assert [(each.token, each.taps) for each in read.outcomes] == [(0, ""), (None, "logits")]
+    assert '"token"' not in to_json(RESULTS)
+
+
 def put(values: dict[str, Any], path: str, value: Any) -> None:
     """Set a field; a value of `...` removes it."""
     *parents, name = path.split(".")
@@ -117,6 +126,10 @@ def put(values: dict[str, Any], path: str, value: Any) -> None:
         ("outcomes.1.dtype", "float32", "'outcomes' has a case and dtype more than once"),
         ("outcomes.0.policy", ..., "'outcomes[0].policy' is missing"),
         ("outcomes.0.golden_bits", False, "'outcomes[0].golden_bits' is false"),
+        ("outcomes.0.token", -1, "'outcomes[0].token' is -1"),
+        ("outcomes.0.token", True, "'outcomes[0].token' is true"),
+        ("outcomes.0.taps", "some taps", "'outcomes[0].taps' is \"some taps\""),
+        ("outcomes.0.taps", [], "'outcomes[0].taps' is []"),
     ],
 )
 def test_a_file_that_says_something_else_is_one_sentence(folder: Path, field: str, value: Any, words: str) -> None:

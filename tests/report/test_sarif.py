@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +29,7 @@ from tests.tour import ROOT
 REST = Place("src/engine.cpp", 1, 10)
 SOURCES = Sources({"attention.q_rope": Place("src/rope.cpp", 41, 30)}, REST)
 HOME = "someone/refmoe@v0"
+VALIDATOR = ROOT / "build" / "node_modules" / "@microsoft" / "sarif-multitool-linux" / "Sarif.Multitool"
 
 
 def run_of(results: Results, *listed: KnownFailure, home: str | None = HOME) -> Any:
@@ -215,6 +218,24 @@ def test_the_checks_find_what_is_broken(name: str) -> None:
     assert github_faults(json.dumps(log)) if name in BROKEN else schema_faults(log)
 
 
-def test_equal_results_give_equal_text(tmp_path: Path) -> None:
+def test_microsofts_validator_has_nothing_against_a_file(tmp_path: Path) -> None:
+    """It knows the rules of the format that no schema can say, and those of GitHub."""
+    if not VALIDATOR.is_file():
+        pytest.skip(f"no {VALIDATOR.name}: npm install --no-save --prefix build @microsoft/sarif-multitool-linux")
+    VALIDATOR.chmod(0o755)  # npm leaves it as it is in the package
+    said = {}
+    text = run_sarif(RESULTS, sort_failures(RESULTS, known("one bfloat16", "one float32")), SOURCES, HOME)
+    for name, content in {"right": text, "wrong": text.replace("EmbeddingStep", "embedding")}.items():
+        file, out = tmp_path / f"{name}.sarif", tmp_path / f"{name}.out"
+        file.write_text(content)
+        words = [VALIDATOR, "validate", file, "--rule-kind", "Sarif;Ghas", "--output", out]
+        variables = {**os.environ, "DOTNET_SYSTEM_GLOBALIZATION_INVARIANT": "1"}
+        subprocess.run(words, env=variables, capture_output=True, check=False)
+        said[name] = json.loads(out.read_text(encoding="utf-8-sig"))["runs"][0]["results"]
+    assert said["right"] == []
+    assert said["wrong"]
+
+
+def test_equal_results_give_equal_text() -> None:
     texts = {run_sarif(RESULTS, sort_failures(RESULTS, ()), SOURCES, HOME) for _ in range(2)}
     assert len(texts) == 1

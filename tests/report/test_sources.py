@@ -61,7 +61,7 @@ def test_a_line_is_named_by_its_number_or_its_text(given: str, place: Place) -> 
         (["none.py:3"], "none.py: no such file"),
         (["program"], "is not UTF-8"),
         ([".."], ".."),
-        (["../../outside.py:1"], "lies outside of the repository"),
+        (["../../outside.py:1"], "lies in no repository"),
         (["router.logit=rope x.py:1"], "one of the steps embedding, attention_norm"),
         (["router.logits=rope x.py:1", "router.logits=empty"], "router.logits has a place already"),
         (["rope x.py", "empty"], "all other steps has a place already"),

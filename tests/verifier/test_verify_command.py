@@ -133,15 +133,20 @@ def test_json_is_one_object_of_the_published_schema(refmoe: Refmoe, tmp_path: Pa
 
 def test_reports_are_written_beside_what_is_printed(refmoe: Refmoe, wrong: Path, tmp_path: Path) -> None:
     """The verdict is the same in all of them."""
-    html, junit = tmp_path / "page.html", tmp_path / "junit.xml"
-    status, out, _ = refmoe("verify", wrong, "--golden", GOLDEN, "--html", html, "--junit", junit)
+    html, junit, sarif = tmp_path / "page.html", tmp_path / "junit.xml", tmp_path / "alerts.sarif"
+    source = ("--sarif", sarif, "--source", Path(__file__).relative_to(Path.cwd()))
+    status, out, _ = refmoe("verify", wrong, "--golden", GOLDEN, "--html", html, "--junit", junit, *source)
     assert status == 1
     assert out == refmoe("verify", wrong, "--golden", GOLDEN)[1]
     assert "layers.1.expert.up" in html.read_text(encoding="utf-8")
     assert html.read_text(encoding="utf-8").rstrip().endswith("</html>")
     suites = ElementTree.parse(junit).getroot()
     assert int(suites.attrib["failures"]) >= 1
-    assert {path.name for path in tmp_path.iterdir()} == {"wrong.safetensors", "page.html", "junit.xml"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "wrong.safetensors", "page.html", "junit.xml", "alerts.sarif"
+    }  # fmt: skip
+    (alert,) = json.loads(sarif.read_text())["runs"][0]["results"]
+    assert (alert["ruleId"], alert["properties"]["layer"]) == ("expert.up", 1)
 
 
 @pytest.mark.parametrize("option", ["--html", "--junit"])
@@ -185,6 +190,10 @@ MISTAKES = {
     "html in a file": ("{honest} --html {honest}/b.html", "b.html: cannot be written: Not a directory"),
     "html is a folder": ("{honest} --html {checkpoint}", "is a folder, but the name of a file"),
     "html is the trace": ("{caseless} --case walking-skeleton --html {caseless}", "is an input of this command"),
+    "sarif without a place": ("{honest} --sarif a.sarif", "--source FILE, a file of the engine, was expected"),
+    "a place without sarif": ("{honest} --source README.md", "are about --sarif, which was not given"),
+    "a repository without sarif": ("{honest} --refmoe-from a/b", "are about --sarif, which was not given"),
+    "a place that is none": ("{honest} --sarif a.sarif --source none.py:3", "none.py: no such file"),
     "one file for both": ("{honest} --html same --junit ./same", "two outputs have this name"),
 }
 
