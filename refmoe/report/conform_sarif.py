@@ -33,7 +33,8 @@ def run_sarif(results: Results, failures: Failures, sources: Sources, home: str 
     for verdict in (NOT_JUDGED, SKIPPED):
         places = [f"{each.case} in {each.dtype}" for each in results.outcomes if each.verdict == verdict]
         notes += [f"{count(len(places), 'outcome')} {verdict}: {', '.join(places)}"] * bool(places)
-    return to_sarif(Log(results.engine.name, alerts, notes, home))
+    options = [f"{key}={value}" for key, value in results.engine.options.items() if key != "command"]
+    return to_sarif(Log(" ".join([results.engine.name, *options]), alerts, notes, home))
 
 
 def _alert(results: Results, outcome: Outcome, sources: Sources, entry: KnownFailure | None) -> Alert:

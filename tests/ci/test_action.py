@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 
-from tests.ci.tools import complaints, program, schema_faults, shell_faults
+from tests.ci import tools
+from tests.ci.tools import complaints, program, shell_faults
+from tests.report.sarif_checks import github_faults, schema_faults
 from tests.tour import ROOT, environment_in
 
 yaml = pytest.importorskip("yaml")
@@ -40,13 +42,13 @@ def scripts() -> dict[str, dict[str, Any]]:
 
 
 def test_it_is_an_action() -> None:
-    assert schema_faults("vendor.github-actions", ACTION) == ""
+    assert tools.schema_faults("vendor.github-actions", ACTION) == ""
 
 
 def test_the_schema_is_one_that_can_refuse(tmp_path: Path) -> None:
     wrong = ACTION.read_text().replace("using: composite", "using: composition")
     (tmp_path / "action.yml").write_text(wrong)
-    assert schema_faults("vendor.github-actions", tmp_path / "action.yml") != ""
+    assert tools.schema_faults("vendor.github-actions", tmp_path / "action.yml") != ""
 
 
 def test_actionlint_knows_its_inputs_and_outputs(tmp_path: Path) -> None:
@@ -184,6 +186,8 @@ def test_an_engine_that_is_wrong(runner: Runner) -> None:
         sources="attention.scores=wrong.py:np.tile\nright.py:7\n",
     )  # fmt: skip
     assert (ended.status, ended.outputs["verdict"]) == (1, "not conformant"), ended.said
+    text = Path(ended.outputs["sarif"]).read_text()
+    assert schema_faults(json.loads(text)) == github_faults(text) == []
     run = content(ended, "sarif")["runs"][0]
     (alert,) = run["results"]
     place = alert["locations"][0]["physicalLocation"]

@@ -121,6 +121,17 @@ def test_a_fingerprint_stays_while_numbers_change() -> None:
     assert not {*renamed.values()} & {*first.values()}
 
 
+def test_engines_with_other_options_are_kept_apart() -> None:
+    """GitHub replaces the alerts of a category by those of the next run, which may be of another version."""
+
+    def category(**fields: Any) -> str:
+        return str(run_of(replace(RESULTS, engine=replace(RESULTS.engine, **fields)))["automationDetails"]["id"])
+
+    assert category(options={"attention": "eager"}) != category(options={"attention": "sdpa"})
+    assert category(version="1.1") == category(version="1.0")
+    assert category(options={"command": "/tmp/x"}) == category(options={})
+
+
 def test_each_step_has_a_rule_and_a_link_to_its_specification() -> None:
     run = run_of(RESULTS)
     driver = run["tool"]["driver"]
