@@ -90,6 +90,18 @@ def test_actionlint_has_nothing_against_the_workflow(work: Path, refmoe: Refmoe)
     assert complaints([lint, str(work / FILES["github"])]) == ""
 
 
+OLDEST = {"actions/checkout": 5, "actions/upload-artifact": 6, "github/codeql-action/upload-sarif": 4}
+"""The first versions that run on Node.js 24. GitHub removed Node.js 20 from its runners in September 2026."""
+
+
+def test_actions_of_others_run_on_the_runners_of_today(work: Path, refmoe: Refmoe) -> None:
+    write(refmoe, *ENGINE, "--write-ci", "github", ".", *FROM)
+    texts = [(work / FILES["github"]).read_text(), (ROOT / "action.yml").read_text()]
+    used = [re.findall(r"uses: ([\w/-]+)@v(\d+)$", text, re.MULTILINE) for text in texts]
+    assert {name for found in used for name, _ in found} == {*OLDEST, "someone/refmoe"}
+    assert all(int(version) >= OLDEST.get(name, 0) for found in used for name, version in found)
+
+
 # ---- the same run
 
 
