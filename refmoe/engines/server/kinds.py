@@ -346,7 +346,7 @@ def find_kind(client: Client, vocab: int, first: Question, wanted: str | None, m
     refusals: list[Unwilling | ServerFault] = []
     tries: dict[str, Callable[[], Found | None]] = {
         LLAMA: lambda: _llama(client, vocab, first, refusals),
-        TRANSFORMERS: lambda: _transformers(client, vocab, first, listed, refusals),
+        TRANSFORMERS: lambda: _transformers(client, vocab, first, listed, refusals, wanted is None),
         OPENAI: lambda: _openai(client, vocab, first, listed, refusals),
     }
     for name, attempt in tries.items():
@@ -385,8 +385,17 @@ def _llama(client: Client, vocab: int, first: Question, refusals: list[Unwilling
 
 
 def _transformers(
-    client: Client, vocab: int, first: Question, model: str | None, refusals: list[Unwilling | ServerFault]
+    client: Client,
+    vocab: int,
+    first: Question,
+    model: str | None,
+    refusals: list[Unwilling | ServerFault],
+    others: bool,
 ) -> Found | None:
+    """The server, if it is of this kind. vLLM has the path for decisions too, gives none, and gives rows elsewhere.
+
+    others: whether other kinds may be tried after this one
+    """
     try:
         client.post("/v1/systemone", {})
     except Unwilling as refusal:
@@ -394,19 +403,35 @@ def _transformers(
             return None
     except ServerFault:
         return None
-    for whole in (True, False):
-        kind = Transformers(client, vocab, model, whole)
-        if _answers(client, kind, first, refusals) is not None:
-            said = [] if whole else [f"no distributions of a prompt: {refusals[-1].reason}"]
-            return Found(kind, said)
+    kind = Transformers(client, vocab, model, True)
+    if _answers(client, kind, first, refusals) is not None:
+        return Found(kind)
+    why = refusals[-1].reason if refusals else "no token beside them"
+    if others and _most_rows(client, vocab, first, model, refusals)[0]:
+        return None
+    kind = Transformers(client, vocab, model, False)
+    if _answers(client, kind, first, refusals) is not None:
+        return Found(kind, [f"no distributions of a prompt: {why}"])
     return None
 
 
 def _openai(
     client: Client, vocab: int, first: Question, model: str | None, refusals: list[Unwilling | ServerFault]
 ) -> Found | None:
-    """The form that gives most rows. A server that takes a field and ignores it answers, but without rows."""
-    best: tuple[int, OpenAI] | None = None
+    entries, kind = _most_rows(client, vocab, first, model, refusals)
+    if kind is None:
+        return None
+    return Found(kind if entries else OpenAI(client, vocab, model, kind.without_rows()))
+
+
+def _most_rows(
+    client: Client, vocab: int, first: Question, model: str | None, refusals: list[Unwilling | ServerFault]
+) -> tuple[int, OpenAI | None]:
+    """The number of entries in the form that gives most rows, and that form; None where it takes none.
+
+    A server that takes a field and ignores it answers, but without rows.
+    """
+    best: tuple[int, OpenAI | None] = (0, None)
     for shape in shapes(vocab):
         kind = OpenAI(client, vocab, model, shape)
         reply = _answers(client, kind, first, refusals)
@@ -414,14 +439,11 @@ def _openai(
             continue
         rows = [*reply.rows.values(), *reply.prompt_rows.values()]
         entries = sum(len(each.ids) for each in rows)
-        if best is None or entries > best[0]:
+        if best[1] is None or entries > best[0]:
             best = entries, kind
         if reply.prompt_rows or (rows and not shape.fields.get("echo")):
             break
-    if best is None:
-        return None
-    entries, kind = best
-    return Found(kind if entries else OpenAI(client, vocab, model, kind.without_rows()))
+    return best
 
 
 def _answers(client: Client, kind: Kind, first: Question, refusals: list[Unwilling | ServerFault]) -> Reply | None:

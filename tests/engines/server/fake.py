@@ -173,12 +173,19 @@ def honest_llama(mutant: str | None = None) -> Answer:
     return answer
 
 
-def honest_openai(mutant: str | None = None, refused: Sequence[str] = (), **manner: Any) -> Answer:
-    """A server of OpenAI's API.   refused: fields that it does not take   manner: as for `openai`"""
+def honest_openai(
+    mutant: str | None = None, refused: Sequence[str] = (), decisions: bool = False, **manner: Any
+) -> Answer:  # fmt: skip
+    """A server of OpenAI's API.   refused: fields that it does not take   manner: as for `openai`
+
+    decisions: whether it has a path for decisions, and no model that can make any, as vLLM 0.32
+    """
 
     def answer(path: str, body: Body) -> Any:
         if path == "/v1/models":
             return {"data": [{"id": "m"}]}
+        if decisions and path == "/v1/systemone":
+            raise Refusal(501 if body else 400, "The model does not support the structured decision API")
         if path != "/v1/completions":
             raise Refusal(404, "no such path")
         for field in refused:

@@ -18,6 +18,7 @@ from refmoe.engines.server.interview import (
     STOPPED,
     TOGETHER,
 )
+from refmoe.engines.server.kinds import OPENAI, TRANSFORMERS
 from refmoe.engines.server.power import LARGEST, TOKENS, WHOLE
 from refmoe.verifier.findings import CONFORMANT, NOT_CONFORMANT
 from tests.engines.server.asked import asked
@@ -27,6 +28,7 @@ LAWS = {GENERATED, GROWN, FED_BACK, TOGETHER, BATCH, STOPPED, CANCELLED}
 APIS: dict[str, tuple[Answer, str, set[str]]] = {
     "llama.cpp": (honest_llama(), WHOLE, LAWS | {PREFIXES}),
     "vllm": (honest_openai(), WHOLE, LAWS | {PROMPT}),
+    "vllm with a path for decisions": (honest_openai(decisions=True), WHOLE, LAWS | {PROMPT}),
     "limited": (honest_openai(most=7), LARGEST, LAWS | {PROMPT}),
     "echo": (honest_openai(refused=("prompt_logprobs",), text_only=True), WHOLE, LAWS | {PROMPT}),
     "ignores": (honest_openai(numbers=False), TOKENS, LAWS),
@@ -42,6 +44,12 @@ def test_a_healthy_server_is_conformant_in_every_way_of_asking(api: str) -> None
     assert found.level == level
     assert {said.way for said in found.answers.said} == ways
     assert not found.judgement.open_rows
+
+
+@pytest.mark.parametrize(("numbers", "kind"), [(True, OPENAI), (False, TRANSFORMERS)])
+def test_a_server_without_decisions_is_asked_in_the_way_that_gives_more(numbers: bool, kind: str) -> None:
+    """Two kinds of server have the path for decisions. Without the decision config, one of them gives tokens alone."""
+    assert asked(honest_openai(decisions=True, numbers=numbers)).kind == kind
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
