@@ -94,7 +94,9 @@ def _place(where: str) -> Place:
     name = next((each for each in names if exists(Path(each))), parts[0])
     wanted = where.removeprefix(name)[1:]
     path = Path(name)
-    lines = read_text(path, EXPECTED).splitlines() or [""]
+    text = read_text(path, EXPECTED)
+    # as GitHub counts lines: of the characters at which Python ends one, only this one does
+    lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
     number = integer(wanted)
     if wanted and number is None:
         number = next((i for i, line in enumerate(lines, 1) if wanted in line), None)

