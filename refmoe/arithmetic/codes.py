@@ -8,7 +8,7 @@ input. Only a value next to the boundary between two codes may have either: its 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product as combinations
 from typing import Any
 
@@ -99,6 +99,10 @@ class InputFormat:
         """The most roundings of a term of the product on its way into the sum."""
         return -(-terms // (self.run or terms)) + self.roundings
 
+    def quantised(self, x: Any) -> Codes:
+        """The codes of rows of float32 values. A known bug has a format whose codes are others.   x: [t, n]"""
+        return _codes(x, self)
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -180,8 +184,8 @@ class Codes:
         made = self.codes[row : row + 1].copy()
         made[0, columns] = codes
         one = slice(row, row + 1)
-        return Codes(
-            how=self.how, codes=made, scales=self.scales[one], unrounded=self.unrounded[one], ideal=self.ideal[one],
+        return replace(
+            self, codes=made, scales=self.scales[one], unrounded=self.unrounded[one], ideal=self.ideal[one],
             unknown=self.unknown[one],
         )  # fmt: skip
 
@@ -193,9 +197,13 @@ class Codes:
         return [self.replaced(row, contested, codes) for codes in choices if not np.array_equal(codes, here)]
 
 
-@np.errstate(all="ignore")
 def quantise(x: Any, how: InputFormat) -> Codes:
     """The codes of rows of float32 values.   x: [t, n], n whole blocks"""
+    return how.quantised(x)
+
+
+@np.errstate(all="ignore")
+def _codes(x: Any, how: InputFormat) -> Codes:
     single, width, kind = np.float32, how.block or x.shape[1], how.limits
     blocks = np.asarray(x, single).reshape(len(x), -1, width)
     at = np.abs(blocks).argmax(-1)[..., None]

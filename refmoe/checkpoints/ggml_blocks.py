@@ -98,7 +98,7 @@ class BlockFormat:
         return 8 * self.nbytes / self.size
 
 
-def _half(raw: Bytes) -> NDArray[np.float32]:
+def half(raw: Bytes) -> NDArray[np.float32]:
     """Float16 numbers: [n, 2 k] to [n, k]."""
     return np.ascontiguousarray(raw).view("<f2").astype(np.float32)
 
@@ -115,28 +115,28 @@ def _bits(raw: Bytes) -> Bytes:
 
 
 def _q8_0(b: Bytes) -> Groups:
-    return Groups(b[:, None, 2:].view(np.int8), _half(b[:, :2]))
+    return Groups(b[:, None, 2:].view(np.int8), half(b[:, :2]))
 
 
 def _q4_0(b: Bytes) -> Groups:
-    return Groups(_nibbles(b[:, None, 2:]).view(np.int8) - np.int8(8), _half(b[:, :2]))
+    return Groups(_nibbles(b[:, None, 2:]).view(np.int8) - np.int8(8), half(b[:, :2]))
 
 
 def _q4_1(b: Bytes) -> Groups:
-    return Groups(_nibbles(b[:, None, 4:]), _half(b[:, :2]), _half(b[:, 2:4]))
+    return Groups(_nibbles(b[:, None, 4:]), half(b[:, :2]), half(b[:, 2:4]))
 
 
 def _q5_0(b: Bytes) -> Groups:
     codes = _nibbles(b[:, None, 6:]) | _bits(b[:, None, 2:6]) << 4
-    return Groups(codes.view(np.int8) - np.int8(16), _half(b[:, :2]))
+    return Groups(codes.view(np.int8) - np.int8(16), half(b[:, :2]))
 
 
 def _q5_1(b: Bytes) -> Groups:
     codes = _nibbles(b[:, None, 8:]) | _bits(b[:, None, 4:8]) << 4
-    return Groups(codes, _half(b[:, :2]), _half(b[:, 2:4]))
+    return Groups(codes, half(b[:, :2]), half(b[:, 2:4]))
 
 
-def _six_bits(raw: Bytes) -> tuple[Bytes, Bytes]:
+def six_bits(raw: Bytes) -> tuple[Bytes, Bytes]:
     """The eight scales and the eight mins of six bits in 12 bytes: [n, 12] to [n, 8] each."""
     first, second, third = raw[:, :4], raw[:, 4:8], raw[:, 8:]
     scales = np.concatenate([first & 63, (third & 15) | (first >> 6) << 4], axis=-1)
@@ -146,8 +146,8 @@ def _six_bits(raw: Bytes) -> tuple[Bytes, Bytes]:
 
 def _k_groups(b: Bytes, codes: Bytes) -> Groups:
     """Codes [n, 8, 32] with the scales and mins that Q4_K and Q5_K have in common."""
-    scales, mins = _six_bits(b[:, 4:16])
-    return Groups(codes, _half(b[:, :2]) * scales, -(_half(b[:, 2:4]) * mins))
+    scales, mins = six_bits(b[:, 4:16])
+    return Groups(codes, half(b[:, :2]) * scales, -(half(b[:, 2:4]) * mins))
 
 
 def _low_of_k(raw: Bytes) -> Bytes:
@@ -168,7 +168,7 @@ def _q6_k(b: Bytes) -> Groups:
     low, high = b[:, :128].reshape(-1, 2, 2, 32), b[:, 128:192].reshape(-1, 2, 1, 32)
     low = np.concatenate([low & 15, low >> 4], axis=2)  # [n, 2, 4, 32]
     codes = low | (high >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3) << 4
-    scales = _half(b[:, 208:210]) * b[:, 192:208].view(np.int8)
+    scales = half(b[:, 208:210]) * b[:, 192:208].view(np.int8)
     return Groups((codes.view(np.int8) - np.int8(32)).reshape(-1, 16, 16), scales)
 
 

@@ -91,7 +91,7 @@ class BlockTensor(RowTensor):
     """Its bytes: [rows, bytes of a row]."""
     format: BlockFormat
 
-    def _blocks(self, rows: Rows) -> NDArray[Any]:
+    def blocks(self, rows: Rows) -> NDArray[Any]:
         """The bytes of all blocks of some rows: [blocks, bytes of a block]."""
         first, together = (int(rows[0]), len(rows)) if len(rows) else (0, 0)
         if np.array_equal(rows, np.arange(first, first + together)):
@@ -101,14 +101,14 @@ class BlockTensor(RowTensor):
         return raw.reshape(-1, self.format.nbytes)
 
     def factors(self, rows: Rows) -> Factors:
-        made = self.format.factors(self._blocks(rows))
+        made = self.format.factors(self.blocks(rows))
         parts = (made.terms, made.offsets, made.sizes)
         terms, offsets, sizes = (None if part is None else part.reshape(len(rows), -1) for part in parts)
         return Factors(terms=terms, offsets=offsets, sizes=sizes)
 
     def take(self, rows: Rows) -> NDArray[Any]:
         try:
-            values = self.format.values(self._blocks(rows))
+            values = self.format.values(self.blocks(rows))
         except ValueError as error:
             raise InputError(
                 f"{self.path}: tensor {quoted(self.name)} holds {error}, which make a number that no float32 holds, "

@@ -106,11 +106,11 @@ class RowWeight(Weight):
         )  # fmt: skip
         self.format = tensor.stored.format
         """The name of the format that it is stored in."""
-        self._tensor, self._view = tensor, view
+        self.tensor, self.view = tensor, view
 
     def factors(self, start: int, stop: int) -> Factors:
         """Rows [start, stop) of a matrix as engines multiply them. Raises InputError where a value is no number."""
-        made = self._tensor.factors(self._tensor.seen(self._view)[start:stop])
+        made = self.tensor.factors(self.tensor.seen(self.view)[start:stop])
         for part in (made.terms, made.offsets):
             if part is not None:
                 self._check(part)
@@ -119,7 +119,7 @@ class RowWeight(Weight):
     def rows(self, ids: Any) -> Any:
         if len(self.shape) == 1:
             return super().rows(ids)
-        stored = self._tensor.chosen(self._view, ids)
+        stored = self.tensor.chosen(self.view, ids)
         self._check(stored)
         return stored
 

@@ -31,6 +31,8 @@ NARROW = {E4M3: ml_dtypes.float8_e4m3fn, E8M0: ml_dtypes.float8_e8m0fnu}
 """Formats of eight bits: safetensors' names, and NumPy dtypes for their values."""
 SCALES = ("F32", "F16", "BF16", E8M0)
 """The dtypes of scales."""
+Parts = tuple[NDArray[Any], NDArray[Any] | None, NDArray[Any]]
+"""Codes, zero points and scales of some rows, each [n, in]. No zero points: None."""
 AWQ_PLACES = np.array([0, 4, 1, 5, 2, 6, 3, 7])
 """The place of each of eight columns in a word of AWQ, which interleaves them: AutoAWQ's `order_map`, inverted."""
 
@@ -206,7 +208,7 @@ class ScaledTensor(RowTensor):
         return found
 
     def take(self, rows: Rows) -> NDArray[Any]:
-        codes, zeros, scales = self._parts(rows, np.float64 if self.dtype == "F64" else np.float32)
+        codes, zeros, scales = self.parts(rows, np.float64 if self.dtype == "F64" else np.float32)
         with np.errstate(over="ignore", invalid="ignore"):
             return np.asarray((codes if zeros is None else codes - zeros) * scales)
 
@@ -214,11 +216,11 @@ class ScaledTensor(RowTensor):
         terms = self.take(rows)
         if self.zeros is None:
             return Factors(terms=terms)
-        codes, zeros, scales = self._parts(rows, np.float64)  # engines add up zero points by themselves
+        codes, zeros, scales = self.parts(rows, np.float64)  # engines add up zero points by themselves
         assert zeros is not None
         return Factors(terms=terms, sizes=(np.abs(codes) + np.abs(zeros)) * np.abs(scales))
 
-    def _parts(self, rows: Rows, dtype: Any) -> tuple[NDArray[Any], NDArray[Any] | None, NDArray[Any]]:
+    def parts(self, rows: Rows, dtype: Any) -> Parts:
         """Codes, zero points and scales of some rows: each [n, in]."""
         height = self.shape[-2]
         blocks = -(-height // self.block[0])
