@@ -88,7 +88,13 @@ def checked_in_pieces(output: Output, policy: Policy, significance: float, parts
         x, overflows = enclosed(_part(output.call, at, axis, parts is None and step >= count), policy)
         may_overflow |= overflows
         values = found if parts is None and step >= count else found.take(at, axis)
-        add(tally, values, x, Site(policy, output.step, may_overflow, axis, at), drawn - start)
+        add(
+            tally,
+            values,
+            x,
+            Site(policy=policy, step=output.step, may_overflow=may_overflow, axis=axis, at=at),
+            drawn - start,
+        )
     reads = output.reads if parts is None or axis else tuple(array[parts.drawn] for array in output.reads)
     return conclude(output, tally, policy, significance, found.size, repeats(*reads))
 

@@ -254,7 +254,7 @@ def test_every_door_takes_the_file(kind: str, tmp_path: Path, refmoe: Refmoe) ->
     status, out, _ = refmoe("generate", "--checkpoint", path, "--tokens", "1,2", "--max-new-tokens", "2")
     assert (status, len(out.split())) == (0, 2)
     status, _, err = refmoe("generate", "--checkpoint", path, "--prompt", "x")
-    assert (status, "tokenizer" in err) == (2, True)
+    assert (status, "vocabulary" in err) == (2, True)
 
 
 @kinds
