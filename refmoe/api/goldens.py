@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from refmoe import suite
 from refmoe.api.progress import Bars, silent
@@ -17,9 +18,11 @@ from refmoe.files.lock import locked
 from refmoe.parallel import WorkerDied, results
 from refmoe.suite import Case
 from refmoe.suite.certify import Certificate, certify
+from refmoe.suite.digests import renew_digests
 from refmoe.suite.golden_folder import case_folder, golden_folder
 
 Names = Sequence[str]
+Done = TypeVar("Done")
 
 
 def chosen(names: Names, golden: Path, families: Collection[str] = suite.FAMILIES) -> list[Path]:
@@ -79,7 +82,9 @@ def check_goldens(
     whole = not names and folders != [golden]
     large = suite.find_full_size_cases(golden) if whole else []
     unchecked: list[str] = []
-    found = _recompute(folders, place, executor, bars, unchecked)
+    # the longest first, so that no worker is left alone with one at the end
+    ordered = sorted(folders, key=work, reverse=True)
+    found = on_each("check", suite.check, ordered, place, executor, bars, unchecked)
     found |= {case: suite.verify_case_files(case) for case in large}
     compared = [case for case in [*folders, *large] if case in found]
     return Checked(
@@ -92,35 +97,37 @@ def check_goldens(
     )  # fmt: skip
 
 
-def _recompute(
-    folders: list[Path], place: Place, executor: str | None, bars: Bars, unchecked: list[str]
-) -> dict[Path, list[suite.Difference]]:  # fmt: skip
-    """Recompute cases and return the differences of each. The bar counts layers of a single case, else cases.
+def on_each(
+    title: str, do: Callable[..., Done], folders: Sequence[Path], place: Place, executor: str | None, bars: Bars,
+    unchecked: list[str],
+) -> dict[Path, Done]:  # fmt: skip
+    """Do something with each case, and return what it gave. The bar counts layers of a single case, else cases.
 
+    do: called with the folder of a case, `place`, and for a single case also `progress` and `executor`
     unchecked: gets a sentence when a worker process dies
     """
     try:
         alone = suite.read_case(folders[0]) if len(folders) == 1 else None
     except InputError:
-        alone = None  # recomputing it says what is wrong
+        alone = None  # doing it says what is wrong
     if alone is not None:
         with bars(alone.name, len(alone.runs()) * len(alone.computed)) as advance:
-            return {alone.folder: suite.check(alone.folder, advance, place, executor)}
-    check = partial(suite.check, place=place)
-    # the longest first, so that no worker is left alone with one at the end
-    ordered = sorted(folders, key=_work, reverse=True)
-    with bars("check", len(folders)) as advance, results(check, ordered, place.executor(executor)) as checked:
-        found = {}
+            return {folders[0]: do(folders[0], progress=advance, place=place, executor=executor)}
+    found: dict[Path, Done] = {}
+    with (
+        bars(title, len(folders)) as advance,
+        results(partial(do, place=place), folders, place.executor(executor)) as done,
+    ):
         try:
-            for case, differences in checked:
-                found[case] = differences
+            for case, each in done:
+                found[case] = each
                 advance()
         except WorkerDied as death:
             unchecked.append(str(death))
     return found
 
 
-def _work(folder: Path) -> int:
+def work(folder: Path) -> int:
     """An estimate of the work for a case, to order cases by: its tokens times its parameters."""
     try:
         case = suite.read_case(folder)
@@ -145,13 +152,16 @@ def certify_goldens(
     write: whether the certificates are written into the manifests of the folder
     Returns the certificate of each case, by its name. Raises InputError for an unknown case.
     """
-    folders = chosen(names, golden_folder(golden))
+    golden = golden_folder(golden)
+    folders = chosen(names, golden)
     found: dict[Path, Certificate] = {}
-    work = partial(_certify, write=write)
-    with bars("certify", len(folders)) as advance, results(work, folders, executor) as certified:
+    prove = partial(_certify, write=write)
+    with bars("certify", len(folders)) as advance, results(prove, folders, executor) as certified:
         for path, certificate in certified:
             found[path] = certificate
             advance()
+    if write:
+        renew_digests(golden)
     return {path.resolve().name: found[path] for path in folders}
 
 
@@ -179,11 +189,12 @@ def emit_goldens(
     if not names and cases[0].folder == golden:
         raise InputError(f"{golden}: is a case, but a folder of cases was expected")
     with locked(golden):
-        return (
-            [_emit_one(case, place, executor, bars) for case in cases]
-            if names
-            else _emit_missing(golden, cases, place, executor, bars)
-        )
+        if names:
+            written = [_emit_one(case, place, executor, bars) for case in cases]
+        else:
+            written = _emit_missing(golden, cases, place, executor, bars)
+        renew_digests(golden)
+    return written
 
 
 def _emit_missing(golden: Path, cases: list[Case], place: Place, executor: str | None, bars: Bars) -> list[Path]:
@@ -191,9 +202,9 @@ def _emit_missing(golden: Path, cases: list[Case], place: Place, executor: str |
     for folder in [golden, *(case.folder for case in cases)]:
         suite.remove_leftovers(folder)
     wanted = [case for case in cases if not suite.is_emitted(case)]
-    work = partial(suite.emit, place=place)
+    write = partial(suite.emit, place=place)
     written: dict[str, Path] = {}
-    with bars("emit", len(wanted)) as advance, results(work, wanted, place.executor(executor)) as emitted:
+    with bars("emit", len(wanted)) as advance, results(write, wanted, place.executor(executor)) as emitted:
         for case, path in emitted:
             written[case.name] = path
             advance()

@@ -25,6 +25,7 @@ from refmoe.suite import (
     read_folder_manifest,
     write_manifest,
 )
+from refmoe.suite.digests import renew_digests
 from refmoe.suite.golden_folder import golden_folder
 from refmoe.suite.matrix.changes import (
     Loss,
@@ -321,10 +322,11 @@ def repeat_production(
 
 
 def _write(matrix: Matrix, golden: Path, family: str) -> None:
-    """Write the matrix of a family, and enter it in the manifest of the golden folder, where there is one."""
+    """Write the matrix of a family, and enter it in the manifest and the list of digests, where the folder has them."""
     name = MATRIX_FILES[family]
     write_matrix(golden / name, matrix)
     if (golden / MANIFEST_FILE).exists():
         manifest = read_folder_manifest(golden)
         files = manifest["files"] | {name: file_digest(golden / name)}
         write_manifest(golden, manifest | {"files": dict(sorted(files.items()))})
+    renew_digests(golden)

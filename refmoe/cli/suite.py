@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -16,6 +17,7 @@ from refmoe.api.goldens import Checked, certify_goldens, check_goldens, emit_gol
 from refmoe.api.known_bugs import mutants
 from refmoe.api.new_cases import PRESETS, SMALL, Call, Wanted, new_case
 from refmoe.api.packing import SIZES, STANDARD, pack_suite
+from refmoe.api.rebuilding import Rebuilding, rebuild_goldens, rebuilding_facts
 from refmoe.cli.guard import OUTPUT_FOLDER, GuardedCommand
 from refmoe.cli.options import (
     PATH,
@@ -110,6 +112,65 @@ def print_checked(found: Checked) -> None:
         click.echo(f"refmoe: {sentence(death)}", err=True)
     bad = sum(map(bool, found.cases.values()))
     click.echo(f"{found.recomputed} case{'s' * (found.recomputed != 1)} recomputed, {bad} differ")
+
+
+@click.command(
+    "rebuild", cls=GuardedCommand, short_help="Compute goldens anew in an empty folder, and compare digests."
+)
+@click.argument("folder", type=OUTPUT_FOLDER, metavar="DIR")
+@cases_argument
+@click.option(
+    "--digests", type=PATH, metavar="FILE", show_default="SHA256SUMS of the golden folder",
+    help="The published list of digests.",
+)  # fmt: skip
+@golden_option
+@executor_option("Work on cases side by side,")
+@json_option
+@click.pass_context
+def rebuild_command(
+    context: click.Context, folder: Path, names: Names, digests: Path | None, golden: Path, executor: str | None,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Compute each CASE, or all, from case.toml into DIR, and compare every file with a published list of digests.
+
+    \b
+    refmoe suite rebuild rebuilt
+    refmoe suite rebuild rebuilt walking-skeleton --digests refmoe-goldens.SHA256SUMS
+
+    Small cases come first. A case of full size takes minutes, so that it is rebuilt only if it is named. Of it, and of
+    the documents beside the cases, the files at hand are compared. A manifest takes its certificate from the golden at
+    hand; `refmoe suite certify` proves it.
+
+    Exit status 1 when a digest differs; each line names the file, the digest found and the one expected. 2 when none
+    differs, but the worker process of a case died.
+    """
+    found = rebuild_goldens(
+        folder, names, digests=digests, golden=golden, executor=executor, bars=progress_bar
+    )  # fmt: skip
+    if as_json:
+        click.echo(json_text({"folder": str(folder)} | rebuilding_facts(found)))
+    else:
+        print_rebuilding(found)
+    if found.differs:
+        context.exit(1)
+    if found.unchecked:
+        context.exit(2)
+
+
+def print_rebuilding(found: Rebuilding) -> None:
+    """Print a line per case, its differences, and the number of cases."""
+    lines: dict[str, Sequence[str]] = {name: each.differences for name, each in found.cases.items()}
+    documents = {} if found.documents is None else {"(files that were not rebuilt)": found.documents}
+    for name, differences in {**lines, **documents}.items():
+        click.echo(f"{'FAIL' if differences else 'ok  '}  {sentence(name)}")
+        for difference in differences:
+            click.echo(f"      {sentence(difference)}")
+    for name in found.not_rebuilt:
+        click.echo(f"note  {name}: of full size, so it was not rebuilt; name it to rebuild it")
+    for death in found.unchecked:
+        click.echo(f"refmoe: {sentence(death)}", err=True)
+    bad = sum(bool(each.differences) for each in found.cases.values())
+    click.echo(f"{len(found.cases)} case{'s' * (len(found.cases) != 1)} rebuilt, {bad} differ")
 
 
 @click.command("certify", cls=GuardedCommand, short_help="Prove how close goldens are to the real numbers.")
@@ -306,5 +367,5 @@ def print_audit(audited: Audited) -> None:
 
 
 assert isinstance(suite_command, Sections)
-suite_command.section("Commands", check_command, certify_command, audit_command)
+suite_command.section("Commands", check_command, rebuild_command, certify_command, audit_command)
 suite_command.section("Write", emit_command, new_command, pack_command)

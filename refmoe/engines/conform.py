@@ -29,6 +29,7 @@ from refmoe.parallel import in_background
 from refmoe.profiles.load import policy as named_policy
 from refmoe.profiles.policy import Policy
 from refmoe.suite import Case
+from refmoe.suite.fresh import label
 from refmoe.verifier.intake import take_in
 
 LAST_VERDICT = 2.0
@@ -61,8 +62,8 @@ class Suite:
     """The results of a run of the same suite, or of a part of it: its outcomes are kept."""
 
     def labels(self, case: Case, policy: Policy) -> Labels:
-        """The names in the header of a trace. Weights of another seed make it a trace of no golden case."""
-        return Labels(case.name if self.fresh is None else f"{case.name} fresh {self.fresh}", policy.name)
+        """The names in the header of a trace."""
+        return Labels(label(case.name, self.fresh), policy.name)
 
 
 @dataclass(frozen=True)

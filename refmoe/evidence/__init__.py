@@ -6,6 +6,7 @@ declared     the facts that only the author of a package knows: build, date, env
 given        the inputs of a package: results, traces, cases, policies
 judged       the verdict on a trace that was kept, and the bounds on its values
 epsilon      the bounds of all traces, per step and end to end, with their argument
+certificates the certificates of the goldens, proven again
 own          this refmoe and its suite
 clauses      clause, code, tests, bugs, cases and verdicts
 power        the known bugs that the run would have shown, and those that it shows to be absent

@@ -83,6 +83,7 @@ def summary(given: Given, own: Own) -> dict[str, Any]:
         "platform": {**results.platform},
         "refmoe": results.refmoe,
         "significance": results.significance,
+        **({} if results.fresh is None else {"fresh": results.fresh}),
         "dtypes": {
             dtype: {
                 "policy": used[dtype].name,
@@ -94,7 +95,7 @@ def summary(given: Given, own: Own) -> dict[str, Any]:
         "cases": {
             name: {
                 "family": case.family,
-                "case.toml": case.digest,
+                "case.toml": given.stored[name].digest,
                 MANIFEST_FILE: file_digest(case.folder / MANIFEST_FILE),
             }
             for name, case in given.cases.items()

@@ -17,6 +17,7 @@ from refmoe.files.sentences import quoted
 from refmoe.profiles.load import policy as named_policy
 from refmoe.profiles.policy import Policy
 from refmoe.suite import Case, read_case
+from refmoe.suite.fresh import fresh_case
 from refmoe.verifier.findings import CONFORMANT, NOT_CONFORMANT
 
 FROM_A_TRACE = (CONFORMANT, NOT_CONFORMANT)
@@ -32,8 +33,10 @@ class Given:
     folder: Path
     results: Results
     declared: Declared
+    stored: Mapping[str, Case]
+    """The golden cases in the package, by name, in the order of the results."""
     cases: Mapping[str, Case]
-    """By name, in the order of the results."""
+    """The cases that were run: the same, or with `fresh` those that were drawn from them."""
     policies: Mapping[str, Policy]
     """By the names that the results have for them."""
 
@@ -57,13 +60,20 @@ def read_given(folder: Path) -> Given:
     for each in results.outcomes:
         if each.case not in results.cases:
             raise InputError(f"{folder / RESULTS}: has an outcome of {quoted(each.case)}, which 'cases' lacks")
+    stored = {name: read_case(folder / CASES / name) for name in results.cases}
     return Given(
         folder=folder,
         results=results,
         declared=read_declared(folder),
-        cases={name: read_case(folder / CASES / name) for name in results.cases},
+        stored=stored,
+        cases={name: as_run(case, results.fresh) for name, case in stored.items()},
         policies={name: policy_of(folder, name) for name in {each.policy: None for each in results.outcomes}},
     )
+
+
+def as_run(case: Case, fresh: int | None) -> Case:
+    """The case that a run had.   fresh: the seed by which it drew other weights and tokens; None: the case as it is"""
+    return case if fresh is None else fresh_case(case, fresh)
 
 
 def policy_of(folder: Path, name: str) -> Policy:

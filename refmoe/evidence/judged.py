@@ -20,6 +20,7 @@ from refmoe.profiles.policy import Policy
 from refmoe.spec.model import Parameters
 from refmoe.spec.taps import step_of
 from refmoe.suite import Case, compute, read_manifest, trace_path
+from refmoe.suite.fresh import label
 from refmoe.suite.power import held_steps
 from refmoe.traces.held import held_trace
 from refmoe.traces.trace import Header, Trace, read_trace
@@ -146,33 +147,35 @@ def judge_trace(given: Given, outcome: Outcome) -> Judged:
     case, policy = given.cases[outcome.case], given.policies[outcome.policy]
     trace, parameters = read_trace(path), case.checkpoint().parameters
     engine = {"name": given.results.engine.name, "version": given.results.engine.version}
-    if (trace.header.case, trace.header.policy) != (case.name, policy.name) or trace.header.producer != engine:
-        raise InputError(f"{path}: its header is not that of case {case.name} under {policy.name} by {engine['name']}")
+    name = label(case.name, given.results.fresh)
+    if (trace.header.case, trace.header.policy) != (name, policy.name) or trace.header.producer != engine:
+        raise InputError(f"{path}: its header is not that of case {name} under {policy.name} by {engine['name']}")
     if trace.header.runs != case.runs():
         raise InputError(f"{path}: its runs are not those of case {case.name}")
     widths: Widths = {}
     judge = Judge(given.results.significance, diagnosing=False, passes=lambda *args: WidthPass(widths, *args))
-    question = Question(case=case, dtype=outcome.dtype, policy=policy, trace=trace, golden=True)
+    golden = given.results.fresh is None
+    question = Question(case=case, dtype=outcome.dtype, policy=policy, trace=trace, golden=golden)
     judged = judge.judge(question, parameters)
     return Judged(
         outcome=judged,
         steps=held_steps(trace, case.config),
-        bounds=bounds_of(trace, case, widths),
+        bounds=bounds_of(trace, case, widths, stored=golden),
         from_tokens=from_tokens(trace, case, parameters, policy, given.results.significance),
     )
 
 
-def bounds_of(trace: Trace, case: Case, widths: Widths) -> dict[str, Bounds]:
-    """The bounds of each step of a trace."""
+def bounds_of(trace: Trace, case: Case, widths: Widths, stored: bool) -> dict[str, Bounds]:
+    """The bounds of each step of a trace.   stored: whether the case is a golden one, with values and a certificate"""
     found: dict[str, Bounds] = {}
     for (_, tap), each in widths.items():
         step = step_of(tap)
         found[step] = found.get(step, Bounds()).worst(Bounds(allowed=each.allowed, accepted=each.accepted))
-    golden = golden_trace(case)
+    golden = golden_trace(case, stored)
     if golden is None:
         nothing = Bounds(reached=math.inf, proven=math.inf, total=math.inf, relative=math.inf)
         return {step: bounds.worst(nothing) for step, bounds in found.items()}
-    certificate = read_manifest(case.folder)["certificate"]
+    certificate = read_manifest(case.folder)["certificate"] if stored else None
     for distance in compare_traces(trace, golden).distances:
         key, step = f"{distance.run}/{distance.tap}", step_of(distance.tap)
         bound = None if certificate is None else certificate["bounds"].get(key)
@@ -186,9 +189,12 @@ def bounds_of(trace: Trace, case: Case, widths: Widths) -> dict[str, Bounds]:
     return found
 
 
-def golden_trace(case: Case) -> Trace | None:
-    """The golden of a case, computed where only its fingerprint is stored; None for a case of full size."""
-    if case.store == "trace":
+def golden_trace(case: Case, stored: bool = True) -> Trace | None:
+    """The exact values of a case, computed where they are not stored; None for a case of full size.
+
+    stored: whether the case is a golden one
+    """
+    if stored and case.store == "trace":
         return read_trace(trace_path(case.folder))
     return None if case.full_size else held_trace(Header(runs=case.runs(), case=case.name), compute(case))
 

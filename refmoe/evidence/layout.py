@@ -4,18 +4,15 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from refmoe.errors import InputError
 from refmoe.files.atomic import replacing
 from refmoe.files.parsing import read_json_value
-from refmoe.files.reading import read_text
-from refmoe.files.sentences import quoted
 from refmoe.files.writable import make_folder
-from refmoe.suite.manifest import file_digest
+from refmoe.suite.digests import digests_text
+from refmoe.suite.manifest import DIGESTS
 
 FORMAT_VERSION = "1"
 
@@ -28,10 +25,9 @@ DOCUMENTS = (SUMMARY, CHECKPOINTS, RULES, EPSILON, CLAUSES, TESTS, POWER)
 """The documents that follow from the inputs."""
 REPORT, LIMITS, READINGS = PAGES = ("report.md", "limits.md", "readings.md")
 MATERIALS = "bom.cdx.json"
-DIGESTS, STATEMENT, ENVELOPE, KEY = "SHA256SUMS", "statement.json", "statement.dsse.json", "public-key.pem"
+STATEMENT, ENVELOPE, KEY = "statement.json", "statement.dsse.json", "public-key.pem"
 SEALS = (DIGESTS, STATEMENT, ENVELOPE, KEY)
 """The files that seal all others. The first has their digests, the second its own digest."""
-DIGEST_LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
 
 
 def trace_file(case: str, dtype: str) -> str:
@@ -67,22 +63,6 @@ def sealed_files(names: Iterable[str]) -> list[str]:
     return sorted({*names} - {*SEALS})
 
 
-def digests_text(folder: Path, names: Iterable[str]) -> str:
-    """The text of the list of digests, as ``sha256sum -c`` reads it."""
-    return "".join(f"{file_digest(folder / name)}  {name}\n" for name in sealed_files(names))
-
-
-def read_digests(folder: Path) -> list[tuple[str, str]]:
-    """The lines of the list of digests: (name, SHA-256). Raises InputError for a line that is none."""
-    path = folder / DIGESTS
-    return [*_lines(path, read_text(path, "a list of digests"))]
-
-
-def _lines(path: Path, text: str) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(text.splitlines(), 1):
-        match = DIGEST_LINE.fullmatch(line)
-        if match is None:
-            raise InputError(
-                f"{path}: line {number} is {quoted(line)}, but a SHA-256, two blanks and a name were expected"
-            )
-        yield match[2], match[1]
+def sealed_text(folder: Path) -> str:
+    """The text of the list of digests of a package."""
+    return digests_text(folder, sealed_files(files_of(folder)))

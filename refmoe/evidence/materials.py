@@ -71,7 +71,9 @@ def materials(declared: Declared, documents: Mapping[str, Any]) -> str:
             type=ComponentType.MACHINE_LEARNING_MODEL,
             bom_ref=f"model/{name}",
             hashes=[digest(found["digest"])],
-            properties=properties({"case.toml": summary["cases"][name]["case.toml"]}),
+            properties=properties(
+                {"case.toml": summary["cases"][name]["case.toml"], "fresh": str(summary.get("fresh", ""))}
+            ),
         )
         for name, found in documents[CHECKPOINTS].items()
     ]

@@ -47,6 +47,7 @@ def _report(declared: Declared, results: Results, documents: Mapping[str, Any]) 
         ("commit", own.get("commit", "not a clean clone"), "git"),
         ("wheel", own.get("record", "not installed from a wheel"), "the list of files of the wheel"),
         ("suite", f"`{own['suite']}`", "digest of the suite's manifest"),
+        ("weights and tokens", _drawn(summary), "the run"),
         ("significance", f"{summary['significance']:g} per case and dtype", "the run"),
         ("smoke test", results.smoke, "the run"),
     ])  # fmt: skip
@@ -107,6 +108,7 @@ def _limits(documents: Mapping[str, Any]) -> Iterable[str]:
     yield from _table(("what was not tested", ""), [
         ("cases of the suite that were not run", _names(summary["not_run"])),
         ("dtypes that were run", _names(summary["dtypes"])),
+        ("weights and tokens that were run", _drawn(summary)),
         ("clauses that no case of this run names", _names(
             row["clause"] for row in documents[CLAUSES] if not row["cases"])),
     ])  # fmt: skip
@@ -130,6 +132,10 @@ def _by_area(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, A
     for row in rows:
         found.setdefault(row["area"], []).append(row)
     return found
+
+
+def _drawn(summary: Mapping[str, Any]) -> str:
+    return f"drawn by the seed {summary['fresh']}" if "fresh" in summary else "those of the golden cases"
 
 
 def _policy(at: Mapping[str, Any]) -> str:

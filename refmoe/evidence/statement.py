@@ -19,9 +19,10 @@ from refmoe.errors import InputError, require
 from refmoe.evidence.declared import Declared
 from refmoe.evidence.documents import FAILED, PASSED, WARNED, result_of, result_of_verdict
 from refmoe.evidence.given import Given
-from refmoe.evidence.layout import DIGESTS, ENVELOPE, KEY, RESULTS, RULES, STATEMENT, document, to_text, trace_file
+from refmoe.evidence.layout import ENVELOPE, KEY, RESULTS, RULES, STATEMENT, document, to_text, trace_file
 from refmoe.files.reading import exists, read_bytes
-from refmoe.suite.manifest import digest, file_digest
+from refmoe.suite.fresh import label
+from refmoe.suite.manifest import DIGESTS, digest, file_digest
 
 PREDICATE = "https://in-toto.io/attestation/test-result/v0.1"
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
@@ -44,7 +45,8 @@ def statement(given: Given, digests: str) -> str:
 
     names: dict[str, list[str]] = {PASSED: [], WARNED: [], FAILED: []}
     for each in given.results.outcomes:
-        names[result_of_verdict(each.verdict, each.failed)].append(f"{each.case} {each.dtype}")
+        name = label(each.case, given.results.fresh)
+        names[result_of_verdict(each.verdict, each.failed)].append(f"{name} {each.dtype}")
     traces = [
         resource(trace_file(each.case, each.dtype), file_digest(path))
         for each in given.results.outcomes

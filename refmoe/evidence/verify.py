@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from refmoe.errors import InputError, require
+from refmoe.evidence.certificates import ALL, SOME, Certified, certify_again
 from refmoe.evidence.compare import differences
 from refmoe.evidence.declared import environment
 from refmoe.evidence.documents import Derived, derive
@@ -24,7 +25,6 @@ from refmoe.evidence.given import Given, read_given
 from refmoe.evidence.layout import (
     CASES,
     DECLARED,
-    DIGESTS,
     DOCUMENTS,
     ENVELOPE,
     KEY,
@@ -36,7 +36,6 @@ from refmoe.evidence.layout import (
     TESTS,
     document,
     files_of,
-    read_digests,
     sealed_files,
     trace_file,
 )
@@ -57,7 +56,8 @@ from refmoe.suite import (
     read_manifest,
     verify_case_files,
 )
-from refmoe.suite.manifest import content_file
+from refmoe.suite.digests import read_digests
+from refmoe.suite.manifest import DIGESTS, content_file
 
 Made = TypeVar("Made")
 LIBRARIES = {
@@ -73,6 +73,7 @@ CHECKS = {
     "statement": "the statement, made again from the files",
     "goldens": "the goldens, computed again to the last bit",
     "suite": "cases and certificates, against the suite of this refmoe",
+    "certificates": "the certificates, proven again by ball arithmetic",
     "pages": "the pages, written again from the documents",
     "materials": "the bill of materials, made again from the documents",
     "inputs": "the inputs, read and put together",
@@ -93,7 +94,9 @@ class Checked:
     unchecked: tuple[str, ...] = ()
     """The parts that this machine could not compare, a sentence each."""
     notes: tuple[str, ...] = ()
-    """The parts that no machine can compare, a sentence each."""
+    """The parts that no machine can compare, or that nobody asked for, a sentence each."""
+    skipped: bool = False
+    """Whether nothing of it was done."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,8 @@ class Verification:
     """The SHA-256 of the public key; empty without a signature."""
     trusted: bool
     """Whether that key is the one that the caller named."""
+    certified: Certified
+    """The certificates that were proven again, and those that were only read."""
 
     @property
     def faults(self) -> list[str]:
@@ -118,7 +123,7 @@ class Verification:
 
     @property
     def notes(self) -> list[str]:
-        """All that no machine can compare."""
+        """All that no machine can compare, or that nobody asked for."""
         return [sentence for each in self.checks for sentence in each.notes]
 
 
@@ -133,23 +138,29 @@ class Package:
 
 
 def verify_package(
-    folder: Path, own: Own, key: Path | None = None, advance: Callable[[], None] = lambda: None
+    folder: Path,
+    own: Own,
+    key: Path | None = None,
+    advance: Callable[[], None] = lambda: None,
+    certificates: str = SOME,
 ) -> Verification:
     """Check a package.
 
-    own: this refmoe   key: the public key that must have signed; None: any   advance: called after each trace
-    Raises InputError where there is no folder, the file of the key holds none, or a library of the extra is missing.
+    own: this refmoe   key: the public key that must have signed; None: any
+    advance: called after each trace and each certificate
+    certificates: those to prove again, of `CHOICES`
+    Raises InputError where there is no folder, the file of the key holds none, or a library is missing.
     """
-    need_folder(folder, "an evidence package")
-    for module, purpose in LIBRARIES.items():
-        require(module, "evidence", purpose)
-    trusted = None if key is None else key_id(public_key(key))
+    trusted = usable(folder, key, certificates)
     package = Package(folder, own, key)
     done = verify_seals(package)
     given = derived = None
+    certified = Certified()
     try:
         given = read_given(folder)
         done += [_checked(package, name, partial(work, package, given)) for name, work in OF_INPUTS.items()]
+        certified = _certified(package, given, certificates, advance)
+        done.append(_certificates(certified))
         derived = derive(given, own, advance)
     except InputError as error:
         done.append(Checked("inputs", (_within(package, str(error)),)))
@@ -157,7 +168,22 @@ def verify_package(
         done.append(_checked(package, "verdicts", partial(_verdicts, given, derived)))
         done.append(_checked(package, "documents", partial(_documents, package, given, derived)))
     signer = _signer(folder)
-    return Verification(checks=tuple(done), signed_by=signer, trusted=trusted is not None and signer == trusted)
+    return Verification(
+        checks=tuple(done),
+        signed_by=signer,
+        trusted=trusted is not None and signer == trusted,
+        certified=certified,
+    )
+
+
+def usable(folder: Path, key: Path | None, certificates: str) -> str | None:
+    """The name of the key that must have signed, None for any. Raises InputError as `verify_package` does."""
+    need_folder(folder, "an evidence package")
+    for module, purpose in LIBRARIES.items():
+        require(module, "evidence", purpose)
+    if certificates == ALL:
+        require("flint", "certify", "the proof of certificates")
+    return None if key is None else key_id(public_key(key))
 
 
 def verify_seals(package: Package) -> list[Checked]:
@@ -213,7 +239,7 @@ def _file_faults(folder: Path) -> Iterator[str]:
         yield f"{name}: is missing"
     given = read_given(folder)
     expected = required | {TESTS} | {trace_file(each.case, each.dtype) for each in given.results.outcomes}
-    for name, case in given.cases.items():
+    for name, case in given.stored.items():
         files = (MANIFEST_FILE, CASE_FILE, content_file(read_manifest(case.folder)))
         expected |= {f"{CASES}/{name}/{file}" for file in files}
     expected |= {f"{POLICIES}/{name.partition('+')[0]}.toml" for name in given.policies}
@@ -226,7 +252,7 @@ def _digests(package: Package) -> Found:
 
 
 def _differing_digests(folder: Path) -> Iterator[str]:
-    lines = read_digests(folder)
+    lines = read_digests(folder / DIGESTS)
     names = [name for name, _ in lines]
     if names != sorted({*names}):
         yield f"{DIGESTS}: its lines are not in the order of their names, each once"
@@ -266,16 +292,17 @@ def _goldens(package: Package, given: Given) -> Found:
         found = verify_case_files(case.folder) if case.full_size else check(case.folder)
         faults += [_within(package, each.what) for each in found]
         if case.digest != given.results.cases[name]:
-            faults.append(f"{CASES}/{name}/{CASE_FILE}: is not the case that {RESULTS} names by its SHA-256")
+            drawn = "" if given.results.fresh is None else f" and draws by the seed {given.results.fresh}"
+            faults.append(f"{CASES}/{name}/{CASE_FILE}: is not the case that {RESULTS} names by its SHA-256{drawn}")
     return faults, (), notes
 
 
 def _suite(package: Package, given: Given) -> Found:
-    """The cases against those of this refmoe. Certificates are not proven again, so they must be the suite's own."""
+    """The cases against those of this refmoe. A certificate that is not proven again must be the suite's own."""
     faults: list[str] = []
     unchecked: list[str] = []
     golden, own = package.own.golden, package.own.cases
-    for name, case in given.cases.items():
+    for name, case in given.stored.items():
         place = f"{CASES}/{name}"
         if name not in own:
             unchecked.append(f"{place}: is a case that {golden} lacks, so its certificate was not compared")
@@ -289,6 +316,23 @@ def _suite(package: Package, given: Given) -> Found:
             for each in differences(theirs[field], ours[field], field)
         ]
     return faults, unchecked, ()
+
+
+def _certified(package: Package, given: Given, which: str, advance: Callable[[], None]) -> Certified:
+    """The certificates, proven again. A golden that cannot be read is a fault."""
+    try:
+        return certify_again(given, which, advance)
+    except InputError as error:
+        return Certified(faults=(_within(package, str(error)),))
+
+
+def _certificates(certified: Certified) -> Checked:
+    """A note for each reason why certificates were only read."""
+    names: dict[str, list[str]] = {}
+    for name, reason in certified.read.items():
+        names.setdefault(reason, []).append(name)
+    notes = tuple(f"{', '.join(each)}: the certificate was only read: {reason}" for reason, each in names.items())
+    return Checked("certificates", certified.faults, notes=notes, skipped=not certified.proven)
 
 
 # ---- what follows from the inputs

@@ -14,19 +14,17 @@ from refmoe.engines.run_case import kept_name
 from refmoe.errors import InputError
 from refmoe.evidence.declared import Declared, declare
 from refmoe.evidence.documents import Derived, derive
-from refmoe.evidence.given import FROM_A_TRACE, WITHOUT_A_TRACE, Given, read_given
+from refmoe.evidence.given import FROM_A_TRACE, WITHOUT_A_TRACE, Given, as_run, read_given
 from refmoe.evidence.layout import (
     CASES,
     DECLARED,
-    DIGESTS,
     ENVELOPE,
     KEY,
     MATERIALS,
     POLICIES,
     RESULTS,
     STATEMENT,
-    digests_text,
-    files_of,
+    sealed_text,
     to_text,
     trace_file,
     write_file,
@@ -40,7 +38,7 @@ from refmoe.files.reading import exists, is_folder, read_bytes
 from refmoe.profiles.load import policy as named_policy
 from refmoe.suite import CASE_FILE, read_case, read_manifest
 from refmoe.suite.golden_folder import case_folder
-from refmoe.suite.manifest import LARGEST, MANIFEST_FILE
+from refmoe.suite.manifest import DIGESTS, LARGEST, MANIFEST_FILE
 
 
 @dataclass(frozen=True)
@@ -88,16 +86,12 @@ def write_package(folder: Path, wanted: Wanted, advance: Callable[[], None] = la
 def checked_results(wanted: Wanted) -> Results:
     """The results of a run that was finished, on the cases of the suite as they are. Raises InputError."""
     results = read_results(wanted.results)
-    if results.fresh is not None:
-        raise InputError(
-            f"{wanted.results}: is of a run with --fresh {results.fresh}, but one of the golden cases was expected"
-        )
     if UNFINISHED in results.notes:
         raise InputError(f"{wanted.results}: is of a run that was ended, but a whole one was expected (--resume)")
     if not results.outcomes:
         raise InputError(f"{wanted.results}: has no outcome, but one or more were expected")
     for name, digest in results.cases.items():
-        found = read_case(case_folder(name, wanted.golden)).digest
+        found = as_run(read_case(case_folder(name, wanted.golden)), results.fresh).digest
         if found != digest:
             raise InputError(
                 f"{wanted.results}: case {name} has the digest {digest[:16]}..., but that of {wanted.golden} has "
@@ -149,7 +143,7 @@ def made_of(given: Given, documents: Mapping[str, Any]) -> dict[str, str]:
 def seal(given: Given, key: Any = None) -> None:
     """Write the list of digests, the statement and, with a private key, its envelope and the public key."""
     folder = given.folder
-    digests = digests_text(folder, files_of(folder))
+    digests = sealed_text(folder)
     write_file(folder / DIGESTS, digests)
     text = statement(given, digests)
     write_file(folder / STATEMENT, text)

@@ -120,7 +120,7 @@ def named_in(tests: Path) -> dict[str, list[str]]:
             tree = ast.parse(source)
         except SyntaxError as error:
             raise InputError(f"{path}: is no Python file that can be read: {error}") from None
-        for test, text in tests_of(tree, source.splitlines()):
+        for test, text in tests_of(tree, source.splitlines()) if CLAUSE.search(source) else ():
             for clause in ids_in(text):
                 found.setdefault(clause, []).append(f"{name}::{test}" if test else name)
     return found

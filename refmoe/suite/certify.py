@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,12 @@ from refmoe.spec.model import Model
 from refmoe.suite import Case, compute, trace_path
 from refmoe.traces.script import execute
 from refmoe.traces.trace import Recorder, read_trace
+
+DOUBLED = 2 * PRECISION
+"""The bits of a proof that checks a certificate. Its balls are so much smaller that they lie within every bound that
+the first proof gave, whichever version of Arb gave it."""
+DIGITS = 1e-6
+"""Relative bounds are compared to six digits."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +94,10 @@ def largest_distance(balls: Any, values: NDArray[Any]) -> float:
     return math.nextafter(float(np.max(distances.astype(np.float64))), math.inf)
 
 
-def certify(case: Case) -> Certificate:
+def certify(case: Case, precision: int = PRECISION) -> Certificate:
     """Run the case in ball arithmetic and compare its golden with the balls.
 
-    If the case stores a fingerprint, its golden is recomputed.
+    precision: bits of the midpoints.   If the case stores a fingerprint, its golden is recomputed.
     Raises InputError when python-flint is not installed, the golden trace cannot be read, or the case is of full size.
     """
     if case.full_size:
@@ -107,5 +113,31 @@ def certify(case: Case) -> Certificate:
         prover.run = recorder.run
         return prover(name, x) if recorder.read else None
 
-    execute(BallOps(tap), Model(case.config, case.checkpoint().parameters), case.runs(), recorder)
+    execute(BallOps(tap, precision), Model(case.config, case.checkpoint().parameters), case.runs(), recorder)
     return Certificate(prover.bounds, prover.relative, prover.decisions, tuple(prover.unproven))
+
+
+def unproven_claims(stated: Mapping[str, Any], found: Certificate) -> Iterator[str]:
+    """The claims of a certificate that another proof does not give, a clause each.
+
+    stated: the certificate in a manifest   found: the other proof, by `DOUBLED` bits
+    Both proofs rounded a bound to binary64 once, so that they may differ by the last bit of it. The root mean square is
+    a sum in another order on another machine, which changes the last digits of a relative bound.
+    """
+    for name, proven, slack in (("bounds", found.bounds, 0.0), ("relative", found.relative, DIGITS)):
+        claims = stated[name]
+        for key in sorted({*claims} ^ {*proven}):
+            yield f"'certificate.{name}' {'has' if key in claims else 'lacks'} {key}, unlike the golden"
+        for key in proven:
+            claim = claims.get(key)
+            if claim is not None and proven[key] > math.nextafter(claim, math.inf) * (1 + slack):
+                yield f"'certificate.{name}.{key}' is {claim!r}, but {proven[key]!r} is the least that can be proven"
+    decisions, worst = stated["decisions"], stated["worst"]
+    if decisions["all"] != found.decisions:
+        yield f"'certificate.decisions.all' is {decisions['all']}, but the golden has {found.decisions}"
+    for decision in found.unproven:
+        if decision not in decisions["unproven"]:
+            yield f"'certificate.decisions.unproven' lacks {decision}, which is not proven"
+    largest = max((math.inf if bound is None else bound for bound in stated["relative"].values()), default=0.0)
+    if worst["relative"] != finite(largest) or stated["relative"].get(worst["tensor"], "") != worst["relative"]:
+        yield "'certificate.worst' is not the largest of 'certificate.relative'"

@@ -15,6 +15,7 @@ from refmoe.cuda.place import CPU, Place
 from refmoe.errors import InputError
 from refmoe.suite.activations import compute, compute_fingerprints
 from refmoe.suite.case import CASE_FILE, FAMILIES, Case, find_cases, read_case
+from refmoe.suite.digests import verify_digests
 from refmoe.suite.fingerprint import Fingerprint, fingerprint_difference, read_fingerprints
 from refmoe.suite.manifest import (
     MANIFEST_FILE,
@@ -48,7 +49,7 @@ def verify_files(golden: Path) -> list[Difference]:
 
 
 def verify_documents(golden: Path) -> list[Difference]:
-    """Compare the documents of a golden folder, and the names of its cases, with its manifest."""
+    """Compare the documents of a golden folder, the names of its cases and its list of digests with its manifest."""
     try:
         manifest = read_folder_manifest(golden)
     except InputError as error:
@@ -60,7 +61,7 @@ def verify_documents(golden: Path) -> list[Difference]:
         found.append(f"{golden / name}: the case is {'missing' if missing else f'not in {MANIFEST_FILE}'}")
     for name in sorted({*files} - manifest["files"].keys()):
         found.append(f"{golden / name}: an unexpected file")
-    found += _verify_digests(golden, manifest["files"])
+    found += [*_verify_digests(golden, manifest["files"]), *verify_digests(golden)]
     return [Difference("", what) for what in found]
 
 

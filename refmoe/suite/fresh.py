@@ -39,6 +39,11 @@ def fresh_case(case: Case, seed: int) -> Case:
     )
 
 
+def label(name: str, seed: int | None) -> str:
+    """The name of a case in a trace: with other weights it is no golden case.   seed: None for the case itself"""
+    return name if seed is None else f"{name} fresh {seed}"
+
+
 def number(seed: int, *names: object) -> int:
     """An integer of 64 bits that depends on the seed and the names."""
     text = "/".join(map(str, (seed, *names)))

@@ -25,9 +25,11 @@ from refmoe.suite.case import CASE_FILE, is_count, is_list
 from refmoe.traces.trace import FORMAT_VERSION
 
 MANIFEST_FILE = "manifest.json"
+DIGESTS = "SHA256SUMS"
+"""The list of the digests of all files in a golden folder, the manifests included, so that no manifest names it."""
 SUFFIXES = {"trace": "safetensors", "fingerprint": "json"}
 CONTENT = r"(?:trace-[0-9a-f]{16}\.safetensors|fingerprint-[0-9a-f]{16}\.json)"
-LEFTOVER = re.compile(rf"{CONTENT}|\.(?:{CONTENT}|manifest\.json)\.[a-z0-9_]+\.tmp")
+LEFTOVER = re.compile(rf"{CONTENT}|\.(?:{CONTENT}|manifest\.json|{DIGESTS})\.[a-z0-9_]+\.tmp")
 """The names of files that an emission writes, and of its temporary files."""
 DIGEST = re.compile(r"[0-9a-f]{64}")
 LARGEST = 1 << 30
@@ -106,7 +108,7 @@ def members(golden: Path) -> tuple[list[str], list[str]]:
     inside = {golden / name for name in cases}
     files = [path for path in golden.rglob("*") if not path.is_dir() and not inside & {*path.parents}]
     names = sorted(path.relative_to(golden).as_posix() for path in files)
-    return cases, [name for name in names if name != MANIFEST_FILE and not LEFTOVER.fullmatch(name)]
+    return cases, [name for name in names if name not in (MANIFEST_FILE, DIGESTS) and not LEFTOVER.fullmatch(name)]
 
 
 def leftovers(folder: Path) -> list[Path]:

@@ -17,6 +17,7 @@ from refmoe.spec.config import Config
 from refmoe.suite.activations import compute
 from refmoe.suite.case import CASE_FILE, SMALL, Case, read_case
 from refmoe.suite.conditions import holding
+from refmoe.suite.digests import renew_digests
 from refmoe.suite.emission import emit
 from refmoe.suite.fresh import number
 from refmoe.suite.manifest import write_folder_manifest
@@ -67,6 +68,7 @@ def write_new_case(golden: Path, new: New) -> Case:
         case = _write(folder, new)
         emit(case)
         write_folder_manifest(golden)
+        renew_digests(golden)
     except BaseException:
         shutil.rmtree(folder)
         raise

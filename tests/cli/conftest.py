@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from refmoe.jobs.source import Folder
 from refmoe.traces.script import Call, plan
 from tests.cli.every_command import ROOT
 from tests.models import SMALL
+from tests.refmoe_once import read_once
 
 KERNEL = "from refmoe.bugs.kernels.honest import mixture\n"
 ROUTER = """\
@@ -31,7 +33,14 @@ def route(x):
 """
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package", autouse=True)
+def refmoe_once() -> Iterator[None]:
+    """Many tests write or check an evidence package."""
+    with read_once():
+        yield
+
+
+@pytest.fixture(scope="package")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder {in}: a model, its trace, a harness, results, their package, a router and a folder of tests."""
     folder = tmp_path_factory.mktemp("given")

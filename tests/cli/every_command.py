@@ -85,6 +85,7 @@ EXAMPLES = {
         "{in}/kernel.py:mixture --examples 2 --law exact-sums", "{in}/none.py:mixture", needs="hypothesis"
     ),
     "suite check": Example("one-pair", "none"),
+    "suite rebuild": Example("{out}/goldens one-pair", "{out}/goldens none", ("goldens/one-pair/manifest.json",)),
     "suite certify": Example("one-pair", "none", needs="flint"),
     "suite audit": Example("--tests {in}/tests", "--tests {in}/none", status=1),
     "suite emit": Example("one-pair --golden {out}/golden", "none --golden {out}/golden"),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from refmoe.engines.conform import Suite, conform
 from refmoe.engines.harness import Harness
 from refmoe.engines.judge import Judge
 from refmoe.engines.results import write_results
-from refmoe.evidence.own import Own, this_refmoe
+from refmoe.evidence import write
+from refmoe.evidence.own import Own
 from refmoe.evidence.write import Wanted, write_package
 from tests.engines.running import GOLDEN, LIMIT, case_named, hostile
+from tests.refmoe_once import read_once
 
 CASES, WRONG = ("one-pair", "top-1"), "top-1"
 DATE = "2026-11-29"
@@ -45,13 +48,14 @@ def keys(folder: Path, name: str) -> tuple[Path, Path]:
     return private, public
 
 
-@pytest.fixture(scope="session")
-def own() -> Own:
-    """This refmoe. It is made once, since it reads every file of the suite and of the tests."""
-    return this_refmoe(GOLDEN)
+@pytest.fixture(scope="package", autouse=True)
+def own() -> Iterator[Own]:
+    """This refmoe, read once."""
+    with read_once():
+        yield write.this_refmoe(GOLDEN)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """The package of an engine whose answer to one case is wrong, signed by its author."""
     for module in ("cyclonedx", "in_toto_attestation", "cryptography"):

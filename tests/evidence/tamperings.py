@@ -22,7 +22,15 @@ from refmoe.evidence.given import read_given
 from refmoe.evidence.pages import pages
 from refmoe.evidence.statement import private_key
 from refmoe.evidence.write import seal
-from refmoe.suite.manifest import content_file, content_name, read_manifest, tensor_digest, trace_path, write_manifest
+from refmoe.suite.manifest import (
+    content_file,
+    content_name,
+    file_digest,
+    read_manifest,
+    tensor_digest,
+    trace_path,
+    write_manifest,
+)
 from refmoe.traces.trace import read_trace, trace_bytes
 
 Act = Callable[[Path], None]
@@ -71,7 +79,7 @@ def seals_again(folder: Path, key: Path | None = None) -> None:
     try:
         seal(read_given(folder), None if key is None else private_key(key))
     except InputError:  # the inputs do not fit together any more
-        layout.write_file(folder / layout.DIGESTS, layout.digests_text(folder, layout.files_of(folder)))
+        layout.write_file(folder / layout.DIGESTS, layout.sealed_text(folder))
 
 
 def edit(folder: Path, name: str, change: Callable[[Any], Any]) -> None:
@@ -119,7 +127,7 @@ def change_golden(folder: Path, key: str) -> None:
     (case / old).unlink()
     (case / new).write_bytes(data)
     files = {new if name == old else name: digest for name, digest in manifest["files"].items()}
-    files[new] = layout.file_digest(case / new)
+    files[new] = file_digest(case / new)
     tensors = manifest["tensors"] | {key: tensor_digest(arrays[key])}
     write_manifest(case, manifest | {"files": files, "tensors": tensors})
 
@@ -149,6 +157,14 @@ def a_golden_value_with_all_its_digests(folder: Path) -> None:
 def a_smaller_certificate(folder: Path) -> None:
     manifest = read_manifest(folder / "cases" / CASE)
     manifest["certificate"]["bounds"]["prefill/logits"] /= 2
+    write_manifest(folder / "cases" / CASE, manifest)
+
+
+@tampering(MANIFEST, "certificates")
+def a_bound_that_no_proof_gives(folder: Path) -> None:
+    """The suite tells it too, but not where the case is somebody's own."""
+    manifest = read_manifest(folder / "cases" / CASE)
+    manifest["certificate"]["bounds"]["prefill/layers.0.residual"] *= 0.999
     write_manifest(folder / "cases" / CASE, manifest)
 
 

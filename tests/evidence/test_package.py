@@ -17,6 +17,7 @@ import pytest
 from refmoe.engines.results import read_results, write_results
 from refmoe.errors import InputError
 from refmoe.evidence import layout
+from refmoe.evidence.certificates import NONE
 from refmoe.evidence.own import Own
 from refmoe.evidence.statement import private_key, public_key
 from refmoe.evidence.verify import verify_package
@@ -34,15 +35,18 @@ def of(package: Path, name: str) -> Any:
 
 
 def test_nothing_is_wrong_with_a_package_that_nobody_touched(made: Made, own: Own) -> None:
+    """And all certificates of its cases are proven again, since the cases are small."""
+    pytest.importorskip("flint")
     found = verify_package(made.package, own, made.public)
     assert (found.faults, found.unchecked, found.notes) == ([], [], [])
     assert found.trusted
+    assert (found.certified.proven, found.certified.read) == (CASES, {})
 
 
 def test_nothing_is_wrong_with_a_package_without_a_signature(made: Made, own: Own, tmp_path: Path) -> None:
     """And equal inputs give equal bytes, for all files that both have."""
     write_package(tmp_path / "again", replace(made.wanted, key=None))
-    found = verify_package(tmp_path / "again", own)
+    found = verify_package(tmp_path / "again", own, certificates=NONE)
     assert (found.faults, found.unchecked, found.signed_by) == ([], [], "")
     names = layout.files_of(made.package)
     assert [*layout.files_of(tmp_path / "again")] == [n for n in names if n not in (layout.ENVELOPE, layout.KEY)]
@@ -152,7 +156,7 @@ def test_a_verdict_that_its_trace_contradicts_is_refused(made: Made, tmp_path: P
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"fresh": 3}, "--fresh 3"),
+        ({"fresh": 3}, "another suite"),
         ({"notes": ("the run has not come to its end: only the outcomes so far are here",)}, "--resume"),
         ({"cases": dict.fromkeys(CASES, "0" * 64)}, "another suite"),
         ({"outcomes": ()}, "no outcome"),

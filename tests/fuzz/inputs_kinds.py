@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from refmoe.cli import main
+from refmoe.suite.digests import digests_text, listed_files
 from tests.fuzz.inputs import Kind, Run, room
 from tests.fuzz.inputs_mutations import (
     Mutation,
@@ -254,6 +255,7 @@ def _goldens(place: Path) -> None:
         folder.mkdir(parents=True)
         (folder / "case.toml").write_text(CASE.replace("start = 0\n", f"start = 0\n{more}"))
         refmoe(f"suite emit --golden {place / name} --executor processes:1")
+    (place / "sums").write_text(digests_text(place / "golden", listed_files(place / "golden")))
     refmoe(f"emit --case small --golden {place / 'golden'} --out {place / 'ofcase.safetensors'}")
     whole = place / "whole"
     whole.mkdir()
@@ -429,6 +431,8 @@ KINDS: dict[str, Kind] = {
     [each.format(g="golden") for each in CHECKS], manifest_edits), 10),
     "golden trace": Kind(mutated(["golden/small/trace-*.safetensors"], [each.format(g="golden") for each in CHECKS],
     trace_edits, fixed_golden), 4),
+    "list of digests": Kind(mutated(["sums"], ["suite rebuild out/r small --golden golden --digests sums",
+    "suite rebuild out/r small --golden golden --digests sums --json"], any_bytes), 3),
     "fingerprints": Kind(mutated(["prints/small/fingerprint-*.json"], [each.format(g="prints") for each in CHECKS],
     json_edits, fixed_golden), 7),
     "policy.toml": Kind(mutated(["policy.toml"], POLICIES, toml_edits), 10),

@@ -74,6 +74,7 @@ INVOCATIONS = (
     "suite check --golden golden",
     "suite check small --golden golden",
     "suite check --golden prints",
+    "suite rebuild out/r small --golden golden --digests sums",
     "suite certify small --golden golden",
     "suite audit --golden whole --tests tests",
     "suite emit small --golden golden",

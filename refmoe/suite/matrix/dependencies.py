@@ -8,7 +8,8 @@ import hashlib
 import io
 import re
 import tokenize
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 from refmoe.bugs.catalogue import MUTANTS
@@ -54,13 +55,13 @@ def digest(paths: Iterable[Path]) -> str:
     return total.hexdigest()
 
 
+@cache
 def code_of(source: str) -> str:
     """A Python file without docstrings, comments and empty lines, which no outcome depends on."""
     lines = source.splitlines()
     removed: list[tuple[int, int, int, int]] = []  # first line, column, last line, column; lines from 1
-    for node in ast.walk(ast.parse(source)):
-        body = getattr(node, "body", None)
-        for each in body if isinstance(body, list) else ():
+    for body in bodies(ast.parse(source)):
+        for each in body:
             if (
                 isinstance(each, ast.Expr)
                 and isinstance(each.value, ast.Constant)
@@ -79,6 +80,19 @@ def code_of(source: str) -> str:
             right = stop if number == last else len(lines[number - 1])
             lines[number - 1] = lines[number - 1][:left].ljust(right) + lines[number - 1][right:]
     return "\n".join(line.rstrip() for line in lines if line.strip())
+
+
+def bodies(tree: ast.Module) -> Iterator[list[ast.stmt]]:
+    """The body of each statement, at any depth. Expressions have none, and most nodes of a tree are theirs."""
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        for part in ("body", "orelse", "finalbody", "handlers", "cases"):
+            inside = getattr(node, part, None)
+            if isinstance(inside, list):
+                waiting += inside
+                if part == "body":
+                    yield inside
 
 
 def files_of(names: Iterable[str], package: Path = PACKAGE) -> list[Path]:
