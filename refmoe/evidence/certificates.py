@@ -16,7 +16,7 @@ from refmoe.suite.certify import DOUBLED, certify, unproven_claims
 
 ALL, SOME, NONE = CHOICES = ("all", "some", "none")
 """The certificates to prove again."""
-ENOUGH = 1 << 22
+ENOUGH = 1 << 28
 """`SOME` are the smallest cases whose work together, parameters times tokens, is at most this."""
 OPTION = "--certificates all"
 

@@ -23,11 +23,35 @@ SUMMARY, CHECKPOINTS, RULES, EPSILON = "summary.json", "checkpoints.json", "poli
 CLAUSES, TESTS, POWER = "traceability.json", "tests.json", "power.json"
 DOCUMENTS = (SUMMARY, CHECKPOINTS, RULES, EPSILON, CLAUSES, TESTS, POWER)
 """The documents that follow from the inputs."""
-REPORT, LIMITS, READINGS = PAGES = ("report.md", "limits.md", "readings.md")
+REPORT, TRACED, LIMITS, READINGS = PAGES = ("report.md", "traceability.md", "limits.md", "readings.md")
 MATERIALS = "bom.cdx.json"
 STATEMENT, ENVELOPE, KEY = "statement.json", "statement.dsse.json", "public-key.pem"
 SEALS = (DIGESTS, STATEMENT, ENVELOPE, KEY)
 """The files that seal all others. The first has their digests, the second its own digest."""
+CONTENTS = {
+    REPORT: "the report: what was judged and by what, verdicts, epsilon, power, policies",
+    TRACED: "each clause with its text, code, tests, known bugs, cases and verdicts",
+    LIMITS: "what a pass does not prove: of every package, and of this one",
+    READINGS: "which file answers which requirement of ED-324/ARP6983, and of Annex IV of the AI Act",
+    RESULTS: "the results of the run",
+    f"{TRACES}/": "the values of the engine, as it gave them",
+    f"{CASES}/": "the golden cases of the run: definition, values, digests, certificate",
+    f"{POLICIES}/": "policies of the author's own, where the run had any",
+    DECLARED: "what nobody can derive: build, date, digests of the engine's files, versions",
+    SUMMARY: "what was judged, by what, verdicts, digests",
+    CHECKPOINTS: "for each case the digest of its checkpoint",
+    RULES: "each policy in full, with the sources of its budgets",
+    EPSILON: "the derived epsilon, per step and end to end, with the argument",
+    POWER: "known bugs that these taps show, those shown to be absent, and those that are not",
+    CLAUSES: "each clause with its code, known bugs, cases and verdicts",
+    TESTS: "the tests that name each clause, with the digests of their files",
+    MATERIALS: "the bill of materials of software and models (CycloneDX 1.6)",
+    DIGESTS: "the digest of each file above",
+    STATEMENT: "the result as an in-toto statement about a test; its first subject is the list of digests",
+    ENVELOPE: "the signed envelope of the statement (DSSE, Ed25519), where there is one",
+    KEY: "the public key of that signature",
+}
+"""The files and folders of a package, with what each holds."""
 
 
 def trace_file(case: str, dtype: str) -> str:

@@ -8,18 +8,37 @@ from typing import Any
 
 from refmoe.engines.results import Results
 from refmoe.evidence.declared import Declared
-from refmoe.evidence.layout import CHECKPOINTS, CLAUSES, EPSILON, LIMITS, POWER, READINGS, REPORT, RULES, SUMMARY
+from refmoe.evidence.layout import (
+    CHECKPOINTS,
+    CLAUSES,
+    CONTENTS,
+    EPSILON,
+    LIMITS,
+    POWER,
+    READINGS,
+    REPORT,
+    RULES,
+    SUMMARY,
+    TESTS,
+    TRACED,
+)
 from refmoe.files.markdown import table
 from refmoe.files.reading import own_text
+from refmoe.suite.audit import AREAS
 
 MOST = 40
 """The most names in a line of a page; the document has all."""
+MODEL = AREAS["spec"]
+"""The area of the clauses that a forward pass is about."""
+TINY = 1e-300
+"""A bound below it is that of an exact value."""
 
 
 def pages(declared: Declared, results: Results, documents: Mapping[str, Any]) -> dict[str, str]:
     """The pages by the names of their files.   documents: those of the package, by name"""
     return {
         REPORT: _text(_report(declared, results, documents)),
+        TRACED: _text(_traced(documents)),
         LIMITS: own_text("refmoe.evidence", LIMITS).rstrip() + "\n\n" + _text(_limits(documents)),
         READINGS: own_text("refmoe.evidence", READINGS),
     }
@@ -36,23 +55,27 @@ def _report(declared: Declared, results: Results, documents: Mapping[str, Any]) 
     own = declared.refmoe
     yield from _table(("what", "", "who says so"), [
         ("engine", f"{summary['engine']['name']} {summary['engine']['version']}", "the engine"),
-        ("options", options, "the run"),
+        ("options", options or "none", "the run"),
         ("build", declared.build or "not declared", "the author of this package"),
         ("files of the engine", _names(f"{name} `{digest}`" for name, digest in declared.artifacts.items()),
          "the author; digests by refmoe"),
         ("machine of the run", " ".join(summary["platform"].values()), "refmoe"),
+        ("cases", f"{len(summary['cases'])} of {len(summary['cases']) + len(summary['not_run'])} of the suite; "
+         f"`{LIMITS}` names the others", "the run"),
         ("date", declared.date, "the author of this package"),
         ("judged by", f"refmoe {summary['refmoe']}", "refmoe"),
         ("package by", f"refmoe {own['version']}, source `{own['source']}`", "refmoe"),
         ("commit", own.get("commit", "not a clean clone"), "git"),
         ("wheel", own.get("record", "not installed from a wheel"), "the list of files of the wheel"),
+        ("package made with", _names(f"{name} {version}" for name, version in declared.environment.items()), "refmoe"),
         ("suite", f"`{own['suite']}`", "digest of the suite's manifest"),
         ("weights and tokens", _drawn(summary), "the run"),
         ("significance", f"{summary['significance']:g} per case and dtype", "the run"),
         ("smoke test", results.smoke, "the run"),
     ])  # fmt: skip
-    yield from (f"Note of the run: {note}" for note in results.notes)
-    yield from ("", "## Verdicts", "")
+    yield from (f"Note of the run: {note}\n" for note in results.notes)
+    yield from ("## Check this package", "", *CHECK, "")
+    yield from ("## Verdicts", "")
     yield from _table(("dtype", "policy", "verdicts"), [
         (dtype, _policy(at), ", ".join(f"{count} {verdict}" for verdict, count in at["verdicts"].items()))
         for dtype, at in summary["dtypes"].items()
@@ -74,7 +97,7 @@ def _report(declared: Declared, results: Results, documents: Mapping[str, Any]) 
          _policy(at))
         for dtype, at in documents[POWER].items()
     ])  # fmt: skip
-    yield from ("## Clauses", "", "`traceability.json` has the whole table.", "")
+    yield from ("## Clauses", "", f"`{TRACED}` has each clause. {OTHER_AREAS}", "")
     yield from _table(("area", "clauses", "named by a case of this run", "with a bug shown to be absent"), [
         (area, str(len(rows)), str(sum(bool(row["cases"]) for row in rows)),
          str(sum(any(row["bugs_absent"].values()) for row in rows)))
@@ -85,6 +108,59 @@ def _report(declared: Declared, results: Results, documents: Mapping[str, Any]) 
         yield from (f"### {name}", "", rules["about"], "", f"Source: {rules['source']}", "")
         yield from _table(("field or cut point", "value"), [*rules["fields"].items()])
         yield from _table(("budget", "source"), [*rules["sources_of_budgets"].items()])
+    yield from ("## The files", "")
+    yield from _table(("file", "holds"), [(f"`{name}`", about) for name, about in CONTENTS.items()])
+
+
+CHECK = (
+    "The engine is not needed. `pip install 'refmoe[evidence,certify]'`, then:",
+    "",
+    "    refmoe evidence verify DIR --key PUBLIC-KEY",
+    "",
+    "Take the key from its owner, and not from this package. Every value and every page is derived again and compared. "
+    "`sha256sum -c SHA256SUMS` compares the digests without refmoe.",
+)
+OTHER_AREAS = (
+    "A run of cases is about the clauses of the model. Those of text, of ranks and of other routers are no part of a "
+    "forward pass on one device, and no case names them."
+)
+
+
+def _traced(documents: Mapping[str, Any]) -> Iterable[str]:
+    """Each clause, by area."""
+    tests = documents[TESTS]["clauses"] if TESTS in documents else {}
+    yield from ("# Each clause, with what proves it and what this run says about it", "", OTHER_AREAS, "")
+    yield from (
+        "A bug is *absent* where the engine conforms on a case that is known to show it. A case in brackets names the "
+        f"clause, and was not run. `{CLAUSES}` and `{TESTS}` have the same for a program.",
+        "",
+    )
+    for area, rows in _by_area(documents[CLAUSES]).items():
+        yield from (f"## {area}", "")
+        yield from _table(("clause", "text", "code", "tests", "known bugs that break it", "cases", "verdicts"), [
+            (row["clause"], row["text"], f"`{row['code']}`",
+             _lines(f"`{name}`" for name in tests.get(row["clause"], ())),
+             _lines(_bug(bug, row["bugs_absent"]) for bug in row["bugs"]),
+             _names([*row["cases"], *(f"({name})" for name in row["cases_not_run"])]), _verdicts(row["verdicts"]))
+            for row in rows
+        ])  # fmt: skip
+
+
+def _bug(bug: str, absent: Mapping[str, Sequence[str]]) -> str:
+    shown = [dtype for dtype, bugs in absent.items() if bug in bugs]
+    return f"{bug} (absent in {', '.join(shown)})" if shown else bug
+
+
+def _verdicts(by_dtype: Mapping[str, Mapping[str, int]]) -> str:
+    return _lines(
+        f"{dtype}: " + ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
+        for dtype, verdicts in by_dtype.items()
+        if verdicts
+    )
+
+
+def _lines(parts: Iterable[str]) -> str:
+    return "; ".join(parts) or "none"
 
 
 def _epsilon(dtype: str, at: Mapping[str, Any]) -> Iterable[str]:
@@ -109,8 +185,10 @@ def _limits(documents: Mapping[str, Any]) -> Iterable[str]:
         ("cases of the suite that were not run", _names(summary["not_run"])),
         ("dtypes that were run", _names(summary["dtypes"])),
         ("weights and tokens that were run", _drawn(summary)),
-        ("clauses that no case of this run names", _names(
-            row["clause"] for row in documents[CLAUSES] if not row["cases"])),
+        ("clauses of the model that no case of this run names", _names(
+            row["clause"] for row in documents[CLAUSES] if not row["cases"] and row["area"] == MODEL)),
+        ("clauses that no forward pass on one device is about", _names(
+            f"{len(rows)} of {area}" for area, rows in _by_area(documents[CLAUSES]).items() if area != MODEL)),
     ])  # fmt: skip
     for dtype, at in documents[POWER].items():
         yield from (f"### {dtype}, by {_policy(at)}", "")
@@ -145,7 +223,9 @@ def _policy(at: Mapping[str, Any]) -> str:
 
 def figure(value: float | None) -> str:
     """A bound in words."""
-    return "no bound" if value is None else f"{value:.3g}"
+    if value is None:
+        return "no bound"
+    return f"{value:.3g}" if value == 0 or value > TINY else f"< {TINY:.0e}"  # zero, rounded up
 
 
 def _names(names: Iterable[str]) -> str:

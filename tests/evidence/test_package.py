@@ -132,6 +132,27 @@ def test_every_clause_is_traced_and_its_cases_have_the_verdicts_of_the_run(made:
         assert {*row["verdicts"]["float32"]} == {verdicts[case] for case in row["cases"]}
 
 
+def test_the_report_says_what_each_file_holds(made: Made) -> None:
+    files = {name.partition("/")[0] + "/" * ("/" in name) for name in layout.files_of(made.package)}
+    assert {*layout.CONTENTS} == files | {f"{layout.POLICIES}/"}, "this package has no policies of its own"
+    report = (made.package / layout.REPORT).read_text()
+    assert all(f"| `{name}` |" in report for name in layout.CONTENTS)
+
+
+def test_the_page_of_clauses_has_the_evidence_of_each(made: Made) -> None:
+    """A row for each clause, with every test, bug and case that the documents have, and the verdicts of its cases."""
+    lines = (made.package / layout.TRACED).read_text().splitlines()
+    tests = of(made.package, layout.TESTS)["clauses"]
+    for row in of(made.package, layout.CLAUSES):
+        (line,) = [each for each in lines if each.startswith(f"| {row['clause']} |")]
+        cells = line.replace("\\|", "").split("|")
+        assert all(f"`{name}`" in cells[4] for name in tests.get(row["clause"], ()))
+        assert all(bug in cells[5] for bug in row["bugs"])
+        assert all(f"{bug} (absent in float32" in cells[5] for bug in row["bugs_absent"]["float32"])
+        assert all(case in cells[6] for case in row["cases"])
+        assert all(f"{count} {verdict}" in cells[7] for verdict, count in row["verdicts"]["float32"].items())
+
+
 # ---- inputs that do not fit
 
 
