@@ -54,9 +54,9 @@ def block(language: str, source: str, first: int | None = None) -> str:
     return f"{fence}{{code-block}} {language}\n{numbers}{source}\n{fence}"
 
 
-def folded(summary: str, content: str) -> str:
-    """Content that a reader opens."""
-    return f"<details>\n<summary>{summary}</summary>\n\n{content}\n\n</details>"
+def folded(summary: str, content: str, kind: str = "") -> str:
+    """Content that a reader opens.   kind: for the style sheet, which leaves ``exact`` values out on paper"""
+    return f"<details{f' class={kind}' if kind else ''}>\n<summary>{summary}</summary>\n\n{content}\n\n</details>"
 
 
 def page(*parts: str, orphan: bool = False) -> str:
@@ -79,7 +79,7 @@ def sentence(count: int, one: str, many: str = "") -> str:
 def minutes(source: str) -> int:
     """The time that a page takes: 200 words a minute, and a line of code in four seconds. At least one minute."""
     blocks = re.findall(r"^```+\{code-block\} python\n.*?^```+$", source, re.DOTALL | re.MULTILINE)
-    prose = re.sub(r"<details>.*?</details>", "", source, flags=re.DOTALL)
+    prose = re.sub(r"<details.*?</details>", "", source, flags=re.DOTALL)
     for each in blocks:
         prose = prose.replace(each, "")
     lines = sum(each.count("\n") for each in blocks)

@@ -125,7 +125,7 @@ def value_of(value: Value, tokens: int) -> Iterator[str]:
     yield f"{code(value.name)}: {', '.join(facts)}."
     yield block("text", "\n".join(rows_of(f"{value.name}{index}", part)))
     exact = json.dumps(array.tolist())
-    yield folded(f"All {array.size} exact values", block("text", exact))
+    yield folded(f"All {array.size} exact values", block("text", exact), "exact")
 
 
 def certificate(bound: float) -> str:

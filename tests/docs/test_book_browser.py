@@ -127,6 +127,37 @@ def test_a_page_fits_its_window_and_asks_for_nothing(browser: Chromium, site: Pa
             page.close()
 
 
+PAPER = 718
+"""The width of A4 between margins of 1 cm, in pixels of a style sheet."""
+CUT = """Array.from(document.querySelectorAll("body *")).filter((each) => {
+  const style = getComputedStyle(each), box = each.getBoundingClientRect();
+  const hides = style.overflowX !== "visible" && each.scrollWidth > each.clientWidth + 1
+    || style.overflowY !== "visible" && each.scrollHeight > each.clientHeight + 1;
+  return box.width > 0 && !each.closest(".visually-hidden") && (hides || box.right > innerWidth + 1);
+}).map((each) => each.outerHTML.slice(0, 200))"""
+"""What is cut on paper, where nothing scrolls."""
+BESIDE = """Array.from(document.querySelectorAll("body *")).filter((each) => {
+  const box = each.getBoundingClientRect(), inside = each.closest("article") || each.querySelector("article");
+  return box.width > 1 && box.height > 1 && each.innerText && !inside;
+}).map((each) => each.outerHTML.slice(0, 200))"""
+"""What stands beside the text, such as a sidebar."""
+
+
+@pytest.mark.parametrize("name", [*KINDS, "../verification", "../../golden/dot"])
+def test_on_paper_nothing_is_cut_and_nothing_stands_beside_the_text(
+    browser: Chromium, site: Path, name: str
+) -> None:  # fmt: skip
+    page = browser.open(site / "docs" / "book" / f"{name}.html", PAPER)
+    try:
+        page.send("Emulation.setEmulatedMedia", media="print")
+        assert page.evaluate(CUT) == []
+        assert page.evaluate(BESIDE) == []
+        folded = 'Array.from(document.querySelectorAll("article details:not(.exact) > :not(summary)"))'
+        assert page.evaluate(f"{folded}.filter((each) => each.checkVisibility() === false).length") == 0
+    finally:
+        page.close()
+
+
 @pytest.mark.skipif(not AXE.exists(), reason="no axe-core: npm install --no-save --prefix build axe-core")
 @pytest.mark.parametrize("dark", [False, True])
 def test_axe_finds_no_barrier(browser: Chromium, site: Path, dark: bool) -> None:
