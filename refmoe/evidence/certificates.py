@@ -61,7 +61,7 @@ def certify_again(given: Given, which: str = SOME, advance: Callable[[], None] =
 def why_not(given: Given, case: Case) -> str:
     """The reason why no machine proves the certificate of a case; empty where one can."""
     if given.results.fresh is not None:
-        return "no figure rests on it, as the run drew other weights and tokens"
+        return "no figure rests on it, since fresh cases were run"
     if case.full_size:
         return "at full size ball arithmetic takes days"
     return "" if read_manifest(case.folder)["certificate"] else "there is none"

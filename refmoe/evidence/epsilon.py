@@ -30,7 +30,7 @@ ARGUMENT = (
     "except its choices of experts, each of which was judged by itself. So these bounds hold before any value is "
     "measured. allowed adds up worst cases, and may have no bound behind a norm. accepted adds up variances, as "
     "independent roundings do.",
-    "null: nothing bounds the value. Examples are a case without a certificate, such as a drawn one, and an error "
+    "null: nothing bounds the value. Examples are a case without a certificate, such as a fresh one, and an error "
     "bound that grows beyond every number on its way through the layers.",
     "A tap of the experts is compared for the tokens with the golden's choice of experts. Where the engine chose "
     "otherwise, and legally, the taps after it are compared all the same.",

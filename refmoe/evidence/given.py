@@ -36,7 +36,7 @@ class Given:
     stored: Mapping[str, Case]
     """The golden cases in the package, by name, in the order of the results."""
     cases: Mapping[str, Case]
-    """The cases that were run: the same, or with `fresh` those that were drawn from them."""
+    """The cases that were run: the same, or with a seed the fresh cases that follow from them."""
     policies: Mapping[str, Policy]
     """By the names that the results have for them."""
 
@@ -72,7 +72,7 @@ def read_given(folder: Path) -> Given:
 
 
 def as_run(case: Case, fresh: int | None) -> Case:
-    """The case that a run had.   fresh: the seed by which it drew other weights and tokens; None: the case as it is"""
+    """The case that a run had.   fresh: the seed of fresh cases; None: the case as it is"""
     return case if fresh is None else fresh_case(case, fresh)
 
 

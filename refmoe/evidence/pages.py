@@ -69,7 +69,7 @@ def _report(declared: Declared, results: Results, documents: Mapping[str, Any]) 
         ("wheel", own.get("record", "not installed from a wheel"), "the list of files of the wheel"),
         ("package made with", _names(f"{name} {version}" for name, version in declared.environment.items()), "refmoe"),
         ("suite", f"`{own['suite']}`", "digest of the suite's manifest"),
-        ("weights and tokens", _drawn(summary), "the run"),
+        ("weights and tokens", _weights(summary), "the run"),
         ("significance", f"{summary['significance']:g} per case and dtype", "the run"),
         ("smoke test", results.smoke, "the run"),
     ])  # fmt: skip
@@ -184,7 +184,7 @@ def _limits(documents: Mapping[str, Any]) -> Iterable[str]:
     yield from _table(("what was not tested", ""), [
         ("cases of the suite that were not run", _names(summary["not_run"])),
         ("dtypes that were run", _names(summary["dtypes"])),
-        ("weights and tokens that were run", _drawn(summary)),
+        ("weights and tokens that were run", _weights(summary)),
         ("clauses of the model that no case of this run names", _names(
             row["clause"] for row in documents[CLAUSES] if not row["cases"] and row["area"] == MODEL)),
         ("clauses that no forward pass on one device is about", _names(
@@ -212,8 +212,10 @@ def _by_area(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, A
     return found
 
 
-def _drawn(summary: Mapping[str, Any]) -> str:
-    return f"drawn by the seed {summary['fresh']}" if "fresh" in summary else "those of the golden cases"
+def _weights(summary: Mapping[str, Any]) -> str:
+    return (
+        f"those of fresh cases, by the seed {summary['fresh']}" if "fresh" in summary else "those of the golden cases"
+    )
 
 
 def _policy(at: Mapping[str, Any]) -> str:

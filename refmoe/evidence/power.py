@@ -3,7 +3,7 @@
 
 A known bug is absent where the engine conforms on a case that kills the bug. The matrix says that for traces with all
 taps, and the table of power for smaller sets of taps. Both were measured under the generic policy of a dtype. A policy
-that allows more may hide more, so under such a policy no bug is said to be absent. Nor is it for drawn cases: other
+that allows more may hide more, so under such a policy no bug is said to be absent. Nor is it for fresh cases: other
 weights may hide a bug that the golden case shows.
 """
 

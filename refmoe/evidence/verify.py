@@ -292,8 +292,8 @@ def _goldens(package: Package, given: Given) -> Found:
         found = verify_case_files(case.folder) if case.full_size else check(case.folder)
         faults += [_within(package, each.what) for each in found]
         if case.digest != given.results.cases[name]:
-            drawn = "" if given.results.fresh is None else f" and draws by the seed {given.results.fresh}"
-            faults.append(f"{CASES}/{name}/{CASE_FILE}: is not the case that {RESULTS} names by its SHA-256{drawn}")
+            fresh = "" if given.results.fresh is None else f" and by the seed {given.results.fresh}"
+            faults.append(f"{CASES}/{name}/{CASE_FILE}: is not the case that {RESULTS} names by its SHA-256{fresh}")
     return faults, (), notes
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packages of a run with ``--fresh``: each case is drawn again from its seed, and judged on that."""
+"""Packages of a run with ``--fresh``: each fresh case is drawn again from its seed, and judged on that."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ TRACE = layout.trace_file(CASE, "float32")
 
 
 @pytest.fixture(scope="package")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The package of an honest engine on a drawn case."""
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package of an honest engine on a fresh case."""
     for module in ("cyclonedx", "in_toto_attestation", "cryptography"):
         pytest.importorskip(module)
-    folder = tmp_path_factory.mktemp("drawn")
+    folder = tmp_path_factory.mktemp("fresh")
     (folder / "traces").mkdir()
     suite = Suite(
         cases=[fresh_case(case_named(CASE), SEED)], smoke=[], dtypes=("float32",), judge=Judge(diagnosing=False),
@@ -53,9 +53,9 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def package(drawn: Path, tmp_path: Path) -> Path:
+def package(fresh: Path, tmp_path: Path) -> Path:
     """A copy of the package."""
-    return Path(shutil.copytree(drawn, tmp_path / "package"))
+    return Path(shutil.copytree(fresh, tmp_path / "package"))
 
 
 def of(package: Path, name: str) -> Any:
@@ -66,36 +66,36 @@ def verified(package: Path, own: Own) -> Verification:
     return verify_package(package, own)
 
 
-def test_nothing_is_wrong_with_it(drawn: Path, own: Own) -> None:
+def test_nothing_is_wrong_with_it(fresh: Path, own: Own) -> None:
     """No figure rests on the certificate of the golden case, so that none is proven."""
-    found = verified(drawn, own)
+    found = verified(fresh, own)
     assert (found.faults, found.unchecked, found.certified.proven) == ([], [], ())
-    assert of(drawn, layout.SUMMARY)["result"] == "PASSED"
-    assert of(drawn, layout.SUMMARY)["fresh"] == SEED
-    assert of(drawn, layout.STATEMENT)["predicate"]["passedTests"] == [f"{CASE} fresh {SEED} float32"]
+    assert of(fresh, layout.SUMMARY)["result"] == "PASSED"
+    assert of(fresh, layout.SUMMARY)["fresh"] == SEED
+    assert of(fresh, layout.STATEMENT)["predicate"]["passedTests"] == [f"{CASE} fresh {SEED} float32"]
 
 
-def test_its_model_is_the_drawn_one(drawn: Path, tmp_path: Path) -> None:
+def test_its_model_is_the_fresh_one(fresh: Path, tmp_path: Path) -> None:
     digests = {}
-    for name, case in (("golden", case_named(CASE)), ("drawn", fresh_case(case_named(CASE), SEED))):
+    for name, case in (("golden", case_named(CASE)), ("fresh", fresh_case(case_named(CASE), SEED))):
         write_checkpoint(tmp_path / name, case.config, case.checkpoint().parameters)
         digests[name] = checkpoint_digest(load_checkpoint(tmp_path / name))
-    assert of(drawn, layout.CHECKPOINTS)[CASE]["digest"] == digests["drawn"] != digests["golden"]
+    assert of(fresh, layout.CHECKPOINTS)[CASE]["digest"] == digests["fresh"] != digests["golden"]
 
 
-def test_its_distances_are_from_the_exact_values_of_the_drawn_case(drawn: Path) -> None:
+def test_its_distances_are_from_the_exact_values_of_the_fresh_case(fresh: Path) -> None:
     """And nothing is said about the distance from the real numbers, since nothing proves it."""
-    bounds = of(drawn, layout.EPSILON)["cases"][CASE]["float32"]["steps"]["logits"]
-    exact, found = compute(fresh_case(case_named(CASE), SEED)), read_trace(drawn / TRACE)
+    bounds = of(fresh, layout.EPSILON)["cases"][CASE]["float32"]["steps"]["logits"]
+    exact, found = compute(fresh_case(case_named(CASE), SEED)), read_trace(fresh / TRACE)
     keys = [key for key in found.tensors if key.endswith("/logits")]
     worst = max(float(np.max(np.abs(found.tensors[key].map().astype(np.float64) - exact[key]))) for key in keys)
     assert bounds["reached"] == pytest.approx(worst, rel=1e-12)
     assert (bounds["proven"], bounds["total"]) == (None, None)
 
 
-def test_no_bug_is_called_absent(drawn: Path) -> None:
+def test_no_bug_is_called_absent(fresh: Path) -> None:
     """The matrix is of the golden case, and other weights may hide what its weights show."""
-    power = of(drawn, layout.POWER)["float32"]
+    power = of(fresh, layout.POWER)["float32"]
     assert power["absent"] == {}
     assert power["not_excluded"]
 
@@ -112,7 +112,7 @@ def test_another_seed_is_found(package: Path, own: Own) -> None:
     assert any(TRACE in each for each in found["inputs"])
 
 
-def test_a_drawn_run_as_one_of_the_golden_case_is_found(package: Path, own: Own) -> None:
+def test_a_fresh_case_as_the_golden_one_is_found(package: Path, own: Own) -> None:
     edit(package, layout.RESULTS, lambda results: results.pop("fresh") and None)
     found = faults(package, own)
     assert any(layout.RESULTS in each for each in found["goldens"])
