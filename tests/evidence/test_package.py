@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from refmoe.api import evidence
 from refmoe.engines.results import read_results, write_results
 from refmoe.errors import InputError
 from refmoe.evidence import layout
@@ -214,6 +215,16 @@ def test_a_key_file_that_is_not_there_is_said_so(made: Made, tmp_path: Path) -> 
     for read in (private_key, public_key):
         with pytest.raises(InputError, match=reason):
             read(tmp_path / "none.pem")
+
+
+def test_what_cannot_be_checked_is_said_before_this_refmoe_is_read(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading it takes seconds, which nobody waits for a sentence about a name."""
+    monkeypatch.setattr(evidence, "this_refmoe", lambda _: pytest.fail("this refmoe was read"))
+    for folder, key in ((tmp_path / "none", None), (made.package, tmp_path / "none.pub")):
+        with pytest.raises(InputError, match="none"):
+            evidence.verify_evidence(folder, key=key)
 
 
 # ---- the command
