@@ -845,7 +845,7 @@ Command: `python -m bench.real_kernels`; file: {link("real_kernels.json")}.
 
 
 def quantised_engines() -> str:
-    rows = []
+    rows, caches = [], []
     found = results("quantised")
     for build in dict.fromkeys(row["build"] for row in found):
         mine = [row for row in found if row["build"] == build]
@@ -854,15 +854,28 @@ def quantised_engines() -> str:
             f"{sum(row['values'] for row in mine):,}", f"{sum(row['verdict'] != CONFORMANT for row in mine)}",
             f"{max(row['worst_error'] for row in mine):.2f}", f"{max(row['excess'] for row in mine):.1f}",
         ))  # fmt: skip
+        caches += [
+            (
+                build, row["format"], f"{row['values'] + row['contexts']:,}",
+                f"{row['outside'] + row['contexts_outside']:,}", f"`{row['other']['policy']}`",
+                f"{row['other']['outside']:,}", f"{row['other']['contexts_outside']:,}",
+            ) for row in mine if "other" in row
+        ]  # fmt: skip
+    wrong = ("build", "format", "values", "outside", "under another policy", "products outside", "contexts outside")
     return f"""## Quantised engines
 
-Golden cases were written as GGUF files, in each format and mixture that refmoe writes. Each build of llama.cpp ran each
-file. The error is the largest one of a product, over the radius and the last rounding. The excess is in standard
+Golden cases were written as GGUF files and as folders, in the formats and mixtures that refmoe writes. Each engine ran
+its files. The error is the largest one of a product, over the radius and the last rounding. The excess is in standard
 deviations.
-Commands: `python -m bench.quantised --write FOLDER`, and then `python -m bench.quantised FOLDER --build NAME` for each
-build; file: {link("quantised.json")}.
+Commands: `python -m bench.quantised --write FOLDER`, and then `python -m bench.quantised FOLDER --build NAME` with
+options for each build; file: {link("quantised.json")}.
 
-{table(("build", "policy", "files", "values of products", "failures", "error / allowed", "excess"), rows)}"""
+{table(("build", "policy", "files", "values of products", "failures", "error / allowed", "excess"), rows)}
+
+The same traces, judged by a policy that is not the engine's own. The values are those of products and of contexts, the
+sums over cached values.
+
+{table(wrong, caches)}"""
 
 
 SECTIONS = (

@@ -156,7 +156,7 @@ def read_folder(folder: Path, rows: int) -> FolderText:
             tokenizer = JsonTokenizer.load(folder / JSON, settings)
         elif exists(folder / SENTENCEPIECE):
             tokenizer = Tokenizer.load(folder / SENTENCEPIECE)
-    text = FolderText(folder, rows, tokenizer, settings, refused)
+    text = FolderText(folder=folder, rows=rows, tokenizer=tokenizer, settings=settings, refused=refused)
     if tokenizer is not None:
         count = max(tokenizer.vocab_size, 1 + max(settings.added, default=-1))
         if count > rows:

@@ -184,3 +184,33 @@ def test_compressed_tensors_converts_awq_to_the_same_numbers(tmp_path: Path) -> 
         made = compressor.decompress(found, scheme)["weight"]
         ours = tensor_of(np.asarray(weights[parameter_of(module)].read(), np.float64)).to(made.dtype)
         assert made.equal(ours), module
+
+
+@pytest.mark.skipif(find_spec("auto_round_extension") is None, reason="not installed: pip install auto-round==0.16.1")
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name.startswith("gptq")])
+def test_auto_round_unpacks_the_same_numbers(name: str, tmp_path: Path) -> None:
+    """Its layers for both versions. A float32 holds the product of a float16 scale and a code, so nothing rounds.
+
+    With inputs in another order, its layer drops outputs where there are more of them than inputs.
+    """
+    torch: Any = import_module("torch")
+    variant = VARIANTS[name]
+    older = variant.config.get("checkpoint_format", "gptq") == "gptq"
+    layers: Any = import_module(f"auto_round_extension.torch.qlinear_torch{'_zp' if older else ''}")
+    write(tmp_path, variant)
+    weights, compared = named_weights(load_checkpoint(tmp_path).parameters), 0
+    for module, parts in modules_of(tmp_path).items():
+        entries = {part: tensor_of(array) for part, array in parts.items()}
+        ours = torch.from_numpy(np.asarray(weights[parameter_of(module)].read(), np.float32))
+        out, width = ours.shape
+        order = variant.config["desc_act"]
+        if order and out > width:
+            continue
+        compared += 1
+        layer = layers.QuantLinear(variant.config["bits"], variant.config["group_size"], width, out, False, g_idx=order)
+        for part, stored in (entries | {"scales": entries["scales"].float()}).items():
+            setattr(layer, part, stored)
+        if not order:
+            del layer.g_idx
+        assert layer(torch.eye(width)).T.equal(ours), module
+    assert compared >= 10
