@@ -859,7 +859,7 @@ def quantised_engines() -> str:
                 build, row["format"], f"{row['values'] + row['contexts']:,}",
                 f"{row['outside'] + row['contexts_outside']:,}", f"`{row['other']['policy']}`",
                 f"{row['other']['outside']:,}", f"{row['other']['contexts_outside']:,}",
-            ) for row in mine if "other" in row
+            ) for row in mine if row.get("other", row)["policy"] != row["policy"]
         ]  # fmt: skip
     wrong = ("build", "format", "values", "outside", "under another policy", "products outside", "contexts outside")
     return f"""## Quantised engines
