@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.cluster_plan import Rates, layer_bytes, plans, trace_bytes
+from bench.quantised_bugs import LIMITS, passes
+from bench.quantised_bugs import TOKENS as GENERATED
 from refmoe.bugs.catalogue import MUTANTS
 from refmoe.engines.results import NOT_JUDGED, SKIPPED, Results, read_results
 from refmoe.engines.server.measure import SPECIFICATION
@@ -878,9 +880,55 @@ sums over cached values.
 {table(wrong, caches)}"""
 
 
+def quantised_bugs() -> str:
+    found = results("quantised_bugs")
+    checks = {name: sum(passes(row)[name] for row in found) for name in LIMITS | {"tokens": None}}
+    rows = [
+        (
+            f"`{row['bug'].removeprefix('quantised-')}`", f"`{row['model']}`",
+            *("passes" if done else "fails" for done in passes(row).values()),
+            f"`{row['first_wrong']}`" if row["killed"] else "conformant",
+            "itself" if row["named"] == row["bug"] else f"`{row['named']}`" if row["named"] else "no name",
+        )
+        for row in found
+    ]  # fmt: skip
+    errors = f"{LIMITS['product']:g}"
+    return f"""## Bugs of quantised engines
+
+{len(found)} known bugs with public sources, each in the ideal engine of a policy, on a golden case in a format that
+shows it. Rows and blocks of its matrices have different sizes, as those of trained models.
+refmoe catches {sum(row["killed"] for row in found)}, and names {sum(row["right"] for row in found)} of them
+first, by themselves or by a cause that computes the same bits. With its own entry taken away,
+{sum(row["left_out_wrong"] for row in found)} are given a wrong name.
+
+The usual checks compare with the same engine without the bug. {checks["product"]} bugs pass a normalised error of
+{errors} in every product, {checks["cosine"]} a cosine of {LIMITS["cosine"]} of the logits of every token,
+{checks["divergence"]} a mean KL divergence of {LIMITS["divergence"]}, and {checks["tokens"]} generate the same
+{GENERATED} tokens.
+Command: `python -m bench.quantised_bugs --left-out --json bench/results/quantised_bugs.json`; file:
+{link("quantised_bugs.json")}.
+
+{
+        table(
+            (
+                "bug",
+                "model",
+                f"error {errors}",
+                f"cosine {LIMITS['cosine']}",
+                f"KL {LIMITS['divergence']}",
+                f"{GENERATED} tokens",
+                "refmoe: first wrong step",
+                "name",
+            ),
+            rows,
+        )
+    }"""
+
+
 SECTIONS = (
-    goldens, known_bugs, packs, diagnosis, left_out, drawn_faults, diagnosis_time, engines, quantised_engines, faults,
-    tensor_cores, verify_cost, verdict_cost, kernel_tests, kernel_cheats, real_kernels, testing_cost, conform_cost,
+    goldens, known_bugs, packs, diagnosis, left_out, drawn_faults, diagnosis_time, engines, quantised_engines,
+    quantised_bugs, faults, tensor_cores, verify_cost, verdict_cost, kernel_tests, kernel_cheats, real_kernels,
+    testing_cost, conform_cost,
     invariance, exact_cost, full_size, scaling, cluster_plan, peers, elementary, weight_formula, startup_cost,
     robustness, folders, servers, versions,
 )  # fmt: skip

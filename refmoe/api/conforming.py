@@ -31,6 +31,7 @@ from refmoe.engines.known import (
 from refmoe.engines.observations import policies_used
 from refmoe.engines.options import options_of
 from refmoe.engines.protocol import DTYPES
+from refmoe.engines.quantised import FORMS, PREFIX, Quantised
 from refmoe.engines.results import (
     Outcome,
     Results,
@@ -59,12 +60,15 @@ from refmoe.parallel import ONE_THREAD, environment, parse_executor
 from refmoe.profiles.load import policy as named_policy
 from refmoe.profiles.policy import Policy
 from refmoe.signals import ended_by_signals
-from refmoe.suite import FAMILIES, SMALL, Case, find_cases, read_case
+from refmoe.suite import FAMILIES, PRODUCTION, SMALL, Case, find_cases, read_case
 from refmoe.suite.fresh import fresh_case
 from refmoe.suite.golden_folder import case_folder, golden_folder
 from refmoe.verifier.segments import SIGNIFICANCE
 
 Names = Sequence[str]
+GGUF_FORMS = tuple(form for form in FORMS if form.startswith(PREFIX))
+RECIPE_NAMES = tuple(form for form in FORMS if not form.startswith(PREFIX))
+"""How `conform` can quantise the weights that an engine gets: as a GGUF file, or as a folder."""
 Logs = dict[tuple[str, str], str]
 """Per case and dtype the end of standard error where the harness failed."""
 
@@ -84,7 +88,10 @@ class Conformance:
     cases: Names = ()
     """The cases to run; empty: all of the families."""
     families: Names = ()
-    """The families of cases to run, some of `FAMILIES`; empty: those with small dimensions."""
+    """The families of cases to run, some of `FAMILIES`; empty: those with small dimensions.
+
+    With quantised weights empty means those for production kernels, whose rows are whole blocks.
+    """
     dtypes: Names = ()
     """The dtypes to run; empty: all that the engine has."""
     policies: Names = ()
@@ -98,6 +105,10 @@ class Conformance:
     """A folder for the traces that come back."""
     fresh: int | None = None
     """A seed of other weights and tokens for the same cases; None: the cases as they are."""
+    gguf: str | None = None
+    """``gguf:`` and a type or mixture: the engine gets GGUF files, whose weights are quantised so."""
+    quantise: str | None = None
+    """One of `RECIPE_NAMES`: the engine gets folders whose weights are quantised so."""
     executor: str | None = None
     """Judges cases, and runs as many engines side by side, each with one BLAS thread, as it has workers. As
     `parse_executor` reads it; None: one engine, and this process."""
@@ -110,6 +121,8 @@ class Conformance:
             raise InputError("--option and --python are about an adapter, but no --adapter was given")
         if self.executor is not None:
             parse_executor(self.executor)
+        if self.gguf is not None and self.quantise is not None:
+            raise InputError(f"--quantise {self.quantise} was given beside --format {self.gguf}, but one was expected")
         if self.cases and self.families:
             raise InputError("--family says which cases are run, so no --case was expected beside it")
         if self.keep is not None:
@@ -117,16 +130,16 @@ class Conformance:
 
     def suite(self) -> Suite:
         """The cases and dtypes to run. Raises InputError."""
-        golden = golden_folder(self.golden)
+        golden, form = golden_folder(self.golden), self.gguf or self.quantise
+        families = self.families or (SMALL if form is None else PRODUCTION,)
         try:
-            folders = find_cases(golden, self.families or (SMALL,))
+            folders = find_cases(golden, families)
         except InputError as error:
             raise InputError(f"{error}; --golden DIR says where they are") from None
         wanted = {case_folder(name, golden) for name in self.cases} or {*folders}
         if not wanted:
             raise InputError(
-                f"{golden}: no case is of the family {' or '.join(self.families or (SMALL,))}; --family or --case says "
-                "which are run"
+                f"{golden}: no case is of the family {' or '.join(families)}; --family or --case says which are run"
             )
         others = wanted - {*folders}
         return Suite(
@@ -137,6 +150,7 @@ class Conformance:
             judge=Judge(self.significance, self.diagnose),
             keep=self.keep,
             fresh=self.fresh,
+            quantised=None if form is None else Quantised(form),
         )
 
     def _read(self, folder: Path) -> Case:
@@ -149,6 +163,7 @@ class Conformance:
             "adapter": [self.adapter] if self.adapter is not None else [], "option": self.options, "case": self.cases,
             "family": self.families, "dtype": self.dtypes, "policy": self.policies,
             "fresh": [] if self.fresh is None else [str(self.fresh)], "timeout": [f"{self.timeout:g}"],
+            "format": [] if self.gguf is None else [self.gguf], "quantise": [self.quantise] if self.quantise else [],
         }  # fmt: skip
         return {name: values for name, values in options.items() if values}
 
@@ -323,8 +338,8 @@ def _engine(entrant: Entrant) -> dict[str, Any]:
 
 
 __all__ = [
-    "CANNOT", "DTYPES", "FAILED", "FAMILIES", "SCAFFOLDS", "SHIPPED", "SYSTEMS", "WELL", "Ci", "Conformance",
-    "Failures", "HarnessUnusable", "Results", "Scoreboard", "board_facts", "check_source", "conform", "read_known",
-    "read_results", "refuse_output", "result_files", "run_facts", "scoreboard", "sort_failures", "usage",
-    "whole_verdict", "write_results", "write_scaffold",
+    "CANNOT", "DTYPES", "FAILED", "FAMILIES", "GGUF_FORMS", "RECIPE_NAMES", "SCAFFOLDS", "SHIPPED", "SYSTEMS", "WELL",
+    "Ci", "Conformance", "Failures", "HarnessUnusable", "Results", "Scoreboard", "board_facts", "check_source",
+    "conform", "read_known", "read_results", "refuse_output", "result_files", "run_facts", "scoreboard",
+    "sort_failures", "usage", "whole_verdict", "write_results", "write_scaffold",
 ]  # fmt: skip

@@ -15,7 +15,7 @@ from refmoe.api.models import GoldenCase, Model, load
 from refmoe.api.policies import as_policy
 from refmoe.api.report import Report
 from refmoe.api.values import fit_heads, mapping, to_trace
-from refmoe.bugs.catalogue import MUTANTS
+from refmoe.bugs.quantised.catalogue import known_bugs
 from refmoe.errors import InputError
 from refmoe.files.sentences import quoted
 from refmoe.profiles.load import policy as named_policy
@@ -87,7 +87,7 @@ def verify(
     report = with_power(report, trace, subject.config, rules)
     if diagnose and report.verdict == NOT_CONFORMANT:
         evidence = gather(trace, subject.config, subject.parameters, runs, rules, report, keeper.first)
-        report = explained(report, search(evidence, MUTANTS.values()))
+        report = explained(report, search(evidence, known_bugs(subject.parameters)))
     return Report(report)
 
 

@@ -13,6 +13,7 @@ from refmoe.api.goldens import chosen
 from refmoe.api.progress import Bars, silent
 from refmoe.bugs.catalogue import MUTANTS
 from refmoe.bugs.mutant import Mutant
+from refmoe.bugs.quantised.catalogue import QUANTISED
 from refmoe.errors import InputError
 from refmoe.suite import (
     MANIFEST_FILE,
@@ -55,17 +56,32 @@ DTYPES = POLICIES
 
 
 def mutants() -> list[Mutant]:
-    """All known bugs, in the order of the catalogue."""
+    """The known bugs that golden cases show, in the order of the catalogue."""
     return [*MUTANTS.values()]
 
 
+def every_bug() -> list[Mutant]:
+    """All known bugs, with those that only quantised matrices show."""
+    return [*mutants(), *QUANTISED.values()]
+
+
 def mutant(name: str) -> Mutant:
+    """The known bug of this id that golden cases show. Raises InputError, with similar ids, when there is none."""
+    return _named(name, mutants())
+
+
+def known_bug(name: str) -> Mutant:
     """The known bug of this id. Raises InputError, with similar ids, when there is none."""
-    if name not in MUTANTS:
-        similar = get_close_matches(name, MUTANTS, n=3)
-        hint = f"did you mean {' or '.join(similar)}?" if similar else f"`refmoe mutants list` has all {len(MUTANTS)}"
+    return _named(name, every_bug())
+
+
+def _named(name: str, bugs: Sequence[Mutant]) -> Mutant:
+    known = {each.id: each for each in bugs}
+    if name not in known:
+        similar = get_close_matches(name, known, n=3)
+        hint = f"did you mean {' or '.join(similar)}?" if similar else f"`refmoe mutants list` has all {len(known)}"
         raise InputError(f"mutant '{name}' is unknown; {hint}")
-    return MUTANTS[name]
+    return known[name]
 
 
 def mutant_facts(each: Mutant) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from refmoe.api.judging import dtype_of, note_of_unknown, policy_of
 from refmoe.api.progress import Bars, silent
 from refmoe.api.report import Report
 from refmoe.api.values import fit_heads, to_trace
-from refmoe.bugs.catalogue import MUTANTS
+from refmoe.bugs.quantised.catalogue import known_bugs
 from refmoe.checkpoints.load import checkpoint_digest
 from refmoe.cuda.place import CPU, Place
 from refmoe.errors import InputError
@@ -164,9 +164,10 @@ def _judged(trace: Trace, against: Against, rules: Policy, judging: Judging, bar
     report = replace(report, notes=(*report.notes, *note_of_unknown(loaded(against.source).unknown)))
     report = with_power(report, trace, config, rules)
     if judging.diagnose and report.verdict == NOT_CONFORMANT:
-        with bars("diagnose", 2 * len(MUTANTS)) as advance:
+        known = known_bugs(parameters)
+        with bars("diagnose", 2 * len(known)) as advance:
             evidence = gather(trace, config, parameters, runs, rules, report, keeper.first)
-            report = explained(report, search(evidence, MUTANTS.values(), advance))
+            report = explained(report, search(evidence, known, advance))
     return Report(report)
 
 

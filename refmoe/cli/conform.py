@@ -15,6 +15,8 @@ from refmoe.api.conforming import (
     DTYPES,
     FAILED,
     FAMILIES,
+    GGUF_FORMS,
+    RECIPE_NAMES,
     SCAFFOLDS,
     SHIPPED,
     SYSTEMS,
@@ -188,7 +190,8 @@ def _about(option: Listed) -> str:
     "--case", "cases", multiple=True, metavar="NAME", help="Only this case (refmoe cases lists them); repeatable."
 )
 @click.option(
-    "--family", "families", multiple=True, type=click.Choice(FAMILIES), show_default="small",
+    "--family", "families", multiple=True, type=click.Choice(FAMILIES), 
+    show_default="small; production with --format or --quantise",
     help="The cases of this family; production has the dimensions of production kernels; repeatable.",
 )  # fmt: skip
 @click.option("--dtype", "dtypes", multiple=True, type=click.Choice(DTYPES), help="Only this dtype; repeatable.")
@@ -207,6 +210,14 @@ def _about(option: Listed) -> str:
 @click.option(
     "--fresh", type=Integer(0), metavar="SEED",
     help="Other weights and tokens for the same cases, by this seed: an engine that returns stored goldens fails.",
+)  # fmt: skip
+@click.option(
+    "--format", "gguf", type=click.Choice(GGUF_FORMS), metavar="gguf:TYPE",
+    help="Give the engine GGUF files with weights in TYPE, as materialise does, and judge it on these weights.",
+)  # fmt: skip
+@click.option(
+    "--quantise", type=click.Choice(RECIPE_NAMES),
+    help="Give the engine folders with quantised weights, and judge it on these weights.",
 )  # fmt: skip
 @click.option("--known", type=PATH, metavar="FILE", help="Failures that are known (TOML).")
 @click.option("--out", type=OUTPUT, metavar="FILE", help="Write the results (JSON), after each outcome anew.")
@@ -249,6 +260,7 @@ def conform_command(
     refmoe conform --adapter transformers --option attention=sdpa --out results/transformers.json
     refmoe conform --adapter ./my_adapter.py --python ../venv/bin/python
     refmoe conform --family production --adapter transformers
+    refmoe conform --family production --adapter llama_cpp --format gguf:Q4_K_M
     refmoe conform --keep traces -- ./my-harness --threads 4
     refmoe conform --fresh 20261128 -- ./my-harness
     refmoe conform --adapter llama_cpp --out llama.json --resume

@@ -16,14 +16,14 @@ from refmoe.api.known_bugs import (
     Part,
     Recorded,
     Repeated,
+    every_bug,
     judge_all,
     judge_mutants,
+    known_bug,
     matrix_page,
     measure_power,
     measured_power,
-    mutant,
     mutant_facts,
-    mutants,
     recorded_matrix,
     repeat,
     repeat_production,
@@ -60,9 +60,9 @@ def list_command(as_json: bool) -> None:
     refmoe mutants list
     """
     if as_json:
-        click.echo(json_text([mutant_facts(each) for each in mutants()]))
+        click.echo(json_text([mutant_facts(each) for each in every_bug()]))
         return
-    rows = [(each.id, each.kind, " ".join(each.breaks), " ".join(each.about.split())) for each in mutants()]
+    rows = [(each.id, each.kind, " ".join(each.breaks), " ".join(each.about.split())) for each in every_bug()]
     print_table(("mutant", "class", "breaks", "what it does"), rows, optional=[1, 2])
 
 
@@ -75,7 +75,7 @@ def show_command(name: str, as_json: bool) -> None:
     \b
     refmoe mutants show attn-gqa-tile
     """
-    facts = mutant_facts(mutant(name))
+    facts = mutant_facts(known_bug(name))
     if as_json:
         click.echo(json_text(facts))
         return

@@ -20,6 +20,7 @@ from refmoe.engines.harness import Description, Harness, HarnessUnusable, Refuse
 from refmoe.engines.judge import Judge, Question, Seat, about_its_file, in_words, not_judged, seats
 from refmoe.engines.observations import golden_bits_notes, is_wider
 from refmoe.engines.process import CRASHED, HarnessError
+from refmoe.engines.quantised import Quantised
 from refmoe.engines.results import SKIPPED, Engine, Outcome, Results
 from refmoe.engines.run_case import Labels, Materialised, Places, kept_file, lacks, places, run_case
 from refmoe.errors import InputError
@@ -58,12 +59,15 @@ class Suite:
     """A folder for the traces that come back."""
     fresh: int | None = None
     """The seed by which the cases got other weights and tokens; None: they are the suite's own."""
+    quantised: Quantised | None = None
+    """How the weights of all cases are quantised; None: they are as the cases have them."""
     before: Results | None = None
     """The results of a run of the same suite, or of a part of it: its outcomes are kept."""
 
     def labels(self, case: Case, policy: Policy) -> Labels:
-        """The names in the header of a trace."""
-        return Labels(label(case.name, self.fresh), policy.name)
+        """The names in the header of a trace. Quantised weights make it a trace of no golden case."""
+        name = label(case.name, self.fresh)
+        return Labels(name if self.quantised is None else f"{name} as {self.quantised.form}", policy.name)
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ def conform(
             ended([harness]),
             more(harness, len(judges) - 1) as others,
         ):
-            smoke = smoke_test(harness, suite.smoke, next(iter(policies)), folders)
+            smoke = smoke_test(harness, suite, next(iter(policies)), folders)
             results = Results(
                 engine=Engine(described.name, described.version, options),
                 platform={"system": platform.system(), "machine": platform.machine()},
@@ -115,6 +119,7 @@ def conform(
                 outcomes=(),
                 notes=(UNFINISHED,),
                 fresh=suite.fresh,
+                quantised="" if suite.quantised is None else suite.quantised.form,
                 wider=tuple(dtype for dtype, policy in policies.items() if is_wider(policy, dtype)),
             )
             done = {} if suite.before is None else outcomes_so_far(suite.before, results, policies)
@@ -265,6 +270,7 @@ def outcomes_so_far(before: Results, now: Results, policies: Mapping[str, Policy
         "version of refmoe": (before.refmoe, now.refmoe),
         "significance": (before.significance, now.significance),
         "seed of fresh cases": (before.fresh, now.fresh),
+        "quantised weights": (before.quantised, now.quantised),
         "cases": ({*before.cases} - {*now.cases}, set()),
     }
     for what, (then, this) in alike.items():
@@ -301,10 +307,12 @@ def chosen_policies(described: Description, suite: Suite) -> dict[str, Policy]:
                 f"dtype {dtype}: {described.name} {described.version} does not have it, but one of "
                 f"{', '.join(described.dtypes)} was expected"
             )
-    return {
-        dtype: suite.policies.get(dtype) or named_policy(described.policies.get(dtype, dtype))
-        for dtype in suite.dtypes or described.dtypes
-    }
+
+    def declared(dtype: str) -> Policy:
+        name = described.policies.get(dtype, dtype)
+        return named_policy(name) if suite.quantised is None else suite.quantised.policy(name, dtype)
+
+    return {dtype: suite.policies.get(dtype) or declared(dtype) for dtype in suite.dtypes or described.dtypes}
 
 
 @dataclass(frozen=True)
@@ -352,7 +360,12 @@ class _Run:
         if lacking is not None:
             yield from (_known(replace(each, reason=lacking)) for each in skipped.values())
             return
-        with Materialised(case, self.folders.engine, self.harness.description.layout) as model:
+        layout, quantised = self.harness.description.layout, self.suite.quantised
+        with Materialised(case, self.folders.engine, layout, quantised) as model:
+            unwritten = "" if quantised is None else _unwritten(model)
+            if unwritten:
+                yield from (_known(replace(each, reason=unwritten)) for each in skipped.values())
+                return
             for dtype, outcome in skipped.items():
                 yield self._answer(model, outcome, kept[dtype])
 
@@ -373,7 +386,11 @@ class _Run:
         def judged() -> Outcome:
             try:
                 with files:
-                    asked = Question(model.case, dtype, policy, received.trace, golden=self.suite.fresh is None)
+                    golden = self.suite.fresh is None and self.suite.quantised is None
+                    asked = Question(
+                        case=model.case, dtype=dtype, policy=policy, trace=received.trace, golden=golden,
+                        quantised=self.suite.quantised,
+                    )  # fmt: skip
                     outcome = self.seat.outcome(asked, lambda: model.parameters)
                 return replace(outcome, reason=outcome.reason + received.unkept)
             except Exception as error:  # of whatever kind: no verdict about one case ends the run
@@ -387,10 +404,19 @@ def _known(outcome: Outcome, said: str = "") -> Answer:
     return Answer(lambda: outcome, said)
 
 
+def _unwritten(model: Materialised) -> str:
+    """Why no quantised checkpoint holds the case, or nothing."""
+    try:
+        model.path()
+    except InputError as error:
+        return f"it has no checkpoint in this format: {error}"
+    return ""
+
+
 # ---- the smoke test
 
 
-def smoke_test(harness: Harness, cases: Sequence[Case], dtype: str, folders: Places) -> str:
+def smoke_test(harness: Harness, suite: Suite, dtype: str, folders: Places) -> str:
     """Find faults of the harness itself, before anything is said about its engine.
 
     The smallest case is run twice. Both files must have every promised tap, in shapes that fit the model, and the same
@@ -399,12 +425,19 @@ def smoke_test(harness: Harness, cases: Sequence[Case], dtype: str, folders: Pla
 
     returns: in words, what was run.   Raises HarnessUnusable with the fault of the harness.
     """
-    able = [case for case in cases if lacks(case.runs(), harness.description.abilities) is None]
+    able = [case for case in suite.smoke if lacks(case.runs(), harness.description.abilities) is None]
     said = "nothing: no case needs only the abilities of the harness"
-    for case in sorted(able, key=work)[:TRIED]:
+    tried = 0
+    for case in sorted(able, key=work):
+        if tried == TRIED:
+            break
         what = f"case {case.name} in {dtype}"
+        tried += 1
         try:
-            with Materialised(case, folders.engine, harness.description.layout) as model:
+            with Materialised(case, folders.engine, harness.description.layout, suite.quantised) as model:
+                if suite.quantised is not None and _unwritten(model):
+                    tried -= 1
+                    continue
                 if _form(harness, model, dtype, folders.own) != _form(harness, model, dtype, folders.own):
                     raise HarnessUnusable(f"the harness is broken: {what}, run twice, gave other dtypes", harness.log)
             return f"{what}, twice"

@@ -18,6 +18,7 @@ from refmoe.engines.first_wrong import first_token
 from refmoe.engines.observations import has_golden_bits
 from refmoe.engines.process import BROKEN
 from refmoe.engines.protocol import EVERY_TAP
+from refmoe.engines.quantised import Quantised
 from refmoe.engines.results import NOT_JUDGED, Cause, Outcome
 from refmoe.engines.run_case import without_folders
 from refmoe.errors import InputError
@@ -52,6 +53,17 @@ class Question:
     trace: Trace
     golden: bool
     """Whether the case has golden values, which the answer may equal."""
+    quantised: Quantised | None = None
+    """How the weights were quantised that the engine has loaded; None: they were not."""
+
+    @contextmanager
+    def weights(self, parameters: Callable[[], Parameters]) -> Iterator[Parameters]:
+        """The weights that the engine has loaded.   parameters: gives those of the case"""
+        if self.quantised is None:
+            yield parameters()
+            return
+        with self.quantised.weights(self.case) as found:
+            yield found
 
 
 @dataclass(frozen=True)
@@ -120,11 +132,11 @@ class Judge:
     def _diagnosed(
         self, report: Report, case: Case, parameters: Parameters, trace: Trace, policy: Policy, kept: Recording | None
     ) -> Report:
-        from refmoe.bugs.catalogue import MUTANTS
+        from refmoe.bugs.quantised.catalogue import known_bugs
         from refmoe.verifier.diagnosis import explained, gather, search
 
         evidence = gather(trace, case.config, parameters, case.runs(), policy, report, kept)
-        found = search(evidence, MUTANTS.values(), before=self.named)
+        found = search(evidence, known_bugs(parameters), before=self.named)
         self.named.update(each.name for each in found if each.explains)
         return explained(report, found)
 
@@ -207,7 +219,8 @@ def sent(trace: Trace) -> Trace:
 
 def judge_sent(judge: Judge, question: Question) -> tuple[Outcome, set[str]]:
     """The outcome, and all names given so far. Any process can call it."""
-    return judge.judge(question, question.case.checkpoint().parameters), judge.named
+    with question.weights(lambda: question.case.checkpoint().parameters) as parameters:
+        return judge.judge(question, parameters), judge.named
 
 
 class Seat:
@@ -227,7 +240,8 @@ class Seat:
 
     def outcome(self, question: Question, parameters: Callable[[], Parameters]) -> Outcome:
         """The outcome of an answer.   parameters: gives the weights of the case"""
-        return self.judge.judge(question, parameters())
+        with question.weights(parameters) as found:
+            return self.judge.judge(question, found)
 
 
 class SeatElsewhere(Seat):

@@ -13,6 +13,7 @@ from typing import Any
 
 from refmoe.engines.process import BROKEN, CRASHED, TIMED_OUT
 from refmoe.engines.protocol import DTYPES, EVERY_TAP
+from refmoe.engines.quantised import FORMS
 from refmoe.errors import InputError
 from refmoe.files.atomic import replacing
 from refmoe.files.json_file import JsonFile, read_json
@@ -103,6 +104,8 @@ class Results:
     """Observations that are no outcome, such as a harness that does not stop."""
     fresh: int | None = None
     """The seed of other weights and tokens for the same cases; None: the cases as they are."""
+    quantised: str = ""
+    """How the weights of all cases were quantised, such as ``gguf:Q4_K_M``; empty: they were not."""
     wider: tuple[str, ...] = ()
     """The dtypes that were judged by a policy which allows more than the generic policy of the dtype."""
 
@@ -116,7 +119,7 @@ class Results:
 
 FORMAT_VERSION = "1"
 FIELDS = ("format_version", "engine", "platform", "refmoe", "significance", "cases", "smoke", "notes", "outcomes")
-OPTIONAL = ("fresh", "wider")
+OPTIONAL = ("fresh", "quantised", "wider")
 """Fields that are left out where they say nothing."""
 OUTCOME_FIELDS = (
     "case", "dtype", "policy", "verdict", "reason", "issue", "first_wrong", "worst_errors", "explanations",
@@ -149,6 +152,8 @@ def to_json(results: Results) -> str:
     }
     if results.fresh is not None:
         values["fresh"] = results.fresh
+    if results.quantised:
+        values["quantised"] = results.quantised
     if results.wider:
         values["wider"] = [*results.wider]
     lines = [f'"{name}": {json.dumps(value)}' for name, value in values.items()]
@@ -200,6 +205,7 @@ def read_results(path: Path) -> Results:
         outcomes=outcomes,
         notes=_list(file, "notes"),
         fresh=_whole(file, "fresh"),
+        quantised=_form(file),
         wider=_wider(file),
     )
 
@@ -210,6 +216,13 @@ def _whole(file: JsonFile, name: str) -> int | None:
     if found is not None and (isinstance(found, bool) or not isinstance(found, int) or found < 0):
         raise file.refuse(name, found, "an integer from 0 was expected")
     return found
+
+
+def _form(file: JsonFile) -> str:
+    found = file.values.get("quantised", "")
+    if found not in ("", *FORMS):
+        raise file.refuse("quantised", found, f"one of {', '.join(FORMS)} was expected")
+    return str(found)
 
 
 def _wider(file: JsonFile) -> tuple[str, ...]:

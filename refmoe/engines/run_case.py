@@ -25,6 +25,7 @@ from refmoe.checkpoints.write import write_checkpoint
 from refmoe.engines.harness import Harness
 from refmoe.engines.process import BROKEN, HarnessError
 from refmoe.engines.protocol import UNREAD
+from refmoe.engines.quantised import Quantised
 from refmoe.errors import InputError
 from refmoe.files.atomic import replacing
 from refmoe.files.safetensors_file import open_safetensors
@@ -77,15 +78,16 @@ def places() -> Iterator[Places]:
 class Materialised:
     """The checkpoint of a case in a folder of its name. Use it as a context manager."""
 
-    def __init__(self, case: Case, scratch: Scratch, layout: str) -> None:
-        self.case, self._scratch, self._layout = case, scratch, layout
+    def __init__(self, case: Case, scratch: Scratch, layout: str, quantised: Quantised | None = None) -> None:
+        """quantised: how its weights are; None: as the case has them"""
+        self.case, self._scratch, self._layout, self._quantised = case, scratch, layout, quantised
         self._stack = ExitStack()
         self._path: Path | None = None
         self._state: object = None
 
     @cached_property
     def parameters(self) -> Parameters:
-        """The weights. Raises InputError for edits of the case that cannot be made."""
+        """The weights of the case. Raises InputError for edits of the case that cannot be made."""
         return self.case.checkpoint().parameters
 
     def __enter__(self) -> Materialised:
@@ -99,7 +101,7 @@ class Materialised:
         return self._scratch.folder(purpose)
 
     def path(self) -> Path:
-        """The folder. It is written at the first call, and again where it is not as it was written.
+        """The folder, or the GGUF file. It is written at the first call, and again where it is not as it was written.
 
         Raises InputError or OSError where it cannot be written.
         """
@@ -107,6 +109,10 @@ class Materialised:
             return self._path
         self._stack.close()
         checkpoint = self._stack.enter_context(self._scratch.folder("case")) / self.case.name
+        if self._quantised is not None:
+            self._path = self._quantised.write(self.case, checkpoint)
+            self._state = _state(self._path)
+            return self._path
         config, parameters = self.case.config, self.parameters
         try:
             write_checkpoint(checkpoint, config, parameters, "bfloat16", self._layout)
@@ -116,10 +122,14 @@ class Materialised:
         return checkpoint
 
 
-def _state(folder: Path) -> object:
-    """A value that changes when somebody writes to a file of a folder, or removes one. It does not read the files."""
+def _state(checkpoint: Path) -> object:
+    """A value that changes when somebody writes to a file of a checkpoint, or removes one. It does not read the files.
+
+    checkpoint: a folder, or a file
+    """
     try:
-        found = [(path.name, os.lstat(path)) for path in sorted(folder.iterdir())]
+        files = sorted(checkpoint.iterdir()) if checkpoint.is_dir() else [checkpoint]
+        found = [(path.name, os.lstat(path)) for path in files]
     except OSError:
         return None
     return [(name, each.st_ino, each.st_size, each.st_mode, each.st_ctime_ns) for name, each in found]

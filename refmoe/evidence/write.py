@@ -86,6 +86,11 @@ def write_package(folder: Path, wanted: Wanted, advance: Callable[[], None] = la
 def checked_results(wanted: Wanted) -> Results:
     """The results of a run that was finished, on the cases of the suite as they are. Raises InputError."""
     results = read_results(wanted.results)
+    if results.quantised:
+        raise InputError(
+            f"{wanted.results}: is of a run with weights as {results.quantised}, but one of the golden cases was "
+            "expected"
+        )
     if UNFINISHED in results.notes:
         raise InputError(f"{wanted.results}: is of a run that was ended, but a whole one was expected (--resume)")
     if not results.outcomes:

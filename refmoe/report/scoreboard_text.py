@@ -55,6 +55,8 @@ def print_results(results: Results, failures: Failures, logs: Mapping[tuple[str,
     print_text(console, visible(f"policies: {used}"))
     if results.fresh is not None:
         print_text(console, f"fresh cases: other weights and tokens, by seed {results.fresh}")
+    if results.quantised:
+        print_text(console, f"quantised weights: {results.quantised}")
     console.print()
     console.print(_case_table(results))
     console.print()

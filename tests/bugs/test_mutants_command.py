@@ -11,6 +11,7 @@ import pytest
 
 from refmoe.api import known_bugs as command
 from refmoe.bugs.catalogue import MUTANTS
+from refmoe.bugs.quantised.catalogue import QUANTISED
 from refmoe.suite import MANIFEST_FILE, verify_documents, write_folder_manifest
 from refmoe.suite.matrix import changes
 from refmoe.suite.matrix.dependencies import digests
@@ -41,7 +42,7 @@ def record(golden: Path, matrix: Matrix) -> None:
 def test_every_mutant_has_its_line(refmoe: Refmoe) -> None:
     status, out, _ = refmoe("mutants", "list", "--json")
     assert status == 0
-    assert [each["id"] for each in json.loads(out)] == [*MUTANTS]
+    assert [each["id"] for each in json.loads(out)] == [*MUTANTS, *QUANTISED]
     assert "attn-gqa-tile" in refmoe("mutants", "list")[1]
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from refmoe.checkpoints.synthetic import synthetic_checkpoint
 from refmoe.checkpoints.write import write_checkpoint
 from refmoe.spec.config import Config
+from refmoe.spec.model import Parameters
 from tests.checkpoints.models import put_together, take_apart
 
 CONFIG = Config(
@@ -79,9 +80,15 @@ def read_tensors(path: Path) -> dict[str, Array]:
     }
 
 
-def write(folder: Path, variant: Variant, config: Config = CONFIG) -> dict[str, Array]:
-    """Write a folder. Returns the values of each tensor of the file that it was before, as float64."""
-    write_checkpoint(folder, config, synthetic_checkpoint(config, 7).parameters, "float32", fused=variant.fused)
+def write(
+    folder: Path, variant: Variant, config: Config = CONFIG, parameters: Parameters | None = None
+) -> dict[str, Array]:
+    """Write a folder. Returns the values of each tensor of the file that it was before, as float64.
+
+    parameters: None for synthetic ones
+    """
+    parameters = parameters or synthetic_checkpoint(config, 7).parameters
+    write_checkpoint(folder, config, parameters, "float32", fused=variant.fused)
     path = folder / "model.safetensors"
     tensors, values = dict[str, Array](), dict[str, Array]()
     for name, array in read_tensors(path).items():

@@ -11,9 +11,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from refmoe.arithmetic.arrays import Tap
+from refmoe.arithmetic.codes import InputFormat, quantise
+from refmoe.arithmetic.enclosure.array import Enclosure
 from refmoe.arithmetic.formats import FLOAT64, Format
 from refmoe.arithmetic.weight_cache import WeightCache
 from refmoe.bugs.forced_rounding import rounded
+from refmoe.bugs.quantised.sums import CoarseSums, added_up
 from refmoe.bugs.quantised_checkpoint import QuantisedWeight, SmoothedGain
 from refmoe.checkpoints.names import named_weights
 from refmoe.checkpoints.rows import RowWeight
@@ -24,7 +27,7 @@ from refmoe.profiles.policy import Policy
 from refmoe.spec.config import Config
 from refmoe.spec.model import Model, Parameters
 from refmoe.spec.taps import layer_of, step_of
-from refmoe.steps.coded import quantises
+from refmoe.steps.coded import groups_of, parts_of, quantises
 from refmoe.steps.enclosure_ops import MATRIX_BYTES, EnclosureOps
 from refmoe.traces.trace import Run, Trace
 from refmoe.verifier.diagnosis.fit import within_own_rounding
@@ -287,6 +290,15 @@ class ForcingOps(EnclosureOps):
         made = super().cut(name, rounded(x, self.policy.at(name)))
         return made
 
+    def _times_codes(self, x: Enclosure, weight: Any, coded: InputFormat, step: str | None) -> Enclosure:
+        made = super()._times_codes(x, weight, coded, step)
+        if not isinstance(coded, CoarseSums):
+            return made
+        codes = quantise(x.mid.reshape(-1, x.shape[-1]), coded)
+        variance = [added_up(codes, groups_of(weight), part, coded)[1] for part in parts_of(weight, self.factors)]
+        more = np.concatenate(variance, axis=-1).reshape(made.shape)
+        return Enclosure(made.mid, made.r, made.v + more, accumulation=made.accumulation)
+
 
 def ops_under(evidence: Evidence, policy: Policy) -> Callable[..., EnclosureOps]:
     """Enclosures under a policy, with the cut points that it changes forced, and with shared weights."""
@@ -366,7 +378,7 @@ def judge_part(
     """
     names = {run.run for run in part.runs}
     subject = replace(subject, runs=until(subject.runs, names), ops=ops_under(evidence, policy))
-    coded = makes_codes(policy, subject.parameters)
+    coded = makes_codes(policy, evidence.right.parameters)  # a sharded model has other records of parameters
     contents = replace(evidence.contents, runs=part.runs, present=dict(part.present))
     recorded: dict[Key, Recorded] = {}
 

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 
 import numpy as np
 
+from refmoe.arithmetic.formats import Format
 from refmoe.profiles.cut_points import CUT_POINTS
 from refmoe.profiles.load import BUDGETS, CHOICES, DTYPES, FLAGS, NUMBERS, differences
 from refmoe.profiles.policy import Policy
@@ -48,6 +49,9 @@ def settle(evidence: Evidence, found: Sequence[Explanation], variations: Mapping
     else:
         limit = ALIKE * max(able[0].residual, noise(evidence))
         tied = [each for each in able if each.residual <= limit and not each.by_size]
+        read = [variations[each.name].policy(evidence.policy) for each in tied if each.kind == ARITHMETIC]
+        coarse = {each.name for each in read if any(reads_coarser(each, other) for other in read)}
+        tied = [each for each in tied if each.name not in coarse]
     bugs = [each.residual for each in tied if each.kind == KNOWN_BUG]
     # a wrong setting that is also a bug of the catalogue is one cause with two names
     tied = [each for each in tied if each.kind != STRUCTURE or not any(map(partial(_equal, each.residual), bugs))]
@@ -74,6 +78,17 @@ def allows_more(wide: Policy, narrow: Policy) -> bool:
     coarser &= all(narrow.at(cut).holds(wide.at(cut)) for cut in CUT_POINTS)
     more = all(getattr(wide, name) >= getattr(narrow, name) for name in (*FLAGS, *NUMBERS))
     return same and coarser and more and bool(differences([wide, narrow]))
+
+
+def reads_coarser(wide: Policy, narrow: Policy) -> bool:
+    """Whether two policies differ in the dtypes alone in which products read their inputs, and one is the coarser."""
+    rest = [each.name for each in fields(Policy) if each.name not in ("name", "about", "source", "inputs")]
+    if any(getattr(wide, name) != getattr(narrow, name) for name in rest) or wide.inputs.keys() != narrow.inputs.keys():
+        return False
+    pairs = [(each, narrow.inputs[name]) for name, each in wide.inputs.items() if each != narrow.inputs[name]]
+    return bool(pairs) and all(
+        isinstance(one, Format) and isinstance(two, Format) and two.holds(one) for one, two in pairs
+    )
 
 
 def _equal(one: float, other: float) -> bool:
