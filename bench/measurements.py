@@ -893,6 +893,10 @@ def quantised_bugs() -> str:
         for row in found
     ]  # fmt: skip
     errors = f"{LIMITS['product']:g}"
+    head = (
+        "bug", "model", f"error {errors}", f"cosine {LIMITS['cosine']}", f"KL {LIMITS['divergence']}",
+        f"{GENERATED} tokens", "refmoe: first wrong step", "name",
+    )  # fmt: skip
     return f"""## Bugs of quantised engines
 
 {len(found)} known bugs with public sources, each in the ideal engine of a policy, on a golden case in a format that
@@ -908,29 +912,14 @@ The usual checks compare with the same engine without the bug. {checks["product"
 Command: `python -m bench.quantised_bugs --left-out --json bench/results/quantised_bugs.json`; file:
 {link("quantised_bugs.json")}.
 
-{
-        table(
-            (
-                "bug",
-                "model",
-                f"error {errors}",
-                f"cosine {LIMITS['cosine']}",
-                f"KL {LIMITS['divergence']}",
-                f"{GENERATED} tokens",
-                "refmoe: first wrong step",
-                "name",
-            ),
-            rows,
-        )
-    }"""
+{table(head, rows)}"""
 
 
 SECTIONS = (
     goldens, known_bugs, packs, diagnosis, left_out, drawn_faults, diagnosis_time, engines, quantised_engines,
     quantised_bugs, faults, tensor_cores, verify_cost, verdict_cost, kernel_tests, kernel_cheats, real_kernels,
-    testing_cost, conform_cost,
-    invariance, exact_cost, full_size, scaling, cluster_plan, peers, elementary, weight_formula, startup_cost,
-    robustness, folders, servers, versions,
+    testing_cost, conform_cost, invariance, exact_cost, full_size, scaling, cluster_plan, peers, elementary,
+    weight_formula, startup_cost, robustness, folders, servers, versions,
 )  # fmt: skip
 
 
