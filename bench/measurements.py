@@ -257,6 +257,9 @@ engines NAME --install DIR` makes the environment of an engine.
 - keras-hub: in float16 and bfloat16 it rounds the factor `1 / sqrt(head_dim)` of the scores. The scores are the rounded
   dots times that factor, bit for bit. It has no `head_dim` of its own, and no start above position 0. On JAX it
   conforms in float32.
+- TransformerLens: no deviation. In float64 its profile allows a table of cosines and sines that is only as precise as
+  in float32 ([finding](findings/transformer-lens-float64.md)). It has no `head_dim` of its own, and no start above
+  position 0.
 - onnxruntime: no deviation from its profile, which allows a sigmoid with absolute precision
   ([finding](findings/onnxruntime-sigmoid.md)). By the profile of `transformers` only `expert.hidden` deviates.
 

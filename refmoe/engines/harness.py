@@ -111,7 +111,7 @@ class Harness:
     def stop(self) -> str | None:
         """Ask it to end.   returns: a sentence about an irregular end, or None"""
         process = self._take()
-        return None if process is None else process.stop()
+        return None if process is None else process.stop(self._limit)
 
     def kill(self) -> None:
         """End it at once, from any thread; the next request starts it again."""

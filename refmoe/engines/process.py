@@ -33,7 +33,9 @@ LONGEST_LINE = 1 << 20
 KEPT = 4096
 """The last bytes of standard error are kept: this many."""
 GRACE = 5.0
-"""Seconds that a process may take to end after it was asked to stop."""
+"""Seconds that a process may take to end after it was asked to stop, at least."""
+SHARE = 60
+"""It may take the time for a request over this number. On a busy machine, both take longer."""
 PIECE = 1 << 16
 """Bytes that are read from a pipe at once."""
 GUARD = Path(__file__).with_name("guard.py")
@@ -135,18 +137,22 @@ class Process:
         """The status with which it has ended, as of `subprocess.Popen.returncode`; 0 while it lives."""
         return self._process.poll() or 0
 
-    def stop(self) -> str | None:
-        """Ask it to stop, and kill it if it does not.   returns: a sentence about an irregular end, or None"""
+    def stop(self, limit: float = 0.0) -> str | None:
+        """Ask it to stop, and kill it if it does not.   returns: a sentence about an irregular end, or None
+
+        limit: seconds that any other request may take
+        """
+        grace = max(GRACE, limit / SHARE)
         try:
-            answer = self.ask({"command": "stop"}, GRACE)
+            answer = self.ask({"command": "stop"}, grace)
             self._in.close()
-            status = self._wait(GRACE)
+            status = self._wait(grace)
         except HarnessError as error:
             return f"stop: {error.reason}"
         finally:
             self.kill()
         if status is None:
-            return f"it was killed, as it had not ended {GRACE:g} seconds after stop"
+            return f"it was killed, as it had not ended {grace:g} seconds after stop"
         if status != 0:
             return f"after stop it {ending(status)}, but status 0 was expected"
         return None if answer == {"ok": True} else 'its answer to stop is not {"ok": true}'

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from refmoe.engines import judge as judge_module
+from refmoe.engines import process as process_module
 from refmoe.engines import run_case as run_case_module
 from refmoe.engines.conform import UNFINISHED
 from refmoe.engines.process import HarnessError, Process
@@ -46,6 +47,14 @@ def answer(request):
 
 seen = set()
 honest.converse(answer)
+"""
+
+
+SLOW_TO_END = """
+import sys, time
+for _ in sys.stdin:
+    print('{"ok": true}', flush=True)
+    time.sleep(1)
 """
 
 
@@ -265,3 +274,11 @@ def test_the_file_is_valid_after_each_outcome(tmp_path: Path, monkeypatch: pytes
     results = conform(Harness(HONEST, LIMIT), {}, suite, Watch(save=save))
     assert [len(each.outcomes) for each in seen] == [1, 2]
     assert replace(seen[-1], notes=()) == results
+
+
+def test_an_engine_may_end_as_slowly_as_it_may_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine delays the end of a process as it delays its answers. That is no observation about the engine."""
+    monkeypatch.setattr(process_module, "GRACE", 0.2)
+    for limit in (0.0, 60.0 * LIMIT):
+        note = Process([sys.executable, "-c", SLOW_TO_END]).stop(limit)
+        assert (note is None) == (limit > 0), note
