@@ -274,6 +274,7 @@ Runs of some cases, or with a setting that excludes most of them ([`conform_some
 - tinygrad with `taps=states`: no deviation at small positions. With all taps its rotations deviate, and nothing else
   does ([finding](findings/tinygrad-cos.md)). Given its own table of cosines and sines, each rotation is right.
 - `transformers` with layers that `torch.compile` compiles: no deviation.
+- vLLM with prompts in chunks, one of them with a window: no deviation.
 - OpenVINO computes in bfloat16 by default where the processor has instructions for it. It conforms to the policy of
   that dtype.
 
@@ -284,9 +285,11 @@ Runs of the family `production` (`--family production`;
 
 - One deviation: mlx-lm has no sliding window ([finding](findings/mlx-lm-window.md)).
 - What is skipped: windows by llama.cpp and ibm-fms, a `head_dim` of their own by mlx-lm and ibm-fms, a start above
-  position 0 by litgpt. litgpt itself refuses a call longer than the window. A request of vLLM has no chunks.
+  position 0 by litgpt. litgpt itself refuses a call longer than the window. vLLM ran before its adapter knew
+  chunks.
 - llama.cpp, litgpt and `transformers` reach position 32768 from 0 without a deviation.
 - The other cases of onnxruntime, vLLM, `transformers`, mistral-inference, ibm-fms and mlx-lm were not run.
+  TransformerLens was not run on this family.
 
 llama.cpp with the files that people have, in float16 and bfloat16
 ([`conform_files/`](../bench/results/conform_files)); it conforms to the profiles of these files:
