@@ -287,8 +287,8 @@ Runs of the family `production` (`--family production`;
 - What is skipped: windows by llama.cpp and ibm-fms, a `head_dim` of their own by mlx-lm and ibm-fms, a start above
   position 0 by litgpt. litgpt itself refuses a call longer than the window. The adapter of vLLM
   had no chunks at that time.
-- llama.cpp, litgpt and `transformers` reach position 32768 from 0 without a deviation.
-- The other cases of onnxruntime, vLLM, `transformers`, mistral-inference, ibm-fms and mlx-lm were not run.
+- llama.cpp, litgpt, mlx-lm and `transformers` reach position 32768 from 0 without a deviation.
+- The other cases of onnxruntime, vLLM, `transformers`, mistral-inference and ibm-fms were not run.
   TransformerLens was not run on this family.
 
 llama.cpp with the files that people have, in float16 and bfloat16
