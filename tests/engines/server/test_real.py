@@ -131,15 +131,16 @@ def test_mlx_lm_reports_other_tokens_than_it_generates() -> None:
 
 
 @needs_vllm
-def test_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_vllm(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in VLLM_ON_A_CPU.items():
         monkeypatch.setenv(name, value)
     port = free_port()
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", "{checkpoint}", "--host", "127.0.0.1",
-        "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-logprobs", "-1",
+        "--port", str(port), "--dtype", dtype, "--enforce-eager", "--max-model-len", "256", "--max-logprobs", "-1",
         "--generation-config", "vllm",
     ]  # fmt: skip
-    found = judged(command, "--dtype", "float32", port=port, status=0)
+    found = judged(command, "--dtype", dtype, port=port, status=0)
     assert (found["verdict"], found["level"]) == (CONFORMANT, WHOLE)
     assert found["ways"][PROMPT]["rows"] > 0
