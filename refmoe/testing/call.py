@@ -45,6 +45,10 @@ class Plain(ABC):
         """The call for some places of the axis only."""
         return self.some(at)
 
+    def narrow(self, at: Any) -> Self | None:
+        """The call for some places of the next axis of the output, of all its rows; None if it has no such part."""
+        return None
+
     @abstractmethod
     def plain(self, dtype: Any) -> NDArray[Any]:
         """The output in float32 or float64, roughly: [rows, ...]"""

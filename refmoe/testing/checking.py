@@ -8,6 +8,7 @@ inputs are the arrays of the call.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -63,11 +64,17 @@ class Parts:
     """Integers [n], drawn at random: of all tests."""
     far: NDArray[Any]
     """Integers [m], farthest off: only of the tests of single values."""
+    columns: NDArray[Any] | None = None
+    """Of the rows that are drawn, the places of the next axis that are judged: integers. None: all."""
 
     @property
-    def places(self) -> NDArray[Any]:
-        """All of them, those that are drawn first: integers [n + m]"""
-        return np.concatenate([self.drawn, self.far])
+    def groups(self) -> Iterator[tuple[NDArray[Any], int, NDArray[Any] | None]]:
+        """The places that are judged alike, how many of them were drawn, and their columns. Those drawn come first."""
+        if self.columns is None:
+            yield np.concatenate([self.drawn, self.far]), len(self.drawn), None
+        else:
+            yield self.drawn, len(self.drawn), self.columns
+            yield self.far, 0, None
 
 
 def checked_in_pieces(output: Output, policy: Policy, significance: float, parts: Parts | None) -> Check:
@@ -78,31 +85,32 @@ def checked_in_pieces(output: Output, policy: Policy, significance: float, parts
     """
     keep_memory()
     found = output.found
-    axis, drawn = (0, len(found)) if parts is None else (parts.axis, len(parts.drawn))
-    places = np.arange(drawn) if parts is None else parts.places
-    count = len(places)
-    step = count if output.cost else max(1, PIECE * found.shape[axis] // found.size)
-    tally, may_overflow = Tally(rows=count if axis == 0 else len(found)), False
-    for start in range(0, count, step):
-        at = places[start : start + step]
-        x, overflows = enclosed(_part(output.call, at, axis, parts is None and step >= count), policy)
-        may_overflow |= overflows
-        values = found if parts is None and step >= count else found.take(at, axis)
-        add(
-            tally,
-            values,
-            x,
-            Site(policy=policy, step=output.step, may_overflow=may_overflow, axis=axis, at=at),
-            drawn - start,
-        )
+    axis = 0 if parts is None else parts.axis
+    groups = [(np.arange(len(found)), len(found), None)] if parts is None else list(parts.groups)
+    tally = Tally(rows=sum(len(places) for places, *_ in groups) if axis == 0 else len(found))
+    may_overflow = False
+    for places, drawn, columns in groups:
+        each = found.size // found.shape[axis] if columns is None else found[:1, columns].size
+        step = len(places) if output.cost else max(1, PIECE // each)
+        for start in range(0, len(places), step):
+            at = places[start : start + step]
+            part: Any = output.call
+            values = found
+            if parts is not None or step < len(places):
+                part = part.part(at) if axis else part.some(at)
+                values = found.take(at, axis)
+            if columns is not None:
+                part, values = part.narrow(columns), values[:, columns]
+            x, overflows = enclosed(part, policy)
+            may_overflow |= overflows
+            site = Site(
+                policy=policy, step=output.step, may_overflow=may_overflow, axis=axis, at=at, columns=columns
+            )  # fmt: skip
+            add(tally, values, x, site, drawn - start)
     reads = output.reads if parts is None or axis else tuple(array[parts.drawn] for array in output.reads)
-    return conclude(output, tally, policy, significance, found.size, repeats(*reads))
-
-
-def _part(call: Any, at: NDArray[Any], axis: int, whole: bool) -> Any:
-    if whole:
-        return call
-    return call.part(at) if axis else call.some(at)
+    # rows of a norm err alike, as far as they are counted
+    wide = found[0].size if parts is None or parts.columns is None else found[0, parts.columns].size
+    return conclude(output, tally, policy, Material(significance, found.size, repeats(*reads), wide))
 
 
 def check(output: Output, x: Enclosure, policy: Policy, significance: float, may_overflow: bool) -> Check:
@@ -112,7 +120,21 @@ def check(output: Output, x: Enclosure, policy: Policy, significance: float, may
     """
     tally = Tally(rows=len(output.found))
     add(tally, output.found, x, Site(policy, output.step, may_overflow))
-    return conclude(output, tally, policy, significance, tally.values, repeats(*output.reads))
+    wide = tally.values // max(tally.rows, 1)
+    return conclude(output, tally, policy, Material(significance, tally.values, repeats(*output.reads), wide))
+
+
+@dataclass(frozen=True)
+class Material:
+    """The numbers that a verdict needs beside the sums of a tally."""
+
+    significance: float
+    values: int
+    """The number of values over which the significance is split."""
+    equal: int
+    """The rows that the step reads most often."""
+    wide: int
+    """The values of a row of which size and lean are taken."""
 
 
 @dataclass(frozen=True)
@@ -126,10 +148,14 @@ class Site:
     axis: int = 0
     at: NDArray[Any] | None = None
     """The places of the values in the whole output, along the axis: integers. None: their own."""
+    columns: NDArray[Any] | None = None
+    """The places along the next axis, where the axis is 0: integers. None: their own."""
 
     def index(self, flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The index in the whole output of a value.   flat, shape: of the values, with the axis first"""
         place, *others = (int(i) for i in np.unravel_index(flat, shape))
+        if self.columns is not None:
+            others[0] = int(self.columns[others[0]])
         others.insert(self.axis, place if self.at is None else int(self.at[place]))
         return tuple(others)
 
@@ -158,22 +184,19 @@ def add(tally: Tally, found: NDArray[Any], x: Enclosure, site: Site, counted: in
     )
 
 
-def conclude(output: Output, tally: Tally, policy: Policy, significance: float, values: int, equal: int) -> Check:
-    """The check of all values in a tally, with the limits of the verifier.
-
-    values: over which the significance is split   equal: rows that the step reads most often
-    """
+def conclude(output: Output, tally: Tally, policy: Policy, given: Material) -> Check:
+    """The check of all values in a tally, with the limits of the verifier."""
     tap = f"layers.0.{output.step}"
     origin = Origin(
         since=(tap,), rung=LOCAL if output.spans == 1 else REPLAYED, spans=output.spans, normalises=output.normalises
     )
-    limits = Limits(significance, max(values, 1), 1)
-    alike = alike_values(tap, origin, equal)
+    limits = Limits(given.significance, max(given.values, 1), 1)
+    alike = alike_values(tap, origin, given.equal)
     if alike is not None and reads_coarser(policy, output.step):
         alike = max(alike, LIKE_POINTWISE)  # all outputs share the roundings of one input
     alike_rows = output.normalises and policy.statistics.precision <= policy.at(output.step).precision
     if alike is not None and alike_rows:
-        alike = max(alike, tally.values / max(tally.rows, 1))
+        alike = max(alike, given.wide)
     return tally.check("", tap, origin, limits, alike, not alike_rows, NO_BOUND)
 
 

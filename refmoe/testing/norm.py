@@ -48,6 +48,11 @@ class Norm(Plain):
     """The last elements that are not in the mean square."""
     roundings: int = 0
     """The roundings of a gain that is computed from the one given."""
+    columns: Any = None
+    """The columns of the output that are asked for; None: all. The mean square is that of all."""
+
+    def narrow(self, at: Any) -> Norm:
+        return replace(self, columns=at)
 
     def some(self, at: Any) -> Norm:
         return replace(self, x=self.x[at])
@@ -66,13 +71,14 @@ class Norm(Plain):
             x = Enclosure(x.mid, spacing / 2, spacing**2 / 12, accumulation=ops.policy.accumulation)
         if self.centred:
             x = x - (ops.sum(x, axis=-1) / x.shape[-1]).reshape(-1, 1)
-        if not self.outside and not self.lost:
+        columns = slice(None) if self.columns is None else self.columns
+        if self.columns is None and not self.outside and not self.lost:
             return cast(Enclosure, rms_norm(cast(CutOps, ops), x, gain, self.eps))
         x = ops.cut("norm.input", x)
         counted = x[:, : x.shape[-1] - self.lost]
         mean_square = ops.sum(counted * counted, axis=-1) / x.shape[-1]
         root = ops.sqrt(mean_square) + self.eps if self.outside else ops.sqrt(mean_square + self.eps)
-        return ops.cut("norm.normed", x / root.reshape(-1, 1)) * gain
+        return ops.cut("norm.normed", x[:, columns] / root.reshape(-1, 1)) * gain[columns]
 
 
 @dataclass(frozen=True)

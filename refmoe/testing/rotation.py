@@ -48,6 +48,9 @@ class Rotated(Plain):
     def part(self, at: Any) -> Rotated:
         return replace(self, x=self.x[:, at]) if self.axis else self.some(at)
 
+    def narrow(self, at: Any) -> Rotated:
+        return replace(self, x=self.x[:, at])
+
     def plain(self, dtype: Any) -> NDArray[Any]:
         half, x = self.x.shape[-1] // 2, self.x.astype(dtype, copy=False)
         angle = self.positions[:, None] * self.theta ** (-np.arange(half) / half)

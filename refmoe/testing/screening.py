@@ -61,9 +61,16 @@ def parts(output: Output, format: Format, seed: int) -> Parts | None:
     scores = _scores(call, output, format)
     if not np.isfinite(scores).all():
         return None  # such a rank says nothing
-    drawn = np.random.default_rng(seed).choice(count, wanted, replace=False)
+    rng = np.random.default_rng(seed)
+    drawn = rng.choice(count, wanted, replace=False)
     far = np.concatenate([np.argpartition(-each, FARTHEST)[:FARTHEST] for each in scores])
-    return Parts(call.axis, np.sort(drawn), np.setdiff1d(far, drawn))
+    columns = None
+    if call.axis == 0 and call.narrow(slice(None)) is not None:
+        across = output.found.shape[1]
+        few = max(FEWEST, -(-DRAWN * count * across // (size * wanted)))
+        columns = np.sort(rng.choice(across, few, replace=False)) if 2 * few < across else None
+    # a row of which only some columns are drawn is judged again if it is far off
+    return Parts(call.axis, np.sort(drawn), np.setdiff1d(far, drawn) if columns is None else np.unique(far), columns)
 
 
 def _scores(call: Plain, output: Output, format: Format) -> NDArray[Any]:

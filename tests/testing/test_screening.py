@@ -9,16 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+import refmoe
 import refmoe.testing as assertions
 from refmoe.arithmetic.formats import OF_DTYPE, ulp
+from refmoe.steps.enclosure_ops import EnclosureOps
 from refmoe.testing import judgement
 from refmoe.testing.activation import judge_swiglu
 from refmoe.testing.attention import judge_attention
 from refmoe.testing.judgement import Judgement
 from refmoe.testing.mixture import judge_combine, judge_moe
-from refmoe.testing.norm import judge_rms_norm
+from refmoe.testing.norm import Norm, judge_rms_norm
 from refmoe.testing.products import judge_grouped_linear, judge_linear
-from refmoe.testing.rotation import judge_rotary
+from refmoe.testing.rotation import Rotated, judge_rotary
 from tests.testing import kernels
 from tests.testing.kernels import drawn
 
@@ -211,3 +213,35 @@ def test_the_seed_chooses_the_part() -> None:
     first, again, other = (judge(found, seed=seed) for seed in (1, 1, 2))
     assert first == again
     assert (first.size, first.lean) != (other.size, other.lean)
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_the_enclosure_of_some_columns_is_that_of_the_whole(name: str) -> None:
+    rng, at = np.random.default_rng(9), np.array([1, 2, 5])
+    policy = refmoe.policy(name)
+    x, gain = drawn(rng, 7, 24, name=name), drawn(rng, 24, name=name)
+    turned = drawn(rng, 5, 8, 16, name=name)
+    for call in (
+        Norm(x, gain, 1e-5), Norm(x, gain, 1e-5, outside=True), Norm(x, gain, 1e-5, lost=3, stored=False),
+        Rotated(turned, np.arange(5), 1e4), Rotated(turned, np.arange(5), 1e4, layout="interleaved"),
+    ):  # fmt: skip
+        whole, some = call.enclose(EnclosureOps(policy)), call.narrow(at).enclose(EnclosureOps(policy))
+        for part in ("mid", "r", "v"):
+            assert np.array_equal(getattr(whole, part)[:, at], getattr(some, part)), (call, part)
+
+
+@pytest.mark.parametrize("rows", [16, 192])
+def test_a_wrong_value_outside_the_drawn_columns_is_found(rows: int) -> None:
+    """Its row is among the farthest, which are judged in full, and its place is the right one."""
+    rng = np.random.default_rng(10)
+    x, gain = drawn(rng, rows, 1024), drawn(rng, 1024)
+    right = kernels.rms_norm(x, gain, 1e-5)
+    assert judge_rms_norm(right, x, gain, 1e-5)[-1].judged < right.size
+    for _ in range(8):
+        at = int(rng.integers(rows)), int(rng.integers(1024))
+        wrong = np.array(right)
+        wrong[at] *= 1.001
+        found = judge_rms_norm(wrong, x, gain, 1e-5, explain=False)[-1]
+        assert found.verdict == "fail"
+        assert found.worst is not None
+        assert found.worst.where == at
