@@ -381,8 +381,8 @@ The processor time of each assertion over that of one evaluation of its step in 
 tokens. Beside them, the time of this evaluation with the most tokens, and of the assertion on one value. No assertion
 costs less than that, so ratios are large where a step takes some microseconds. A step without sums is the other wall.
 To judge a value of it takes {min(value):.0f} to {max(value):.0f} ns, and to evaluate it by NumPy about one. To add two
-arrays of binary64 in the cache takes {single:.2f} ns for each value. So only a part of the values is judged: of a norm
-or rotation of less than 1024 tokens still some dozen rows, which the tests of size and lean need. Sizes: {sizes}.
+arrays of binary64 in the cache takes {single:.2f} ns for each value. So only a part of the values is judged.
+Sizes: {sizes}.
 Command: `python -m bench.testing_cost{" --small" if small else ""}`; file: {link("testing_cost.json")}.
 
 {table(("step", *(f"{count} tokens" for count in tokens), f"NumPy, {tokens[-1]} tokens, ms", "one value, ms"), rows)}"""
