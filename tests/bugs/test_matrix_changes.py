@@ -162,8 +162,8 @@ IRRELEVANT = (
     "files.writable", "jobs",
     "jobs.emission", "jobs.estimate", "jobs.job", "jobs.layerwise", "jobs.parts", "jobs.source", "jobs.spread",
     "parallel", "routers", "routers.literature", "steps.native", "steps.native_attention", "steps.native_cache",
-    "suite", "suite.activations", "suite.checking", "suite.emission", "suite.fingerprint", "suite.manifest",
-    "suite.matrix",
+    "suite", "suite.activations", "suite.checking", "suite.digests", "suite.emission", "suite.fingerprint",
+    "suite.manifest", "suite.matrix",
 )  # fmt: skip
 """Modules that are loaded where mutants are judged, and on which no outcome depends."""
 
