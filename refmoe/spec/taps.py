@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 
 from refmoe.spec.config import Config
 from refmoe.spec.interface import Array, Ops
@@ -65,7 +64,6 @@ def offer(ops: Ops, step: str, **values: Array) -> Array:
     return offered[-1]
 
 
-@lru_cache(1 << 14)
 def step_of(tap: str) -> str:
     """A tap's name without its layer."""
     return tap.split(".", 2)[2] if tap.startswith("layers.") else tap
