@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,14 @@ def test_the_recorded_table_has_every_bug_killed_and_named() -> None:
     assert all(row["killed"] for row in rows)
     assert sum(row["right"] for row in rows) >= 0.9 * len(rows)
     assert [row["bug"] for row in rows if row["left_out_wrong"] or (row["named"] and not row["right"])] == []
+
+
+def test_their_order_does_not_depend_on_what_is_imported_first() -> None:
+    """Modules of bugs register them when they are imported, and a diagnosis imports what they are computed by."""
+    order = "import refmoe.{}; from refmoe.bugs.quantised.catalogue import QUANTISED; print(*QUANTISED)"
+    for first in ("verifier.diagnosis", "bugs.quantised.engine"):
+        said = subprocess.run([sys.executable, "-c", order.format(first)], capture_output=True, text=True, check=True)
+        assert said.stdout.split() == [*QUANTISED]
 
 
 def test_a_model_without_quantised_matrices_has_none_of_them() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from refmoe.arithmetic.arrays import Tap
 from refmoe.arithmetic.codes import InputFormat, quantise
 from refmoe.bugs.mutant import Mutant
-from refmoe.bugs.quantised.sums import CoarseSums, added_up
+from refmoe.bugs.quantised.coarse_sums import CoarseSums, added_up
 from refmoe.profiles.policy import Policy
 from refmoe.spec.config import Config
 from refmoe.spec.model import Model, Parameters

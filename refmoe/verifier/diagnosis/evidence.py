@@ -16,7 +16,7 @@ from refmoe.arithmetic.enclosure.array import Enclosure
 from refmoe.arithmetic.formats import FLOAT64, Format
 from refmoe.arithmetic.weight_cache import WeightCache
 from refmoe.bugs.forced_rounding import rounded
-from refmoe.bugs.quantised.sums import CoarseSums, added_up
+from refmoe.bugs.quantised.coarse_sums import CoarseSums, added_up
 from refmoe.bugs.quantised_checkpoint import QuantisedWeight, SmoothedGain
 from refmoe.checkpoints.names import named_weights
 from refmoe.checkpoints.rows import RowWeight
