@@ -36,7 +36,8 @@ def main() -> None:
     """Measure, and write both files after each bug anew."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--mutant", action="append", choices=[SPECIFICATION, *MUTANTS], default=[], help="only this bug; repeatable",
+        "--mutant", metavar="NAME", action="append", choices=[SPECIFICATION, *MUTANTS], default=[],
+        help="only this bug; repeatable",
     )  # fmt: skip
     arguments = parser.parse_args()
     before = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
