@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from refmoe.api.conforming import Conformance
 from refmoe.engines.known import read_known
 from refmoe.engines.scaffold.ci import EXTRAS, REF, SYSTEMS, Pipeline, ci_text
 from refmoe.errors import InputError
@@ -63,6 +64,24 @@ def github_inputs(path: Path) -> dict[str, str]:
 
 
 # ---- valid
+
+
+EVERY = Conformance(
+    adapter="wrong.py", options=("a=b",), cases=("square",), families=("production",), dtypes=("float32",),
+    policies=("float32",), fresh=1, gguf="gguf:Q8_0", quantise="int8-channel",
+)  # fmt: skip
+"""A run with each option that another machine needs, whether or not they go together."""
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_each_option_of_a_run_is_in_each_file(system: str) -> None:
+    options = EVERY.repeated()
+    assert len(options) == 10
+    text = ci_text(system, Pipeline("someone/refmoe", options, (), Path("known.toml"), ()))
+    assert all(value in text for values in options.values() for value in values)
+    if system == "github":
+        inputs = {*yaml.safe_load(text)["jobs"]["conformance"]["steps"][1]["with"]}
+        assert inputs <= {*action()["inputs"]}
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
