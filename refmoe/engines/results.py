@@ -110,6 +110,13 @@ class Results:
     """The dtypes that were judged by a policy which allows more than the generic policy of the dtype."""
 
     @property
+    def settings(self) -> tuple[str, ...]:
+        """What tells this run from others of the engine: its options, the seed of fresh cases, the quantised format."""
+        options = [f"{key}={value}" for key, value in self.engine.options.items() if key != "command"]
+        fresh = [] if self.fresh is None else [f"fresh={self.fresh}"]
+        return (*options, *fresh, *([self.quantised] if self.quantised else []))
+
+    @property
     def counts(self) -> Counter[str]:
         """The number of outcomes per verdict."""
         return Counter(each.verdict for each in self.outcomes)

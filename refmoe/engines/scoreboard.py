@@ -181,11 +181,7 @@ def scoreboard(paths: Sequence[Path]) -> Scoreboard:
 
 
 def _short(results: Results) -> str:
-    engine = results.engine
-    options = [f"{key}={value}" for key, value in engine.options.items() if key != "command"]
-    options += [] if results.fresh is None else [f"fresh={results.fresh}"]
-    options += [results.quantised] if results.quantised else []
-    return " ".join([engine.name, engine.version, *options])
+    return " ".join([results.engine.name, results.engine.version, *results.settings])
 
 
 def _with_platform(results: Results) -> str:

@@ -8,7 +8,7 @@ from xml.etree.ElementTree import Element, SubElement
 from refmoe.engines.known import Failures
 from refmoe.engines.observations import policies_used
 from refmoe.engines.results import NOT_JUDGED, SKIPPED, Outcome, Results
-from refmoe.report.conform_words import cause, engine_words, what
+from refmoe.report.conform_words import about_weights, cause, engine_words, what
 from refmoe.report.junit import document
 from refmoe.report.wording import visible
 from refmoe.verifier.findings import CANNOT_JUDGE
@@ -29,6 +29,7 @@ def run_junit(results: Results, failures: Failures) -> str:
         for name, value in {
             "engine": engine_words(results.engine), "policy": str(policy), "significance": f"{results.significance:g}",
             "smoke test": results.smoke, "refmoe": results.refmoe,
+            **dict(said.split(": ", 1) for said in about_weights(results)),
         }.items():  # fmt: skip
             SubElement(properties, "property", name=name, value=visible(value))
         for each in results.outcomes:

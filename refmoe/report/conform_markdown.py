@@ -9,7 +9,7 @@ from refmoe.engines.known import CANNOT, WELL, Failures, KnownFailure
 from refmoe.engines.results import NOT_JUDGED, SKIPPED, Outcome, Results
 from refmoe.engines.scoreboard import KINDS, Entrant, alike, places
 from refmoe.files.markdown import plain, table
-from refmoe.report.conform_words import cause, engine_words, where
+from refmoe.report.conform_words import about_weights, cause, engine_words, where
 from refmoe.report.standing import standing
 from refmoe.report.wording import is_link, visible
 
@@ -92,6 +92,5 @@ def _issue(issue: str | None) -> str:
 def _notes(results: Results) -> Iterable[str]:
     yield f"smoke test: {results.smoke}"
     yield f"judged by refmoe {results.refmoe}, at significance {results.significance:g} for each case and dtype"
-    if results.fresh is not None:
-        yield f"fresh cases: other weights and tokens, by seed {results.fresh}"
+    yield from about_weights(results)
     yield from results.notes

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from refmoe.engines.known import Failures, KnownFailure
 from refmoe.engines.process import BROKEN, CRASHED, TIMED_OUT
 from refmoe.engines.results import NOT_JUDGED, SKIPPED, Outcome, Results
 from refmoe.report import sarif
-from refmoe.report.conform_words import cause, engine_words, what
+from refmoe.report.conform_words import about_weights, cause, engine_words, what
 from refmoe.report.sarif import Alert, Log, to_sarif
 from refmoe.report.sources import Sources
 from refmoe.report.wording import count
@@ -29,12 +30,12 @@ def run_sarif(results: Results, failures: Failures, sources: Sources, home: str 
         _alert(results, each, sources, known.get((each.case, each.dtype))) for each in results.outcomes if each.failed
     ]
     alerts += [_stale(results, each, entry, sources) for each, entry in failures.passing]
-    notes = [*results.notes]
+    notes = [*about_weights(results), *results.notes]
     for verdict in (NOT_JUDGED, SKIPPED):
         places = [f"{each.case} in {each.dtype}" for each in results.outcomes if each.verdict == verdict]
         notes += [f"{count(len(places), 'outcome')} {verdict}: {', '.join(places)}"] * bool(places)
-    options = [f"{key}={value}" for key, value in results.engine.options.items() if key != "command"]
-    return to_sarif(Log(" ".join([results.engine.name, *options]), alerts, notes, home))
+    lasting = replace(results, fresh=None).settings  # a seed that changes with each run would leave old alerts behind
+    return to_sarif(Log(" ".join([results.engine.name, *lasting]), alerts, notes, home))
 
 
 def _alert(results: Results, outcome: Outcome, sources: Sources, entry: KnownFailure | None) -> Alert:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from refmoe.engines.results import Engine, Outcome
+from refmoe.engines.results import Engine, Outcome, Results
 from refmoe.report.wording import NOUNS, visible
 from refmoe.spec.taps import layer_of, step_of
 
@@ -15,6 +15,14 @@ def engine_words(engine: Engine) -> str:
     return visible(
         " ".join([engine.name, engine.version, *(f"{key}={value}" for key, value in engine.options.items())])
     )
+
+
+def about_weights(results: Results) -> Iterable[str]:
+    """How the weights of the cases were changed, a sentence each. Empty where they are the suite's own."""
+    if results.fresh is not None:
+        yield f"fresh cases: other weights and tokens, by seed {results.fresh}"
+    if results.quantised:
+        yield f"quantised weights: {results.quantised}"
 
 
 def where(outcome: Outcome) -> str:

@@ -26,6 +26,7 @@ from refmoe.engines.scoreboard import (
     alike,
     places,
 )
+from refmoe.report.conform_words import about_weights
 from refmoe.report.terminal import WIDE, open_console, print_text
 from refmoe.report.wording import count, number, visible
 from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT
@@ -53,10 +54,8 @@ def print_results(results: Results, failures: Failures, logs: Mapping[tuple[str,
     print_text(console, visible(f"smoke test: {results.smoke}"))
     used = ", ".join(f"{dtype} by {policy}" for dtype, policy in policies_used(results).items())
     print_text(console, visible(f"policies: {used}"))
-    if results.fresh is not None:
-        print_text(console, f"fresh cases: other weights and tokens, by seed {results.fresh}")
-    if results.quantised:
-        print_text(console, f"quantised weights: {results.quantised}")
+    for said in about_weights(results):
+        print_text(console, said)
     console.print()
     console.print(_case_table(results))
     console.print()

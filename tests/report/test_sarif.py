@@ -16,6 +16,7 @@ import pytest
 from docs.bookmaker.spec_pages import pages
 from refmoe.engines.known import KnownFailure, sort_failures
 from refmoe.engines.protocol import EVERY_TAP, TAPS
+from refmoe.engines.quantised import FORMS
 from refmoe.engines.results import Results
 from refmoe.report.conform_sarif import run_sarif
 from refmoe.report.sarif import OTHERS, SPECIFIED
@@ -130,6 +131,8 @@ def test_engines_with_other_options_are_kept_apart() -> None:
     assert category(options={"attention": "eager"}) != category(options={"attention": "sdpa"})
     assert category(version="1.1") == category(version="1.0")
     assert category(options={"command": "/tmp/x"}) == category(options={})
+    with_formats = {run_of(replace(RESULTS, quantised=form))["automationDetails"]["id"] for form in ("", *FORMS)}
+    assert len(with_formats) == 1 + len(FORMS)
 
 
 def test_each_step_has_a_rule_and_a_link_to_its_specification() -> None:

@@ -20,6 +20,9 @@ from refmoe.engines.process import BROKEN, CRASHED, TIMED_OUT
 from refmoe.engines.results import NOT_JUDGED, SKIPPED, VERDICTS, Outcome, Results
 from refmoe.report.conform_junit import run_junit
 from refmoe.report.conform_markdown import run_markdown
+from refmoe.report.conform_sarif import run_sarif
+from refmoe.report.scoreboard_text import print_results
+from refmoe.report.sources import Place, Sources
 from refmoe.report.standing import badge, standing
 from refmoe.verifier.findings import ALL_TAPS, CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT
 from tests.engines.test_results import CAUSE, RESULTS, known, outcome
@@ -227,3 +230,13 @@ def test_the_files_of_a_run_are_written(tmp_path: Path) -> None:
     path = tmp_path / "badge.json"
     path.write_text(badge(standing(run_of(right("a")), Failures((), (), ()))))
     assert json.loads(path.read_text())["message"] == "conformant: 1 of 1"
+
+
+def test_every_report_says_how_the_weights_were_changed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Else a run of other weights would read as one of the suite's own."""
+    changed, none = replace(run_of(right("a")), fresh=71, quantised="gguf:Q4_K_M"), sort_failures(RESULTS, ())
+    print_results(changed, none, {})
+    texts = (capsys.readouterr().out, run_markdown(changed, none), run_junit(changed, none))
+    for text in (*texts, run_sarif(changed, none, Sources({}, Place("a.py", 1, 1)))):
+        assert "71" in text
+        assert "Q4" in text
