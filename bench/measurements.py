@@ -545,8 +545,8 @@ Whole commands with one worker, with `--executor processes:2`, and on a Dask clu
 each process with one BLAS thread, medians of {found["repeats"]} on {found["cores"]} cores. The efficiency is the time
 with one worker over twice the time with two. What a second worker does not shorten is the start of Python, of the
 workers and of the engines, and what runs in one process. Busy cores are those that one worker and its engine use on
-average. In `conform` the engine is a process of its own already with one worker, and is judged meanwhile, so that the
-efficiency cannot be above the number of cores over twice the busy ones.
+average. Efficiency cannot be above the number of cores over twice the busy ones. In `conform` even one worker keeps more
+than one core busy, because the engine is another process. Each further engine needs a start of its own.
 Command: `python -m bench.scaling --json bench/results/scaling.json`; file: {link("scaling.json")}.
 
 {table(head, rows)}"""
@@ -912,10 +912,10 @@ refmoe catches {sum(row["killed"] for row in found)}, and names {sum(row["right"
 first, by themselves or by a cause that computes the same bits. With its own entry taken away,
 {sum(row["left_out_wrong"] for row in found)} are given a wrong name.
 
-The usual checks compare with the same engine without the bug. {checks["product"]} bugs pass a normalised error of
-{errors} in every product, {checks["cosine"]} a cosine of {LIMITS["cosine"]} of the logits of every token,
-{checks["divergence"]} a mean KL divergence of {LIMITS["divergence"]}, and {checks["tokens"]} generate the same
-{GENERATED} tokens.
+The usual checks compare with the same engine without the bug. In {checks["product"]} bugs the normalised error of every
+product is within {errors}. In {checks["cosine"]} the cosine of the logits of every token is at least
+{LIMITS["cosine"]}. In {checks["divergence"]} the mean KL divergence is within {LIMITS["divergence"]}.
+The number of bugs that generate the same {GENERATED} tokens is {checks["tokens"]}.
 Command: `python -m bench.quantised_bugs --left-out --json bench/results/quantised_bugs.json`; file:
 {link("quantised_bugs.json")}.
 
