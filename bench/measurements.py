@@ -545,8 +545,8 @@ Whole commands with one worker, with `--executor processes:2`, and on a Dask clu
 each process with one BLAS thread, medians of {found["repeats"]} on {found["cores"]} cores. The efficiency is the time
 with one worker over twice the time with two. What a second worker does not shorten is the start of Python, of the
 workers and of the engines, and what runs in one process. Busy cores are those that one worker and its engine use on
-average. Efficiency cannot be above the number of cores over twice the busy ones. In `conform` even one worker keeps more
-than one core busy, because the engine is another process. Each further engine needs a start of its own.
+average. Efficiency cannot be above the number of cores over twice the busy ones. In `conform` even one worker keeps
+more than one core busy, because the engine is another process. Each further engine needs a start of its own.
 Command: `python -m bench.scaling --json bench/results/scaling.json`; file: {link("scaling.json")}.
 
 {table(head, rows)}"""

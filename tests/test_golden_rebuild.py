@@ -20,6 +20,7 @@ from refmoe.errors import InputError
 from refmoe.suite import CASE_FILE, MANIFEST_FILE, emission, read_manifest, write_folder_manifest, write_manifest
 from refmoe.suite.digests import read_digests, verify_digests, write_digests
 from refmoe.suite.manifest import DIGESTS, content_file
+from refmoe.suite.rebuild import differences
 from tests.command_line import Refmoe
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -208,8 +209,11 @@ def test_small_cases_come_first(golden: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "named"),
-    [("no digest\n", "line 1"), (f"{'0' * 64}  a\n{'0' * 63}  b\n", "line 2"), (None, "no such file")],
-)
+    [
+        ("no digest\n", "line 1"), (f"{'0' * 64}  a\n{'0' * 63}  b\n", "line 2"), (None, "no such file"),
+        (f"{'0' * 64}  a\n{'1' * 64}  a\n", "2 lines"),
+    ],
+)  # fmt: skip
 def test_a_list_that_is_none_is_refused(golden: Path, tmp_path: Path, text: str | None, named: str) -> None:
     path = tmp_path / "sums"
     if text is not None:
@@ -217,6 +221,13 @@ def test_a_list_that_is_none_is_refused(golden: Path, tmp_path: Path, text: str 
     with pytest.raises(InputError, match=named):
         rebuild_goldens(tmp_path / "rebuilt", [CASE], golden=golden, digests=path)
     assert not (tmp_path / "rebuilt").exists()
+
+
+def test_a_list_may_have_values_of_two_names_for_a_case() -> None:
+    """Both are told, as the files of a stranger's list may be any."""
+    names = [f"{CASE}/trace-{digit * 16}.safetensors" for digit in "012"]
+    (said,) = differences(CASE, {names[0]: "a" * 64}, dict.fromkeys(names[1:], "b" * 64))
+    assert all(name in said for name in names)
 
 
 def test_a_folder_in_use_is_refused(golden: Path, tmp_path: Path) -> None:

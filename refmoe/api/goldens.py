@@ -11,7 +11,6 @@ from typing import TypeVar
 
 from refmoe import suite
 from refmoe.api.progress import Bars, silent
-from refmoe.checkpoints.size import total_parameters
 from refmoe.cuda.place import CPU, Place
 from refmoe.errors import InputError
 from refmoe.files.lock import locked
@@ -20,6 +19,7 @@ from refmoe.suite import Case
 from refmoe.suite.certify import Certificate, certify
 from refmoe.suite.digests import renew_digests
 from refmoe.suite.golden_folder import case_folder, golden_folder
+from refmoe.suite.work import work
 
 Names = Sequence[str]
 Done = TypeVar("Done")
@@ -83,7 +83,7 @@ def check_goldens(
     large = suite.find_full_size_cases(golden) if whole else []
     unchecked: list[str] = []
     # the longest first, so that no worker is left alone with one at the end
-    ordered = sorted(folders, key=work, reverse=True)
+    ordered = sorted(folders, key=work_in, reverse=True)
     found = on_each("check", suite.check, ordered, place, executor, bars, unchecked)
     found |= {case: suite.verify_case_files(case) for case in large}
     compared = [case for case in [*folders, *large] if case in found]
@@ -127,13 +127,12 @@ def on_each(
     return found
 
 
-def work(folder: Path) -> int:
-    """An estimate of the work for a case, to order cases by: its tokens times its parameters."""
+def work_in(folder: Path) -> int:
+    """The work for the case in a folder, as `refmoe.suite.work` has it; 0 where the case cannot be read."""
     try:
-        case = suite.read_case(folder)
+        return work(suite.read_case(folder))
     except InputError:
         return 0  # recomputing it says what is wrong
-    return sum(len(run.tokens) for run in case.runs()) * total_parameters(case.config)
 
 
 # ---- certify

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -10,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from refmoe import suite
-from refmoe.api.goldens import Names, chosen, on_each, work
+from refmoe.api.goldens import Names, chosen, on_each, work_in
 from refmoe.api.progress import Bars, silent
 from refmoe.cuda.place import CPU
 from refmoe.errors import InputError
 from refmoe.files.reading import exists, is_folder
+from refmoe.files.sentences import quoted
 from refmoe.suite.digests import digest_faults, read_digests
 from refmoe.suite.golden_folder import golden_folder
 from refmoe.suite.manifest import DIGESTS
@@ -69,8 +71,12 @@ def rebuild_goldens(
     """
     golden = golden_folder(golden)
     path = golden / DIGESTS if digests is None else digests
-    listed = dict(read_digests(path))
-    folders = sorted(chosen(names, golden), key=work)
+    lines = read_digests(path)
+    listed = dict(lines)
+    for name, count in Counter(name for name, _ in lines).items():
+        if count > 1:
+            raise InputError(f"{path}: has {count} lines for {quoted(name)}, but one was expected")
+    folders = sorted(chosen(names, golden), key=work_in)
     whole = not names and folders != [golden]
     large = tuple(case.name for case in suite.find_full_size_cases(golden)) if whole else ()
     if exists(folder) and not (is_folder(folder) and not any(folder.iterdir())):

@@ -15,7 +15,6 @@ from threading import Event, Lock
 from time import monotonic
 
 from refmoe import __version__
-from refmoe.checkpoints.size import total_parameters
 from refmoe.engines.harness import Description, Harness, HarnessUnusable, Refused
 from refmoe.engines.judge import Judge, Question, Seat, about_its_file, in_words, not_judged, seats
 from refmoe.engines.observations import golden_bits_notes, is_wider
@@ -31,6 +30,7 @@ from refmoe.profiles.load import policy as named_policy
 from refmoe.profiles.policy import Policy
 from refmoe.suite import Case
 from refmoe.suite.fresh import label
+from refmoe.suite.work import work
 from refmoe.verifier.intake import take_in
 
 LAST_VERDICT = 2.0
@@ -428,7 +428,7 @@ def smoke_test(harness: Harness, suite: Suite, dtype: str, folders: Places) -> s
     able = [case for case in suite.smoke if lacks(case.runs(), harness.description.abilities) is None]
     said = "nothing: no case needs only the abilities of the harness"
     tried = 0
-    for case in sorted(able, key=work):
+    for case in sorted(able, key=lambda each: (work(each), each.name)):
         if tried == TRIED:
             break
         what = f"case {case.name} in {dtype}"
@@ -466,8 +466,3 @@ def _form(harness: Harness, model: Materialised, dtype: str, own: Scratch) -> di
                 f"the harness is broken: case {case.name} in {dtype}: {about_its_file(error, trace)}", harness.log
             ) from None
         return {key: tensor.dtype for key, tensor in trace.tensors.items()}
-
-
-def work(case: Case) -> tuple[int, str]:
-    """The size of a case, parameters times tokens, and its name: a key for sorting."""
-    return total_parameters(case.config) * sum(len(run.tokens) for run in case.runs()), case.name

@@ -111,7 +111,7 @@ class Results:
 
     @property
     def settings(self) -> tuple[str, ...]:
-        """What tells this run from others of the engine: its options, the seed of fresh cases, the quantised format."""
+        """The settings in which runs of an engine differ: its options, the seed of fresh cases, the weights' format."""
         options = [f"{key}={value}" for key, value in self.engine.options.items() if key != "command"]
         fresh = [] if self.fresh is None else [f"fresh={self.fresh}"]
         return (*options, *fresh, *([self.quantised] if self.quantised else []))

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import accumulate
 
-from refmoe.engines.conform import work
 from refmoe.evidence.given import Given
 from refmoe.evidence.layout import CASES
 from refmoe.suite import MANIFEST_FILE, Case, read_manifest
 from refmoe.suite.certify import DOUBLED, certify, unproven_claims
+from refmoe.suite.work import work
 
 ALL, SOME, NONE = CHOICES = ("all", "some", "none")
 """The certificates to prove again."""
@@ -69,8 +69,8 @@ def why_not(given: Given, case: Case) -> str:
 
 def smallest(cases: Mapping[str, Case]) -> set[str]:
     """The smallest cases whose work together is at most `ENOUGH`, and at least one."""
-    ordered = sorted(cases, key=lambda name: work(cases[name]))
-    totals = accumulate(work(cases[name])[0] for name in ordered)
+    ordered = sorted(cases, key=lambda name: (work(cases[name]), name))
+    totals = accumulate(work(cases[name]) for name in ordered)
     return {name for i, (name, total) in enumerate(zip(ordered, totals, strict=True)) if total <= ENOUGH or i == 0}
 
 

@@ -74,10 +74,8 @@ def differences(name: str, files: Mapping[str, str], listed: Mapping[str, str]) 
             if published[file] != digest:
                 yield f"{file}: has the SHA-256 {digest}, but {published[file]} was published"
         elif is_values(file):
-            (other,) = [each for each in published if is_values(each)] or [""]
-            expected = (
-                f"{published[other]} was published as {other}" if other else "the list has no values of this case"
-            )
+            others = [f"{published[each]} was published as {each}" for each in published if is_values(each)]
+            expected = ", ".join(others) or "the list has no values of this case"
             yield f"{file}: has the SHA-256 {digest}, but {expected}"
         else:
             yield f"{file}: has the SHA-256 {digest}, but the list has no such file"
