@@ -213,6 +213,9 @@ def test_an_adapter_of_refmoe_brings_its_engine() -> None:
     for adapter, extra in EXTRAS.items():
         assert f"refmoe[{extra}] @ git" in ci_text("gitlab", pipeline(adapter=[adapter]))
         assert f'extras: "{extra}"' in ci_text("github", pipeline(adapter=[adapter]))
+    files = {"format": ["gguf:Q8_0"]}  # refmoe writes them by a package
+    for adapter, extra in (("llama_cpp", "llama-cpp"), ("transformers", "engines,llama-cpp"), ("a.py", "llama-cpp")):
+        assert f"refmoe[{extra}] @ git" in ci_text("gitlab", pipeline(adapter=[adapter], **files))
 
 
 # ---- refused

@@ -47,8 +47,10 @@ class Pipeline:
 
     @property
     def extra(self) -> str:
-        """The extra of refmoe that installs the engine; empty for an engine of the user's own."""
-        return EXTRAS.get(next(iter(self.options.get("adapter", ())), ""), "")
+        """The extras of refmoe for the engine and for GGUF files, with commas; empty where none is needed."""
+        found = [EXTRAS.get(adapter, "") for adapter in self.options.get("adapter", ())]
+        found += [EXTRAS["llama_cpp"]] * ("format" in self.options)
+        return ",".join(dict.fromkeys(filter(None, found)))
 
     def words(self, *files: str) -> str:
         """The command line.   files: the options that name files which are written"""
