@@ -10,6 +10,7 @@
     reason = "no sliding window yet"
     issue = "https://example.org/issues/12"     # may be left out
     options = { attention = "eager" }           # only the engine with these; may be left out
+                                                # weights = "gguf:Q4_K_M": only with weights quantised so
 
 `case` and `dtype` may be lists: then the entry is about each case in each dtype. A listed case that fails does not fail
 the run. A listed case that conforms does, because the file is out of date.
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from refmoe.engines.protocol import DTYPES
-from refmoe.engines.results import NOT_JUDGED, SKIPPED, Engine, Outcome, Results
+from refmoe.engines.results import NOT_JUDGED, SKIPPED, Outcome, Results
 from refmoe.errors import InputError
 from refmoe.files.atomic import replacing
 from refmoe.files.parsing import toml
@@ -34,6 +35,8 @@ from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT
 FORMAT_VERSION = "1"
 FIELDS = ("engine", "case", "dtype", "reason")
 OPTIONAL = ("issue", "options")
+WEIGHTS = "weights"
+"""The option of an entry that is about quantised weights, such as ``gguf:Q4_K_M``."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,9 @@ class KnownFailure:
     options: Mapping[str, str] = field(default_factory=dict)
     """The options of the engine that the entry is about; others may be any."""
 
-    def fits(self, engine: Engine) -> bool:
-        """Whether the entry is about this engine."""
-        return self.engine == engine.name and self.options.items() <= engine.options.items()
+    def fits(self, results: Results) -> bool:
+        """Whether the entry is about the engine of these results, and its weights."""
+        return self.engine == results.engine.name and self.options.items() <= options_in(results).items()
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,14 @@ class Failures:
     """Unexpected passes: listed, but conformant."""
 
 
+def options_in(results: Results) -> dict[str, str]:
+    """The options by which an entry may tell runs of an engine apart: the engine's, and how weights were quantised."""
+    return {**results.engine.options, **({WEIGHTS: results.quantised} if results.quantised else {})}
+
+
 def sort_failures(results: Results, listed: Iterable[KnownFailure]) -> Failures:
     """Separate known failures from new ones. Entries about cases that did not run are ignored."""
-    entries = {(each.case, each.dtype): each for each in listed if each.fits(results.engine)}
+    entries = {(each.case, each.dtype): each for each in listed if each.fits(results)}
     failing, known, passing = [], [], []
     for outcome in results.outcomes:
         entry = entries.get((outcome.case, outcome.dtype))
@@ -103,7 +111,7 @@ def known_failures(results: Results) -> list[KnownFailure]:
             dtype=each.dtype,
             reason=f"{each.verdict}: {each.reason}",
             issue=each.issue,
-            options={key: value for key, value in results.engine.options.items() if key != "command"},
+            options={key: value for key, value in options_in(results).items() if key != "command"},
         )
         for each in results.outcomes
         if each.failed

@@ -167,6 +167,16 @@ def test_an_entry_may_be_about_an_engine_with_certain_options() -> None:
         assert len(sort_failures(RESULTS, known("one bfloat16", **options)).known) == number
 
 
+def test_a_failure_with_quantised_weights_is_not_known_of_others() -> None:
+    """One list may serve runs with and without them."""
+    runs = [replace(RESULTS, quantised=form) for form in ("", "gguf:Q8_0", "gguf:Q4_K_M")]
+    for run in runs:
+        for other in runs:
+            found = sort_failures(other, known_failures(run))
+            assert bool(found.known) == (run is other or run is runs[0])
+            assert bool(found.failing) != bool(found.known)
+
+
 def test_an_entry_may_list_cases_and_dtypes(tmp_path: Path) -> None:
     path = tmp_path / "known.toml"
     listed = GOOD.replace('"c"', '["c", "d"]').replace('"float32"', '["float32", "float16"]')
