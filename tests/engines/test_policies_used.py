@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from refmoe.arithmetic.formats import FORMATS
+from refmoe.arithmetic.formats import BFLOAT16, FLOAT16, FORMATS
+from refmoe.engines.adapters import llama_cpp_library
+from refmoe.engines.adapters.llama_cpp import policy_of_gguf
 from refmoe.engines.observations import is_wider, policies_used
 from refmoe.engines.results import read_results
 from refmoe.profiles.inputs import input_formats
@@ -124,3 +126,12 @@ def test_results_without_wider_policies_have_no_new_field(refmoe: Refmoe, tmp_pa
     assert {*json.loads(out.read_text())} == {
         "format_version", "engine", "platform", "refmoe", "significance", "cases", "smoke", "notes", "outcomes"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("cache", llama_cpp_library.TYPES)
+@pytest.mark.parametrize("flash", llama_cpp_library.FLASH)
+def test_what_llama_cpp_makes_of_inputs_does_not_depend_on_its_cache(cache: str, flash: str) -> None:
+    """ggml chooses the type of an input by that of the matrix."""
+    found = policy(policy_of_gguf(cache, flash))
+    assert found.inputs == policy("llama.cpp-quantised").inputs
+    assert [found.inputs[name] for name in ("F16", "BF16")] == [FLOAT16, BFLOAT16]
