@@ -67,10 +67,12 @@ class Quantised:
     def policy(self, declared: str, dtype: str) -> Policy:
         """The policy by which an engine is judged that declares this one for a dtype.
 
-        A policy that says nothing about codes is of an engine that makes none, as all do with folders. Engines that
-        read GGUF files do: theirs is llama.cpp's, unless they declare codes of their own.
+        Raises InputError for a policy that says nothing about codes. Some engines make codes of inputs and others do
+        not, so that a guess would accuse a healthy one.
         """
-        rules = named_policy(declared)
-        if self.kind is None or dtype != "float32":
-            return rules
-        return named_policy(f"{declared}{ROUNDED}" if rules.codes else "llama.cpp-quantised")
+        if not named_policy(declared).codes:
+            raise InputError(
+                f"weights as {self.form}: the policy {declared} does not say whether the engine makes codes of inputs; "
+                f"--policy NAME was expected: {declared} if it makes none, or a policy with codes of {dtype} values"
+            )
+        return named_policy(declared if self.kind is None else f"{declared}{ROUNDED}")
