@@ -16,6 +16,7 @@ from refmoe.checkpoints.ggml_quantise import KINDS
 from refmoe.checkpoints.gguf_file import write_gguf_model
 from refmoe.checkpoints.load import load_checkpoint
 from refmoe.checkpoints.quantise import NAMES, write_quantised
+from refmoe.engines.adapters.llama_cpp_library import ROUNDED
 from refmoe.errors import InputError
 from refmoe.files.scratch import Scratch
 from refmoe.profiles.load import policy as named_policy
@@ -26,8 +27,6 @@ from refmoe.suite import Case
 PREFIX = "gguf:"
 FORMS = (*(PREFIX + kind for kind in KINDS), *NAMES)
 """How weights can be quantised: as a GGUF file in a type or mixture, or as a folder of Hugging Face."""
-ROUNDED = "+F16.input=float16+BF16.input=bfloat16"
-"""The change of llama.cpp's policies for files that may hold matrices in a dtype."""
 
 
 @dataclass(frozen=True)

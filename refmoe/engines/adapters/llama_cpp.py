@@ -22,7 +22,6 @@ from refmoe.engines.adapters import llama_cpp_library as native
 from refmoe.engines.capture.shapes import half_split
 from refmoe.engines.options import Option
 from refmoe.engines.protocol import TAPS
-from refmoe.engines.quantised import ROUNDED
 from refmoe.errors import InputError
 from refmoe.files.scratch import Scratch
 from refmoe.spec.config import Config
@@ -185,7 +184,7 @@ def policy_of_gguf(cache: str, flash: str) -> str:
     """The policy of llama.cpp with these options and a GGUF file of whatever formats."""
     if flash == "on" and cache not in native.CODED:
         return "llama.cpp-quantised"
-    return _of_cache(cache) + ROUNDED
+    return _of_cache(cache) + native.ROUNDED
 
 
 def _of_cache(cache: str) -> str:

@@ -29,6 +29,8 @@ TYPES = {"float32": 0, "float16": 1, "q8_0": 8, "q4_0": 2}
 """GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0 and GGML_TYPE_Q4_0."""
 CODED = ("q8_0", "q4_0")
 """The types that are codes with scales."""
+ROUNDED = "+F16.input=float16+BF16.input=bfloat16"
+"""The change of a policy for GGUF files: inputs of a matrix in a dtype are rounded to it."""
 UNTURNED = "LLAMA_ATTN_ROT_DISABLE"
 """The variable by which a quantised cache keeps heads as they are, and not turned by a Hadamard matrix."""
 DTYPES = {0: np.float32, 1: np.float16, 26: np.int32}
