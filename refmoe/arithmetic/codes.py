@@ -21,10 +21,10 @@ FREE_CODES = 4
 SMALL = 2.0**-100
 """A block whose largest magnitude is below has codes that depend on how an engine underflows."""
 
-FIXED = "none"
+FIXED, STORED = "none", "reciprocal of the stored scale"
 MAXIMA = ("absolute", "signed", FIXED)
 CODES = (
-    "reciprocal of the maximum", "reciprocal of the scale", "reciprocal of the stored scale", "quotient by the scale",
+    "reciprocal of the maximum", "reciprocal of the scale", STORED, "quotient by the scale",
 )  # fmt: skip
 TOWARD_ZERO = "toward zero"
 ROUNDINGS = ("half-even", "half-away", "half-up", TOWARD_ZERO)
@@ -220,7 +220,7 @@ def _codes(x: Any, how: InputFormat) -> Codes:
         factor = single(1) / scale
     ideal = blocks.astype(np.float64) * (float(most) / top.astype(np.float64))
     stored = nearest(scale, how.scale)
-    if how.codes == CODES[2]:
+    if how.codes == STORED:
         factor = single(1) / stored.astype(single)
         ideal = blocks.astype(np.float64) / stored
     empty = top == 0

@@ -37,6 +37,7 @@ from refmoe.profiles.policy import (
     SCALES,
     SIGMOIDS,
     TIES,
+    TURNS,
     Budget,
     Policy,
 )
@@ -46,7 +47,7 @@ DTYPES = ("storage", "accumulation", "statistics")
 BUDGETS = ("exp", "angles", "circle")
 CHOICES = {
     "scale": SCALES, "router_order": ROUTER_ORDERS, "compared": COMPARED, "ties": TIES, "consumers": CONSUMERS,
-    "sigmoid": SIGMOIDS, "pairs": PAIRS,
+    "sigmoid": SIGMOIDS, "pairs": PAIRS, "turn": TURNS,
 }  # fmt: skip
 FLAGS = ("truncates", "flushes")
 NUMBERS = ("ranks",)

@@ -18,7 +18,12 @@ TIES = ("any", "lower")
 COMPARED = ("stored", "unrounded")
 CONSUMERS = ("stored", "unrounded")
 SIGMOIDS = ("relative", "absolute")
-PAIRS = ("halves", "interleaved")
+HALVES = "halves"
+PAIRS = (HALVES, "interleaved")
+UNTURNED, STAGES = "none", "stages"
+TURNS = (UNTURNED, STAGES, "any-order")
+TURNED = 64
+"""Heads of a multiple of this many values may be turned."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,14 @@ class Policy:
 
     A polynomial approximation of the sigmoid has few correct digits, or none, for values far below 1.
     """
-    pairs: str = "halves"
+    pairs: str = HALVES
     """Where the elements of a rotary pair stand in a head whose values share scales: half a head apart, or together."""
+    turn: str = UNTURNED
+    """The order of sums in which a Hadamard matrix turns heads before they are kept in codes.
+
+    Heads are turned whose size is a multiple of `TURNED`. Queries are turned as the keys are. Keys are turned in blocks
+    of the largest power of two that divides a head, values in blocks of `TURNED`. The context is turned back.
+    """
     truncates: bool = False
     """Whether an accumulator may truncate, as tensor cores do."""
     flushes: bool = False
@@ -85,6 +96,15 @@ class Policy:
             return None
         matrix = format_of(weight)
         return self.inputs.get(f"{product_of(weight)}.{matrix}", self.inputs.get(matrix))
+
+    def turned(self, cut: str, width: int) -> int:
+        """How many values of a head are turned together before this cut point; 0: they are not turned.
+
+        cut: ``cache.k``, with the queries as well, or ``cache.v``   width: of a head
+        """
+        if self.turn == UNTURNED or cut not in self.kept or width % TURNED:
+            return 0
+        return TURNED if cut == "cache.v" else width & -width
 
     @property
     def codes(self) -> tuple[InputFormat, ...]:
@@ -114,6 +134,10 @@ FIELDS = {
     "consumers": "whether the next step reads the stored tap, or may read it before it is rounded (fused kernels)",
     "sigmoid": "whether the error of the sigmoid is relative to it, or relative to 1",
     "pairs": "whether the elements of a rotary pair stand half a head apart or together, where heads are kept in codes",
+    "turn": (
+        "the order of sums by which a Hadamard matrix turns heads of a multiple of 64, where they are kept in codes; "
+        "none: they are not turned"
+    ),
     "truncates": "whether an accumulator may cut off, as tensor cores do",
     "flushes": "whether subnormal inputs and results of a product may become zero",
     "ranks": "the ranks that share the sums of attention.output and expert.output, or the experts of a token",

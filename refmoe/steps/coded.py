@@ -24,7 +24,7 @@ from refmoe.arithmetic.weight_cache import WeightCache
 from refmoe.checkpoints.rows import RowWeight
 from refmoe.errors import InputError
 from refmoe.profiles.cut_points import CODED_TOGETHER, PROJECTIONS, ROTATED, product_of
-from refmoe.profiles.policy import Policy
+from refmoe.profiles.policy import HALVES, Policy
 
 BLOCK = 1 << 20
 """Elements of a matrix that are multiplied at a time: several arrays of binary64 are made of them."""
@@ -59,10 +59,21 @@ def kept(policy: Policy, cut: str, x: Any, code: Callable[[Any, InputFormat], An
             f"policy {policy.name}: {cut} keeps heads of {width} values, but whole blocks of {how.block} were "
             f"expected, of which {how.name} makes codes"
         )
-    if policy.pairs == "halves" or cut not in ROTATED:
-        return code(x, how)
-    order = np.arange(width).reshape(2, -1).T.reshape(-1)  # the first elements of all pairs, then the second ones
-    return code(x[..., order], how)[..., np.argsort(order)]
+    return _as_it_stands(policy, cut, x, lambda heads: code(heads, how))
+
+
+def turned(policy: Policy, cut: str, x: Any, turn: Callable[[Any, int], Any]) -> Any:
+    """Values [.., d] turned as the policy turns them before this cut point.   turn: gives blocks of some size turned"""
+    block = policy.turned(cut, x.shape[-1])
+    return _as_it_stands(policy, cut, x, lambda heads: turn(heads, block))
+
+
+def _as_it_stands(policy: Policy, cut: str, x: Any, function: Callable[[Any], Any]) -> Any:
+    """A function of heads [.., d] whose elements stand in the order that the engine has in memory."""
+    if policy.pairs == HALVES or cut not in ROTATED:
+        return function(x)
+    order = np.arange(x.shape[-1]).reshape(2, -1).T.reshape(-1)  # the elements of a pair stand together
+    return function(x[..., order])[..., np.argsort(order)]
 
 
 def coded_values(x: Any, how: InputFormat) -> Any:

@@ -27,14 +27,15 @@ from refmoe.arithmetic.enclosure.coded import in_codes
 from refmoe.arithmetic.enclosure.matrices import Matrix
 from refmoe.arithmetic.enclosure.narrow import matrix_of
 from refmoe.arithmetic.enclosure.products import Accumulator, over_ranks, product, total
+from refmoe.arithmetic.enclosure.turned import turned as turned_enclosure
 from refmoe.arithmetic.exact import dot, elementary
-from refmoe.arithmetic.formats import Format, nearest, ulp
+from refmoe.arithmetic.formats import FLOAT32, Format, nearest, ulp
 from refmoe.arithmetic.streaming import side_by_side
 from refmoe.arithmetic.weight_cache import WeightCache
 from refmoe.checkpoints.weight import Weight
 from refmoe.profiles.cut_points import PRODUCTS, PROJECTIONS, ROW_PARALLEL, STATISTICS, product_of
-from refmoe.profiles.policy import Policy
-from refmoe.steps.coded import RowNumbers, codes_of, enclosed, kept
+from refmoe.profiles.policy import STAGES, Policy
+from refmoe.steps.coded import RowNumbers, codes_of, enclosed, kept, turned
 from refmoe.steps.rounding import CutOps, cut_again
 from refmoe.steps.sharded import block
 from refmoe.steps.sharded.parameters import part
@@ -365,6 +366,14 @@ class EnclosureOps(ArrayOps):
         self._watch(name, x, format)
         result.accumulation = policy.statistics if name in STATISTICS else policy.accumulation
         return result
+
+    def turned(self, cut: str, x: Enclosure) -> Enclosure:
+        policy = self.policy
+
+        def turn(heads: Enclosure, block: int) -> Enclosure:
+            return turned_enclosure(heads, block, policy.turn == STAGES)
+
+        return self._watch(cut, cast(Enclosure, turned(policy, cut, x, turn)), FLOAT32)
 
     def _watch(self, name: str, x: Enclosure, format: Format) -> Enclosure:
         """Record `name` as an event if a legal implementation may overflow here."""

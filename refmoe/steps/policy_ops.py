@@ -16,10 +16,11 @@ from refmoe.arithmetic.codes import InputFormat, quantise
 from refmoe.arithmetic.exact import dot
 from refmoe.arithmetic.exact.ops import PREPARED_BYTES, ExactOps
 from refmoe.arithmetic.formats import FLOAT64, Format, nearest
+from refmoe.arithmetic.turning import turn
 from refmoe.profiles.cut_points import PROJECTIONS, ROW_PARALLEL, product_of
-from refmoe.profiles.policy import Policy
+from refmoe.profiles.policy import STAGES, Policy
 from refmoe.spec.softmax import softmax
-from refmoe.steps.coded import coded_values, codes_of, groups_of, kept
+from refmoe.steps.coded import coded_values, codes_of, groups_of, kept, turned
 from refmoe.steps.rounding import cut_again
 from refmoe.steps.sharded import block
 
@@ -40,6 +41,10 @@ class PolicyOps(ExactOps):
         if name in self.policy.kept:
             return kept(self.policy, name, x, coded_values)
         return nearest(x, self.policy.at(name))
+
+    def turned(self, cut: str, x: Any) -> Any:
+        dtype = np.float32 if self.policy.turn == STAGES else np.float64
+        return turned(self.policy, cut, x, lambda heads, block: turn(heads, block, dtype))
 
     def tap(self, name: str, x: Any) -> Any:
         if x.dtype.kind != "f":

@@ -34,6 +34,10 @@ class CutOps(ArrayOps):
         """`x` after the cut point."""
         raise NotImplementedError
 
+    def turned(self, cut: str, x: Array) -> Array:
+        """Heads [..., d] turned as the policy turns what it keeps at this cut point."""
+        raise NotImplementedError
+
     def softmax(self, x: Array, mask: Array | None) -> Array:
         """`refmoe.spec.softmax.softmax` as one operation of the statistics dtype."""
         raise NotImplementedError
@@ -65,6 +69,11 @@ def cut_again(ops: CutOps, name: str, before: str, x: Array) -> Array:
     return ops.cut(name, x)
 
 
+def turned(ops: CutOps, cut: str, x: Array) -> Array:
+    """Heads [..., d], turned where the policy turns what it keeps at this cut point. A second turn takes it back."""
+    return ops.turned(cut, x) if ops.policy.turned(cut, x.shape[-1]) else x
+
+
 def rms_norm(ops: CutOps, x: Array, gain: Array, eps: float) -> Array:
     """`refmoe.spec.norm.rms_norm`. x: [T, D]   gain: [D]   returns: [T, D]"""
     x = ops.cut("norm.input", x)
@@ -90,8 +99,18 @@ def rotate(ops: CutOps, x: Array, table: tuple[Array, Array]) -> Array:
 
 def extend_cache(ops: CutOps, cache: Cache | None, k: Array, v: Array, positions: Array) -> Cache:
     """`refmoe.spec.attention.extend_cache`. k, v: [T, K, d]   returns: a cache of S tokens"""
-    k, v = cut_again(ops, "cache.k", "attention.k_rope", k), cut_again(ops, "cache.v", "attention.v", v)
+    k, v = kept_keys(ops, k), kept_values(ops, v)
     return spec_extend_cache(ops, cache, ops.remembered(k), ops.remembered(v), positions)
+
+
+def kept_keys(ops: CutOps, k: Array) -> Array:
+    """Keys as the cache keeps them, turned where the policy turns them. k, returns: [T, K, d]"""
+    return cut_again(ops, "cache.k", "attention.k_rope", turned(ops, "cache.k", k))
+
+
+def kept_values(ops: CutOps, v: Array) -> Array:
+    """Values as the cache keeps them, turned where the policy turns them. v, returns: [T, K, d]"""
+    return cut_again(ops, "cache.v", "attention.v", turned(ops, "cache.v", v))
 
 
 def attend(ops: CutOps, q: Array, cache: Cache, mask: Array) -> Array:
@@ -104,8 +123,9 @@ def attend(ops: CutOps, q: Array, cache: Cache, mask: Array) -> Array:
 def scores_of(ops: CutOps, q: Array, k: Array, scaled: bool = True) -> Array:
     """The scores of ATTN-1 and ATTN-2.   scaled: whether they are divided by sqrt(d)
 
-    q: [T, H, d]   k: [S, K, d]   returns: [H, T, S]
+    q: [T, H, d]   k: [S, K, d], as the cache keeps them   returns: [H, T, S]
     """
+    q = turned(ops, "cache.k", q)
     root, in_query = ops.sqrt(ops.array(q.shape[-1])), ops.policy.scale == "query"
     if scaled and in_query:
         q = ops.cut("attention.query", q / root)
@@ -122,13 +142,13 @@ def as_softmax_reads(ops: CutOps, scores: Array) -> Array:
 
 
 def context_of(ops: CutOps, probs: Array, v: Array) -> Array:
-    """The contexts of ATTN-5. probs: [H, T, S]   v: [S, K, d]   returns: [T, H, d]"""
+    """The contexts of ATTN-5. probs: [H, T, S]   v: [S, K, d], as the cache keeps them   returns: [T, H, d]"""
     heads, tokens, cached = probs.shape
     kv_heads, head_dim = v.shape[1:]
     probs = cut_again(ops, "attention.mixing", "attention.probs", probs)
     rows = probs.reshape(kv_heads, heads // kv_heads * tokens, cached)
     mixed = ops.product("attention.context", rows, v.transpose(1, 0, 2))
-    return mixed.reshape(heads, tokens, head_dim).transpose(1, 0, 2)
+    return turned(ops, "cache.v", mixed.reshape(heads, tokens, head_dim).transpose(1, 0, 2))
 
 
 def route(ops: CutOps, x: Array, router: Weight, k: int) -> tuple[Array, Array]:

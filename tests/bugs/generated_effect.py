@@ -96,7 +96,7 @@ def _causes(evidence: Evidence) -> Iterator[Cause]:
     yield from (cause_of(each) for each in MUTANTS.values() if each.in_one_pass)
     yield from map(cause_of, placed(MUTANTS.values(), evidence.right.config))
     yield from (cause_of(each, STRUCTURE) for each in other_settings(evidence.right.config))
-    yield from other_arithmetic(evidence.policy)
+    yield from other_arithmetic(evidence.policy, evidence.right.config.head_dim)
 
 
 def alike(one: str, two: str, precision: float) -> bool:

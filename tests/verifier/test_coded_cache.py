@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 from refmoe.arithmetic.codes import InputFormat, quantise
+from refmoe.arithmetic.formats import BFLOAT16, nearest
+from refmoe.arithmetic.turning import turn
 from refmoe.checkpoints.load import load_checkpoint
 from refmoe.checkpoints.synthetic import synthetic_checkpoint
 from refmoe.checkpoints.write import write_checkpoint
@@ -42,7 +44,9 @@ CONFIG = Config(
 RUNS: tuple[Run, ...] = plan([("prefill", 0, [3, 14, 15, 9, 26, 5, 35, 8]), ("decode", 0, [2])], CONFIG.vocab)
 FIRST = ("prefill", "layers.0.attention.context")
 NAMES = (
-    "llama.cpp-cache-q8_0", "llama.cpp-cache-q4_0", "bfloat16+consumers=stored+cache=e4m3-cache",
+    "llama.cpp-cache-q8_0", "llama.cpp-cache-q4_0", "llama.cpp-cache-q8_0+turn=none",
+    "llama.cpp-cache-q4_0+turn=any-order", "llama.cpp-cache-q8_0+cache.k=float16",
+    "bfloat16+consumers=stored+cache=e4m3-cache",
     "float32+cache=e5m2-cache", "float32+cache.k=int8-token", "float32+cache.v=q8_0",
 )  # fmt: skip
 
@@ -80,6 +84,24 @@ def test_the_ideal_engine_conforms_and_one_with_another_cache_does_not(
     assert report.verdict == CONFORMANT, report.headline
     for other in (f"{name}+cache=float32", f"{name}+cache=q8_2"):
         assert judged(ideal(policy(other), parameters), parameters, name, tmp_path).first_wrong == FIRST
+
+
+@pytest.mark.parametrize("cache", ["q8_0", "q4_0"])
+def test_heads_that_are_turned_and_those_that_are_not_are_told_apart(
+    cache: str, parameters: Parameters, tmp_path: Path
+) -> None:
+    turned, other = f"llama.cpp-cache-{cache}", f"llama.cpp-cache-{cache}+turn=none"
+    for made, name in ((turned, other), (other, turned)):
+        report = judged(ideal(policy(made), parameters), parameters, name, tmp_path)
+        assert report.first_wrong == FIRST
+        check = next(each for each in report.checks if (each.run, each.tap) == FIRST)
+        assert check.outside > 0.9 * check.values
+
+
+def test_stages_are_one_of_the_orders(parameters: Parameters, tmp_path: Path) -> None:
+    name = "llama.cpp-cache-q8_0"
+    report = judged(ideal(policy(name), parameters), parameters, f"{name}+turn=any-order", tmp_path)
+    assert report.verdict == CONFORMANT, report.headline
 
 
 def test_without_the_keys_the_report_is_wide_and_accuses_nobody(parameters: Parameters, tmp_path: Path) -> None:
@@ -141,6 +163,35 @@ FAULTS: dict[str, tuple[str, Code]] = {
 }
 
 
+TURNS: dict[str, Callable[[str, Any], Any]] = {
+    "queries not turned": lambda _, x: x,
+    "values turned in other blocks": lambda _, x: turn(x, 32, np.float32),
+    "turned with another factor": lambda _, x: turn(x, 64, np.float32) * 2.0**-1,
+    "turned in bfloat16": lambda _, x: nearest(turn(x, 64, np.float32), BFLOAT16),
+}
+
+
+class WronglyTurned(PolicyOps):
+    """An engine that turns heads in another way at one place."""
+
+    def __init__(self, rules: Policy, recorder: Recorder, fault: str) -> None:
+        super().__init__(rules, recorder)
+        self.fault, self.calls = fault, 0
+
+    def turned(self, cut: str, x: Any) -> Any:
+        """Keys and values, then queries, then the context, in each layer."""
+        self.calls += 1
+        wrong = 3 if self.fault == "queries not turned" else 2
+        return TURNS[self.fault](cut, x) if self.calls % 4 == wrong else super().turned(cut, x)
+
+
+@pytest.mark.parametrize("fault", TURNS)
+def test_a_wrong_turn_is_seen(fault: str, parameters: Parameters, tmp_path: Path) -> None:
+    name, recorder = "llama.cpp-cache-q8_0", Recorder()
+    arrays = trace_of(WronglyTurned(policy(name), recorder, fault), parameters, recorder)
+    assert judged(arrays, parameters, name, tmp_path).first_wrong == FIRST
+
+
 class Faulty(PolicyOps):
     """An engine with a fault in what it keeps at one cut point."""
 
@@ -158,9 +209,10 @@ class Faulty(PolicyOps):
         return flat[:, np.argsort(order)].reshape(x.shape)
 
 
+@pytest.mark.parametrize("order", ["stages", "none"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_seen_where_it_is(fault: str, parameters: Parameters, tmp_path: Path) -> None:
-    name, recorder = "llama.cpp-cache-q8_0", Recorder()
+def test_a_planted_fault_is_seen_where_it_is(fault: str, order: str, parameters: Parameters, tmp_path: Path) -> None:
+    name, recorder = f"llama.cpp-cache-q8_0+turn={order}", Recorder()
     arrays = trace_of(Faulty(policy(name), recorder, fault), parameters, recorder)
     assert judged(arrays, parameters, name, tmp_path).first_wrong == FIRST
 
@@ -174,17 +226,25 @@ def test_heads_that_are_no_whole_blocks_are_refused() -> None:
 
 
 @engine
-@pytest.mark.parametrize("cache", ["q8_0", "q4_0"])
-@pytest.mark.parametrize("case", ["production-head-32", "production-first"])
-def test_llama_cpp_conforms(case: str, cache: str, tmp_path: Path) -> None:
-    """Heads of 32 and 64. Under the policy of a float16 cache the same trace does not conform."""
+@pytest.mark.parametrize(
+    ("case", "cache", "turned"),
+    [
+        ("production-head-32", "q8_0", "on"), ("production-one-pair", "q8_0", "on"),
+        ("production-one-pair", "q4_0", "off"), ("production-head-128", "q4_0", "on"),
+    ],
+)  # fmt: skip
+def test_llama_cpp_conforms(case: str, cache: str, turned: str, tmp_path: Path) -> None:
+    """Heads of 32, 64 and 128. Under policies of another cache the same trace does not conform."""
     model = read_case(GOLDEN / case)
     write_checkpoint(tmp_path / "model", model.config, model.checkpoint().parameters, dtype="bfloat16")
-    adapter = llama_cpp.Adapter(cache=cache, flash="on")
+    adapter = llama_cpp.Adapter(cache=cache, flash="on", turn=turned)
     adapter.load(tmp_path / "model", "float32")
     runs, loaded = model.runs(), load_checkpoint(tmp_path / "model")
     arrays = adapter.run(runs, adapter.taps)
-    for name, right in ((adapter.policies["float32"], True), ("llama.cpp-float32-flash", False)):
+    own = adapter.policies["float32"]
+    others = [f"{own}+turn={'none' if turned == 'on' else 'stages'}"] if model.config.head_dim % 64 == 0 else []
+    others += ["llama.cpp-float32-flash", f"{own}+cache={'q4_0' if cache == 'q8_0' else 'q8_0'}"]
+    for name, right in ((own, True), *((other, False) for other in others)):
         write_trace(tmp_path / "t.safetensors", Header(runs, case, policy=name), arrays)
         trace = read_trace(tmp_path / "t.safetensors")
         report = verify(trace, case, loaded.config, loaded.parameters, runs, policy(name))

@@ -55,7 +55,7 @@ FAILED = [
 @pytest.mark.parametrize(("case", "made", "declared", "bug"), FAILED)
 def test_a_step_alone_has_the_enclosure_of_a_whole_pass(case: str, made: str, declared: str, bug: str | None) -> None:
     evidence = evidence_of(case, made, declared, bug)
-    for cause in other_arithmetic(evidence.policy):
+    for cause in other_arithmetic(evidence.policy, evidence.right.config.head_dim):
         used = cause.variation.policy(evidence.policy)
         alone = OneStep(evidence, used)
         for key, whole in under(evidence, cause).recorded.items():
@@ -70,7 +70,7 @@ def test_a_step_alone_has_the_enclosure_of_a_whole_pass(case: str, made: str, de
 @pytest.mark.parametrize(("case", "made", "declared", "bug"), FAILED)
 def test_what_fails_alone_fails_in_the_whole_trace(case: str, made: str, declared: str, bug: str | None) -> None:
     evidence = evidence_of(case, made, declared, bug)
-    causes = list(other_arithmetic(evidence.policy))
+    causes = list(other_arithmetic(evidence.policy, evidence.right.config.head_dim))
     alone = [cause for cause in causes if fails_alone(evidence, cause.variation.policy(evidence.policy))]
     assert alone  # some policy is refuted by one step
     for cause in alone:
@@ -91,7 +91,7 @@ def test_a_weight_prepared_for_one_product_is_not_read_by_another() -> None:
         return replace(layer, router=mapped(layer.router, lambda values: values.astype(np.float64) * (1 + 2.0**-30)))
 
     right = replace(shared.right, parameters=with_layers(shared.right.parameters, finer))
-    causes = {cause.name: cause for cause in other_arithmetic(shared.policy)}
+    causes = {cause.name: cause for cause in other_arithmetic(shared.policy, shared.right.config.head_dim)}
     plain, own = causes["float64+flushes=true"], causes["float64+router.logits.accumulation=float32"]
     fresh = under(replace(shared, right=right, weights={}), plain).recorded
     evidence = replace(shared, right=right, weights={})

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.arithmetic.codes import FIXED, FREE_CODES, TOWARD_ZERO, Factors, InputFormat, quantise
+from refmoe.arithmetic.codes import FIXED, FREE_CODES, SMALL, STORED, TOWARD_ZERO, Factors, InputFormat, quantise
 from refmoe.arithmetic.enclosure.array import (
     OWN,
     SLACK,
@@ -31,7 +31,7 @@ from refmoe.arithmetic.enclosure.array import (
     unbounded_beyond,
 )
 from refmoe.arithmetic.enclosure.matrices import between, from_zero_up, product_and_path
-from refmoe.arithmetic.formats import FLOAT32, representable
+from refmoe.arithmetic.formats import FLOAT32, nearest, representable
 
 LOST = 2.0**-135
 """The most that a term loses below the smallest normal float32: a scale errs by 2^-150, times a sum of 4096 codes."""
@@ -151,17 +151,52 @@ def in_codes(x: Enclosure, how: InputFormat) -> Enclosure:
     x = x.settle()
     flat = x.reshape(-1, x.shape[-1])
     wide = _rough(flat, how)
-    mid, radius = flat.mid, wide
-    if x.radius is None and x.length is None and representable(x.mid, FLOAT32).all():
+    if x.length is not None:
+        radius = bounded(wide * math.sqrt(2) * SLACK)  # of two elements of a pair, each may err by as much
+        variance = bounded(flat.v + radius**2 / 3)
+        made = Enclosure(flat.mid, radius, variance, accumulation=x.accumulation, length=flat.length)
+        return made.reshape(x.shape)
+    if x.radius is None and representable(x.mid, FLOAT32).all():
         codes = quantise(flat.mid, how)
         low, high = codes.ends()
-        known = ~codes.unknown[:, None]
-        mid, radius = np.where(known, low / 2 + high / 2, mid), np.where(known, (high - low) / 2, wide)
-    elif x.length is not None:
-        radius = radius * math.sqrt(2) * SLACK  # of two elements of a pair, each may err by as much
-    radius = bounded(radius)
-    made = Enclosure(mid, radius, bounded(flat.v + radius**2 / 3), accumulation=x.accumulation, length=flat.length)
-    return made.reshape(x.shape)
+        known = np.broadcast_to(~codes.unknown[:, None], flat.shape)
+    else:
+        low, high, known = _ends(flat, how)
+    mid, radius = np.where(known, low / 2 + high / 2, flat.mid), np.where(known, (high - low) / 2, wide)
+    variance = np.where(known, radius**2, flat.v + radius**2 / 3)  # an engine has one of the ends
+    return Enclosure(mid, bounded(radius), bounded(variance), accumulation=x.accumulation).reshape(x.shape)
+
+
+def _ends(x: Enclosure, how: InputFormat) -> tuple[Any, Any, Any]:
+    """The least and the largest of scale times code, and where they hold, for values within their radii: [t, n] each.
+
+    They hold where codes are integers, and the value that decides the scale has one sign. Codes and scales go up with a
+    value and down with the maximum, or the other way round, so that the ends of intervals decide.
+    """
+    shape, kind, width = x.shape, how.limits, how.block or x.shape[1]
+    mid, error = (part.reshape(len(x.mid), -1, width) for part in (x.mid, _error(x) + np.zeros(shape)))
+    least, most = (np.max(np.abs(mid) + each, axis=-1, keepdims=True) for each in (-error, error))
+    known = (least >= SMALL) & (kind.format is None)
+    sign = np.ones(most.shape)
+    if how.maximum == "signed":
+        sign = -np.sign(np.take_along_axis(mid, np.abs(mid).argmax(-1)[..., None], -1))
+        largest = np.abs(mid) + error >= least
+        known &= (~largest | (-sign * mid > error)).all(-1, keepdims=True)
+    tops = [np.full(most.shape, how.most)] * 2 if how.maximum == FIXED else [least, most]
+    wider = (1 - 4 * FLOAT32.u, 1 + 4 * FLOAT32.u)
+    scales = [nearest(top / how.most * by, how.scale) for top, by in zip(tops, wider, strict=True)]
+    known &= (scales[0] > 0) & np.isfinite(scales[1])
+    steps = scales if how.codes == STORED else [top / how.most for top in tops]
+    ideal = [sign * end / step for end in (mid - error, mid + error) for step in steps]
+    low, high = np.minimum.reduce(ideal), np.maximum.reduce(ideal)
+    off, half = (how.contest + 4) * FLOAT32.u, 0.0 if how.rounding == TOWARD_ZERO else 0.5
+    low, high = low - off * np.maximum(np.abs(low), 1), high + off * np.maximum(np.abs(high), 1)
+    # toward zero, a code is less than one step from its value, on the side of zero
+    low = np.ceil(low - half) if half else np.trunc(low)
+    high = np.floor(high + half) if half else np.trunc(high)
+    corners = [sign * code.clip(kind.low, kind.high) * scale for code in (low, high) for scale in scales]
+    ends = np.minimum.reduce(corners).reshape(shape), np.maximum.reduce(corners).reshape(shape)
+    return *ends, np.broadcast_to(known, mid.shape).reshape(shape)
 
 
 # ---- the product

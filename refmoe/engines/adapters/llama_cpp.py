@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Collection, Sequence
 from importlib.metadata import version
@@ -37,8 +36,6 @@ NAMES = {
     ("Qcur", "ROPE"): "attention.q_rope",
     ("Kcur", "ROPE"): "attention.k_rope",
     ("kq_soft_max", "SOFT_MAX"): "attention.probs",
-    ("kqv_out", "CONT"): "attention.context",
-    ("kqv_out", "RESHAPE"): "attention.context",  # of flash attention
     ("attn_out", "MUL_MAT"): "attention.output",
     ("ffn_inp", "ADD"): "attention_residual",
     ("ffn_norm", "MUL"): "moe_norm",
@@ -63,6 +60,9 @@ The table lacks attention.scores. llama.cpp has a tensor of the unscaled product
 CACHES = {"float16": "float32-cache-float16", "q8_0": "cache-q8_0", "q4_0": "cache-q4_0"}
 """The policies of types of the cache, each after ``llama.cpp-``."""
 
+READ_BY = {"attention.output": "attention.context"}
+"""The tap that a product reads, its second source. The context has no name of its own where it is turned back."""
+
 TURNED = ("attention.q", "attention.k", "attention.q_rope", "attention.k_rope")
 """Taps whose rotary pairs are interleaved in llama.cpp."""
 
@@ -81,8 +81,10 @@ class Adapter:
     abilities = ("chunk", "decode", "sequences")
     options = MappingProxyType({
         "cache": Option(
-            "the type of the cache; llama.cpp's own default is float16. Heads in q8_0 or q4_0 are not turned",
-            (*native.TYPES,),
+            "the type of the cache; llama.cpp's own default is float16", (*native.TYPES,)
+        ),
+        "turn": Option(
+            "whether heads of a multiple of 64 are turned before they enter a cache in codes", (*native.TURN,)
         ),
         "flash": Option("flash attention; llama.cpp's own default is on", (*native.FLASH,)),
         "threads": Option("the threads of llama.cpp"),
@@ -94,13 +96,14 @@ class Adapter:
 
     def __init__(
         self, cache: str = "float32", flash: str = "off", threads: str = "1", file: str = "float32",
-        library: str = native.PACKAGE,
+        library: str = native.PACKAGE, turn: str = "on",
     ) -> None:  # fmt: skip
         if cache in native.CODED:
             if flash == "off":
                 raise InputError(f"option flash is 'off', but with cache={cache} llama.cpp needs flash=on")
-            os.environ[native.UNTURNED] = "1"
-        self.file, self.cache, self.flash = file, cache, flash
+        elif turn == "off":
+            raise InputError(f"option turn is 'off', but with cache={cache} no head is turned")
+        self.file, self.cache, self.flash, self.turn = file, cache, flash, turn
         build = None if library == native.PACKAGE else Path(library)
         self.library = native.load_library(lambda text: print(text, end="", file=sys.stderr), build)
         self.version = f"{native.PACKAGE} {version(native.PACKAGE)}" if build is None else build.name
@@ -108,7 +111,7 @@ class Adapter:
         self.settings |= {"n_threads_batch": int(threads), "flash_attn_type": native.FLASH[flash]}
         unseen = ("attention.scores", "attention.probs") if flash == "on" else ("attention.scores",)
         self.taps = tuple(tap for tap in TAPS if tap not in unseen)
-        self.policies = {"float32": policy_of(file, cache, flash)}
+        self.policies = {"float32": policy_of(file, cache, flash, turn)}
         self.model: Any = None
 
     def load(self, checkpoint: Path, dtype: str) -> None:
@@ -119,9 +122,9 @@ class Adapter:
         loaded = load_checkpoint(checkpoint)
         self.config = loaded.config
         self.library.llama_model_free(self.model)
-        self.policies = {"float32": policy_of(self.file, self.cache, self.flash)}
+        self.policies = {"float32": policy_of(self.file, self.cache, self.flash, self.turn)}
         if is_gguf(checkpoint):
-            self.policies = {"float32": policy_of_gguf(self.cache, self.flash)}
+            self.policies = {"float32": policy_of_gguf(self.cache, self.flash, self.turn)}
             self._open(checkpoint)
             return
         with Scratch("llama-cpp") as scratch:
@@ -140,7 +143,14 @@ class Adapter:
             raise RuntimeError("llama.cpp does not load the model; what it says is on standard error")
 
     def run(self, runs: Sequence[Run], taps: Collection[str]) -> Arrays:
-        """Run each call as one batch with logits of every token. Raises Skipped where a window would hide tokens."""
+        """Run each call as one batch with logits of every token.
+
+        Raises Skipped where a window would hide tokens, and where heads are no whole blocks of a cache in codes.
+        """
+        if self.cache in native.CODED and self.config.head_dim % native.BLOCK:
+            raise Skipped(
+                f"a cache in {self.cache} has blocks of {native.BLOCK} values, but heads have {self.config.head_dim}"
+            )
         window, longest = self.config.window, max(run.past + len(run.tokens) for run in runs)
         if window is not None and longest > window:
             raise Skipped(f"llama.cpp runs Mixtral as a llama, which has no window; this model's is {window}", ISSUE)
@@ -149,15 +159,19 @@ class Adapter:
         def watch(tensor: Any, ask: bool, _: Any) -> bool:
             name, _, layer = tensor[0].name.decode().partition("-")
             tap = NAMES.get((name, self.library.ggml_op_desc(tensor).decode()))
-            wanted = tap in taps and tensor[0].type in native.DTYPES
-            if wanted and not ask:
-                seen[f"layers.{layer}.{tap}" if layer else f"{tap}"] = native.to_numpy(tensor[0])
-            return wanted or not ask  # asked: whether the value is wanted; otherwise: whether to continue
+            shown = {tap: tensor[0]} if tap in taps and tensor[0].type in native.DTYPES else {}
+            if READ_BY.get(str(tap)) in taps:
+                shown[READ_BY[str(tap)]] = native.source(tensor[0], 1)
+            if not ask:
+                prefix = f"layers.{layer}." if layer else ""
+                seen.update({f"{prefix}{each}": native.to_numpy(values) for each, values in shown.items()})
+            return bool(shown) or not ask  # asked: whether the value is wanted; otherwise: whether to continue
 
         callback, sequences = native.EvalCallback(watch), sorted({run.sequence for run in runs})
         cells, batch = (-(-count // PAD) * PAD for count in (longest, max(len(run.tokens) for run in runs)))
         options = {"n_ctx": cells * len(sequences), "n_seq_max": len(sequences), "n_batch": batch, "n_ubatch": batch}
         options |= {"n_outputs_max_per_seq": batch, **self.settings}
+        native.set_turn(self.turn)
         context = native.new_context(self.library, self.model, callback, options)
         found: Arrays = {}
         try:
@@ -171,25 +185,26 @@ class Adapter:
         return found
 
 
-def policy_of(file: str, cache: str, flash: str) -> str:
+def policy_of(file: str, cache: str, flash: str, turn: str = "on") -> str:
     """The policy of llama.cpp with these options."""
     if flash == "on" and cache not in native.CODED:
         # it rounds keys and values of a float32 cache to float16 before it reads them
         return "llama.cpp-float32-flash" if file == "float32" else f"llama.cpp-{file}"
     inputs = f"+linear.input={file}+router.logits.input=float32" if file != "float32" else ""
-    return _of_cache(cache) + inputs + ("+flushes=true" if file == "bfloat16" else "")
+    return _of_cache(cache, turn) + inputs + ("+flushes=true" if file == "bfloat16" else "")
 
 
-def policy_of_gguf(cache: str, flash: str) -> str:
+def policy_of_gguf(cache: str, flash: str, turn: str = "on") -> str:
     """The policy of llama.cpp with these options and a GGUF file of whatever formats."""
     if flash == "on" and cache not in native.CODED:
         return "llama.cpp-quantised"
-    return _of_cache(cache) + native.ROUNDED
+    return _of_cache(cache, turn) + native.ROUNDED
 
 
-def _of_cache(cache: str) -> str:
+def _of_cache(cache: str, turn: str) -> str:
     """The policy of llama.cpp with this cache and a float32 file. Flash attention is on where the cache has codes."""
-    return "llama.cpp-float32" if cache == "float32" else f"llama.cpp-{CACHES[cache]}"
+    name = "llama.cpp-float32" if cache == "float32" else f"llama.cpp-{CACHES[cache]}"
+    return name + ("+turn=none" if cache in native.CODED and turn == "off" else "")
 
 
 def shaped(tap: str, array: NDArray[Any], config: Config, run: Run) -> NDArray[Any]:

@@ -9,6 +9,7 @@ compares the library's defaults with those expected. Another build may be given 
 from __future__ import annotations
 
 import ctypes as c
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,11 @@ TYPES = {"float32": 0, "float16": 1, "q8_0": 8, "q4_0": 2}
 """GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0 and GGML_TYPE_Q4_0."""
 CODED = ("q8_0", "q4_0")
 """The types that are codes with scales."""
+BLOCK = 32
+"""The values of a head that share a scale in these types."""
 ROUNDED = "+F16.input=float16+BF16.input=bfloat16"
 """The change of a policy for GGUF files: inputs of a matrix in a dtype are rounded to it."""
+TURN = ("on", "off")
 UNTURNED = "LLAMA_ATTN_ROT_DISABLE"
 """The variable by which a quantised cache keeps heads as they are, and not turned by a Hadamard matrix."""
 DTYPES = {0: np.float32, 1: np.float16, 26: np.int32}
@@ -193,6 +197,20 @@ def to_numpy(tensor: Tensor) -> NDArray[Any]:
     size = dtype.itemsize + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     memory = (c.c_char * size).from_address(tensor.data)
     return np.ndarray(shape, dtype, memory, strides=strides).copy()
+
+
+def source(tensor: Tensor, number: int) -> Tensor:
+    """A tensor that the operation of another one reads.   number: from 0"""
+    found: Tensor = c.cast(tensor.src[number], c.POINTER(Tensor))[0]
+    return found
+
+
+def set_turn(turn: str) -> None:
+    """Let contexts that are made from now on turn heads, or not.   turn: one of `TURN`"""
+    if turn == "off":
+        os.environ[UNTURNED] = "1"
+    else:
+        os.environ.pop(UNTURNED, None)
 
 
 def new_context(library: Any, model: int, callback: Any, options: dict[str, int]) -> int:

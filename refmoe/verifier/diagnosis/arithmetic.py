@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from refmoe.arithmetic.formats import FLOAT16
 from refmoe.errors import InputError
 from refmoe.profiles.cut_points import CUT_POINTS, PRODUCTS, PROJECTIONS
 from refmoe.profiles.load import CODES, GROUPS, differences
 from refmoe.profiles.load import policy as named_policy
-from refmoe.profiles.policy import Policy
+from refmoe.profiles.policy import HALVES, Policy
 from refmoe.spec.config import Config
 from refmoe.spec.model import Model, Parameters
 from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS
@@ -23,7 +24,36 @@ from refmoe.traces.trace import Run
 from refmoe.verifier.diagnosis.known import Cause
 from refmoe.verifier.findings import ARITHMETIC
 
+WIDE_SUMS = "attention.mixing=float32+attention.context.accumulation=float32"
+"""The sums over values of llama.cpp, where its cache has codes."""
+TURNED = {"stages": "of heads turned by a Hadamard matrix", "none": "of heads that are not turned"}
+BLOCKS = {
+    f"cache={name}+attention.query=q8_0+{WIDE_SUMS}+turn={turn}": (
+        f"keys and values are cached in codes, {name} {about}, as in llama.cpp"
+    )
+    for name in ("q8_0", "q4_0")
+    for turn, about in TURNED.items()
+} | {
+    "cache=float16+attention.query=float16+attention.mixing=float16+attention.context.accumulation=float16": (
+        "keys and values are cached in float16, and values are summed in it, as in llama.cpp without codes"
+    )
+}
+"""The caches of llama.cpp, each with what goes with it there. Where pairs stand apart, no engine has them."""
+FLOATS = {
+    f"cache={kind}-cache{how}": f"keys and values are cached as FP8 {kind.upper()}, with a scale of 1, {about}"
+    for kind in ("e4m3", "e5m2")
+    for how, about in (("", "rounded to even"), ("-truncated", "rounded toward zero"))
+}
+"""The caches of engines that keep floats of eight bits. They compute in 16 bits."""
+TURNS = {
+    "turn=none": "heads are not turned before they are cached in codes",
+    "turn=stages": "heads are turned by a Hadamard matrix before they are cached in codes",
+}
+
 CHANGES = {
+    **TURNS,
+    **BLOCKS,
+    **FLOATS,
     "attention.context.accumulation=float16": "attention sums values in float16, as flash attention of llama.cpp does",
     "attention.context.accumulation=bfloat16": "attention sums values in bfloat16",
     "linear.input=float16+router.logits.input=float32": (
@@ -73,6 +103,7 @@ FIRST = {
     "router_order": ("router.weights",),
     "sigmoid": ("expert.hidden",),
     "ranks": CUT_POINTS["rank.partial"].shown_by,
+    "turn": (*CUT_POINTS["cache.k"].shown_by, *CUT_POINTS["cache.v"].shown_by),
     CODES: (*PROJECTIONS,),
 }
 """The first taps that a field of a policy can alter, if these are few."""
@@ -96,11 +127,11 @@ class Changed:
         return runs
 
 
-def other_arithmetic(policy: Policy) -> Iterator[Cause]:
-    """The changes of a policy as causes."""
+def other_arithmetic(policy: Policy, head_dim: int) -> Iterator[Cause]:
+    """The changes of a policy as causes, but for those that heads of this size cannot have."""
     for change, about in CHANGES.items():
         changed = _changed(policy, change)
-        if changed is not None:
+        if changed is not None and not any(how.block and head_dim % how.block for how in changed.kept.values()):
             yield Cause(
                 name=f"{policy.name}+{change}",
                 kind=ARITHMETIC,
@@ -116,6 +147,10 @@ def _changed(policy: Policy, change: str) -> Policy | None:
     Rows of any length may have one scale. They need not be whole blocks of other codes.
     """
     if change.startswith(f"{CODES}=") and any(not each.block for each in policy.codes):
+        return None
+    if (change in TURNS and not policy.kept) or (change in BLOCKS and policy.pairs == HALVES):
+        return None
+    if change in FLOATS and policy.storage.precision > FLOAT16.precision:
         return None
     try:
         changed = named_policy(f"{policy.name}+{change}")

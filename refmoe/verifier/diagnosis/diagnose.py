@@ -68,7 +68,7 @@ def search(
     known, config = tuple(mutants), evidence.right.config
     causes = [cause_of(each) for each in known if each.in_one_pass]
     causes += [cause_of(each, STRUCTURE) for each in other_settings(config)]
-    causes += other_arithmetic(evidence.policy)
+    causes += other_arithmetic(evidence.policy, config.head_dim)
     again = [each for each in causes if each.name in before]
     if again:
         found = explanations(evidence, candidates(evidence, again, lambda: None))

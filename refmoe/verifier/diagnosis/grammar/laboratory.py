@@ -169,8 +169,8 @@ class Laboratory:
         if layer is None:
             own = np.asarray(run.positions)
         else:
-            cut = "cache.v" if step == "attention.v" else "cache.k"
-            own = rounding.cut_again(self.ops, cut, step, self.read((run.run, f"layers.{layer}.{step}")))
+            keep = rounding.kept_values if step == "attention.v" else rounding.kept_keys
+            own = keep(self.ops, self.read((run.run, f"layers.{layer}.{step}")))
         if not run.past:
             return own
         before: list[str] = []
