@@ -121,6 +121,20 @@ class Factors:
 
 
 @dataclass(frozen=True)
+class Contest:
+    """The contestable codes of one row, and the choices that an engine has."""
+
+    format: str
+    """The name of the codes."""
+    columns: tuple[int, ...]
+    """Where they are in the row."""
+    ideal: tuple[float, ...]
+    """Of each code the real number that is rounded to it."""
+    choices: tuple[tuple[float, ...], ...]
+    """Of each choice a code for each column. The first choice is what the format's own rule gives."""
+
+
+@dataclass(frozen=True)
 class Codes:
     """Rows of codes, [t, n] and [t, blocks]. All numbers are binary64."""
 
@@ -195,6 +209,14 @@ class Codes:
         choices = (np.where(up, high, low) for up in combinations((False, True), repeat=len(contested)))
         here = self.codes[row, contested]
         return [self.replaced(row, contested, codes) for codes in choices if not np.array_equal(codes, here)]
+
+    def contest(self, row: int, contested: Any, others: list[Codes]) -> Contest:
+        """A row's contestable codes, at those columns, in words of a report.   others: of `alternatives`"""
+        rows = [self.codes[row], *(other.codes[0] for other in others)]
+        return Contest(
+            format=self.how.name, columns=tuple(contested.tolist()), ideal=tuple(self.ideal[row, contested].tolist()),
+            choices=tuple(tuple(codes[contested].tolist()) for codes in rows),
+        )  # fmt: skip
 
 
 def quantise(x: Any, how: InputFormat) -> Codes:

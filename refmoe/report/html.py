@@ -13,7 +13,7 @@ from refmoe.report.error_plot import crowded, error_plot, interval_plot
 from refmoe.report.heat_map import LEVELS, heat_map
 from refmoe.report.page import render
 from refmoe.report.routing_strips import MARKS, routing_strips
-from refmoe.report.summary import run_names, summarise_routing, summarise_steps
+from refmoe.report.summary import run_names, summarise_routing, summarise_steps, telling
 from refmoe.suite.power import in_words
 from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT, FAIL, UNDECIDABLE, Check, Decision, Report, as_set
 
@@ -97,6 +97,9 @@ def to_html(report: Report) -> str:
         illegal=[_decision(d) for d in routing.illegal[:LISTED]],
         deviating=[_decision(d) for d in routing.deviating[:LISTED]],
         every=[_decision(d) for d in report.decisions] if len(report.decisions) <= FEW_DECISIONS else [],
+        codes=[(wording.code_place(each), wording.code(each)) for each in telling(report.codes)[:LISTED]],
+        codes_line=wording.codes(report.codes, report.policy) if report.codes else "",
+        more_codes=len(telling(report.codes)) - LISTED,
         listed=LISTED,
         number=wording.number,
         error_text=wording.error_text,

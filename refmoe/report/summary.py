@@ -8,7 +8,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from refmoe.spec.taps import LAYER_TAPS, READ_OUT_TAPS
-from refmoe.verifier.findings import CONTESTABLE, FAIL, FORCED, PASS, TIE, UNDECIDABLE, Check, Decision, Report
+from refmoe.verifier.findings import (
+    CONTESTABLE,
+    FAIL,
+    FORCED,
+    PASS,
+    TIE,
+    UNDECIDABLE,
+    Check,
+    ContestableCode,
+    Decision,
+    Report,
+)
 
 STEPS = ("embedding", *LAYER_TAPS, "final_norm", "logits", *READ_OUT_TAPS)
 """The steps in order of computation. A layer's steps occur once."""
@@ -116,6 +127,11 @@ def summarise_routing(report: Report) -> Routing:
         illegal=tuple(d for d in report.decisions if not d.legal),
         deviating=tuple(d for d in report.decisions if d.legal and deviates(d)),
     )
+
+
+def telling(codes: tuple[ContestableCode, ...]) -> tuple[ContestableCode, ...]:
+    """The codes worth a look: those by which the engine differs from the policy's own rule, or else all."""
+    return tuple(code for code in codes if code.deviates) or codes
 
 
 def deviates(decision: Decision) -> bool:

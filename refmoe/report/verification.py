@@ -7,12 +7,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from refmoe.report.summary import Routing, StepSummary, summarise_routing, summarise_steps
+from refmoe.report.summary import Routing, StepSummary, summarise_routing, summarise_steps, telling
 from refmoe.report.terminal import INDENT, open_console, print_text
 from refmoe.report.wording import (
     NOTHING_EXPLAINS,
     basis,
     choice,
+    code,
+    code_place,
+    codes,
     count,
     error_text,
     explanation,
@@ -47,6 +50,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
     _failures(console, report)
     _steps(console, summarise_steps(report))
     _routing(console, report, summarise_routing(report))
+    _codes(console, report)
     _gaps(console, report)
     _judged(console, report)
 
@@ -168,6 +172,20 @@ def _decisions(console: Console, report: Report, illegal: tuple[Decision, ...]) 
         print_text(console, INDENT + choice(d, report.policy))
     if len(illegal) > LISTED:
         print_text(console, f"and {count(len(illegal) - LISTED, 'illegal decision')} more")
+
+
+def _codes(console: Console, report: Report) -> None:
+    """Print the codes that rounding alone decides. The first one is where two legal engines part."""
+    if not report.codes:
+        return
+    console.print()
+    print_text(console, f"codes: {codes(report.codes, report.policy)}")
+    shown = telling(report.codes)
+    for each in shown[:LISTED]:
+        print_text(console, f"{INDENT}{code_place(each)}")
+        print_text(console, f"{INDENT}{INDENT}{code(each)}")
+    if len(shown) > LISTED:
+        print_text(console, f"{INDENT}and {len(shown) - LISTED} more codes")
 
 
 def _gaps(console: Console, report: Report) -> None:

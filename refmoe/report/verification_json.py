@@ -18,11 +18,11 @@ FORMAT_VERSION = "2"
 
 
 def to_json(report: Report) -> str:
-    """The whole report. Each check and decision has a line of its own, so that text tools can search it."""
+    """The whole report. Each check, decision and code has a line of its own, so that text tools can search it."""
     lines = [f'"format_version": {json_text(FORMAT_VERSION)}']
     for field in fields(report):
         value = getattr(report, field.name)
-        if field.name in ("checks", "decisions") and value:
+        if field.name in ("checks", "decisions", "codes") and value:
             items = ",\n  ".join(map(json_text, value))
             lines.append(f'"{field.name}": [\n  {items}\n ]')
         else:

@@ -17,6 +17,7 @@ from refmoe.verifier.findings import (
     REPLAYED,
     UNDECIDABLE,
     Check,
+    ContestableCode,
     Decision,
     Element,
     Explanation,
@@ -241,6 +242,26 @@ def choice(decision: Decision, policy: str) -> str:
     found = f"found {as_set(decision.found)}" if decision.found else "not in the trace"
     margin = f"margin {number(decision.margin)} against {number(decision.movable)} that {visible(policy)} can move"
     return f"{found}, expected {as_set(decision.expected)}: {decision.kind}, {margin}"
+
+
+def codes(found: tuple[ContestableCode, ...], policy: str) -> str:
+    """The codes that rounding alone decides, in one line."""
+    others = sum(code.deviates for code in found)
+    shown = f"{others} {'is' if others == 1 else 'are'} not what the rule of {visible(policy)} gives, and as legal"
+    return f"{count(len(found), 'code')} of inputs that rounding alone decides; {shown}"
+
+
+def code(found: ContestableCode) -> str:
+    """A code that rounding alone decides, in words, without its place."""
+    engine = "the products leave it open" if found.found is None else f"the engine has {number(found.found)}"
+    by_rule = f"the rule gives {number(found.rule)}, and {number(found.other)} is as legal"
+    return f"{value_text(found.ideal)} is rounded to a code of {visible(found.format)}: {by_rule}; {engine}"
+
+
+def code_place(found: ContestableCode) -> str:
+    """The place of a code: its tap, its run and its index in words."""
+    where = place(step_of(found.tap), found.where)
+    return f"{visible(found.tap)}, run {visible(found.run)}, {where}"
 
 
 def fit(found: Explanation) -> str:

@@ -8,13 +8,32 @@ one that reads the same codes has the rest.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from refmoe.arithmetic.codes import Contest
 from refmoe.arithmetic.enclosure.array import Enclosure
 from refmoe.arithmetic.enclosure.coded import candidates
 from refmoe.arithmetic.formats import Format, nearest, ulp
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a product's outputs whose input has contestable codes."""
+
+    place: tuple[int, ...]
+    """The place of its first output."""
+    contest: Contest
+    left: tuple[int, ...]
+    """The numbers of the choices that no product has refuted; empty where this product refutes all of them."""
+
+    def found(self, code: int) -> float | None:
+        """What the engine made of a code; None where the outputs leave it open.   code: its number in the contest"""
+        made = {self.contest.choices[choice][code] for choice in self.left}
+        return made.pop() if len(made) == 1 else None
 
 
 class Contested:
@@ -23,6 +42,8 @@ class Contested:
     def __init__(self) -> None:
         self._refuted: dict[int, set[int]] = {}
         """Per row the numbers of the choices."""
+        self._wrong: set[int] = set()
+        """The rows all of whose choices the last product has refuted."""
 
     def explained(self, x: Enclosure, found: Any, format: Format) -> Enclosure:
         """The enclosure with, in each row, the choice under which the values found err least.
@@ -43,7 +64,18 @@ class Contested:
             mid[at], radius[at] = mids[best], own
             wrong = {i for i in left if not _legal(mids[i], own, y, format)}
             self._refuted[row] = set() if len(wrong) == len(left) else before | wrong
+            (self._wrong.add if len(wrong) == len(left) else self._wrong.discard)(row)
         return Enclosure(mid, radius, x.variance, accumulation=x.accumulation)
+
+    def rows(self, x: Enclosure) -> Iterator[Row]:
+        """The rows of a product that have choices, with what its outputs leave of them.   x: as for `explained`"""
+        contests = {} if x.choices is None else x.choices.contests
+        for row, at, _ in candidates(x):
+            if row in contests:
+                every, refuted = range(len(contests[row].choices)), self._refuted.get(row, set())
+                left = () if row in self._wrong else tuple(each for each in every if each not in refuted)
+                place = np.unravel_index(int(np.argmax(at)), at.shape)
+                yield Row(place=tuple(map(int, place)), contest=contests[row], left=left)
 
 
 def _error(mid: Any, radius: Any, found: Any, format: Format) -> float:

@@ -110,6 +110,34 @@ class Decision:
     """The most that rounding under the policy can change the margin."""
 
 
+@dataclass(frozen=True)
+class ContestableCode:
+    """A code of a product's input that rounding alone decides, between two codes. Either is legal."""
+
+    run: str
+    tap: str
+    """The input that the code is made of."""
+    where: tuple[int, ...]
+    """Its index in that tap."""
+    product: str
+    """The last tap whose values were asked which of the two codes the engine has."""
+    format: str
+    """The name of the codes."""
+    ideal: float
+    """The real number that is rounded to the code: the input over its scale."""
+    rule: float
+    """The code that the policy's own rule gives."""
+    other: float
+    """The code on the other side of the boundary."""
+    found: float | None
+    """The engine's code; None where the products that read it leave it open."""
+
+    @property
+    def deviates(self) -> bool:
+        """Whether the engine has the code on the other side."""
+        return self.found is not None and self.found != self.rule
+
+
 KNOWN_BUG, TWO_BUGS, STRUCTURE = "known bug", "two known bugs", "structure"
 ARITHMETIC, BUG_AND_ARITHMETIC = "other arithmetic", "known bug and other arithmetic"
 """The kinds of explanation.
@@ -228,6 +256,11 @@ class Report:
     """In order of computation, run by run."""
     decisions: tuple[Decision, ...] = ()
     """Every decision that the trace shows, or that the verifier needed, in order of computation."""
+    codes: tuple[ContestableCode, ...] = ()
+    """The codes of inputs that rounding alone decides, in order of computation.
+
+    The codes of a row with more than four of them are not here: what they can change is part of the interval.
+    """
     first_wrong: tuple[str, str] | None = None
     """Run and tap of the first wrong step, in order of computation."""
     missing: tuple[str, ...] = ()

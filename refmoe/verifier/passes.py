@@ -12,6 +12,7 @@ import numpy as np
 
 from refmoe.arithmetic.enclosure.array import Enclosure
 from refmoe.arithmetic.formats import OF_DTYPE, ulp
+from refmoe.profiles.cut_points import PROJECTIONS
 from refmoe.profiles.policy import Policy
 from refmoe.spec.model import Caches, Model, embed, head, run_layers
 from refmoe.spec.taps import IDS, LOGPROBS, layer_of, step_of
@@ -21,7 +22,7 @@ from refmoe.traces.trace import Trace
 from refmoe.verifier import ranking
 from refmoe.verifier.blocks import block_size, by_entry, places, without_bound
 from refmoe.verifier.contested import Contested
-from refmoe.verifier.findings import CONTESTABLE, FORCED
+from refmoe.verifier.findings import CONTESTABLE, FORCED, ContestableCode
 from refmoe.verifier.routing import Routing, invalid_choices, judge, valid
 from refmoe.verifier.subject import Findings, Subject
 from refmoe.verifier.tally import Tally
@@ -39,6 +40,12 @@ Key = tuple[str, str]
 def is_rotated(name: str) -> bool:
     """Whether a tap shows positions themselves. All other taps depend only on their differences."""
     return name.endswith((".attention.q_rope", ".attention.k_rope"))
+
+
+def beside(name: str, step: str) -> str:
+    """The tap of a step in the layer of another tap, such as of the one that reads it."""
+    layer = layer_of(name)
+    return step if layer is None or step == "final_norm" else f"layers.{layer}.{step}"
 
 
 @dataclass(frozen=True)
@@ -153,7 +160,10 @@ class Pass:
             x = without_bound(x, self._unknown)
         outside = 0
         if dumped is not None:
-            x = self._contested.explained(x, dumped, self.policy.at(step)) if isinstance(x, Enclosure) else x
+            if isinstance(x, Enclosure) and x.choices is not None:
+                whole, x = x, self._contested.explained(x, dumped, self.policy.at(step))
+                if step in PROJECTIONS:
+                    self._note_codes(name, step, whole)
             outside = self._test(name, step, x, dumped)
             if self.findings.open_choices:
                 self._note_unbounded(name, step, x)
@@ -220,6 +230,25 @@ class Pass:
             format = self.policy.at("attention.probs")
             values = np.asarray(rest, np.float64).reshape(-1)
             tally.add(nothing, values, format, OF_DTYPE[array.dtype], place, False)
+
+    def _note_codes(self, name: str, step: str, x: Enclosure) -> None:
+        """Record the contestable codes that a product reads.   x: with the choices
+
+        Two experts that read a token have its codes in common.
+        """
+        tap = PROJECTIONS[step][1]
+        for row in self._contested.rows(x):
+            own = (self._start + row.place[0], *(row.place[1:2] if tap == "expert.hidden" else ()))
+            for i, column in enumerate(row.contest.columns):
+                rule, *others = (choice[i] for choice in row.contest.choices)
+                made = ContestableCode(
+                    run=self._run.run, tap=beside(name, tap), where=(*own, column), product=name,
+                    format=row.contest.format, ideal=row.contest.ideal[i], rule=rule,
+                    other=next(code for code in others if code != rule), found=row.found(i),
+                )  # fmt: skip
+                known = self.findings.codes
+                place = (made.run, made.tap, made.where, made.format)
+                known[place] = known[place] if made.found is None and place in known else made
 
     def _note_unbounded(self, name: str, step: str, x: Enclosure) -> None:
         """Record the tokens of a tap that have no finite variance at all."""

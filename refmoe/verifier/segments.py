@@ -72,6 +72,7 @@ def merge(found: Sequence[Findings], runs: Sequence[Run]) -> Findings:
         whole.open_choices |= part.open_choices
         whole.unbounded |= part.unbounded
         whole.decisions += part.decisions
+        whole.codes |= part.codes
         for kind, count in part.counts.items():
             whole.counts[kind] = whole.counts.get(kind, 0) + count
     order = {run.run: i for i, run in enumerate(runs)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from refmoe.arithmetic.arrays import Tap
 from refmoe.profiles.policy import Policy
@@ -14,7 +15,7 @@ from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS, READ_OUT_TAPS, step_of
 from refmoe.steps.enclosure_ops import EnclosureOps
 from refmoe.steps.rounding import CUT_STEPS
 from refmoe.traces.trace import Run
-from refmoe.verifier.findings import Decision
+from refmoe.verifier.findings import ContestableCode, Decision
 from refmoe.verifier.ranking import Ranking
 from refmoe.verifier.tally import Tally
 
@@ -55,6 +56,8 @@ class Findings:
 
     tallies: dict[tuple[str, str], Tally] = field(default_factory=dict)
     decisions: list[Decision] = field(default_factory=list)
+    codes: dict[tuple[Any, ...], ContestableCode] = field(default_factory=dict)
+    """The codes that rounding alone decides, by their place. A later product that reads a code says more about it."""
     counts: dict[tuple[str, bool], int] = field(default_factory=dict)
     """The number of decisions per kind and legality."""
     invalid: dict[tuple[str, str], str] = field(default_factory=dict)

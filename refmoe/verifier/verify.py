@@ -25,6 +25,7 @@ from refmoe.verifier.findings import (
     PASS,
     UNDECIDABLE,
     Check,
+    ContestableCode,
     Decision,
     Report,
     as_set,
@@ -87,7 +88,27 @@ def verify(
         _, again = judge(Reading(unrounded=True))
         checks = apply_second_pass(checks, again, "this step read its input before it was stored")
     report = conclude(trace, name, policy, settings.significance, contents, findings, checks)
-    return replace(report, notes=(*report.notes, *unknown_codes(checks))) if coded else report
+    if not coded:
+        return report
+    codes = in_order(findings.codes.values(), checks)
+    return replace(report, codes=codes, notes=(*report.notes, *unknown_codes(checks), *flipping_codes(codes)))
+
+
+def in_order(codes: Iterable[ContestableCode], checks: Iterable[Check]) -> tuple[ContestableCode, ...]:
+    """Codes in order of computation.   checks: of their inputs too, in order of computation"""
+    order = {(check.run, check.tap): i for i, check in enumerate(checks)}
+    return tuple(sorted(codes, key=lambda code: (order[code.run, code.tap], code.where, code.format)))
+
+
+def flipping_codes(codes: tuple[ContestableCode, ...]) -> list[str]:
+    """A sentence about the codes that rounding alone decides."""
+    if not codes:
+        return []
+    return [
+        f"rounding alone decides {len(codes)} code{'' if len(codes) == 1 else 's'} of inputs; one that flips changes "
+        f"what follows, so that logits of two legal engines can differ by a hundredth of their size, and no narrow verdict "
+        f"on logits alone is possible"
+    ]
 
 
 def unknown_codes(checks: Iterable[Check]) -> list[str]:

@@ -23,6 +23,7 @@ from refmoe.verifier.findings import (
     TIE,
     UNDECIDABLE,
     Check,
+    ContestableCode,
     Decision,
     Element,
     Explanation,
@@ -101,6 +102,21 @@ def conformant(layers: int = 2, runs: int = 3, tokens: int = 16) -> Report:
         checks=tuple(checks),
         decisions=tuple(decisions),
     )
+
+
+def code(number: int, found: float | None) -> ContestableCode:
+    """A code between 45 and 46.   found: the engine's"""
+    return ContestableCode(
+        run="prefill", tap="layers.0.attention_norm", where=(number, 41), product="layers.0.attention.v",
+        format="q8_k", ideal=45.4999977, rule=45.0, other=46.0, found=found,
+    )  # fmt: skip
+
+
+def quantised() -> Report:
+    """The report of a healthy engine with quantised matrices, four of whose codes rounding alone decides."""
+    found = (45.0, 46.0, None, 46.0)
+    codes = tuple(code(i, each) for i, each in enumerate(found))
+    return replace(conformant(), policy="llama.cpp-quantised", codes=codes)
 
 
 def failing(layers: int = 2, runs: int = 3, tokens: int = 16) -> Report:
@@ -277,6 +293,7 @@ def hostile() -> Report:
         headline=HOSTILE,
         checks=(bad, other),
         decisions=(choice,),
+        codes=(replace(code(0, 46.0), run=HOSTILE, tap=tap, product=HOSTILE, format=HOSTILE),),
         first_wrong=(HOSTILE, tap),
         missing=(HOSTILE,),
         unknown=(HOSTILE,),
@@ -370,8 +387,9 @@ def all_wrong() -> Report:
         for i, c in enumerate(report.checks)
     )
     decisions = tuple(replace(d, legal=d.token % 2 == 0) for d in report.decisions)
-    return replace(report, checks=checks, decisions=decisions, first_wrong=("prefill", "embedding"))
+    codes = tuple(code(i, 46.0) for i in range(7000))
+    return replace(report, checks=checks, decisions=decisions, codes=codes, first_wrong=("prefill", "embedding"))
 
 
-SMALL = {make.__name__: make for make in (conformant, failing, undecidable, empty, hostile, not_finite)}
+SMALL = {make.__name__: make for make in (conformant, quantised, failing, undecidable, empty, hostile, not_finite)}
 SAMPLES = SMALL | {"large": large, "all_wrong": all_wrong}

@@ -18,10 +18,10 @@ from refmoe.report.glossary import TERMS
 from refmoe.report.heat_map import LEVELS, heat_map, level
 from refmoe.report.html import LISTED, to_html
 from refmoe.report.routing_strips import DRAWN, routing_strips
-from refmoe.report.wording import lead, place
+from refmoe.report.wording import code_place, lead, place
 from refmoe.verifier.findings import FAIL, PASS, UNDECIDABLE, Element
 from tests.report.sample_pages import all_pages
-from tests.report.sample_reports import HOSTILE, SAMPLES, WRONG, all_wrong, conformant, empty, failing, large
+from tests.report.sample_reports import HOSTILE, SAMPLES, WRONG, all_wrong, conformant, empty, failing, large, quantised
 
 GLOSSARY = Path(__file__).parents[2] / "docs" / "glossary.md"
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -135,6 +135,7 @@ def test_pages_stay_small_and_lists_end(pages: dict[str, str]) -> None:
     assert len(pages["all_wrong"].encode()) < 3_000_000
     assert f"and {47_160 - LISTED} more, in the JSON report" in pages["all_wrong"]
     assert f"and {50_008 - LISTED} more, in the JSON report" in pages["all_wrong"]
+    assert f"and {7000 - LISTED} more codes, in the JSON report" in pages["all_wrong"]
     outline = Outline(pages["all_wrong"])
     assert len(outline.tags) < 30_000
 
@@ -150,6 +151,13 @@ def test_the_page_says_what_the_report_says(pages: dict[str, str]) -> None:
     ):  # fmt: skip
         assert words in texts, words
     assert texts.index("router-input-unnormalised") < texts.index(first.reason)
+
+
+def test_the_page_names_the_codes_that_are_not_the_rule_s(pages: dict[str, str]) -> None:
+    texts = " ".join(" ".join(Outline(pages["quantised"]).texts).split())
+    for each in quantised().codes:
+        assert (code_place(each) in texts) == each.deviates
+    assert 'id="codes"' not in pages["conformant"]
 
 
 def test_a_cell_s_colour_and_symbol_follow_verdict_and_size() -> None:

@@ -4,14 +4,24 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from refmoe.report.verification import LISTED, print_report
-from refmoe.report.wording import choice, in_short, lead, why
+from refmoe.report.wording import choice, code, code_place, in_short, lead, why
 from refmoe.verifier.findings import FAIL, Report
-from tests.report.sample_reports import SAMPLES, all_wrong, conformant, empty, failing, hostile, undecidable
+from tests.report.sample_reports import (
+    SAMPLES,
+    all_wrong,
+    conformant,
+    empty,
+    failing,
+    hostile,
+    quantised,
+    undecidable,
+)
 
 
 def printed(report: Report, width: int = 118, *, terminal: bool = False) -> str:
@@ -49,6 +59,17 @@ def test_each_failure_and_gap_is_listed() -> None:
         assert words in text
 
 
+def test_codes_other_than_the_rule_s_are_listed_and_without_one_all_are() -> None:
+    report = quantised()
+    text = printed(report)
+    for each in report.codes:
+        assert (code_place(each) in text) == each.deviates
+    assert code(report.codes[1]) in text
+    undecided = replace(report, codes=(report.codes[0], report.codes[2]))
+    assert all(code_place(each) in printed(undecided) for each in undecided.codes)
+    assert "codes:" not in printed(conformant())
+
+
 def test_a_legal_error_is_not_a_number() -> None:
     """Nearly all of the allowed error is used by every honest engine: it must not look like a near miss."""
     assert {row(printed(conformant()), step)[4] for step in ("attention.q", "logits")} == {"legal"}
@@ -76,6 +97,7 @@ def test_no_list_is_without_end() -> None:
     assert text.count("FAIL  layers.0.") <= 2 * LISTED + 1
     assert "and 47149 more\n" in text
     assert "and 49998 illegal decisions more\n" in text
+    assert f"and {7000 - LISTED} more codes" in text
     assert len(text) < 20_000
 
 

@@ -11,8 +11,8 @@ import jsonschema
 import pytest
 
 from refmoe.report.verification_json import schema, to_json
-from refmoe.verifier.findings import Check, Decision, Element, Explanation, Report
-from tests.report.sample_reports import SMALL, failing, hostile, not_finite
+from refmoe.verifier.findings import Check, ContestableCode, Decision, Element, Explanation, Report
+from tests.report.sample_reports import SMALL, failing, hostile, not_finite, quantised
 
 
 def refuse(name: str) -> None:
@@ -46,12 +46,13 @@ def restored(document: dict[str, Any]) -> Report:
         element = None if worst is None else Element(**numbers(Element, worst))
         checks.append(Check(**numbers(Check, entry), worst=element))
     decisions = [Decision(**numbers(Decision, entry)) for entry in document.pop("decisions")]
+    codes = [ContestableCode(**numbers(ContestableCode, entry)) for entry in document.pop("codes")]
     document.pop("format_version")
     if document["explanations"] is not None:
         document["explanations"] = tuple(
             Explanation(**numbers(Explanation, entry)) for entry in document.pop("explanations")
         )
-    return Report(**numbers(Report, document), checks=tuple(checks), decisions=tuple(decisions))
+    return Report(**numbers(Report, document), checks=tuple(checks), decisions=tuple(decisions), codes=tuple(codes))
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -66,6 +67,7 @@ def test_fields_are_those_of_the_findings_and_each_is_documented() -> None:
         (Report, document, described),
         (Check, document["checks"][0], described["$defs"]["check"]),
         (Decision, document["decisions"][0], described["$defs"]["decision"]),
+        (ContestableCode, parsed(quantised())["codes"][0], described["$defs"]["code"]),
         (Explanation, document["explanations"][0], described["$defs"]["explanation"]),
         (Element, next(c["worst"] for c in document["checks"] if c["worst"]), described["$defs"]["element"]),
     )

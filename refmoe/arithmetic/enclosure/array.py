@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from refmoe.arithmetic.codes import Contest
 from refmoe.arithmetic.formats import FLOAT32, Format, nearest, representable, ulp
 
 OWN = 2.0**-52
@@ -39,10 +40,12 @@ class Choices:
     """The midpoints of the other results."""
     radius: Any
     """Of each result by itself."""
+    contests: Mapping[int, Contest] = field(default_factory=dict)
+    """What the results of a row are choices of, by the row's number. Their order is that of the choices."""
 
     def map(self, move: Callable[[Any], Any]) -> Choices:
         """The choices with `move` applied to every array."""
-        return Choices(row=move(self.row), mids=tuple(map(move, self.mids)), radius=move(self.radius))
+        return replace(self, row=move(self.row), mids=tuple(map(move, self.mids)), radius=move(self.radius))
 
 
 class Enclosure:
@@ -338,10 +341,13 @@ def _joined_choices(parts: Any, axis: int) -> Choices | None:
         return None
     most = max(len(part.choices.mids) for part in parts if part.choices is not None)
     rows, mids, radius = [], [], []
+    contests: dict[int, Contest] = {}
     for part in parts:
         own = part.choices or Choices(row=np.full(part.shape, -1), mids=(), radius=np.zeros(part.shape) + part.r)
         rows.append(own.row)
         mids.append([*own.mids, *[part.mid] * (most - len(own.mids))])
         radius.append(own.radius)
+        contests |= own.contests
     others = tuple(np.concatenate(each, axis) for each in zip(*mids, strict=True))
-    return Choices(row=np.concatenate(rows, axis), mids=others, radius=np.concatenate(radius, axis))
+    rows, radius = np.concatenate(rows, axis), np.concatenate(radius, axis)
+    return Choices(row=rows, mids=others, radius=radius, contests=contests)

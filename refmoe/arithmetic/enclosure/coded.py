@@ -19,7 +19,17 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.arithmetic.codes import FIXED, FREE_CODES, SMALL, STORED, TOWARD_ZERO, Factors, InputFormat, quantise
+from refmoe.arithmetic.codes import (
+    FIXED,
+    FREE_CODES,
+    SMALL,
+    STORED,
+    TOWARD_ZERO,
+    Contest,
+    Factors,
+    InputFormat,
+    quantise,
+)
 from refmoe.arithmetic.enclosure.array import (
     OWN,
     SLACK,
@@ -55,6 +65,8 @@ class Left:
     """Integers [t]: the row that each row is a choice of, in order; None: each row is a row of its own."""
     rows: int = 0
     """The rows without other choices: rows 0 to `rows` - 1 come first, and their other choices after them."""
+    contests: tuple[Contest, ...] = ()
+    """What is chosen in each row that has other choices, in the order of rows."""
 
 
 # ---- the left factor
@@ -71,14 +83,16 @@ def left_factor(x: Enclosure, how: InputFormat, groups: int) -> Left:
     codes = quantise(x.mid, how)
     doubt = codes.contestable()
     many = doubt.sum(-1) > FREE_CODES
-    parts, owners = [codes], [*range(len(x.mid))]
-    for row in np.flatnonzero(doubt.any(-1) & ~many):
-        others = codes.alternatives(int(row), np.flatnonzero(doubt[row]))
+    parts, owners, contests = [codes], [*range(len(x.mid))], list[Contest]()
+    for row in map(int, np.flatnonzero(doubt.any(-1) & ~many)):
+        columns = np.flatnonzero(doubt[row])
+        others = codes.alternatives(row, columns)
+        contests.append(codes.contest(row, columns, others))
         parts += others
-        owners += [int(row)] * len(others)
+        owners += [row] * len(others)
     values = np.concatenate([part.values for part in parts])
     sums = np.concatenate([part.sums(groups) for part in parts]) if groups else None
-    left = Left(values=values, sums=sums, owners=np.asarray(owners), rows=len(x.mid))
+    left = Left(values=values, sums=sums, owners=np.asarray(owners), rows=len(x.mid), contests=tuple(contests))
     loose = many | codes.unknown
     return _loosened(left, _unknown(x, how, groups), np.flatnonzero(loose)) if loose.any() else left
 
@@ -244,9 +258,9 @@ def with_choices(made: Enclosure, left: Left, names: Iterable[int]) -> Enclosure
     rows = left.rows
     if len(made.mid) == rows:
         return made
-    owners = left.owners[rows:]
+    owners, numbers = left.owners[rows:], [*names]
     row = np.full((rows, 1), -1)
-    row[np.unique(owners), 0] = [*names]
+    row[np.unique(owners), 0] = numbers
     most = int(np.bincount(owners).max())
     mids = [made.mid[:rows].copy() for _ in range(most)]
     radius, variance = made.radius[:rows], made.variance[:rows]
@@ -257,7 +271,8 @@ def with_choices(made: Enclosure, left: Left, names: Iterable[int]) -> Enclosure
             np.maximum(radius[owner], made.radius[at], out=radius[owner])
         distance = np.max([np.abs(mid[owner] - made.mid[owner]) for mid in mids], axis=0)
         hull[owner] = (radius[owner] + distance) * SLACK
-    choices = Choices(row=np.broadcast_to(row, hull.shape), mids=tuple(mids), radius=radius)
+    contests = dict(zip(numbers, left.contests, strict=True))
+    choices = Choices(row=np.broadcast_to(row, hull.shape), mids=tuple(mids), radius=radius, contests=contests)
     far = hull - radius
     return Enclosure(
         made.mid[:rows], hull, variance + far**2 / 3, accumulation=made.accumulation, choices=choices,
