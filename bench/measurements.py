@@ -884,7 +884,27 @@ options for each build; file: {link("quantised.json")}.
 The same traces, judged by a policy that is not the engine's own. The values are those of products and of contexts, the
 sums over cached values.
 
-{table(wrong, caches)}"""
+{table(wrong, caches)}
+
+{gguf_readers()}"""
+
+
+def gguf_readers() -> str:
+    """What independent readers make of the weights of quantised files."""
+    rows, found = [], results("gguf_readers")
+    for reader in dict.fromkeys(row["reader"] for row in found):
+        mine = [row for row in found if row["reader"] == reader]
+        rows.append((
+            reader, f"{sum(not row['refused'] for row in mine)}", f"{sum(row['values'] for row in mine):,}",
+            f"{sum(row['values'] - row['equal'] - row['zeros'] for row in mine):,}",
+            f"{sum(row['zeros'] for row in mine):,}", ", ".join(row["format"] for row in mine if row["refused"]) or "-",
+        ))  # fmt: skip
+    return f"""Readers of GGUF that share no code with llama.cpp read a case in each format and mixture. Their weights
+were compared with those that refmoe reads, bit by bit.
+Commands: `python -m bench.gguf_readers FOLDER --write`, and then `python -m bench.gguf_readers FOLDER --reader NAME`;
+file: {link("gguf_readers.json")}.
+
+{table(("reader", "files", "weights", "other values", "zeros with another sign", "refused"), rows)}"""
 
 
 def quantised_bugs() -> str:

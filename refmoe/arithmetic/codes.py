@@ -17,7 +17,7 @@ import numpy as np
 from refmoe.arithmetic.formats import FLOAT32, Format, nearest, ulp
 
 FREE_CODES = 4
-"""The most contestable codes of a row that are tried in every combination. The error of others counts in full."""
+"""The most contestable codes of a row that are tried in every combination. Of more, each may be either of two."""
 SMALL = 2.0**-100
 """A block whose largest magnitude is below has codes that depend on how an engine underflows."""
 

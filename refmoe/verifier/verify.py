@@ -106,8 +106,8 @@ def flipping_codes(codes: tuple[ContestableCode, ...]) -> list[str]:
         return []
     return [
         f"rounding alone decides {len(codes)} code{'' if len(codes) == 1 else 's'} of inputs; one that flips changes "
-        f"what follows, so that logits of two legal engines can differ by a hundredth of their size, and no narrow verdict "
-        f"on logits alone is possible"
+        f"what follows, so that logits of two legal engines can differ by a hundredth of their size, and no narrow "
+        f"verdict on logits alone is possible"
     ]
 
 

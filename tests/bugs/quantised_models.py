@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from refmoe.bugs.changed_weights import mapped
+from refmoe.bugs.mutant import POLICY
 from refmoe.bugs.quantised.bug import QuantisedBug
 from refmoe.bugs.quantised.catalogue import QUANTISED, known_bugs
 from refmoe.bugs.quantised.engine import run
@@ -36,9 +37,16 @@ from tests.checkpoints import quantised_folders
 
 CASE = "production-head-32"
 """The smallest case whose rows are whole blocks of 256."""
+CODES = "+codes"
+"""After the name of a model in FP8, where the engine makes codes of inputs too."""
+FP8_CODES = {
+    "fp8-channel+codes": "bfloat16+consumers=stored+fp8-channel.input=e4m3-token",
+    "fp8-block128+codes": "bfloat16+consumers=stored+fp8-block128x128.input=e4m3-block128",
+}
 INT8 = "bfloat16+consumers=stored+int8-channel.input=int8-token"
 RULES = {
     **dict.fromkeys(FORMATS, "llama.cpp-quantised"), "ct-int8-channel": INT8,
+    **FP8_CODES,
     **dict.fromkeys((*RECIPES, "ct-int8-zeros", "gptq", "gptq-v2", "gptq-act-order", "awq", "fp8-tensor"), "bfloat16"),
 }  # fmt: skip
 """The quantised models, by a format of GGUF, a recipe or a variant of a folder, and the policy of an engine for each.
@@ -100,8 +108,8 @@ def setting(name: str) -> Setting:
     path, parameters = Path(_folder().name) / name, uneven(case.config, case.checkpoint().parameters)
     if name in FORMATS:
         write_gguf(path, case.config, parameters, name)
-    elif name in RECIPES:
-        write_quantised(path, case.config, parameters, name, "bfloat16")
+    elif (recipe := name.removesuffix(CODES)) in RECIPES:
+        write_quantised(path, case.config, parameters, recipe, "bfloat16")
     else:
         quantised_folders.write(path, quantised_folders.VARIANTS[name], case.config, parameters)
     loaded = load_checkpoint(path)
@@ -112,7 +120,11 @@ def models_of(bug: QuantisedBug) -> list[str]:
     """The models that can show a bug."""
     if bug.id in SHOWN_BY:
         return [SHOWN_BY[bug.id]]
-    return [model for each in bug.formats if (model := OF_FORMAT.get(each, each)) in RULES]
+    models = [OF_FORMAT.get(each, each) for each in bug.formats]
+    if bug.changes == POLICY:  # a bug of inputs shows where codes are made of them
+        models = [model + CODES if model + CODES in RULES else model for model in models]
+        models = [model for model in models if model.endswith(CODES) or "fp8" not in model]
+    return [model for model in models if model in RULES]
 
 
 def traced(bug: QuantisedBug | None, model: str) -> Trace:

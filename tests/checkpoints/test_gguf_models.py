@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,6 +29,7 @@ from refmoe.checkpoints.synthetic import synthetic_checkpoint
 from refmoe.engines.adapters import llama_cpp
 from refmoe.spec.config import Config
 from refmoe.traces.script import Call, plan
+from tests.checkpoints.gguf_names import canonical
 from tests.command_line import Refmoe
 
 pytestmark = pytest.mark.skipif(find_spec("gguf") is None, reason="gguf not installed: pip install -e '.[test]'")
@@ -62,31 +64,9 @@ def values_by_gguf(path: Path) -> dict[str, NDArray[np.float32]]:
     return {each.name: gguf().quants.dequantize(each.data, each.tensor_type) for each in reader.tensors}
 
 
-def unpermuted(rows: NDArray[Any]) -> NDArray[Any]:
-    """Rows (2i, 2i + 1) of each head back at (i, i + d/2): the inverse of llama.cpp's `permute`."""
-    head = UNEVEN.head_dim
-    order = [start + turn for start in range(0, len(rows), head) for turn in (*range(0, head, 2), *range(1, head, 2))]
-    return rows[order]
-
-
 def expected(path: Path) -> dict[str, NDArray[np.float32]]:
     """Every parameter by its canonical name, from the package's values."""
-    of_file = values_by_gguf(path)
-    found = {"embedding": "token_embd", "final_norm": "output_norm", "output": "output"}
-    for i in range(UNEVEN.layers):
-        ours, theirs = f"layers.{i}.", f"blk.{i}."
-        found |= {ours + "attention_norm": theirs + "attn_norm", ours + "moe_norm": theirs + "ffn_norm"}
-        found |= {ours + "router.gate": theirs + "ffn_gate_inp", ours + "attention.wo": theirs + "attn_output"}
-        found |= {f"{ours}attention.w{x}": f"{theirs}attn_{x}" for x in "qkv"}
-    values = {ours: of_file[f"{theirs}.weight"] for ours, theirs in found.items()}
-    for name in values:
-        if name.endswith((".wq", ".wk")):
-            values[name] = unpermuted(values[name])
-    for i in range(UNEVEN.layers):
-        for ours, theirs in {"w1": "gate", "w2": "down", "w3": "up"}.items():
-            for e, matrix in enumerate(of_file[f"blk.{i}.ffn_{theirs}_exps.weight"]):
-                values[f"layers.{i}.experts.{e}.{ours}"] = matrix
-    return values
+    return canonical(values_by_gguf(path), UNEVEN)
 
 
 def assert_bits(found: NDArray[Any], wanted: NDArray[Any], name: str) -> None:
@@ -112,6 +92,25 @@ def test_every_weight_has_the_bits_that_gguf_gives(kind: str, tmp_path: Path) ->
             assert_bits(weight.block(1, 4), wanted[name][1:4], name)
             assert weight.block(1, 4, np.float64).dtype == np.float64
     assert loaded.parameters.output is not loaded.parameters.embedding
+
+
+def test_independent_readers_gave_the_same_weights() -> None:
+    """In the results of `python -m bench.gguf_readers`; a zero may have the other sign."""
+    rows = json.loads((Path(__file__).parents[2] / "bench" / "results" / "gguf_readers.json").read_text("utf-8"))
+    assert {row["reader"].split()[0] for row in rows} == {"tinygrad", "candle-nn"}
+    assert {row["format"] for row in rows if row["values"]} >= {*KINDS, "float32", "float16", "bfloat16"}
+    assert [row for row in rows if row["equal"] + row["zeros"] != row["values"]] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Q5_0", "Q4_1", "MXFP4"])
+def test_tinygrad_reads_the_same_weights(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("tinygrad.llm.gguf", reason="tinygrad not installed: pip install tinygrad==0.14.0")
+    from bench.gguf_readers import by_tinygrad
+
+    weights = named_weights(load_checkpoint(path := written(tmp_path, kind)).parameters)
+    for name, wanted in canonical(by_tinygrad(path), UNEVEN).items():
+        np.testing.assert_array_equal(weights[name].read(), wanted, err_msg=name)
 
 
 @kinds

@@ -25,6 +25,7 @@ from refmoe.arithmetic.codes import (
     SMALL,
     STORED,
     TOWARD_ZERO,
+    Codes,
     Contest,
     Factors,
     InputFormat,
@@ -76,7 +77,8 @@ class Left:
 def left_factor(x: Enclosure, how: InputFormat, groups: int) -> Left:
     """The input [t, n] of a product as an engine makes codes of it.   groups: of offsets in a row; 0: no offsets
 
-    If the input is known, its codes are, but for contestable ones. Each choice of these is a row of its own.
+    If the input is known, its codes are, but for contestable ones. Each choice of these is a row of its own, but in a
+    row with many of them each may be either.
     """
     if x.radius is not None or not representable(x.mid, FLOAT32).all():
         return _unknown(x, how, groups)
@@ -93,7 +95,12 @@ def left_factor(x: Enclosure, how: InputFormat, groups: int) -> Left:
     values = np.concatenate([part.values for part in parts])
     sums = np.concatenate([part.sums(groups) for part in parts]) if groups else None
     left = Left(values=values, sums=sums, owners=np.asarray(owners), rows=len(x.mid), contests=tuple(contests))
-    loose = many | codes.unknown
+    either = many & ~codes.unknown
+    loose = codes.unknown
+    if groups and how.sums is not None:  # a stored sum is rounded, so it does not follow from the ends of the codes
+        either, loose = np.zeros_like(either), loose | many
+    if either.any():
+        left = _loosened(left, _either(codes, groups), np.flatnonzero(either))
     return _loosened(left, _unknown(x, how, groups), np.flatnonzero(loose)) if loose.any() else left
 
 
@@ -109,6 +116,16 @@ def _loosened(left: Left, rough: Left, rows: Any) -> Left:
 
     parts = ("values", "sums", "radius", "sums_radius")
     return replace(left, **{part: joined(getattr(left, part), getattr(rough, part)) for part in parts})
+
+
+def _either(codes: Codes, groups: int) -> Left:
+    """Rows in which each contestable code may be either of two, whatever the others are. All other codes are known."""
+    low, high = codes.ends()
+    mid, radius = low / 2 + high / 2, (high - low) / 2
+    if not groups:
+        return Left(values=mid, sums=None, radius=radius, rows=len(mid))
+    sums, off = (part.reshape(len(mid), groups, -1).sum(-1) for part in (mid, radius))
+    return Left(values=mid, sums=sums, radius=radius, sums_radius=off * SLACK, rows=len(mid))
 
 
 def _unknown(x: Enclosure, how: InputFormat, groups: int) -> Left:

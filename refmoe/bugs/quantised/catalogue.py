@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from refmoe.bugs.catalogue import MUTANTS
 from refmoe.bugs.mutant import Mutant
-from refmoe.bugs.quantised import blocks, folders, inputs, sums
+from refmoe.bugs.quantised import blocks, folders, fp8_inputs, inputs, sums
 from refmoe.bugs.quantised.bug import QUANTISED, QuantisedBug
 from refmoe.checkpoints.names import named_weights
 from refmoe.checkpoints.rows import RowWeight
@@ -25,4 +25,4 @@ def known_bugs(parameters: Parameters) -> tuple[Mutant, ...]:
     return (*MUTANTS.values(), *bugs_of(parameters))
 
 
-__all__ = ["QUANTISED", "blocks", "bugs_of", "folders", "inputs", "known_bugs", "sums"]
+__all__ = ["QUANTISED", "blocks", "bugs_of", "folders", "fp8_inputs", "inputs", "known_bugs", "sums"]

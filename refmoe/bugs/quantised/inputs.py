@@ -41,12 +41,12 @@ class WrongCodes(InputFormat):
         return right if self.change is None else self.change(right, np.asarray(x, np.float64))
 
 
-def input_bug(id: str, **facts: Any) -> Callable[[Change], Change]:
-    """Decorates a function that makes wrong codes."""
+def input_bug(id: str, kind: str = "int8", **facts: Any) -> Callable[[Change], Change]:
+    """Decorates a function that makes wrong codes.   kind: of the codes"""
 
     def decorate(change: Change) -> Change:
         def wrong(how: Any) -> Any:
-            if not isinstance(how, InputFormat) or how.kind != "int8":
+            if not isinstance(how, InputFormat) or how.kind != kind:
                 return how
             return WrongCodes(**{each.name: getattr(how, each.name) for each in fields(InputFormat)}, change=change)
 

@@ -11,6 +11,7 @@ from refmoe.arithmetic.formats import FLOAT16, Format
 from refmoe.bugs.mutant import POLICY
 from refmoe.bugs.quantised.bug import register
 from refmoe.bugs.quantised.coarse_sums import CoarseSums
+from refmoe.bugs.quantised.folders import FP8
 from refmoe.bugs.quantised.inputs import ALL, BLOCKS
 from refmoe.profiles.policy import Policy
 
@@ -45,5 +46,11 @@ register(
     "quantised-sums-never-promoted", POLICY, coarse(FOURTEEN_BITS),
     "All sums stay in the accumulator of a tensor core, of fourteen bits. They are to be moved to float32 at times.",
     formats=BLOCKS, fix="add the sums of each 128 terms up in float32", by_size=True,
+    sources=["deepseek-ai/DeepGEMM/issues/50", "deepseek-ai/DeepGEMM/issues/37", "NVIDIA/cutlass/pull/3149"],
+)  # fmt: skip
+register(
+    "quantised-fp8-sums-never-promoted", POLICY, coarse(FOURTEEN_BITS),
+    "Sums of FP8 products stay in the accumulator of a tensor core, of fourteen bits, and never move to float32.",
+    formats=FP8, fix="add the sums of each 128 terms up in float32", by_size=True,
     sources=["deepseek-ai/DeepGEMM/issues/50", "deepseek-ai/DeepGEMM/issues/37", "NVIDIA/cutlass/pull/3149"],
 )  # fmt: skip

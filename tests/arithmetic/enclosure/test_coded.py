@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refmoe.arithmetic.codes import Codes, Factors, InputFormat, quantise
+from refmoe.arithmetic.codes import FREE_CODES, Codes, Factors, InputFormat, quantise
 from refmoe.arithmetic.enclosure.array import Enclosure
 from refmoe.arithmetic.enclosure.coded import (
     candidates,
@@ -168,9 +168,10 @@ def test_every_input_within_its_radius_is_inside(seed: int, name: str, offsets: 
             assert abs(y - found.mid[0, 0]) <= found.r[0, 0]
 
 
-def test_more_boundaries_than_are_tried_count_as_a_step_each() -> None:
+@pytest.mark.parametrize("name", ["q8_0", "q8_1"])
+def test_more_boundaries_than_are_tried_count_as_a_step_each(name: str) -> None:
     """Eight codes of a row lie between two integers exactly: either way is inside, and so is every mixture."""
-    rng, how = np.random.default_rng(3), SMALL["q8_0"]
+    rng, how = np.random.default_rng(3), SMALL[name]
     x = (rng.integers(-126, 126, (BLOCKS, WIDTH)) + 0.5).astype(single)
     x[:, 0] = 127
     x, w = x.reshape(1, -1), matrix(rng, offsets=True)
@@ -179,6 +180,21 @@ def test_more_boundaries_than_are_tried_count_as_a_step_each() -> None:
     for choice in every_choice(codes):
         for y in in_every_order(choice, w):
             assert abs(y - found.mid[0, 0]) <= found.r[0, 0]
+
+
+def test_a_code_that_is_sure_has_no_room_beside_many_that_are_not() -> None:
+    """The matrix has zeros where the codes lie at a boundary, so that nothing is left open."""
+    rng, how = np.random.default_rng(7), SMALL["q8_0"]
+    x = np.array([[127, 3.5, 4.5, -7.5, 127, 9.5, 1.5, 2, 127, 3.5, 8.5, -5]], single)
+    w = matrix(rng, offsets=False)
+    codes = quantise(x, how)
+    w = replace(w, codes=np.where(codes.contestable().reshape(BLOCKS, WIDTH), 0, np.abs(w.codes) + 1))
+    found = enclosed(Enclosure(x), w, how)
+    assert codes.contestable().sum() > FREE_CODES
+    for y in in_every_order(codes, w):
+        assert abs(y - found.mid[0, 0]) <= found.r[0, 0]
+    for y in in_every_order(codes.replaced(0, [7], [3]), w):
+        assert abs(y - found.mid[0, 0]) > found.r[0, 0]
 
 
 def test_a_wrong_code_is_outside_and_a_contestable_one_is_a_choice() -> None:
