@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cost of the assertions on kernels: each against one evaluation of its step in float32 by NumPy, in turns.
 
-Beside it stand the walls. An assertion on one value costs its calls. To judge a value of a step without sums takes many
-passes over arrays of binary64, and the time of one such pass is measured too.
+Few rows of a step without a matrix are proven legal. Their figures take longer, and are computed when one is read: that
+ratio stands beside.
+
+Beside them stand the walls. An assertion on one value costs its calls. To judge a value of a step without sums takes
+many passes over arrays of binary64, and the time of one such pass is measured too.
 
 Processor time is measured, which other processes of the machine change little. Use one thread: OMP_NUM_THREADS=1.
 
@@ -18,6 +21,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -27,6 +31,7 @@ import numpy as np
 import refmoe
 from refmoe.testing import screening
 from refmoe.testing.checking import PIECE
+from refmoe.verifier.tally import ROWS
 
 Work = Callable[[], Any]
 MODEL = {"D": 4096, "F": 14336, "E": 8, "k": 2, "H": 32, "K": 8, "d": 128, "S": 1024}
@@ -37,8 +42,12 @@ LEAST = dict.fromkeys(MODEL, 1) | {"d": 2}
 """One value, or one pair."""
 FLOOR = 50
 """Repeats of an assertion on one value, and of one on all values of a step."""
+SHORT = 0.2
+"""Seconds for which a short step is repeated, up to as often: its times differ by a fifth."""
 ALONE = ("rms norm", "rotary", "swiglu", "combine")
 """The steps without sums over a matrix."""
+PROVEN = (*ALONE, "router")
+"""The steps of which few rows are proven legal, and whose figures are computed when they are read."""
 WHOLE = 32
 """Tokens of which all values are judged."""
 
@@ -172,20 +181,34 @@ FAMILIES: dict[str, Callable[[Any, int, dict[str, int]], tuple[Work, Work]]] = {
 
 
 def measured(size: dict[str, int], tokens: list[int], repeats: int, only: str) -> Iterator[dict[str, Any]]:
-    """The least time of each family's step, and of its assertion without the step, for each number of tokens."""
+    """The median time of each family's step, and of its assertion without the step, for each number of tokens.
+
+    figures: the ratio of the assertion where a figure is read, if it is computed then
+    """
     for name, make in FAMILIES.items():
         if only not in name:
             continue
         for count in tokens:
             step, assertion = make(np.random.default_rng(0), count, size)
-            times: tuple[list[float], list[float]] = ([], [])
-            for _ in range(repeats):
-                for work, spent in zip((step, assertion), times, strict=True):
+            works: list[Work] = [step, assertion]
+            if count < ROWS and name in PROVEN:
+                works.append(partial(read, assertion))
+            times: list[list[float]] = [[] for _ in works]
+            begun = time.process_time()
+            while len(times[0]) < repeats or (time.process_time() - begun < SHORT and len(times[0]) < FLOOR):
+                for work, spent in zip(works, times, strict=True):
                     start = time.process_time()
                     work()
                     spent.append(time.process_time() - start)
-            plain, both = (statistics.median(each) for each in times)
-            yield {"step": name, "tokens": count, "numpy": plain, "assertion": both - plain, "ratio": both / plain - 1}
+            plain, both, *figures = (statistics.median(each) for each in times)
+            row = {"step": name, "tokens": count, "numpy": plain, "assertion": both - plain, "ratio": both / plain - 1}
+            yield row | ({"figures": figures[0] / plain - 1} if figures else {})
+
+
+def read(assertion: Work) -> float:
+    """A figure of an assertion."""
+    found: float = assertion().headroom
+    return found
 
 
 def per_value(size: dict[str, int], least: dict[str, float]) -> dict[str, float]:
@@ -221,11 +244,12 @@ def main() -> None:
     options = parser.parse_args()
     size = SMALL if options.small else MODEL
     rows = []
-    print(f"{'step':<26} {'tokens':>6} {'numpy s':>9} {'assert s':>9} {'ratio':>6}")
+    print(f"{'step':<26} {'tokens':>6} {'numpy s':>9} {'assert s':>9} {'ratio':>6} {'figures':>8}")
     for row in measured(size, options.tokens, options.repeats, options.only):
         rows.append(row)
         print(
-            f"{row['step']:<26} {row['tokens']:>6} {row['numpy']:>9.4f} {row['assertion']:>9.4f} {row['ratio']:>6.1f}",
+            f"{row['step']:<26} {row['tokens']:>6} {row['numpy']:>9.5f} {row['assertion']:>9.5f} {row['ratio']:>6.1f}"
+            + (f" {row['figures']:>8.1f}" if "figures" in row else ""),
             flush=True,
         )
     least = {row["step"]: row["assertion"] for row in measured(LEAST, [1], FLOOR, options.only)}

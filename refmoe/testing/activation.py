@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 
 from refmoe.arithmetic.enclosure.array import Enclosure
 from refmoe.arithmetic.enclosure.functions import relative_error
+from refmoe.arithmetic.formats import upcast
 from refmoe.errors import InputError
+from refmoe.profiles.policy import Policy
 from refmoe.steps.enclosure_ops import EnclosureOps
 from refmoe.testing.arguments import fit, flat, one_of, real
-from refmoe.testing.call import Change, Output, Plain
+from refmoe.testing.call import LEAST, WIDE, Change, Output, Plain, Room
 from refmoe.testing.judgement import Judgement, judge, require
 from refmoe.testing.options import Options, checked, chosen_rows, policy_for, selection
 from refmoe.testing.parameters import known
@@ -101,6 +103,16 @@ class Gated(Plain):
         np.divide(gate, found, out=found)
         found *= up
         return np.asarray(found)
+
+    def room(self, policy: Policy) -> Room | None:
+        if self.function != "silu" or "expert.silu.accumulation" in policy.cuts:
+            return None
+        # the errors of exp, 1 + exp and the inverse, and half a spacing of silu, which is half of u at least
+        gate, exact = (upcast(each, WIDE) for each in (self.gate, self.up))
+        divisor = np.exp(-gate)
+        divisor += 1
+        exact = gate / divisor * exact
+        return Room(exact, np.abs(exact) * (LEAST * (policy.exp.constant + 2.5) * policy.accumulation.u))
 
     def enclose(self, ops: EnclosureOps) -> Enclosure:
         return activated(ops, known(ops, self.gate), self.function) * known(ops, self.up)

@@ -8,10 +8,20 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
+import numpy as np
 from numpy.typing import NDArray
 
 from refmoe.arithmetic.enclosure.array import Enclosure
+from refmoe.profiles.policy import Policy
 from refmoe.steps.enclosure_ops import EnclosureOps
+
+SPREADS = 6.0
+"""Standard deviations that every limit allows for which an output is proven."""
+LEAST = 1 - 2.0**-10
+"""A factor that covers the error of computing a room."""
+WIDE = np.dtype(np.float64)
+EXPONENT = np.int64(0x7FF0000000000000)
+"""The bits of a binary64 that hold its exponent."""
 
 
 class Call(Protocol):
@@ -24,7 +34,38 @@ class Call(Protocol):
         """The enclosure of the output, before it is stored: [rows, ...]"""
 
 
-class Plain(ABC):
+@dataclass(frozen=True)
+class Room:
+    """Numbers that an output may be before it is stored: those that are near enough to the exact result."""
+
+    exact: NDArray[Any]
+    """Binary64, of the output's shape. Its error is far below the slack."""
+    slack: NDArray[Any]
+    """Binary64, of the same shape: distances that are less than the radius, and than `SPREADS` standard deviations."""
+
+
+class Provable(ABC):
+    """A call whose enclosure has a room that takes a few passes to compute."""
+
+    @abstractmethod
+    def some(self, at: Any) -> Self:
+        """The call for some rows only."""
+
+    @abstractmethod
+    def room(self, policy: Policy) -> Room | None:
+        """The room that the enclosure gives at least; None where it is not known.
+
+        policy: one whose sums and statistics are in float32
+        """
+
+
+def power_of_two(x: NDArray[Any]) -> NDArray[Any]:
+    """The largest power of two that |x| reaches, and 0 where there is none. x, result: binary64 [...]"""
+    power: NDArray[Any] = (x.view(np.int64) & EXPONENT).view(np.float64)
+    return power
+
+
+class Plain(Provable):
     """A call that can be evaluated without an enclosure. So a large output is judged in part."""
 
     @property
@@ -37,9 +78,8 @@ class Plain(ABC):
         """The number of terms that a value sums."""
         return 1
 
-    @abstractmethod
-    def some(self, at: Any) -> Self:
-        """The call for some rows only."""
+    def room(self, policy: Policy) -> Room | None:
+        return None
 
     def part(self, at: Any) -> Self:
         """The call for some places of the axis only."""

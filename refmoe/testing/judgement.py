@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,13 +16,18 @@ from refmoe.testing.checking import checked_in_pieces, enclosed
 from refmoe.testing.explanation import Failure, explain
 from refmoe.testing.message import message_of
 from refmoe.testing.options import significance_of
+from refmoe.testing.proof import kept, proven
 from refmoe.testing.screening import parts, shown
-from refmoe.verifier.findings import FAIL, PASS, Element
+from refmoe.verifier.findings import FAIL, PASS, Check, Element
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """The figures of one judged output. Its truth value is whether the output is legal."""
+    """The figures of one judged output. Its truth value is whether the output is legal.
+
+    Few values that a short proof shows to be legal have their figures computed when one is read, from copies of the
+    arrays.
+    """
 
     what: str
     policy: str
@@ -45,12 +50,12 @@ class Judgement:
     """The lean of all errors: 0 where they are rounded to nearest, 1 where they are truncated."""
     statistics: bool
     """Whether size and lean counted. They need enough rows, whose errors are independent enough."""
-    undecided: int = 0
+    undecided: int = field(default_factory=int)
     """The number of elements that have no bound."""
-    worst: Element | None = None
-    place: str = ""
+    worst: Element | None = field(default_factory=lambda: None)
+    place: str = field(default_factory=str)
     """The place of the worst element, in words."""
-    judged: int = 0
+    judged: int = field(default_factory=int)
     """The number of elements that were judged. All others were only compared with a plain evaluation."""
     explanations: tuple[str, ...] = ()
     """The mistakes that explain a failure: with any of them all values would be legal."""
@@ -59,6 +64,52 @@ class Judgement:
 
     def __bool__(self) -> bool:
         return self.verdict == PASS
+
+    @classmethod
+    def proven(cls, output: Output, policy: Policy, check: Callable[[], Check]) -> Judgement:
+        """A judgement that passes, whose figures are computed when one of them is read.
+
+        check: the check of the output, which has the figures
+        Fields without a default are no attributes of the class. So `__getattr__` is called for those that are not yet
+        there, and for nothing else.
+        """
+        judgement = object.__new__(cls)
+        vars(judgement).update(
+            what=output.what, policy=policy.name, verdict=PASS, values=output.found.size, rows=len(output.found),
+            explanations=(), message="", _figures=lambda: figures_of(output, check()),
+        )  # fmt: skip
+        return judgement
+
+    if not TYPE_CHECKING:  # to a type checker all fields are always there
+
+        def __getattr__(self, name: str) -> Any:
+            waiting = vars(self).get("_figures")
+            if waiting is None or name not in self.__dataclass_fields__:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            vars(self).update(waiting())
+            vars(self).pop("_figures", None)
+            return vars(self)[name]
+
+        def __getstate__(self) -> dict[str, Any]:
+            _ = self.reason  # what waits for its figures cannot be stored
+            return vars(self)
+
+
+def figures_of(output: Output, done: Check) -> dict[str, Any]:
+    """The fields of a judgement that a check has."""
+    return {
+        "reason": done.reason,
+        "headroom": done.worst_error,
+        "deviations": done.excess,
+        "limit": done.excess_limit,
+        "size": done.rms,
+        "lean": done.truncation,
+        "statistics": not np.isnan(done.rms_limit),
+        "undecided": done.undecided,
+        "judged": done.values,
+        "worst": done.worst,
+        "place": "" if done.worst is None else output.where(done.worst.where),
+    }
 
 
 def judge(output: Output, policy: Policy, options: Mapping[str, Any]) -> Judgement:
@@ -71,6 +122,14 @@ def judge(output: Output, policy: Policy, options: Mapping[str, Any]) -> Judgeme
         )  # fmt: skip
     values, rows = output.found.size, len(output.found)
     seed = whole_number(options.get("seed", 0), "seed")
+    if proven(output, policy, significance):
+        own = kept(output)
+
+        def later() -> Check:
+            then = own()
+            return checked_in_pieces(then, policy, significance, parts(then, policy.at(then.step), seed))
+
+        return Judgement.proven(output, policy, later)
     chosen = parts(output, policy.at(output.step), seed)
     done = checked_in_pieces(output, policy, significance, chosen)
     if done.verdict != PASS and chosen is not None:  # the verdict is that of all values
@@ -90,19 +149,9 @@ def judge(output: Output, policy: Policy, options: Mapping[str, Any]) -> Judgeme
         what=output.what,
         policy=policy.name,
         verdict=done.verdict,
-        reason=done.reason,
         values=values,
         rows=rows,
-        headroom=done.worst_error,
-        deviations=done.excess,
-        limit=done.excess_limit,
-        size=done.rms,
-        lean=done.truncation,
-        statistics=not np.isnan(done.rms_limit),
-        undecided=done.undecided,
-        judged=done.values,
-        worst=done.worst,
-        place="" if done.worst is None else output.where(done.worst.where),
+        **figures_of(output, done),
         explanations=explanations,
         message=message,
     )

@@ -11,12 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refmoe.arithmetic.enclosure.array import Enclosure, concatenate
+from refmoe.arithmetic.formats import upcast
+from refmoe.errors import InputError
+from refmoe.profiles.policy import Policy
 from refmoe.spec.experts import Expert
 from refmoe.steps.enclosure_ops import EnclosureOps
 from refmoe.steps.rounding import CutOps, combine, run_experts
 from refmoe.testing.activation import BUGS, OTHERS, Function, activated, divided, otherwise_fused
 from refmoe.testing.arguments import fit, flags, integers, one_of, real
-from refmoe.testing.call import Change, Output, Plain
+from refmoe.testing.call import LEAST, SPREADS, WIDE, Change, Output, Plain, Room, power_of_two
 from refmoe.testing.judgement import Judgement, judge, require
 from refmoe.testing.options import Options, checked, chosen_rows, policy_for, selection
 from refmoe.testing.parameters import Matrix, known
@@ -62,6 +65,24 @@ class Combined(Plain):
             outputs = np.where((self.ids >= 0)[..., None], outputs, 0)
         return np.asarray(np.einsum("tk,tkd->td", weights, outputs))
 
+    def room(self, policy: Policy) -> Room | None:
+        slots = self.ids.shape[1]
+        exact = self._term(0)
+        slack = power_of_two(exact)
+        for slot in range(1, slots):  # arrays of one slot stay in the cache
+            term = self._term(slot)
+            exact += term
+            slack += power_of_two(term)
+        # half a spacing of each product; their spread is less than the sum by root 3 n at most
+        slack *= LEAST * min(1.0, SPREADS / (3 * slots) ** 0.5) * policy.accumulation.u
+        return Room(exact, slack)
+
+    def _term(self, slot: int) -> NDArray[Any]:
+        """The outputs of a slot times their weights, 0 where it counts nothing: binary64 [T, D], an array of its own"""
+        here = self.ids[:, slot, None] >= 0
+        term: NDArray[Any] = upcast(self.outputs[:, slot], WIDE) * upcast(self.weights[:, slot, None], WIDE)
+        return term if here.all() else np.where(here, term, 0.0)
+
     def enclose(self, ops: EnclosureOps) -> Enclosure:
         here = self.ids >= 0
         outputs = known(ops, np.where(here[..., None], self.outputs, 0))
@@ -93,13 +114,14 @@ def judge_combine(
     given = checked(options, CombineOptions, "assert_combine")
     arrays = {"ids": integers(ids, "ids"), "weights": real(weights, "weights"), "found": real(found, "found")}
     sizes = fit(arrays, {"ids": "T k", "weights": "T k", "found": "T D"})
+    some_slots(sizes["k"])
     outputs = real(expert_outputs, "expert_outputs")
     if outputs.ndim == 2 and len(outputs) == sizes["T"] * sizes["k"]:
         outputs = outputs.reshape(sizes["T"], sizes["k"], -1)
     fit({"expert_outputs": outputs}, {"expert_outputs": "T k D"}, sizes)
     rows = chosen_rows(given, sizes["T"])
     at = selection(rows, sizes["T"])
-    values, call = arrays["found"][at], Combined(outputs, arrays["ids"], arrays["weights"]).some(at)
+    values, call = arrays["found"][at], Combined(outputs[at], arrays["ids"][at], arrays["weights"][at])
     output = Output(
         what="combine",
         step=STEP,
@@ -111,6 +133,12 @@ def judge_combine(
         cuts=("combine.weighted", "combine.partial"),
     )
     return judge(output, policy_for(given, STEP, values, {"expert_outputs": outputs}), given)
+
+
+def some_slots(count: int) -> None:
+    """Raises InputError where tokens have no slots.   count: of each token"""
+    if not count:
+        raise InputError("ids: has 0 experts per token, but 1 or more were expected")
 
 
 def combine_changes(call: Combined) -> Iterator[Change]:
@@ -347,6 +375,7 @@ def read_layer(values: dict[str, Any], given: dict[str, Any]) -> Layer:
     first, second = ("E D F", "E F D") if transposed else ("E F D", "E D F")
     shapes = {"x": "T D", "w_gate": first, "w_up": first, "w_down": second, "ids": "T k", "weights": "T k"}
     sizes = fit(arrays, shapes)
+    some_slots(sizes["k"])
     within(arrays["ids"], sizes["E"], "ids")
     if transposed:
         for name in ("w_gate", "w_up", "w_down"):

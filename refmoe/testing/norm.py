@@ -11,12 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refmoe.arithmetic.enclosure.array import Enclosure
-from refmoe.arithmetic.formats import ulp
+from refmoe.arithmetic.enclosure.functions import RSQRT
+from refmoe.arithmetic.formats import ulp, upcast
 from refmoe.errors import InputError
+from refmoe.profiles.policy import Policy
 from refmoe.steps.enclosure_ops import EnclosureOps
 from refmoe.steps.rounding import CutOps, rms_norm
 from refmoe.testing.arguments import finite, fit, flat, real
-from refmoe.testing.call import Change, Output, Plain
+from refmoe.testing.call import LEAST, WIDE, Change, Output, Plain, Room
 from refmoe.testing.judgement import Judgement, judge, require
 from refmoe.testing.options import Options, checked, chosen_rows, policy_for, selection
 from refmoe.testing.parameters import known
@@ -25,6 +27,8 @@ STEP = "moe_norm"
 SUM = "attention_residual"
 BLOCKS = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
 """Elements that kernels take at a time. What is left over may be lost."""
+SAFE = 2.0**-60
+"""The least mean square whose sum in float32 is far from the smallest normal value."""
 OTHER_EPS = (0.0, 1e-12, 1e-8, 1e-6, 1e-5, 1e-3)
 """The constants that models have, and none."""
 
@@ -63,6 +67,18 @@ class Norm(Plain):
         found = x * scale[:, None]
         found *= self.gain.astype(dtype, copy=False)
         return np.asarray(found)
+
+    def room(self, policy: Policy) -> Room | None:
+        if not self.stored or self.centred or self.outside or self.lost or self.columns is not None:
+            return None
+        x = upcast(self.x, WIDE)
+        square = np.einsum("ij,ij->i", x, x) / x.shape[1] + self.eps
+        if not square.min(initial=np.inf) >= SAFE:
+            return None
+        exact = x * (1 / np.sqrt(square))[:, None]
+        exact *= upcast(self.gain, WIDE)
+        # the errors of an inverse root, and half a spacing of the quotient, which is half of u at least
+        return Room(exact, np.abs(exact) * (LEAST * (RSQRT + 0.5) * policy.statistics.u))
 
     def enclose(self, ops: EnclosureOps) -> Enclosure:
         x, gain = known(ops, self.x), known(ops, self.gain, self.roundings)

@@ -11,11 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refmoe.arithmetic.enclosure.array import Enclosure
+from refmoe.arithmetic.formats import upcast
 from refmoe.errors import InputError
+from refmoe.profiles.policy import Policy
 from refmoe.steps.enclosure_ops import EnclosureOps
 from refmoe.steps.rounding import CutOps, rotary_table, rotate
 from refmoe.testing.arguments import finite, fit, integers, one_of, real
-from refmoe.testing.call import Change, Output, Plain
+from refmoe.testing.call import LEAST, WIDE, Change, Output, Plain, Room
 from refmoe.testing.judgement import Judgement, judge, require
 from refmoe.testing.options import Options, checked, chosen_rows, policy_for, selection
 from refmoe.testing.parameters import known
@@ -79,6 +81,29 @@ class Rotated(Plain):
         return (
             (slice(0, half), slice(half, None)) if self.layout == "halves" else (slice(0, None, 2), slice(1, None, 2))
         )
+
+    def room(self, policy: Policy) -> Room | None:
+        half, x, u = self.x.shape[-1] // 2, upcast(self.x, WIDE), policy.statistics.u
+        pair = np.arange(half) / half
+        angle = self.positions[:, None] * self.theta**-pair
+        cos, sin = np.cos(angle), self.sign * np.sin(angle)
+        # at least: the budget of the frequency, and the rounding of its product with the position
+        off = np.minimum((policy.angles.constant + 1) * u * angle, 0.5)
+        off[:, 0] = 0  # of the frequency 1
+        last, above, across = policy.circle.constant * u, np.abs(cos), np.abs(sin)
+        # half a spacing of a product is half of u at least
+        of_cos, of_sin = (
+            (LEAST * (moved + last + u / 2 * size))[:, None]
+            for moved, size in ((across * off, above), (above * off, across))
+        )
+        cos, sin = cos[:, None], sin[:, None]
+        first, second = self._pairs
+        a, b = x[..., first], x[..., second]
+        exact, slack = np.empty(x.shape), np.empty(x.shape)
+        exact[..., first], exact[..., second] = a * cos - b * sin, b * cos + a * sin
+        a, b = np.abs(a), np.abs(b)
+        slack[..., first], slack[..., second] = a * of_cos + b * of_sin, b * of_cos + a * of_sin
+        return Room(exact, slack)
 
     def enclose(self, ops: EnclosureOps) -> Enclosure:
         size, cuts = self.x.shape[-1], cast(CutOps, ops)

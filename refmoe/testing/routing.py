@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from refmoe.api.arguments import whole_number
 from refmoe.arithmetic.enclosure.array import Enclosure
-from refmoe.arithmetic.formats import OF_DTYPE
+from refmoe.arithmetic.formats import OF_DTYPE, upcast
 from refmoe.errors import InputError
 from refmoe.profiles.policy import Policy
 from refmoe.steps.enclosure_ops import EnclosureOps
 from refmoe.testing.arguments import finite, fit, flags, integers, one_of, real
-from refmoe.testing.call import Change, Output
+from refmoe.testing.call import LEAST, SPREADS, WIDE, Change, Output, Provable, Room
 from refmoe.testing.judgement import Judgement, judge, require
 from refmoe.testing.options import Options, checked, chosen_rows, policy_for, significance_of
 from refmoe.testing.parameters import known
@@ -51,7 +51,7 @@ class RouterOptions(Options, total=False):
 
 
 @dataclass(frozen=True)
-class Routed:
+class Routed(Provable):
     """A router's call. The fields from `unbiased` on are mistakes."""
 
     logits: NDArray[Any]
@@ -88,10 +88,30 @@ class Routed:
         scores = self.scores(ops)
         return scores if self.bias is None else scores + known(ops, self.bias)
 
+    @property
+    def of_chosen(self) -> bool:
+        """Whether the weights are the softmax of the chosen logits, in whatever order it is computed."""
+        plain = self.unbiased or self.bias is None
+        return self.order != "sigmoid" and self.renormalise and plain and not self.raw and not self.epsilon
+
+    def room(self, policy: Policy) -> Room | None:
+        if not self.of_chosen or self.twice:
+            return None
+        logits = upcast(self.logits, WIDE)
+        if not np.isfinite(logits).all():
+            return None
+        chosen = logits[np.arange(len(logits))[:, None], self.ids]
+        exact = np.exp(chosen - chosen.max(1, keepdims=True))
+        exact *= self.scale / exact.sum(1, keepdims=True)
+        # n + 4 roundings of a softmax, and 6 of the order that renormalises; the spread of both
+        n = self.ids.shape[1]
+        roundings = min(n + 10.0, SPREADS * (14 + n / 9) ** 0.5)
+        return Room(exact, np.abs(exact) * (LEAST * roundings * policy.statistics.u))
+
     def enclose(self, ops: EnclosureOps) -> Enclosure:
         """The weights of the experts found, [T, k]."""
         plain = self.unbiased or self.bias is None
-        if self.order != "sigmoid" and self.renormalise and plain and not self.raw and not self.epsilon:
+        if self.of_chosen:
             weights = ops.weigh(known(ops, self.logits), self.ids)
         else:
             weights = ops.gather(self.scores(ops) if plain else self.compared(ops), self.ids)
@@ -147,14 +167,16 @@ def judge_router(ids: Any, weights: Any, logits: Any, **options: Unpack[RouterOp
     found = arrays["weights"][rows]
     policy = router_policy(policy_for(given, STEP, found, {"logits": arrays["logits"]}), call)
     significance = significance_of(given)
-    choice = judge_ids(call, rows, policy, significance)
     right = valid(call.ids, sizes["E"]) if len(rows) else np.zeros(0, bool)
-    at = np.flatnonzero(right)
-    weighed, shown = call.some(at), rows[at]
+    choice = judge_ids(call, rows, right, policy, significance)
+    weighed, shown = call, rows
+    if not right.all():
+        at = np.flatnonzero(right)
+        weighed, shown, found = call.some(at), rows[at], found[at]
     output = Output(
         what="router weights",
         step=STEP,
-        found=found[at],
+        found=found,
         call=weighed,
         reads=(weighed.logits,),
         where=lambda at: f"token {shown[at[0]]}, slot {at[1]}, expert {weighed.ids[at[0]][at[1]]}",
@@ -189,15 +211,18 @@ def router_policy(policy: Policy, call: Routed) -> Policy:
 # ---- the choice
 
 
-def judge_ids(call: Routed, rows: NDArray[Any], policy: Policy, significance: float) -> Judgement:
-    """The judgement of the choice of experts.   rows: the tokens of the call, integers [T]"""
-    experts = call.logits.shape[1]
+def judge_ids(
+    call: Routed, rows: NDArray[Any], known_ids: NDArray[Any], policy: Policy, significance: float
+) -> Judgement:
+    """The judgement of the choice of experts.
+
+    rows: the tokens of the call, integers [T]   known_ids: whether those of a token are different experts, [T]
+    """
     spreads = Limits(significance, max(call.logits.size, 1), 1).excess
-    known_ids = valid(call.ids, experts) if len(rows) else np.zeros(0, bool)
     wrong = ~known_ids
-    at = np.flatnonzero(known_ids)
-    if at.size:
-        wrong[at] = ~legal_choices(call.some(at), policy, spreads)
+    if known_ids.any():
+        some = call if known_ids.all() else call.some(known_ids)
+        wrong[known_ids] = ~legal_choices(some, policy, spreads)
     bad = np.flatnonzero(wrong)
     names: tuple[str, ...] = ()
     message, reason, place = "", "each choice is a top-k of legal scores", ""
@@ -217,9 +242,12 @@ def legal_choices(call: Routed, policy: Policy, spreads: float) -> NDArray[Any]:
 
     spreads: standard deviations that count as certain
     """
+    by_logits = call.order != "sigmoid" and call.bias is None and call.groups[0] == call.groups[1]
+    if by_logits and largest(call.logits, call.ids):
+        return np.ones(len(call.ids), bool)
     ops = EnclosureOps(policy)
     with np.errstate(all="ignore"):
-        if call.order != "sigmoid" and call.bias is None and call.groups[0] == call.groups[1]:
+        if by_logits:
             logits = known(ops, call.logits)
             legal: NDArray[Any] = judge_choice(logits, None, True, call.ids, call.ids.shape[1], policy, spreads).legal
             return legal
@@ -230,6 +258,18 @@ def legal_choices(call: Routed, policy: Policy, spreads: float) -> NDArray[Any]:
         if call.groups[0] == call.groups[1]:
             return np.asarray(consistent(low, high, call.ids))
         return np.array([in_groups(call, low[t], high[t], call.ids[t], policy) for t in range(len(low))], bool)
+
+
+def largest(logits: NDArray[Any], ids: NDArray[Any]) -> bool:
+    """Whether no logit is larger than one that is chosen, in any row. Such a choice needs no rounding to be legal.
+
+    logits: [T, E]   ids: integers [T, k], in range   NaN is larger than any
+    """
+    rows = np.arange(len(ids))[:, None]
+    rest = np.array(logits)
+    chosen = rest[rows, ids]
+    rest[rows, ids] = -np.inf
+    return bool((chosen.min(1) >= rest.max(1)).all())
 
 
 def in_groups(call: Routed, low: NDArray[Any], high: NDArray[Any], ids: NDArray[Any], policy: Policy) -> bool:

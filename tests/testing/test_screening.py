@@ -114,6 +114,7 @@ def in_full(monkeypatch: pytest.MonkeyPatch, judge: Judge, found: Any, **options
     """The judgement of all values."""
     with monkeypatch.context() as patch:
         patch.setattr(judgement, "parts", lambda *_: None)
+        patch.setattr(judgement, "proven", lambda *_: False)
         done = judge(found, **options)
     assert done.judged == done.values
     return done
