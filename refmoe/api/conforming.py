@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from refmoe.api.progress import Bars, silent
 from refmoe.engines.adapter import adapter_command
@@ -253,6 +253,17 @@ def policy_facts(results: Results) -> dict[str, Any]:
 # ---- files
 
 
+class Repeatable(Protocol):
+    """A run that a CI system can repeat."""
+
+    @property
+    def harness(self) -> Names:
+        """The command of a harness or of a server, and its arguments; empty without one."""
+
+    def repeated(self) -> dict[str, Names]:
+        """The options of ``refmoe conform`` that a run on another machine needs too, each with its values."""
+
+
 @dataclass(frozen=True)
 class Ci:
     """Files by which CI systems repeat a run."""
@@ -266,7 +277,7 @@ class Ci:
     places: Names
     """The values of ``--source``."""
 
-    def check(self, asked: Conformance) -> None:
+    def check(self, asked: Repeatable) -> None:
         """Raises InputError when a file is there already or cannot hold the run, or the source is none."""
         check_source(self.source)
         for system, root in self.systems:
@@ -276,7 +287,7 @@ class Ci:
             if (root / KNOWN).exists():
                 raise InputError(f"{root / KNOWN}: is there already; --known {root / KNOWN} takes it as it is")
 
-    def write(self, asked: Conformance, results: Results) -> list[Path]:
+    def write(self, asked: Repeatable, results: Results) -> list[Path]:
         """Write the files, and beside them the list of today's failures.   returns: the files"""
         written = []
         for root in self._roots() if self.known is None else ():
@@ -288,7 +299,7 @@ class Ci:
             written.append(ci_file(system, root))
         return written
 
-    def _pipeline(self, asked: Conformance, root: Path) -> Pipeline:
+    def _pipeline(self, asked: Repeatable, root: Path) -> Pipeline:
         known = Path(KNOWN) if self.known is None else _relative(self.known, root)
         return Pipeline(
             source=self.source, options=asked.repeated(), harness=asked.harness, known=known, places=self.places
@@ -339,7 +350,7 @@ def _engine(entrant: Entrant) -> dict[str, Any]:
 
 __all__ = [
     "CANNOT", "DTYPES", "FAILED", "FAMILIES", "GGUF_FORMS", "RECIPE_NAMES", "SCAFFOLDS", "SHIPPED", "SYSTEMS", "WELL",
-    "Ci", "Conformance", "Failures", "HarnessUnusable", "Results", "Scoreboard", "board_facts", "check_source",
-    "conform", "read_known", "read_results", "refuse_output", "result_files", "run_facts", "scoreboard",
+    "Ci", "Conformance", "Failures", "HarnessUnusable", "Repeatable", "Results", "Scoreboard", "board_facts",
+    "check_source", "conform", "read_known", "read_results", "refuse_output", "result_files", "run_facts", "scoreboard",
     "sort_failures", "usage", "whole_verdict", "write_results", "write_scaffold",
 ]  # fmt: skip

@@ -11,10 +11,12 @@ from pathlib import Path
 
 from refmoe.api.progress import Bars, silent
 from refmoe.engines.process import CRASHED
+from refmoe.engines.results import Results
 from refmoe.engines.server.asking import Address, Client, ServerFault, Unwilling
 from refmoe.engines.server.interview import WAYS
 from refmoe.engines.server.judging import TOKEN_VERDICTS, Model, by_way
 from refmoe.engines.server.kinds import KINDS
+from refmoe.engines.server.outcome import results_of
 from refmoe.engines.server.served import NAME, served_case
 from refmoe.engines.server.serving import PLACES, filled, shown_commands, started, write_files
 from refmoe.engines.server.verdict import POLICIES, Asking, Verdict, examine
@@ -78,6 +80,19 @@ class Served:
                 f"'{shlex.join(self.command)}' serves none of refmoe's files, but a command with "
                 f"{' or '.join(PLACES)} was expected"
             )
+
+    @property
+    def harness(self) -> Names:
+        """The command that starts it, as a run of cases names the one of its engine."""
+        return self.command
+
+    def repeated(self) -> dict[str, Names]:
+        """The options of ``refmoe conform`` that a run on another machine needs too, each with its values."""
+        options = {
+            "server": self.url, "server-kind": self.kind, "server-model": self.model, "case": self.case,
+            "dtype": self.dtype, "policy": self.policy, "timeout": f"{self.timeout:g}",
+        }  # fmt: skip
+        return {name: [value] for name, value in options.items() if value is not None}
 
     @property
     def computed(self) -> str:
@@ -145,6 +160,12 @@ def judge_server(asked: Served, bars: Bars = silent) -> Verdict:
         return examine(asking, model, asked.policy_for)
 
 
+def server_results(asked: Served, found: Verdict) -> Results:
+    """The verdict on a server as results with one outcome, for the files and reports of a run.   asked: as it was"""
+    identity = {"command": shlex.join(asked.command)} if asked.command else {}
+    return results_of(found, model_case(asked.case, asked.golden), asked.significance, identity)
+
+
 def need_answer(client: Client) -> None:
     """Raises InputError where no server is at the address."""
     try:
@@ -160,6 +181,6 @@ def need_answer(client: Client) -> None:
 
 
 __all__ = [
-    "DTYPES", "KINDS", "TOKEN_VERDICTS", "WAYS", "Served", "Verdict", "by_way", "judge_server", "verdict_facts",
-    "write_server_files",
+    "DTYPES", "KINDS", "TOKEN_VERDICTS", "WAYS", "Served", "Verdict", "by_way", "judge_server", "server_results",
+    "verdict_facts", "write_server_files",
 ]  # fmt: skip

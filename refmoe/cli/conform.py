@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from refmoe.api.conforming import (
     Conformance,
     Failures,
     HarnessUnusable,
+    Repeatable,
     Results,
     check_source,
     conform,
@@ -39,7 +40,7 @@ from refmoe.api.conforming import (
 )
 from refmoe.api.engines import Listed, engine, engines
 from refmoe.api.files import write_text
-from refmoe.api.serving import KINDS, Served, judge_server, verdict_facts, write_server_files
+from refmoe.api.serving import KINDS, Served, judge_server, server_results, verdict_facts, write_server_files
 from refmoe.cli.guard import OUTPUT, OUTPUT_FOLDER, GuardedCommand
 from refmoe.cli.options import (
     PATH,
@@ -81,7 +82,7 @@ class Files:
     badge: Path | None
     summary: Path | None
 
-    def check(self, asked: Conformance) -> tuple[Ci | None, Sources | None]:
+    def check(self, asked: Repeatable) -> tuple[Ci | None, Sources | None]:
         """The files of CI systems to write, and the places of alerts.
 
         Raises InputError for options without the other, and files that cannot be written.
@@ -105,9 +106,9 @@ class Files:
             ci.check(asked)
         return ci, None if self.sarif is None else read_sources(self.sources, self._candidates(asked))
 
-    def _candidates(self, asked: Conformance) -> list[Path]:
+    def _candidates(self, asked: Repeatable) -> list[Path]:
         """Files in which all is shown that has no line: the adapter, the program, the list of known failures."""
-        words = [asked.adapter] if asked.adapter is not None else [w for word in asked.harness for w in words_of(word)]
+        words = asked.repeated().get("adapter") or [w for word in asked.harness for w in words_of(word)]
         return [Path(word) for word in words] + ([] if self.known is None else [self.known])
 
     def reports(self, results: Results, failures: Failures, sources: Sources | None) -> Iterator[tuple[Path, str]]:
@@ -152,9 +153,54 @@ class ServerOptions:
             raise InputError("--server-kind and --server-model are about --server, which was not given")
         return self.server is not None or self.server_files is not None
 
+    def check(self, context: click.Context) -> None:
+        """Raises InputError for an option of the command that has no meaning for a server, or for its files alone."""
+        judged = self.server is not None
+        applies = (*self.__dataclass_fields__, *APPLIES, *(REPORTS if judged else ()), "as_json")
+        for parameter in context.command.params:
+            source = context.get_parameter_source(str(parameter.name))
+            if parameter.name not in applies and source is click.core.ParameterSource.COMMANDLINE:
+                beside = "--server" if judged else "--server-files without --server"
+                raise InputError(
+                    f"{parameter.opts[0]} has no meaning for a server, but none was expected beside {beside}"
+                )
+
+    def asked(self, options: Mapping[str, Any]) -> Served:
+        """The server, and how it is judged.   options: of the run"""
+        assert self.server is not None
+        return Served(
+            url=self.server, kind=self.server_kind, model=self.server_model, dtype=_single(options, "dtypes"),
+            policy=_single(options, "policies"), case=_single(options, "cases"), golden=options["golden"],
+            files=self.server_files, command=options["harness"], timeout=options["timeout"],
+            significance=options["significance"], diagnose=options["diagnose"],
+        )  # fmt: skip
+
 
 APPLIES = ("harness", "cases", "dtypes", "policies", "timeout", "significance", "diagnose", "golden")
 """The options of a run that a server takes as well."""
+REPORTS = ("known", "out", "write_ci", "refmoe_from", "junit", "sarif", "sources", "badge", "summary")
+"""The options about files of a run that a server takes as well."""
+ONCE = {"cases": "--case", "dtypes": "--dtype", "policies": "--policy"}
+"""The options that a server has once at most."""
+
+
+def _single(options: Mapping[str, Any], name: str) -> str | None:
+    """The value of an option of `ONCE`, None without any. Raises InputError for several."""
+    values: Sequence[str] = options[name]
+    if len(values) > 1:
+        raise InputError(f"{ONCE[name]} was given {len(values)} times, but a server has one at most")
+    return values[0] if values else None
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A run that has come to its end."""
+
+    results: Results
+    show: Callable[[Failures], None]
+    """Prints the run."""
+    facts: Mapping[str, Any]
+    """Facts about the run beside its results."""
 
 
 class ConformCommand(GuardedCommand):
@@ -284,22 +330,28 @@ def conform_command(
             click.echo(f"{scaffold[1]}: a harness that skips every case as yet; run it with\n    {usage(*scaffold)}")
         return
     server = record_of(ServerOptions, options)
-    if server.given:
-        context.exit(_judge_server(context, server, options, as_json))
     files = record_of(Files, options)
-    asked = Conformance(**options)
+    asked: Served | Conformance
+    if server.given:
+        server.check(context)
+        if server.server is None:
+            _write_server_files(server.server_files, options, as_json)
+            return
+        asked = server.asked(options)
+    else:
+        asked = Conformance(**options)
     asked.check()
     ci, sources = files.check(asked)
     listed = read_known(files.known) if files.known is not None else []
     try:
-        results, logs = conform(asked, progress_bar, files.out, files.before())
+        ran = _served(asked) if isinstance(asked, Served) else _run(asked, files)
     except HarnessUnusable as unusable:
         from refmoe.report.wording import visible
 
         for line in unusable.log.splitlines():
             click.echo(f"  {visible(line)}", err=True)
         raise
-    failures = sort_failures(results, listed)
+    results, failures = ran.results, sort_failures(ran.results, listed)
     status = EXIT_STATUS[whole_verdict(results, failures)]
     unwritten: InputError | None = None
     try:
@@ -312,11 +364,9 @@ def conform_command(
         unwritten, status, written = error, UNUSABLE, []
     if as_json:
         why = {} if unwritten is None else {"error": str(unwritten)}
-        click.echo(json_text({"status": status, **why, **run_facts(results, failures)}))
+        click.echo(json_text({"status": status, **why, **ran.facts, **run_facts(results, failures)}))
     else:
-        from refmoe.report.scoreboard_text import print_results
-
-        print_results(results, failures, logs)
+        ran.show(failures)
         for path in written:
             click.echo(f"written: {path}")
         if unwritten is not None:
@@ -324,54 +374,41 @@ def conform_command(
     context.exit(status)
 
 
-def _judge_server(context: click.Context, server: ServerOptions, options: dict[str, Any], as_json: bool) -> int:
-    """Write the files that a server loads, or judge a server.   returns: the exit status"""
-    for parameter in context.command.params:
-        name = str(parameter.name)
-        source = context.get_parameter_source(name)
-        if name in options and name not in APPLIES and source is click.core.ParameterSource.COMMANDLINE:
-            given = parameter.opts[0]
-            raise InputError(f"{given} has no meaning for a server, but none was expected beside --server")
-    one: dict[str, str | None] = {}
-    for name, option in (("cases", "--case"), ("dtypes", "--dtype"), ("policies", "--policy")):
-        if len(options[name]) > 1:
-            raise InputError(f"{option} was given {len(options[name])} times, but a server has one at most")
-        one[name] = options[name][0] if options[name] else None
-    if server.server is None:
-        if options["harness"]:
-            raise InputError("a command that starts a server needs --server URL, where it answers")
-        folder, url = server.server_files, "http://127.0.0.1:8000"
-        assert folder is not None
-        commands = write_server_files(folder, one["dtypes"], url, one["cases"], options["golden"])
-        if as_json:
-            shown = {name: {"command": words, "about": about} for name, (words, about) in commands.items()}
-            click.echo(json_text({"folder": str(folder), "commands": shown}))
-        else:
-            from refmoe.report.server_text import print_commands
+def _run(asked: Conformance, files: Files) -> Ran:
+    """Run an engine on cases."""
+    results, logs = conform(asked, progress_bar, files.out, files.before())
 
-            print_commands(str(folder), commands, url)
-        return 0
-    asked = Served(
-        url=server.server, kind=server.server_kind, model=server.server_model, dtype=one["dtypes"],
-        policy=one["policies"], case=one["cases"], golden=options["golden"], files=server.server_files,
-        command=options["harness"], timeout=options["timeout"], significance=options["significance"],
-        diagnose=options["diagnose"],
-    )  # fmt: skip
-    try:
-        verdict = judge_server(asked, progress_bar)
-    except HarnessUnusable as unusable:
-        from refmoe.report.wording import visible
+    def show(failures: Failures) -> None:
+        from refmoe.report.scoreboard_text import print_results
 
-        for line in unusable.log.splitlines():
-            click.echo(f"  {visible(line)}", err=True)
-        raise
-    status = EXIT_STATUS.get(verdict.verdict, EXIT_STATUS[FAILED])
-    if status == EXIT_STATUS[WELL] and verdict.power.weak:
-        status = EXIT_STATUS[CANNOT]
-    if as_json:
-        click.echo(json_text({"status": status, **verdict_facts(verdict)}))
-    else:
+        print_results(results, failures, logs)
+
+    return Ran(results, show, {})
+
+
+def _served(asked: Served) -> Ran:
+    """Judge a server."""
+    verdict = judge_server(asked, progress_bar)
+
+    def show(failures: Failures) -> None:
         from refmoe.report.server_text import print_verdict
 
-        print_verdict(verdict)
-    return status
+        print_verdict(verdict, failures)
+
+    return Ran(server_results(asked, verdict), show, verdict_facts(verdict))
+
+
+def _write_server_files(folder: Path | None, options: Mapping[str, Any], as_json: bool) -> None:
+    """Write the files that a server loads, and show the commands that serve them."""
+    assert folder is not None
+    if options["harness"]:
+        raise InputError("a command that starts a server needs --server URL, where it answers")
+    url, dtype, case = "http://127.0.0.1:8000", _single(options, "dtypes"), _single(options, "cases")
+    commands = write_server_files(folder, dtype, url, case, options["golden"])
+    if as_json:
+        shown = {name: {"command": words, "about": about} for name, (words, about) in commands.items()}
+        click.echo(json_text({"folder": str(folder), "commands": shown}))
+        return
+    from refmoe.report.server_text import print_commands
+
+    print_commands(str(folder), commands, url)

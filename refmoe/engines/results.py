@@ -14,6 +14,7 @@ from typing import Any
 from refmoe.engines.process import BROKEN, CRASHED, TIMED_OUT
 from refmoe.engines.protocol import DTYPES, EVERY_TAP
 from refmoe.engines.quantised import FORMS
+from refmoe.engines.server.power import LEVELS
 from refmoe.errors import InputError
 from refmoe.files.atomic import replacing
 from refmoe.files.json_file import JsonFile, read_json
@@ -65,7 +66,10 @@ class Outcome:
     token: int | None = None
     """The token of the worst value of the first wrong step; None where no value of it has one."""
     taps: str | None = None
-    """The set of taps that was judged, as `refmoe.verifier.findings.Power` names it; None where nothing was judged."""
+    """The set of taps that was judged, as `refmoe.verifier.findings.Power` names it; None where nothing was judged.
+
+    Of a server, the level of what it gave.
+    """
 
     @property
     def failed(self) -> bool:
@@ -270,8 +274,9 @@ def _outcome(file: JsonFile) -> Outcome:
 
 def _taps(file: JsonFile) -> str | None:
     found = file.values.get("taps")
-    if found is not None and found not in ("", *TAP_SETS):
-        raise file.refuse("taps", found, f"one of {', '.join(TAP_SETS)}, or an empty text, was expected")
+    known = *TAP_SETS, *LEVELS
+    if found is not None and found not in ("", *known):
+        raise file.refuse("taps", found, f"one of {', '.join(known)}, or an empty text, was expected")
     return found
 
 

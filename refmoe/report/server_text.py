@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from rich.table import Table
 from rich.text import Text
 
+from refmoe.engines.known import Failures
 from refmoe.engines.server.interview import WAYS
 from refmoe.engines.server.judging import by_way
 from refmoe.engines.server.verdict import Verdict
@@ -17,11 +18,15 @@ from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT
 
 LISTED = 10
 """The most wrong tokens and broken laws that are listed, and the most bugs that are named."""
+KNOWN, STALE = "known to fail", "conformant, but listed as known to fail"
 STYLES = {CONFORMANT: "bold green", CANNOT_JUDGE: "bold yellow"}
 
 
-def print_verdict(found: Verdict) -> None:
-    """Print the verdict, what is wrong and why, how it was asked, and what such evidence cannot see."""
+def print_verdict(found: Verdict, failures: Failures) -> None:
+    """Print the verdict, what is wrong and why, how it was asked, and what such evidence cannot see.
+
+    failures: the verdict as a failure that is listed as known, or no longer is one
+    """
     console = open_console()
     judgement = found.judgement
     print_text(console, found.verdict.upper(), STYLES.get(found.verdict, "bold red"))
@@ -64,6 +69,9 @@ def print_verdict(found: Verdict) -> None:
     )
     for note in found.notes:
         print_text(console, f"note: {visible(note)}", "dim")
+    for said, listed in ((KNOWN, failures.known), (STALE, failures.passing)):
+        for _, entry in listed:
+            print_text(console, visible(f"{said}: {entry.reason}"), "bold")
 
 
 def _order(item: tuple[str, tuple[int, int, bool]]) -> int:

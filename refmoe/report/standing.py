@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from refmoe.engines.known import CANNOT, FAILED, WELL, Failures, whole_verdict
 from refmoe.engines.results import NOT_JUDGED, SKIPPED, Outcome, Results
+from refmoe.engines.server.power import LEVELS
+from refmoe.engines.server.power import power_of as server_power_of
 from refmoe.profiles.load import policy as named_policy
 from refmoe.report.summary import in_order
 from refmoe.report.wording import count
@@ -76,7 +78,7 @@ def _failure(failures: Failures) -> tuple[str, str, int]:
 
 def judged_taps(results: Results) -> str:
     """The smallest set of taps by which an outcome is conformant, as `Power` names it; empty where one has no set."""
-    order = [*TAP_SETS]
+    order = [*TAP_SETS, *reversed(LEVELS)]
     found = [each.taps or "" for each in _right(results)]
     if not found or "" in found:
         return ""
@@ -90,7 +92,9 @@ def _right(results: Results) -> list[Outcome]:
 def _weak(results: Results, taps: str) -> bool:
     """Whether the taps were measured to show fewer than half of the known bugs in some dtype."""
     steps = frozenset(TAP_SETS.get(taps, ()))
-    return any(power_of(steps, named_policy(dtype)).weak for dtype in {each.dtype for each in _right(results)})
+    policies = [named_policy(dtype) for dtype in {each.dtype for each in _right(results)}]
+    found = [server_power_of(taps, each) if taps in LEVELS else power_of(steps, each) for each in policies]
+    return any(each.weak for each in found)
 
 
 def badge(found: Standing) -> str:

@@ -244,7 +244,10 @@ HOSTILE = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["adapter", "options", "cases", "families", "dtypes", "policies", "known", "sources"])
+INPUTS = ("adapter", "server", "options", "cases", "families", "dtypes", "policies", "known", "sources")
+
+
+@pytest.mark.parametrize("name", INPUTS)
 def test_no_input_is_code(runner: Runner, name: str) -> None:
     """All inputs but `command`, which is code. Each line is one value, whatever its characters are."""
     inputs = {"adapter": "right.py", "cases": "one-pair", "sarif": "write", name: "\n".join(HOSTILE)}

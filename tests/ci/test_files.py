@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from refmoe.api.conforming import Conformance
+from refmoe.api.conforming import Conformance, Repeatable
+from refmoe.api.serving import Served
 from refmoe.engines.known import read_known
 from refmoe.engines.scaffold.ci import EXTRAS, REF, SYSTEMS, Pipeline, ci_text
 from refmoe.errors import InputError
@@ -71,12 +72,17 @@ EVERY = Conformance(
     policies=("float32",), fresh=1, gguf="gguf:Q8_0", quantise="int8-channel",
 )  # fmt: skip
 """A run with each option that another machine needs, whether or not they go together."""
+SERVER = Served(
+    url="http://127.0.0.1:8000", kind="openai", model="m", dtype="float32", policy="mlx-float32", case="square",
+    command=("vllm", "serve", "{checkpoint}"), timeout=60,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_each_option_of_a_run_is_in_each_file(system: str) -> None:
-    options = EVERY.repeated()
-    assert len(options) == 10
+@pytest.mark.parametrize(("run", "count"), [(EVERY, 10), (SERVER, 7)])
+def test_each_option_of_a_run_is_in_each_file(run: Repeatable, count: int, system: str) -> None:
+    options = run.repeated()
+    assert len(options) == count
     text = ci_text(system, Pipeline("someone/refmoe", options, (), Path("known.toml"), ()))
     assert all(value in text for values in options.values() for value in values)
     if system == "github":

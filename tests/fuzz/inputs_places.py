@@ -43,6 +43,9 @@ INVOCATIONS = (
     "conform --server-files out/s --case small --golden golden --dtype bfloat16",
     "conform --server http://127.0.0.1:1 --policy policy.toml --case small --golden golden --server-files out/s "
     "-- /bin/false {checkpoint}",
+    "conform --server http://127.0.0.1:1 --dtype float32 --known known.toml --out out/r.json --junit out/j.xml "
+    "--badge out/b.json --summary out/s.md --sarif out/a.sarif --source known.toml --write-ci shell out/ci "
+    "--refmoe-from a/b -- /bin/false {checkpoint}",
     "engines",
     "engines router.py --install out/e",
     "capture --checkpoint text --chat chat.json --out out/t.safetensors",

@@ -94,6 +94,7 @@ def _github(run: Pipeline) -> str:
 _INPUTS = {
     "adapter": "adapter", "option": "options", "case": "cases", "family": "families", "dtype": "dtypes",
     "policy": "policies", "fresh": "fresh", "timeout": "timeout", "format": "format", "quantise": "quantise",
+    "server": "server", "server-kind": "server-kind", "server-model": "server-model",
 }  # fmt: skip
 """Per option of the command the input of the action, of which several values are lines."""
 

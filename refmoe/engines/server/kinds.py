@@ -32,11 +32,15 @@ from refmoe.engines.server.replies import (
     there,
 )
 from refmoe.errors import InputError
-from refmoe.files.sentences import shown
+from refmoe.files.sentences import one_line, shown
 
 LLAMA, OPENAI, TRANSFORMERS = KINDS = ("llama.cpp", "openai", "transformers")
 QUESTIONS = 64
 """The most positions that ``/v1/systemone`` answers in a request."""
+VERSIONS = {"/version": "version", "/props": "build_info"}
+"""The paths at which servers say their version, and the field that has it."""
+ASIDE = 5.0
+"""Seconds for a question beside the judgement, at most."""
 LEAST = 1e-300
 """A probability of 0 has no logarithm, and counts as one below any that a float32 holds."""
 
@@ -377,6 +381,19 @@ def first_model(client: Client) -> str | None:
     listed = found.get("data") if isinstance(found, dict) else None
     names = [each.get("id") for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
     return next((name for name in names if isinstance(name, str)), None)
+
+
+def version_of(client: Client) -> str:
+    """The version that the server gives, as vLLM or llama-server does; empty where it gives none."""
+    for path, name in VERSIONS.items():
+        try:
+            found = client.get(path, min(ASIDE, client.limit))
+        except (ServerFault, Unwilling):
+            continue
+        version = found.get(name) if isinstance(found, dict) else None
+        if isinstance(version, str) and version.strip():
+            return one_line(version)
+    return ""
 
 
 def _llama(client: Client, vocab: int, first: Question, refusals: list[Unwilling | ServerFault]) -> Found | None:

@@ -11,6 +11,9 @@ order within the pair, the weights of the two and everything else stay open.
 
 from __future__ import annotations
 
+import hashlib
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +58,18 @@ def edits() -> list[dict[str, Any]]:
     return found
 
 
+def digest() -> str:
+    """The SHA-256 of all that defines the model."""
+    defined = {"config": asdict(CONFIG), "seed": SEED, "edits": edits()}
+    return hashlib.sha256(json.dumps(defined, sort_keys=True).encode()).hexdigest()
+
+
 def served_case() -> Case:
-    """The model, as a case without calls: what a server is asked depends on what it answers."""
+    """The model, as a case without calls: what a server is asked depends on what it answers.
+
+    Its digest is that of its definition, as it has no file.
+    """
     return Case(
         folder=Path(NAME), why=__doc__ or "", clauses=(), bugs=(), conditions=(), config=CONFIG, seed=SEED, calls=(),
-        edits=tuple(edits()),
+        edits=tuple(edits()), digest=digest(),
     )  # fmt: skip

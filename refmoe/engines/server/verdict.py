@@ -13,7 +13,7 @@ from refmoe.engines.process import BROKEN, CRASHED, TIMED_OUT
 from refmoe.engines.server.asking import Client, ServerFault
 from refmoe.engines.server.interview import BROKEN_LAW, Answers, Broken, Interview
 from refmoe.engines.server.judging import OPEN, Judgement, Model, by_way, judge
-from refmoe.engines.server.kinds import LLAMA, TRANSFORMERS, Kind, Question, find_kind
+from refmoe.engines.server.kinds import LLAMA, TRANSFORMERS, Kind, Question, find_kind, version_of
 from refmoe.engines.server.power import level_of, power_of
 from refmoe.engines.server.prompts import COUNT, LENGTHS, prompts
 from refmoe.profiles.policy import Policy
@@ -46,6 +46,8 @@ class Verdict:
     """The explanations of wrong log-probabilities, best first. None: none were looked for."""
     notes: tuple[str, ...] = ()
     prompts: tuple[tuple[int, ...], ...] = ()
+    version: str = ""
+    """Of the server; empty where it says none."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,11 @@ def examine(asking: Asking, model: Model, policy_for: Callable[[str], Policy]) -
     )
     answers = interview.go(asking.progress)
     verdict = concluded(answers, model, asking, found.kind)
+    version = version_of(asking.client) if answers.alive else ""
     again = asking.client.again
     resent = [f"{again} of {asking.client.requests} requests had to be sent again"] if again else []
-    return replace(verdict, notes=(*found.said, *resent, *verdict.notes), prompts=tuple(drawn))
+    notes = (*found.said, *resent, *verdict.notes)
+    return replace(verdict, notes=notes, prompts=tuple(drawn), version=version)
 
 
 def concluded(answers: Answers, model: Model, asking: Asking, kind: Kind | None) -> Verdict:
@@ -164,6 +168,7 @@ def facts(found: Verdict) -> dict[str, Any]:
         "verdict": found.verdict,
         "reason": found.reason,
         "kind": found.kind,
+        "version": found.version,
         "gives": found.gives,
         "policy": found.policy.name,
         "level": found.level,
