@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import ssl
+import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
@@ -19,6 +20,7 @@ from urllib.parse import urlsplit
 
 from refmoe.engines.process import BROKEN, CRASHED, TIMED_OUT
 from refmoe.errors import InputError
+from refmoe.files.numbers import decimal
 from refmoe.files.parsing import strict_json
 from refmoe.files.sentences import one_line, quoted, shown
 
@@ -28,10 +30,14 @@ PIECE = 1 << 16
 """Bytes that are read at once."""
 TRIES = 2
 """A request whose connection is dropped is sent so many times in all. A server may drop one that it has no room for."""
-PAUSE = 0.2
-"""Seconds before a request is sent again."""
+PAUSE, LONGEST_PAUSE = 0.2, 5.0
+"""Seconds before a request is sent again. For a busy server they double each time, up to the second number."""
 BUSY = (429, 503)
-"""The statuses by which a server asks to be asked again later."""
+"""The statuses by which a server asks to be asked again later. It is, until the time for a request has passed."""
+FAILED = (500, 502, 504)
+"""The statuses by which a server, or one before it, says that it has failed."""
+UNPACKED = {"gzip": 31, "x-gzip": 31, "deflate": 15}
+"""Per encoding of an answer its window bits, as zlib counts them. None is asked for, but some servers always pack."""
 
 
 class ServerFault(Exception):
@@ -47,11 +53,12 @@ class ServerFault(Exception):
 class Unwilling(Exception):
     """A server has answered that it does not do what it was asked for."""
 
-    def __init__(self, status: int, reason: str) -> None:
-        """status: of HTTP   reason: one sentence"""
+    def __init__(self, status: int, reason: str, after: float | None = None) -> None:
+        """status: of HTTP   reason: one sentence   after: the seconds after which it wants to be asked again"""
         super().__init__(reason)
         self.status = status
         self.reason = reason
+        self.after = after
 
 
 class Address:
@@ -126,18 +133,25 @@ class Client:
         connection.request(method, self.address.path + path, data, headers)
 
     def _asked(self, method: str, path: str, body: Mapping[str, Any] | None, limit: float | None) -> Any:
-        for tries_left in reversed(range(TRIES)):
+        limit = self.limit if limit is None else limit
+        deadline, dropped, pause = monotonic() + limit, 0, PAUSE
+        while True:
             try:
-                return self._once(method, path, body, self.limit if limit is None else limit)
+                return self._once(method, path, body, limit)
             except ServerFault as fault:
-                if fault.kind != CRASHED or not tries_left:
+                dropped += 1
+                if fault.kind != CRASHED or dropped == TRIES:
                     raise
+                wait = PAUSE
             except Unwilling as refusal:
-                if refusal.status not in BUSY or not tries_left:
+                if refusal.status not in BUSY:
                     raise
+                wait, pause = refusal.after if refusal.after is not None else pause, min(2 * pause, LONGEST_PAUSE)
+                if monotonic() + wait > deadline:
+                    reason = f"{refusal.reason}; it had no time for {method} {path} within {limit:g} seconds"
+                    raise ServerFault(TIMED_OUT, reason) from None
             self.again += 1
-            sleep(PAUSE)
-        raise AssertionError("the last try returns or raises")
+            sleep(wait)
 
     def _once(self, method: str, path: str, body: Mapping[str, Any] | None, limit: float) -> Any:
         connection = self.address.connect(limit)
@@ -160,8 +174,9 @@ class Client:
             connection.close()
         if monotonic() >= deadline:  # headers that are cut off look complete
             raise ServerFault(TIMED_OUT, f"no answer to {method} {path} within {limit:g} seconds")
+        data = _unpacked(data, response.getheader("Content-Encoding", ""), path)
         if response.status >= 300:
-            raise Unwilling(response.status, f"{path} answers with status {response.status}: {_reason(data)}")
+            raise _refusal(response, data, path)
         return _value(data, path)
 
 
@@ -183,6 +198,37 @@ def _content(response: HTTPResponse, path: str) -> bytes:
     if response.length:
         raise HTTPException(f"the answer ends {response.length} bytes before the length that it states")
     return b"".join(pieces)
+
+
+def _unpacked(data: bytes, encoding: str, path: str) -> bytes:
+    """The body of an answer without its encoding. Raises ServerFault for one that is unknown, broken or too long."""
+    encoding = encoding.strip().lower()
+    if encoding in ("", "identity"):
+        return data
+    if encoding not in UNPACKED:
+        raise ServerFault(BROKEN, f"the answer of {path} has the encoding {shown(encoding)}, but none was asked for")
+    unpacking = zlib.decompressobj(UNPACKED[encoding])
+    try:
+        found = unpacking.decompress(data, LARGEST + 1)
+    except zlib.error as error:
+        raise ServerFault(BROKEN, f"the answer of {path} is no {encoding}: {one_line(error)}") from None
+    if len(found) > LARGEST:
+        raise ServerFault(BROKEN, f"the answer of {path} is longer than {LARGEST} bytes")
+    if not unpacking.eof:
+        raise ServerFault(BROKEN, f"the answer of {path} ends within its {encoding}")
+    return found
+
+
+def _refusal(response: HTTPResponse, data: bytes, path: str) -> Unwilling:
+    """The refusal that an answer with a status of 300 or more is."""
+    place = response.getheader("Location")
+    told = f"it leads to {shown(place)}" if place and response.status < 400 else _reason(data)
+    after = decimal(response.getheader("Retry-After", "").strip())  # a date is no number, and is not waited for
+    return Unwilling(
+        response.status,
+        f"{path} answers with status {response.status}: {told}",
+        after if after is not None and after >= 0 else None,
+    )
 
 
 def _value(data: bytes, path: str) -> Any:

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from refmoe.engines.process import CRASHED
-from refmoe.engines.server.asking import Client, ServerFault, Unwilling
+from refmoe.engines.server.asking import FAILED, Client, ServerFault, Unwilling
 from refmoe.engines.server.kinds import Kind, Question
 from refmoe.engines.server.replies import Reply, Row
 
@@ -119,6 +119,8 @@ class Interview:
             self.answers.alive = self._lives(way)
             if way in (BATCH, STOPPED):
                 self.answers.refused[way] = refusal.reason
+            elif refusal.status in FAILED:
+                self._break(way, CRASHED, refusal.reason)
             else:
                 self._break(way, BROKEN_LAW, f"a request like an earlier one was refused: {refusal.reason}")
         except ServerFault as fault:

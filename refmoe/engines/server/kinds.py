@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from refmoe.engines.process import BROKEN, CRASHED, TIMED_OUT
-from refmoe.engines.server.asking import Client, ServerFault, Unwilling
+from refmoe.engines.server.asking import FAILED, Client, ServerFault, Unwilling
 from refmoe.engines.server.replies import (
     Reply,
     Row,
@@ -361,6 +361,8 @@ def find_kind(client: Client, vocab: int, first: Question, wanted: str | None, m
     for fault in refusals:
         if isinstance(fault, ServerFault):
             raise fault
+        if fault.status in FAILED:
+            raise ServerFault(CRASHED, fault.reason)
     why = f" ({refusals[-1].reason})" if refusals else ""
     raise InputError(
         f"{client.address.url}: answers neither as {' nor as '.join(tries if wanted is None else [wanted])} does{why}; "

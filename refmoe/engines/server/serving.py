@@ -208,10 +208,9 @@ def wait(client: Client, limit: float, lives: Callable[[], bool]) -> str:
         try:
             client.get("/health", min(5.0, limit))
             return ""
-        except Unwilling as refusal:
-            if refusal.status != 503:  # a server that loads its model
-                return ""
-        except ServerFault as fault:
+        except Unwilling:
+            return ""
+        except ServerFault as fault:  # a server that loads its model has no time
             if fault.kind == BROKEN:
                 return ""
         if not lives():

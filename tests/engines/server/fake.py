@@ -227,6 +227,14 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
+    def raw(self, status: int, data: bytes, headers: dict[str, str]) -> None:
+        """Send an answer with these headers alone."""
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
     def log_message(self, *_: Any) -> None:
         pass
 
@@ -269,6 +277,19 @@ def once(number: int, spoil: Spoil) -> Spoil:
     def some(handler: Handler, data: bytes) -> bool:
         seen[0] += 1
         return seen[0] == number + 1 and spoil(handler, data)
+
+    return some
+
+
+def for_a_while(number: int, seconds: float, spoil: Spoil) -> Spoil:
+    """Behave from an answer on for some seconds.   number: of the answer, from 0"""
+    seen, begun = [0], [0.0]
+
+    def some(handler: Handler, data: bytes) -> bool:
+        seen[0] += 1
+        if seen[0] == number + 1:
+            begun[0] = time.monotonic()
+        return seen[0] > number and time.monotonic() < begun[0] + seconds and spoil(handler, data)
 
     return some
 
@@ -335,8 +356,53 @@ def endless(handler: Handler, _data: bytes) -> bool:
     return True
 
 
-def busy(handler: Handler, _data: bytes) -> bool:
-    handler.send(b'{"error": "busy"}', 503)
+def answers(status: int, data: bytes = b'{"error": "no"}', **headers: str) -> Spoil:
+    """Answer with a status.   headers: their names with underscores"""
+
+    def spoil(handler: Handler, _data: bytes) -> bool:
+        handler.raw(status, data, {"Content-Length": str(len(data)), **named(headers)})
+        return True
+
+    return spoil
+
+
+busy = answers(503)
+
+
+def with_headers(encode: Callable[[bytes], bytes] = lambda data: data, **headers: str) -> Spoil:
+    """Answer in full, in another form.   headers: their names with underscores"""
+
+    def spoil(handler: Handler, data: bytes) -> bool:
+        made = encode(data)
+        length = {} if "Transfer_Encoding" in headers else {"Content-Length": str(len(made))}
+        handler.raw(200, made, {**length, **named(headers)})
+        return True
+
+    return spoil
+
+
+def named(headers: dict[str, str]) -> dict[str, str]:
+    return {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+def in_chunks(data: bytes) -> bytes:
+    """A body as chunks of seven bytes."""
+    parts = [data[i : i + 7] for i in range(0, len(data), 7)]
+    return b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
+
+
+def stays_open(handler: Handler, data: bytes) -> bool:
+    """Answer in full, and leave the connection as it is."""
+    handler.send(data)
+    handler.server.over.wait()
+    return True
+
+
+def continues(handler: Handler, _data: bytes) -> bool:
+    """Say without end that the answer will come."""
+    with suppress(OSError):
+        while not handler.server.over.wait(0.01):
+            handler.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     return True
 
 
