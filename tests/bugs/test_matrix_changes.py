@@ -234,7 +234,9 @@ def test_the_matrix_is_current(real: Matrix) -> None:
     )
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    "policy", [*POLICIES[:2], *(pytest.param(each, marks=pytest.mark.slow) for each in POLICIES[2:])]
+)
 def test_a_sample_of_the_matrix_is_as_recorded(real: Matrix, policy: str) -> None:
     """`refmoe mutants matrix --sample`: each mutant on a case that killed it, and the specification there."""
     named = {folder.name: read_case(folder) for folder in find_cases(GOLDEN)}

@@ -25,6 +25,8 @@ from tests.models import relative_rms
 pytestmark = pytest.mark.engines
 
 CASES = [read_case(folder) for folder in find_cases(Path(__file__).parents[2] / "golden", FAMILIES)]
+LONG = {"production-positions-32768-decoded": pytest.mark.slow}
+"""Cases of which two runs of the engine take half a minute."""
 DYADIC = [case for case in CASES if "DYADIC" in case.conditions]
 NEVER_SEEN = {"attention.scores"}  # no module's value
 
@@ -117,7 +119,7 @@ AS_IT_IS_CANNOT = {
 """Conditions under which transformers' own choice of experts is not ROUTE-2 or ROUTE-3."""
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name, marks=LONG.get(case.name, ())) for case in CASES])
 def test_transformers_agrees_to_what_its_steps_explain(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:

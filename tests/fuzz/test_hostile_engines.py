@@ -13,7 +13,7 @@ import pytest
 from tests.fuzz.hostile_engines import BEHAVIOURS, sample, trials
 
 ROOT = Path(__file__).parents[2]
-RUNS, KILLS = 10, 1
+RUNS, KILLS = 6, 1
 
 
 def test_the_table_is_large_and_the_sample_is_the_same_each_time() -> None:

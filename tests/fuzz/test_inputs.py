@@ -29,7 +29,7 @@ from tests.fuzz import inputs
 from tests.fuzz.inputs_coverage import one_input, readers
 from tests.fuzz.inputs_places import INVOCATIONS, command_of
 
-COUNT = 700
+COUNT = 350
 linux = pytest.mark.skipif(sys.platform != "linux", reason="limits and /proc of Linux")
 
 
