@@ -12,7 +12,7 @@ from refmoe.checkpoints.foreign_fields import refuse_foreign, unknown_fields
 from refmoe.checkpoints.layout import Checkpoint, ConfigurationFile, Expected, Found, View, whole, whole_parameter
 from refmoe.checkpoints.names import expert_names
 from refmoe.checkpoints.quantisation import FIELD as QUANTISATION
-from refmoe.checkpoints.quantisation import assembled, read_quantisation
+from refmoe.checkpoints.quantisation import assembled, read_quantisation, refuse_cache_scales
 from refmoe.checkpoints.rows import match_rows
 from refmoe.errors import InputError
 from refmoe.files.json_file import JsonFile, read_json
@@ -183,6 +183,7 @@ def load(folder: Path) -> Checkpoint:
     """A checkpoint in this layout. Raises InputError, one sentence, for anything that does not fit."""
     file = read_config(folder / "config.json")
     files, tensors = weight_files(folder)
+    refuse_cache_scales(tensors)
     quantisation = read_quantisation(read_json(file.path))
     tensors = tensors if quantisation is None else assembled(tensors, quantisation)
     block = next((b for b in reversed(BLOCKS) if any(f".{b}." in name for name in tensors)), BLOCKS[0])

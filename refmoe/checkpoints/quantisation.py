@@ -40,9 +40,12 @@ MOST_REPEATS = 3
 UNREAD = (
     ("sparsity_config", "matrices that are not sparse were expected"),
     ("transform_config", "matrices that are not transformed were expected"),
-    ("kv_cache_scheme", "a cache that is not quantised was expected"),
 )
 """Parts of compressed-tensors' configuration that are not read."""
+CACHE_FIELDS = ("kv_cache_scheme", "kv_cache_quant_method", "kv_cache_quant_algo")
+"""Names under which the methods declare a quantised cache of keys and values, which is not read."""
+CACHE_SCALES = re.compile(r".*\.(([kv]|kv|[kv]_cache|q|prob)_scale|[kv]_zero_point|[kv]_proj\.output_scale)")
+"""The names of tensors for a cache: those of compressed-tensors, of vLLM and of AutoFP8."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,20 @@ def read_quantisation(file: JsonFile) -> Quantisation | None:
     }  # fmt: skip
     if not isinstance(method, str) or method not in readers:
         raise config.refuse("quant_method", method, f"one of {', '.join(METHODS)} was expected")
+    for name in CACHE_FIELDS:
+        if config.values.get(name) not in (None, {}):
+            raise config.refuse(name, config.values[name], "a cache that is not quantised was expected")
     return readers[method](config)
+
+
+def refuse_cache_scales(tensors: Mapping[str, StoredTensor]) -> None:
+    """Raise InputError if there are scales for a cache. An engine divides keys and values by them; no policy does."""
+    for name, tensor in tensors.items():
+        if CACHE_SCALES.fullmatch(name):
+            raise InputError(
+                f"{tensor.path}: tensor {quoted(name)} belongs to a quantised cache of keys and values, but a "
+                "checkpoint without one was expected"
+            )
 
 
 def _modules(config: JsonFile, *names: str) -> tuple[str, ...]:

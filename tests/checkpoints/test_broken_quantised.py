@@ -85,6 +85,17 @@ def added(name: str, array: Array) -> Damage:
     return damage
 
 
+def beside(name: str) -> Damage:
+    """Add a number to the attention of the first layer."""
+
+    def damage(folder: Path) -> None:
+        tensors = read_tensors(folder / "model.safetensors")
+        one = {f"model.layers.0.self_attn.{name}": np.ones(1, np.float32)}
+        write_tensors(folder / "model.safetensors", tensors | one)
+
+    return damage
+
+
 def put(value: Any, at: Any = 0) -> Callable[[Array], Array]:
     def change(array: Array) -> Array:
         array.reshape(-1)[at] = value
@@ -133,7 +144,16 @@ FOLDERS: dict[str, tuple[str, Damage, tuple[str, ...]]] = {
     "int8 for fp8": ("ct-float-channel", groups(type="int"), ("dtype F8_E4M3", "I8")),
     "still being made": ("ct-int4-group", says(quantization_status="frozen"), ("quantization_status' is \"frozen\"",)),
     "sparse": ("ct-int4-group", says(sparsity_config={"format": "sparse-24"}), ("sparsity_config",)),
-    "a cache": ("ct-int4-group", says(kv_cache_scheme={"num_bits": 8}), ("kv_cache_scheme",)),
+    "a cache": ("ct-int4-group", says(kv_cache_scheme={"num_bits": 8}), ("kv_cache_scheme", "not quantised")),
+    "a cache of FP8": ("fp8-block", says(kv_cache_scheme="static"), ("kv_cache_scheme", "not quantised")),
+    "a cache of GPTQ": ("gptq", says(kv_cache_quant_method="fp8"), ("kv_cache_quant_method", "not quantised")),
+    **{
+        f"a scale of a cache, {name}": (variant, beside(name), (f"self_attn.{name}' belongs to a quantised cache",))
+        for variant, name in (
+            ("fp8-block", "kv_scale"), ("fp8-block", "v_proj.output_scale"), ("fp8-block", "attn.k_scale"),
+            ("ct-float-channel", "k_scale"), ("ct-int4-group", "v_zero_point"), ("awq", "v_scale"),
+        )
+    },
     "three bits": ("ct-int4-group", groups(num_bits=3), ("num_bits' is 3", "4 or 8")),
     "no groups": ("ct-int4-group", says(config_groups={}), ("config_groups",)),
     "a format of others": ("ct-int4-group", says(format="marlin-24"), ("format' is \"marlin-24\"",)),
