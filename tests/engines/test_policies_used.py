@@ -46,8 +46,8 @@ ALLOWING = {"ranks": 8, "truncates": True, "flushes": True, "ties": "any", "comp
     "consumers": "unrounded", "sigmoid": "absolute", "inputs": {"Q8_0": FORMATS["float16"]},
     "kept": {"cache.k": input_formats()["q8_0"]}}  # fmt: skip
 """Fields whose value allows more than another one, with the value that allows most."""
-ANOTHER_WAY = {"name", "about", "source", "scale", "router_order", "pairs"}
-"""Fields that say something else, and allow neither more nor less."""
+ANOTHER_WAY = {"name", "about", "source", "scale", "router_order", "pairs", "turn"}
+"""Fields that say something else, and allow neither more nor less. A turn is one of what is kept in codes."""
 MEASURES = {"storage", "accumulation", "statistics", "exp", "angles", "circle", "cuts"}
 """Dtypes and budgets, which the other tests change."""
 

@@ -15,6 +15,7 @@ import pytest
 from refmoe.arithmetic.codes import InputFormat, quantise
 from refmoe.arithmetic.formats import BFLOAT16, nearest
 from refmoe.arithmetic.turning import turn
+from refmoe.bugs.catalogue import MUTANTS
 from refmoe.checkpoints.load import load_checkpoint
 from refmoe.checkpoints.synthetic import synthetic_checkpoint
 from refmoe.checkpoints.write import write_checkpoint
@@ -29,6 +30,8 @@ from refmoe.steps.rounding import CUT_STEPS
 from refmoe.suite import read_case
 from refmoe.traces.script import execute, plan
 from refmoe.traces.trace import Header, Recorder, Run, read_trace, write_trace
+from refmoe.verifier.diagnosis.arithmetic import WIDE_SUMS
+from refmoe.verifier.diagnosis.diagnose import diagnose
 from refmoe.verifier.findings import CONFORMANT, Report
 from refmoe.verifier.verify import verify
 
@@ -215,6 +218,62 @@ def test_a_planted_fault_is_seen_where_it_is(fault: str, order: str, parameters:
     name, recorder = f"llama.cpp-cache-q8_0+turn={order}", Recorder()
     arrays = trace_of(Faulty(policy(name), recorder, fault), parameters, recorder)
     assert judged(arrays, parameters, name, tmp_path).first_wrong == FIRST
+
+
+# ---- names
+
+
+def named(arrays: dict[str, Any], parameters: Parameters, declared: str, folder: Path) -> list[str]:
+    """The causes that explain a trace, of all that there are."""
+    report = judged(arrays, parameters, declared, folder)
+    assert report.first_wrong == FIRST
+    trace = read_trace(folder / "trace.safetensors")
+    found = diagnose(trace, CONFIG, parameters, RUNS, policy(declared), report, MUTANTS.values())
+    return [each.name for each in found if each.explains]
+
+
+Q8_0, Q4_0, FLASH = "llama.cpp-cache-q8_0", "llama.cpp-cache-q4_0", "llama.cpp-float32-flash"
+FP8 = "bfloat16+consumers=stored+cache=e4m3-cache"
+
+
+@pytest.mark.parametrize(
+    ("made", "declared", "change"),
+    [
+        pytest.param(Q8_0, f"{Q8_0}+turn=none", "turn=stages"),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (
+                (f"{Q8_0}+turn=none", Q8_0, "turn=none"),
+                (Q4_0, Q8_0, f"cache=q4_0+attention.query=q8_0+{WIDE_SUMS}+turn=stages"),
+                (Q8_0, Q4_0, f"cache=q8_0+attention.query=q8_0+{WIDE_SUMS}+turn=stages"),
+                (f"{Q4_0}+turn=none", Q8_0, f"cache=q4_0+attention.query=q8_0+{WIDE_SUMS}+turn=none"),
+                (Q8_0, FLASH, f"cache=q8_0+attention.query=q8_0+{WIDE_SUMS}+turn=stages"),
+                (f"{FP8}-truncated", FP8, "cache=e4m3-cache-truncated"),
+                (FP8, f"{FP8}-truncated", "cache=e4m3-cache"),
+            )
+        ),
+    ],
+)
+def test_another_cache_is_named(made: str, declared: str, change: str, parameters: Parameters, tmp_path: Path) -> None:
+    assert named(ideal(policy(made), parameters), parameters, declared, tmp_path) == [f"{declared}+{change}"]
+
+
+@pytest.mark.slow
+def test_a_cache_of_float16_is_named(parameters: Parameters, tmp_path: Path) -> None:
+    """The sums of llama.cpp's own cache may be those of float16 or not: an ideal engine rounds none of them."""
+    found = named(ideal(policy(FLASH), parameters), parameters, Q8_0, tmp_path)
+    assert found
+    assert all("+cache=float16" in name for name in found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["stages", "none"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_codes_has_no_name(fault: str, order: str, parameters: Parameters, tmp_path: Path) -> None:
+    """No rule that refmoe knows makes these codes."""
+    name, recorder = f"{Q8_0}+turn={order}", Recorder()
+    arrays = trace_of(Faulty(policy(name), recorder, fault), parameters, recorder)
+    assert named(arrays, parameters, name, tmp_path) == []
 
 
 def test_heads_that_are_no_whole_blocks_are_refused() -> None:

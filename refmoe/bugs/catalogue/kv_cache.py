@@ -14,8 +14,8 @@ from refmoe.spec.attention import Cache
 from refmoe.spec.attention import attention as right_attention
 from refmoe.spec.attention import visible as right_visible
 from refmoe.steps.rounding import attend as right_attend
-from refmoe.steps.rounding import cut_again
 from refmoe.steps.rounding import extend_cache as right_extend_cache
+from refmoe.steps.rounding import kept_keys, kept_values
 
 PAGE = 4
 """Tokens in a page of the cache. Real pages have 16 and more; with 4, short sequences cross a page."""
@@ -160,8 +160,8 @@ def attend(ops: Any, q: Any, cache: Any, mask: Any) -> Any:
 def kept_in_the_buffer(ops: Any, cache: Any, k: Any, v: Any, positions: Any) -> Cache:
     """A request that shares a prefix cuts only the length of the cache, and attention reads the whole buffer. It sees
     the tokens of the earlier request after the prefix that are not yet overwritten."""
-    k = cut_again(ops, "cache.k", "attention.k_rope", k)
-    v = cut_again(ops, "cache.v", "attention.v", v)
+    k = kept_keys(ops, k)
+    v = kept_values(ops, v)
     if cache is None:
         k, v = Buffer(k, k.shape[0]), Buffer(v, v.shape[0])
         return Cache(k, v, positions)
@@ -230,8 +230,8 @@ def attend_kept(ops: Any, q: Any, cache: Any, mask: Any) -> Any:
 def values_of_rejected(ops: Any, cache: Any, k: Any, v: Any, positions: Any) -> Cache:
     """Tokens that were rejected, or belong to another request, are cut from the keys only. Their values stay, and the
     new tokens' values are not written over them."""
-    k = cut_again(ops, "cache.k", "attention.k_rope", k)
-    v = cut_again(ops, "cache.v", "attention.v", v)
+    k = kept_keys(ops, k)
+    v = kept_values(ops, v)
     if cache is None:
         v = Kept(v, v.shape[0])
         return Cache(k, v, positions)

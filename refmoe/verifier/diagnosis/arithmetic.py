@@ -8,7 +8,7 @@ values, where it stores something more coarsely, or else their sizes, as `refmoe
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from refmoe.arithmetic.formats import FLOAT16
 from refmoe.errors import InputError
@@ -128,10 +128,15 @@ class Changed:
 
 
 def other_arithmetic(policy: Policy, head_dim: int) -> Iterator[Cause]:
-    """The changes of a policy as causes, but for those that heads of this size cannot have."""
+    """The changes of a policy as causes, each once, but for those that heads of this size cannot have."""
+    seen: list[Policy] = []
     for change, about in CHANGES.items():
         changed = _changed(policy, change)
-        if changed is not None and not any(how.block and head_dim % how.block for how in changed.kept.values()):
+        if changed is None or any(how.block and head_dim % how.block for how in changed.kept.values()):
+            continue
+        rules = replace(changed, name="")
+        if rules not in seen:
+            seen.append(rules)
             yield Cause(
                 name=f"{policy.name}+{change}",
                 kind=ARITHMETIC,

@@ -170,7 +170,8 @@ class Laboratory:
             own = np.asarray(run.positions)
         else:
             keep = rounding.kept_values if step == "attention.v" else rounding.kept_keys
-            own = keep(self.ops, self.read((run.run, f"layers.{layer}.{step}")))
+            self.ops.repeats = self._repeats(run)
+            own = self.ops.remembered(keep(self.ops, self.read((run.run, f"layers.{layer}.{step}"))))
         if not run.past:
             return own
         before: list[str] = []
@@ -181,6 +182,12 @@ class Laboratory:
                 before.append(other.run)
         kept = self.cached(before[-1], step, layer)[: run.past]
         return self.ops.concatenate([kept, own])
+
+    def _repeats(self, run: Run) -> Any:
+        """How often each new token occurs in its sequence: integers [T]"""
+        together = [other for other in self.runs.values() if other.sequence == run.sequence]
+        occurring = Counter(token for other in together for token in other.tokens)
+        return np.array([occurring[token] for token in run.tokens])
 
     # ---- the model
 
