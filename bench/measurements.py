@@ -865,6 +865,7 @@ def quantised_engines() -> str:
             build, ", ".join(dict.fromkeys(f"`{row['policy']}`" for row in mine)), f"{len(mine)}",
             f"{sum(row['values'] for row in mine):,}", f"{sum(row['verdict'] != CONFORMANT for row in mine)}",
             f"{max(row['worst_error'] for row in mine):.2f}", f"{max(row['excess'] for row in mine):.1f}",
+            ", ".join(f"`{step}`" for step in sorted({step for row in mine for step in row["failed"]})) or "-",
         ))  # fmt: skip
         caches += [
             (
@@ -873,6 +874,7 @@ def quantised_engines() -> str:
                 f"{row['other']['outside']:,}", f"{row['other']['contexts_outside']:,}",
             ) for row in mine if row.get("other", row)["policy"] != row["policy"]
         ]  # fmt: skip
+    head = ("build", "policy", "files", "values of products", "failures", "error / allowed", "excess", "wrong steps")
     wrong = ("build", "format", "values", "outside", "under another policy", "products outside", "contexts outside")
     return f"""## Quantised engines
 
@@ -882,7 +884,10 @@ deviations.
 Commands: `python -m bench.quantised --write FOLDER`, and then `python -m bench.quantised FOLDER --build NAME` with
 options for each build; file: {link("quantised.json")}.
 
-{table(("build", "policy", "files", "values of products", "failures", "error / allowed", "excess"), rows)}
+{table(head, rows)}
+
+ik_llama.cpp has a bug that is no matter of codes: [a layer adds the experts to the normalised
+state](findings/ik-llama-residual.md).
 
 The same traces, judged by a policy that is not the engine's own. The values are those of products and of contexts, the
 sums over cached values.

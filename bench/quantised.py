@@ -7,6 +7,8 @@
         --policy llama.cpp-quantised-sse42
     python -m bench.quantised FOLDER --build "xllamacpp, cache q8_0" --formats F32,Q8_0 \\
         --option cache=q8_0 --other llama.cpp-quantised
+    python -m bench.quantised FOLDER --build ik_llama --engine bench/ik_llama.py --case production-head-32 \\
+        --other llama.cpp-quantised
     python -m bench.quantised FOLDER --engine vllm --build "vLLM, cache fp8_e4m3" --dtype bfloat16 \\
         --formats int8-channel:attention --option cache=fp8_e4m3 --other vllm-cpu-bfloat16
 
@@ -21,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +45,7 @@ from refmoe.verifier.verify import verify
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "quantised.json"
 CASES = ("production-first", "production-sequences")
-"""Cases whose rows are whole blocks of 256, with calls of 1 to 12 tokens."""
+"""Cases whose rows are whole blocks of 256, with calls of 1 to 12 tokens. `--case` names others."""
 FIRST = {"llama_cpp": {"cache": "float16", "flash": "on"}}
 """Options of an adapter, for the defaults of its engine."""
 
@@ -51,10 +54,10 @@ def case(name: str) -> Case:
     return read_case(ROOT / "golden" / name)
 
 
-def write(folder: Path) -> None:
+def write(folder: Path, cases: Sequence[str]) -> None:
     """A GGUF file and a folder of safetensors of each case in each format and mixture."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in CASES:
+    for name in cases:
         model = (case(name).config, case(name).checkpoint().parameters)
         for kind in KINDS:
             write_gguf(folder / f"{name}.{kind}.gguf", *model, kind)
@@ -63,11 +66,11 @@ def write(folder: Path) -> None:
             write_quantised(folder / f"{name}.{recipe}", *model, recipe, "float32")
 
 
-def files(folder: Path, engine: str, formats: str | None) -> list[Path]:
+def files(folder: Path, engine: str, formats: str | None, cases: Sequence[str]) -> list[Path]:
     """The files that an engine reads.   formats: some, with commas; None: all but float32"""
     wanted = [*KINDS, *NAMES] if formats is None else formats.split(",")
-    end = ".gguf" if engine == "llama_cpp" else ""
-    return [path for name in CASES for kind in wanted if (path := folder / f"{name}.{kind}{end}").exists()]
+    end = ".gguf" if "llama" in engine else ""
+    return [path for name in cases for kind in wanted if (path := folder / f"{name}.{kind}{end}").exists()]
 
 
 def measured(path: Path, name: str, report: Report) -> dict[str, Any]:
@@ -109,7 +112,7 @@ def run(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of one build."""
     settings = {**FIRST.get(options.engine, {}), **options_of(options.option)}
     adapter, rows = adapter_class(options.engine)(**settings), []
-    for path in files(folder, options.engine, options.formats):
+    for path in files(folder, options.engine, options.formats, options.case or CASES):
         try:
             adapter.load(path, options.dtype)
         except (InputError, Skipped, NotImplementedError) as refused:
@@ -142,13 +145,14 @@ def main() -> None:
     parser.add_argument("--build", help="the name of the build")
     parser.add_argument("--engine", default="llama_cpp", help="the adapter")
     parser.add_argument("--dtype", default="float32", help="of the engine")
+    parser.add_argument("--case", action="append", default=[], help="a golden case; none: two of the production family")
     parser.add_argument("--formats", help="formats of files, with commas; none: all")
     parser.add_argument("--option", action="append", default=[], help="of the adapter, KEY=VALUE")
     parser.add_argument("--policy", help="none: the policy that the adapter gives")
     parser.add_argument("--other", help="a policy by which the engine does not compute")
     options = parser.parse_args()
     if options.write:
-        write(options.folder)
+        write(options.folder, options.case or CASES)
         return
     kept = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
     rows = [row for row in kept if row["build"] != options.build] + run(options.folder, options)

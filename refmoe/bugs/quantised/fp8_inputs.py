@@ -117,7 +117,7 @@ def first_scale_for_a_token(right: Codes, x: Any) -> Codes:
 @input_bug(
     "quantised-fp8-input-scale-in-bfloat16", kind="e4m3", formats=FP8,
     fix="compute the scale in float32, also where the model is in bfloat16",
-    sources=["NVIDIA/TransformerEngine/pull/2153"],
+    sources=["pytorch/ao/pull/4326"],
 )  # fmt: skip
 def scale_in_bfloat16(right: Codes, x: Any) -> Codes:
     """The scale is rounded to bfloat16, and the codes are made with it."""
@@ -185,7 +185,7 @@ def scaled_to_240(right: Codes, x: Any) -> Codes:
 @input_bug(
     "quantised-fp8-input-scaled-to-480", kind="e4m3", formats=FP8,
     fix="the largest value of e4m3fn is 448: the bits of 480 are a NaN",
-    sources=["kekzl/imp/issues/1544", "jax-ml/ml_dtypes/issues/400"],
+    sources=["OpenPPL/ppq/issues/398"],
 )  # fmt: skip
 def scaled_to_480(right: Codes, x: Any) -> Codes:
     """The scale makes 480 of the largest value, and what lies beyond 448 is clamped."""
