@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
+import resource
 import shutil
 from pathlib import Path
 
 import pytest
 
 import refmoe
-from tests.tour import BLOCK, ROOT, clone, files, run_tour, steps, write_files
+from tests.tour import BLOCK, ROOT, clone, console, files, run_tour, steps, write_files
 
 IN_A_CLONE = ("README.md", "docs/engine-in-c.md", "docs/ci.md", "docs/audit.md", "docs/pack.md")
 """Pages that begin in a clone of the repository. The others begin in an empty folder."""
@@ -33,6 +35,8 @@ NEEDS = {
     "docs/evidence.md": ["cryptography", "cyclonedx", "in_toto_attestation"],
 }
 PROGRAMS = ("cc", "node", "rustc")
+FROM_NOTHING = {"docs/pack.md": (30, 60.0)}
+"""Pages that promise a verdict soon: the most commands, and the most seconds of a core."""
 SHOWN = {
     "README.md": ("main", "tests"),
     "docs/adapters.md": None,
@@ -66,7 +70,17 @@ def test_the_page_runs_and_prints_what_it_shows(page: str, tmp_path: Path) -> No
         clone(tmp_path)
     if page in AFTER_THE_QUICKSTART:
         write_files(text_of("docs/quickstart.md"), tmp_path)
+    before = seconds_of_commands()
     run_tour(text_of(page), tmp_path)
+    commands, seconds = FROM_NOTHING.get(page, (math.inf, math.inf))
+    assert len(console(text_of(page))) < commands
+    assert seconds_of_commands() - before < seconds
+
+
+def seconds_of_commands() -> float:
+    """The seconds that a core has worked for the commands so far. A machine may be busy with others meanwhile."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def test_no_command_is_left_out() -> None:

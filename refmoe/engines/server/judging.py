@@ -111,7 +111,7 @@ def judge(answers: Answers, model: Model) -> Judgement:
     if report is not None and report.verdict == NOT_CONFORMANT:
         moved = one_position_off(said, model)
         if moved:
-            broken.append(Broken(PROMPT, BROKEN_LAW, moved))
+            broken.insert(0, Broken(PROMPT, BROKEN_LAW, moved))  # entries that are missing at the end come of it
             said = [each for each in said if each.way != PROMPT]
             trace = trace_of(said, model)
             report = None if trace is None else verified(trace, model)

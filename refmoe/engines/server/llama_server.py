@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """llama-server of the package xllamacpp, which has no command of its own. It serves until it is ended.
 
-    python -m refmoe.engines.server.llama_server MODEL.gguf PORT [cache=f32|f16|bf16] [flash=off|on] [slots=N]
+    python -m refmoe.engines.server.llama_server MODEL.gguf PORT [cache=f32|f16|bf16] [flash=off|on] [slots=N] [batch=N]
 
-By default its cache is float32 and flash attention is off, as the policy llama.cpp-float32 has it.
+By default its cache is float32 and flash attention is off, as the policy llama.cpp-float32 has it. A prompt is computed
+in chunks of at most `batch` tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any
 
 from refmoe.errors import InputError, require
 
-OPTIONS = {"cache": ("f32", "f16", "bf16"), "flash": ("off", "on"), "slots": tuple(map(str, range(1, 65)))}
+OPTIONS = {"cache": ("f32", "f16", "bf16"), "flash": ("off", "on"), "slots": tuple(map(str, range(1, 65))),
+           "batch": tuple(map(str, range(512, 0, -1)))}  # fmt: skip
 """The options and the values that each takes, the default first."""
 PORTS = range(1, 1 << 16)
 CONTEXT = 4096
@@ -33,6 +35,7 @@ def serve(path: str, port: int, options: dict[str, str]) -> Any:
     params = x.CommonParams()
     params.model.path = path
     params.port = port
+    params.n_batch = params.n_ubatch = int(options["batch"])
     params.n_ctx, params.n_parallel = CONTEXT, int(options["slots"])
     params.warmup = params.fit_params = False
     params.cache_type_k = params.cache_type_v = kinds[options["cache"]]

@@ -109,7 +109,9 @@ def openai(source: Engine, body: Body, most: int = VOCAB, echo_off_by: int = 0, 
            numbers: bool = True) -> Any:  # fmt: skip
     """``/v1/completions`` of OpenAI's API, in the manner of vLLM, of llama-cpp-python or of a server without numbers.
 
-    most: the most entries   echo_off_by: the positions by which the rows of an echo are too late
+    most: the most entries
+    echo_off_by: the positions by which the rows of an echo are too late. There are none after the last row, so that the
+        last tokens have no entry. In this way llama-cpp-python 0.3.36 pairs its tokens with its rows
     text_only: whether it takes texts alone   numbers: whether it gives log-probabilities
     """
     prompts = body["prompt"]
@@ -129,11 +131,10 @@ def openai(source: Engine, body: Body, most: int = VOCAB, echo_off_by: int = 0, 
             name = (lambda i: f"token_id:{i}") if body.get("return_tokens_as_token_ids") else word
             if body.get("echo"):
                 whole = [*tokens, *made]
-                shown = [None, *(by_name(rows[min(i + echo_off_by, len(rows) - 1)], count, name)
-                                 for i in range(len(whole) - 1))]  # fmt: skip
+                shown = [None, *(by_name(row, count, name) for row in rows[echo_off_by:])]
                 choice |= {
                     "text": spelled(whole),
-                    "logprobs": {"tokens": list(map(word, whole)), "top_logprobs": shown},
+                    "logprobs": {"tokens": list(map(word, whole[: len(shown)])), "top_logprobs": shown},
                 }
             else:
                 shown = [by_name(rows[first + i], count, name) for i in range(len(made))]

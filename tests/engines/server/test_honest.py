@@ -88,7 +88,11 @@ def test_log_probabilities_name_the_bug(mutant: str) -> None:
 def test_an_echo_that_is_one_position_off_is_told_from_a_wrong_model() -> None:
     found = asked(honest_openai(refused=("prompt_logprobs",), text_only=True, echo_off_by=1))
     assert found.verdict == NOT_CONFORMANT
-    assert [each.way for each in found.judgement.broken] == [PROMPT]
+    first, *others = found.judgement.broken
+    assert first.way == PROMPT
+    assert found.reason == f"{first.way}: {first.reason}"
+    # the last token of a reply has no entry, and others have
+    assert {each.way for each in others} <= {GENERATED, FED_BACK, TOGETHER, BATCH, STOPPED, CANCELLED}
     assert found.judgement.report is None
     assert not found.judgement.wrong
 

@@ -15,6 +15,7 @@ WRONG = {
     "a dtype of the cache": ["model.gguf", "8080", "cache=f64"],
     "flash attention": ["model.gguf", "8080", "flash=maybe"],
     "slots that are no number": ["model.gguf", "8080", "slots=many"],
+    "no tokens at once": ["model.gguf", "8080", "batch=0"],
     "no slots": ["model.gguf", "8080", "slots=0"],
 }
 

@@ -12,12 +12,16 @@ from typing import Any
 
 import pytest
 
-from refmoe.engines.server.interview import CANCELLED, GENERATED, GROWN, PREFIXES, PROMPT
-from refmoe.engines.server.power import LARGEST, PROMPTS, WHOLE
+from refmoe.engines.process import CRASHED
+from refmoe.engines.server.interview import CANCELLED, FED_BACK, GENERATED, GROWN, PREFIXES, PROMPT
+from refmoe.engines.server.power import LARGEST, PROMPTS, TOKENS, WHOLE
+from refmoe.engines.server.verdict import Verdict
 from refmoe.verifier.findings import CONFORMANT, NOT_CONFORMANT
+from tests.engines.server import planted
 from tests.engines.server.test_command import free_port
 
 ROOT = Path(__file__).parents[3]
+SIMULATED = ROOT / "bench" / "results" / "server_power.json"
 pytestmark = pytest.mark.slow
 needs_llama = pytest.mark.skipif(
     find_spec("xllamacpp") is None or find_spec("gguf") is None, reason="pip install -e '.[llama-cpp]'"
@@ -72,6 +76,7 @@ def llama(port: int, *options: str) -> list[str]:
     [
         ("llama.cpp-float32", []),
         ("llama.cpp-float32", ["slots=4"]),
+        ("llama.cpp-float32", ["batch=5"]),
         ("llama.cpp-float32-cache-float16", ["cache=f16"]),
         ("llama.cpp-float32-flash", ["flash=on", "cache=f16"]),
         ("llama.cpp-bfloat16+flushes=true", []),
@@ -118,9 +123,39 @@ def test_a_bug_of_decode_in_the_code_of_a_real_server(bug: str) -> None:
     assert found["wrong_tokens"]
 
 
+BEHIND_TRANSFORMERS = ("attn-gqa-tile", "router-no-renorm", "expert-w1-w3-swapped", "norm-eps-1e-6")
+BEHIND_LLAMA = ("load-qk-permute-missing", "rope-theta-default", "norm-eps-1e-6")
+"""Some of the bugs that ``python -m bench.real_servers`` plants, one of them too small for tokens alone."""
+
+
+def caught_as_predicted(bug: str, found: Verdict) -> None:
+    """Hold a verdict against the table of simulated servers."""
+    predicted = json.loads(SIMULATED.read_text(encoding="utf-8"))[bug]["float32"]
+    assert (found.verdict == NOT_CONFORMANT) == (found.level in predicted)
+    assert bool(found.judgement.wrong) == (TOKENS in predicted)
+
+
+@needs_transformers
+def test_bugs_in_the_code_of_a_real_server_are_caught_as_the_table_says(tmp_path: Path) -> None:
+    planted.write_models(tmp_path / "models")
+    with planted.transformers(tmp_path / "models", free_port()) as address:
+        for bug in BEHIND_TRANSFORMERS:
+            caught_as_predicted(bug, planted.judged_by_name(address, tmp_path / "models", bug))
+        found = planted.judged_by_name(address, tmp_path / "models", planted.HEALTHY)
+        assert (found.verdict, found.judgement.broken) == (CONFORMANT, ())
+
+
+@needs_llama
+@pytest.mark.parametrize("bug", BEHIND_LLAMA)
+def test_wrong_files_behind_a_real_server_are_caught_as_the_table_says(bug: str, tmp_path: Path) -> None:
+    caught_as_predicted(bug, planted.judged_file(bug, tmp_path / "model", free_port()))
+
+
 @needs_mlx
 def test_mlx_lm_reports_other_tokens_than_it_generates() -> None:
-    """A bug of mlx-lm 0.32.2: with `top_logprobs`, the token beside them is the first of a list without order."""
+    """Two bugs of mlx-lm 0.32.2: with `top_logprobs`, the token beside them is the first of a list without order. And a
+    prompt that is an earlier one with its whole reply ends its thread.
+    """
     port = free_port()
     command = [sys.executable, "-m", "mlx_lm", "server", "--model", "{checkpoint}", "--host", "127.0.0.1"]
     found = judged([*command, "--port", str(port)], "--policy", "mlx-float32", port=port, status=1)
@@ -128,6 +163,7 @@ def test_mlx_lm_reports_other_tokens_than_it_generates() -> None:
     assert not found["wrong_tokens"]
     assert found["log_probabilities"]["verdict"] == CONFORMANT
     assert GENERATED in {each["way"] for each in found["broken"]}
+    assert (FED_BACK, CRASHED) in {(each["way"], each["kind"]) for each in found["broken"]}
 
 
 @needs_vllm
