@@ -286,10 +286,12 @@ Runs of the family `production` (`--family production`;
 
 - One deviation: mlx-lm has no sliding window ([finding](findings/mlx-lm-window.md)).
 - What is skipped: windows by llama.cpp and ibm-fms, a `head_dim` of their own by mlx-lm and ibm-fms, a start above
-  position 0 by litgpt. litgpt itself refuses a call longer than the window. The adapter of vLLM
+  position 0 by litgpt and mistral-inference. litgpt itself refuses a call longer than the window. The adapter of vLLM
   had no chunks at that time.
-- llama.cpp, litgpt, mlx-lm and `transformers` reach position 32768 from 0 without a deviation.
-- The other cases of onnxruntime, vLLM, `transformers`, mistral-inference and ibm-fms were not run.
+- llama.cpp, litgpt, mlx-lm, ibm-fms, mistral-inference and `transformers` reach position 32768 from 0 without a
+  deviation.
+- `transformers` with `attention=sdpa` ran all cases but `production-positions-32768-decoded`.
+- The other cases of onnxruntime and vLLM were not run, nor those of `transformers` in its other settings.
   TransformerLens was not run on this family.
 
 llama.cpp with the files that people have, in float16 and bfloat16
