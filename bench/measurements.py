@@ -261,6 +261,8 @@ engines NAME --install DIR` makes the environment of an engine.
 - TransformerLens: no deviation. In float64 its profile allows a table of cosines and sines that is only as precise as
   in float32 ([finding](findings/transformer-lens-float64.md)). It has no `head_dim` of its own, and no start above
   position 0.
+- tinygrad: no deviation in what is between its blocks (`taps=states`), which is all that it shows of the blocks that
+  it compiles. It has no window for this architecture, and no start above position 0.
 - onnxruntime: no deviation from its profile, which allows a sigmoid with absolute precision
   ([finding](findings/onnxruntime-sigmoid.md)). By the profile of `transformers` only `expert.hidden` deviates.
 
@@ -272,8 +274,8 @@ Runs of some cases, or with a setting that excludes most of them ([`conform_some
   wrong ([finding](findings/ibm-fms-heads.md)).
 - keras-hub on JAX in other dtypes than float32: the factor of the scores is rounded, as on torch. In float16 a weight
   of the router deviates: JAX divides float16 on a CPU without correct rounding.
-- tinygrad with `taps=states`: no deviation at small positions. With all taps its rotations deviate, and nothing else
-  does ([finding](findings/tinygrad-cos.md)). Given its own table of cosines and sines, each rotation is right.
+- tinygrad with all taps: its rotations deviate, and nothing else does ([finding](findings/tinygrad-cos.md)). Given its
+  own table of cosines and sines, each rotation is right.
 - `transformers` with layers that `torch.compile` compiles: no deviation.
 - vLLM with prompts in chunks, one of them with a window: no deviation.
 - OpenVINO computes in bfloat16 by default where the processor has instructions for it. It conforms to the policy of
