@@ -20,8 +20,8 @@ CONSUMERS = ("stored", "unrounded")
 SIGMOIDS = ("relative", "absolute")
 HALVES = "halves"
 PAIRS = (HALVES, "interleaved")
-UNTURNED, STAGES = "none", "stages"
-TURNS = (UNTURNED, STAGES, "any-order")
+UNTURNED, STAGES, ANY_ORDER = "none", "stages", "any-order"
+TURNS = (UNTURNED, STAGES, ANY_ORDER)
 TURNED = 64
 """Heads of a multiple of this many values may be turned."""
 

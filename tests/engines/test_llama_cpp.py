@@ -217,7 +217,9 @@ def test_a_window_is_skipped_where_it_hides_something(tmp_path: Path) -> None:
 
 @needs_engine
 def test_options_and_builds_that_are_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    for options in ({"cache": "q8_0"}, {"flash": "auto"}, {"threads": "two"}, {"file": "q4_0"}):
+    wrong = ({"cache": "q5_0"}, {"flash": "auto"}, {"threads": "two"}, {"file": "q4_0"}, {"turn": "half"})
+    impossible = ({"flash": "off", "cache": "q8_0"}, {"turn": "off", "cache": "float16"})
+    for options in (*wrong, *impossible):
         with pytest.raises(InputError, match=f"option {next(iter(options))} is"):
             made("llama_cpp", llama_cpp.Adapter, options)
     monkeypatch.setitem(llama_cpp_library.DEFAULTS, "n_ubatch", 511)

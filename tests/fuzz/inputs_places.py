@@ -369,6 +369,7 @@ def policy_name(_number: int, dice: Random, folder: Path) -> Run:
         "router.probs",
         "exp.constant",
         "flushes",
+        "turn",
         "statistics",
         "logits",
         "\x1b",

@@ -14,7 +14,7 @@ import pytest
 
 from refmoe.arithmetic.codes import InputFormat, quantise
 from refmoe.arithmetic.formats import BFLOAT16, nearest
-from refmoe.arithmetic.turning import turn
+from refmoe.arithmetic.turning import matrix, turn
 from refmoe.bugs.catalogue import MUTANTS
 from refmoe.checkpoints.load import load_checkpoint
 from refmoe.checkpoints.synthetic import synthetic_checkpoint
@@ -48,7 +48,7 @@ RUNS: tuple[Run, ...] = plan([("prefill", 0, [3, 14, 15, 9, 26, 5, 35, 8]), ("de
 FIRST = ("prefill", "layers.0.attention.context")
 NAMES = (
     "llama.cpp-cache-q8_0", "llama.cpp-cache-q4_0", "llama.cpp-cache-q8_0+turn=none",
-    "llama.cpp-cache-q4_0+turn=any-order", "llama.cpp-cache-q8_0+cache.k=float16",
+    "llama.cpp-cache-q4_0+turn=stages", "llama.cpp-cache-q8_0+cache.k=float16",
     "bfloat16+consumers=stored+cache=e4m3-cache",
     "float32+cache=e5m2-cache", "float32+cache.k=int8-token", "float32+cache.v=q8_0",
 )  # fmt: skip
@@ -98,12 +98,25 @@ def test_heads_that_are_turned_and_those_that_are_not_are_told_apart(
         report = judged(ideal(policy(made), parameters), parameters, name, tmp_path)
         assert report.first_wrong == FIRST
         check = next(each for each in report.checks if (each.run, each.tap) == FIRST)
-        assert check.outside > 0.9 * check.values
+        assert check.outside > 0.8 * check.values
 
 
-def test_stages_are_one_of_the_orders(parameters: Parameters, tmp_path: Path) -> None:
-    name = "llama.cpp-cache-q8_0"
-    report = judged(ideal(policy(name), parameters), parameters, f"{name}+turn=any-order", tmp_path)
+class ByProduct(PolicyOps):
+    """An engine that turns heads by a product with the matrix, in float32."""
+
+    def turned(self, cut: str, x: Any) -> Any:
+        rows = x.reshape(-1, 64).astype(np.float32) @ matrix(64).astype(np.float32)
+        return rows.reshape(x.shape).astype(np.float64)
+
+
+@pytest.mark.parametrize("engine_of", [PolicyOps, ByProduct])
+@pytest.mark.parametrize("name", ["llama.cpp-cache-q8_0", "llama.cpp-cache-q4_0"])
+def test_stages_and_products_are_some_of_the_orders(
+    name: str, engine_of: type[PolicyOps], parameters: Parameters, tmp_path: Path
+) -> None:
+    recorder = Recorder()
+    arrays = trace_of(engine_of(policy(f"{name}+turn=stages"), recorder), parameters, recorder)
+    report = judged(arrays, parameters, name, tmp_path)
     assert report.verdict == CONFORMANT, report.headline
 
 
@@ -212,7 +225,7 @@ class Faulty(PolicyOps):
         return flat[:, np.argsort(order)].reshape(x.shape)
 
 
-@pytest.mark.parametrize("order", ["stages", "none"])
+@pytest.mark.parametrize("order", ["any-order", "none"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_seen_where_it_is(fault: str, order: str, parameters: Parameters, tmp_path: Path) -> None:
     name, recorder = f"llama.cpp-cache-q8_0+turn={order}", Recorder()
@@ -239,15 +252,15 @@ FP8 = "bfloat16+consumers=stored+cache=e4m3-cache"
 @pytest.mark.parametrize(
     ("made", "declared", "change"),
     [
-        pytest.param(Q8_0, f"{Q8_0}+turn=none", "turn=stages"),
+        pytest.param(Q8_0, f"{Q8_0}+turn=none", "turn=any-order"),
         *(
             pytest.param(*each, marks=pytest.mark.slow)
             for each in (
                 (f"{Q8_0}+turn=none", Q8_0, "turn=none"),
-                (Q4_0, Q8_0, f"cache=q4_0+attention.query=q8_0+{WIDE_SUMS}+turn=stages"),
-                (Q8_0, Q4_0, f"cache=q8_0+attention.query=q8_0+{WIDE_SUMS}+turn=stages"),
+                (Q4_0, Q8_0, f"cache=q4_0+attention.query=q8_0+{WIDE_SUMS}+turn=any-order"),
+                (Q8_0, Q4_0, f"cache=q8_0+attention.query=q8_0+{WIDE_SUMS}+turn=any-order"),
                 (f"{Q4_0}+turn=none", Q8_0, f"cache=q4_0+attention.query=q8_0+{WIDE_SUMS}+turn=none"),
-                (Q8_0, FLASH, f"cache=q8_0+attention.query=q8_0+{WIDE_SUMS}+turn=stages"),
+                (Q8_0, FLASH, f"cache=q8_0+attention.query=q8_0+{WIDE_SUMS}+turn=any-order"),
                 (f"{FP8}-truncated", FP8, "cache=e4m3-cache-truncated"),
                 (FP8, f"{FP8}-truncated", "cache=e4m3-cache"),
             )
@@ -267,7 +280,7 @@ def test_a_cache_of_float16_is_named(parameters: Parameters, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("order", ["stages", "none"])
+@pytest.mark.parametrize("order", ["any-order", "stages", "none"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_of_codes_has_no_name(fault: str, order: str, parameters: Parameters, tmp_path: Path) -> None:
     """No rule that refmoe knows makes these codes."""
@@ -301,9 +314,10 @@ def test_llama_cpp_conforms(case: str, cache: str, turned: str, tmp_path: Path) 
     runs, loaded = model.runs(), load_checkpoint(tmp_path / "model")
     arrays = adapter.run(runs, adapter.taps)
     own = adapter.policies["float32"]
-    others = [f"{own}+turn={'none' if turned == 'on' else 'stages'}"] if model.config.head_dim % 64 == 0 else []
+    others = [f"{own}+turn={'none' if turned == 'on' else 'any-order'}"] if model.config.head_dim % 64 == 0 else []
     others += ["llama.cpp-float32-flash", f"{own}+cache={'q4_0' if cache == 'q8_0' else 'q8_0'}"]
-    for name, right in ((own, True), *((other, False) for other in others)):
+    base = own.replace("+turn=stages", "")
+    for name, right in ((own, True), (base, True), *((other, False) for other in others)):
         write_trace(tmp_path / "t.safetensors", Header(runs, case, policy=name), arrays)
         trace = read_trace(tmp_path / "t.safetensors")
         report = verify(trace, case, loaded.config, loaded.parameters, runs, policy(name))

@@ -23,6 +23,7 @@ from refmoe.engines.options import Option
 from refmoe.engines.protocol import TAPS
 from refmoe.errors import InputError
 from refmoe.files.scratch import Scratch
+from refmoe.profiles.policy import ANY_ORDER, STAGES
 from refmoe.spec.config import Config
 from refmoe.spec.taps import LAYER_TAPS, MODEL_TAPS, step_of
 from refmoe.traces.trace import Run
@@ -111,7 +112,8 @@ class Adapter:
         self.settings |= {"n_threads_batch": int(threads), "flash_attn_type": native.FLASH[flash]}
         unseen = ("attention.scores", "attention.probs") if flash == "on" else ("attention.scores",)
         self.taps = tuple(tap for tap in TAPS if tap not in unseen)
-        self.policies = {"float32": policy_of(file, cache, flash, turn)}
+        self.order = "none" if turn == "off" else STAGES if build is None else ANY_ORDER
+        self.policies = {"float32": policy_of(file, cache, flash, self.order)}
         self.model: Any = None
 
     def load(self, checkpoint: Path, dtype: str) -> None:
@@ -122,9 +124,9 @@ class Adapter:
         loaded = load_checkpoint(checkpoint)
         self.config = loaded.config
         self.library.llama_model_free(self.model)
-        self.policies = {"float32": policy_of(self.file, self.cache, self.flash, self.turn)}
+        self.policies = {"float32": policy_of(self.file, self.cache, self.flash, self.order)}
         if is_gguf(checkpoint):
-            self.policies = {"float32": policy_of_gguf(self.cache, self.flash, self.turn)}
+            self.policies = {"float32": policy_of_gguf(self.cache, self.flash, self.order)}
             self._open(checkpoint)
             return
         with Scratch("llama-cpp") as scratch:
@@ -185,8 +187,8 @@ class Adapter:
         return found
 
 
-def policy_of(file: str, cache: str, flash: str, turn: str = "on") -> str:
-    """The policy of llama.cpp with these options."""
+def policy_of(file: str, cache: str, flash: str, turn: str = ANY_ORDER) -> str:
+    """The policy of llama.cpp with these options.   turn: as a policy has it"""
     if flash == "on" and cache not in native.CODED:
         # it rounds keys and values of a float32 cache to float16 before it reads them
         return "llama.cpp-float32-flash" if file == "float32" else f"llama.cpp-{file}"
@@ -194,8 +196,8 @@ def policy_of(file: str, cache: str, flash: str, turn: str = "on") -> str:
     return _of_cache(cache, turn) + inputs + ("+flushes=true" if file == "bfloat16" else "")
 
 
-def policy_of_gguf(cache: str, flash: str, turn: str = "on") -> str:
-    """The policy of llama.cpp with these options and a GGUF file of whatever formats."""
+def policy_of_gguf(cache: str, flash: str, turn: str = ANY_ORDER) -> str:
+    """The policy of llama.cpp with these options and a GGUF file of whatever formats.   turn: as a policy has it"""
     if flash == "on" and cache not in native.CODED:
         return "llama.cpp-quantised"
     return _of_cache(cache, turn) + native.ROUNDED
@@ -204,7 +206,7 @@ def policy_of_gguf(cache: str, flash: str, turn: str = "on") -> str:
 def _of_cache(cache: str, turn: str) -> str:
     """The policy of llama.cpp with this cache and a float32 file. Flash attention is on where the cache has codes."""
     name = "llama.cpp-float32" if cache == "float32" else f"llama.cpp-{CACHES[cache]}"
-    return name + ("+turn=none" if cache in native.CODED and turn == "off" else "")
+    return name + (f"+turn={turn}" if cache in native.CODED and turn != ANY_ORDER else "")
 
 
 def shaped(tap: str, array: NDArray[Any], config: Config, run: Run) -> NDArray[Any]:

@@ -26,7 +26,7 @@ from refmoe.verifier.findings import ARITHMETIC
 
 WIDE_SUMS = "attention.mixing=float32+attention.context.accumulation=float32"
 """The sums over values of llama.cpp, where its cache has codes."""
-TURNED = {"stages": "of heads turned by a Hadamard matrix", "none": "of heads that are not turned"}
+TURNED = {"any-order": "of heads turned by a Hadamard matrix", "none": "of heads that are not turned"}
 BLOCKS = {
     f"cache={name}+attention.query=q8_0+{WIDE_SUMS}+turn={turn}": (
         f"keys and values are cached in codes, {name} {about}, as in llama.cpp"
@@ -47,7 +47,7 @@ FLOATS = {
 """The caches of engines that keep floats of eight bits. They compute in 16 bits."""
 TURNS = {
     "turn=none": "heads are not turned before they are cached in codes",
-    "turn=stages": "heads are turned by a Hadamard matrix before they are cached in codes",
+    "turn=any-order": "heads are turned by a Hadamard matrix before they are cached in codes, by sums in some order",
 }
 
 CHANGES = {
