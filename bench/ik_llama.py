@@ -104,7 +104,7 @@ class Adapter:
         self.model: Any = None
 
     def load(self, checkpoint: Path, dtype: str) -> None:
-        """Load a GGUF file. Raises Skipped for a window, RuntimeError where it does not load."""
+        """Load a GGUF file. Raises Skipped for a window, and RuntimeError where the engine does not load the file."""
         self.config = load_checkpoint(checkpoint).config
         if self.config.window is not None:
             raise Skipped(f"ik_llama.cpp runs Mixtral as a llama, which has no window; here it is {self.config.window}")

@@ -12,10 +12,10 @@
     python -m bench.quantised FOLDER --engine vllm --build "vLLM, cache fp8_e4m3" --dtype bfloat16 \\
         --formats int8-channel:attention --option cache=fp8_e4m3 --other vllm-cpu-bfloat16
 
-The first command needs the packages gguf and xllamacpp. The others run each file once, with all taps, and replace the
-rows of their build in the results. A build of llama.cpp is a library with the libraries of its backends beside it. One
-file of a backend alone, such as `libggml-cpu-sse42.so`, forces that variant. The same trace is judged by the policy
-`--other` too, by which the engine does not compute.
+The first command needs the packages gguf and xllamacpp. `--formats` names some formats, for it too. The others run
+each file once, with all taps, and replace the rows of their build in the results. A build of llama.cpp is a library
+with the libraries of its backends beside it. One file of a backend alone, such as `libggml-cpu-sse42.so`, forces that
+variant. The same trace is judged by the policy `--other` too, by which the engine does not compute.
 """
 
 from __future__ import annotations
@@ -54,16 +54,20 @@ def case(name: str) -> Case:
     return read_case(ROOT / "golden" / name)
 
 
-def write(folder: Path, cases: Sequence[str]) -> None:
-    """A GGUF file and a folder of safetensors of each case in each format and mixture."""
+def write(folder: Path, cases: Sequence[str], formats: str | None, dtype: str) -> None:
+    """A GGUF file and a folder of safetensors of each case in each format and mixture.
+
+    formats: some, with commas; None: all   dtype: of what a folder leaves unquantised
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    wanted = [*KINDS, "F32", *NAMES] if formats is None else formats.split(",")
     for name in cases:
         model = (case(name).config, case(name).checkpoint().parameters)
-        for kind in KINDS:
-            write_gguf(folder / f"{name}.{kind}.gguf", *model, kind)
-        write_gguf(folder / f"{name}.F32.gguf", *model)
-        for recipe in NAMES:
-            write_quantised(folder / f"{name}.{recipe}", *model, recipe, "float32")
+        for kind in wanted:
+            if kind in NAMES:
+                write_quantised(folder / f"{name}.{kind}", *model, kind, dtype)
+            else:
+                write_gguf(folder / f"{name}.{kind}.gguf", *model, "float32" if kind == "F32" else kind)
 
 
 def files(folder: Path, engine: str, formats: str | None, cases: Sequence[str]) -> list[Path]:
@@ -144,7 +148,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the files")
     parser.add_argument("--build", help="the name of the build")
     parser.add_argument("--engine", default="llama_cpp", help="the adapter")
-    parser.add_argument("--dtype", default="float32", help="of the engine")
+    parser.add_argument("--dtype", default="float32", help="of the engine, and of what is not quantised in a folder")
     parser.add_argument("--case", action="append", default=[], help="a golden case; none: two of the production family")
     parser.add_argument("--formats", help="formats of files, with commas; none: all")
     parser.add_argument("--option", action="append", default=[], help="of the adapter, KEY=VALUE")
@@ -152,7 +156,7 @@ def main() -> None:
     parser.add_argument("--other", help="a policy by which the engine does not compute")
     options = parser.parse_args()
     if options.write:
-        write(options.folder, options.case or CASES)
+        write(options.folder, options.case or CASES, options.formats, options.dtype)
         return
     kept = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
     rows = [row for row in kept if row["build"] != options.build] + run(options.folder, options)

@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from itertools import groupby
+from pathlib import Path
+from typing import Any
 
+from bench.quantised_bugs import LIMITS, passes
 from docs.bookmaker.evidence import (
     Evidence,
     difference,
@@ -24,9 +28,18 @@ from docs.bookmaker.markdown import (
 from docs.bookmaker.step_pages import bug_link, case_link, happened
 from refmoe.bugs.catalogue import MUTANTS
 from refmoe.bugs.mutant import Mutant
+from refmoe.bugs.quantised.bug import QuantisedBug
+from refmoe.bugs.quantised.catalogue import QUANTISED
 from refmoe.suite.matrix.outcomes import POLICIES
 
 CONDITIONS = "/golden/CASES.md#the-conditions"
+USUAL = {
+    "product": f"the normalised error of each product within {LIMITS['product']:g}",
+    "cosine": f"the cosine of the logits at least {LIMITS['cosine']:g}",
+    "divergence": f"the mean KL divergence within {LIMITS['divergence']:g}",
+    "tokens": "the same tokens, generated greedily",
+}
+"""The usual checks of a quantised engine, in words."""
 
 
 def by_kind() -> Iterator[tuple[str, Iterator[Mutant]]]:
@@ -94,10 +107,56 @@ def bugs_index(every: Evidence) -> str:
             f"## {link(kind.replace('_', ' '), f'bugs/{kind}.md')}",
             table(["bug", "what it does", "caught by"], rows),
         ]
+    rows = quantised_rows(every.root)
+    parts += [
+        f"## {link('quantised', 'bugs/quantised.md')}",
+        table(
+            ["bug", "what it does", "usual checks that it passes"],
+            [[bug_link(bug), text(bug.about), str(sum(passes(rows[bug.id]).values()))] for bug in QUANTISED.values()],
+        ),
+    ]
     return page(
         "# Known bugs",
         "Each is a bug that an implementation had. It is run as if it were somebody's engine, and judged: "
         f"{link('what is measured', '/docs/measurements.md#known-bugs-that-the-cases-catch')}.",
         *parts,
-        contents(f"bugs/{kind}" for kind, _ in by_kind()),
+        contents(f"bugs/{kind}" for kind in (*(kind for kind, _ in by_kind()), "quantised")),
+    )
+
+
+# ---- bugs of quantised matrices
+
+
+def quantised_rows(root: Path) -> dict[str, dict[str, Any]]:
+    """Per bug of quantised matrices what was measured of it.   root: the repository"""
+    rows = json.loads((root / "bench" / "results" / "quantised_bugs.json").read_text(encoding="utf-8"))
+    return {row["bug"]: row for row in rows}
+
+
+def quantised_page(root: Path) -> str:
+    """The known bugs of quantised matrices. They run on models in their formats, and not on the cases."""
+    rows = quantised_rows(root)
+    parts = [part for each in QUANTISED.values() for part in quantised_parts(each, rows[each.id])]
+    return page(
+        "# Known bugs: quantised",
+        f"{link('All known bugs', 'bugs/index.md')}. Each runs in the ideal engine of a policy, on a case in a format "
+        f"that shows it: {link('what is measured', '/docs/measurements.md#bugs-of-quantised-engines')}.",
+        *parts,
+    )
+
+
+def quantised_parts(bug: QuantisedBug, row: dict[str, Any]) -> Iterator[str]:
+    """One known bug of quantised matrices: what it does, where it happened, what shows it, and what lets it pass."""
+    passed = [words for name, words in USUAL.items() if passes(row)[name]]
+    yield f"## {bug.id}"
+    yield f"{text(bug.about)} {happened(bug)}"
+    yield table(
+        ["fact", "value"],
+        [
+            ["formats", ", ".join(map(code, bug.formats))],
+            ["wrong products", ", ".join(map(code, bug.touches))],
+            ["first wrong step", f"{code(row['first_wrong'])}, in {code(row['model'])} under {code(row['policy'])}"],
+            ["usual checks that it passes", "; ".join(passed) or "none"],
+            ["to mend it", text(bug.fix)],
+        ],
     )

@@ -7,7 +7,7 @@ import ast
 from itertools import groupby
 from pathlib import Path
 
-from docs.bookmaker.bug_pages import bugs_index, bugs_page, by_kind
+from docs.bookmaker.bug_pages import bugs_index, bugs_page, by_kind, quantised_page
 from docs.bookmaker.case_pages import by_family, by_file, cases_page, tests_index, tests_page
 from docs.bookmaker.evidence import (
     Evidence,
@@ -84,6 +84,7 @@ def book(root: Path) -> dict[str, str]:
     made["steps/index.md"] = steps_index(steps)
     made["clauses/index.md"] = clauses_index(every)
     made["bugs/index.md"] = bugs_index(every)
+    made["bugs/quantised.md"] = quantised_page(root)
     made["tests/index.md"] = tests_index(every)
     made["questions.md"] = questions_page(every)
     made["index.md"] = index(root, made, steps, every)
