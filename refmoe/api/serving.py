@@ -6,7 +6,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from refmoe.api.progress import Bars, silent
@@ -18,7 +18,7 @@ from refmoe.engines.server.judging import TOKEN_VERDICTS, Model, by_way
 from refmoe.engines.server.kinds import KINDS
 from refmoe.engines.server.outcome import results_of
 from refmoe.engines.server.served import NAME, served_case
-from refmoe.engines.server.serving import PLACES, filled, shown_commands, started, write_files
+from refmoe.engines.server.serving import PLACES, Started, filled, shown_commands, started, write_files
 from refmoe.engines.server.verdict import POLICIES, Asking, Verdict, examine
 from refmoe.engines.server.verdict import facts as verdict_facts
 from refmoe.errors import InputError
@@ -140,12 +140,13 @@ def judge_server(asked: Served, bars: Bars = silent) -> Verdict:
     parameters = case.checkpoint().parameters
     address = Address(asked.url)
     client = Client(address, asked.timeout)
+    server: Started | None = None
     with ended_by_signals(), ExitStack() as stack:
         if asked.command:
             folder = asked.files or stack.enter_context(Scratch("server")).path
             gguf = any("{gguf}" in word for word in asked.command)
             write_files(folder, case.config, parameters, asked.computed, gguf)
-            stack.enter_context(started(filled(asked.command, folder), address, asked.timeout))
+            server = stack.enter_context(started(filled(asked.command, folder), address, asked.timeout))
         else:
             need_answer(client)
         advance = stack.enter_context(bars("ask", STEPS))
@@ -157,7 +158,10 @@ def judge_server(asked: Served, bars: Bars = silent) -> Verdict:
         asking = Asking(
             client=client, wanted=asked.kind, model_name=asked.model, diagnose=asked.diagnose, progress=advance
         )  # fmt: skip
-        return examine(asking, model, asked.policy_for)
+        verdict = examine(asking, model, asked.policy_for)
+        if server is None or server.lives:
+            return verdict
+        return replace(verdict, notes=(*verdict.notes, f"its process {server.ending()}"))
 
 
 def server_results(asked: Served, found: Verdict) -> Results:

@@ -95,6 +95,29 @@ def test_a_server_that_refmoe_starts(refmoe: Refmoe, tmp_path: Path, monkeypatch
     assert status == 2
 
 
+DIES = """
+import os, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"{}")
+    def do_POST(self):
+        os._exit(7)
+HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def test_a_server_that_dies_tells_how(refmoe: Refmoe, tmp_path: Path) -> None:
+    port = free_port()
+    (tmp_path / "server.py").write_text(DIES)
+    command = [sys.executable, str(tmp_path / "server.py"), str(port), "{checkpoint}"]
+    status, facts = judged(refmoe, f"http://127.0.0.1:{port}", "--dtype", "float32", "--", *command)
+    assert (status, facts["verdict"]) == (1, "crashed")
+    assert any("status 7" in each for each in facts["notes"])
+
+
 @pytest.mark.skipif(find_spec("gguf") is None, reason="gguf not installed: pip install -e '.[llama-cpp]'")
 def test_the_files_for_servers(refmoe: Refmoe, tmp_path: Path) -> None:
     import gguf
