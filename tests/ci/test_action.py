@@ -17,6 +17,8 @@ import pytest
 
 from tests.ci import tools
 from tests.ci.tools import complaints, program, shell_faults
+from tests.engines.server.fake import sends, serving
+from tests.engines.server.test_command import SCRIPT, free_port
 from tests.report.sarif_checks import github_faults, schema_faults
 from tests.tour import ROOT, environment_in
 
@@ -236,6 +238,24 @@ def test_known_failures_do_not_fail(runner: Runner) -> None:
     assert content(ended, "badge")["color"] not in ("brightgreen", "green")
     (alert,) = content(ended, "sarif")["runs"][0]["results"]
     assert [each["justification"] for each in alert["suppressions"]] == ["heads are tiled"]
+
+
+def test_a_server_that_answers_with_something_else(runner: Runner) -> None:
+    with serving(lambda *_: {}, sends(b"<html>")) as url:
+        ended = runner.run(server=url, server_kind="openai", dtypes="float32")
+    assert (ended.status, ended.outputs["verdict"]) == (1, "not conformant"), ended.said
+    assert [each["verdict"] for each in content(ended, "results")["outcomes"]] == ["broken answer"]
+
+
+@pytest.mark.slow
+def test_a_server_that_the_action_starts(runner: Runner) -> None:
+    """The command is a line of bash, in which `{checkpoint}` stands for the model that refmoe has written."""
+    (runner.folder / "work" / "server.py").write_text(SCRIPT)
+    port = free_port()
+    command = f"exec {sys.executable} server.py {port} {{checkpoint}}"
+    ended = runner.run(server=f"http://127.0.0.1:{port}", dtypes="float32", command=command)
+    assert (ended.status, ended.outputs["verdict"]) == (0, "conformant"), ended.said
+    assert content(ended, "results")["engine"]["name"] == "server"
 
 
 HOSTILE = (
