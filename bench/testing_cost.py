@@ -190,19 +190,24 @@ def measured(size: dict[str, int], tokens: list[int], repeats: int, only: str) -
             continue
         for count in tokens:
             step, assertion = make(np.random.default_rng(0), count, size)
-            works: list[Work] = [step, assertion]
-            if count < ROWS and name in PROVEN:
-                works.append(partial(read, assertion))
-            times: list[list[float]] = [[] for _ in works]
-            begun = time.process_time()
-            while len(times[0]) < repeats or (time.process_time() - begun < SHORT and len(times[0]) < FLOOR):
-                for work, spent in zip(works, times, strict=True):
-                    start = time.process_time()
-                    work()
-                    spent.append(time.process_time() - start)
-            plain, both, *figures = (statistics.median(each) for each in times)
+            plain, both = medians([step, assertion], repeats)
             row = {"step": name, "tokens": count, "numpy": plain, "assertion": both - plain, "ratio": both / plain - 1}
-            yield row | ({"figures": figures[0] / plain - 1} if figures else {})
+            if count < ROWS and name in PROVEN:
+                before, figures = medians([step, partial(read, assertion)], repeats)
+                row["figures"] = figures / before - 1
+            yield row
+
+
+def medians(works: list[Work], repeats: int) -> list[float]:
+    """The median processor time of each, in turns, so that each finds the caches as the others left them."""
+    times: list[list[float]] = [[] for _ in works]
+    begun = time.process_time()
+    while len(times[0]) < repeats or (time.process_time() - begun < SHORT and len(times[0]) < FLOOR):
+        for work, spent in zip(works, times, strict=True):
+            start = time.process_time()
+            work()
+            spent.append(time.process_time() - start)
+    return [statistics.median(each) for each in times]
 
 
 def read(assertion: Work) -> float:

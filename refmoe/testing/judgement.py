@@ -65,22 +65,9 @@ class Judgement:
     def __bool__(self) -> bool:
         return self.verdict == PASS
 
-    @classmethod
-    def proven(cls, output: Output, policy: Policy, check: Callable[[], Check]) -> Judgement:
-        """A judgement that passes, whose figures are computed when one of them is read.
-
-        check: the check of the output, which has the figures
-        Fields without a default are no attributes of the class. So `__getattr__` is called for those that are not yet
-        there, and for nothing else.
-        """
-        judgement = object.__new__(cls)
-        vars(judgement).update(
-            what=output.what, policy=policy.name, verdict=PASS, values=output.found.size, rows=len(output.found),
-            explanations=(), message="", _figures=lambda: figures_of(output, check()),
-        )  # fmt: skip
-        return judgement
-
-    if not TYPE_CHECKING:  # to a type checker all fields are always there
+    # Fields without a default are no attributes of the class. So this is called for those that are not yet there, and
+    # for nothing else. To a type checker all fields are always there.
+    if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
             waiting = vars(self).get("_figures")
@@ -93,6 +80,19 @@ class Judgement:
         def __getstate__(self) -> dict[str, Any]:
             _ = self.reason  # what waits for its figures cannot be stored
             return vars(self)
+
+
+def passing(output: Output, policy: Policy, check: Callable[[], Check]) -> Judgement:
+    """A judgement that passes, whose figures are computed when one of them is read.
+
+    check: the check of the output, which has the figures
+    """
+    judgement = object.__new__(Judgement)
+    vars(judgement).update(
+        what=output.what, policy=policy.name, verdict=PASS, values=output.found.size, rows=len(output.found),
+        explanations=(), message="", _figures=lambda: figures_of(output, check()),
+    )  # fmt: skip
+    return judgement
 
 
 def figures_of(output: Output, done: Check) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def judge(output: Output, policy: Policy, options: Mapping[str, Any]) -> Judgeme
             then = own()
             return checked_in_pieces(then, policy, significance, parts(then, policy.at(then.step), seed))
 
-        return Judgement.proven(output, policy, later)
+        return passing(output, policy, later)
     chosen = parts(output, policy.at(output.step), seed)
     done = checked_in_pieces(output, policy, significance, chosen)
     if done.verdict != PASS and chosen is not None:  # the verdict is that of all values

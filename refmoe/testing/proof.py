@@ -24,7 +24,7 @@ from refmoe.testing.call import EXPONENT, SPREADS, WIDE, Output, Provable, Room
 from refmoe.testing.checking import PIECE, keep_memory
 from refmoe.verifier.tally import ROWS, Limits
 
-MOST = 1 << 17
+MOST = 1 << 18
 """The most values of an output that is proven: its arrays are copied for the figures."""
 BELOW = 1 - 2.0**-20
 """A factor that keeps a value off the end of its cell, where ties are."""
