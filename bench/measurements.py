@@ -14,6 +14,7 @@ import json
 import re
 import sys
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from bench.cluster_plan import Rates, layer_bytes, plans, trace_bytes
 from bench.quantised_bugs import LIMITS, passes
 from bench.quantised_bugs import TOKENS as GENERATED
 from refmoe.bugs.catalogue import MUTANTS
+from refmoe.engines.process import CRASHED
 from refmoe.engines.results import NOT_JUDGED, SKIPPED, Results, read_results
 from refmoe.engines.server.measure import SPECIFICATION
 from refmoe.engines.server.power import LEVELS
@@ -130,6 +132,8 @@ def packs() -> str:
     ]
     head = ["size", "files", *(f"seen, {policy}" for policy in POLICIES), *(f"judged, {policy}" for policy in POLICIES)]
     unseen = ", ".join(f"`{name}`" for name in sizes["standard"].unseen["float32"])
+    apart = {name for name, each in MUTANTS.items() if "QUANT" in each.needs or each.judged_by}
+    never = ", ".join(f"`{name}`" for name in sizes["full"].unseen["float32"] if name in apart)
     return f"""## What a pack sees
 
 A pack has intervals, and no values of the engine (`refmoe suite pack`). Each known bug was planted into the
@@ -138,7 +142,10 @@ The second number of a pair is that of `refmoe verify`, on all cases. Shares are
 
 {table(head, rows)}
 
-In float32, the standard pack does not see {unseen}."""
+In float32, the standard pack does not see {unseen}.
+
+No pack shows {never}. Their faults are in quantised weights, which a pack does not have, or they break a rule that some
+engines alone have."""
 
 
 def _no(number: int) -> str:
@@ -733,6 +740,52 @@ Command: `python -m bench.server_power`; file: {link("server_power.json")}.
 No level shows these, as the model does not meet their conditions, or no log-probability changes: {unseen}."""
 
 
+def real_servers() -> str:
+    rows, notes = [], []
+    for server, measured in results("real_servers").items():
+        bugs = {name: each for name, each in measured["bugs"].items() if name != "healthy"}
+        healthy = measured["bugs"]["healthy"]
+        for level in ("tokens alone", healthy["level"]):
+            caught, predicted = caught_behind(bugs, level)
+            changing = sum(each["changes"] for each in bugs.values())
+            counts = len(bugs), changing, len(predicted), len(caught & predicted), len(caught - predicted)
+            rows.append((measured["package"], level, *map(str, counts)))
+            beyond = {"not caught": predicted - caught, "caught beyond the table": caught - predicted}
+            notes += [f"- {server}, {level}, {said}: {_names(bugs, some)}" for said, some in beyond.items() if some]
+        ended = {name for name, each in bugs.items() if each["verdict"] == CRASHED}
+        notes += [f"- {server}, ended by the bug: {_names(bugs, ended)}"] * bool(ended)
+        notes.append(f"- {server} without a bug: {healthy['verdict']}")
+    head = ["package", "by", "bugs", "that change an answer", "of these in the table", "of these caught",
+            "caught beyond the table"]  # fmt: skip
+    listed = "\n".join(notes)
+    return f"""## Known bugs behind real servers
+
+The same bugs, in real servers that are judged over HTTP in float32. Behind `transformers serve` a bug is a patch of its
+code, and behind llama-server the file of a wrong converter. The table above predicts which are seen. A patch that
+rounds to the stored dtype is no bug in float32: it changes no answer, or last bits alone. A real server is
+asked in more ways than a simulated one, and serves more than one sequence, so more may be caught.
+Command: `python -m bench.real_servers`; file: {link("real_servers.json")}.
+
+{table(head, rows)}
+
+{listed}"""
+
+
+def caught_behind(bugs: dict[str, Any], level: str) -> tuple[set[str], set[str]]:
+    """The bugs behind a real server that a level shows, and those that change an answer and were to be shown."""
+    simulated = results("server_power")
+    by_tokens = level == "tokens alone"
+    caught = {
+        name for name, each in bugs.items() if (each["by tokens"] if by_tokens else each["verdict"] == NOT_CONFORMANT)
+    }
+    predicted = {name for name, each in bugs.items() if each["changes"] and level in simulated[name]["float32"]}
+    return caught, predicted
+
+
+def _names(order: Iterable[str], some: set[str]) -> str:
+    return ", ".join(f"`{name}`" for name in order if name in some)
+
+
 def folders() -> str:
     found = results("folders")
     rows = [
@@ -958,7 +1011,7 @@ SECTIONS = (
     goldens, known_bugs, packs, diagnosis, left_out, drawn_faults, diagnosis_time, engines, quantised_engines,
     quantised_bugs, faults, tensor_cores, verify_cost, verdict_cost, kernel_tests, kernel_cheats, real_kernels,
     testing_cost, conform_cost, invariance, exact_cost, full_size, scaling, cluster_plan, peers, elementary,
-    weight_formula, startup_cost, robustness, folders, servers, versions,
+    weight_formula, startup_cost, robustness, folders, servers, real_servers, versions,
 )  # fmt: skip
 
 

@@ -5,8 +5,8 @@
     python -m bench.real_servers --server llama.cpp --bug rope-theta-default
 
 Behind `transformers serve` a bug is a patch of its code. Behind llama-server it is the file of a wrong converter.
-Writes ``bench/results/real_servers.json``: per server and bug the verdict, and whether tokens alone show it. With
-``--server`` or ``--bug`` the others keep what was measured before.
+Writes ``bench/results/real_servers.json``: per server and bug the verdict, whether tokens alone show it, and whether it
+changes any answer. With ``--server`` or ``--bug`` the others keep what was measured before.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from socket import socket
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from refmoe.engines.server.interview import GENERATED, PROMPT, Said
 from refmoe.engines.server.verdict import Verdict
 from refmoe.files.atomic import replacing
+from refmoe.verifier.findings import NOT_CONFORMANT
 from tests.engines.server import planted
 from tests.engines.server.planted import HEALTHY
 
@@ -61,9 +63,17 @@ SERVERS: dict[str, tuple[str, Any, Callable[[], Sequence[str]]]] = {
 """Per server its package, the server with bugs, and the bugs."""
 
 
-def facts(found: Verdict) -> dict[str, Any]:
-    """The verdict, and whether tokens alone show that the server is wrong."""
-    return {"verdict": found.verdict, "level": found.level, "by tokens": bool(found.judgement.wrong)}
+def facts(found: Verdict, healthy: Verdict) -> dict[str, Any]:
+    """The verdict, whether tokens alone show that the server is wrong, and whether the bug changes any answer."""
+    return {
+        "verdict": found.verdict, "level": found.level, "by tokens": bool(found.judgement.wrong),
+        "changes": found.verdict == NOT_CONFORMANT or main_answers(found) != main_answers(healthy),
+    }  # fmt: skip
+
+
+def main_answers(found: Verdict) -> list[Said]:
+    """The answers to the main questions, which are asked one after another."""
+    return [each for each in found.answers.said if each.way in (PROMPT, GENERATED)]
 
 
 def main() -> None:
@@ -78,8 +88,9 @@ def main() -> None:
         order = [HEALTHY, *bugs()]
         before = found.get(name, {}).get("bugs", {})
         with TemporaryDirectory() as folder, serving(Path(folder)) as judge:
+            healthy = judge(HEALTHY)
             for bug in arguments.bug or order:
-                before[bug] = facts(judge(bug))
+                before[bug] = facts(judge(bug), healthy)
                 print(name, bug, before[bug], flush=True)
                 kept = {each: before[each] for each in order if each in before}
                 found[name] = {"package": f"{package} {version(package)}", "bugs": kept}
