@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -94,6 +95,7 @@ def test_the_honest_engine_conforms(model: str) -> None:
 SOME = [
     ("quantised-nibbles-in-pairs", "Q4_1"), ("quantised-scales-of-expert-0", "Q8_0"),
     ("quantised-input-truncated", "Q8_0"), ("quantised-fp8-scales-transposed", "fp8-block128"),
+    ("quantised-fp8-input-rounded-twice", "fp8-block128+codes"),
     ("quantised-gptq-zero-of-version-1", "gptq-v2"),
 ]  # fmt: skip
 """For the default run."""
@@ -291,3 +293,46 @@ def test_wrong_codes_as_their_words_say() -> None:
     assert (coded("quantised-input-last-block-dropped", rows).codes[:, 32:] == 0).all()
     signless = coded("quantised-input-scale-without-sign", np.resize(rows, (3, 256)), matrix="Q4_K")
     assert (signless.scales >= 0).all()
+
+
+def test_wrong_fp8_codes_as_their_words_say() -> None:
+    """The casts are those of ml_dtypes."""
+    rules, matrix = "bfloat16+fp8-block128x128.input=e4m3-block128", "fp8-block128x128"
+    rows = np.random.default_rng(6).standard_normal((3, 256)).astype(np.float32)
+    rows[1] *= 8
+    most = np.abs(rows.reshape(3, 2, 128)).max(-1)
+    scales, wide = most / np.float32(448), lambda x: np.repeat(x, 128, axis=1)
+
+    def made(bug: str) -> Any:
+        return coded(f"quantised-fp8-input-{bug}", rows.astype(np.float64), rules, matrix)
+
+    def cast(x: Any) -> Any:
+        return x.astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
+
+    right = quantise(rows.astype(np.float64), policy(rules).inputs[matrix])  # type: ignore[arg-type]
+    np.testing.assert_array_equal(right.codes, cast(rows / wide(scales)))
+    twice = cast((rows / wide(scales)).astype(ml_dtypes.bfloat16))
+    assert (made("rounded-twice").codes != right.codes).any()
+    np.testing.assert_array_equal(made("rounded-twice").codes, twice)
+    short = np.abs(made("truncated").codes) <= np.abs(rows / wide(scales)) * (1 + 2.0**-20)
+    assert short.all()
+    assert (np.abs(made("cut-to-float16").codes) <= np.abs(right.codes)).all()
+    shared = made("one-scale-for-all-tokens")
+    np.testing.assert_array_equal(shared.scales, scales.max())
+    np.testing.assert_array_equal(shared.codes, cast(rows / scales.max()))
+    np.testing.assert_array_equal(made("scale-of-the-token-before").scales[1:], right.scales[:-1])
+    for bug, whole in (("scale-to-power-of-two", np.ceil), ("scale-loses-its-fraction", np.floor)):
+        np.testing.assert_array_equal(made(bug).scales, 2.0 ** whole(np.log2(right.scales)))
+        np.testing.assert_array_equal(made(bug).codes, right.codes)
+    down = made("scale-rounded-down")
+    np.testing.assert_array_equal(down.codes, cast((rows / wide(2.0 ** np.floor(np.log2(scales)))).clip(-448, 448)))
+    late = made("groups-one-late").values / right.values
+    np.testing.assert_array_equal(np.flatnonzero((late != 1).any(0)), [128])
+    np.testing.assert_array_equal(made("first-scale-for-a-token").scales[:, 1], right.scales[:, 0])
+    assert np.abs(made("saturated-at-240").codes).max() == 240
+    assert np.abs(made("scaled-to-240").codes).max() == 240
+    at_most = (np.abs(made("scaled-to-480").codes) == 448).sum()
+    assert at_most >= (np.abs(right.codes) == 448).sum()
+    coarse = (most / np.float32(448)).astype(ml_dtypes.bfloat16).astype(np.float64)
+    np.testing.assert_array_equal(made("scale-in-bfloat16").scales, coarse)
+    assert (made("last-block-dropped").codes[:, 128:] == 0).all()
