@@ -943,7 +943,7 @@ options for each build; file: {link("quantised.json")}.
 
 {table(head, rows)}
 
-ik_llama.cpp has a bug that is no matter of codes: [a layer adds the experts to the normalised
+ik_llama.cpp has a bug that codes do not explain: [a layer adds the experts to the normalised
 state](findings/ik-llama-residual.md).
 
 The same traces, judged by a policy that is not the engine's own. The values are those of products and of contexts, the
