@@ -293,15 +293,17 @@ Runs of the family `production` (`--family production`;
 
 {table(("engine", "dtype", *KINDS), verdicts("conform_production"))}
 
-- Two deviations. mlx-lm has no sliding window ([finding](findings/mlx-lm-window.md)). keras-hub rounds the factor of
+- Three deviations. mlx-lm has no sliding window ([finding](findings/mlx-lm-window.md)). keras-hub rounds the factor of
   the scores. In float16 a `head_dim` of 32 shows it: the scores are the rounded dots times that factor, bit for bit.
+  In float64 TransformerLens makes its table anew from position 2048 on, and rotates all keys again by the other table
+  ([finding](findings/transformer-lens-float64.md)).
 - What is skipped: windows by llama.cpp and ibm-fms, a `head_dim` of their own by mlx-lm, ibm-fms, keras-hub and
-  TransformerLens, a start above position 0 by engines with a slot for each position. litgpt itself refuses a call
-  longer than the window.
+  TransformerLens, a start above position 0 by engines with a slot for each position, a cut cache by vLLM. litgpt
+  itself refuses a call longer than the window.
 - llama.cpp, litgpt, mlx-lm, ibm-fms, mistral-inference, vLLM and `transformers` reach position 32768 from 0 without a
   deviation.
-- Rows of fewer than 19 cases were not finished. `transformers` with `attention=sdpa` and keras-hub ran all cases but
-  `production-positions-32768-decoded`.
+- Rows of fewer than 18 cases were not finished. `transformers` with `attention=sdpa`, keras-hub and TransformerLens ran
+  all cases but `production-positions-32768-decoded`.
 
 llama.cpp with the files that people have, in float16 and bfloat16
 ([`conform_files/`](../bench/results/conform_files)); it conforms to the profiles of these files:
