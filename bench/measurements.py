@@ -283,7 +283,7 @@ Runs of some cases, or with a setting that excludes most of them ([`conform_some
   of the router deviates: JAX divides float16 on a CPU without correct rounding.
 - tinygrad with all taps: its rotations deviate, and nothing else does ([finding](findings/tinygrad-cos.md)). Given its
   own table of cosines and sines, each rotation is right.
-- `transformers` with layers that `torch.compile` compiles: no deviation.
+- `transformers` with layers that `torch.compile` compiles, or with flex attention, which it compiles too: no deviation.
 - vLLM with prompts in chunks, one of them with a window: no deviation.
 - OpenVINO computes in bfloat16 by default where the processor has instructions for it. It conforms to the policy of
   that dtype.

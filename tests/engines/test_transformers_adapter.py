@@ -72,6 +72,15 @@ def test_compiled_layers_conform(refmoe: Refmoe, tmp_path: Path) -> None:
     assert {*results.outcomes[0].worst_errors} == {"embedding", "residual", "final_norm", "logits"}
 
 
+@pytest.mark.slow
+def test_flex_attention_conforms_where_it_has_kernels(refmoe: Refmoe, tmp_path: Path) -> None:
+    """Torch compiles it. Its kernels for a CPU are of three dtypes."""
+    results = results_of("attention=flex_attention", ("dims-distinct",), refmoe, tmp_path)
+    assert [each.dtype for each in results.outcomes] == ["float32", "bfloat16", "float16"]
+    assert results.counts == {"conformant": 3}
+    assert set(TAPS) - set(results.outcomes[0].worst_errors) - {"router.experts"} == PROBS
+
+
 def test_settings_that_exclude_each_other_are_one_sentence(refmoe: Refmoe) -> None:
     words = ("--option", "batch=left-padded", "--option", "cache=static")
     status, _, err = refmoe("conform", "--adapter", "transformers", *words, "--case", "top-1")

@@ -21,6 +21,7 @@ AROUND = ("embedding", "residual", "final_norm", "logits")
 """The taps that a compiled layer does not hide."""
 CODED = "-w8a8"
 """The end of the policy of a folder of compressed-tensors that declares codes of inputs."""
+FLEX = "flex_attention"
 ALIGNED = 16
 """torch's grouped_mm wants strides that are multiples of this number of bytes."""
 ALIGNMENT = "https://github.com/pytorch/pytorch/issues/172440"
@@ -32,7 +33,10 @@ class Adapter:
     name = "transformers"
     abilities = ABILITIES
     options = MappingProxyType({
-        "attention": Option("the implementation of attention; transformers' own default is sdpa", ("eager", "sdpa")),
+        "attention": Option(
+            "the implementation of attention; transformers' own default is sdpa; torch.compile compiles flex_attention",
+            ("eager", "sdpa", "flex_attention"),
+        ),
         "threads": TORCH_THREADS,
         "experts": Option(
             "the implementation of the experts; transformers' own default is grouped_mm",
@@ -61,7 +65,8 @@ class Adapter:
         self.attention, self.experts, self.cache = attention, experts, cache
         self.padded, self.compiled = batch != "single", compile != "off"
         self.version: str = require("transformers", "engines", "the adapter of transformers").__version__
-        self.dtypes = tuple(dtype for dtype in DTYPES if experts != "grouped_mm" or dtype != "float64")
+        narrow = experts == "grouped_mm" or attention == FLEX  # torch has no kernel in float64
+        self.dtypes = tuple(dtype for dtype in DTYPES if not narrow or dtype != "float64")
         self.policies = {dtype: f"hf-{dtype}" for dtype in self.dtypes}
         self.taps = AROUND if self.compiled else tuple(tap for tap in TAPS if tap not in self._unseen())
         self.model: Any = None
@@ -82,9 +87,10 @@ class Adapter:
                 f"torch.nn.functional.grouped_mm takes rows of whole {ALIGNED} bytes; {widths[0]} and {widths[1]} "
                 f"values of {dtype} are not", ALIGNMENT,
             )  # fmt: skip
+        torch: Any = require("torch", "engines", "the adapter of transformers")
+        if self.compiled or self.attention == FLEX:
+            torch.compiler.reset()  # after 8 compilations of a function torch runs it uncompiled
         if self.compiled:
-            torch: Any = require("torch", "engines", "the adapter of transformers")
-            torch.compiler.reset()
             layers = self.model.model.layers
             for i in range(len(layers)):
                 layers[i] = torch.compile(layers[i], dynamic=True)

@@ -30,7 +30,7 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 def load_model(folder: Path, dtype: str, attention: str = "eager", experts: str = "eager") -> Any:
     """Load a Hugging Face checkpoint, in evaluation mode.
 
-    dtype: one of `DTYPES`.   attention: ``"eager"`` or ``"sdpa"``.
+    dtype: one of `DTYPES`.   attention: ``"eager"``, ``"sdpa"`` or ``"flex_attention"``.
     experts: ``"eager"``, which runs them one by one, ``"batched_mm"`` or ``"grouped_mm"``
     Raises InputError when transformers or torch is missing or the folder does not load.
     """
