@@ -302,8 +302,8 @@ Runs of the family `production` (`--family production`;
   itself refuses a call longer than the window.
 - llama.cpp, litgpt, mlx-lm, ibm-fms, mistral-inference, vLLM and `transformers` reach position 32768 from 0 without a
   deviation.
-- Rows of fewer than 18 cases were not finished. `transformers` with `attention=sdpa`, keras-hub and TransformerLens ran
-  all cases but `production-positions-32768-decoded`.
+- Rows of fewer than 18 cases were not finished. `transformers` with `attention=sdpa`, onnxruntime, keras-hub and
+  TransformerLens ran all cases but `production-positions-32768-decoded`.
 
 llama.cpp with the files that people have, in float16 and bfloat16
 ([`conform_files/`](../bench/results/conform_files)); it conforms to the profiles of these files:
