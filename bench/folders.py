@@ -158,6 +158,7 @@ TIED = {
 ROPE = {"rope_type": "default", "rope_theta": 1e6}
 PRUNED = "attention_dropout output_router_logits router_aux_loss_coef"
 NO_SCALES = "its scales were expected"
+FLOAT_CACHE = "a cache that is not quantised was expected"
 QUANTISED: dict[str, tuple[dict[str, Any], str]] = {
     "AWQ": ({"bits": 4, "group_size": 128, "quant_method": "awq", "version": "gemm", "zero_point": True}, NO_SCALES),
     "GPTQ": ({"bits": 4, "group_size": 32, "desc_act": True, "quant_method": "gptq"}, NO_SCALES),
@@ -166,7 +167,7 @@ QUANTISED: dict[str, tuple[dict[str, Any], str]] = {
         {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}},
         "at least one group",
     ),
-    "FP8": ({"quant_method": "fp8", "activation_scheme": "static", "kv_cache_scheme": "static"}, NO_SCALES),
+    "FP8": ({"quant_method": "fp8", "activation_scheme": "static", "kv_cache_scheme": "static"}, FLOAT_CACHE),
 }
 """By its usual name, what config.json says, and the refusal of weights that are not so."""
 

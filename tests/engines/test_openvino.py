@@ -11,9 +11,16 @@ import pytest
 from refmoe.engines.adapters import openvino
 from refmoe.engines.results import read_results
 from refmoe.errors import InputError
+from refmoe.profiles.load import policy
 from tests.command_line import Refmoe
 
 GOLDEN = Path(__file__).parents[2] / "golden"
+
+
+@pytest.mark.parametrize("name", openvino.POLICIES.values())
+def test_in_each_precision_experts_are_chosen_by_probabilities(name: str) -> None:
+    """As in transformers, whose graph it is. In `router-underflow` a healthy engine would else be accused."""
+    assert policy(name).router_order == policy("hf-float32").router_order
 
 
 @pytest.mark.skipif(find_spec("openvino") is not None, reason="OpenVINO is installed here")

@@ -84,13 +84,13 @@ class Adapter:
         "cache": Option(
             "the type of the cache; llama.cpp's own default is float16", (*native.TYPES,)
         ),
-        "turn": Option(
-            "whether heads of a multiple of 64 are turned before they enter a cache in codes", (*native.TURN,)
-        ),
         "flash": Option("flash attention; llama.cpp's own default is on", (*native.FLASH,)),
         "threads": Option("the threads of llama.cpp"),
         "file": Option("the dtype of the matrices in the GGUF file", (*FILE_TYPES,)),
         "library": Option("the build, with all its libraries in one folder", text=native.LIBRARY),
+        "turn": Option(
+            "whether heads of a multiple of 64 are turned before they enter a cache in codes", (*native.TURN,)
+        ),
     })  # fmt: skip
     requirements = ("xllamacpp==2026.10.11549", "gguf==0.19.0")
     """NAMES and `llama_cpp_library` know two structs of this build."""

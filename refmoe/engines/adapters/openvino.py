@@ -25,7 +25,9 @@ from refmoe.engines.protocol import ABILITIES
 from refmoe.files.scratch import Scratch
 from refmoe.traces.trace import Run
 
-POLICIES = {"f32": "openvino-float32", "bf16": "bfloat16", "f16": "float16"}
+FIRST = "+router_order=softmax-then-top-k"
+"""The graph is that of transformers, in which a probability that underflows can no longer be chosen by its logit."""
+POLICIES = {"f32": "openvino-float32", "bf16": f"bfloat16{FIRST}", "f16": f"float16{FIRST}"}
 """Per type that OpenVINO infers in the policy of its float32 arrays."""
 
 
