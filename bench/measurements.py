@@ -297,8 +297,8 @@ Runs of the family `production` (`--family production`;
   the scores. In float16 a `head_dim` of 32 shows it: the scores are the rounded dots times that factor, bit for bit.
   In float64 TransformerLens makes its table anew from position 2048 on, and rotates all keys again by the other table
   ([finding](findings/transformer-lens-float64.md)).
-- What is skipped: windows by llama.cpp and ibm-fms, a `head_dim` of their own by mlx-lm, ibm-fms, keras-hub and
-  TransformerLens, a start above position 0 by engines with a slot for each position, a cut cache by vLLM. litgpt
+- llama.cpp and ibm-fms skip windows. mlx-lm, ibm-fms, keras-hub and TransformerLens skip a `head_dim` that is not
+  `dim / heads`. Engines with a slot for each position skip a start above position 0, and vLLM skips a cut cache. litgpt
   itself refuses a call longer than the window.
 - llama.cpp, litgpt, mlx-lm, ibm-fms, mistral-inference, vLLM and `transformers` reach position 32768 from 0 without a
   deviation.
@@ -753,10 +753,10 @@ def real_servers() -> str:
             counts = len(bugs), changing, len(predicted), len(caught & predicted), len(caught - predicted)
             rows.append((measured["package"], level, *map(str, counts)))
             beyond = {"not caught": predicted - caught, "caught beyond the table": caught - predicted}
-            notes += [f"- {server}, {level}, {said}: {_names(bugs, some)}" for said, some in beyond.items() if some]
+            notes += [f"- {server}, {level}, {said}: {_names(bugs, some)}." for said, some in beyond.items() if some]
         ended = {name for name, each in bugs.items() if each["verdict"] == CRASHED}
-        notes += [f"- {server}, ended by the bug: {_names(bugs, ended)}"] * bool(ended)
-        notes.append(f"- {server} without a bug: {healthy['verdict']}")
+        notes += [f"- {server}, ended by the bug: {_names(bugs, ended)}."] * bool(ended)
+        notes.append(f"- {server} without a bug: {healthy['verdict']}.")
     head = ["package", "by", "bugs", "that change an answer", "of these in the table", "of these caught",
             "caught beyond the table"]  # fmt: skip
     listed = "\n".join(notes)
@@ -957,7 +957,7 @@ sums over cached values.
 
 
 def gguf_readers() -> str:
-    """What independent readers make of the weights of quantised files."""
+    """The weights of quantised files, as independent readers read them."""
     rows, found = [], results("gguf_readers")
     for reader in dict.fromkeys(row["reader"] for row in found):
         mine = [row for row in found if row["reader"] == reader]

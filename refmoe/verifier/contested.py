@@ -31,7 +31,7 @@ class Row:
     """The numbers of the choices that no product has refuted; empty where this product refutes all of them."""
 
     def found(self, code: int) -> float | None:
-        """What the engine made of a code; None where the outputs leave it open.   code: its number in the contest"""
+        """The code that the engine has; None where the outputs leave it open.   code: its number in the contest"""
         made = {self.contest.choices[choice][code] for choice in self.left}
         return made.pop() if len(made) == 1 else None
 

@@ -16,7 +16,7 @@ from tests.engines.running import HONEST
 
 CASE = "production-head-32"
 OWN_POLICY = ("--policy", "float32")
-"""That of an engine that makes no codes of inputs."""
+"""The policy of an engine that makes no codes of inputs."""
 HAS_GGUF = pytest.mark.skipif(find_spec("gguf") is None, reason="gguf not installed: pip install -e '.[test]'")
 engine = pytest.mark.skipif(
     find_spec("xllamacpp") is None, reason="xllamacpp not installed: pip install -e '.[llama-cpp]'"

@@ -41,7 +41,7 @@ class Choices:
     radius: Any
     """Of each result by itself."""
     contests: Mapping[int, Contest] = field(default_factory=dict)
-    """What the results of a row are choices of, by the row's number. Their order is that of the choices."""
+    """The contestable codes of a row, by the row's number. Its results are in the order of their choices."""
 
     def map(self, move: Callable[[Any], Any]) -> Choices:
         """The choices with `move` applied to every array."""

@@ -67,7 +67,7 @@ class Left:
     rows: int = 0
     """The rows without other choices: rows 0 to `rows` - 1 come first, and their other choices after them."""
     contests: tuple[Contest, ...] = ()
-    """What is chosen in each row that has other choices, in the order of rows."""
+    """The contestable codes of each row that has other choices, in the order of rows."""
 
 
 # ---- the left factor

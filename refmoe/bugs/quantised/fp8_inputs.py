@@ -8,16 +8,23 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.arithmetic.codes import E4M3, Codes
-from refmoe.arithmetic.formats import BFLOAT16, FLOAT16, nearest
+from refmoe.arithmetic.codes import E4M3, KINDS, Codes
+from refmoe.arithmetic.formats import BFLOAT16, FLOAT16, FLOAT32, nearest
 from refmoe.bugs.mutant import POLICY
 from refmoe.bugs.quantised.bug import register
 from refmoe.bugs.quantised.folders import E4M3FNUZ_LARGEST, FP8
-from refmoe.bugs.quantised.inputs import input_bug, not_quantised, spread
+from refmoe.bugs.quantised.inputs import (
+    input_bug,
+    not_quantised,
+    of_the_token_before,
+    powers_of_two,
+    spread,
+    without,
+)
 
 BLOCKS = ("fp8-block128x128",)
-MOST = E4M3.largest - 32
-"""448. The largest number of the format's exponent, 480, has the bits of a NaN."""
+MOST = KINDS["e4m3"].high
+"""The largest code, 448."""
 
 
 def coded(over: Any) -> Any:
@@ -30,11 +37,6 @@ def with_scales(right: Codes, x: Any, scales: Any) -> Codes:
     whole = spread(scales, right)
     over = np.divide(x, whole, out=np.zeros(x.shape), where=whole != 0)
     return replace(right, codes=coded(over), scales=scales, unrounded=scales, ideal=over)
-
-
-def single(x: Any) -> Any:
-    """Numbers rounded to float32, as float64."""
-    return np.asarray(x, np.float32).astype(np.float64)
 
 
 # ---- scales
@@ -57,8 +59,7 @@ def one_scale_for_all_tokens(right: Codes, x: Any) -> Codes:
 )  # fmt: skip
 def scale_of_the_token_before(right: Codes, x: Any) -> Codes:
     """The codes of each token are multiplied by the scales of the token before it."""
-    before, unrounded = (np.concatenate([part[:1], part[:-1]]) for part in (right.scales, right.unrounded))
-    return replace(right, scales=before, unrounded=unrounded)
+    return of_the_token_before(right)
 
 
 @input_bug(
@@ -68,7 +69,7 @@ def scale_of_the_token_before(right: Codes, x: Any) -> Codes:
 )  # fmt: skip
 def scale_to_power_of_two(right: Codes, x: Any) -> Codes:
     """The scale is rounded up to a power of two after the codes were made with the scale as it was."""
-    return replace(right, scales=np.where(right.scales > 0, 2.0 ** np.ceil(np.log2(right.scales)), 0.0))
+    return replace(right, scales=powers_of_two(right.scales, np.ceil))
 
 
 @input_bug(
@@ -78,7 +79,7 @@ def scale_to_power_of_two(right: Codes, x: Any) -> Codes:
 )  # fmt: skip
 def scale_loses_its_fraction(right: Codes, x: Any) -> Codes:
     """The kernel takes the exponent of the scale alone, but the codes were made with the whole scale."""
-    return replace(right, scales=np.where(right.scales > 0, 2.0 ** np.floor(np.log2(right.scales)), 0.0))
+    return replace(right, scales=powers_of_two(right.scales, np.floor))
 
 
 @input_bug(
@@ -88,7 +89,7 @@ def scale_loses_its_fraction(right: Codes, x: Any) -> Codes:
 )  # fmt: skip
 def scale_rounded_down(right: Codes, x: Any) -> Codes:
     """The scale is rounded down to a power of two before codes are made, so that the largest values are clamped."""
-    return with_scales(right, x, np.where(right.scales > 0, 2.0 ** np.floor(np.log2(right.scales)), 0.0))
+    return with_scales(right, x, powers_of_two(right.scales, np.floor))
 
 
 @input_bug(
@@ -179,7 +180,7 @@ def saturated_at_240(right: Codes, x: Any) -> Codes:
 )  # fmt: skip
 def scaled_to_240(right: Codes, x: Any) -> Codes:
     """The scale makes 240 of the largest value, as for e4m3fnuz. The codes are those of e4m3fn."""
-    return with_scales(right, x, single(right.scales * (MOST / E4M3FNUZ_LARGEST)))
+    return with_scales(right, x, nearest(right.scales * (MOST / E4M3FNUZ_LARGEST), FLOAT32))
 
 
 @input_bug(
@@ -189,7 +190,7 @@ def scaled_to_240(right: Codes, x: Any) -> Codes:
 )  # fmt: skip
 def scaled_to_480(right: Codes, x: Any) -> Codes:
     """The scale makes 480 of the largest value, and what lies beyond 448 is clamped."""
-    return with_scales(right, x, single(right.scales * (MOST / E4M3.largest)))
+    return with_scales(right, x, nearest(right.scales * (MOST / E4M3.largest), FLOAT32))
 
 
 @input_bug(
@@ -198,8 +199,7 @@ def scaled_to_480(right: Codes, x: Any) -> Codes:
 )  # fmt: skip
 def last_block_dropped(right: Codes, x: Any) -> Codes:
     """The last 128 inputs of a row are not multiplied."""
-    dropped = np.arange(x.shape[1]) >= x.shape[1] - 128
-    return replace(right, codes=np.where(dropped, 0.0, right.codes), ideal=np.where(dropped, 0.0, right.ideal))
+    return without(right, np.arange(x.shape[1]) >= x.shape[1] - 128)
 
 
 register(

@@ -72,6 +72,17 @@ def with_scales(right: Codes, x: Any, scales: Any) -> Codes:
     return replace(right, codes=codes, scales=scales, unrounded=scales, ideal=np.where(np.abs(over) < MOST, over, MOST))
 
 
+def powers_of_two(scales: Any, rounded: Callable[[Any], Any]) -> Any:
+    """Positive scales as powers of two, and others as 0.   rounded: gives integers for the logarithms"""
+    return np.where(scales > 0, 2.0 ** rounded(np.log2(scales)), 0.0)
+
+
+def of_the_token_before(codes: Codes) -> Codes:
+    """Codes with the scales of the token before. The first token keeps its own."""
+    scales, unrounded = (np.concatenate([part[:1], part[:-1]]) for part in (codes.scales, codes.unrounded))
+    return replace(codes, scales=scales, unrounded=unrounded)
+
+
 # ---- codes
 
 
@@ -153,8 +164,7 @@ def one_scale_for_all_tokens(right: Codes, x: Any) -> Codes:
 )  # fmt: skip
 def scale_of_the_token_before(right: Codes, x: Any) -> Codes:
     """The codes of each token are multiplied by the scales of the token before it."""
-    before = np.concatenate([right.scales[:1], right.scales[:-1]])
-    return replace(right, scales=before, unrounded=np.concatenate([right.unrounded[:1], right.unrounded[:-1]]))
+    return of_the_token_before(right)
 
 
 @input_bug(
@@ -173,7 +183,7 @@ def scale_of_the_first_block(right: Codes, x: Any) -> Codes:
 )  # fmt: skip
 def scale_to_power_of_two(right: Codes, x: Any) -> Codes:
     """The scale is rounded up to a power of two after the codes were made with the scale as it was."""
-    return replace(right, scales=np.where(right.scales > 0, 2.0 ** np.ceil(np.log2(right.scales)), 0.0))
+    return replace(right, scales=powers_of_two(right.scales, np.ceil))
 
 
 @input_bug(
@@ -183,8 +193,7 @@ def scale_to_power_of_two(right: Codes, x: Any) -> Codes:
 )  # fmt: skip
 def scale_rounded_down(right: Codes, x: Any) -> Codes:
     """The scale is rounded down to a power of two, so that the largest values of a block are clamped."""
-    scales = np.where(right.unrounded > 0, 2.0 ** np.floor(np.log2(right.unrounded)), 0.0)
-    made = with_scales(right, x, scales)
+    made = with_scales(right, x, powers_of_two(right.unrounded, np.floor))
     return replace(made, ideal=made.codes)  # a quotient by a power of two is exact, so that no code is contestable
 
 

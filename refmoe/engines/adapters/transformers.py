@@ -35,7 +35,7 @@ class Adapter:
     options = MappingProxyType({
         "attention": Option(
             "the implementation of attention; transformers' own default is sdpa; torch.compile compiles flex_attention",
-            ("eager", "sdpa", "flex_attention"),
+            ("eager", "sdpa", FLEX),
         ),
         "threads": TORCH_THREADS,
         "experts": Option(
