@@ -15,10 +15,12 @@ from refmoe.arithmetic.codes import InputFormat
 from refmoe.arithmetic.enclosure import functions
 from refmoe.arithmetic.enclosure.array import (
     OWN,
+    PIECE,
     SLACK,
     Enclosure,
     bounded,
     concatenate,
+    in_pieces,
     quiet,
     stored,
     unbounded_beyond,
@@ -250,6 +252,9 @@ class EnclosureOps(ArrayOps):
         return functions.sigmoid(x, self._sigmoid(x.mid), self.policy)
 
     def silu(self, x: Enclosure) -> Enclosure:
+        return in_pieces(self._silu, x)
+
+    def _silu(self, x: Enclosure) -> Enclosure:
         budgets = self.policy
         if "expert.silu.accumulation" in budgets.cuts:
             budgets = replace(budgets, accumulation=budgets.at("expert.silu.accumulation"))
@@ -259,7 +264,12 @@ class EnclosureOps(ArrayOps):
         return self.cut("expert.silu", result)
 
     def softmax(self, x: Enclosure, mask: Any) -> Enclosure:
-        return self._softmax(x, mask, 0.0)
+        """Of many tokens, [H, T, S] with a mask [1, T, S], a few go at a time: their arrays stay in the cache."""
+        step = max(1, PIECE * x.shape[-2] // max(x.mid.size, 1))
+        if x.mid.ndim != 3 or mask is None or step >= x.shape[1]:
+            return self._softmax(x, mask, 0.0)
+        some = [slice(start, start + step) for start in range(0, x.shape[1], step)]
+        return concatenate([self._softmax(x[:, part], mask[:, part], 0.0) for part in some], axis=1)
 
     @quiet
     def _softmax(self, x: Enclosure, mask: Any, above: Any) -> Enclosure:

@@ -20,10 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.arithmetic.enclosure.array import OWN, Enclosure
-from refmoe.arithmetic.formats import FLOAT64, Format, cell, nearest, representable, ulp
+from refmoe.arithmetic.enclosure.array import Enclosure
+from refmoe.arithmetic.formats import FLOAT64, Format, representable
 from refmoe.verifier.findings import FAIL, PASS, UNDECIDABLE, Check, Element
 from refmoe.verifier.provenance import Origin
+from refmoe.verifier.values import Sizes, Values, judged, measured
 
 SNR = 26.0
 """The filter applies if truncation would be this many standard errors away. Honest runs then stay within 0.26."""
@@ -31,10 +32,11 @@ LEAN = 0.5
 """Halfway between rounding to nearest and truncation."""
 ROWS = 30
 """Below this number of rows, errors of a norm or of equal tokens are too similar for the tests of size and filter."""
-CALM = 5.0
-"""Standard deviations below which the bias of a truncating accumulator is not computed: no limit is as low."""
-PIECE = 1 << 16
-"""Values tested at once: about thirty temporary arrays of this length fit in the cache."""
+PIECE = 1 << 13
+"""Values tested at once: the temporary arrays of this length fit in the second-level cache."""
+CHANCE = 2.0
+"""Standard errors of the mean square by which errors may be too large before a bias counts as spread. At any usual
+significance, the limit of the test of size is 5 or more."""
 LIKE_POINTWISE = 32.0
 """The number of values that err alike in elementwise steps and in segments up to a layer."""
 
@@ -69,24 +71,6 @@ class Limits:
         """
         level = self.significance / (3 * max(self.tensors, 1))
         return math.sqrt(1 + 3 * math.sqrt(math.log(1 / level) / (2 * values / alike)))
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The values of which size and lean of errors are taken. Each is of shape [n], or a number for all."""
-
-    error: Any
-    mid: Any
-    variance: Any
-    spacing: Any
-    """The spacing of the dtype at the midpoint."""
-    usable: Any
-    """Whether an error counts; True for all."""
-
-    def first(self, count: int) -> Sizes:
-        """The first values, none where the count is below 0."""
-        part = slice(max(count, 0))
-        return Sizes(*(each[part] if np.ndim(each) else each for each in vars(self).values()))
 
 
 @dataclass
@@ -143,93 +127,64 @@ class Tally:
         for chosen, format in ((fits, policy_format), (~fits, finer)):
             at = np.flatnonzero(chosen)
             if at.size:
-                first = int(np.searchsorted(at, counted))
-                self._add(x[at], found[at], format, _from(place, start + at), may_overflow, first)
+                first, held = int(np.searchsorted(at, counted)), chosen is fits or format is found_format
+                self._add(x[at], found[at], format, _from(place, start + at), may_overflow, first, held)
 
-    def _add(self, x: Enclosure, y: Any, format: Format, place: Place, may_overflow: bool, counted: int) -> None:
+    def _add(
+        self, x: Enclosure, y: Any, format: Format, place: Place, may_overflow: bool, counted: int, held: bool = True
+    ) -> None:  # fmt: skip
+        """Test values as rounded to a dtype.   held: whether that dtype has all of them"""
         # if the operation rounds its result to this very dtype, that rounding is the last one, tested below
         before = x if x.biased or (x.owed and format == x.accumulation) else x.settle()
-        m, r, v = before.mid, np.asarray(before.r), np.asarray(before.v)
-        clean = bool(np.isfinite(y + m + r + v).all())
-        bounded: Any = True
-        spread: Any = True
-        if not clean:
-            r = np.where(np.isnan(r) | np.isnan(m), np.inf, r)
-            v = np.where(np.isnan(v), np.inf, v)
-            bounded, spread = np.isfinite(r), np.isfinite(v)
-        low, high = nearest(pair(m - r, m + r), format)
-        finite: Any = True
-        if clean:
-            outside = (y < low) | (y > high)
-        else:
-            low, high = np.where(np.isnan(low), -np.inf, low), np.where(np.isnan(high), np.inf, high)
-            finite, known = np.isfinite(y), np.isfinite(m)
-            outside = ~((y >= low) & (y <= high)) | (np.isinf(y) & np.isinf(r))
-            # an infinity or NaN in an interval without ends is legal only if an earlier step may have overflowed
-            outside &= finite | bounded | (not may_overflow)
-            outside &= known | (finite & bounded) | (~finite & (not may_overflow))
-            spread = spread & known
-            self.undecided += int((~(outside | bounded | (spread & finite))).sum())
-            self.not_finite += int((outside & ~finite).sum())
-            self.gaps += int((~finite).sum())
-            finite = finite & known
-        error = y - m if clean else np.where(finite, y - np.where(finite, m, 0.0), np.inf)
-        spacing, allowed = ulp(pair(m, np.abs(m) + r), format)
-        ratio = np.abs(error) / (r + allowed / 2 if format.precision < 53 else r)
-        if not clean:
-            # no ratio where the radius is unknown, nor where a legal value is infinite
-            ratio = np.where(bounded & (finite | outside), ratio, 0.0)
-
-        start, end = cell(y if clean else np.where(finite, y, 0.0), format)
-        beyond = np.maximum(m - end, start - m)
-        sigma = np.sqrt(v + (OWN * m) ** 2)
-        # a variance of zero beside a positive radius has underflowed and cannot be used
-        if clean and v.min(initial=math.inf) > 0:
-            usable: Any = True
-            excess = np.maximum(beyond, 0.0) / sigma
-        else:
-            usable = (beyond > 0) & ((v > 0) | (r == 0)) & finite & spread
-            excess = np.where(usable, beyond / sigma, 0.0)
-        if x.biased and excess.max(initial=0.0) > CALM:
-            excess = np.where(usable, np.maximum(beyond - x.bias, 0.0) / sigma, 0.0)
-
+        values = Values(y, before.mid, np.asarray(before.r), np.asarray(before.v), format)
         self.values += y.size
-        self.outside += int(outside.sum())
-        # fmax ignores NaN: no error where no error is allowed
-        self.worst_error = float(np.fmax.reduce(ratio, initial=self.worst_error))
-        self.excess = float(np.fmax.reduce(excess, initial=self.excess))
-        sizes = Sizes(error=error, mid=m, variance=v, spacing=spacing, usable=finite & spread)
+        calm = measured(values, self.worst_error, self.excess, x.biased) if held else None
+        if calm is None:
+            tested = judged(values, may_overflow, (lambda: x.bias) if x.biased else None)
+        sizes = tested.sizes if calm is None else calm.sizes
         self._add_size(sizes.first(counted) if counted < y.size else sizes, x, format)
-        at, score = _worst(outside, bounded, np.where(outside, ratio, excess) if outside.any() else excess)
-        rank = (bool(outside[at]), score)
+        if calm is not None:
+            # where no value has any excess, the first one is shown
+            suspects = calm.suspects if self.worst is not None else np.union1d(calm.suspects, 0)
+            if not suspects.size:
+                return
+            values, place = values.at(suspects), _from(place, suspects)
+            tested = judged(values, may_overflow)
+        self.undecided += tested.undecided
+        self.outside += int(tested.outside.sum())
+        self.not_finite += tested.not_finite
+        self.gaps += tested.gaps
+        # fmax ignores NaN: no error where no error is allowed
+        self.worst_error = float(np.fmax.reduce(tested.ratio, initial=self.worst_error))
+        self.excess = float(np.fmax.reduce(tested.excess, initial=self.excess))
+        at, score = tested.worst()
+        rank = (bool(tested.outside[at]), score)
         if rank > self.worst_rank or self.worst is None:
             self.worst_rank = rank
             self.worst = Element(
                 where=place(at),
-                found=float(y[at]),
-                expected=float(m[at]),
-                low=float(low[at]),
-                high=float(high[at]),
-                sigma=float(sigma[at]),
+                found=float(values.found[at]),
+                expected=float(values.mid[at]),
+                low=float(tested.low[at]),
+                high=float(tested.high[at]),
+                sigma=float(tested.sigma[at]),
             )
 
     def _add_size(self, sizes: Sizes, x: Enclosure, format: Format) -> None:
         """Count the size and the lean of some errors.   x: the enclosure of these, and of those after them"""
-        error, spacing, usable = sizes.error, sizes.spacing, sizes.usable
-        total = sizes.variance + (spacing**2 / 12 if format != FLOAT64 else 0.0)
-        if x.biased and np.where(usable, error**2 / total - 1, 0.0).sum() > 0:
+        if not sizes.error.size:
+            return
+        total = sizes.variance + (sizes.spacing * sizes.spacing * (1 / 12) if format != FLOAT64 else 0.0)
+        found = sizes.weighed(total)
+        count = self.counted + found.count
+        if x.biased and self.squares + found.squares - count > CHANCE * math.sqrt(count):
             # only where errors are larger than expected, because the bias costs a matrix product
-            total = total + x.bias[: error.size] ** 2
-        weight, delta = 1 / total, -np.sign(sizes.mid) * spacing / 2
-        if usable is not True or not total.min(initial=math.inf) > 0:
-            weight = np.where(usable & (total > 0), weight, 0.0)
-            error, delta = np.where(weight > 0, error, 0.0), np.where(weight > 0, delta, 0.0)
-        weighted = error * weight
-        self.squares += float((weighted * error).sum())
-        self.counted += int(np.count_nonzero(weight))
+            found = sizes.weighed(total + x.bias[: sizes.error.size] ** 2)
+        self.squares += found.squares
+        self.counted += found.count
         if format != FLOAT64:
-            self.leaning += float((weighted * delta).sum())
-            self.reach += float((delta**2 * weight).sum())
+            self.leaning += found.leaning
+            self.reach += found.reach
 
     @property
     def rms(self) -> float:
@@ -293,27 +248,6 @@ class Tally:
             truncation_snr=self.snr,
             worst=self.worst,
         )
-
-
-def _worst(outside: Any, bounded: Any, score: Any) -> tuple[int, float]:
-    """The position of the worst value, and its score: the largest among values outside, else bounded, else any.
-
-    outside: booleans [n]   bounded: booleans [n], or True   score: [n]
-    """
-    if bounded is True and not outside.any():
-        at = int(np.argmax(score))
-    else:
-        candidates = outside if outside.any() else np.broadcast_to(bounded, outside.shape)
-        score = np.fmax(score, 0.0)
-        at = int(np.argmax(np.where(candidates, score, -1.0) if candidates.any() else score))
-    return at, float(score[at])
-
-
-def pair(a: Any, b: Any) -> Any:
-    """Two arrays in one, so that one call treats both. a, b: [n]   returns: [2, n]"""
-    both = np.empty((2, *np.shape(a)))
-    both[0], both[1] = a, b
-    return both
 
 
 def _from(place: Place, positions: Any) -> Place:

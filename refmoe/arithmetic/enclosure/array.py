@@ -26,6 +26,9 @@ radius and variance, and is negligible for values from 10^-150 up."""
 FAR = 32.0
 """The least distance of a divisor from zero, in standard deviations, for which a spread is computed."""
 
+PIECE = 1 << 14
+"""Elements of a long array that are computed together: their temporary arrays stay in the second-level cache."""
+
 quiet = np.errstate(all="ignore")
 """Infinities and NaN are legal here. They become an infinite radius, not a warning."""
 
@@ -333,6 +336,15 @@ def concatenate(parts: Any, axis: int) -> Enclosure:
         length=join("length") if all(part.length is not None for part in parts) else None,
         choices=_joined_choices(parts, axis),
     )
+
+
+def in_pieces(function: Callable[[Enclosure], Enclosure], x: Enclosure) -> Enclosure:
+    """`function` of x, which treats each element by itself. A long array goes piece by piece."""
+    if x.mid.size <= PIECE:
+        return function(x)
+    flat = x.reshape(-1)
+    parts = [function(flat[start : start + PIECE]) for start in range(0, x.mid.size, PIECE)]
+    return concatenate(parts, axis=0).reshape(x.shape)
 
 
 def _joined_choices(parts: Any, axis: int) -> Choices | None:

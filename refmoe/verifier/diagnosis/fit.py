@@ -43,7 +43,8 @@ import numpy as np
 from refmoe.spec.taps import layer_of, step_of
 from refmoe.verifier.diagnosis.observed import FARTHEST, Observed, Recorded
 from refmoe.verifier.passes import Key
-from refmoe.verifier.tally import CALM, LEAN, SNR
+from refmoe.verifier.tally import LEAN, SNR
+from refmoe.verifier.values import CALM
 
 LEFT = math.sqrt(0.5)
 """The largest residual of an explanation."""

@@ -20,7 +20,7 @@ from refmoe.verifier.diagnosis.grammar.laboratory import Laboratory, only_where,
 from refmoe.verifier.diagnosis.grammar.where import Rows, Where, describe
 from refmoe.verifier.findings import FAIL, PASS
 from refmoe.verifier.passes import Key
-from refmoe.verifier.tally import pair
+from refmoe.verifier.values import pair
 
 CLOSE = 0.3
 """The largest residual with which a hypothesis is worth a proof."""

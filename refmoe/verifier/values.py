@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The figures of single values: distance from the midpoint, from the cell, and from the ends of the legal interval.
+
+`judged` computes them all, whatever the values are. `measured` serves finite values, with half as many operations. It
+computes what all values contribute to: size and lean of the errors. Of the largest figures it computes bounds, and
+returns the values that may exceed what was found so far. Only these need all figures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from refmoe.arithmetic.enclosure.array import OWN, UNDERFLOW
+from refmoe.arithmetic.formats import FLOAT32, Format, cell, nearest, ulp
+
+CALM = 5.0
+"""Standard deviations below which the bias of a truncating accumulator is not computed: no limit is as low."""
+SPARE = 1 - 2.0**-30
+"""A factor that covers the rounding of the bounds. It is far from 1 beside that, and far from 0 beside a spacing."""
+
+
+@dataclass(frozen=True)
+class Values:
+    """Values found, and their enclosure before the last rounding. Each is of shape [n], or a number for all."""
+
+    found: Any
+    mid: Any
+    radius: Any
+    variance: Any
+    format: Format
+    """The dtype of the last rounding."""
+
+    def at(self, places: Any) -> Values:
+        """Some of the values.   places: integers [k]"""
+        found, mid, radius, variance = (_some(x, places) for x in (self.found, self.mid, self.radius, self.variance))
+        return Values(found, mid, radius, variance, self.format)
+
+
+def _some(array: Any, places: Any) -> Any:
+    return array[places] if np.ndim(array) else array
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The values of which size and lean of errors are taken. Each is of shape [n], or a number for all."""
+
+    error: Any
+    mid: Any
+    variance: Any
+    spacing: Any
+    """The spacing of the dtype at the midpoint."""
+    usable: Any
+    """Whether an error counts; True for all."""
+
+    def first(self, count: int) -> Sizes:
+        """The first values, none where the count is below 0."""
+        part = slice(max(count, 0))
+        return Sizes(*(_some(each, part) for each in vars(self).values()))
+
+    def weighed(self, variance: Any) -> Weighed:
+        """The sums over the values, each weighed by the inverse of a variance [n]."""
+        error, cut = self.error, np.sign(self.mid) * self.spacing
+        if self.usable is True and variance.min() > 0:
+            weight, count = 1 / variance, error.size
+        else:
+            known = self.usable & (variance > 0) & (variance < np.inf)
+            weight, count = np.where(known, 1 / variance, 0.0), int(np.count_nonzero(known))
+            error, cut = np.where(known, error, 0.0), np.where(known, cut, 0.0)
+        weighted = error * weight
+        squares, leaning, reach = weighted @ error, weighted @ cut, (cut * weight) @ cut
+        # truncation errs by half a spacing, towards zero
+        return Weighed(float(squares), count, float(leaning) / -2, float(reach) / 4)
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """Sums over values: of squares of errors, of errors times those of truncation, and of squares of the latter."""
+
+    squares: float
+    count: int
+    """The number of values that have a weight."""
+    leaning: float
+    reach: float
+
+
+# ---- all figures
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The figures of values, [n] each."""
+
+    outside: Any
+    """Whether a value lies outside the legal interval."""
+    bounded: Any
+    """Whether the interval has ends; True for all."""
+    ratio: Any
+    """The error over the largest legal one."""
+    excess: Any
+    """The distance from the midpoint to the cell of the value, in standard deviations."""
+    low: Any
+    high: Any
+    sigma: Any
+    sizes: Sizes
+    undecided: int = 0
+    not_finite: int = 0
+    gaps: int = 0
+
+    def worst(self) -> tuple[int, float]:
+        """The position of the worst value, and its score: the largest among values outside, else bounded, else any."""
+        any_outside = self.outside.any()
+        score = np.where(self.outside, self.ratio, self.excess) if any_outside else self.excess
+        if self.bounded is True and not any_outside:
+            at = int(np.argmax(score))
+        else:
+            candidates = self.outside if any_outside else np.broadcast_to(self.bounded, self.outside.shape)
+            score = np.fmax(score, 0.0)
+            at = int(np.argmax(np.where(candidates, score, -1.0) if candidates.any() else score))
+        return at, float(score[at])
+
+
+def judged(values: Values, may_overflow: bool, bias: Callable[[], Any] | None = None) -> Judged:
+    """The figures of any values.
+
+    may_overflow: whether a legal implementation may have overflowed before
+    bias: makes the distances by which an accumulator may shift the values, [n]; None: it shifts none. It is called
+    where a value is far from its cell.
+    """
+    y, m, r, v, format = values.found, values.mid, values.radius, values.variance, values.format
+    clean = bool(np.isfinite(y + m + r + v).all())
+    bounded: Any = True
+    spread: Any = True
+    if not clean:
+        r = np.where(np.isnan(r) | np.isnan(m), np.inf, r)
+        v = np.where(np.isnan(v), np.inf, v)
+        bounded, spread = np.isfinite(r), np.isfinite(v)
+    low, high = nearest(pair(m - r, m + r), format)
+    finite: Any = True
+    undecided = not_finite = gaps = 0
+    if clean:
+        outside = (y < low) | (y > high)
+    else:
+        low, high = np.where(np.isnan(low), -np.inf, low), np.where(np.isnan(high), np.inf, high)
+        finite, known = np.isfinite(y), np.isfinite(m)
+        outside = ~((y >= low) & (y <= high)) | (np.isinf(y) & np.isinf(r))
+        # an infinity or NaN in an interval without ends is legal only if an earlier step may have overflowed
+        outside &= finite | bounded | (not may_overflow)
+        outside &= known | (finite & bounded) | (~finite & (not may_overflow))
+        spread = spread & known
+        undecided = int((~(outside | bounded | (spread & finite))).sum())
+        not_finite = int((outside & ~finite).sum())
+        gaps = int((~finite).sum())
+        finite = finite & known
+    error = y - m if clean else np.where(finite, y - np.where(finite, m, 0.0), np.inf)
+    spacing, allowed = ulp(pair(m, np.abs(m) + r), format)
+    ratio = np.abs(error) / (r + allowed / 2 if format.precision < 53 else r)
+    if not clean:
+        # no ratio where the radius is unknown, nor where a legal value is infinite
+        ratio = np.where(bounded & (finite | outside), ratio, 0.0)
+
+    start, end = cell(y if clean else np.where(finite, y, 0.0), format)
+    beyond = np.maximum(m - end, start - m)
+    sigma = np.sqrt(v + (OWN * m) ** 2)
+    # a variance of zero beside a positive radius has underflowed and cannot be used
+    if clean and v.min(initial=math.inf) > 0:
+        usable: Any = True
+        excess = np.maximum(beyond, 0.0) / sigma
+    else:
+        usable = (beyond > 0) & ((v > 0) | (r == 0)) & finite & spread
+        excess = np.where(usable, beyond / sigma, 0.0)
+    if bias is not None and excess.max(initial=0.0) > CALM:
+        excess = np.where(usable, np.maximum(beyond - bias(), 0.0) / sigma, 0.0)
+    sizes = Sizes(error=error, mid=m, variance=v, spacing=spacing, usable=finite & spread)
+    return Judged(outside, bounded, ratio, excess, low, high, sigma, sizes, undecided, not_finite, gaps)
+
+
+def pair(a: Any, b: Any) -> Any:
+    """Two arrays in one, so that one call treats both. a, b: [n]   returns: [2, n]"""
+    both = np.empty((2, *np.shape(a)))
+    both[0], both[1] = a, b
+    return both
+
+
+# ---- finite values
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What finite values contribute, and those among them of which all figures are needed."""
+
+    sizes: Sizes
+    suspects: Any
+    """Integers [k] in rising order: all values that may be outside, or above the figures so far."""
+
+
+def measured(values: Values, ratio: float, excess: float, biased: bool) -> Measured | None:
+    """What values contribute if all are finite and narrower than binary64, else None.
+
+    values: the dtype has all of those that were found
+    ratio, excess: the largest figures so far
+    biased: whether the enclosure has a bias. Then it is None as well where one may be far enough that a bias counts.
+
+    Let h be half the spacing at the smaller of |y| and |m|. Where y and m have one sign, the cell of y reaches at least
+    h from y towards m. So |y - m| > radius + h for all values outside, the ratio is at most |y - m| / (radius + h), and
+    the distance of m from the cell is at most |y - m| - h. All values that may have two signs are suspects.
+    """
+    y, m, r, v, format = values.found, values.mid, values.radius, values.variance, values.format
+    if format.precision > FLOAT32.precision or not y.size:
+        return None
+    error = y - m
+    size, around = np.abs(error), np.abs(m)
+    if not np.isfinite(size.max() + r.max() + v.max()):
+        return None
+    half = ulp(np.minimum(np.abs(y), around), format)
+    half *= SPARE / 2
+    legal = half + r
+    # a value of another sign than m is farther from m than zero is
+    far = size > around
+    if biased and far.any():
+        return None
+    suspect = far | (size > legal * (min(ratio, 1.0) * SPARE))
+    if suspect.any():
+        share = size / legal
+        at = int(share.argmax())
+        reached = float(size[at]) / (_number(r, at) + float(ulp(around[at] + _number(r, at), format)) / 2)
+        suspect = far | (share > min(max(ratio, reached), 1.0) * SPARE)
+    beyond = np.subtract(size, half, out=half)
+    beyond *= np.abs(beyond)  # the square, negative within the cell
+    spread = v * (excess * excess * SPARE)
+    above = beyond > spread
+    if above.any():
+        if biased and (beyond > v * CALM**2).any():
+            return None
+        farthest = values.at(np.array([(beyond / np.maximum(v, UNDERFLOW)).argmax()]))
+        reached = max(excess, float(judged(farthest, may_overflow=False).excess[0]))
+        suspect |= above & (beyond > v * (reached * reached * SPARE))
+    return Measured(Sizes(error, m, v, ulp(m, format), True), np.flatnonzero(suspect))
+
+
+def _number(array: Any, at: int) -> float:
+    return float(array[at] if np.ndim(array) else array)

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The figures of finite values, of which only suspects are computed whole, are those of all values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from refmoe.arithmetic.enclosure.array import Enclosure
+from refmoe.arithmetic.formats import BFLOAT16, FLOAT16, FLOAT32, Format, nearest
+from refmoe.verifier.tally import PIECE, Tally
+from refmoe.verifier.values import CALM, Values, judged, measured
+
+# as in a tally: what is divided by zero is not used
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+NARROW = (FLOAT32, BFLOAT16, FLOAT16)
+
+
+@st.composite
+def values(draw: st.DrawFn, most: int = 40) -> Values:
+    """Values near and far from midpoints at and around powers of two, zero, and the smallest normal value."""
+    format, n = draw(st.sampled_from(NARROW)), draw(st.integers(1, most))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    powers = np.ldexp(1.0, rng.integers(-3, 3, n)) * draw(st.sampled_from((1.0, format.tiny, 2.0**10)))
+    mid = powers * rng.choice([-1, 1], n) * (1 + rng.choice([0.0, 1.0, -1.0, rng.random()], n) * format.u * 4)
+    mid[rng.random(n) < draw(st.sampled_from((0.0, 0.3)))] = 0.0
+    radius = np.abs(mid) * rng.random(n) * draw(st.sampled_from((0.0, format.u / 16, format.u, 0.5)))
+    variance = (radius / draw(st.sampled_from((1.0, 30.0)))) ** 2
+    variance[rng.random(n) < draw(st.sampled_from((0.0, 0.3)))] = 0.0
+    found = mid + radius * rng.standard_normal(n) * draw(st.sampled_from((0.0, 0.3, 1.0, 4.0)))
+    found *= np.where(rng.random(n) < draw(st.sampled_from((0.0, 0.1))), -1.0, 1.0)
+    return Values(nearest(found, format), mid, radius, variance, format)
+
+
+@given(values(), st.sampled_from((0.0, 0.5, 1.0, 3.0)), st.sampled_from((0.0, 2.0, 50.0)))
+def test_no_value_that_is_no_suspect_is_outside_or_exceeds_the_figures_so_far(
+    some: Values, ratio: float, excess: float
+) -> None:
+    found, whole = measured(some, ratio, excess, biased=False), judged(some, may_overflow=False)
+    assert found is not None
+    rest = np.ones(some.found.size, bool)
+    rest[found.suspects] = False
+    suspects = judged(some.at(found.suspects), may_overflow=False)
+    assert not whole.outside[rest].any()
+    most_ratio, most_excess = (
+        max(np.fmax.reduce(each, initial=0.0), 0.0) for each in (suspects.ratio, suspects.excess)
+    )
+    assert (np.nan_to_num(whole.ratio[rest]) <= max(ratio, most_ratio)).all()
+    assert (whole.excess[rest] <= max(excess, most_excess)).all()
+
+
+@given(values())
+def test_the_sums_of_finite_values_are_those_of_all(some: Values) -> None:
+    found, whole = measured(some, 0.0, 0.0, biased=False), judged(some, may_overflow=False)
+    assert found is not None
+    for one, other in zip(vars(found.sizes).values(), vars(whole.sizes).values(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("where", "strange"),
+    [*((where, x) for where in ("found", "mid", "radius", "variance") for x in (np.nan, np.inf)), ("found", -np.inf)],
+)
+def test_a_value_that_is_not_finite_is_not_passed_over(where: str, strange: float) -> None:
+    parts: dict[str, Any] = {
+        "found": np.ones(4), "mid": np.ones(4), "radius": np.full(4, 0.1), "variance": np.full(4, 0.1)
+    }  # fmt: skip
+    parts[where][2] = strange
+    assert measured(Values(**parts, format=FLOAT32), 0.0, 0.0, biased=False) is None
+
+
+@given(values(), st.sampled_from((0.0, 2.0, 50.0)))
+def test_where_a_bias_may_count_all_values_are_computed_whole(some: Values, excess: float) -> None:
+    if measured(some, 0.0, excess, biased=True) is not None:
+        assert (judged(some, may_overflow=False).excess <= max(excess, CALM)).all()
+
+
+def biased(errors: Any, format: Format, asked: list[int]) -> tuple[Enclosure, Any]:
+    """An enclosure with a bias of 8, values that have these errors in standard deviations, and a count of its uses."""
+
+    def bias() -> Any:
+        asked.append(1)
+        return np.full(errors.size, 8.0)
+
+    mid = np.full(errors.size, 1000.0)
+    spread = np.ones(errors.size)
+    return Enclosure(mid, 100 * spread, spread, bias=bias), nearest(mid + errors, format)
+
+
+@pytest.mark.parametrize(("size", "used"), [(1.0, False), (1.5, True)])
+def test_a_bias_is_computed_only_where_errors_are_too_large(size: float, used: bool) -> None:
+    asked: list[int] = []
+    errors = size * np.random.default_rng(1).standard_normal(3 * PIECE)
+    tally = Tally()
+    x, y = biased(np.clip(errors, -4.5, 4.5), FLOAT32, asked)
+    tally.add(x, y, FLOAT32, FLOAT32, lambda at: (at,), may_overflow=False)
+    assert bool(asked) == used
+    # with the bias as spread, the errors are smaller than expected; what came before it is below any limit
+    assert tally.rms**2 < 1 + 4 / np.sqrt(errors.size)
+
+
+@pytest.mark.parametrize("format", NARROW, ids=str)
+def test_a_power_of_two_of_the_other_sign_is_a_suspect(format: Format) -> None:
+    # the cell of a power of two is half as long towards zero, on which side the midpoint lies
+    spacing = 0.125 * 2 * format.u
+    found, mid = np.array([0.125]), np.array([-0.125])
+    some = Values(found, mid, np.array([0.25 - 3 / 8 * spacing]), np.array([1.0]), format)
+    result = measured(some, 10.0, 10.0, biased=False)
+    assert judged(some, may_overflow=False).outside.all()
+    assert result is not None
+    assert result.suspects.tolist() == [0]
