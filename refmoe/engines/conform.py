@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import platform
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, as_completed, wait
 from contextlib import ExitStack, contextmanager
@@ -35,6 +36,8 @@ from refmoe.verifier.intake import take_in
 
 LAST_VERDICT = 2.0
 """Seconds in which the last answer may still be judged when a signal ends the run."""
+HELD = 1 << 26
+"""Bytes of files of an engine that may wait for their verdict, besides the last one."""
 TRIED = 3
 """The smoke test tries this many cases, the smallest for which the harness has the abilities."""
 
@@ -240,19 +243,27 @@ def _go(lanes: Sequence[_Lane], chosen: Sequence[Case], finish: _Finish) -> None
 
 
 def _go_one(run: _Run, cases: SimpleQueue[Case], finish: _Finish) -> None:
-    """Run cases on one engine. It runs the next case while the last one is judged."""
-    last: Future[None] | None = None
+    """Run cases on one engine. It goes on while answers are judged, one after the other; a few may wait."""
+    judging: deque[tuple[Future[None], int]] = deque()
     try:
         for answer in run.answers(cases, finish):
-            if last is not None:
-                last.result()
+            while judging and (len(judging) >= run.seat.ahead or sum(nbytes for _, nbytes in judging) > HELD):
+                judging.popleft()[0].result()
             run.seat.ready()
-            last = in_background(partial(finish, answer))
-        if last is not None:
-            last.result()
+            before = judging[-1][0] if judging else None
+            judging.append((in_background(partial(_in_turn, before, finish, answer)), answer.nbytes))
+        for each, _ in judging:
+            each.result()
     finally:
-        if last is not None:
-            wait([last], LAST_VERDICT)
+        wait([each for each, _ in judging], LAST_VERDICT)
+
+
+def _in_turn(before: Future[None] | None, finish: _Finish, answer: Answer) -> None:
+    """Judge an answer as soon as the one before it has been judged."""
+    if before is not None:
+        wait([before])
+    if not finish.given_up.is_set():
+        finish(answer)
 
 
 def outcomes_so_far(before: Results, now: Results, policies: Mapping[str, Policy]) -> dict[tuple[str, str], Outcome]:
@@ -323,6 +334,8 @@ class Answer:
     """Judges it. Raises no Exception, whatever the engine has done."""
     said: str = ""
     """The end of the engine's standard error."""
+    nbytes: int = 0
+    """The size of the engine's file."""
 
 
 @dataclass(frozen=True)
@@ -396,7 +409,7 @@ class _Run:
             except Exception as error:  # of whatever kind: no verdict about one case ends the run
                 return not_judged(skipped, error)
 
-        return Answer(judged, self.harness.log)
+        return Answer(judged, self.harness.log, received.trace.path.stat().st_size)
 
 
 def _known(outcome: Outcome, said: str = "") -> Answer:

@@ -226,6 +226,9 @@ def judge_sent(judge: Judge, question: Question) -> tuple[Outcome, set[str]]:
 class Seat:
     """This process, as the place where answers of an engine are judged. Use it as a context manager."""
 
+    ahead = 4
+    """The most answers that are judged, or wait for it, while the engine goes on."""
+
     def __init__(self, judge: Judge) -> None:
         self.judge = judge
 
@@ -246,6 +249,8 @@ class Seat:
 
 class SeatElsewhere(Seat):
     """A seat in another process, which is started anew where it dies."""
+
+    ahead = 1  # no answer waits for a process that has died
 
     def __init__(self, judge: Judge, executor: str | Executor) -> None:
         """executor: one to be opened for this seat, as `parse_executor` reads it, or an open one"""

@@ -34,6 +34,8 @@ ROWS = 30
 """Below this number of rows, errors of a norm or of equal tokens are too similar for the tests of size and filter."""
 PIECE = 1 << 13
 """Values tested at once: the temporary arrays of this length fit in the second-level cache."""
+FEW = 1 << 11
+"""The most values that are judged whole: for them, the calls of two passes take longer than their operations."""
 CHANCE = 2.0
 """Standard errors of the mean square by which errors may be too large before a bias counts as spread. At any usual
 significance, the limit of the test of size is 5 or more."""
@@ -138,7 +140,7 @@ class Tally:
         before = x if x.biased or (x.owed and format == x.accumulation) else x.settle()
         values = Values(y, before.mid, np.asarray(before.r), np.asarray(before.v), format)
         self.values += y.size
-        calm = measured(values, self.worst_error, self.excess, x.biased) if held else None
+        calm = measured(values, self.worst_error, self.excess, x.biased) if held and y.size > FEW else None
         if calm is None:
             tested = judged(values, may_overflow, (lambda: x.bias) if x.biased else None)
         sizes = tested.sizes if calm is None else calm.sizes

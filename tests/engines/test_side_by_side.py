@@ -10,12 +10,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from refmoe.engines.conform import Suite, Watch, conform
 from refmoe.engines.harness import Harness
-from refmoe.engines.judge import Judge, Question
+from refmoe.engines.judge import Judge, Question, Seat
 from refmoe.engines.results import Outcome, Results, read_results
 from refmoe.spec.model import Parameters
 from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT
@@ -39,6 +40,43 @@ def ran(
 
     suite = Suite([case_named(name) for name in cases], [case_named("window-1")], judge=judge or Judge())
     return conform(Harness(command, LIMIT), {}, suite, Watch(log), executor), seen
+
+
+class Counting(Harness):
+    """A harness that counts its answers."""
+
+    answered = 0
+
+    def run(self, *arguments: Any) -> None:
+        super().run(*arguments)
+        self.answered += 1
+
+
+class Slow(Judge):
+    """A judge who waits, with the first verdict, until the engine has answered so often in all."""
+
+    harness: Counting
+    awaited: int
+    reached: bool | None = None
+
+    def judge(self, question: Question, parameters: Parameters) -> Outcome:
+        if self.reached is None:
+            wait_for(lambda: self.harness.answered >= self.awaited)
+            self.reached = True
+        return super().judge(question, parameters)
+
+
+def test_the_engine_goes_on_while_answers_wait_for_their_verdict() -> None:
+    judge = Slow()
+    judge.harness = harness = Counting(HONEST, LIMIT)
+    smoke = 2
+    judge.awaited = smoke + Seat.ahead + 1  # the one that no longer fits waits in its thread
+    seen: list[tuple[str, str]] = []
+    suite = Suite([case_named(name) for name in CASES], [case_named("window-1")], judge=judge)
+    results = conform(harness, {}, suite, Watch(lambda outcome, _: seen.append((outcome.case, outcome.dtype))))
+    assert judge.reached
+    assert seen == [(each.case, each.dtype) for each in results.outcomes]
+    assert len(seen) >= Seat.ahead + 1
 
 
 @pytest.fixture(scope="module")
