@@ -151,6 +151,10 @@ class ArrayOps:
         inverted[order] = self.xp.arange(len(order))
         return inverted
 
+    def placed(self, parts: Sequence[Any], order: Any) -> Any:
+        """The rows of several arrays, one array after the other, of which row i goes to place order[i]: [n, m]"""
+        return self.concatenate(parts)[self.inverse(order)]
+
     @property
     def watched(self) -> bool:
         """Whether a tap is set."""

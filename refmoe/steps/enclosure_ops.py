@@ -352,6 +352,9 @@ class EnclosureOps(ArrayOps):
             return concatenate(arrays, axis)
         return np.concatenate(arrays, axis=axis)
 
+    def placed(self, parts: Sequence[Any], order: Any) -> Enclosure:
+        return concatenate(parts, axis=0, order=order)
+
     def top_k(self, x: Enclosure, k: int) -> Any:
         return np.argsort(-x.mid, axis=-1, kind="stable")[:, :k]
 

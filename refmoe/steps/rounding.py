@@ -166,7 +166,6 @@ def run_experts(ops: CutOps, experts: Sequence[Expert], x: Array, chosen: Array)
     """
     tokens, k = chosen.shape
     order, counts = ops.group(chosen.reshape(-1), len(experts))
-    slot = ops.inverse(order)
 
     def project(rows: Array, name: str) -> Array:
         """Each expert's matrix `name` on its own rows [T k, n], in the order of experts; in slot order: [T, k, m]"""
@@ -175,7 +174,7 @@ def run_experts(ops: CutOps, experts: Sequence[Expert], x: Array, chosen: Array)
             if count:
                 results.append(ops.linear(rows[start : start + count], getattr(expert, name)))
                 start += count
-        return ops.concatenate(results)[slot].reshape(tokens, k, -1)
+        return ops.placed(results, order).reshape(tokens, k, -1)
 
     rows = x[order // k]
     gate = ops.tap("expert.gate", project(rows, "w1"))

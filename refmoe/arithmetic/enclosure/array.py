@@ -217,6 +217,10 @@ class Enclosure:
     @quiet
     def __mul__(self, other: Any) -> Enclosure:
         square = other is self
+        if isinstance(other, Enclosure) and not square and self.mid.size > PIECE and self.shape == other.shape:
+            one, two = self.reshape(-1), other.reshape(-1)
+            parts = (slice(start, start + PIECE) for start in range(0, self.mid.size, PIECE))
+            return concatenate([one[part] * two[part] for part in parts], axis=0).reshape(self.shape)
         a, b = self._with(other)
         mid = a.mid * b.mid
         own = OWN * np.abs(mid) + UNDERFLOW
@@ -309,21 +313,36 @@ def stored(values: Any, format: Format, accumulation: Format) -> Enclosure:
     return Enclosure(nearest(np.asarray(values, np.float64), format), accumulation=accumulation)
 
 
-def concatenate(parts: Any, axis: int) -> Enclosure:
-    """Enclosures joined along an axis."""
+def concatenate(parts: Any, axis: int, order: Any = None) -> Enclosure:
+    """Enclosures joined along an axis.
+
+    order: integers, the place to which each row of the joined parts goes, for the first axis; None: they stay in order
+    """
     if len({part.owed for part in parts}) > 1:
         parts = [part.settle() for part in parts]
+
+    def along(fields: Any) -> Any:
+        if order is None:
+            return np.concatenate(fields, axis=axis)
+        result, start = np.empty((len(order), *fields[0].shape[1:])), 0
+        for each in fields:
+            result[order[start : start + len(each)]] = each
+            start += len(each)
+        return result
 
     def join(name: str) -> Any:
         fields = [getattr(part, name) for part in parts]
         if all(field is None for field in fields):
             return None
-        return np.concatenate(
-            [np.zeros(part.shape) if field is None else field for part, field in zip(parts, fields, strict=True)],
-            axis=axis,
+        return along(
+            [np.zeros(part.shape) if field is None else field for part, field in zip(parts, fields, strict=True)]
         )
 
-    mid = np.concatenate([part.mid for part in parts], axis=axis)
+    choices = _joined_choices(parts, axis)
+    if choices is not None and order is not None:
+        back = np.argsort(order)
+        choices = choices.map(lambda part: part[back])
+    mid = along([part.mid for part in parts])
     first = parts[0]
     bias = (lambda: join("bias")) if any(part.biased for part in parts) else None
     return Enclosure(
@@ -334,7 +353,7 @@ def concatenate(parts: Any, axis: int) -> Enclosure:
         owed=first.owed,
         bias=bias,
         length=join("length") if all(part.length is not None for part in parts) else None,
-        choices=_joined_choices(parts, axis),
+        choices=choices,
     )
 
 
