@@ -11,23 +11,28 @@ must not be too small. So they are computed in float32, and then increased by th
 Rows of the left factor are first brought to a largest magnitude between 1 and 2 by a power of two. The largest element
 of the matrix is of moderate size. So no sum overflows, and what is lost below 2^-126 is negligible.
 
-Columns are taken block after block, so that all arrays made from a block stay in the cache. Only the float32 values are
-kept between products.
+Columns are taken block after block, and rows tile after tile, so that all arrays made from them stay in the cache.
+Each product is made of products over a part of the terms, which are small. OpenBLAS packs the factors of a larger one
+first. With few rows, that takes several times as long as the product. And so the sums up to each checkpoint are at
+hand. Only the stored values are kept between products.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
+from threading import local
 from typing import Any
+from weakref import ref
 
 import numpy as np
 
 from refmoe.arithmetic.enclosure.array import SLACK, Enclosure
-from refmoe.arithmetic.enclosure.matrices import Matrix, Summed, Sums, product_and_path
-from refmoe.arithmetic.formats import FLOAT32, OF_DTYPE, Format, nearest, upcast
+from refmoe.arithmetic.enclosure.matrices import Matrix, Summed, Sums, between, checkpoints
+from refmoe.arithmetic.formats import BFLOAT16, FLOAT32, OF_DTYPE, Format, nearest, upcast
 
 LARGE = 1 << 18
 """The fewest elements for which sums in float32 save more time than the calls for their bounds take."""
@@ -39,16 +44,20 @@ MOST_TERMS = 1 << 20
 """The most terms of a sum in float32. With more, the bounds of its error would be loose."""
 ROUNDINGS = 8
 """The most roundings of a term besides those of additions: of two factors, their squares, and their product."""
-BLOCK = 1 << 20
-"""Elements of a block of columns. Its copies take 16 MiB, which a cache of the third level holds."""
-SMALL_BLOCK = 1 << 18
-"""Elements of a block where the left factor has few rows. A cache of the second level holds its copies."""
-MANY = 32
-"""Rows of a left factor from which the products take longer than the preparation of a block."""
-TILE = 1 << 16
-"""Elements of the product with a block. Several arrays of that size are added to again and again."""
+BLOCK = 1 << 18
+"""Elements of a block of columns. A cache of the second level holds most of its copies."""
+TILE = 1 << 12
+"""The most elements of the product with a block that are summed at a time, at each checkpoint."""
+ROWS = 64
+"""The most rows of the left factor in a tile."""
 FEWEST = 16
-"""Columns with which a product is worth its overhead."""
+"""The fewest columns of a block."""
+TERMS = 128
+"""The fewest terms that are summed apart from others, if nobody asks for their sum. With less, to add up costs most."""
+ROOT_OF_HALF = math.nextafter(math.sqrt(0.5), 1.0)
+"""Of the square of the last sum, the energy of a path has one half."""
+KEPT = 1 << 23
+"""The most bytes of an array that a thread keeps for the next block."""
 
 
 def matrix_of(rows: Any, held: Format, fewest: int = LARGE) -> Matrix:
@@ -62,25 +71,68 @@ def matrix_of(rows: Any, held: Format, fewest: int = LARGE) -> Matrix:
         if not held.holds(stored):
             with np.errstate(over="ignore"):
                 rows = rows.astype(held.dtype)  # rounds once, because each stored value is a float32
-        narrow = upcast(rows, np.dtype(np.float32))
+        narrow = rows
     else:
         wide = nearest(rows, held)
         if not FLOAT32.holds(held):
             return Matrix(Enclosure(wide.T), held)
         narrow = wide.astype(np.float32)
     if narrow.size >= fewest and narrow.shape[1] <= MOST_TERMS:
-        ends = [(narrow[part].max(), -narrow[part].min()) for part in _blocks(narrow.shape)]
-        most = float(np.max(ends))
+        most = largest(narrow)
         if MODERATE[0] <= most <= MODERATE[1]:  # NaN is no such number
             return NarrowMatrix(narrow, held, most)
-    return Matrix(Enclosure(narrow.T), held)
+    return Matrix(Enclosure(upcast(narrow, np.dtype(np.float32)).T), held)
+
+
+def largest(stored: Any) -> float:
+    """The largest magnitude of an array of floats, or NaN if one is NaN.
+
+    Without their sign, the bits of such values have the order of the values, NaN above infinity.
+    """
+    bits = stored.view(f"i{stored.itemsize}")
+    above = max(int(bits.max()), 0)
+    below = int(bits.view(f"u{stored.itemsize}").max()) & np.iinfo(bits.dtype).max
+    return float(np.array(max(above, below), bits.dtype).view(stored.dtype))
 
 
 def _blocks(shape: tuple[int, int], rows: int = 1) -> Iterator[slice]:
     """Columns of the matrix that are taken together.   shape: of its transpose   rows: of the left factor"""
-    block = BLOCK if rows >= MANY else SMALL_BLOCK
-    step = max(FEWEST, min(block // max(shape[1], 1), TILE // max(rows, 1)))
+    step = min(max(BLOCK // max(shape[1], 1), FEWEST), TILE // max(min(rows, ROWS), 1))
     return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
+
+
+def _tiles(rows: int) -> Iterator[slice]:
+    """Rows of the left factor that are taken together, in tiles of about the same size."""
+    count = -(-rows // ROWS)
+    return (slice(rows * i // count, rows * (i + 1) // count) for i in range(count))
+
+
+def parts_of(n: int) -> int:
+    """The number of parts of the same size, of `TERMS` terms or more if there are as many, into which n are divided."""
+    count = len(checkpoints(n))
+    while count > 1 and (n % count or n // count < TERMS):
+        count //= 2
+    return count
+
+
+class _Scratch(local):
+    """Arrays that a thread fills again and again. New ones would be mapped anew each time, page after page."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Any] = {}
+
+    def array(self, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
+        """An array with the values that it happens to have. The next one of this name takes its memory."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        held = self._held.get(name)
+        if held is None or len(held) < size:
+            held = np.empty(size, np.uint8)
+            if size <= KEPT:
+                self._held[name] = held
+        return held[:size].view(dtype).reshape(shape)
+
+
+_scratch = _Scratch()
 
 
 def excess(roundings: int) -> float:
@@ -111,11 +163,19 @@ def scaled(rows: Any) -> Scaled:
     return Scaled(narrow, np.where(largest == 0, 0.0, np.ldexp(1.0, exponent)))
 
 
+def upcast_into(out: Any, stored: Any) -> None:
+    """Stored values, as float32.   out: of their shape"""
+    if stored.dtype == BFLOAT16.dtype:  # the upper half of a float32
+        np.left_shift(stored.view(np.uint16), np.uint32(16), out=out.view(np.uint32), dtype=np.uint32)
+    else:
+        np.copyto(out, stored)
+
+
 class NarrowMatrix(Matrix):
     """A `Matrix` [n, m] of float32 values that are known exactly, of moderate size."""
 
     def __init__(self, rows: Any, held: Format, most: float) -> None:
-        """rows: float32 [m, n], the transpose   held: a dtype that holds all elements   most: the largest magnitude"""
+        """rows: the transpose [m, n], as stored   held: a dtype that holds all of it   most: the largest magnitude"""
         self._rows = rows
         self.radius = self.variance = self.length = None
         self._below: dict[float, Any] = {}
@@ -133,7 +193,7 @@ class NarrowMatrix(Matrix):
     @property
     def mid(self) -> Any:  # type: ignore[override]
         """The elements in binary64, made anew each time. So are the next ones."""
-        return self._rows.T.astype(np.float64)
+        return upcast(self._rows, np.dtype(np.float64)).T
 
     @property
     def size(self) -> Any:  # type: ignore[override]
@@ -145,7 +205,7 @@ class NarrowMatrix(Matrix):
 
     @property
     def signs(self) -> Any:
-        return np.sign(self._rows).T
+        return np.sign(upcast(self._rows, np.dtype(np.float32))).T
 
     def below(self, tiny: float) -> Any:
         return super().below(tiny) if self._least < tiny else None
@@ -154,32 +214,45 @@ class NarrowMatrix(Matrix):
     def _least(self) -> float:
         """The smallest magnitude that is not zero, infinite if there is none.
 
-        Without their sign, the bits of float32 values have the order of the values. Zero less 1 is the largest integer.
+        Without their sign, the bits of the values have the order of the values. Zero less 1 is the largest integer.
         """
-        least = 2**32 - 1
-        for part in _blocks(self._rows.shape):
-            bits = self._rows[part].view(np.uint32) & np.uint32(0x7FFFFFFF)
-            bits -= np.uint32(1)
-            least = min(least, int(bits.min()))
-        return float(np.uint32(min(least + 1, 0x7F800000)).view(np.float32))
+        bits = self._rows.view(f"u{self._rows.itemsize}")
+        one, most = bits.dtype.type(1), bits.dtype.type(np.iinfo(bits.dtype).max)
+        least = most
+        for columns in _blocks(self._rows.shape):
+            least = min(least, ((bits[columns] & (most >> one)) - one).min())
+        return math.inf if least == most else float((least + one).view(self._rows.dtype))
 
     def sums(self, x: Enclosure, exact_mid: Any) -> Summed:
         if x.mid.ndim != 2:
             return Matrix(Enclosure(self.mid)).sums(x, exact_mid)
-        found = NarrowSums(Left(x), self, exact_mid)
+        found = NarrowSums(left_of(x), self, exact_mid)
         for columns in _blocks(self._rows.shape, len(x.mid)):
             found.add(self._rows[columns], columns)
         return found
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Some rows of a left factor, transposed: [n, rows] each."""
+
+    part: slice
+    mid: Any
+    """binary64."""
+    sizes: tuple[Any, ...]
+    """float32, scaled. So are the squares."""
+    squares: tuple[Any, ...]
+    endless: dict[str, Any]
 
 
 class Left:
     """The left factor of a product, scaled.   x: [l, n]"""
 
     def __init__(self, x: Enclosure) -> None:
-        self.mid = x.mid
-        self.values = scaled(x.mid)
+        self.rows, self.terms = x.shape
+        values = scaled(x.mid)
         self.endless: dict[str, Any] = {}
-        sizes, squares = [Scaled(np.abs(self.values.rows), self.values.power)], [self.values.squared()]
+        sizes, squares = [Scaled(np.abs(values.rows), values.power)], [values.squared()]
         for name, part, factors in (("radius", x.radius, sizes), ("variance", x.variance, squares)):
             if part is not None:
                 part = np.broadcast_to(part, x.shape)
@@ -188,17 +261,60 @@ class Left:
                     self.endless[name] = unknown.astype(np.float32)
                     part = np.where(unknown, 0.0, part)
                 factors.append(scaled(part))
-        self.sizes, self.squares = stacked(sizes), stacked(squares)
+        self.sizes, self.squares = ([each.power for each in factors] for factors in (sizes, squares))
+        """Powers of two, [l, 1] each."""
+        self.tiles = [
+            Tile(
+                part,
+                _turned(x.mid, part),
+                tuple(_turned(each.rows, part) for each in sizes),
+                tuple(_turned(each.rows, part) for each in squares),
+                {name: _turned(each, part) for name, each in self.endless.items()},
+            )
+            for part in _tiles(self.rows)
+        ]
 
 
-def stacked(parts: list[Scaled]) -> Scaled:
-    """Several factors of the same shape [l, n] as one of shape [parts, l, n]."""
-    return Scaled(np.stack([part.rows for part in parts]), np.stack([part.power for part in parts]))
+def _turned(rows: Any, part: slice) -> Any:
+    """Some rows of [l, n], as columns."""
+    return np.ascontiguousarray(rows[part].T)
 
 
-def _flat(parts: Any) -> Any:
-    """[parts, l, n] as rows [parts * l, n], in the same memory."""
-    return parts.reshape(-1, parts.shape[-1])
+class _Last(local):
+    """The left factor of the last product of a thread. Blocks of one matrix are multiplied by the same one."""
+
+    of: Callable[[], Enclosure | None] = staticmethod(lambda: None)
+    left: Left
+
+
+_last = _Last()
+
+
+def left_of(x: Enclosure) -> Left:
+    """The left factor x [l, n], scaled."""
+    if _last.of() is not x:
+        _last.left, _last.of = Left(x), ref(x)
+    return _last.left
+
+
+def sums_up_to(ends: list[int], w: Any, x: Any, out: Any) -> None:
+    """The products of terms up to each end.   w: [m, n]   x: [n, l]   out: [ends, m, l]"""
+    count, n = len(ends), len(x)
+    if n % count == 0:
+        np.matmul(w.reshape(len(w), count, -1).transpose(1, 0, 2), x.reshape(count, -1, x.shape[1]), out=out)
+    else:
+        for start, end, each in zip([0, *ends], ends, out, strict=False):
+            np.matmul(w[:, start:end], x[start:end], out=each)
+    for before, after in pairwise(out):
+        np.add(before, after, out=after)
+
+
+def summed(w: Any, x: Any) -> Any:
+    """The product of w [m, n] and x [n, l], transposed: float32 [l, m]. The next one takes its memory."""
+    count = parts_of(len(x))
+    made = _scratch.array("parts", (count, len(w), x.shape[1]), np.float32)
+    np.matmul(w.reshape(len(w), count, -1).transpose(1, 0, 2), x.reshape(count, -1, x.shape[1]), out=made)
+    return (made[0] if count == 1 else made.sum(0)).T
 
 
 class NarrowSums:
@@ -206,44 +322,72 @@ class NarrowSums:
 
     def __init__(self, left: Left, matrix: NarrowMatrix, exact_mid: Any) -> None:
         self._left, self._most = left, matrix.most
-        self._terms, columns = left.mid.shape[1], matrix.columns
+        self._ends = checkpoints(left.terms)
+        shape = (left.rows, matrix.columns)
         self._exact = exact_mid is not None
-        self.mid = exact_mid if self._exact else np.empty((len(left.mid), columns))
+        self.mid = exact_mid if self._exact else np.empty(shape)
         self._sizes, self._squares = (
-            np.empty((*part.rows.shape[:2], columns), np.float32) for part in (left.sizes, left.squares)
+            np.empty((len(powers), *shape), np.float32) for powers in (left.sizes, left.squares)
         )
-        self._path = np.empty(self.mid.shape)
-        self._endless = {name: np.empty(self.mid.shape, bool) for name in left.endless}
+        self._path = np.empty(shape) if len(self._ends) > 1 else None
+        self._endless = {name: np.empty(shape, bool) for name in left.endless}
 
     def add(self, rows: Any, columns: slice) -> None:
-        """Compute the sums for these columns.   rows: float32 [columns, n], the transpose of the matrix there"""
-        mid, self._path[:, columns] = product_and_path(self._left.mid, rows.astype(np.float64).T)
+        """Compute the sums for these columns.   rows: [columns, n], the transpose of the matrix there, as stored"""
+        made = _scratch.array("float32", rows.shape, np.float32)
+        wide = _scratch.array("float64", rows.shape, np.float64)
+        upcast_into(made, rows)
+        np.copyto(wide, made)
+        for tile in self._left.tiles:
+            self._follow(wide, tile, columns)
+        np.abs(made, out=made)
+        for tile in self._left.tiles:
+            for i, sizes in enumerate(tile.sizes):
+                self._sizes[i, tile.part, columns] = summed(made, sizes)
+            for name, unknown in tile.endless.items():
+                self._endless[name][tile.part, columns] = summed((made != 0).astype(np.float32), unknown) > 0
+        np.multiply(made, made, out=made)
+        for tile in self._left.tiles:
+            for i, squares in enumerate(tile.squares):
+                self._squares[i, tile.part, columns] = summed(made, squares)
+
+    def _follow(self, wide: Any, tile: Tile, columns: slice) -> None:
+        """The product in binary64, and the energy of its partial sums, as `product_and_path` counts it."""
+        shape = (len(self._ends), len(wide), tile.mid.shape[1])
+        partial = _scratch.array("partial", shape, np.float64)
+        sums_up_to(self._ends, wide, tile.mid, partial)
         if not self._exact:
-            self.mid[:, columns] = mid
-        made = np.abs(rows)
-        np.matmul(_flat(self._left.sizes.rows), made.T, out=_flat(self._sizes)[:, columns])
-        np.multiply(rows, rows, out=made)
-        np.matmul(_flat(self._left.squares.rows), made.T, out=_flat(self._squares)[:, columns])
-        for name, unknown in self._left.endless.items():
-            self._endless[name][:, columns] = unknown @ (rows != 0).astype(np.float32).T > 0
+            self.mid[tile.part, columns] = partial[-1].T
+        if self._path is not None:
+            partial[-1] *= ROOT_OF_HALF
+            partial = partial.reshape(shape[0], -1)
+            self._path[tile.part, columns] = np.einsum("ij,ij->j", partial, partial).reshape(shape[1:]).T
 
     def rows(self, part: slice) -> Sums:
         """The bounds of some rows."""
-        n, most, factor = self._terms, self._most, excess(self._terms + ROUNDINGS)
-        sizes, squares = (each[:, part].astype(np.float64) for each in (self._sizes, self._squares))
+        n, most = self._left.terms, self._most
         # the products and additions lose `FLUSHED` each, and so does each factor, times the other one
-        sizes = (sizes + n * FLUSHED * (most + 4)) * factor * self._left.sizes.power[:, part]
-        squares = (squares + n * FLUSHED * (2 * most**2 + 10)) * factor * self._left.squares.power[:, part]
+        lost, lost_squares = n * FLUSHED * (most + 4), n * FLUSHED * (2 * most**2 + 10)
+        sizes = [self._bound(*each, lost, part) for each in zip(self._sizes, self._left.sizes, strict=True)]
+        squares = [
+            self._bound(*each, lost_squares, part) for each in zip(self._squares, self._left.squares, strict=True)
+        ]
         return Sums(
             mid=self.mid[part],
             total=sizes[0],
             energy=squares[0],
-            path=self._path[part],
+            path=0.0 if self._path is None else self._path[part] * between(n),
             inherited=self._inherited("radius", sizes, part),
             variance=self._inherited("variance", squares, part),
         )
 
-    def _inherited(self, name: str, sums: Any, part: slice) -> Any:
+    def _bound(self, sums: Any, power: Any, lost: float, part: slice) -> Any:
+        """A bound of sums in float32 of scaled factors, each of which may have lost so much."""
+        bound = np.add(sums[part], lost, dtype=np.float64)
+        bound *= power[part] * excess(self._left.terms + ROUNDINGS)
+        return bound
+
+    def _inherited(self, name: str, sums: list[Any], part: slice) -> Any:
         """The sum that comes from inexact factors, infinite where an infinite one meets an element that is not zero."""
         if len(sums) == 1:
             return 0.0

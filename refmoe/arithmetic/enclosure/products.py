@@ -27,7 +27,16 @@ from typing import Any
 
 import numpy as np
 
-from refmoe.arithmetic.enclosure.array import OWN, SLACK, UNDERFLOW, Enclosure, bounded, quiet, unbounded_beyond
+from refmoe.arithmetic.enclosure.array import (
+    OWN,
+    SLACK,
+    UNDERFLOW,
+    Enclosure,
+    bounded,
+    overflow,
+    quiet,
+    unbounded_beyond,
+)
 from refmoe.arithmetic.enclosure.matrices import Matrix, Sums, between
 from refmoe.arithmetic.formats import Format, representable
 
@@ -96,22 +105,36 @@ class Accumulator:
 
         flushed: the error when factors below the smallest normal value count as zero, of that shape or a number
         """
-        n, u = terms.count, self.format.u
+        n, u, growth = terms.count, self.format.u, self.growth(terms.count)
         size = np.abs(sums.mid)
-        result = (sums.total + size) / 2 + sums.inherited  # without roundings, no partial sum is larger
-        largest = result * (1 + 2 * u) if terms.rounds else result
-        result = sums.inherited + self.growth(n) * largest
-        spread = np.maximum(n / 3 * sums.mid**2 + n / 2 * sums.energy, sums.path + between(n) / 2 * sums.energy)
-        if terms.rounds:
-            result += u * (sums.total + sums.inherited)
-            spread += sums.energy
-        spread *= 1 + self.rescales
+        # without roundings, no partial sum is larger than (total + size) / 2 + inherited
+        rounds = 1 + 2 * u if terms.rounds else 1.0
+        product = u if terms.rounds else 0.0
         lost, lost_spread = self.underflow(n)
-        own = OWN * size if terms.exact else (n + 2) * OWN * sums.total
         # every sum used here has n additions of positive terms, each with an error of half of OWN
-        result = (result + (lost + flushed) + own) * (SLACK + n * OWN)
-        result = unbounded_beyond(largest * (1 + self.growth(n)), result, self.format)
-        return bounded(result), bounded(sums.variance + (u * u / 3 * spread + (lost_spread + flushed**2 / 3)))
+        own = SLACK + n * OWN
+        of_total = growth * rounds / 2 + product + (0.0 if terms.exact else (n + 2) * OWN)
+        of_size = growth * rounds / 2 + (OWN if terms.exact else 0.0)
+        radius = sums.total * (of_total * own)
+        radius += size * (of_size * own)
+        radius += sums.inherited * ((1 + growth * rounds + product) * own) + (lost + flushed) * own
+        if not _largest(sums.total, size, sums.inherited) * rounds * (1 + growth) < overflow(self.format):
+            largest = ((sums.total + size) / 2 + sums.inherited) * rounds
+            radius = unbounded_beyond(largest * (1 + growth), radius, self.format)
+        np.multiply(size, size, out=size)
+        spread = sums.energy * (n / 2)
+        spread += size * (n / 3)
+        np.maximum(spread, sums.path + between(n) / 2 * sums.energy, out=spread)
+        if terms.rounds:
+            spread += sums.energy
+        spread *= (1 + self.rescales) * (u * u / 3)
+        spread += sums.variance + (lost_spread + flushed**2 / 3)
+        return bounded(radius), bounded(spread)
+
+
+def _largest(total: Any, size: Any, inherited: Any) -> float:
+    """A bound of all partial sums of products, NaN if one is not known."""
+    return float((total.max(initial=0.0) + size.max(initial=0.0)) / 2 + np.max(inherited, initial=0.0))
 
 
 @dataclass(frozen=True)
