@@ -79,6 +79,18 @@ def upcast(stored: Any, dtype: np.dtype[Any]) -> Any:
     return stored.astype(dtype, copy=False)
 
 
+def largest(stored: Any) -> float:
+    """The largest magnitude of an array of floats, 0 if it is empty, NaN if one is NaN.   stored: a dtype of `OF_DTYPE`
+
+    Without their sign, the bits of such values have the order of the values, with NaN above infinity. To compare bits
+    is several times faster than to compare numbers of 16 bits.
+    """
+    bits = stored.view(f"i{stored.itemsize}")
+    above = int(bits.max(initial=0))
+    below = int(bits.view(f"u{stored.itemsize}").max(initial=0)) & np.iinfo(bits.dtype).max
+    return float(np.array(max(above, below), bits.dtype).view(stored.dtype))
+
+
 def ulp(x: Any, format: Format) -> Floats:
     """The spacing of the format's values at |x|, as if there were no largest value; infinite where x is not finite."""
     x = np.asarray(x, np.float64)

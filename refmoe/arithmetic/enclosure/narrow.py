@@ -32,7 +32,7 @@ import numpy as np
 
 from refmoe.arithmetic.enclosure.array import SLACK, Enclosure
 from refmoe.arithmetic.enclosure.matrices import Matrix, Summed, Sums, between, checkpoints
-from refmoe.arithmetic.formats import BFLOAT16, FLOAT32, OF_DTYPE, Format, nearest, upcast
+from refmoe.arithmetic.formats import FLOAT32, OF_DTYPE, Format, largest, nearest, upcast
 
 LARGE = 1 << 18
 """The fewest elements for which sums in float32 save more time than the calls for their bounds take."""
@@ -82,17 +82,6 @@ def matrix_of(rows: Any, held: Format, fewest: int = LARGE) -> Matrix:
         if MODERATE[0] <= most <= MODERATE[1]:  # NaN is no such number
             return NarrowMatrix(narrow, held, most)
     return Matrix(Enclosure(upcast(narrow, np.dtype(np.float32)).T), held)
-
-
-def largest(stored: Any) -> float:
-    """The largest magnitude of an array of floats, or NaN if one is NaN.
-
-    Without their sign, the bits of such values have the order of the values, NaN above infinity.
-    """
-    bits = stored.view(f"i{stored.itemsize}")
-    above = max(int(bits.max()), 0)
-    below = int(bits.view(f"u{stored.itemsize}").max()) & np.iinfo(bits.dtype).max
-    return float(np.array(max(above, below), bits.dtype).view(stored.dtype))
 
 
 def _blocks(shape: tuple[int, int], rows: int = 1) -> Iterator[slice]:
@@ -161,14 +150,6 @@ def scaled(rows: Any) -> Scaled:
     exponent = np.where(np.isfinite(largest), np.maximum(np.frexp(largest)[1] - 1, -1000), 0)
     narrow = (rows * np.ldexp(1.0, -exponent)).astype(np.float32)
     return Scaled(narrow, np.where(largest == 0, 0.0, np.ldexp(1.0, exponent)))
-
-
-def upcast_into(out: Any, stored: Any) -> None:
-    """Stored values, as float32.   out: of their shape"""
-    if stored.dtype == BFLOAT16.dtype:  # the upper half of a float32
-        np.left_shift(stored.view(np.uint16), np.uint32(16), out=out.view(np.uint32), dtype=np.uint32)
-    else:
-        np.copyto(out, stored)
 
 
 class NarrowMatrix(Matrix):
@@ -336,7 +317,7 @@ class NarrowSums:
         """Compute the sums for these columns.   rows: [columns, n], the transpose of the matrix there, as stored"""
         made = _scratch.array("float32", rows.shape, np.float32)
         wide = _scratch.array("float64", rows.shape, np.float64)
-        upcast_into(made, rows)
+        np.copyto(made, rows)
         np.copyto(wide, made)
         for tile in self._left.tiles:
             self._follow(wide, tile, columns)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from refmoe.arithmetic.enclosure import narrow
 from refmoe.arithmetic.enclosure.array import OWN, UNDERFLOW, Enclosure, bounded
 from refmoe.arithmetic.enclosure.matrices import Matrix, Sums
-from refmoe.arithmetic.formats import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, FORMATS, nearest
+from refmoe.arithmetic.formats import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, FORMATS, largest, nearest
 from refmoe.checkpoints.weight import Weight
 from refmoe.profiles.load import policy
 from refmoe.steps.enclosure_ops import EnclosureOps
@@ -205,10 +205,10 @@ def test_a_number_that_is_none_is_found_anywhere(stored: Any, bad: float, at: in
     assert not isinstance(narrow.matrix_of(rows, FLOAT32, 0), narrow.NarrowMatrix)
 
 
-@pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("stored", [format.dtype for format in FORMATS.values()])
 @pytest.mark.parametrize(
-    "values", [[[-0.0]], [[0.0, -3.0]], [[-1.5, -2.0]], [[2.0, 1.0]], [[1e-7, -2e-7]], [[-np.inf, 1]]]
+    "values", [[[]], [[-0.0]], [[0.0, -3.0]], [[-1.5, -2.0]], [[2.0, 1.0]], [[1e-7, -2e-7]], [[-np.inf, 1]]]
 )
 def test_the_largest_magnitude_is_read_from_the_bits(stored: Any, values: Any) -> None:
     rows = np.array(values).astype(stored)
-    assert narrow.largest(rows) == np.abs(rows.astype(np.float64)).max()
+    assert largest(rows) == np.abs(rows.astype(np.float64)).max(initial=0)
