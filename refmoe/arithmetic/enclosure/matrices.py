@@ -81,6 +81,10 @@ class Matrix:
         """The signs of the elements in float32, which counts terms exactly."""
         return np.sign(self.mid, dtype=np.float64).astype(np.float32)
 
+    def one_way(self, x: Enclosure) -> Any:
+        """The surplus of terms of one sign in each element of the product.   x: [..., l, n]   returns: [..., l, m]"""
+        return np.abs(np.sign(x.mid).astype(np.float32) @ self.signs)
+
     def below(self, tiny: float) -> Any:
         """The magnitudes smaller than `tiny`, with zeros for the others. None if all of these are zero."""
         if tiny not in self._below:

@@ -174,7 +174,7 @@ def product(x: Enclosure, w: Matrix, how: Accumulator, exact_mid: Any = None) ->
     @quiet
     def bias() -> Any:
         # the signs of turned elements are not known: at worst all terms are cut off in the same direction
-        one_way = n if pairs else np.abs(np.sign(x.mid).astype(np.float32) @ w.signs)
+        one_way = n if pairs else w.one_way(x)
         return bounded(how.bias(sums.rows(slice(None)), one_way, n) + apart)
 
     return Enclosure(sums.mid, bounded(radius + apart), variance, accumulation=x.accumulation, bias=bias)

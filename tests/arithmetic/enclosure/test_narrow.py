@@ -94,6 +94,26 @@ def test_sums_of_ordinary_numbers_are_hardly_larger(stored: Any, n: int) -> None
         assert np.all(bound <= least * (1 + 1e-3)), name
 
 
+@pytest.mark.parametrize("n", [20, 512, 611, 1792])
+def test_each_part_of_a_large_product_is_in_its_place(n: int) -> None:
+    """Several tiles of rows, several blocks of columns, and errors without a bound."""
+    rng = np.random.default_rng(n)
+    x, rows = rng.standard_normal((130, n)), rng.standard_normal((150, n)).astype(np.float32)
+    x[rng.random(130) < 0.3] *= 2.0**-40
+    radius = np.where(rng.random(x.shape) < 0.1 / n, np.inf, np.abs(x) / 256)
+    rows[::3, :] = np.where(rng.random((50, n)) < 0.9, 0.0, rows[::3, :])
+    found, expected = both(Enclosure(x, radius, x**2 / 2**16), rows)
+    assert np.isinf(expected.inherited).any()
+    for name in (*BOUNDS, "path"):
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-3, atol=1e-30, err_msg=name)
+    np.testing.assert_allclose(found.mid, expected.mid, rtol=0, atol=1e-11)
+
+
+def test_a_product_that_is_known_is_not_replaced() -> None:
+    x, known = Enclosure(np.ones((3, 64))), np.zeros((3, 4))
+    assert narrow.matrix_of(np.ones((4, 64), np.float32), FLOAT32, 0).sums(x, known).mid is known
+
+
 @settings(max_examples=50)
 @given(seed=st.integers(0, 2**32), n=st.integers(1, 60))
 def test_sums_in_float32_are_bounds_of_the_exact_ones(seed: int, n: int) -> None:
@@ -170,6 +190,18 @@ def test_a_narrow_matrix_answers_as_a_wide_one() -> None:
         np.testing.assert_array_equal(matrix.below(tiny), wide.below(tiny))
     for format in FORMATS.values():
         assert matrix.fits(format) == wide.fits(format)
+
+
+@pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("n", [1, 300, 512])
+def test_terms_of_one_sign_are_counted(stored: Any, n: int) -> None:
+    """Zeros of both signs, subnormal numbers, and more rows than a tile has."""
+    rng = np.random.default_rng(n)
+    values = np.array([0.0, -0.0, 2.0**-24, -(2.0**-24), 1.0, -1.0, 0.5])
+    rows, x = rng.choice(values, (130, n)).astype(stored), rng.choice(values, (70, n))
+    rows[0, 0] = 1.0
+    terms = np.sign(x)[:, None] * np.sign(rows.astype(np.float64))
+    np.testing.assert_array_equal(narrow.matrix_of(rows, FLOAT32, 0).one_way(Enclosure(x)), np.abs(terms.sum(-1)))
 
 
 def weakened(monkeypatch: pytest.MonkeyPatch) -> None:
