@@ -417,6 +417,11 @@ def verdict_cost() -> str:
         )
         for row in found["rows"]
     ]
+    alone = [row["arithmetic"] for row in found["rows"] if "arithmetic" in row]
+    arithmetic = "".join(
+        f"\nFor the bfloat16 files, the operations of all sums alone take {each:.1f} times the reading.\n"
+        for each in alone
+    )
     return f"""## Cost of a verdict
 
 The CPU time of a verdict over that of what it judges, in float32 on one thread: a product of matrices, a forward pass
@@ -427,7 +432,7 @@ reading alone, where that was not measured. In the same run, this
 machine computed {machine["gflops"]:.0f} GFlop/s in float32 products, and read {machine["gb_per_s"]:.0f} GB/s from
 memory. Rows of one layer of 8x7B are whole commands with all threads, by the clock. A busy process multiplies matrices
 in one thread on one of the cores. Commands: the two in the head of `bench/verdicts.py`; file: {link("verdicts.json")}.
-
+{arithmetic}
 {table(("what", "verdict", "judged", "ratio", "wall"), rows)}"""
 
 

@@ -12,7 +12,8 @@
 Preparation of the weights counts for the verdict. Times of the first three are CPU seconds, since other processes
 change them less than seconds of a clock. The others are whole commands, with all threads, by the clock. The wall is
 the least work: the float64 product counts twice a float32 one, and the sums of magnitudes and of squares once each. Of
-`files` it is `refmoe emit --dtype float64`, which does nothing but this product. Of `model` it is the time of the
+`files` it is `refmoe emit --dtype float64`, which does nothing but this product. Beside it, `arithmetic` is the time of
+the operations of all four sums at the rate of all cores, over reading. Of `model` it is the time of the
 enclosures of products alone, to which sums, functions and the test of every value are added.
 Ratios are medians. Rows that are measured alone replace those of the file; `files` and `busy` write 3.5 GB below
 --folder, and remove them.
@@ -67,6 +68,8 @@ PRODUCTS = ((256, 4096, 4096), (64, 14336, 4096), (64, 512, 1792))
 EXPERT = (14336, 4096)
 LEAST = 4.0
 """Float32 products that the sums behind an enclosure amount to, at least."""
+SUMS = LEAST + 1
+"""The same with the energy of partial sums, which takes at least as many operations as one more product."""
 Work = Callable[[], Any]
 
 
@@ -93,6 +96,17 @@ def machine() -> dict[str, float]:
     large = np.ones(1 << 27, np.float32)
     product, read = (statistics.median(spent(work) for _ in range(5)) for work in (lambda: a @ b, large.max))
     return {"gflops": 2e-9 * a.shape[0] * b.size / product, "gb_per_s": 1e-9 * large.nbytes / read}
+
+
+def rate_of_all_cores() -> float:
+    """Operations a second of float32 products, by the clock, with all threads that the BLAS has."""
+    a, b = np.ones((512, 2048), np.float32), np.ones((2048, 2048), np.float32)
+    seconds = []
+    for _ in range(10):
+        began = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - began)
+    return 2 * a.shape[0] * b.size / statistics.median(seconds)
 
 
 def weight_of(values: Any) -> Weight:
@@ -175,6 +189,8 @@ def streamed_row(repeats: int) -> dict[str, Any]:
 
 ONE_LAYER = replace(PRESETS["mixtral-8x7b"], layers=1)
 EIGHT = "1,2,3,4,5,6,7,8"
+BYTES = 2
+"""Bytes of a bfloat16."""
 BUSY = """
 import numpy as np
 a = np.ones((1024, 1024), np.float32)
@@ -256,7 +272,7 @@ def layer_bytes(folder: Path) -> int:
     chosen = {*read_trace(folder / "files.safetensors").get("prefill", "layers.0.router.experts").reshape(-1).tolist()}
     layer = [name for name in parameter_shapes(ONE_LAYER) if name.startswith("layers.0.")]
     used = [name for name in layer if ".experts." not in name or int(name.split(".")[3]) in chosen]
-    return sum(2 * math.prod(parameter_shapes(ONE_LAYER)[name]) for name in used)
+    return sum(BYTES * math.prod(parameter_shapes(ONE_LAYER)[name]) for name in used)
 
 
 def layer_row(repeats: int, folder: Path) -> Iterator[dict[str, Any]]:
@@ -277,7 +293,9 @@ def files_row(repeats: int, folder: Path) -> Iterator[dict[str, Any]]:
     double = tuple("float64" if word == "float32" else word for word in layer.emit)
     wall = statistics.median(clocked(*double) / read() for _ in range(repeats))
     clocked(*layer.emit)
-    yield in_turns(what, lambda: clocked(*layer.verify), read, repeats, wall)
+    row = in_turns(what, lambda: clocked(*layer.verify), read, repeats, wall)
+    operations = SUMS * 2 * len(EIGHT.split(",")) * needed / BYTES
+    yield row | {"arithmetic": 1e3 * operations / rate_of_all_cores() / row["judged_ms"]}
 
 
 def busy_row(repeats: int, folder: Path) -> Iterator[dict[str, Any]]:
