@@ -8,8 +8,8 @@ DOT-2  A NaN factor, infinity times zero, or infinite terms of both signs give N
 
 `slices`, `prepared_weight` and golden/dot.md explain the computation and prove that it meets the definition. Every `@`
 and `.sum` below is on slices, hence exact, or on the remainders of slices. The error of the latter is bounded and
-counts in the rounding test. Arrays may be CuPy's: pass the module as `xp`. The few elements that the fast path does not
-prove are computed on the host.
+counts in the rounding test. The few elements that this does not prove are computed on the host. NumPy's arrays of few
+values go to `few` first, which has its own proof. Arrays may be CuPy's: pass the module as `xp`.
 
 Sources: those of `slices.py`; Ziv 1991, "Fast evaluation of elementary mathematical functions with correctly rounded
 last bit" (the rounding test); Kulisch 2013, "Computer arithmetic and validity" (the exact accumulator).
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from refmoe.arithmetic.arrays import Array
+from refmoe.arithmetic.exact import few
 from refmoe.arithmetic.exact.double_double import two_sum
 from refmoe.arithmetic.exact.prepared_weight import PreparedWeight, prepare, slices_for
 from refmoe.arithmetic.exact.slices import (
@@ -110,15 +111,19 @@ def slice_rows(x: Array, count: int, width: int, xp: Any = np) -> SlicedRows:
 def linear(x: Array, weight: PreparedWeight, xp: Any = np) -> Array:
     """x @ weight.T, by DOT-1 and DOT-2. x: float64 [..., n]   weight: [m, n]   returns: [..., m]"""
     m, n = weight.leading.shape
-    result = xp.zeros((*x.shape[:-1], m))
-    if not result.size or not n:
-        return result
-    rows, values = x.reshape(-1, n), result.reshape(-1, m)
+    if not (x.size and m):
+        return xp.zeros((*x.shape[:-1], m))
+    rows = x.reshape(-1, n)
+    if xp is np and (proven := few.linear(rows, weight)) is not None:
+        return proven.reshape(*x.shape[:-1], m)
     step = max(1, CHUNK // (m * weight.count))
+    if len(rows) <= step:
+        return linear_sliced(slice_rows(rows, weight.count, weight.width, xp), weight, xp).reshape(*x.shape[:-1], m)
+    result = xp.empty((len(rows), m))
     for start in range(0, len(rows), step):
         sliced = slice_rows(rows[start : start + step], weight.count, weight.width, xp)
-        values[start : start + step] = linear_sliced(sliced, weight, xp)
-    return result
+        result[start : start + step] = linear_sliced(sliced, weight, xp)
+    return result.reshape(*x.shape[:-1], m)
 
 
 def linear_sliced(x: SlicedRows, weight: PreparedWeight, xp: Any = np) -> Array:
@@ -176,6 +181,8 @@ def _matmul_block(a: Array, b: Array, xp: Any) -> Array:
     With slices a_0, a_1, ... and b_0, b_1, ... of one width, all a_i b_j with i + j = k have one unit. The width leaves
     room to add them exactly.
     """
+    if xp is np and (proven := few.matmul(a, b)) is not None:
+        return proven
     n = a.shape[-1]
     most = 2
     while most * ((width := (53 - bits(most * n)) // 2) + 1) < coverage(n):
@@ -229,6 +236,8 @@ def sum(x: Array, axis: int, xp: Any = np) -> Array:
 
 def _sum_block(x: Array, axis: int, xp: Any) -> Array:
     n = x.shape[axis]
+    if xp is np and (proven := few.sum(x, axis)) is not None:
+        return proven
     width = min(53 - bits(n), MOST_BITS)
     safe, top, unsafe = tame(x, axis, xp)
     stack = xp.empty((2, *x.shape))  # nearly always two slices hold all of x, and then no rounding test is needed

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,11 @@ class PreparedWeight:
     def holds_inputs(self) -> bool:
         """Whether the slices of an input leave so little of it that the product with the rest is seldom needed."""
         return self.remainder is None and self.count * (self.width + 1) >= HOLDS
+
+    @cached_property
+    def plain_top(self) -> float:
+        """The largest magnitude, where the leading slice is all of the weight; else 0.0."""
+        return 0.0 if self.remainder is not None or self.wild else float(self.top.max())
 
     @property
     def nbytes(self) -> int:
