@@ -56,7 +56,12 @@ def two_product(a: Array, b: Array) -> Pair:
     p = a * b
     a_high, a_low = split(a)
     b_high, b_low = split(b)
-    return p, ((a_high * b_high - p) + a_high * b_low + a_low * b_high) + a_low * b_low
+    error = a_high * b_high
+    error -= p
+    error += a_high * b_low
+    error += a_low * b_high
+    error += a_low * b_low
+    return p, error
 
 
 def add(x: Pair, y: Pair) -> Pair:
