@@ -77,6 +77,16 @@ def test_functions_agree_with_mathematics(kind: str) -> None:
     assert np.allclose(numbers(sin), np.sin(angles), rtol=0, atol=bound)
 
 
+def test_angles_follow_positions_that_change_in_place(kind: str) -> None:
+    ops = KINDS[kind]()
+    positions = ops.integers([3, 7])
+    ops.unit_circle(positions, 100.0, [0, 1], 2)
+    positions += 1
+    found = ops.unit_circle(positions, 100.0, [0, 1], 2)
+    anew = KINDS[kind]().unit_circle(positions, 100.0, [0, 1], 2)
+    assert all(np.array_equal(numbers(a), numbers(b)) for a, b in zip(found, anew, strict=True))
+
+
 def test_selection_moves_numbers_unchanged(kind: str) -> None:
     ops = KINDS[kind]()
     x = ops.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])

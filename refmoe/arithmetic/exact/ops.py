@@ -31,15 +31,19 @@ class ExactOps(ArrayOps):
         """
         super().__init__(np.float64, tap, xp)
         self._prepared = WeightCache(prepared_bytes)
+        self._circle: dict[Any, Any] = {}  # the last call of `unit_circle`: all layers of a forward pass share it
+
+    def vector(self, weight: StoredWeight) -> Any:
+        return self._prepared.get(weight, lambda: self.array(weight.read()), lambda made: made.nbytes)
 
     def linear(self, x: Any, weight: StoredWeight) -> Any:
-        if math.prod(weight.shape) * self.dtype.itemsize > self._prepared.limit // STREAMED and self.xp is np:
-            return _streamed(x, weight)
-
-        def prepare() -> dot.PreparedWeight:
-            return dot.prepare(weight.read(), self.xp, weight.grid)
-
-        return dot.linear(x, self._prepared.get(weight, prepare, lambda made: made.nbytes), self.xp)
+        prepared = self._prepared.find(weight)
+        if prepared is None:
+            if math.prod(weight.shape) * self.dtype.itemsize > self._prepared.limit // STREAMED and self.xp is np:
+                return _streamed(x, weight)
+            made = dot.prepare(weight.read(), self.xp, weight.grid)
+            prepared = self._prepared.get(weight, lambda: made, lambda made: made.nbytes)
+        return dot.linear(x, prepared, self.xp)
 
     def matmul(self, a: Any, b: Any) -> Any:
         return dot.matmul(a, b, self.xp)
@@ -60,7 +64,17 @@ class ExactOps(ArrayOps):
         return elementary.sigmoid(x, self.xp)
 
     def unit_circle(self, positions: Any, base: float, numerators: Sequence[int], denominator: int) -> Any:
-        return elementary.unit_circle(positions, base, numerators, denominator, self.xp)
+        if self.xp is not np:
+            return elementary.unit_circle(positions, base, numerators, denominator, self.xp)
+        key = positions.dtype, positions.shape, positions.tobytes(), base, tuple(numerators), denominator
+        table = self._circle.get(key)
+        if table is None:
+            table = elementary.unit_circle(positions, base, numerators, denominator)
+            for part in table:
+                part.flags.writeable = False  # several layers have it
+            self._circle.clear()
+            self._circle[key] = table
+        return table
 
 
 def _streamed(x: Any, weight: StoredWeight) -> Any:
