@@ -50,8 +50,8 @@ TILE = 1 << 12
 """The most elements of the product with a block that are summed at a time, at each checkpoint."""
 ROWS = 64
 """The most rows of the left factor in a tile."""
-FEWEST = 16
-"""The fewest columns of a block."""
+FEWEST = 32
+"""The fewest columns of a block. A BLAS without products of small matrices packs the left factor for each block."""
 TERMS = 128
 """The fewest terms that are summed apart from others, if nobody asks for their sum. With less, to add up costs most."""
 ROOT_OF_HALF = math.nextafter(math.sqrt(0.5), 1.0)
