@@ -426,8 +426,9 @@ def verdict_cost() -> str:
 
 The CPU time of a verdict over that of what it judges, in float32 on one thread: a product of matrices, a forward pass
 whose weights are ready, and a product with weights from the formula. A verdict prepares the weights. The last column
-is the wall, a ratio that a part of the work alone has. Of products it is the sums behind an enclosure. Of a model it is
-all its products. Of bfloat16 files it is the command that computes nothing but the product in float64, or 1, the
+is the wall, a ratio that a part of the work alone has. Of products it is the sums behind an enclosure, at
+the speed of large products. Those that make the sums are small, and can be faster. Of a model it is all its
+products. Of bfloat16 files it is the command that computes nothing but the product in float64, or 1, the
 reading alone, where that was not measured. In the same run, this
 machine computed {machine["gflops"]:.0f} GFlop/s in float32 products, and read {machine["gb_per_s"]:.0f} GB/s from
 memory. Rows of one layer of 8x7B are whole commands with all threads, by the clock. A busy process multiplies matrices
