@@ -138,7 +138,8 @@ class Tally:
         """Test values as rounded to a dtype.   held: whether that dtype has all of them"""
         # if the operation rounds its result to this very dtype, that rounding is the last one, tested below
         before = x if x.biased or (x.owed and format == x.accumulation) else x.settle()
-        values = Values(y, before.mid, np.asarray(before.r), np.asarray(before.v), format)
+        radius, variance = np.asarray(before.r), np.asarray(before.v)
+        values = Values(found=y, mid=before.mid, radius=radius, variance=variance, format=format)
         self.values += y.size
         calm = measured(values, self.worst_error, self.excess, x.biased) if held and y.size > FEW else None
         if calm is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,8 +37,8 @@ class Values:
 
     def at(self, places: Any) -> Values:
         """Some of the values.   places: integers [k]"""
-        found, mid, radius, variance = (_some(x, places) for x in (self.found, self.mid, self.radius, self.variance))
-        return Values(found, mid, radius, variance, self.format)
+        names = ("found", "mid", "radius", "variance")
+        return replace(self, **{name: _some(getattr(self, name), places) for name in names})
 
 
 def _some(array: Any, places: Any) -> Any:
@@ -176,7 +176,10 @@ def judged(values: Values, may_overflow: bool, bias: Callable[[], Any] | None = 
     if bias is not None and excess.max(initial=0.0) > CALM:
         excess = np.where(usable, np.maximum(beyond - bias(), 0.0) / sigma, 0.0)
     sizes = Sizes(error=error, mid=m, variance=v, spacing=spacing, usable=finite & spread)
-    return Judged(outside, bounded, ratio, excess, low, high, sigma, sizes, undecided, not_finite, gaps)
+    return Judged(
+        outside=outside, bounded=bounded, ratio=ratio, excess=excess, low=low, high=high, sigma=sigma, sizes=sizes,
+        undecided=undecided, not_finite=not_finite, gaps=gaps,
+    )  # fmt: skip
 
 
 def pair(a: Any, b: Any) -> Any:
@@ -239,7 +242,8 @@ def measured(values: Values, ratio: float, excess: float, biased: bool) -> Measu
         farthest = values.at(np.array([(beyond / np.maximum(v, UNDERFLOW)).argmax()]))
         reached = max(excess, float(judged(farthest, may_overflow=False).excess[0]))
         suspect |= above & (beyond > v * (reached * reached * SPARE))
-    return Measured(Sizes(error, m, v, ulp(m, format), True), np.flatnonzero(suspect))
+    sizes = Sizes(error=error, mid=m, variance=v, spacing=ulp(m, format), usable=True)
+    return Measured(sizes, np.flatnonzero(suspect))
 
 
 def _number(array: Any, at: int) -> float:

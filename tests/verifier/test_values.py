@@ -33,7 +33,7 @@ def values(draw: st.DrawFn, most: int = 40) -> Values:
     variance[rng.random(n) < draw(st.sampled_from((0.0, 0.3)))] = 0.0
     found = mid + radius * rng.standard_normal(n) * draw(st.sampled_from((0.0, 0.3, 1.0, 4.0)))
     found *= np.where(rng.random(n) < draw(st.sampled_from((0.0, 0.1))), -1.0, 1.0)
-    return Values(nearest(found, format), mid, radius, variance, format)
+    return Values(found=nearest(found, format), mid=mid, radius=radius, variance=variance, format=format)
 
 
 @given(values(), st.sampled_from((0.0, 0.5, 1.0, 3.0)), st.sampled_from((0.0, 2.0, 50.0)))
@@ -108,7 +108,8 @@ def test_a_power_of_two_of_the_other_sign_is_a_suspect(format: Format) -> None:
     # the cell of a power of two is half as long towards zero, on which side the midpoint lies
     spacing = 0.125 * 2 * format.u
     found, mid = np.array([0.125]), np.array([-0.125])
-    some = Values(found, mid, np.array([0.25 - 3 / 8 * spacing]), np.array([1.0]), format)
+    radius = np.array([0.25 - 3 / 8 * spacing])
+    some = Values(found=found, mid=mid, radius=radius, variance=np.array([1.0]), format=format)
     result = measured(some, 10.0, 10.0, biased=False)
     assert judged(some, may_overflow=False).outside.all()
     assert result is not None
