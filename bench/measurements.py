@@ -413,28 +413,32 @@ def verdict_cost() -> str:
             f"{row['verdict_ms']:,.0f} ms" if "verdict_ms" in row else f"{row['verdict_bytes'] / 1e9:.1f} GB",
             f"{row['judged_ms']:,.1f} ms" if "judged_ms" in row else f"{row['judged_bytes'] / 1e9:.1f} GB",
             f"{row['ratio']:.1f}",
-            f"{row['wall']:.0f}",
+            f"{row['wall']:.1f}",
+            f"{row['arithmetic']:.1f}" if "arithmetic" in row else "",
+            f"{row['tests']:.1f}" if "tests" in row else "",
         )
         for row in found["rows"]
     ]
-    alone = [row["arithmetic"] for row in found["rows"] if "arithmetic" in row]
-    arithmetic = "".join(
-        f"\nFor the bfloat16 files, the operations of all sums alone take {each:.1f} times the reading.\n"
-        for each in alone
-    )
     return f"""## Cost of a verdict
 
 The CPU time of a verdict over that of what it judges, in float32 on one thread: a product of matrices, a forward pass
-whose weights are ready, and a product with weights from the formula. A verdict prepares the weights. The last column
-is the wall, a ratio that a part of the work alone has. Of products it is the sums behind an enclosure, at
-the speed of large products. Those that make the sums are small, and can be faster. Of a model it is all its
-products. Of bfloat16 files it is the command that computes nothing but the product in float64, or 1, the
-reading alone, where that was not measured. In the same run, this
-machine computed {machine["gflops"]:.0f} GFlop/s in float32 products, and read {machine["gb_per_s"]:.0f} GB/s from
-memory. Rows of one layer of 8x7B are whole commands with all threads, by the clock. A busy process multiplies matrices
-in one thread on one of the cores. Commands: the two in the head of `bench/verdicts.py`; file: {link("verdicts.json")}.
-{arithmetic}
-{table(("what", "verdict", "judged", "ratio", "wall"), rows)}"""
+whose weights are ready, and a product with weights from the formula. A verdict prepares the weights. Rows of one layer
+of 8x7B are whole commands with all threads, by the clock. A busy process multiplies matrices in one thread on one of
+the cores. In the same run, this machine computed {machine["gflops"]:.0f} GFlop/s in float32 products, and read
+{machine["gb_per_s"]:.0f} GB/s from memory.
+
+The wall is a ratio that a part of the work alone has:
+
+- Of products it is the sums behind an enclosure, at the speed of large products. Those that make the sums are small,
+  and can be faster.
+- Of a model it is all its products. To these come the tests of all values, and the other steps.
+- Of bfloat16 files it is the command that computes nothing but the product in float64. Of other rows it is 1.
+
+The operations alone are those of all sums behind the enclosures, at this machine's rate of large products. They are as
+many as five products in float32 have: two for the midpoint in float64, and one each for magnitudes, squares and partial
+sums. Commands: the two in the head of `bench/verdicts.py`; file: {link("verdicts.json")}.
+
+{table(("what", "verdict", "judged", "ratio", "wall", "operations alone", "tests of values"), rows)}"""
 
 
 def invariance() -> str:

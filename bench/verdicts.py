@@ -12,9 +12,10 @@
 Preparation of the weights counts for the verdict. Times of the first three are CPU seconds, since other processes
 change them less than seconds of a clock. The others are whole commands, with all threads, by the clock. The wall is
 the least work: the float64 product counts twice a float32 one, and the sums of magnitudes and of squares once each. Of
-`files` it is `refmoe emit --dtype float64`, which does nothing but this product. Beside it, `arithmetic` is the time of
-the operations of all four sums at the rate of all cores, over reading. Of `model` it is the time of the
-enclosures of products alone, to which sums, functions and the test of every value are added.
+`files` it is `refmoe emit --dtype float64`, which does nothing but this product. Of `model` it is the time of the
+enclosures of products alone, to which sums, functions and the test of every value are added; `tests` is that of these
+tests. Of both, `arithmetic` is the time of the operations of all sums at the measured rate of products, of one core or
+all: the least time, whoever computes it.
 Ratios are medians. Rows that are measured alone replace those of the file; `files` and `busy` write 3.5 GB below
 --folder, and remove them.
 
@@ -53,13 +54,14 @@ from refmoe.checkpoints.weight import Weight
 from refmoe.checkpoints.write import write_checkpoint
 from refmoe.jobs.source import Formula
 from refmoe.profiles.load import policy
-from refmoe.spec.config import PRESETS
+from refmoe.spec.config import PRESETS, Config
 from refmoe.spec.model import Model, forward
 from refmoe.steps.enclosure_ops import EnclosureOps
 from refmoe.steps.native import NATIVE_STEPS
 from refmoe.traces.script import Call, plan
 from refmoe.traces.trace import read_trace
 from refmoe.verifier.findings import CONFORMANT
+from refmoe.verifier.passes import Pass
 from refmoe.verifier.segments import Settings
 from refmoe.verifier.verify import verify
 
@@ -137,23 +139,45 @@ def held(x: Any, dtype: Any) -> Any:
     return x
 
 
+class Clock:
+    """CPU seconds spent in calls."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def timed(self, work: Callable[[], Any]) -> Any:
+        began = time.process_time()
+        found = work()
+        self.seconds += time.process_time() - began
+        return found
+
+
+PRODUCTS_CLOCK, TESTS_CLOCK = Clock(), Clock()
+
+
 class TimedOps(EnclosureOps):
     """Enclosures that count the time of their products."""
 
-    seconds = 0.0
-
     def times_weight(self, x: Enclosure, weight: StoredWeight, how: Accumulator) -> Enclosure:
-        return self._timed(lambda: super(TimedOps, self).times_weight(x, weight, how))
+        return PRODUCTS_CLOCK.timed(lambda: super(TimedOps, self).times_weight(x, weight, how))  # type: ignore[no-any-return]
 
     def _matmul(self, a: Enclosure, b: Enclosure, how: Accumulator) -> Enclosure:
-        return self._timed(lambda: super(TimedOps, self)._matmul(a, b, how))
+        return PRODUCTS_CLOCK.timed(lambda: super(TimedOps, self)._matmul(a, b, how))  # type: ignore[no-any-return]
 
-    @staticmethod
-    def _timed(work: Callable[[], Enclosure]) -> Enclosure:
-        began = time.process_time()
-        found = work()
-        TimedOps.seconds += time.process_time() - began
-        return found
+
+class TimedPass(Pass):
+    """A pass that counts the time of its tests of values."""
+
+    def _test(self, name: str, step: str, x: Enclosure, dumped: Any) -> int:
+        return TESTS_CLOCK.timed(lambda: super(TimedPass, self)._test(name, step, x, dumped))  # type: ignore[no-any-return]
+
+
+def operations(config: Config, tokens: int) -> int:
+    """The operations of all matrix products of a prefill of so many tokens, those of masked scores included."""
+    c = config
+    attention = c.dim * c.head_dim * 2 * (c.heads + c.kv_heads) + 2 * tokens * c.heads * c.head_dim
+    mixture = c.dim * c.experts + c.experts_per_token * 3 * c.dim * c.hidden_dim
+    return 2 * tokens * (c.layers * (attention + mixture) + c.dim * c.vocab)
 
 
 def model_row(tokens: int, name: str, repeats: int, folder: Path) -> dict[str, Any]:
@@ -162,15 +186,18 @@ def model_row(tokens: int, name: str, repeats: int, folder: Path) -> dict[str, A
     parameters = held(synthetic_checkpoint(MIDDLE, 1).parameters, used.at("weights").dtype)
     trace = ideal_trace(folder / f"{tokens}-{name}.safetensors", MIDDLE, parameters, runs, name)
     native, model = NativeOps(np.float32), Model(MIDDLE, held(parameters, np.float32), NATIVE_STEPS)
+    settings = Settings(ops=TimedOps, passes=TimedPass)
 
     def judge() -> None:
-        report = verify(trace, "bench", MIDDLE, parameters, runs, used, Settings(ops=TimedOps))
+        report = verify(trace, "bench", MIDDLE, parameters, runs, used, settings)
         assert report.verdict == CONFORMANT, report.headline
 
-    TimedOps.seconds = 0.0
+    PRODUCTS_CLOCK.seconds = TESTS_CLOCK.seconds = 0.0
     found = compared(judge, lambda: forward(native, model, ids, np.arange(tokens), None), repeats)
-    products = 1e3 * TimedOps.seconds / (repeats + 1)
-    return {"what": f"model of dim 512, prefill {tokens}, {name}", **found, "wall": products / found["judged_ms"]}
+    products, tests = (each.seconds / (repeats + 1) for each in (PRODUCTS_CLOCK, TESTS_CLOCK))
+    judged, sums = found["judged_ms"] / 1e3, SUMS * operations(MIDDLE, tokens) / (1e9 * machine()["gflops"])
+    what = f"model of dim 512, prefill {tokens}, {name}"
+    return {"what": what, **found, "wall": products / judged, "tests": tests / judged, "arithmetic": sums / judged}
 
 
 def streamed_row(repeats: int) -> dict[str, Any]:
