@@ -411,7 +411,8 @@ def main() -> None:
     found: dict[str, Any] = {"machine": machine(), "rows": []}
     if options.json and options.json.exists():
         before = json.loads(options.json.read_text(encoding="utf-8"))
-        found = {"machine": before["machine"] if options.only else found["machine"], "rows": before["rows"]}
+        timed = not options.only or {"product", "model"} & {*options.only}
+        found = {"machine": found["machine"] if timed else before["machine"], "rows": before["rows"]}
     print(found["machine"], flush=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for kind in options.only or KINDS:
