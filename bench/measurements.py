@@ -467,9 +467,10 @@ def conform_cost() -> str:
     found = results("conform_cost")
     return f"""## Cost of a conformance run
 
-`refmoe conform` over all cases, with `transformers` in four dtypes. A case is judged while the engine runs the next
-one. The time that is not the engine's, over the engine's own: {found["ratio"]:.2f} (engine {found["engine"]:.0f} s,
-wall {found["wall"]:.0f} s; refmoe itself takes {found["own_processor"]:.0f} s of a processor).
+`refmoe conform` over all cases, with `transformers` in four dtypes. The engine goes on while a few answers wait for
+their verdict. The time that is not the engine's, over the engine's own: {found["ratio"]:.2f} (engine
+{found["engine"]:.0f} s, wall {found["wall"]:.0f} s). The wall is the time of refmoe's own process, which judges one
+answer at a time: {found["own_processor"]:.0f} s of a processor.
 Command: `python -m bench.conform_cost --json bench/results/conform_cost.json`; file: {link("conform_cost.json")}."""
 
 
