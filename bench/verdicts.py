@@ -14,8 +14,8 @@ change them less than seconds of a clock. The others are whole commands, with al
 the least work: the float64 product counts twice a float32 one, and the sums of magnitudes and of squares once each. Of
 `files` it is `refmoe emit --dtype float64`, which does nothing but this product. Of `model` it is the time of the
 enclosures of products alone, to which sums, functions and the test of every value are added; `tests` is that of these
-tests. Of both, `arithmetic` is the time of the operations of all sums at the measured rate of products, of one core or
-all: the least time, whoever computes it.
+tests. Of both, `arithmetic` is the time of the operations of all sums at the measured rate of float32 products: of one
+core for `model`, of all for `files`.
 Ratios are medians. Rows that are measured alone replace those of the file; `files` and `busy` write 3.5 GB below
 --folder, and remove them.
 
@@ -71,7 +71,7 @@ EXPERT = (14336, 4096)
 LEAST = 4.0
 """Float32 products that the sums behind an enclosure amount to, at least."""
 SUMS = LEAST + 1
-"""The same with the energy of partial sums, which takes at least as many operations as one more product."""
+"""Float32 products that have as many operations as all these sums. The energy of partial sums is one more product."""
 Work = Callable[[], Any]
 
 
@@ -321,8 +321,8 @@ def files_row(repeats: int, folder: Path) -> Iterator[dict[str, Any]]:
     wall = statistics.median(clocked(*double) / read() for _ in range(repeats))
     clocked(*layer.emit)
     row = in_turns(what, lambda: clocked(*layer.verify), read, repeats, wall)
-    operations = SUMS * 2 * len(EIGHT.split(",")) * needed / BYTES
-    yield row | {"arithmetic": 1e3 * operations / rate_of_all_cores() / row["judged_ms"]}
+    work = SUMS * 2 * len(EIGHT.split(",")) * needed / BYTES
+    yield row | {"arithmetic": 1e3 * work / rate_of_all_cores() / row["judged_ms"]}
 
 
 def busy_row(repeats: int, folder: Path) -> Iterator[dict[str, Any]]:

@@ -37,7 +37,7 @@ from refmoe.verifier.intake import take_in
 LAST_VERDICT = 2.0
 """Seconds in which the last answer may still be judged when a signal ends the run."""
 HELD = 1 << 26
-"""Bytes of files of an engine that may wait for their verdict, besides the last one."""
+"""The most bytes of values that may wait for their verdict. One answer more may always wait."""
 TRIED = 3
 """The smoke test tries this many cases, the smallest for which the harness has the abilities."""
 
@@ -335,7 +335,7 @@ class Answer:
     said: str = ""
     """The end of the engine's standard error."""
     nbytes: int = 0
-    """The size of the engine's file."""
+    """The bytes of the values in the engine's file."""
 
 
 @dataclass(frozen=True)
@@ -409,7 +409,8 @@ class _Run:
             except Exception as error:  # of whatever kind: no verdict about one case ends the run
                 return not_judged(skipped, error)
 
-        return Answer(judged, self.harness.log, received.trace.path.stat().st_size)
+        nbytes = sum(tensor.nbytes for tensor in received.trace.tensors.values())
+        return Answer(judged, self.harness.log, nbytes)
 
 
 def _known(outcome: Outcome, said: str = "") -> Answer:

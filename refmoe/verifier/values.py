@@ -2,8 +2,8 @@
 """The figures of single values: distance from the midpoint, from the cell, and from the ends of the legal interval.
 
 `judged` computes them all, whatever the values are. `measured` serves finite values, with half as many operations. It
-computes what all values contribute to: size and lean of the errors. Of the largest figures it computes bounds, and
-returns the values that may exceed what was found so far. Only these need all figures.
+computes the size and the lean of all errors. Of the largest figures it computes bounds only. It returns the values that
+may exceed the figures so far: `judged` has to look at these alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from refmoe.arithmetic.formats import FLOAT32, Format, cell, nearest, ulp
 CALM = 5.0
 """Standard deviations below which the bias of a truncating accumulator is not computed: no limit is as low."""
 SPARE = 1 - 2.0**-30
-"""A factor that covers the rounding of the bounds. It is far from 1 beside that, and far from 0 beside a spacing."""
+"""A factor on half a spacing and on the figures so far. It covers the rounding of the bounds themselves."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def pair(a: Any, b: Any) -> Any:
 
 @dataclass(frozen=True)
 class Measured:
-    """What finite values contribute, and those among them of which all figures are needed."""
+    """The contribution of finite values to size and lean, and the values of which all figures are needed."""
 
     sizes: Sizes
     suspects: Any
@@ -202,7 +202,7 @@ class Measured:
 
 
 def measured(values: Values, ratio: float, excess: float, biased: bool) -> Measured | None:
-    """What values contribute if all are finite and narrower than binary64, else None.
+    """The contribution of values if all are finite and narrower than binary64, else None.
 
     values: the dtype has all of those that were found
     ratio, excess: the largest figures so far

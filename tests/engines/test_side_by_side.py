@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,26 @@ def test_the_engine_goes_on_while_answers_wait_for_their_verdict() -> None:
     assert judge.reached
     assert seen == [(each.case, each.dtype) for each in results.outcomes]
     assert len(seen) >= Seat.ahead + 1
+
+
+def test_a_large_answer_lets_no_other_one_wait_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("refmoe.engines.conform.HELD", 0)
+    judge = Slow()
+    judge.harness = harness = Counting(HONEST, LIMIT)
+    smoke, answered = 2, []
+    judge.awaited = smoke + 2  # one is judged, and the next one has been given
+    right = Judge.judge
+
+    def after_a_while(self: Judge, question: Question, parameters: Parameters) -> Outcome:
+        if not answered:
+            time.sleep(0.5)
+            answered.append(harness.answered)
+        return right(self, question, parameters)
+
+    monkeypatch.setattr(Judge, "judge", after_a_while)
+    suite = Suite([case_named(name) for name in CASES], [case_named("window-1")], judge=judge)
+    conform(harness, {}, suite)
+    assert answered == [judge.awaited]
 
 
 @pytest.fixture(scope="module")

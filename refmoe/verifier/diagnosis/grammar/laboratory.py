@@ -310,7 +310,7 @@ class Laboratory:
             if count:
                 results.append(self.ops.linear(rows[start : start + count], matrix))
                 start += count
-        return self.ops.concatenate(results)[self.ops.inverse(order)].reshape(tokens, k, -1)
+        return self.ops.placed(results, order).reshape(tokens, k, -1)
 
     # ---- the test
 
