@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Self, cast
 
@@ -158,18 +158,32 @@ class EnclosureOps(ArrayOps):
         def prepare(rows: Any) -> tuple[Matrix, Any]:
             return self._prepare(rows, how)
 
-        def times(ready: tuple[Matrix, Any]) -> Enclosure:
-            part = self._times(x, ready, how)
-            _ = part.biased and part.bias  # computed now, because later the block is gone
-            return part
-
         if math.prod(weight.shape) * self.dtype.itemsize > self.matrices.limit:
-            x = x.settle()
-            parts = side_by_side(weight, prepare, quiet(times))
-            return self._watch("linear", concatenate(parts, axis=-1), how.format)
+            return self._watch("linear", self._streamed(x.settle(), weight, prepare, how), how.format)
         # the matrix is kept, so it has values of its own: a file may change or end
         made = self.matrices.get(weight, lambda: prepare(np.array(weight.read())), nbytes)
         return self._watch("linear", self._times(x, made, how), how.format)
+
+    def _streamed(
+        self, x: Enclosure, weight: StoredWeight, prepare: Callable[[Any], tuple[Matrix, Any]], how: Accumulator
+    ) -> Enclosure:
+        """x times the transpose of a weight that is read block after block.
+
+        What is deferred reads all blocks again, because none is kept.
+        """
+
+        def over_blocks(take: Callable[[Enclosure], Any]) -> list[Any]:
+            return side_by_side(weight, prepare, quiet(lambda ready: take(self._times(x, ready, how))))
+
+        known = concatenate(over_blocks(Enclosure.known), axis=-1)
+        return Enclosure(
+            known.mid,
+            known.radius,
+            known.variance,
+            accumulation=known.accumulation,
+            bias=(lambda: np.concatenate(over_blocks(lambda part: part.bias), -1)) if how.truncates else None,
+            whole=lambda: np.concatenate(over_blocks(lambda part: part.variance), -1),
+        )
 
     def _prepare(self, rows: Any, how: Accumulator) -> tuple[Matrix, Any]:
         """Rows of a stored weight, prepared for products."""
@@ -391,7 +405,10 @@ class EnclosureOps(ArrayOps):
     def _watch(self, name: str, x: Enclosure, format: Format) -> Enclosure:
         """Record `name` as an event if a legal implementation may overflow here."""
         largest = np.abs(x.mid).max(initial=0.0)
-        if not largest + SPREADS * math.sqrt(np.max(x.v, initial=0.0)) <= format.largest:
+        least = 0.0 if x.least_variance is None else x.least_variance
+        # the part of the spread that is not computed yet is less than the radius
+        spread = math.sqrt(np.max(least, initial=0.0)) + (np.max(x.r, initial=0.0) if x.defers else 0.0)
+        if not largest + SPREADS * spread <= format.largest:
             with np.errstate(all="ignore"):
                 if not (np.abs(x.mid) + SPREADS * np.sqrt(x.v) <= format.largest).all():
                     self.events.append(name)

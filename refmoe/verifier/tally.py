@@ -6,7 +6,10 @@
               lambda = ln(2 N / alpha) / 2 for N values: the measured tail of legal sums stays under exp(-2 lambda).
     filter    The lean of the errors towards zero: 0 for rounding to nearest, 1 for truncation. The limit is 1/2.
     size      The mean square of error over variance. The test is one-sided, because more precision is always legal.
-              Where errors are larger than expected, the bias of a truncating accumulator counts as spread.
+
+Where the variance of a product costs more products, a part of it is known first. Then the rest of it, and the bias of a
+truncating accumulator, count only where errors are larger than that part lets expect. No limit is as low. So the
+figures of smaller errors are upper bounds.
 
 A tap may come in pieces. The tally keeps sums and no arrays.
 """
@@ -37,7 +40,7 @@ PIECE = 1 << 13
 FEW = 1 << 11
 """The most values that are judged whole: for them, the calls of two passes take longer than their operations."""
 CHANCE = 2.0
-"""Standard errors of the mean square by which errors may be too large before a bias counts as spread. At any usual
+"""Standard errors of the mean square by which errors may be too large before the whole spread is computed. At any usual
 significance, the limit of the test of size is 5 or more."""
 LIKE_POINTWISE = 32.0
 """The number of values that err alike in elementwise steps and in segments up to a layer."""
@@ -138,14 +141,17 @@ class Tally:
         """Test values as rounded to a dtype.   held: whether that dtype has all of them"""
         # if the operation rounds its result to this very dtype, that rounding is the last one, tested below
         before = x if x.biased or (x.owed and format == x.accumulation) else x.settle()
-        radius, variance = np.asarray(before.r), np.asarray(before.v)
-        values = Values(found=y, mid=before.mid, radius=radius, variance=variance, format=format)
+        least = 0.0 if before.least_variance is None else before.least_variance
+        values = Values(
+            found=y, mid=before.mid, radius=np.asarray(before.r), variance=np.asarray(least), format=format,
+            later=(lambda: (x.v, x.bias if x.biased else 0.0)) if before.defers else None,
+        )  # fmt: skip
         self.values += y.size
-        calm = measured(values, self.worst_error, self.excess, x.biased) if held and y.size > FEW else None
+        calm = measured(values, self.worst_error, self.excess) if held and y.size > FEW else None
         if calm is None:
-            tested = judged(values, may_overflow, (lambda: x.bias) if x.biased else None)
+            tested = judged(values, may_overflow)
         sizes = tested.sizes if calm is None else calm.sizes
-        self._add_size(sizes.first(counted) if counted < y.size else sizes, x, format)
+        self._add_size(sizes.first(counted) if counted < y.size else sizes, values.later, format)
         if calm is not None:
             # where no value has any excess, the first one is shown
             suspects = calm.suspects if self.worst is not None else np.union1d(calm.suspects, 0)
@@ -173,16 +179,16 @@ class Tally:
                 sigma=float(tested.sigma[at]),
             )
 
-    def _add_size(self, sizes: Sizes, x: Enclosure, format: Format) -> None:
-        """Count the size and the lean of some errors.   x: the enclosure of these, and of those after them"""
+    def _add_size(self, sizes: Sizes, later: Callable[[], tuple[Any, Any]] | None, format: Format) -> None:
+        """Count the size and the lean of some errors.   later: as in `Values`, of these values and of those after"""
         if not sizes.error.size:
             return
-        total = sizes.variance + (sizes.spacing * sizes.spacing * (1 / 12) if format != FLOAT64 else 0.0)
-        found = sizes.weighed(total)
+        stored = sizes.spacing * sizes.spacing * (1 / 12) if format != FLOAT64 else 0.0
+        found = sizes.weighed(sizes.variance + stored)
         count = self.counted + found.count
-        if x.biased and self.squares + found.squares - count > CHANCE * math.sqrt(count):
-            # only where errors are larger than expected, because the bias costs a matrix product
-            found = sizes.weighed(total + x.bias[: sizes.error.size] ** 2)
+        if later is not None and self.squares + found.squares - count > CHANCE * math.sqrt(count):
+            variance, shift = (part[: sizes.error.size] if np.ndim(part) else part for part in later())
+            found = sizes.weighed(variance + shift**2 + stored)
         self.squares += found.squares
         self.counted += found.count
         if format != FLOAT64:

@@ -19,7 +19,7 @@ from refmoe.arithmetic.enclosure.array import OWN, UNDERFLOW
 from refmoe.arithmetic.formats import FLOAT32, Format, cell, nearest, ulp
 
 CALM = 5.0
-"""Standard deviations below which the bias of a truncating accumulator is not computed: no limit is as low."""
+"""Standard deviations below which a larger spread and a bias are not computed: no limit is as low."""
 SPARE = 1 - 2.0**-30
 """A factor on half a spacing and on the figures so far. It covers the rounding of the bounds themselves."""
 
@@ -34,11 +34,17 @@ class Values:
     variance: Any
     format: Format
     """The dtype of the last rounding."""
+    later: Callable[[], tuple[Any, Any]] | None = None
+    """Makes the whole variance, and the distances by which an accumulator may shift the values, each [n] or a number.
+    None: `variance` is the whole one, and nothing shifts."""
 
     def at(self, places: Any) -> Values:
         """Some of the values.   places: integers [k]"""
-        names = ("found", "mid", "radius", "variance")
-        return replace(self, **{name: _some(getattr(self, name), places) for name in names})
+        names, later = ("found", "mid", "radius", "variance"), self.later
+        some = {name: _some(getattr(self, name), places) for name in names}
+        if later is not None:
+            some["later"] = lambda: tuple(_some(part, places) for part in later())
+        return replace(self, **some)
 
 
 def _some(array: Any, places: Any) -> Any:
@@ -124,12 +130,11 @@ class Judged:
         return at, float(score[at])
 
 
-def judged(values: Values, may_overflow: bool, bias: Callable[[], Any] | None = None) -> Judged:
+def judged(values: Values, may_overflow: bool) -> Judged:
     """The figures of any values.
 
     may_overflow: whether a legal implementation may have overflowed before
-    bias: makes the distances by which an accumulator may shift the values, [n]; None: it shifts none. It is called
-    where a value is far from its cell.
+    What values have `later` counts where a value is far from its cell.
     """
     y, m, r, v, format = values.found, values.mid, values.radius, values.variance, values.format
     clean = bool(np.isfinite(y + m + r + v).all())
@@ -165,16 +170,21 @@ def judged(values: Values, may_overflow: bool, bias: Callable[[], Any] | None = 
 
     start, end = cell(y if clean else np.where(finite, y, 0.0), format)
     beyond = np.maximum(m - end, start - m)
-    sigma = np.sqrt(v + (OWN * m) ** 2)
-    # a variance of zero beside a positive radius has underflowed and cannot be used
-    if clean and v.min(initial=math.inf) > 0:
-        usable: Any = True
-        excess = np.maximum(beyond, 0.0) / sigma
-    else:
-        usable = (beyond > 0) & ((v > 0) | (r == 0)) & finite & spread
-        excess = np.where(usable, beyond / sigma, 0.0)
-    if bias is not None and excess.max(initial=0.0) > CALM:
-        excess = np.where(usable, np.maximum(beyond - bias(), 0.0) / sigma, 0.0)
+
+    def distance(variance: Any, shift: Any) -> tuple[Any, Any]:
+        """The excess and its unit."""
+        sigma = np.sqrt(variance + (OWN * m) ** 2)
+        # a variance of zero beside a positive radius has underflowed and cannot be used
+        if clean and variance.min(initial=math.inf) > 0:
+            return np.maximum(beyond - shift, 0.0) / sigma, sigma
+        usable = (beyond > 0) & ((variance > 0) | (r == 0)) & finite & spread & (variance < np.inf)
+        return np.where(usable, np.maximum(beyond - shift, 0.0) / sigma, 0.0), sigma
+
+    excess, sigma = distance(v, 0.0)
+    if values.later is not None and excess.max(initial=0.0) > CALM:
+        # value by value, so that a figure does not depend on what is tested with it
+        far, whole = excess > CALM, distance(*values.later())
+        excess, sigma = (np.where(far, new, old) for new, old in zip(whole, (excess, sigma), strict=True))
     sizes = Sizes(error=error, mid=m, variance=v, spacing=spacing, usable=finite & spread)
     return Judged(
         outside=outside, bounded=bounded, ratio=ratio, excess=excess, low=low, high=high, sigma=sigma, sizes=sizes,
@@ -201,12 +211,12 @@ class Measured:
     """Integers [k] in rising order: all values that may be outside, or above the figures so far."""
 
 
-def measured(values: Values, ratio: float, excess: float, biased: bool) -> Measured | None:
+def measured(values: Values, ratio: float, excess: float) -> Measured | None:
     """The contribution of values if all are finite and narrower than binary64, else None.
 
-    values: the dtype has all of those that were found
+    values: the dtype has all of those that were found. If they have `later`, the result is None as well where one may
+    be so far from its cell that this counts.
     ratio, excess: the largest figures so far
-    biased: whether the enclosure has a bias. Then it is None as well where one may be far enough that a bias counts.
 
     Let h be half the spacing at the smaller of |y| and |m|. Where y and m have one sign, the cell of y reaches at least
     h from y towards m. So |y - m| > radius + h for all values outside, the ratio is at most |y - m| / (radius + h), and
@@ -224,8 +234,6 @@ def measured(values: Values, ratio: float, excess: float, biased: bool) -> Measu
     legal = half + r
     # a value of another sign than m is farther from m than zero is
     far = size > around
-    if biased and far.any():
-        return None
     suspect = far | (size > legal * (min(ratio, 1.0) * SPARE))
     if suspect.any():
         share = size / legal
@@ -237,7 +245,7 @@ def measured(values: Values, ratio: float, excess: float, biased: bool) -> Measu
     spread = v * (excess * excess * SPARE)
     above = beyond > spread
     if above.any():
-        if biased and (beyond > v * CALM**2).any():
+        if values.later is not None and (far.any() or (beyond > v * CALM**2).any()):
             return None
         farthest = values.at(np.array([(beyond / np.maximum(v, UNDERFLOW)).argmax()]))
         reached = max(excess, float(judged(farthest, may_overflow=False).excess[0]))

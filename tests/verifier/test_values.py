@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ def values(draw: st.DrawFn) -> Values:
 def test_no_value_that_is_no_suspect_is_outside_or_exceeds_the_figures_so_far(
     some: Values, ratio: float, excess: float
 ) -> None:
-    found, whole = measured(some, ratio, excess, biased=False), judged(some, may_overflow=False)
+    found, whole = measured(some, ratio, excess), judged(some, may_overflow=False)
     assert found is not None
     rest = np.ones(some.found.size, bool)
     rest[found.suspects] = False
@@ -55,7 +56,7 @@ def test_no_value_that_is_no_suspect_is_outside_or_exceeds_the_figures_so_far(
 
 @given(values())
 def test_the_sums_of_finite_values_are_those_of_all(some: Values) -> None:
-    found, whole = measured(some, 0.0, 0.0, biased=False), judged(some, may_overflow=False)
+    found, whole = measured(some, 0.0, 0.0), judged(some, may_overflow=False)
     assert found is not None
     for one, other in zip(vars(found.sizes).values(), vars(whole.sizes).values(), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -70,37 +71,65 @@ def test_a_value_that_is_not_finite_is_not_passed_over(where: str, strange: floa
         "found": np.ones(4), "mid": np.ones(4), "radius": np.full(4, 0.1), "variance": np.full(4, 0.1)
     }  # fmt: skip
     parts[where][2] = strange
-    assert measured(Values(**parts, format=FLOAT32), 0.0, 0.0, biased=False) is None
+    assert measured(Values(**parts, format=FLOAT32), 0.0, 0.0) is None
 
 
 @given(values(), st.sampled_from((0.0, 2.0, 50.0)))
-def test_where_a_bias_may_count_all_values_are_computed_whole(some: Values, excess: float) -> None:
-    if measured(some, 0.0, excess, biased=True) is not None:
+def test_where_more_of_the_spread_may_count_all_values_are_computed_whole(some: Values, excess: float) -> None:
+    some = replace(some, later=lambda: (some.variance, 0.0))
+    if measured(some, 0.0, excess) is not None:
         assert (judged(some, may_overflow=False).excess <= max(excess, CALM)).all()
 
 
-def biased(errors: Any, asked: list[int]) -> tuple[Enclosure, Any]:
-    """An enclosure with a bias of 8, and values with these errors.   asked: gets an entry with each use of the bias"""
+@given(values(), st.floats(1, 100), st.floats(0, 10))
+def test_far_values_have_their_distance_with_the_whole_spread(some: Values, more: float, shift: float) -> None:
+    shifts = shift * np.sqrt(some.variance)
+    asked = judged(replace(some, later=lambda: (more * some.variance, shifts)), may_overflow=False)
+    known, whole = judged(some, may_overflow=False), judged(replace(some, variance=more * some.variance), False)
+    far = known.excess > CALM
+    np.testing.assert_array_equal(asked.excess[~far], known.excess[~far])
+    np.testing.assert_array_equal(asked.sigma[far], whole.sigma[far])
+    assert (asked.excess[far] <= whole.excess[far]).all()
 
-    def bias() -> Any:
+
+def deferring(errors: Any, asked: list[int], what: str) -> tuple[Enclosure, Any]:
+    """An enclosure with a bias of 8, or a variance of 64, and values with these errors.
+
+    asked: gets an entry with each use of what is deferred
+    """
+
+    def more() -> Any:
         asked.append(1)
-        return np.full(errors.size, 8.0)
+        return np.full(errors.size, {"bias": 8.0, "whole": 64.0}[what])
 
     mid = np.full(errors.size, 1000.0)
     spread = np.ones(errors.size)
-    return Enclosure(mid, 100 * spread, spread, bias=bias), nearest(mid + errors, FLOAT32)
+    return Enclosure(mid, 100 * spread, spread, **{what: more}), nearest(mid + errors, FLOAT32)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("what", ["bias", "whole"])
 @pytest.mark.parametrize(("size", "used"), [(1.0, False), (1.5, True)])
-def test_a_bias_is_computed_only_where_errors_are_too_large(size: float, used: bool) -> None:
+def test_what_is_deferred_is_computed_only_where_errors_are_too_large(size: float, used: bool, what: str) -> None:
     asked: list[int] = []
     errors = size * np.random.default_rng(1).standard_normal(3 * PIECE)
     tally = Tally()
-    x, y = biased(np.clip(errors, -4.5, 4.5), asked)
+    x, y = deferring(np.clip(errors, -4.5, 4.5), asked, what)
     tally.add(x, y, FLOAT32, FLOAT32, lambda at: (at,), may_overflow=False)
     assert bool(asked) == used
-    # with the bias as spread, the errors are smaller than expected; what came before it is below any limit
+    # with the whole spread, errors are smaller than expected; what came before it is below any limit
     assert tally.rms**2 < 1 + 4 / np.sqrt(errors.size)
+
+
+@pytest.mark.parametrize("what", ["bias", "whole"])
+def test_a_value_that_is_far_without_what_is_deferred_is_near_with_it(what: str) -> None:
+    asked: list[int] = []
+    errors = np.random.default_rng(1).standard_normal(3 * PIECE) / 4
+    errors[PIECE + 5] = 20.0
+    tally = Tally()
+    x, y = deferring(errors, asked, what)
+    tally.add(x, y, FLOAT32, FLOAT32, lambda at: (at,), may_overflow=False)
+    assert asked
+    assert tally.excess == pytest.approx({"bias": 12.0, "whole": 2.5}[what], rel=1e-3)
 
 
 @pytest.mark.parametrize("format", NARROW, ids=str)
@@ -110,7 +139,7 @@ def test_a_power_of_two_of_the_other_sign_is_a_suspect(format: Format) -> None:
     found, mid = np.array([0.125]), np.array([-0.125])
     radius = np.array([0.25 - 3 / 8 * spacing])
     some = Values(found=found, mid=mid, radius=radius, variance=np.array([1.0]), format=format)
-    result = measured(some, 10.0, 10.0, biased=False)
+    result = measured(some, 10.0, 10.0)
     assert judged(some, may_overflow=False).outside.all()
     assert result is not None
     assert result.suspects.tolist() == [0]

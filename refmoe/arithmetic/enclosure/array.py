@@ -58,6 +58,9 @@ class Enclosure:
     owed: whether the operation that made it still rounds its result to the accumulation dtype. That rounding is added
     when the value is used, because a value that is stored in that dtype is rounded only once.
     bias: the distance that a truncating accumulator can shift the value in one direction. It is part of the radius.
+    It is an array, or a function that makes it.
+    whole: a function that makes a larger variance, of which `variance` is the part that is known so far. Both are
+    computed on demand, because each costs a matrix product and is rarely needed.
     length: of the pair that the element belongs to, if an engine may hold the pair turned by an angle that is not
     known. The radius then bounds the length of the pair's error, in whatever direction. None: an element by itself.
     """
@@ -75,10 +78,12 @@ class Enclosure:
         bias: Any = None,
         length: Any = None,
         choices: Choices | None = None,
+        whole: Callable[[], Any] | None = None,
     ) -> None:
         self.mid = np.asarray(mid, np.float64)
         self.radius = radius
-        self.variance = variance
+        self._variance = variance
+        self._whole = whole
         self.accumulation = accumulation
         self.owed = owed
         self._bias = bias
@@ -92,10 +97,38 @@ class Enclosure:
 
     @property
     def bias(self) -> Any:
-        """The bias, or None. It is computed on demand, because it costs a matrix product and is rarely needed."""
+        """The bias, or None."""
         if callable(self._bias):
             self._bias = self._bias()
         return self._bias
+
+    @property
+    def variance(self) -> Any:
+        """The whole variance, or None."""
+        if callable(self._whole):
+            self._whole = self._whole()
+        return self._variance if self._whole is None else self._whole
+
+    @variance.setter
+    def variance(self, variance: Any) -> None:
+        self._variance, self._whole = variance, None
+
+    @property
+    def least_variance(self) -> Any:
+        """The variance without the part that is computed on demand, or None. It stays what it is."""
+        return self._variance
+
+    @property
+    def defers(self) -> bool:
+        """Whether a part of the spread, or a bias, is computed on demand."""
+        return self._whole is not None or self.biased
+
+    def known(self) -> Enclosure:
+        """The enclosure without what is computed on demand."""
+        return Enclosure(
+            self.mid, self.radius, self._variance, accumulation=self.accumulation, owed=self.owed, length=self.length,
+            choices=self.choices,
+        )  # fmt: skip
 
     # ---- the array interface of the spec
 
@@ -105,7 +138,7 @@ class Enclosure:
 
     def map(self, move: Callable[[Any], Any]) -> Enclosure:
         """The enclosure with `move` applied to every array. `move` selects, reshapes or reorders elements."""
-        parts = (self.radius, self.variance, self.length)
+        parts = (self.radius, self._variance, self.length)
         radius, variance, length = (None if part is None else move(part) for part in parts)
         return Enclosure(
             move(self.mid),
@@ -116,6 +149,7 @@ class Enclosure:
             bias=(lambda: move(self.bias)) if self.biased else None,
             length=length,
             choices=None if self.choices is None else self.choices.map(move),
+            whole=None if self._whole is None else lambda: move(self.variance),
         )
 
     def __getitem__(self, index: Any) -> Enclosure:
@@ -345,15 +379,17 @@ def concatenate(parts: Any, axis: int, order: Any = None) -> Enclosure:
     mid = along([part.mid for part in parts])
     first = parts[0]
     bias = (lambda: join("bias")) if any(part.biased for part in parts) else None
+    whole = (lambda: join("variance")) if any(part._whole is not None for part in parts) else None
     return Enclosure(
         mid,
         join("radius"),
-        join("variance"),
+        join("least_variance"),
         accumulation=first.accumulation,
         owed=first.owed,
         bias=bias,
         length=join("length") if all(part.length is not None for part in parts) else None,
         choices=choices,
+        whole=whole,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from refmoe.arithmetic.enclosure.array import Enclosure
+from refmoe.arithmetic.enclosure.array import OWN, SLACK, Enclosure
 from refmoe.arithmetic.formats import Format, representable
 
 CHUNK = 16
@@ -29,6 +29,13 @@ class Summed(Protocol):
         """The sums of some entries of the first axis."""
 
 
+class Squared(Protocol):
+    """The sums of squares of a product, of which some rows are asked for at a time."""
+
+    def rows(self, part: slice) -> Squares:
+        """The sums of some entries of the first axis."""
+
+
 @dataclass
 class Sums:
     """Sums over the n terms of each element of a product, [..., l, m] each; 0.0 stands for zeros everywhere."""
@@ -36,25 +43,41 @@ class Sums:
     mid: Any
     """The product of the midpoints."""
     total: Any
-    """The magnitudes of the terms."""
-    energy: Any
-    """Their squares."""
-    path: Any
-    """The squares of the partial sums in index order, as `product_and_path` counts them."""
+    """The magnitudes of the terms: an upper bound."""
     inherited: Any
     """The radius that comes from inexact factors."""
+    loose: float
+    """The exact sum of magnitudes is at least total / loose - lost."""
+    lost: Any = 0.0
+    """[..., l, 1], or a number."""
+
+    def rows(self, part: slice) -> Sums:
+        if part == slice(None):
+            return self
+        mid, total, inherited, lost = (_some(each, part) for each in (self.mid, self.total, self.inherited, self.lost))
+        return Sums(mid, total, inherited, self.loose, lost)
+
+    @property
+    def least_total(self) -> Any:
+        """A lower bound of the magnitudes of the terms."""
+        least = self.total * (1 / self.loose)
+        least -= self.lost
+        return np.maximum(least, 0.0, out=least)
+
+
+@dataclass
+class Squares:
+    """Sums of squares over the n terms of each element of a product, [..., l, m] each; 0.0 stands for zeros."""
+
+    energy: Any
+    """The squares of the terms."""
+    path: Any
+    """The squares of the partial sums in index order, as `product_and_path` counts them."""
     variance: Any
     """The variance that comes from inexact factors."""
 
-    def rows(self, part: slice) -> Sums:
-        return Sums(
-            mid=self.mid[part],
-            total=self.total[part],
-            energy=self.energy[part],
-            path=_some(self.path, part),
-            inherited=_some(self.inherited, part),
-            variance=_some(self.variance, part),
-        )
+    def rows(self, part: slice) -> Squares:
+        return Squares(*(_some(each, part) for each in (self.energy, self.path, self.variance)))
 
 
 def _some(array: Any, part: slice) -> Any:
@@ -105,18 +128,21 @@ class Matrix:
 
     def sums(self, x: Enclosure, exact_mid: Any) -> Summed:
         """The sums of x [..., l, n] times this matrix.   exact_mid: the product if it is known, else None"""
-        size, square = np.abs(x.mid), x.mid**2
-        mid, path = product_and_path(x.mid, self.mid)
+        size = np.abs(x.mid)
         if x.length is not None and self.length is not None:
-            total, energy, inherited = _of_pairs(x, self)
+            total, inherited = _of_pairs(x, self)
         else:
-            total, energy, inherited = size @ self.size, square @ self.square, inherited_radius(x, size, self)
-        return Sums(
-            mid=mid if exact_mid is None else exact_mid,
-            total=total,
-            energy=energy,
-            path=path,
-            inherited=inherited,
+            total, inherited = size @ self.size, inherited_radius(x, size, self)
+        mid = x.mid @ self.mid if exact_mid is None else exact_mid
+        return Sums(mid=mid, total=total, inherited=inherited, loose=SLACK + 2 * x.shape[-1] * OWN)
+
+    def squares(self, x: Enclosure) -> Squared:
+        """The sums of squares of x [..., l, n] times this matrix."""
+        square = x.mid**2
+        pairs = x.length is not None and self.length is not None
+        return Squares(
+            energy=x.length**2 @ self.length**2 / 2 if pairs else square @ self.square,
+            path=product_and_path(x.mid, self.mid)[1],
             variance=inherited_variance(x, square, self),
         )
 
@@ -174,15 +200,15 @@ def inherited_variance(x: Enclosure, square: Any, w: Matrix) -> Any:
     return variance
 
 
-def _of_pairs(x: Enclosure, w: Matrix) -> tuple[Any, Any, Any]:
+def _of_pairs(x: Enclosure, w: Matrix) -> tuple[Any, Any]:
     """Bounds for rows of pairs, if both factors hold each pair turned by one unknown angle: the same in x and in w.
 
     The two products of a pair are at most its lengths multiplied, in magnitude together and in energy together. Its
     error is at most the length of one error times the other length. Each pair has two elements here, hence the halves.
-    returns: the sum of magnitudes, the sum of squares, the inherited radius
+    returns: the sum of magnitudes, the inherited radius
     """
     inherited = from_zero_up(x.r, w.length) + from_zero_up(x.length + x.r, w.radius)
-    return x.length @ w.length / 2, x.length**2 @ w.length**2 / 2, inherited / 2
+    return x.length @ w.length / 2, inherited / 2
 
 
 def from_zero_up(a: Any, b: Any) -> Any:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The right factor of a product whose elements are float32 values: bounds of the sums over terms, mostly in float32.
 
-The midpoint needs binary64, and gives the partial sums as well. The other sums are bounds. They need few digits but
-must not be too small. So they are computed in float32, and then increased by the most that this may have lost:
+The midpoint and its partial sums need binary64. The other sums are bounds. They need few digits but must not be too
+small. So they are computed in float32, and then increased by the most that this may have lost:
 
 - Each rounding multiplies a term by at least 1 - u. After k roundings, `excess(k)` times the sum covers the loss.
 - An operation whose result lies below 2^-126 may return zero, and so may one on such numbers. It loses at most
@@ -13,8 +13,7 @@ of the matrix is of moderate size. So no sum overflows, and what is lost below 2
 
 Columns are taken block after block, and rows tile after tile, so that all arrays made from them stay in the cache.
 Each product is made of products over a part of the terms, which are small. OpenBLAS packs the factors of a larger one
-first. With few rows, that takes several times as long as the product. And so the sums up to each checkpoint are at
-hand. Only the stored values are kept between products.
+first. With few rows, that takes several times as long as the product. Only the stored values are kept between products.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 from threading import local
 from typing import Any
@@ -31,7 +30,7 @@ from weakref import ref
 import numpy as np
 
 from refmoe.arithmetic.enclosure.array import SLACK, Enclosure
-from refmoe.arithmetic.enclosure.matrices import Matrix, Summed, Sums, between, checkpoints
+from refmoe.arithmetic.enclosure.matrices import Matrix, Squared, Squares, Summed, Sums, between, checkpoints
 from refmoe.arithmetic.formats import FLOAT32, OF_DTYPE, Format, largest, nearest, upcast
 
 LARGE = 1 << 18
@@ -96,6 +95,7 @@ def _tiles(rows: int) -> Iterator[slice]:
     return (slice(rows * i // count, rows * (i + 1) // count) for i in range(count))
 
 
+@cache
 def parts_of(n: int) -> int:
     """The number of parts of the same size, of `TERMS` terms or more if there are as many, into which n are divided."""
     count = len(checkpoints(n))
@@ -137,10 +137,6 @@ class Scaled:
     """float32 [l, n]. The largest magnitude of a row is 0 or from 1 to 2, or the row is not finite."""
     power: Any
     """float64 [l, 1], zero for rows of zeros."""
-
-    def squared(self) -> Scaled:
-        """The squares of the rows. A row of them has a largest magnitude from 1 to 4."""
-        return Scaled(self.rows * self.rows, self.power**2)
 
 
 def scaled(rows: Any) -> Scaled:
@@ -224,6 +220,14 @@ class NarrowMatrix(Matrix):
             found.add(self._rows[columns], columns)
         return found
 
+    def squares(self, x: Enclosure) -> Squared:
+        if x.mid.ndim != 2:
+            return Matrix(Enclosure(self.mid)).squares(x)
+        found = NarrowSquares(left_of(x), self)
+        for columns in _blocks(self._rows.shape, len(x.mid)):
+            found.add(self._rows[columns], columns)
+        return found
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -233,9 +237,15 @@ class Tile:
     mid: Any
     """binary64."""
     sizes: tuple[Any, ...]
-    """float32, scaled. So are the squares."""
-    squares: tuple[Any, ...]
+    """Magnitudes, and the radius if there is one: float32, scaled."""
+    variances: tuple[Any, ...]
+    """The variance if there is one: float32, scaled."""
     endless: dict[str, Any]
+
+    @cached_property
+    def squares(self) -> tuple[Any, ...]:
+        """Squares of the scaled magnitudes, and the variance if there is one."""
+        return (self.sizes[0] ** 2, *self.variances)
 
 
 class Left:
@@ -245,8 +255,9 @@ class Left:
         self.rows, self.terms = x.shape
         values = scaled(x.mid)
         self.endless: dict[str, Any] = {}
-        sizes, squares = [Scaled(np.abs(values.rows), values.power)], [values.squared()]
-        for name, part, factors in (("radius", x.radius, sizes), ("variance", x.variance, squares)):
+        np.abs(values.rows, out=values.rows)
+        sizes, variances = [values], list[Scaled]()
+        for name, part, factors in (("radius", x.radius, sizes), ("variance", x.variance, variances)):
             if part is not None:
                 part = np.broadcast_to(part, x.shape)
                 unknown = ~np.isfinite(part)
@@ -254,14 +265,15 @@ class Left:
                     self.endless[name] = unknown.astype(np.float32)
                     part = np.where(unknown, 0.0, part)
                 factors.append(scaled(part))
-        self.sizes, self.squares = ([each.power for each in factors] for factors in (sizes, squares))
+        self.sizes = [each.power for each in sizes]
         """Powers of two, [l, 1] each."""
+        self.squares = [values.power**2, *(each.power for each in variances)]
         self.tiles = [
             Tile(
                 part=part,
                 mid=_turned(x.mid, part),
                 sizes=tuple(_turned(each.rows, part) for each in sizes),
-                squares=tuple(_turned(each.rows, part) for each in squares),
+                variances=tuple(_turned(each.rows, part) for each in variances),
                 endless={name: _turned(each, part) for name, each in self.endless.items()},
             )
             for part in _tiles(self.rows)
@@ -314,86 +326,118 @@ def sums_up_to(ends: list[int], w: Any, x: Any, out: Any) -> None:
         np.add(before, after, out=after)
 
 
+def energy_of_path(ends: list[int], w: Any, x: Any) -> Any:
+    """The energy of the partial sums over the terms between two ends, as `product_and_path` counts it.
+
+    w: [m, n]   x: [n, l]   returns: [m, l]
+    """
+    shape = (len(ends), len(w), x.shape[1])
+    partial = _scratch.array("partial", shape, np.float64)
+    sums_up_to(ends, w, x, partial)
+    partial[-1] *= ROOT_OF_HALF
+    partial = partial.reshape(shape[0], -1)
+    return np.einsum("ij,ij->j", partial, partial).reshape(shape[1:])
+
+
 def summed(w: Any, x: Any) -> Any:
-    """The product of w [m, n] and x [n, l], transposed: float32 [l, m]. The next one takes its memory."""
+    """The product of w [m, n] and x [n, l], transposed: [l, m]. The next one takes its memory."""
     count = parts_of(len(x))
-    made = _scratch.array("parts", (count, len(w), x.shape[1]), np.float32)
+    made = _scratch.array("parts", (count, len(w), x.shape[1]), w.dtype)
     np.matmul(w.reshape(len(w), count, -1).transpose(1, 0, 2), x.reshape(count, -1, x.shape[1]), out=made)
     return (made[0] if count == 1 else made.sum(0)).T
 
 
-class NarrowSums:
+class _NarrowBounds:
+    """Bounds of sums over terms, from sums in float32."""
+
+    def __init__(self, left: Left, matrix: NarrowMatrix, powers: list[Any], inexact: str) -> None:
+        """powers: of the rows of each sum, [l, 1] each   inexact: the part of `left` that the second sum has"""
+        self._left, self._most, self._powers, self._inexact = left, matrix.most, powers, inexact
+        self._shape = (left.rows, matrix.columns)
+        self._sums = np.empty((len(powers), *self._shape), np.float32)
+        self._endless = np.empty(self._shape, bool) if inexact in left.endless else None
+
+    def _add(self, made: Any, columns: slice, factors: Callable[[Tile], tuple[Any, ...]]) -> None:
+        """Sum some columns.   made: float32 [columns, n], from zero up"""
+        for tile in self._left.tiles:
+            for i, each in enumerate(factors(tile)):
+                self._sums[i, tile.part, columns] = summed(made, each)
+            if self._endless is not None:
+                reached = summed((made != 0).astype(np.float32), tile.endless[self._inexact])
+                self._endless[tile.part, columns] = reached > 0
+
+    def _bound(self, i: int, lost: float, part: slice) -> Any:
+        """A bound of sums of scaled factors, each of which may have lost so much."""
+        bound = np.add(self._sums[i, part], lost, dtype=np.float64)
+        bound *= self._powers[i][part] * excess(self._left.terms + ROUNDINGS)
+        return bound
+
+    def _inherited(self, lost: float, part: slice) -> Any:
+        """The sum that comes from inexact factors, infinite where an infinite one meets an element that is not zero."""
+        if len(self._powers) == 1:
+            return 0.0
+        found = self._bound(1, lost, part)
+        return found if self._endless is None else np.where(self._endless[part], np.inf, found)
+
+
+class NarrowSums(_NarrowBounds):
     """The sums of a product, as they were computed. `rows` has the bounds."""
 
     def __init__(self, left: Left, matrix: NarrowMatrix, exact_mid: Any) -> None:
-        self._left, self._most = left, matrix.most
-        self._ends = checkpoints(left.terms)
-        shape = (left.rows, matrix.columns)
+        super().__init__(left, matrix, left.sizes, "radius")
         self._exact = exact_mid is not None
-        self.mid = exact_mid if self._exact else np.empty(shape)
-        self._sizes, self._squares = (
-            np.empty((len(powers), *shape), np.float32) for powers in (left.sizes, left.squares)
-        )
-        self._path = np.empty(shape) if len(self._ends) > 1 else None
-        self._endless = {name: np.empty(shape, bool) for name in left.endless}
+        self.mid = exact_mid if self._exact else np.empty(self._shape)
 
     def add(self, rows: Any, columns: slice) -> None:
         """Compute the sums for these columns.   rows: [columns, n], the transpose of the matrix there, as stored"""
         made = _scratch.array("float32", rows.shape, np.float32)
-        wide = _scratch.array("float64", rows.shape, np.float64)
         np.copyto(made, rows)
-        np.copyto(wide, made)
-        for tile in self._left.tiles:
-            self._follow(wide, tile, columns)
-        np.abs(made, out=made)
-        for tile in self._left.tiles:
-            for i, sizes in enumerate(tile.sizes):
-                self._sizes[i, tile.part, columns] = summed(made, sizes)
-            for name, unknown in tile.endless.items():
-                self._endless[name][tile.part, columns] = summed((made != 0).astype(np.float32), unknown) > 0
-        np.multiply(made, made, out=made)
-        for tile in self._left.tiles:
-            for i, squares in enumerate(tile.squares):
-                self._squares[i, tile.part, columns] = summed(made, squares)
-
-    def _follow(self, wide: Any, tile: Tile, columns: slice) -> None:
-        """The product in binary64, and the energy of its partial sums, as `product_and_path` counts it."""
-        shape = (len(self._ends), len(wide), tile.mid.shape[1])
-        partial = _scratch.array("partial", shape, np.float64)
-        sums_up_to(self._ends, wide, tile.mid, partial)
         if not self._exact:
-            self.mid[tile.part, columns] = partial[-1].T
-        if self._path is not None:
-            partial[-1] *= ROOT_OF_HALF
-            partial = partial.reshape(shape[0], -1)
-            self._path[tile.part, columns] = np.einsum("ij,ij->j", partial, partial).reshape(shape[1:]).T
+            wide = _scratch.array("float64", rows.shape, np.float64)
+            np.copyto(wide, made)
+            for tile in self._left.tiles:
+                self.mid[tile.part, columns] = summed(wide, tile.mid)
+        self._add(np.abs(made, out=made), columns, lambda tile: tile.sizes)
 
     def rows(self, part: slice) -> Sums:
         """The bounds of some rows."""
-        n, most = self._left.terms, self._most
+        n = self._left.terms
         # the products and additions lose `FLUSHED` each, and so does each factor, times the other one
-        lost, lost_squares = n * FLUSHED * (most + 4), n * FLUSHED * (2 * most**2 + 10)
-        sizes = [self._bound(*each, lost, part) for each in zip(self._sizes, self._left.sizes, strict=True)]
-        squares = [
-            self._bound(*each, lost_squares, part) for each in zip(self._squares, self._left.squares, strict=True)
-        ]
+        lost = n * FLUSHED * (self._most + 4)
         return Sums(
             mid=self.mid[part],
-            total=sizes[0],
-            energy=squares[0],
-            path=0.0 if self._path is None else self._path[part] * between(n),
-            inherited=self._inherited("radius", sizes, part),
-            variance=self._inherited("variance", squares, part),
+            total=self._bound(0, lost, part),
+            inherited=self._inherited(lost, part),
+            loose=excess(n + ROUNDINGS) ** 2,
+            lost=2 * lost * self._powers[0][part],
         )
 
-    def _bound(self, sums: Any, power: Any, lost: float, part: slice) -> Any:
-        """A bound of sums in float32 of scaled factors, each of which may have lost so much."""
-        bound = np.add(sums[part], lost, dtype=np.float64)
-        bound *= power[part] * excess(self._left.terms + ROUNDINGS)
-        return bound
 
-    def _inherited(self, name: str, sums: list[Any], part: slice) -> Any:
-        """The sum that comes from inexact factors, infinite where an infinite one meets an element that is not zero."""
-        if len(sums) == 1:
-            return 0.0
-        return np.where(self._endless[name][part], np.inf, sums[1]) if name in self._endless else sums[1]
+class NarrowSquares(_NarrowBounds):
+    """The sums of squares of a product, as they were computed. `rows` has the bounds."""
+
+    def __init__(self, left: Left, matrix: NarrowMatrix) -> None:
+        super().__init__(left, matrix, left.squares, "variance")
+        self._ends = checkpoints(left.terms)
+        self._path = np.empty(self._shape) if len(self._ends) > 1 else None
+
+    def add(self, rows: Any, columns: slice) -> None:
+        """Compute the sums for these columns.   rows: [columns, n], the transpose of the matrix there, as stored"""
+        made = _scratch.array("float32", rows.shape, np.float32)
+        np.copyto(made, rows)
+        if self._path is not None:
+            wide = _scratch.array("float64", rows.shape, np.float64)
+            np.copyto(wide, made)
+            for tile in self._left.tiles:
+                self._path[tile.part, columns] = energy_of_path(self._ends, wide, tile.mid).T
+        self._add(np.multiply(made, made, out=made), columns, lambda tile: tile.squares)
+
+    def rows(self, part: slice) -> Squares:
+        """The bounds of some rows."""
+        n = self._left.terms
+        lost = n * FLUSHED * (2 * self._most**2 + 10)
+        return Squares(
+            energy=self._bound(0, lost, part),
+            path=0.0 if self._path is None else self._path[part] * between(n),
+            variance=self._inherited(lost, part),
+        )

@@ -21,7 +21,7 @@ docs/verification.md derives s, for terms in random order and along the index.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ from refmoe.arithmetic.enclosure.array import (
     quiet,
     unbounded_beyond,
 )
-from refmoe.arithmetic.enclosure.matrices import Matrix, Sums, between
+from refmoe.arithmetic.enclosure.matrices import Matrix, Squared, Squares, Sums, between
 from refmoe.arithmetic.formats import Format, representable
 
 PIECE = 1 << 15
@@ -74,14 +74,14 @@ class Accumulator:
         count = 2 * (n + 2 * math.ceil(n / BLOCK)) if self.truncates else n - 1
         return math.expm1(min((count + self.rescales * n) * self.format.u, 700.0))
 
-    def bias(self, sums: Sums, one_way: Any, n: int) -> Any:
+    def bias(self, sums: Sums, squares: Squares, one_way: Any, n: int) -> Any:
         """The bound on what a truncating accumulator is expected to lose in one direction, [..., l, m].
 
         one_way: the surplus of terms of one sign, [..., l, m]; or n, where the signs of terms are not known
         """
         size, steps = np.abs(sums.mid), math.ceil(n / BLOCK)
-        largest, root = (sums.total + size) / 2, np.sqrt(sums.energy)
-        along = np.sqrt((sums.path + between(n) / 2 * sums.energy) / max(n, 1))
+        largest, root = (sums.total + size) / 2, np.sqrt(squares.energy)
+        along = np.sqrt((squares.path + between(n) / 2 * squares.energy) / max(n, 1))
         mean = np.minimum(np.maximum(size / 2 + REACH * root, along), largest)
         return self.format.u * (one_way * largest + steps * mean + math.sqrt(steps) * root)
 
@@ -100,8 +100,8 @@ class Accumulator:
             return False
         return w.fits(self.inputs) and bool(representable(x.mid, self.inputs).all())
 
-    def bounds(self, sums: Sums, flushed: Any, terms: Terms) -> tuple[Any, Any]:
-        """Radius and variance of a product, [..., l, m].
+    def radius(self, sums: Sums, flushed: Any, terms: Terms) -> Any:
+        """The radius of a product, [..., l, m].
 
         flushed: the error when factors below the smallest normal value count as zero, of that shape or a number
         """
@@ -110,7 +110,7 @@ class Accumulator:
         # without roundings, no partial sum is larger than (total + size) / 2 + inherited
         rounds = 1 + 2 * u if terms.rounds else 1.0
         product = u if terms.rounds else 0.0
-        lost, lost_spread = self.underflow(n)
+        lost, _ = self.underflow(n)
         # every sum used here has n additions of positive terms, each with an error of half of OWN
         own = SLACK + n * OWN
         of_total = growth * rounds / 2 + product + (0.0 if terms.exact else (n + 2) * OWN)
@@ -121,15 +121,45 @@ class Accumulator:
         if not _largest(sums.total, size, sums.inherited) * rounds * (1 + growth) < overflow(self.format):
             largest = ((sums.total + size) / 2 + sums.inherited) * rounds
             radius = unbounded_beyond(largest * (1 + growth), radius, self.format)
-        np.multiply(size, size, out=size)
-        spread = sums.energy * (n / 2)
-        spread += size * (n / 3)
-        np.maximum(spread, sums.path + between(n) / 2 * sums.energy, out=spread)
+        return bounded(radius)
+
+    def variance(self, mid: Any, squares: Squares, flushed: Any, terms: Terms) -> Any:
+        """The variance of a product, [..., l, m].   mid: of that shape   flushed: as for `radius`"""
+        n = terms.count
+        size = mid * mid
+        size *= n / 3
+        spread = squares.energy * (n / 2)
+        spread += size
+        np.maximum(spread, squares.path + between(n) / 2 * squares.energy, out=spread)
         if terms.rounds:
-            spread += sums.energy
-        spread *= (1 + self.rescales) * (u * u / 3)
-        spread += sums.variance + (lost_spread + flushed**2 / 3)
-        return bounded(radius), bounded(spread)
+            spread += squares.energy
+        spread *= self._unit
+        spread += squares.variance + self._lost_variance(flushed, n)
+        return bounded(spread)
+
+    def least_variance(self, sums: Sums, flushed: Any, terms: Terms) -> Any:
+        """A lower bound of the variance of a product of exact factors, [..., l, m], from the magnitudes of terms alone.
+
+        The square of a sum of n magnitudes is at most n times the sum of their squares (Cauchy and Schwarz).
+        """
+        n, unit = terms.count, self._unit / SLACK**2
+        spread, size = sums.least_total, sums.mid * math.sqrt(unit * n / 3)
+        spread *= math.sqrt(unit * (n / 2 + terms.rounds) / max(n, 1))
+        spread *= spread
+        size *= size
+        spread += size
+        spread += self._lost_variance(flushed, n)
+        return bounded(spread)
+
+    @property
+    def _unit(self) -> float:
+        """The variance of a rounding of 1."""
+        return (1 + self.rescales) * self.format.u**2 / 3
+
+    def _lost_variance(self, flushed: Any, n: int) -> Any:
+        """The variance of losses below the smallest normal value."""
+        _, lost = self.underflow(n)
+        return lost + flushed**2 / 3
 
 
 def _largest(total: Any, size: Any, inherited: Any) -> float:
@@ -161,29 +191,57 @@ def product(x: Enclosure, w: Matrix, how: Accumulator, exact_mid: Any = None) ->
     if how.flushes:
         inputs = how.format.tiny * _lengths(x, w) if pairs else flushed(np.abs(x.mid), w, how.format)
     terms = Terms(n, rounds=not how.holds_products(x, w), exact=exact_mid is not None)
-    radius, variance = np.empty(sums.mid.shape), np.empty(sums.mid.shape)
-    for part in _pieces(sums.mid.shape):
-        lost = inputs[part] if np.ndim(inputs) else inputs
-        radius[part], variance[part] = how.bounds(sums.rows(part), lost, terms)
-    if not how.truncates:
-        return Enclosure(sums.mid, radius, variance, accumulation=x.accumulation)
-    tiny = how.inputs.tiny
-    apart = tiny * (_lengths(x, w) + n * tiny) if pairs else misaligned(np.abs(x.mid), w, tiny)
-    apart = how.growth(n) * (SLACK + n * OWN) * apart
+    held: list[Squared] = []
+
+    def squares() -> Squared:
+        """The sums of squares, computed at the first call."""
+        if not held:
+            held.append(w.squares(x))
+        return held[0]
+
+    pieces = [(part, inputs[part] if np.ndim(inputs) else inputs) for part in _pieces(sums.mid.shape)]
 
     @quiet
-    def bias() -> Any:
-        # the signs of turned elements are not known: at worst all terms are cut off in the same direction
-        one_way = n if pairs else w.one_way(x)
-        return bounded(how.bias(sums.rows(slice(None)), one_way, n) + apart)
+    def whole() -> Any:
+        made = np.empty(sums.mid.shape)
+        for part, lost in pieces:
+            made[part] = how.variance(sums.mid[part], squares().rows(part), lost, terms)
+        return made
 
-    return Enclosure(sums.mid, bounded(radius + apart), variance, accumulation=x.accumulation, bias=bias)
+    # errors of factors are most of the spread, so that nothing is deferred where these have any
+    defers = x.variance is None and w.variance is None
+    radius, variance = np.empty(sums.mid.shape), np.empty(sums.mid.shape) if defers else whole()
+    for part, lost in pieces:
+        rows = sums.rows(part)
+        radius[part] = how.radius(rows, lost, terms)
+        if defers:
+            variance[part] = how.least_variance(rows, lost, terms)
+    bias: Callable[[], Any] | None = None
+    if how.truncates:
+        tiny = how.inputs.tiny
+        apart = tiny * (_lengths(x, w) + n * tiny) if pairs else misaligned(np.abs(x.mid), w, tiny)
+        apart = how.growth(n) * (SLACK + n * OWN) * apart
+        radius = bounded(radius + apart)
+
+        @quiet
+        def lost_one_way() -> Any:
+            # the signs of turned elements are not known: at worst all terms are cut off in the same direction
+            one_way, every = n if pairs else w.one_way(x), slice(None)
+            return bounded(how.bias(sums.rows(every), squares().rows(every), one_way, n) + apart)
+
+        bias = lost_one_way
+    return Enclosure(
+        sums.mid, radius, variance, accumulation=x.accumulation, bias=bias, whole=whole if defers else None
+    )
 
 
 def _pieces(shape: tuple[int, ...]) -> Iterator[slice]:
     """Slices of the first axis that have about `PIECE` elements each."""
     step = max(1, PIECE // max(math.prod(shape[1:]), 1))
-    return (slice(start, start + step) for start in range(0, shape[0], step))
+    if step >= shape[0]:
+        yield slice(None)
+    else:
+        yield from (slice(start, start + step) for start in range(0, shape[0], step))
 
 
 def _lengths(x: Enclosure, w: Matrix) -> Any:

@@ -22,7 +22,8 @@ def enclosure(*shape: int, **more: Any) -> Enclosure:
 
 def assert_same(one: Enclosure, other: Enclosure) -> None:
     assert (one.owed, one.accumulation, one.biased) == (other.owed, other.accumulation, other.biased)
-    for name in ("mid", "radius", "variance", "length", "bias"):
+    assert one.defers == other.defers
+    for name in ("mid", "radius", "least_variance", "variance", "length", "bias"):
         a, b = getattr(one, name), getattr(other, name)
         assert (a is None) == (b is None), name
         if a is not None:
@@ -42,7 +43,12 @@ def test_pieces_of_a_long_array_give_what_the_whole_gives(name: str, monkeypatch
 
 def test_rows_of_several_arrays_go_to_their_places() -> None:
     order = np.array([4, 0, 6, 2, 1, 5, 3])
-    parts = [enclosure(3, 5), Enclosure(RNG.standard_normal((2, 5))), enclosure(2, 5, bias=RNG.random((2, 5)))]
+    parts = [
+        enclosure(3, 5),
+        Enclosure(RNG.standard_normal((1, 5))),
+        enclosure(1, 5, whole=lambda: np.full((1, 5), 2.0)),
+        enclosure(2, 5, bias=RNG.random((2, 5))),
+    ]
     back = np.argsort(order)
     assert_same(concatenate(parts, axis=0, order=order), concatenate(parts, axis=0)[back])
 

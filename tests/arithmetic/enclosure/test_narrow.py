@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from refmoe.arithmetic.enclosure import narrow
 from refmoe.arithmetic.enclosure.array import OWN, UNDERFLOW, Enclosure, bounded
-from refmoe.arithmetic.enclosure.matrices import Matrix, Sums
+from refmoe.arithmetic.enclosure.matrices import Matrix, Squares, Sums
 from refmoe.arithmetic.formats import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, FORMATS, largest, nearest
 from refmoe.checkpoints.weight import Weight
 from refmoe.profiles.load import policy
@@ -27,13 +28,21 @@ BOUNDS = ("total", "energy", "inherited", "variance")
 SPECIAL = (0.0, np.inf, -np.inf, np.nan, 2.0**-1074, 2.0**1023, 1.0)
 
 
-def both(x: Enclosure, rows: Any, held: Any = FLOAT32) -> tuple[Sums, Sums]:
+@dataclass
+class All(Sums, Squares):
+    """All sums of a product."""
+
+
+def both(x: Enclosure, rows: Any, held: Any = FLOAT32) -> tuple[All, All]:
     """The sums of x times the transpose of stored rows, in float32 and in binary64."""
     matrix = narrow.matrix_of(rows, held, 0)
     assert isinstance(matrix, narrow.NarrowMatrix)
     wide = Matrix(Enclosure(np.asarray(rows, np.float64).T))
     with np.errstate(all="ignore"):
-        found, expected = (each.sums(x, None).rows(slice(None)) for each in (matrix, wide))
+        found, expected = (
+            All(**vars(each.squares(x).rows(slice(None))), **vars(each.sums(x, None).rows(slice(None))))
+            for each in (matrix, wide)
+        )
     return found, expected
 
 
@@ -81,6 +90,8 @@ def test_sums_in_float32_enclose_those_in_binary64(
         # the rules take NaN, such as zero times infinity, for an infinite bound, and add `UNDERFLOW` themselves
         bound, least = (bounded(np.asarray(getattr(sums, name))) for sums in (found, expected))
         assert (bound + UNDERFLOW >= least).all(), name
+    with np.errstate(all="ignore"):
+        assert (bounded(found.least_total) <= bounded(expected.total * (1 + n * OWN)) + UNDERFLOW).all()
 
 
 @pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])
@@ -92,6 +103,7 @@ def test_sums_of_ordinary_numbers_are_hardly_larger(stored: Any, n: int) -> None
     for name in (*BOUNDS, "path"):
         bound, least = getattr(found, name), getattr(expected, name)
         assert np.all(bound <= least * (1 + 1e-3)), name
+    assert np.all(found.least_total >= expected.total * (1 - 2e-3))
 
 
 @pytest.mark.parametrize("n", [20, 512, 611, 1792])
@@ -124,6 +136,7 @@ def test_sums_in_float32_are_bounds_of_the_exact_ones(seed: int, n: int) -> None
     found, _ = both(Enclosure(x), rows)
     for column, row in enumerate(rows.tolist()):
         terms = [Fraction(a) * Fraction(b) for a, b in zip(x[0].tolist(), row, strict=True)]
+        assert Fraction(float(found.least_total[0, column])) <= sum(map(abs, terms))
         for bound, exact in ((found.total, sum(map(abs, terms))), (found.energy, sum(each**2 for each in terms))):
             value = float(bound[0, column])
             # what binary64 loses below its smallest normal value is an allowance of the rules themselves

@@ -14,10 +14,15 @@ from hypothesis import strategies as st
 from bench import accumulators
 from bench import enclosures as bench
 from refmoe.arithmetic.enclosure.array import Enclosure
+from refmoe.arithmetic.enclosure.matrices import Matrix
+from refmoe.arithmetic.enclosure.narrow import matrix_of
+from refmoe.arithmetic.enclosure.products import Accumulator, product
 from refmoe.arithmetic.formats import BFLOAT16, FLOAT16, FLOAT32, FORMATS, nearest
+from refmoe.checkpoints.weight import Weight
 from refmoe.profiles.load import policy
 from refmoe.steps.enclosure_ops import EnclosureOps
 from refmoe.verifier.tally import Tally
+from tests.arithmetic.enclosure.legal import KINDS, draw
 
 
 @pytest.mark.parametrize("kind", accumulators.KINDS)
@@ -100,6 +105,43 @@ def test_a_bias_counts_as_spread_once_the_value_is_used() -> None:
     assert (lean / np.sqrt(product.v[0])).max() > bench.LIMIT
     for used in (product.settle(), product.cut(BFLOAT16), product * 1.0, product + 0.0):
         assert (lean / np.sqrt(used.settle().v[0])).max() < 5
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    name=st.sampled_from(["float32", "bfloat16", "float16", "float32+flushes=true", "float64"]),
+    n=st.integers(1, 700),
+    kind=st.sampled_from(KINDS),
+    exponent=st.sampled_from([-250, -100, 0, 0, 0, 100, 150]),
+)
+def test_the_variance_that_is_known_is_part_of_the_whole(
+    seed: int, name: str, n: int, kind: str, exponent: int
+) -> None:
+    rng, used = np.random.default_rng(seed), policy(name)
+    rows = draw(rng, kind, (4, n), used.storage).astype(used.storage.dtype)
+    x = Enclosure(draw(rng, kind, (3, n), used.storage) * 2.0**exponent, accumulation=used.accumulation)
+    how = Accumulator(used.accumulation, used.storage, flushes=used.flushes)
+    for matrix in (matrix_of(rows, used.storage, 0), Matrix(Enclosure(rows.astype(np.float64).T))):
+        found = product(x, matrix, how)
+        assert found.defers
+        least = found.least_variance
+        assert (least <= found.variance).all()
+
+        if kind == "gaussian" and exponent == 0 and n > 20:
+            assert (least > found.variance / 20).all()
+
+
+@pytest.mark.parametrize("name", ["float32", "float16+truncates=true"])
+def test_a_streamed_product_defers_what_a_whole_one_does(name: str) -> None:
+    used, rng = policy(name), np.random.default_rng(1)
+    x, rows = rng.standard_normal((3, 512)), rng.standard_normal((5000, 512)).astype(np.float16)
+    weight = Weight("layers.0.attention.wq", rows.shape, rows.dtype, source=lambda: rows, origin="w")
+    whole, streamed = (EnclosureOps(used, matrix_bytes=size).linear(Enclosure(x), weight) for size in (1 << 30, 1000))
+    assert whole.defers
+    assert streamed.defers
+    for part in ("mid", "radius", "least_variance", "variance", *(["bias"] if whole.biased else [])):
+        np.testing.assert_array_equal(getattr(whole, part), getattr(streamed, part), err_msg=part)
+    assert whole.biased == streamed.biased
 
 
 def test_one_exact_product_needs_no_rounding() -> None:
