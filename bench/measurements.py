@@ -432,11 +432,13 @@ The wall is a ratio that a part of the work alone has:
 - Of products it is the sums behind an enclosure, at the speed of large products. Those that make the sums are small,
   and can be faster.
 - Of a model it is all its products. To these come the tests of all values, and the other steps.
-- Of bfloat16 files it is the command that computes nothing but the product in float64. Of other rows it is 1.
+- Of bfloat16 files it is the start of a command, and the calls of NumPy for each weight. It is read, tested for NaN,
+  made float32 and float64, and multiplied in both. Of other rows it is 1.
 
-The operations alone are those of all sums behind the enclosures, at this machine's rate of large products. They are as
-many as five products in float32 have: two for the midpoint in float64, and one each for magnitudes, squares and partial
-sums. Commands: the two in the head of `bench/verdicts.py`; file: {link("verdicts.json")}.
+The operations alone are those of the sums behind the enclosures, at this machine's rate of large products. They are as
+many as three products in float32 have: two for the midpoint in float64, and one for the magnitudes of terms. Squares
+and partial sums are computed only where errors are larger than usual.
+Commands: the two in the head of `bench/verdicts.py`; file: {link("verdicts.json")}.
 
 {table(("what", "verdict", "judged", "ratio", "wall", "operations alone", "tests of values"), rows)}"""
 

@@ -11,8 +11,10 @@
 
 Preparation of the weights counts for the verdict. Times of the first three are CPU seconds, since other processes
 change them less than seconds of a clock. The others are whole commands, with all threads, by the clock. The wall is
-the least work: the float64 product counts twice a float32 one, and the sums of magnitudes and of squares once each. Of
-`files` it is `refmoe emit --dtype float64`, which does nothing but this product. Of `model` it is the time of the
+the least work: the float64 product counts twice a float32 one, and the sum of magnitudes once. Of
+`files` it is the start of a command, and the calls of NumPy that each weight goes through: it is read, tested, made
+float32 and float64, and multiplied twice. Here each is repeated on a block in the cache, on all cores. Of `model` it is
+the time of the
 enclosures of products alone, to which sums, functions and the test of every value are added; `tests` is that of these
 tests. Of both, `arithmetic` is the time of the operations of all sums at the measured rate of float32 products: of one
 core for `model`, of all for `files`.
@@ -42,6 +44,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from bench.verify_cost import MIDDLE, ideal_trace
 from refmoe.arithmetic.arrays import StoredWeight
@@ -68,10 +71,8 @@ from refmoe.verifier.verify import verify
 PRODUCTS = ((256, 4096, 4096), (64, 14336, 4096), (64, 512, 1792))
 """Tokens, terms and outputs: attention and an expert of 8x7B, an expert of the model of dim 512."""
 EXPERT = (14336, 4096)
-LEAST = 4.0
-"""Float32 products that the sums behind an enclosure amount to, at least."""
-SUMS = LEAST + 1
-"""Float32 products that have as many operations as all these sums. The energy of partial sums is one more product."""
+LEAST = 3.0
+"""Float32 products that the sums behind an enclosure amount to, where errors are as small as usual."""
 Work = Callable[[], Any]
 
 
@@ -195,7 +196,7 @@ def model_row(tokens: int, name: str, repeats: int, folder: Path) -> dict[str, A
     PRODUCTS_CLOCK.seconds = TESTS_CLOCK.seconds = 0.0
     found = compared(judge, lambda: forward(native, model, ids, np.arange(tokens), None), repeats)
     products, tests = (each.seconds / (repeats + 1) for each in (PRODUCTS_CLOCK, TESTS_CLOCK))
-    judged, sums = found["judged_ms"] / 1e3, SUMS * operations(MIDDLE, tokens) / (1e9 * machine()["gflops"])
+    judged, sums = found["judged_ms"] / 1e3, LEAST * operations(MIDDLE, tokens) / (1e9 * machine()["gflops"])
     what = f"model of dim 512, prefill {tokens}, {name}"
     return {"what": what, **found, "wall": products / judged, "tests": tests / judged, "arithmetic": sums / judged}
 
@@ -317,12 +318,31 @@ def files_row(repeats: int, folder: Path) -> Iterator[dict[str, Any]]:
     def read() -> float:
         return read_once(folder / "one-layer", needed)
 
-    double = tuple("float64" if word == "float32" else word for word in layer.emit)
-    wall = statistics.median(clocked(*double) / read() for _ in range(repeats))
-    clocked(*layer.emit)
-    row = in_turns(what, lambda: clocked(*layer.verify), read, repeats, wall)
-    work = SUMS * 2 * len(EIGHT.split(",")) * needed / BYTES
-    yield row | {"arithmetic": 1e3 * work / rate_of_all_cores() / row["judged_ms"]}
+    row = in_turns(what, lambda: clocked(*layer.verify), read, repeats, 0.0)
+    tokens, weights, reading = len(EIGHT.split(",")), needed / BYTES, row["judged_ms"] / 1e3
+    start = statistics.median(clocked("--version") for _ in range(repeats))
+    calls = weights * seconds_for_a_weight(tokens) + reading
+    operations = LEAST * 2 * tokens * weights / rate_of_all_cores()
+    yield row | {"wall": (start + calls / (os.cpu_count() or 1)) / reading, "arithmetic": operations / reading}
+
+
+def seconds_for_a_weight(tokens: int) -> float:
+    """CPU seconds of the calls of NumPy that a bfloat16 weight goes through, on a block in the cache."""
+    rng, (columns, terms), parts = np.random.default_rng(1), (64, 4096), 32
+    stored = rng.standard_normal((columns, terms)).astype(ml_dtypes.bfloat16)
+    narrow, wide = np.empty(stored.shape, np.float32), np.empty(stored.shape)
+    x = rng.standard_normal((terms, tokens))
+
+    def product(w: Any, x: Any) -> Any:
+        return w.reshape(columns, parts, -1).transpose(1, 0, 2) @ x.reshape(parts, -1, tokens)
+
+    works: Sequence[Work] = (
+        lambda: stored.view(np.int16).max(), lambda: stored.view(np.uint16).max(), lambda: np.copyto(narrow, stored),
+        lambda: np.copyto(wide, narrow), lambda: np.abs(narrow, out=narrow), lambda: product(wide, x),
+        lambda: product(narrow, x.astype(np.float32)),
+    )  # fmt: skip
+    with threadpool_limits(1):
+        return sum(statistics.median(spent(work) for _ in range(100)) for work in works) / stored.size
 
 
 def busy_row(repeats: int, folder: Path) -> Iterator[dict[str, Any]]:

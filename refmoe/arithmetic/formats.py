@@ -95,8 +95,9 @@ def ulp(x: Any, format: Format) -> Floats:
     """The spacing of the format's values at |x|, as if there were no largest value; infinite where x is not finite."""
     x = np.asarray(x, np.float64)
     # the exponent's bits alone are 2^floor(log2 |x|): 0 where x is subnormal, infinity where it is not finite
-    power = (x.view(np.int64) & _EXPONENT).view(np.float64)
-    spacing: Floats = np.maximum(power, format.tiny) * 2.0 ** (1 - format.precision)
+    spacing: Floats = np.asarray(x.view(np.int64) & _EXPONENT).view(np.float64)
+    np.maximum(spacing, format.tiny, out=spacing)
+    spacing *= 2.0 ** (1 - format.precision)
     return spacing
 
 

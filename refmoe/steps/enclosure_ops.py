@@ -175,7 +175,7 @@ class EnclosureOps(ArrayOps):
         def over_blocks(take: Callable[[Enclosure], Any]) -> list[Any]:
             return side_by_side(weight, prepare, quiet(lambda ready: take(self._times(x, ready, how))))
 
-        known = concatenate(over_blocks(Enclosure.known), axis=-1)
+        known = concatenate(over_blocks(lambda part: part.known()), axis=-1)
         return Enclosure(
             known.mid,
             known.radius,
@@ -404,7 +404,7 @@ class EnclosureOps(ArrayOps):
 
     def _watch(self, name: str, x: Enclosure, format: Format) -> Enclosure:
         """Record `name` as an event if a legal implementation may overflow here."""
-        largest = np.abs(x.mid).max(initial=0.0)
+        largest = max(x.mid.max(initial=0.0), -x.mid.min(initial=0.0))
         least = 0.0 if x.least_variance is None else x.least_variance
         # the part of the spread that is not computed yet is less than the radius
         spread = math.sqrt(np.max(least, initial=0.0)) + (np.max(x.r, initial=0.0) if x.defers else 0.0)

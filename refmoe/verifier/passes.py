@@ -33,6 +33,9 @@ KEPT_DECISIONS = 50_000
 AFTER_CHOICE = ("router.weights", "expert.gate", "expert.up", "expert.hidden", "expert.output", "moe.output")
 """The taps whose values depend on the choice of experts."""
 
+READ_OUT = {"final_norm", "logits", LOGPROBS}
+"""The taps after the last layer. A run without any of them needs no head."""
+
 Key = tuple[str, str]
 """Run and tap."""
 
@@ -128,7 +131,7 @@ class Pass:
         if not self._present:
             return fill(ops, model, layers, x, positions, before)
         x, extended = run_layers(ops, model, layers, x, positions, before)
-        if layers.stop == model.config.layers:
+        if layers.stop == model.config.layers and self._present & READ_OUT:
             self._read_out(head(ops, model, x))
         return extended
 
@@ -204,10 +207,9 @@ class Pass:
             # masked scores are never read, so an engine may leave anything there
             seen = np.broadcast_to(self._visible()[None], x.shape)
             flat = np.flatnonzero(seen)
-            x, values = x[seen], np.asarray(dumped[seen], np.float64)
+            x, values = x[seen], dumped[seen]
         else:
-            values = np.asarray(dumped, np.float64).reshape(-1)
-            shape = dumped.shape
+            values, shape = np.asarray(dumped).reshape(-1), dumped.shape
             x = x.map(lambda part: (part if part.shape == shape else np.broadcast_to(part, shape)).reshape(-1))
         tally.rows += self._tokens
         before = tally.outside
@@ -228,7 +230,7 @@ class Pass:
             nothing = Enclosure(np.zeros(rest.size), accumulation=self.policy.accumulation)
             place = places(rest.shape, (0, self._start, self._run.past + stop))
             format = self.policy.at("attention.probs")
-            values = np.asarray(rest, np.float64).reshape(-1)
+            values = np.asarray(rest).reshape(-1)
             tally.add(nothing, values, format, OF_DTYPE[array.dtype], place, False)
 
     def _note_codes(self, name: str, step: str, x: Enclosure) -> None:

@@ -104,7 +104,7 @@ class Tally:
     ) -> None:  # fmt: skip
         """Test values against their enclosure.
 
-        x: the enclosure before the last rounding, [n]   found: binary64 [n]   place: from position to index
+        x: the enclosure before the last rounding, [n]   found: floats [n]   place: from position to index
         may_overflow: whether a legal implementation may have overflowed before this tap
         counted: the first values, of which size and lean are taken; None: all values
 
@@ -116,8 +116,8 @@ class Tally:
             for start in range(0, found.size, PIECE):
                 part = slice(start, start + PIECE)
                 self._add_piece(
-                    x if found.size <= PIECE else x[part], found[part], policy_format, found_format, place, start,
-                    may_overflow, counted - start,
+                    x if found.size <= PIECE else x[part], np.asarray(found[part], np.float64), policy_format,
+                    found_format, place, start, may_overflow, counted - start,
                 )  # fmt: skip
 
     def _add_piece(

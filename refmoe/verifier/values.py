@@ -233,19 +233,18 @@ def measured(values: Values, ratio: float, excess: float) -> Measured | None:
     half *= SPARE / 2
     legal = half + r
     # a value of another sign than m is farther from m than zero is
-    far = size > around
-    suspect = far | (size > legal * (min(ratio, 1.0) * SPARE))
+    suspect = size > np.minimum(legal * (min(ratio, 1.0) * SPARE), around)
     if suspect.any():
         share = size / legal
         at = int(share.argmax())
         reached = float(size[at]) / (_number(r, at) + float(ulp(around[at] + _number(r, at), format)) / 2)
-        suspect = far | (share > min(max(ratio, reached), 1.0) * SPARE)
+        suspect = (size > around) | (share > min(max(ratio, reached), 1.0) * SPARE)
     beyond = np.subtract(size, half, out=half)
     beyond *= np.abs(beyond)  # the square, negative within the cell
     spread = v * (excess * excess * SPARE)
     above = beyond > spread
     if above.any():
-        if values.later is not None and (far.any() or (beyond > v * CALM**2).any()):
+        if values.later is not None and ((size > around).any() or (beyond > v * CALM**2).any()):
             return None
         farthest = values.at(np.array([(beyond / np.maximum(v, UNDERFLOW)).argmax()]))
         reached = max(excess, float(judged(farthest, may_overflow=False).excess[0]))

@@ -123,10 +123,11 @@ class Enclosure:
         """Whether a part of the spread, or a bias, is computed on demand."""
         return self._whole is not None or self.biased
 
-    def known(self) -> Enclosure:
-        """The enclosure without what is computed on demand."""
+    def known(self, variance: Any = None) -> Enclosure:
+        """The enclosure with another variance, or that which is known, and nothing to be computed on demand."""
+        variance = self._variance if variance is None else variance
         return Enclosure(
-            self.mid, self.radius, self._variance, accumulation=self.accumulation, owed=self.owed, length=self.length,
+            self.mid, self.radius, variance, accumulation=self.accumulation, owed=self.owed, length=self.length,
             choices=self.choices,
         )  # fmt: skip
 
@@ -183,18 +184,26 @@ class Enclosure:
         """The enclosure with its owed rounding, and with its bias counted as spread."""
         if not self.owed and not self.biased:
             return self
-        radius, variance = self.r, self.v
-        if self.owed:
-            u, tiny = self.accumulation.u, self.accumulation.tiny
-            size = self.size
-            reach = size + radius
-            lost = tiny if self.length is None else 2 * tiny  # two elements of a pair lose root 2 as much as one
-            radius = unbounded_beyond(reach, (radius + (u * reach + lost)) * SLACK, self.accumulation)
-            # below tiny the spacing no longer shrinks: half a spacing is u tiny
-            variance = bounded(variance + (u * (size + tiny)) ** 2 / 3 + UNDERFLOW)
-        if self.biased:
-            variance = variance + self.bias**2 / 3
-        return Enclosure(self.mid, radius, variance, accumulation=self.accumulation, length=self.length)
+        x = self.known(self.v + self.bias**2 / 3) if self.biased else self
+        if not x.owed:
+            return x
+        u, tiny = x.accumulation.u, x.accumulation.tiny
+        size = x.size
+        reach = size + x.r
+        lost = tiny if x.length is None else 2 * tiny  # two elements of a pair lose root 2 as much as one
+        radius = unbounded_beyond(reach, (x.r + (u * reach + lost)) * SLACK, x.accumulation)
+        # below tiny the spacing no longer shrinks: half a spacing is u tiny
+        rounding = (u * (size + tiny)) ** 2 / 3 + UNDERFLOW
+        return x._after(lambda v: bounded(v + rounding), x.mid, radius, length=x.length)
+
+    def _after(self, variance: Callable[[Any], Any], mid: Any, radius: Any, **more: Any) -> Enclosure:
+        """The result of an operation on this enclosure alone.
+
+        variance: the rising function from this variance to that of the result
+        """
+        least = variance(0.0 if self._variance is None else self._variance)
+        whole = None if self._whole is None else lambda: variance(self.v)
+        return Enclosure(mid, radius, least, accumulation=self.accumulation, whole=whole, **more)
 
     def _constant(self, value: Any, inverted: bool) -> Enclosure:
         """A number of the formula, such as eps or 1 / sqrt(d). An engine holds it, or its inverse, in its own dtype."""
@@ -252,9 +261,7 @@ class Enclosure:
     def __mul__(self, other: Any) -> Enclosure:
         square = other is self
         if isinstance(other, Enclosure) and not square and self.mid.size > PIECE and self.shape == other.shape:
-            one, two = self.reshape(-1), other.reshape(-1)
-            parts = (slice(start, start + PIECE) for start in range(0, self.mid.size, PIECE))
-            return concatenate([one[part] * two[part] for part in parts], axis=0).reshape(self.shape)
+            return in_pieces(lambda one, two: one * two, self, other)
         a, b = self._with(other)
         mid = a.mid * b.mid
         own = OWN * np.abs(mid) + UNDERFLOW
@@ -280,7 +287,12 @@ class Enclosure:
         length = None if a.length is None or b.mid.ndim else a.length / np.abs(b.mid)
         size = np.abs(mid) if length is None else length
         if b.radius is None:
-            return self._owing(mid, a.r / np.abs(b.mid) + OWN * size + UNDERFLOW, a.v / b.mid**2, length)
+            radius = bounded((a.r / np.abs(b.mid) + OWN * size + UNDERFLOW) * SLACK)
+
+            def spread(v: Any) -> Any:
+                return bounded(v / b.mid**2 + np.zeros(mid.shape))
+
+            return a._after(spread, mid, radius, owed=True, length=length)
         room = np.abs(b.mid) - b.r
         # b.r is divided before it is multiplied: size * b.r may lose its digits below the smallest normal value
         radius = np.where(room > 0, a.r / room + size * (b.r / room), np.inf) + OWN * size + UNDERFLOW
@@ -312,7 +324,7 @@ class Enclosure:
             half = ulp(reach, format) / 2 + UNDERFLOW
             spread = ulp(size, format) ** 2 / 12 + UNDERFLOW
         radius = unbounded_beyond(reach, (x.r + half) * SLACK, format)
-        return Enclosure(x.mid, radius, x.v + spread, accumulation=self.accumulation, length=x.length)
+        return x._after(lambda v: v + spread, x.mid, radius, length=x.length)
 
 
 def _pair_rounding(reach: Any, format: Format) -> Any:
@@ -393,13 +405,14 @@ def concatenate(parts: Any, axis: int, order: Any = None) -> Enclosure:
     )
 
 
-def in_pieces(function: Callable[[Enclosure], Enclosure], x: Enclosure) -> Enclosure:
-    """`function` of x, which treats each element by itself. A long array goes piece by piece."""
-    if x.mid.size <= PIECE:
-        return function(x)
-    flat = x.reshape(-1)
-    parts = [function(flat[start : start + PIECE]) for start in range(0, x.mid.size, PIECE)]
-    return concatenate(parts, axis=0).reshape(x.shape)
+def in_pieces(function: Callable[..., Enclosure], *arrays: Enclosure) -> Enclosure:
+    """`function` of arrays of one shape, which treats each element by itself. Long arrays go piece by piece."""
+    shape, size = arrays[0].shape, arrays[0].mid.size
+    if size <= PIECE:
+        return function(*arrays)
+    flat = [each.reshape(-1) for each in arrays]
+    pieces = (slice(start, start + PIECE) for start in range(0, size, PIECE))
+    return concatenate([function(*(each[part] for each in flat)) for part in pieces], axis=0).reshape(shape)
 
 
 def _joined_choices(parts: Any, axis: int) -> Choices | None:

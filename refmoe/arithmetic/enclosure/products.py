@@ -119,9 +119,10 @@ class Accumulator:
         radius += size * (of_size * own)
         radius += sums.inherited * ((1 + growth * rounds + product) * own) + (lost + flushed) * own
         if not _largest(sums.total, size, sums.inherited) * rounds * (1 + growth) < overflow(self.format):
+            # only here a sum may be NaN or infinite
             largest = ((sums.total + size) / 2 + sums.inherited) * rounds
-            radius = unbounded_beyond(largest * (1 + growth), radius, self.format)
-        return bounded(radius)
+            radius = bounded(unbounded_beyond(largest * (1 + growth), radius, self.format))
+        return radius
 
     def variance(self, mid: Any, squares: Squares, flushed: Any, terms: Terms) -> Any:
         """The variance of a product, [..., l, m].   mid: of that shape   flushed: as for `radius`"""

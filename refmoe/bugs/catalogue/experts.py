@@ -50,7 +50,7 @@ def project(ops: Any, experts: Any, rows: Any, ids: Any, name: str) -> Any:
         if count:
             results.append(ops.linear(rows[start : start + count], getattr(expert, name)))
             start += count
-    return ops.concatenate(results)[ops.inverse(order)]
+    return ops.placed(results, order)
 
 
 def run_rows(ops: Any, experts: Any, rows: Any, chosen: Any, hidden_of: Callable[[Any, Any, Any], Any] = swiglu) -> Any:
