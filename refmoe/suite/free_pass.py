@@ -22,6 +22,8 @@ class FreePass(Pass):
     A verification computes nothing but the caches of a call of which the trace holds no tap. Here all are computed.
     """
 
+    looks_beyond = True
+
     def __init__(self, subject: Subject, policy: Policy, spreads: float) -> None:
         """spreads: standard deviations that count as certain"""
         super().__init__(held_trace(Header(runs=subject.runs), {}), subject, policy, spreads)

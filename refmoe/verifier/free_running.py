@@ -109,6 +109,8 @@ class Openness:
 class Replica(Pass):
     """A run of the policy with random roundings, drawn by their variance. Without a draw nothing is rounded."""
 
+    looks_beyond = True
+
     def __init__(self, trace: Trace, subject: Subject, policy: Policy, wanted: set[Key], draw: Draw | None) -> None:
         """wanted: the taps to keep"""
         super().__init__(trace, subject, policy, 0.0)

@@ -34,7 +34,7 @@ AFTER_CHOICE = ("router.weights", "expert.gate", "expert.up", "expert.hidden", "
 """The taps whose values depend on the choice of experts."""
 
 READ_OUT = {"final_norm", "logits", LOGPROBS}
-"""The taps after the last layer. A run without any of them needs no head."""
+"""The taps after the last layer. A run without any of them needs no head, unless the pass looks beyond the trace."""
 
 Key = tuple[str, str]
 """Run and tap."""
@@ -66,6 +66,9 @@ AS_STORED = Reading()
 
 class Pass:
     """A forward pass. Each tap tests the trace's values, and later steps read them."""
+
+    looks_beyond = False
+    """Whether the pass looks at taps that the trace lacks."""
 
     def __init__(
         self,
@@ -131,7 +134,7 @@ class Pass:
         if not self._present:
             return fill(ops, model, layers, x, positions, before)
         x, extended = run_layers(ops, model, layers, x, positions, before)
-        if layers.stop == model.config.layers and self._present & READ_OUT:
+        if layers.stop == model.config.layers and (self.looks_beyond or self._present & READ_OUT):
             self._read_out(head(ops, model, x))
         return extended
 

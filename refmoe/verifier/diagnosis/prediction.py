@@ -128,6 +128,8 @@ class Prediction(Pass):
     It replaces a choice of experts that is invalid by its own.
     """
 
+    looks_beyond = True
+
     def __init__(self, trace: Trace, subject: Subject, policy: Policy, wanted: frozenset[str] | None = None) -> None:
         """wanted: the steps to keep, in the trace or not; None: all steps that the trace has"""
         super().__init__(trace, subject, policy, 0.0)
