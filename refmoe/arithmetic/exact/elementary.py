@@ -22,7 +22,7 @@ move the result by less than 0.01 ulp. A last addition rounds.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -132,14 +132,14 @@ def _by_blocks(kernel: Callable[[Array, Any], tuple[Array, ...]], xp: Any, x: Ar
     return [result.reshape(x.shape) for result in results]
 
 
-@cache
-def _arrays(values: tuple[float, ...]) -> tuple[Array, ...]:
-    return tuple(np.asarray(value) for value in values)
-
-
-def _numbers(values: tuple[float, ...], xp: Any) -> tuple[Any, ...]:
+class _Numbers:
     """Numbers to compute with: for NumPy arrays of no dimension, as an operation takes a third less time with these."""
-    return _arrays(values) if xp is np else values
+
+    def __init__(self, *values: float) -> None:
+        self.values, self.arrays = values, tuple(map(np.asarray, values))
+
+    def of(self, xp: Any) -> tuple[Any, ...]:
+        return self.arrays if xp is np else self.values
 
 
 def _is_ordinary(x: Array) -> bool:
@@ -158,13 +158,13 @@ def _polynomial(x: Array, first: float, *rest: float) -> Array:
     return y
 
 
-_EXP_NUMBERS = (tables.STEPS_PER_LN2, tables.LN2_STEP_1, tables.LN2_STEP_2, _GRID_31)
-_EXP_SERIES = (1 / 40320, 1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2)
+_EXP_NUMBERS = _Numbers(tables.STEPS_PER_LN2, tables.LN2_STEP_1, tables.LN2_STEP_2, _GRID_31)
+_EXP_SERIES = _Numbers(1 / 40320, 1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2)
 
 
 def _exp_reduced(x: Array, xp: Any) -> tuple[Array, Array, Array]:
     """x = n ln 2 / 16 + r for |x| <= 800: n in int64, the leading 26 bits r1 of r, and e^r - 1 - r1."""
-    steps_per_ln2, step_1, step_2, grid = _numbers(_EXP_NUMBERS, xp)
+    steps_per_ln2, step_1, step_2, grid = _EXP_NUMBERS.of(xp)
     n = xp.rint(x * steps_per_ln2)
     r = x - n * step_1  # exact
     tail = n * step_2
@@ -173,7 +173,7 @@ def _exp_reduced(x: Array, xp: Any) -> tuple[Array, Array, Array]:
     r2 = r - r1
     r2 -= tail
     r -= tail
-    q = _polynomial(r, *_numbers(_EXP_SERIES, xp))
+    q = _polynomial(r, *_EXP_SERIES.of(xp))
     q *= r * r  # e^r - 1 - r
     r2 += q
     return n.astype(np.int64), r1, r2
@@ -249,9 +249,12 @@ def _logistic_parts(x: Array, xp: Any) -> tuple[Array, Array, Array]:
     return high, low, xp.where(negative, k, 0)
 
 
+_ONE = _Numbers(1.0)
+
+
 def _quotient(n1: Array, n2: Array, e1: Array, e2: Array, xp: Any) -> double_double.Pair:
     """(n1 + n2) / (1 + e1 + e2)"""
-    (one,) = _numbers((1.0,), xp)
+    (one,) = _ONE.of(xp)
     d1, d2 = fast_two_sum(one, e1)
     d2 += e2
     high = n1 / d1
