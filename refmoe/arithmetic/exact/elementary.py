@@ -258,9 +258,7 @@ def _quotient(n1: Array, n2: Array, e1: Array, e2: Array, xp: Any) -> double_dou
     d1, d2 = fast_two_sum(one, e1)
     d2 += e2
     high = n1 / d1
-    p, error = two_product(high, d1)
-    low = n1 - p
-    low -= error
+    low = double_double.remainder(n1, high, d1)
     low += n2 - high * d2
     low /= d1 + d2
     return high, low
