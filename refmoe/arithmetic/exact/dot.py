@@ -311,7 +311,7 @@ def decide(value: Array, unsure: Array | None, exact: Callable[[tuple[int, ...]]
 
 
 def exact_dot(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
-    """The correctly rounded value of the exact sum of a[i] * b[i], by integers of any size.
+    """The correctly rounded value of the exact sum of a[i] * b[i]: of few terms by `math.fsum`, else by integers.
 
     a, b: float64 [n], any values   returns: NaN, an infinity or the sum rounded once, half to even; +0.0 if exactly 0
     """
