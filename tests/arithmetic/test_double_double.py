@@ -37,6 +37,11 @@ def test_transforms_lose_nothing(a: float, b: float) -> None:
     assert exact(dd.two_product(a, b)) == Fraction(a) * Fraction(b)
 
 
+@given(moderate, moderate.filter(bool))
+def test_a_remainder_of_a_division_is_exact(a: float, b: float) -> None:
+    assert Fraction(dd.remainder(a, a / b, b)) == Fraction(a) - Fraction(a / b) * Fraction(b)
+
+
 @given(moderate)
 def test_halves_of_a_split_have_26_bits(a: float) -> None:
     for half in dd.split(a):

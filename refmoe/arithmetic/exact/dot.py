@@ -17,6 +17,7 @@ last bit" (the rounding test); Kulisch 2013, "Computer arithmetic and validity" 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from refmoe.arithmetic.arrays import Array
-from refmoe.arithmetic.exact import few
+from refmoe.arithmetic.exact import double_double, few
 from refmoe.arithmetic.exact.double_double import two_sum
 from refmoe.arithmetic.exact.prepared_weight import PreparedWeight, prepare, slices_for
 from refmoe.arithmetic.exact.slices import (
@@ -33,6 +34,7 @@ from refmoe.arithmetic.exact.slices import (
     ROUNDING,
     bits,
     coverage,
+    is_safe,
     on_host,
     remainder_bound,
     sigma_above,
@@ -49,6 +51,8 @@ LITTLE = 2.0**-61
 """The remainder of a row, per unit of its largest magnitude, that leaves about one element in 1000 in doubt."""
 MOST_UNSURE = 2.0**-10
 """The share of elements of `linear` in doubt above which a product takes less time than the exact path (measured)."""
+SHORT = 128
+"""Terms of which an exact sum takes less time by `math.fsum` than by integers (measured)."""
 IN_CACHE = 1 << 16
 """Elements of operands that `matmul` and `sum` split at a time on a CPU, so that the temporaries stay in cache."""
 
@@ -113,17 +117,18 @@ def linear(x: Array, weight: PreparedWeight, xp: Any = np) -> Array:
     m, n = weight.leading.shape
     if not (x.size and m):
         return xp.zeros((*x.shape[:-1], m))
-    rows = x.reshape(-1, n)
-    if xp is np and (proven := few.linear(rows, weight)) is not None:
-        return proven.reshape(*x.shape[:-1], m)
+    if x.ndim != 2:
+        return linear(x.reshape(-1, n), weight, xp).reshape(*x.shape[:-1], m)
+    if xp is np and (proven := few.linear(x, weight)) is not None:
+        return decide(*proven, lambda at: exact_dot(x[at[0]], weight.row(at[1], np)), np)
     step = max(1, CHUNK // (m * weight.count))
-    if len(rows) <= step:
-        return linear_sliced(slice_rows(rows, weight.count, weight.width, xp), weight, xp).reshape(*x.shape[:-1], m)
-    result = xp.empty((len(rows), m))
-    for start in range(0, len(rows), step):
-        sliced = slice_rows(rows[start : start + step], weight.count, weight.width, xp)
+    if len(x) <= step:
+        return linear_sliced(slice_rows(x, weight.count, weight.width, xp), weight, xp)
+    result = xp.empty((len(x), m))
+    for start in range(0, len(x), step):
+        sliced = slice_rows(x[start : start + step], weight.count, weight.width, xp)
         result[start : start + step] = linear_sliced(sliced, weight, xp)
-    return result.reshape(*x.shape[:-1], m)
+    return result
 
 
 def linear_sliced(x: SlicedRows, weight: PreparedWeight, xp: Any = np) -> Array:
@@ -162,12 +167,12 @@ def linear_sliced(x: SlicedRows, weight: PreparedWeight, xp: Any = np) -> Array:
 
 def matmul(a: Array, b: Array, xp: Any = np) -> Array:
     """a @ b, by DOT-1 and DOT-2. a: float64 [..., m, n]   b: float64 [..., n, p]   returns: [..., m, p]"""
-    (m, n), p = a.shape[-2:], b.shape[-1]
-    lead = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    if not n or 0 in (*lead, m, p):
-        return xp.zeros((*lead, m, p))
-    if a.ndim != b.ndim or a.shape[:-2] != b.shape[:-2]:
-        a, b = xp.broadcast_to(a, (*lead, m, n)), xp.broadcast_to(b, (*lead, n, p))
+    lead = a.shape[:-2]
+    if b.shape[:-2] != lead:
+        lead = np.broadcast_shapes(lead, b.shape[:-2])
+        a, b = xp.broadcast_to(a, (*lead, *a.shape[-2:])), xp.broadcast_to(b, (*lead, *b.shape[-2:]))
+    if not (a.size and b.size):
+        return xp.zeros((*lead, a.shape[-2], b.shape[-1]))
     if xp is np and lead and lead[0] > 1 and a.size + b.size > IN_CACHE:
         step = max(1, IN_CACHE * lead[0] // (a.size + b.size))
         blocks = [slice(start, start + step) for start in range(0, lead[0], step)]
@@ -181,8 +186,12 @@ def _matmul_block(a: Array, b: Array, xp: Any) -> Array:
     With slices a_0, a_1, ... and b_0, b_1, ... of one width, all a_i b_j with i + j = k have one unit. The width leaves
     room to add them exactly.
     """
+
+    def exact(at: tuple[int, ...]) -> float:
+        return exact_dot(on_host(a[at[:-1]]), on_host(b[(*at[:-2], slice(None), at[-1])]))
+
     if xp is np and (proven := few.matmul(a, b)) is not None:
-        return proven
+        return decide(*proven, exact, np)
     n = a.shape[-1]
     most = 2
     while most * ((width := (53 - bits(most * n)) // 2) + 1) < coverage(n):
@@ -214,10 +223,6 @@ def _matmul_block(a: Array, b: Array, xp: Any) -> Array:
         unsure = xp.zeros(value.shape, dtype=bool) if unsure is None else unsure
         for unsafe in (a_unsafe, b_unsafe):
             unsure |= False if unsafe is None else unsafe
-
-    def exact(at: tuple[int, ...]) -> float:
-        return exact_dot(on_host(a[at[:-1]]), on_host(b[(*at[:-2], slice(None), at[-1])]))
-
     return decide(value, unsure, exact, xp)
 
 
@@ -236,8 +241,12 @@ def sum(x: Array, axis: int, xp: Any = np) -> Array:
 
 def _sum_block(x: Array, axis: int, xp: Any) -> Array:
     n = x.shape[axis]
+
+    def exact(at: tuple[int, ...]) -> float:
+        return exact_dot(on_host(xp.moveaxis(x, axis, -1)[at]), np.ones(n))
+
     if xp is np and (proven := few.sum(x, axis)) is not None:
-        return proven
+        return decide(*proven, exact, np)
     width = min(53 - bits(n), MOST_BITS)
     safe, top, unsafe = tame(x, axis, xp)
     stack = xp.empty((2, *x.shape))  # nearly always two slices hold all of x, and then no rounding test is needed
@@ -251,10 +260,6 @@ def _sum_block(x: Array, axis: int, xp: Any) -> Array:
     if unsafe is not None:
         unsafe = unsafe.squeeze(axis)
         unsure = unsafe if unsure is None else unsure | unsafe
-
-    def exact(at: tuple[int, ...]) -> float:
-        return exact_dot(on_host(xp.moveaxis(x, axis, -1)[at]), np.ones(n))
-
     return decide(value, unsure, exact, xp)
 
 
@@ -306,10 +311,12 @@ def decide(value: Array, unsure: Array | None, exact: Callable[[tuple[int, ...]]
 
 
 def exact_dot(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
-    """The correctly rounded value of the exact sum of a[i] * b[i], by integers of any size.
+    """The correctly rounded value of the exact sum of a[i] * b[i]: of few terms by `math.fsum`, else by integers.
 
     a, b: float64 [n], any values   returns: NaN, an infinity or the sum rounded once, half to even; +0.0 if exactly 0
     """
+    if len(a) <= SHORT and (found := _short_dot(a, b)) is not None:
+        return found
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return _not_finite(a, b)
     terms = (a != 0) & (b != 0)
@@ -333,6 +340,15 @@ def exact_dot(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
             for shift in np.flatnonzero(by_exponent).tolist():
                 total += int(by_exponent[shift]) << (shift + half * place)
     return _rounded(total, least - 106)
+
+
+def _short_dot(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float | None:
+    """`exact_dot` of safe elements, else None: the rounded sum of the products of their halves, which are exact."""
+    both = np.array([a, b])
+    if not is_safe(np.abs(both)).all():
+        return None
+    halves = np.array(double_double.split(both))  # of 26 bits: [the half, the factor, n]
+    return math.fsum((halves[:, None, 0] * halves[:, 1]).ravel().tolist())
 
 
 def _not_finite(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:

@@ -64,6 +64,21 @@ def two_product(a: Array, b: Array) -> Pair:
     return p, error
 
 
+def remainder(a: Array, quotient: Array, b: Array) -> Array:
+    """a - quotient * b exactly, for the rounded quotient a / b. The ranges of `two_product`.
+
+    With q and b in [1, 2), the four differences are multiples of 2^-52, 2^-77, 2^-77 and 2^-104. They are below 2^-23,
+    2^-24, 2^-50 and 2^-52, as each is the sum of the products that are still to come and of the remainder.
+    """
+    q_high, q_low = split(quotient)
+    b_high, b_low = split(b)
+    rest: Array = a - q_high * b_high
+    rest -= q_high * b_low
+    rest -= q_low * b_high
+    rest -= q_low * b_low
+    return rest
+
+
 def add(x: Pair, y: Pair) -> Pair:
     """x + y with relative error below 2^-104 (AccurateDWPlusDW, where no cancellation; else of the larger operand)."""
     s, error = two_sum(x[0], y[0])
@@ -81,8 +96,7 @@ def multiply(x: Pair, y: Pair) -> Pair:
 def divide(x: Pair, y: Array) -> Pair:
     """x / y for a float64 divisor, with relative error below 2^-103 (DWDivFP)."""
     quotient = x[0] / y
-    p, error = two_product(quotient, y)
-    return fast_two_sum(quotient, (((x[0] - p) - error) + x[1]) / y)
+    return fast_two_sum(quotient, (remainder(x[0], quotient, y) + x[1]) / y)
 
 
 def power_of_two(k: Array) -> Array:

@@ -22,7 +22,7 @@ move the result by less than 0.01 ulp. A last addition rounds.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -35,14 +35,13 @@ from refmoe.arithmetic.exact.double_double import fast_two_sum, power_of_two, sp
 _EXP_LARGEST = float.fromhex("0x1.62e42fefa39efp+9")  # the largest x whose e^x does not round to infinity
 _EXP_SMALLEST = -800.0  # far below -745.13, from which on e^x rounds to zero
 
-# up to these magnitudes e^x is normal, and so is all that sigmoid computes if 2^k is multiplied early: the same bits
-_ORDINARY_EXP, _ORDINARY_SIGMOID = 690.0, 128.0
+# up to this magnitude of x no number below is subnormal if the table of exp is multiplied by 2^k: the same bits
+_ORDINARY = 128.0
 
 # (r + _GRID_31) - _GRID_31 rounds |r| < 2^20 to a multiple of 2^-31
 _GRID_31 = float.fromhex("0x1.8p+21")
 _LARGEST_ANGLE = 1073741824.0  # 2^30
-_ZERO, _ONE = np.asarray(0.0), np.asarray(1.0)
-_TO_EXPONENT, _BITS_OF_ONE = np.asarray(48), np.asarray(1023 << 52)
+_ZERO = np.asarray(0.0)
 
 # elements that NumPy works on at a time, so that the intermediate results stay in the cache
 _BLOCK = 4096
@@ -133,19 +132,20 @@ def _by_blocks(kernel: Callable[[Array, Any], tuple[Array, ...]], xp: Any, x: Ar
     return [result.reshape(x.shape) for result in results]
 
 
-@cache
-def _arrays(values: tuple[float, ...]) -> tuple[Array, ...]:
-    return tuple(np.asarray(value) for value in values)
-
-
-def _numbers(values: tuple[float, ...], xp: Any) -> tuple[Any, ...]:
+class _Numbers:
     """Numbers to compute with: for NumPy arrays of no dimension, as an operation takes a third less time with these."""
-    return _arrays(values) if xp is np else values
+
+    def __init__(self, *values: float) -> None:
+        self.values, self.arrays = values, tuple(map(np.asarray, values))
+
+    def of(self, xp: Any) -> tuple[Any, ...]:
+        return self.arrays if xp is np else self.values
 
 
-def _within(x: Array, most: float) -> bool:
-    """Whether no element of an array of NumPy is larger in magnitude, or NaN."""
-    return bool(-most <= x.item(x.argmin()) and x.item(x.argmax()) <= most)  # in a fourth of the time of min and max
+def _is_ordinary(x: Array) -> bool:
+    """Whether no element of an array of NumPy is above `_ORDINARY` in magnitude, or NaN."""
+    # in a fourth of the time of min and max
+    return bool(x.item(x.argmin()) >= -_ORDINARY and x.item(x.argmax()) <= _ORDINARY)
 
 
 def _polynomial(x: Array, first: float, *rest: float) -> Array:
@@ -158,38 +158,61 @@ def _polynomial(x: Array, first: float, *rest: float) -> Array:
     return y
 
 
-_EXP_NUMBERS = (tables.STEPS_PER_LN2, tables.LN2_STEP_1, tables.LN2_STEP_2, _GRID_31, 15)
-_EXP_SERIES = (1 / 40320, 1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2)
+_EXP_NUMBERS = _Numbers(tables.STEPS_PER_LN2, tables.LN2_STEP_1, tables.LN2_STEP_2, _GRID_31)
+_EXP_SERIES = _Numbers(1 / 40320, 1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2)
 
 
-def _exp_parts(x: Array, xp: Any) -> tuple[Array, Array, Array]:
-    """e^x = (high + low) 2^k for -800 <= x <= 710, with high in (0.97, 2), |low| < 2^-11, and 16 k in int64.
-
-    The relative error is near 2^-63.
-    """
-    steps_per_ln2, step_1, step_2, grid, last_bits = _numbers(_EXP_NUMBERS, xp)
+def _exp_reduced(x: Array, xp: Any) -> tuple[Array, Array, Array]:
+    """x = n ln 2 / 16 + r for |x| <= 800: n in int64, the leading 26 bits r1 of r, and e^r - 1 - r1."""
+    steps_per_ln2, step_1, step_2, grid = _EXP_NUMBERS.of(xp)
     n = xp.rint(x * steps_per_ln2)
     r = x - n * step_1  # exact
     tail = n * step_2
     r1 = r + grid
-    r1 -= grid  # 26 bits
+    r1 -= grid
     r2 = r - r1
     r2 -= tail
     r -= tail
-    q = _polynomial(r, *_numbers(_EXP_SERIES, xp))
+    q = _polynomial(r, *_EXP_SERIES.of(xp))
     q *= r * r  # e^r - 1 - r
-    n = n.astype(np.int64)
-    j = n & last_bits
-    n -= j
-    t1, t2 = xp.asarray(tables.EXP_TABLE[0])[j], xp.asarray(tables.EXP_TABLE[1])[j]
+    r2 += q
+    return n.astype(np.int64), r1, r2
+
+
+def _near_entry(t1: Array, t2: Array, r1: Array, r2: Array) -> double_double.Pair:
+    """(t1 + t2) (1 + r1 + r2) with a relative error near 2^-63. Overwrites r1 and r2."""
     high, error = fast_two_sum(t1, t1 * r1)  # the product is exact
     r1 *= t2
-    r2 += q
     r2 *= t1 + t2
     r2 += r1
     r2 += t2
-    r2 += error  # error + (t2 + (t2 r1 + (t1 + t2) (r2 + q)))
-    return high, r2, n
+    r2 += error  # error + (t2 + (t2 r1 + (t1 + t2) r2))
+    return high, r2
+
+
+def _exp_parts(x: Array, xp: Any) -> tuple[Array, Array, Array]:
+    """e^x = (high + low) 2^k for -800 <= x <= 710, with high in (0.97, 2), |low| < 2^-11, and 16 k in int64."""
+    n, r1, r2 = _exp_reduced(x, xp)
+    j = n & 15
+    t1, t2 = xp.asarray(tables.EXP_TABLE[0])[j], xp.asarray(tables.EXP_TABLE[1])[j]
+    return *_near_entry(t1, t2, r1, r2), n - j
+
+
+def _scaled_table(most: int) -> Array:
+    """The table of exp beyond its entries, by exact scaling: 2^(n/16), n = 0 .. most, -most .. -1: [2, 2 most + 1]"""
+    n = np.array([*range(most + 1), *range(-most, 0)])
+    scaled: Array = tables.EXP_TABLE[:, n & 15] * power_of_two(n >> 4)
+    return scaled
+
+
+_SCALED_TABLE = tuple(_scaled_table(int(_ORDINARY * tables.STEPS_PER_LN2) + 1))
+
+
+def _ordinary_exp(x: Array) -> double_double.Pair:
+    """e^x = high + low, in NumPy: all of `_exp_parts`, in fewer operations."""
+    n, r1, r2 = _exp_reduced(x, np)
+    t1, t2 = _SCALED_TABLE
+    return _near_entry(t1[n], t2[n], r1, r2)
 
 
 def _round_scaled(high: Array, low: Array, k: Array, xp: Any) -> Array:
@@ -206,22 +229,14 @@ def _round_scaled(high: Array, low: Array, k: Array, xp: Any) -> Array:
 
 
 def _exp(x: Array, xp: Any) -> tuple[Array]:
-    if xp is np and _within(x, _ORDINARY_EXP):
-        high, low, shift = _exp_parts(x, xp)
+    if xp is np and _is_ordinary(x):
+        high, low = _ordinary_exp(x)
         high += low
-        high *= _ordinary_power(shift)
         return (high,)
     inside = (x >= _EXP_SMALLEST) & (x <= _EXP_LARGEST)
     high, low, shift = _exp_parts(xp.where(inside, x, 0.0), xp)
     y = _round_scaled(high, low, shift >> 4, xp)
     return (xp.where(inside, y, xp.where(x > 0.0, np.inf, xp.where(x < 0.0, 0.0, np.nan))),)
-
-
-def _ordinary_power(shift: Array) -> Array:
-    """2^k for 16 k in int64, k in -1022 .. 1023, in NumPy. Overwrites its argument."""
-    shift <<= _TO_EXPONENT
-    shift += _BITS_OF_ONE
-    return shift.view(np.float64)
 
 
 def _logistic_parts(x: Array, xp: Any) -> tuple[Array, Array, Array]:
@@ -234,28 +249,26 @@ def _logistic_parts(x: Array, xp: Any) -> tuple[Array, Array, Array]:
     return high, low, xp.where(negative, k, 0)
 
 
+_ONE = _Numbers(1.0)
+
+
 def _quotient(n1: Array, n2: Array, e1: Array, e2: Array, xp: Any) -> double_double.Pair:
     """(n1 + n2) / (1 + e1 + e2)"""
-    (one,) = _numbers((1.0,), xp)
+    (one,) = _ONE.of(xp)
     d1, d2 = fast_two_sum(one, e1)
     d2 += e2
     high = n1 / d1
-    p, error = two_product(high, d1)
-    low = n1 - p
-    low -= error
+    low = double_double.remainder(n1, high, d1)
     low += n2 - high * d2
     low /= d1 + d2
     return high, low
 
 
 def _sigmoid(x: Array, xp: Any) -> tuple[Array]:
-    if xp is np and _within(x, _ORDINARY_SIGMOID):
-        e1, e2, shift = _exp_parts(-xp.abs(x), xp)
-        scale = _ordinary_power(shift)
-        e1 *= scale
-        e2 *= scale
-        negative = x < _ZERO
-        high, low = _quotient(xp.where(negative, e1, _ONE), xp.where(negative, e2, _ZERO), e1, e2, xp)
+    if xp is np and _is_ordinary(x):
+        e1, e2 = _ordinary_exp(-xp.abs(x))
+        one = (x >= _ZERO).astype(np.float64)  # where 1 is divided, else 0; a choice of elements takes twice the time
+        high, low = _quotient(xp.maximum(e1, one), e2 - e2 * one, e1, e2, xp)
         high += low
         return (high,)
     number = x == x
