@@ -18,6 +18,7 @@ from refmoe.arithmetic.enclosure.array import (
     PIECE,
     SLACK,
     Enclosure,
+    Partial,
     bounded,
     concatenate,
     in_pieces,
@@ -175,14 +176,16 @@ class EnclosureOps(ArrayOps):
         def over_blocks(take: Callable[[Enclosure], Any]) -> list[Any]:
             return side_by_side(weight, prepare, quiet(lambda ready: take(self._times(x, ready, how))))
 
-        known = concatenate(over_blocks(lambda part: part.known()), axis=-1)
+        def again(part: str) -> Callable[[], Any]:
+            return lambda: np.concatenate(over_blocks(lambda each: getattr(each, part)), -1)
+
+        known = concatenate(over_blocks(lambda each: each.known()), axis=-1)
         return Enclosure(
             known.mid,
             known.radius,
-            known.variance,
+            known.variance if x.variance is not None else Partial(known.variance, again("variance")),
             accumulation=known.accumulation,
-            bias=(lambda: np.concatenate(over_blocks(lambda part: part.bias), -1)) if how.truncates else None,
-            whole=lambda: np.concatenate(over_blocks(lambda part: part.variance), -1),
+            bias=again("bias") if how.truncates else None,
         )
 
     def _prepare(self, rows: Any, how: Accumulator) -> tuple[Matrix, Any]:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refmoe.arithmetic.enclosure.array import Enclosure
+from refmoe.arithmetic.enclosure.array import Enclosure, Partial
 from refmoe.arithmetic.formats import BFLOAT16, FLOAT16, FLOAT32, Format, nearest
 from refmoe.verifier.tally import PIECE, Tally
 from refmoe.verifier.values import CALM, Values, judged, measured
@@ -104,7 +104,10 @@ def deferring(errors: Any, asked: list[int], what: str) -> tuple[Enclosure, Any]
 
     mid = np.full(errors.size, 1000.0)
     spread = np.ones(errors.size)
-    return Enclosure(mid, 100 * spread, spread, **{what: more}), nearest(mid + errors, FLOAT32)  # type: ignore[arg-type]
+    found = nearest(mid + errors, FLOAT32)
+    if what == "bias":
+        return Enclosure(mid, 100 * spread, spread, bias=more), found
+    return Enclosure(mid, 100 * spread, Partial(spread, more)), found
 
 
 @pytest.mark.parametrize("what", ["bias", "whole"])

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -51,6 +51,14 @@ class Choices:
         return replace(self, row=move(self.row), mids=tuple(map(move, self.mids)), radius=move(self.radius))
 
 
+class Partial(NamedTuple):
+    """A variance of which a part is known, and the rest costs a matrix product and is rarely needed."""
+
+    known: Any
+    whole: Callable[[], Any]
+    """Makes the variance, which is nowhere smaller than the known part."""
+
+
 class Enclosure:
     """An array of intervals mid +- radius, with a variance. None stands for zeros everywhere.
 
@@ -58,12 +66,16 @@ class Enclosure:
     owed: whether the operation that made it still rounds its result to the accumulation dtype. That rounding is added
     when the value is used, because a value that is stored in that dtype is rounded only once.
     bias: the distance that a truncating accumulator can shift the value in one direction. It is part of the radius.
-    It is an array, or a function that makes it.
-    whole: a function that makes a larger variance, of which `variance` is the part that is known so far. Both are
-    computed on demand, because each costs a matrix product and is rarely needed.
+    It is an array, or a function that makes it on demand, because it costs a matrix product and is rarely needed.
+    variance: an array, or a `Partial`
     length: of the pair that the element belongs to, if an engine may hold the pair turned by an angle that is not
     known. The radius then bounds the length of the pair's error, in whatever direction. None: an element by itself.
     """
+
+    _variance: Any
+    """The known part."""
+    _whole: Any
+    """The variance, or a function that makes it; None where all is known."""
 
     __array_ufunc__ = None  # so that an ndarray on the left leaves the operation to this class
 
@@ -78,12 +90,10 @@ class Enclosure:
         bias: Any = None,
         length: Any = None,
         choices: Choices | None = None,
-        whole: Callable[[], Any] | None = None,
     ) -> None:
         self.mid = np.asarray(mid, np.float64)
         self.radius = radius
-        self._variance = variance
-        self._whole = whole
+        self.variance = variance
         self.accumulation = accumulation
         self.owed = owed
         self._bias = bias
@@ -111,7 +121,7 @@ class Enclosure:
 
     @variance.setter
     def variance(self, variance: Any) -> None:
-        self._variance, self._whole = variance, None
+        self._variance, self._whole = variance if isinstance(variance, Partial) else (variance, None)
 
     @property
     def least_variance(self) -> Any:
@@ -141,6 +151,8 @@ class Enclosure:
         """The enclosure with `move` applied to every array. `move` selects, reshapes or reorders elements."""
         parts = (self.radius, self._variance, self.length)
         radius, variance, length = (None if part is None else move(part) for part in parts)
+        if self._whole is not None:
+            variance = Partial(variance, lambda: move(self.variance))
         return Enclosure(
             move(self.mid),
             radius,
@@ -150,7 +162,6 @@ class Enclosure:
             bias=(lambda: move(self.bias)) if self.biased else None,
             length=length,
             choices=None if self.choices is None else self.choices.map(move),
-            whole=None if self._whole is None else lambda: move(self.variance),
         )
 
     def __getitem__(self, index: Any) -> Enclosure:
@@ -201,9 +212,10 @@ class Enclosure:
 
         variance: the rising function from this variance to that of the result
         """
-        least = variance(0.0 if self._variance is None else self._variance)
-        whole = None if self._whole is None else lambda: variance(self.v)
-        return Enclosure(mid, radius, least, accumulation=self.accumulation, whole=whole, **more)
+        found = variance(0.0 if self._variance is None else self._variance)
+        if self._whole is not None:
+            found = Partial(found, lambda: variance(self.v))
+        return Enclosure(mid, radius, found, accumulation=self.accumulation, **more)
 
     def _constant(self, value: Any, inverted: bool) -> Enclosure:
         """A number of the formula, such as eps or 1 / sqrt(d). An engine holds it, or its inverse, in its own dtype."""
@@ -391,17 +403,18 @@ def concatenate(parts: Any, axis: int, order: Any = None) -> Enclosure:
     mid = along([part.mid for part in parts])
     first = parts[0]
     bias = (lambda: join("bias")) if any(part.biased for part in parts) else None
-    whole = (lambda: join("variance")) if any(part._whole is not None for part in parts) else None
+    variance = join("least_variance")
+    if any(part._whole is not None for part in parts):
+        variance = Partial(variance, lambda: join("variance"))
     return Enclosure(
         mid,
         join("radius"),
-        join("least_variance"),
+        variance,
         accumulation=first.accumulation,
         owed=first.owed,
         bias=bias,
         length=join("length") if all(part.length is not None for part in parts) else None,
         choices=choices,
-        whole=whole,
     )
 
 

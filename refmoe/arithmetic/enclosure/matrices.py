@@ -55,7 +55,7 @@ class Sums:
         if part == slice(None):
             return self
         mid, total, inherited, lost = (_some(each, part) for each in (self.mid, self.total, self.inherited, self.lost))
-        return Sums(mid, total, inherited, self.loose, lost)
+        return Sums(mid=mid, total=total, inherited=inherited, loose=self.loose, lost=lost)
 
     @property
     def least_total(self) -> Any:

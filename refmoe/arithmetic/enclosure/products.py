@@ -32,6 +32,7 @@ from refmoe.arithmetic.enclosure.array import (
     SLACK,
     UNDERFLOW,
     Enclosure,
+    Partial,
     bounded,
     overflow,
     quiet,
@@ -231,9 +232,8 @@ def product(x: Enclosure, w: Matrix, how: Accumulator, exact_mid: Any = None) ->
             return bounded(how.bias(sums.rows(every), squares().rows(every), one_way, n) + apart)
 
         bias = lost_one_way
-    return Enclosure(
-        sums.mid, radius, variance, accumulation=x.accumulation, bias=bias, whole=whole if defers else None
-    )
+    spread = Partial(variance, whole) if defers else variance
+    return Enclosure(sums.mid, radius, spread, accumulation=x.accumulation, bias=bias)
 
 
 def _pieces(shape: tuple[int, ...]) -> Iterator[slice]:

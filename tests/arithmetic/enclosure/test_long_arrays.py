@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from refmoe.arithmetic.codes import Contest
-from refmoe.arithmetic.enclosure.array import Choices, Enclosure, concatenate
+from refmoe.arithmetic.enclosure.array import Choices, Enclosure, Partial, concatenate
 from refmoe.profiles.load import policy
 from refmoe.steps.enclosure_ops import EnclosureOps
 
@@ -46,7 +46,7 @@ def test_rows_of_several_arrays_go_to_their_places() -> None:
     parts = [
         enclosure(3, 5),
         Enclosure(RNG.standard_normal((1, 5))),
-        enclosure(1, 5, whole=lambda: np.full((1, 5), 2.0)),
+        Enclosure(RNG.random((1, 5)), RNG.random((1, 5)), Partial(RNG.random((1, 5)), lambda: np.full((1, 5), 2.0))),
         enclosure(2, 5, bias=RNG.random((2, 5))),
     ]
     back = np.argsort(order)
