@@ -29,7 +29,7 @@ from refmoe.engines.process import BROKEN, HarnessError
 from refmoe.engines.protocol import UNREAD
 from refmoe.engines.quantised import Quantised
 from refmoe.errors import InputError
-from refmoe.files.atomic import replacing
+from refmoe.files.atomic import passing, replacing
 from refmoe.files.safetensors_file import open_safetensors
 from refmoe.files.scratch import Scratch
 from refmoe.files.sentences import quoted
@@ -117,16 +117,19 @@ class Materialised:
             return self._path
         self._stack.close()
         checkpoint = self._stack.enter_context(self._scratch.folder("case")) / self.case.name
+        with passing():
+            self._path = self._written(checkpoint)
+        self._state = _state(self._path)
+        return self._path
+
+    def _written(self, checkpoint: Path) -> Path:
         if self._quantised is not None:
-            self._path = self._quantised.write(self.case, checkpoint)
-            self._state = _state(self._path)
-            return self._path
+            return self._quantised.write(self.case, checkpoint)
         config, parameters = self.case.config, self.parameters
         try:
             write_checkpoint(checkpoint, config, parameters, "bfloat16", self._layout)
         except InputError:  # a value that bfloat16 cannot hold
             write_checkpoint(checkpoint, config, parameters, "float32", self._layout)
-        self._path, self._state = checkpoint, _state(checkpoint)
         return checkpoint
 
 
