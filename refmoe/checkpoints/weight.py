@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import ml_dtypes
@@ -20,6 +21,12 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 def all_finite(stored: np.ndarray[Any, Any]) -> bool:
     """Whether no element is NaN or infinite."""
     return math.isfinite(largest(stored)) if stored.dtype in OF_DTYPE else bool(np.isfinite(stored).all())
+
+
+def _read_only(source: Callable[[], Any]) -> Any:
+    values = source()
+    values.flags.writeable = False
+    return values
 
 
 class Weight:
@@ -43,6 +50,10 @@ class Weight:
         self._source = source
         self._read_block = read_block
         self._checked = False
+
+    def hold(self) -> None:
+        """Keep the values of the first call of `read`, read-only, for the later ones."""
+        self._source = cache(partial(_read_only, self._source))
 
     def read(self) -> Any:
         """All values, in the stored dtype. Raises InputError when one is NaN or infinite."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Event, Lock
 from time import monotonic
+from typing import TypeVar
 
 from refmoe import __version__
 from refmoe.engines.harness import Description, Harness, HarnessUnusable, Refused
@@ -41,6 +42,7 @@ HELD = 1 << 26
 TRIED = 3
 """The smoke test tries this many cases, the smallest for which the harness has the abilities."""
 
+Returned = TypeVar("Returned")
 Log = Callable[[Outcome, str], None]
 """Called with each outcome and, where the harness has failed, the end of its standard error."""
 
@@ -80,7 +82,7 @@ class Watch:
     log: Log = lambda *_: None
     """After each outcome."""
     save: Callable[[Results], None] = lambda _: None
-    """After each outcome, with the results so far."""
+    """After each outcome, in another thread, with the results so far: one call for outcomes that come during a call."""
 
 
 UNFINISHED = "the run has not come to its end: only the outcomes so far are here"
@@ -129,9 +131,14 @@ def conform(
             order = [(case.name, dtype) for case in suite.cases for dtype in policies]
             lanes = [
                 _Lane(arriving, partial(_Run, suite=suite, policies=policies, folders=folders, seat=seat))
-                for arriving, seat in zip([_arrived(harness), *others], judges, strict=True)
+                for arriving, seat in zip([_over(harness), *others], judges, strict=True)
             ]
-            _go(lanes, suite.cases, _Finish(watch, results, order, done))
+            finish = _Finish(watch, results, order, done)
+            try:
+                _go(lanes, suite.cases, finish)
+            finally:
+                wait([finish.saved], LAST_VERDICT)
+            finish.saved.result()
             results = replace(results, outcomes=tuple(done[place] for place in order))
             notes = dict.fromkeys(note for each in lanes if (note := each.stop()) is not None)
     return replace(results, notes=(*notes, *golden_bits_notes(results)))
@@ -170,6 +177,9 @@ class _Finish:
         self.given_up = Event()
         """Set when the run ends: later outcomes are dropped."""
         self._one = Lock()
+        self._newest = results
+        self.saved: Future[None] = _over(None)
+        """Ends when all outcomes so far are saved. The next answer is judged meanwhile: a disk may be slow."""
 
     def __call__(self, answer: Answer) -> None:
         """Judge an answer, and keep the outcome."""
@@ -181,14 +191,21 @@ class _Finish:
             if place not in self._done:
                 self._done[place] = outcome
                 so_far = tuple(self._done[each] for each in self._order if each in self._done)
-                self._watch.save(replace(self._results, outcomes=so_far))
+                self._newest = replace(self._results, outcomes=so_far)
+                self.saved = in_background(partial(self._save, self.saved, self._newest))
             self._watch.log(outcome, answer.said if outcome.failed else "")
 
+    def _save(self, before: Future[None], results: Results) -> None:
+        """Save results when those before are saved, unless there are newer ones by then."""
+        before.result()
+        if results is self._newest:
+            self._watch.save(results)
 
-def _arrived(harness: Harness) -> Future[Harness]:
-    """A harness that has been started, as those that start in the background are given."""
-    future: Future[Harness] = Future()
-    future.set_result(harness)
+
+def _over(result: Returned) -> Future[Returned]:
+    """A call that has ended, as those in the background are given."""
+    future: Future[Returned] = Future()
+    future.set_result(result)
     return future
 
 

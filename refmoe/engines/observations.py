@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from refmoe.profiles.cut_points import CUT_POINTS
 from refmoe.profiles.load import policy as named_policy
 from refmoe.profiles.policy import Policy
 from refmoe.spec.taps import READ_OUT_TAPS
-from refmoe.suite import Case, trace_path
+from refmoe.suite import MANIFEST_FILE, Case, trace_path
 from refmoe.traces.pieces import only_last
 from refmoe.traces.trace import Trace, read_trace
 from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT, NOT_CONFORMANT
@@ -65,9 +67,16 @@ def _golden(case: Case) -> Trace | None:
     if case.store != "trace":
         return None
     try:
-        return read_trace(trace_path(case.folder))
-    except InputError:
+        manifest = (case.folder / MANIFEST_FILE).stat()
+        return _stored(case.folder, (manifest.st_dev, manifest.st_ino, manifest.st_mtime_ns))
+    except (InputError, OSError):
         return None
+
+
+@lru_cache(maxsize=1)  # the dtypes of a case are judged one after the other
+def _stored(folder: Path, _manifest: tuple[int, ...]) -> Trace:
+    """The golden trace in a folder.   _manifest: says whether the folder's manifest is still the one that was read"""
+    return read_trace(trace_path(folder))
 
 
 def _rounded(exact: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:

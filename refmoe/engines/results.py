@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,11 @@ class Outcome:
     def failed(self) -> bool:
         """Whether the verdict is a failure."""
         return self.verdict not in GOOD
+
+    @cached_property
+    def line(self) -> str:
+        """Its line of the file, which is written anew after each outcome of a run."""
+        return json.dumps(_plain(self), allow_nan=False)
 
 
 @dataclass(frozen=True)
@@ -168,7 +174,7 @@ def to_json(results: Results) -> str:
     if results.wider:
         values["wider"] = [*results.wider]
     lines = [f'"{name}": {json.dumps(value)}' for name, value in values.items()]
-    outcomes = ",\n  ".join(json.dumps(_plain(each), allow_nan=False) for each in results.outcomes)
+    outcomes = ",\n  ".join(each.line for each in results.outcomes)
     return "{\n " + ",\n ".join([*lines, f'"outcomes": [\n  {outcomes}\n ]']) + "\n}\n"
 
 

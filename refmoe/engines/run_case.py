@@ -21,13 +21,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from refmoe.checkpoints.names import named_weights
+from refmoe.checkpoints.size import total_parameters
 from refmoe.checkpoints.write import write_checkpoint
 from refmoe.engines.harness import Harness
 from refmoe.engines.process import BROKEN, HarnessError
 from refmoe.engines.protocol import UNREAD
 from refmoe.engines.quantised import Quantised
 from refmoe.errors import InputError
-from refmoe.files.atomic import replacing
+from refmoe.files.atomic import passing, replacing
 from refmoe.files.safetensors_file import open_safetensors
 from refmoe.files.scratch import Scratch
 from refmoe.files.sentences import quoted
@@ -41,6 +43,8 @@ from refmoe.verifier.subject import shape_of
 
 WIDEST = 8
 """Bytes of an element in the widest dtype."""
+HELD = 1 << 22
+"""The most weights of a case that are kept in memory, while its dtypes are run and judged."""
 HEADER = 1 << 24
 """Bytes allowed for a file's header, with anything that a library adds to it."""
 
@@ -87,8 +91,12 @@ class Materialised:
 
     @cached_property
     def parameters(self) -> Parameters:
-        """The weights of the case. Raises InputError for edits of the case that cannot be made."""
-        return self.case.checkpoint().parameters
+        """The weights of the case, made once where they are few. Raises InputError for edits that cannot be made."""
+        parameters = self.case.checkpoint().parameters
+        if total_parameters(self.case.config) <= HELD:
+            for weight in named_weights(parameters).values():
+                weight.hold()
+        return parameters
 
     def __enter__(self) -> Materialised:
         return self
@@ -109,16 +117,19 @@ class Materialised:
             return self._path
         self._stack.close()
         checkpoint = self._stack.enter_context(self._scratch.folder("case")) / self.case.name
+        with passing():
+            self._path = self._written(checkpoint)
+        self._state = _state(self._path)
+        return self._path
+
+    def _written(self, checkpoint: Path) -> Path:
         if self._quantised is not None:
-            self._path = self._quantised.write(self.case, checkpoint)
-            self._state = _state(self._path)
-            return self._path
+            return self._quantised.write(self.case, checkpoint)
         config, parameters = self.case.config, self.parameters
         try:
             write_checkpoint(checkpoint, config, parameters, "bfloat16", self._layout)
         except InputError:  # a value that bfloat16 cannot hold
             write_checkpoint(checkpoint, config, parameters, "float32", self._layout)
-        self._path, self._state = checkpoint, _state(checkpoint)
         return checkpoint
 
 

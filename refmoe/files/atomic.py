@@ -8,11 +8,24 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 
 from refmoe.errors import InputError
 from refmoe.files.lock import lock
 from refmoe.files.writable import refuse_to_replace
+
+_passing: ContextVar[bool] = ContextVar("passing", default=False)
+
+
+@contextmanager
+def passing() -> Iterator[None]:
+    """Files that the body writes need not outlast a loss of power, so that nobody waits for the disk."""
+    token = _passing.set(True)
+    try:
+        yield
+    finally:
+        _passing.reset(token)
 
 
 def sync(path: Path) -> None:
@@ -41,6 +54,9 @@ def replacing(path: Path) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp makes a private file; the final file gets ordinary permissions
+        if _passing.get():
+            temporary.replace(path)
+            return
         sync(temporary)
         temporary.replace(path)
         sync(path.parent)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class Case:
     digest: str = ""
     """The SHA-256 of case.toml."""
 
-    @property
+    @cached_property
     def name(self) -> str:
         return self.folder.resolve().name
 
@@ -118,11 +119,17 @@ def _is_full_size(folder: Path) -> bool:
 
 def read_case(folder: Path) -> Case:
     """Read the case in a folder. Raises InputError that names a missing, unknown or wrong field of case.toml."""
+    data = read_bytes(folder / CASE_FILE, "a case in TOML")
+    return replace(_case(folder, data), digest=hashlib.sha256(data).hexdigest())
+
+
+@lru_cache(maxsize=256)
+def _case(folder: Path, data: bytes) -> Case:
+    """The case of a file's bytes, without their digest. A command asks for it several times. Raises InputError."""
     path = folder / CASE_FILE
-    data = read_bytes(path, "a case in TOML")
     values = toml(path, "a case in TOML", data)
     try:
-        return replace(_parse(folder, values), digest=hashlib.sha256(data).hexdigest())
+        return _parse(folder, values)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 

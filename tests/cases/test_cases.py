@@ -16,7 +16,7 @@ import pytest
 from refmoe.arithmetic.native.ops import NativeOps
 from refmoe.bugs.catalogue import MUTANTS
 from refmoe.spec.model import Model
-from refmoe.suite import PRODUCTION, Case, compute, find_cases, find_full_size_cases, read_case
+from refmoe.suite import CASE_FILE, PRODUCTION, Case, compute, find_cases, find_full_size_cases, read_case
 from refmoe.suite.conditions import CONDITIONS, NOT_OF_A_CASE, golden_arrays, holding, mistakes, render
 from refmoe.suite.conditions.__main__ import main
 from refmoe.traces.script import Call, execute
@@ -44,6 +44,15 @@ def spec_clauses() -> set[str]:
 
 
 # --- what a case says -----------------------------------------------------------------------------------------------
+
+
+def test_equal_files_in_two_working_folders_are_two_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (CASES["top-1"].folder / CASE_FILE).read_bytes()
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / CASE_FILE).write_bytes(text)
+        monkeypatch.chdir(tmp_path / name)
+        assert read_case(Path(".")).name == name
 
 
 @each_case

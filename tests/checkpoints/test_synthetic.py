@@ -287,3 +287,15 @@ def test_a_malformed_edit_is_refused_in_one_sentence(edit: Any, words: str) -> N
         synthetic_checkpoint(UNEVEN, 1, edits=[{"parameter": GATE, "value": 1}, edit])
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith("edits[1]: ")
+
+
+def test_a_weight_that_is_held_is_computed_once_and_cannot_be_changed() -> None:
+    weight = synthetic_checkpoint(UNEVEN, seed=7).parameters.output
+    before = weight.read()
+    weight.hold()
+    held = weight.read()
+    assert held is weight.read()
+    assert held is not before
+    np.testing.assert_array_equal(held, before)
+    with pytest.raises(ValueError, match="read-only"):
+        held[0, 0] = 0

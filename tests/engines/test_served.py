@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from refmoe.engines.observations import has_golden_bits
-from refmoe.suite import trace_path
+from refmoe.suite import MANIFEST_FILE, trace_path
 from refmoe.traces.held import held_trace
 from refmoe.traces.trace import read_trace
 from refmoe.verifier.findings import CONFORMANT
@@ -41,3 +44,16 @@ def test_copied_logits_of_the_last_position_are_told_from_computed_ones(form: ob
     assert has_golden_bits(held_trace(golden.header, arrays), case)
     arrays["prefill/logits"] = arrays["prefill/logits"] + 1
     assert not has_golden_bits(held_trace(golden.header, arrays), case)
+
+
+def test_the_golden_is_read_again_where_it_has_changed(tmp_path: Path) -> None:
+    case = case_named("dims-distinct")
+    trace = read_trace(trace_path(case.folder))
+    copied = replace(case, folder=Path(shutil.copytree(case.folder, tmp_path / case.name)))
+    assert has_golden_bits(trace, copied)
+    (copied.folder / MANIFEST_FILE).unlink()
+    assert not has_golden_bits(trace, copied)
+    other = case_named("top-1")
+    shutil.copytree(other.folder, copied.folder, dirs_exist_ok=True)
+    assert not has_golden_bits(trace, copied)
+    assert has_golden_bits(read_trace(trace_path(other.folder)), replace(other, folder=copied.folder))
