@@ -192,6 +192,8 @@ class _Finish:
                 self._done[place] = outcome
                 so_far = tuple(self._done[each] for each in self._order if each in self._done)
                 self._newest = replace(self._results, outcomes=so_far)
+                if self.saved.done():
+                    self.saved.result()  # raises what ended it, such as a full disk
                 self.saved = in_background(partial(self._save, self.saved, self._newest))
             self._watch.log(outcome, answer.said if outcome.failed else "")
 

@@ -305,6 +305,34 @@ def test_a_slow_disk_delays_no_verdict() -> None:
     assert len(saved) <= 2
 
 
+def test_results_that_cannot_be_saved_end_the_run() -> None:
+    from refmoe.engines.conform import Suite, Watch, conform
+    from refmoe.engines.harness import Harness
+    from refmoe.engines.judge import Judge
+    from refmoe.engines.results import Results
+    from tests.engines.running import case_named
+
+    saves: list[int] = []
+    judged: list[Outcome] = []
+    failed = Event()
+
+    def save(results: Results) -> None:
+        saves.append(len(results.outcomes))
+        failed.set()
+        raise OSError(28, "No space left on device")
+
+    def log(outcome: Outcome, _said: str) -> None:
+        judged.append(outcome)
+        assert failed.wait(LIMIT)
+
+    cases = [case_named(name) for name in ("top-1", "window-1", "square")]
+    suite = Suite(cases, [], ["float32", "bfloat16"], judge=Judge(diagnosing=False))
+    with pytest.raises(OSError, match="No space"):
+        conform(Harness(HONEST, LIMIT), {}, suite, Watch(log, save))
+    assert saves == [1]
+    assert len(judged) < 6
+
+
 def test_an_engine_may_end_as_slowly_as_it_may_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy machine delays the end of a process as it delays its answers. That is no observation about the engine."""
     monkeypatch.setattr(process_module, "GRACE", 0.2)
