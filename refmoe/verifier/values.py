@@ -20,6 +20,8 @@ from refmoe.arithmetic.formats import FLOAT32, Format, cell, nearest, ulp
 
 CALM = 5.0
 """Standard deviations below which a larger spread and a bias are not computed: no limit is as low."""
+MANY = 64
+"""Values above the largest excess so far, of which it is worth a call to find the farthest before the others."""
 SPARE = 1 - 2.0**-30
 """A factor on half a spacing and on the figures so far. It covers the rounding of the bounds themselves."""
 
@@ -246,9 +248,11 @@ def measured(values: Values, ratio: float, excess: float) -> Measured | None:
     if above.any():
         if values.later is not None and ((size > around).any() or (beyond > v * CALM**2).any()):
             return None
-        farthest = values.at(np.array([(beyond / np.maximum(v, UNDERFLOW)).argmax()]))
-        reached = max(excess, float(judged(farthest, may_overflow=False).excess[0]))
-        suspect |= above & (beyond > v * (reached * reached * SPARE))
+        if np.count_nonzero(above) > MANY:
+            farthest = values.at(np.array([(beyond / np.maximum(v, UNDERFLOW)).argmax()]))
+            reached = max(excess, float(judged(farthest, may_overflow=False).excess[0]))
+            above &= beyond > v * (reached * reached * SPARE)
+        suspect |= above
     sizes = Sizes(error=error, mid=m, variance=v, spacing=ulp(m, format), usable=True)
     return Measured(sizes, np.flatnonzero(suspect))
 

@@ -108,16 +108,18 @@ class Enclosure:
     @property
     def bias(self) -> Any:
         """The bias, or None."""
-        if callable(self._bias):
-            self._bias = self._bias()
-        return self._bias
+        bias = self._bias  # read once, because another thread may replace it
+        if callable(bias):
+            bias = self._bias = bias()
+        return bias
 
     @property
     def variance(self) -> Any:
         """The whole variance, or None."""
-        if callable(self._whole):
-            self._whole = self._whole()
-        return self._variance if self._whole is None else self._whole
+        whole = self._whole
+        if callable(whole):
+            whole = self._whole = whole()
+        return self._variance if whole is None else whole
 
     @variance.setter
     def variance(self, variance: Any) -> None:
