@@ -608,9 +608,10 @@ def cluster_plan() -> str:
 Simulated, not measured: `refmoe verify` of all 32 layers with all taps of {tokens} tokens, on machines that each have
 the files on a disk of their own. The rates are those of the machine of this page. Its disk reads
 {rates.disk / 1e9:.2f} GB/s of weights, and a verdict takes {rates.judged / 1e9:.2f} GB/s of weights that are in
-memory. A layer has {layer / 1e9:.1f} GB: {layer / rates.disk:.0f} seconds from the disk, {layer / rates.judged:.0f}
-to judge, and the slower of both counts. The trace of a layer has {trace_bytes(config, tokens) / 1e6:.1f} MB. Only the
-head is work that cannot be dealt evenly. The start of workers, a few seconds, is left out.
+memory. A layer has {layer / 1e9:.1f} GB. To read it from the disk takes {layer / rates.disk:.0f} seconds, and to judge
+it {layer / rates.judged:.0f}. Both go side by side, so that the slower one counts.
+The trace of a layer has {trace_bytes(config, tokens) / 1e6:.1f} MB. Only the head is work that cannot be dealt evenly.
+The start of workers, a few seconds, is left out.
 Sources: {link("full_size.json", "verdicts.json")}, `bench/cluster_plan.py`.
 
 {table(("machines", "layers of one", "weights read by one", "trace moved to one", "time", "efficiency"), rows)}"""

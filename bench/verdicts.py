@@ -11,10 +11,9 @@
 
 Preparation of the weights counts for the verdict. Times of the first three are CPU seconds, since other processes
 change them less than seconds of a clock. The others are whole commands, with all threads, by the clock. The wall is
-the least work: the float64 product counts twice a float32 one, and the sum of magnitudes once. Of
-`files` it is the start of a command, and the calls of NumPy that each weight goes through: it is read, tested, made
-float32 and float64, and multiplied twice. Here each is repeated on a block in the cache, on all cores. Of `model` it is
-the time of the
+the least work: the float64 product counts twice a float32 one, and the sum of magnitudes once. Of `files` it is the
+start of a command, and the calls of NumPy for each weight, on all cores. Each weight is read, tested, made float32 and
+float64, and multiplied in both. The calls are timed on a block in the cache. Of `model` it is the time of the
 enclosures of products alone, to which sums, functions and the test of every value are added; `tests` is that of these
 tests. Of both, `arithmetic` is the time of the operations of all sums at the measured rate of float32 products: of one
 core for `model`, of all for `files`.
