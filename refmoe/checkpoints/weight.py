@@ -18,11 +18,6 @@ from refmoe.errors import InputError
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
-def all_finite(stored: np.ndarray[Any, Any]) -> bool:
-    """Whether no element is NaN or infinite."""
-    return math.isfinite(largest(stored)) if stored.dtype in OF_DTYPE else bool(np.isfinite(stored).all())
-
-
 def _read_only(source: Callable[[], Any]) -> Any:
     values = source()
     values.flags.writeable = False
@@ -34,6 +29,8 @@ class Weight:
 
     grid: Grid | None = None
     computed = False
+    most: float | None = None
+    """The largest magnitude of all values, once `read` has seen them."""
 
     def __init__(
         self, name: str, shape: tuple[int, ...], dtype: Any, source: Callable[[], Any], origin: str,
@@ -59,7 +56,7 @@ class Weight:
         """All values, in the stored dtype. Raises InputError when one is NaN or infinite."""
         stored = self._source()
         if not self._checked:
-            self._check(stored)
+            self.most = self._check(stored)
             self._checked = True
         return stored
 
@@ -83,11 +80,17 @@ class Weight:
             self._check(stored)
         return stored if dtype is None else upcast(stored, np.dtype(dtype))
 
-    def _check(self, stored: Any) -> None:
-        if not all_finite(stored):
-            bad = stored[~np.isfinite(stored.astype(np.float64))]
-            raise InputError(
-                f"{self.origin} holds {bad.size} value{'s' * (bad.size != 1)} that "
-                f"{'are' if bad.size != 1 else 'is'} not finite (the first is {float(bad[0])}), "
-                "but every weight must be a number"
-            )
+    def _check(self, stored: Any) -> float | None:
+        """Raise InputError when a value is NaN or infinite. Returns the largest magnitude, if that is found on the way.
+
+        stored: floats, or integers
+        """
+        most = largest(stored) if stored.dtype in OF_DTYPE else None
+        if np.isfinite(stored).all() if most is None else math.isfinite(most):
+            return most
+        bad = stored[~np.isfinite(stored.astype(np.float64))]
+        raise InputError(
+            f"{self.origin} holds {bad.size} value{'s' * (bad.size != 1)} that "
+            f"{'are' if bad.size != 1 else 'is'} not finite (the first is {float(bad[0])}), "
+            "but every weight must be a number"
+        )

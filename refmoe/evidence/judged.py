@@ -207,8 +207,8 @@ def from_tokens(trace: Trace, case: Case, parameters: Parameters, policy: Policy
     contents = take_in(replace(trace, tensors=kept), case.config, case.runs())
     subject = Subject(case.config, parameters, contents.runs)
     widths: Widths = {}
-    limit = Limits(significance, contents.values, contents.tensors).excess
-    WidthPass(widths, contents.trace, subject=subject, policy=policy, spreads=limit).go()
+    limits = Limits(significance, contents.values, contents.tensors)
+    WidthPass(widths, contents.trace, subject=subject, policy=policy, limits=limits).go()
     found = Width()
     for (_, tap), each in widths.items():
         found = found.worst(each) if tap == "logits" else found

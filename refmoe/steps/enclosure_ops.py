@@ -18,10 +18,12 @@ from refmoe.arithmetic.enclosure.array import (
     PIECE,
     SLACK,
     Enclosure,
+    Most,
     Partial,
     bounded,
     concatenate,
     in_pieces,
+    joined,
     quiet,
     stored,
     unbounded_beyond,
@@ -70,6 +72,14 @@ def read_in(format: Format, x: Enclosure) -> Enclosure:
     return result
 
 
+def lasting(values: Any) -> Any:
+    """The values, in memory that no file backs. A matrix is kept, and a file may change or end."""
+    owner = values
+    while isinstance(owner, np.ndarray) and owner.base is not None:
+        owner = owner.base
+    return values if isinstance(owner, np.ndarray | bytes) else np.array(values)
+
+
 def row_parallel(weight: Any, ranks: int) -> list[tuple[range, Weight]]:
     """The columns of a matrix that each rank has, and that part of it (SHARD-2, SHARD-6)."""
     shares = (block(weight.shape[1], ranks, rank) for rank in range(ranks))
@@ -80,6 +90,17 @@ def only(x: Enclosure, share: range) -> Enclosure:
     """x with zeros outside of some columns, as the codes of a rank are that has these columns alone."""
     inside = np.isin(np.arange(x.shape[-1]), share)
     return x.map(lambda part: np.where(inside, part, 0.0))
+
+
+def _stays_below(x: Enclosure, limit: float) -> bool:
+    """Whether the largest magnitude and the largest spread show that no value reaches the limit."""
+    found = x.most
+    if found is None or not found.size + SPREADS * (math.sqrt(found.least_variance) + found.radius) <= limit:
+        largest = float(max(x.mid.max(initial=0.0), -x.mid.min(initial=0.0)))
+        least = 0.0 if x.least_variance is None else x.least_variance
+        found = Most(largest, np.max(x.r, initial=0.0) if x.defers else 0.0, np.max(least, initial=0.0))
+    # the part of the spread that is not computed yet is less than the radius
+    return found.size + SPREADS * (math.sqrt(found.least_variance) + found.radius) <= limit
 
 
 class EnclosureOps(ArrayOps):
@@ -156,13 +177,16 @@ class EnclosureOps(ArrayOps):
         def nbytes(made: tuple[Matrix, Any]) -> int:
             return made[0].nbytes + (made[1].nbytes if self._exact else 0)
 
-        def prepare(rows: Any) -> tuple[Matrix, Any]:
-            return self._prepare(rows, how)
+        def prepare(rows: Any, most: float | None = None) -> tuple[Matrix, Any]:
+            return self._prepare(rows, how, most)
+
+        def prepared() -> tuple[Matrix, Any]:
+            values = lasting(weight.read())
+            return prepare(values, getattr(weight, "most", None))
 
         if math.prod(weight.shape) * self.dtype.itemsize > self.matrices.limit:
             return self._watch("linear", self._streamed(x.settle(), weight, prepare, how), how.format)
-        # the matrix is kept, so it has values of its own: a file may change or end
-        made = self.matrices.get(weight, lambda: prepare(np.array(weight.read())), nbytes)
+        made = self.matrices.get(weight, prepared, nbytes)
         return self._watch("linear", self._times(x, made, how), how.format)
 
     def _streamed(
@@ -189,12 +213,12 @@ class EnclosureOps(ArrayOps):
             bias=again("bias") if how.truncates else None,
         )
 
-    def _prepare(self, rows: Any, how: Accumulator) -> tuple[Matrix, Any]:
-        """Rows of a stored weight, prepared for products."""
+    def _prepare(self, rows: Any, how: Accumulator, most: float | None = None) -> tuple[Matrix, Any]:
+        """Rows of a stored weight, prepared for products.   most: their largest magnitude, if it is known"""
         held = self.policy.at("weights")
         exact = dot.prepare(nearest(rows, held)) if self._exact else None
         if how.format.holds(held):
-            return matrix_of(rows, held), exact
+            return matrix_of(rows, held, most=most), exact
         return Matrix(read_in(how.format, Enclosure(nearest(rows, held).T))), exact
 
     def _times(self, x: Enclosure, made: tuple[Matrix, Any], how: Accumulator) -> Enclosure:
@@ -286,8 +310,8 @@ class EnclosureOps(ArrayOps):
         step = max(1, PIECE * x.shape[-2] // max(x.mid.size, 1))
         if x.mid.ndim != 3 or mask is None or step >= x.shape[1]:
             return self._softmax(x, mask, 0.0)
-        some = [slice(start, start + step) for start in range(0, x.shape[1], step)]
-        return concatenate([self._softmax(x[:, part], mask[:, part], 0.0) for part in some], axis=1)
+        some = [(slice(None), slice(start, start + step)) for start in range(0, x.shape[1], step)]
+        return joined((self._softmax(x[part], mask[part], 0.0) for part in some), some, *x.shape)
 
     @quiet
     def _softmax(self, x: Enclosure, mask: Any, above: Any) -> Enclosure:
@@ -408,11 +432,7 @@ class EnclosureOps(ArrayOps):
 
     def _watch(self, name: str, x: Enclosure, format: Format) -> Enclosure:
         """Record `name` as an event if a legal implementation may overflow here."""
-        largest = max(x.mid.max(initial=0.0), -x.mid.min(initial=0.0))
-        least = 0.0 if x.least_variance is None else x.least_variance
-        # the part of the spread that is not computed yet is less than the radius
-        spread = math.sqrt(np.max(least, initial=0.0)) + (np.max(x.r, initial=0.0) if x.defers else 0.0)
-        if not largest + SPREADS * spread <= format.largest:
+        if not _stays_below(x, format.largest):
             with np.errstate(all="ignore"):
                 if not (np.abs(x.mid) + SPREADS * np.sqrt(x.v) <= format.largest).all():
                     self.events.append(name)

@@ -11,6 +11,7 @@ from refmoe.traces.held import held_trace
 from refmoe.traces.trace import Header
 from refmoe.verifier.passes import Pass
 from refmoe.verifier.subject import Subject
+from refmoe.verifier.tally import Limits
 
 NO_TAP = frozenset({""})
 """Not empty, so that a pass computes a whole call; without the name of any tap, so that it reads nothing."""
@@ -24,9 +25,9 @@ class FreePass(Pass):
 
     looks_beyond = True
 
-    def __init__(self, subject: Subject, policy: Policy, spreads: float) -> None:
-        """spreads: standard deviations that count as certain"""
-        super().__init__(held_trace(Header(runs=subject.runs), {}), subject, policy, spreads)
+    def __init__(self, subject: Subject, policy: Policy, limits: Limits) -> None:
+        """limits: those of a verification of this size"""
+        super().__init__(held_trace(Header(runs=subject.runs), {}), subject, policy, limits)
         self._anchored = {run.sequence for run in subject.runs}  # positions begin where the calls say
 
     def _block(self, model: Model, layers: range, tokens: Any, positions: Any, before: Caches | None) -> Caches:

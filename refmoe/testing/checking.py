@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from refmoe.arithmetic.allocator import keep_memory
 from refmoe.arithmetic.enclosure.array import Enclosure
 from refmoe.arithmetic.formats import OF_DTYPE
 from refmoe.profiles.policy import Policy
@@ -37,21 +37,6 @@ def enclosed(call: Call, policy: Policy) -> tuple[Enclosure, bool]:
 
 PIECE = 1 << 14
 """Values of a step without a matrix that are judged at a time, so that their arrays stay in the cache."""
-
-
-KEPT = 1 << 22
-"""Bytes of the array that is freed to make the allocator keep memory: more than the arrays of a piece take."""
-
-
-@cache
-def keep_memory() -> None:
-    """Make the allocator of the C library keep memory for later arrays.
-
-    glibc gives memory back as soon as 128 KiB are free, and maps blocks of that size anew each time. So two thirds of
-    the time went into the page faults of temporary arrays. The largest block that was freed raises both limits, for the
-    whole process (mallopt(3), M_MMAP_THRESHOLD). The memory of this block is never touched, so it takes none.
-    """
-    np.empty(KEPT, np.uint8)
 
 
 @dataclass(frozen=True)
@@ -87,7 +72,8 @@ def checked_in_pieces(output: Output, policy: Policy, significance: float, parts
     found = output.found
     axis = 0 if parts is None else parts.axis
     groups = [(np.arange(len(found)), len(found), None)] if parts is None else list(parts.groups)
-    tally = Tally(rows=sum(len(places) for places, *_ in groups) if axis == 0 else len(found))
+    rows = sum(len(places) for places, *_ in groups) if axis == 0 else len(found)
+    tally = Tally(rows=rows, calm=limits_of(significance, found.size).calm)
     may_overflow = False
     for places, drawn, columns in groups:
         each = found.size // found.shape[axis] if columns is None else found[:1, columns].size
@@ -118,7 +104,7 @@ def check(output: Output, x: Enclosure, policy: Policy, significance: float, may
 
     x: their enclosure   may_overflow: whether a legal kernel may have overflowed before the output
     """
-    tally = Tally(rows=len(output.found))
+    tally = Tally(rows=len(output.found), calm=limits_of(significance, output.found.size).calm)
     add(tally, output.found, x, Site(policy, output.step, may_overflow))
     wide = tally.values // max(tally.rows, 1)
     return conclude(output, tally, policy, Material(significance, tally.values, repeats(*output.reads), wide))
@@ -184,13 +170,18 @@ def add(tally: Tally, found: NDArray[Any], x: Enclosure, site: Site, counted: in
     )
 
 
+def limits_of(significance: float, values: int) -> Limits:
+    """The limits of a check of so many values."""
+    return Limits(significance, max(values, 1), 1)
+
+
 def conclude(output: Output, tally: Tally, policy: Policy, given: Material) -> Check:
     """The check of all values in a tally, with the limits of the verifier."""
     tap = f"layers.0.{output.step}"
     origin = Origin(
         since=(tap,), rung=LOCAL if output.spans == 1 else REPLAYED, spans=output.spans, normalises=output.normalises
     )
-    limits = Limits(given.significance, max(given.values, 1), 1)
+    limits = limits_of(given.significance, given.values)
     alike = alike_values(tap, origin, given.equal)
     if alike is not None and reads_coarser(policy, output.step):
         alike = max(alike, LIKE_POINTWISE)  # all outputs share the roundings of one input

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from refmoe.arithmetic.allocator import keep_memory
 from refmoe.arithmetic.formats import FLOAT32, OF_DTYPE, upcast
 from refmoe.profiles.policy import Policy
 from refmoe.testing.call import EXPONENT, SPREADS, WIDE, Output, Provable, Room
-from refmoe.testing.checking import PIECE, keep_memory
+from refmoe.testing.checking import PIECE
 from refmoe.verifier.tally import ROWS, Limits
 
 MOST = 1 << 18

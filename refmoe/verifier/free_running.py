@@ -113,7 +113,7 @@ class Replica(Pass):
 
     def __init__(self, trace: Trace, subject: Subject, policy: Policy, wanted: set[Key], draw: Draw | None) -> None:
         """wanted: the taps to keep"""
-        super().__init__(trace, subject, policy, 0.0)
+        super().__init__(trace, subject, policy, None)
         self.wanted, self.draw = wanted, draw
         self.kept: dict[Key, list[Any]] = {}
         self.choices = Choices()

@@ -7,9 +7,11 @@ from collections import Counter
 from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakMethod
 
 import numpy as np
 
+from refmoe.arithmetic.allocator import keep_memory
 from refmoe.arithmetic.enclosure.array import Enclosure
 from refmoe.arithmetic.formats import OF_DTYPE, ulp
 from refmoe.profiles.cut_points import PROJECTIONS
@@ -25,7 +27,7 @@ from refmoe.verifier.contested import Contested
 from refmoe.verifier.findings import CONTESTABLE, FORCED, ContestableCode
 from refmoe.verifier.routing import Routing, invalid_choices, judge, valid
 from refmoe.verifier.subject import Findings, Subject
-from refmoe.verifier.tally import Tally
+from refmoe.verifier.tally import Calm, Limits, Tally
 
 KEPT_DECISIONS = 50_000
 """The number of decisions that are all kept. Beyond it only decisions that are not forced, or not legal, are kept."""
@@ -64,6 +66,15 @@ class Reading:
 AS_STORED = Reading()
 
 
+def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method without a hold on its object.
+
+    A pass and its ops that held each other would keep all prepared weights in memory, until Python looks for cycles.
+    """
+    held: Any = WeakMethod(method)
+    return lambda *given: held()(*given)
+
+
 class Pass:
     """A forward pass. Each tap tests the trace's values, and later steps read them."""
 
@@ -75,15 +86,16 @@ class Pass:
         trace: Trace,
         subject: Subject,
         policy: Policy,
-        spreads: float,
+        limits: Limits | None,
         reading: Reading = AS_STORED,
         progress: Callable[[], None] | None = None,
     ) -> None:
-        """spreads: standard deviations that count as certain   progress: called after each layer of each run"""
-        self.trace, self.subject, self.policy, self.spreads = trace, subject, policy, spreads
+        """limits: of the tests; None where nothing is tested   progress: called after each layer of each run"""
+        self.trace, self.subject, self.policy = trace, subject, policy
+        self.calm, self.spreads = (Calm(), 0.0) if limits is None else (limits.calm, limits.excess)
         self.reading, self.progress = reading, progress
         self.findings = Findings()
-        self.ops = subject.ops(policy, self._tap)
+        self.ops = subject.ops(policy, _weakly(self._tap))
         self._anchored = {run.sequence for run in subject.runs if any(map(is_rotated, trace.names(run.run)))}
         self._run = subject.runs[0]
         self._start = 0
@@ -100,6 +112,7 @@ class Pass:
         Of a run of which the trace holds nothing, only the caches are computed.
         layers: the layers to compute; the trace must have the input of the first. None: the whole model.
         """
+        keep_memory()
         model = Model(self.subject.config, self.subject.parameters, self.subject.steps)
         layers = range(self.subject.config.layers) if layers is None else layers
         caches: dict[int, Caches] = {}
@@ -184,7 +197,8 @@ class Pass:
         values = np.asarray(dumped, np.float64)
         if step == "attention.scores":
             values = np.where(self._visible()[None], values, 0.0)
-        if not np.isfinite(values).all():
+        # a sum of finite numbers is finite, or overflows
+        if not np.isfinite(values.sum()) and not np.isfinite(values).all():
             self.ops.events.append(name)
         # an embedding is a stored row, so that no unrounded value of it exists
         if not self.reading.unrounded or step == "embedding":
@@ -203,7 +217,7 @@ class Pass:
 
     def _test(self, name: str, step: str, x: Enclosure, dumped: Any) -> int:
         """Test a tap against its enclosure. Returns the number of values outside the legal interval."""
-        tally = self.findings.tallies.setdefault((self._run.run, name), Tally())
+        tally = self.findings.tallies.setdefault((self._run.run, name), Tally(calm=self.calm))
         origin = (0, self._start, 0) if step in ("attention.scores", "attention.probs") else (self._start,)
         flat = None
         if step == "attention.scores":

@@ -24,6 +24,7 @@ from refmoe.traces.pieces import by_pieces
 from refmoe.traces.trace import Run, Trace, read_trace
 from refmoe.verifier.passes import Key, Pass, Reading
 from refmoe.verifier.subject import Findings, Subject
+from refmoe.verifier.tally import Limits
 
 
 def needed(config: Config, present: Mapping[str, Set[str]]) -> range:
@@ -116,7 +117,7 @@ class Work:
     source: Any
     runs: tuple[Run, ...]
     policy: Policy
-    spreads: float
+    limits: Limits
     reading: Reading
     layers: range
 
@@ -125,7 +126,7 @@ def judge_segment(work: Work) -> Findings:
     """The findings of one segment, in any process that can read the trace and the model."""
     loaded = _loaded(work.source)
     subject = Subject(loaded.config, loaded.parameters, work.runs)
-    judging = Pass(_opened(work.trace, loaded.config), subject, work.policy, spreads=work.spreads, reading=work.reading)
+    judging = Pass(_opened(work.trace, loaded.config), subject, work.policy, limits=work.limits, reading=work.reading)
     return judging.go(work.layers)
 
 
@@ -144,7 +145,7 @@ def judge_all(
     trace: Trace,
     subject: Subject,
     policy: Policy,
-    spreads: float,
+    limits: Limits,
     present: Mapping[str, Set[str]],
     reading: Reading,
     settings: Settings,
@@ -157,14 +158,14 @@ def judge_all(
     spread, progress = settings.spread, settings.progress
     if spread is None:
         layers = range(pieces[0].start, pieces[-1].stop)
-        return settings.passes(trace, subject, policy, spreads, reading, progress).go(layers)
+        return settings.passes(trace, subject, policy, limits, reading, progress).go(layers)
     items = [
         Work(
             trace=trace.path,
             source=spread.source,
             runs=subject.runs,
             policy=policy,
-            spreads=spreads,
+            limits=limits,
             reading=reading,
             layers=each,
         )

@@ -39,14 +39,23 @@ PIECE = 1 << 13
 """Values tested at once: the temporary arrays of this length fit in the second-level cache."""
 FEW = 1 << 11
 """The most values that are judged whole: for them, the calls of two passes take longer than their operations."""
-CHANCE = 2.0
-"""Standard errors of the mean square by which errors may be too large before the whole spread is computed. At any usual
-significance, the limit of the test of size is 5 or more."""
+CALM = 0.5
+"""The share of its limit up to which a figure may be an upper bound, and the whole spread is not computed for it."""
 LIKE_POINTWISE = 32.0
 """The number of values that err alike in elementwise steps and in segments up to a layer."""
 
 Place = Callable[[int], tuple[int, ...]]
 """The function from the position of a value in a block to its index in the tap."""
+
+
+@dataclass(frozen=True)
+class Calm:
+    """The figures up to which the whole spread of errors is not computed. By default it always is."""
+
+    excess: float = 0.0
+    """Standard deviations."""
+    squares: float = -math.inf
+    """Roots of N by which the sum of N squares exceeds N."""
 
 
 @dataclass(frozen=True)
@@ -65,17 +74,23 @@ class Limits:
         return math.log(2 * max(self.values, 1) * 3 / self.significance) / 2
 
     @property
+    def calm(self) -> Calm:
+        """What is far below these limits."""
+        return Calm(excess=CALM * self.excess, squares=CALM * 3 * math.sqrt(math.log(1 / self._level) / 2))
+
+    @property
+    def _level(self) -> float:
+        """The significance of the test of size of a tensor: a third of the whole is split over all tensors."""
+        return self.significance / (3 * max(self.tensors, 1))
+
+    @property
     def part(self) -> float:
         """The significance of each of the three tests against replicas. Together they have a third of the whole."""
         return self.significance / 9
 
     def rms(self, values: int, alike: float) -> float:
-        """The limit of the root mean square of `values` errors, of which `alike` at a time are equal.
-
-        A third of the significance is split over all tensors.
-        """
-        level = self.significance / (3 * max(self.tensors, 1))
-        return math.sqrt(1 + 3 * math.sqrt(math.log(1 / level) / (2 * values / alike)))
+        """The limit of the root mean square of `values` errors, of which `alike` at a time are equal."""
+        return math.sqrt(1 + 3 * math.sqrt(math.log(1 / self._level) / (2 * values / alike)))
 
 
 @dataclass
@@ -97,6 +112,7 @@ class Tally:
     reach: float = 0.0
     worst: Element | None = None
     worst_rank: tuple[int, float] = (-1, -1.0)
+    calm: Calm = Calm()
 
     def add(
         self, x: Enclosure, found: Any, policy_format: Format, found_format: Format, place: Place, may_overflow: bool,
@@ -145,6 +161,7 @@ class Tally:
         values = Values(
             found=y, mid=before.mid, radius=np.asarray(before.r), variance=np.asarray(least), format=format,
             later=(lambda: (x.v, x.bias if x.biased else 0.0)) if before.defers else None,
+            calm=self.calm.excess,
         )  # fmt: skip
         self.values += y.size
         calm = measured(values, self.worst_error, self.excess) if held and y.size > FEW else None
@@ -185,12 +202,12 @@ class Tally:
             return
         stored = sizes.spacing * sizes.spacing * (1 / 12) if format != FLOAT64 else 0.0
         found = sizes.weighed(sizes.variance + stored)
-        count = self.counted + found.count
-        if later is not None and self.squares + found.squares - count > CHANCE * math.sqrt(count):
+        count = self.counted + found.counted
+        if later is not None and self.squares + found.squares - count > self.calm.squares * math.sqrt(count):
             variance, shift = (part[: sizes.error.size] if np.ndim(part) else part for part in later())
             found = sizes.weighed(variance + shift**2 + stored)
         self.squares += found.squares
-        self.counted += found.count
+        self.counted += found.counted
         if format != FLOAT64:
             self.leaning += found.leaning
             self.reach += found.reach

@@ -10,24 +10,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from refmoe.arithmetic.enclosure.array import OWN, UNDERFLOW
 from refmoe.arithmetic.formats import FLOAT32, Format, cell, nearest, ulp
 
-CALM = 5.0
-"""Standard deviations below which a larger spread and a bias are not computed: no limit is as low."""
 MANY = 64
 """Values above the largest excess so far, of which it is worth a call to find the farthest before the others."""
 SPARE = 1 - 2.0**-30
 """A factor on half a spacing and on the figures so far. It covers the rounding of the bounds themselves."""
 
 
-@dataclass(frozen=True)
-class Values:
+class Values(NamedTuple):
     """Values found, and their enclosure before the last rounding. Each is of shape [n], or a number for all."""
 
     found: Any
@@ -39,22 +35,25 @@ class Values:
     later: Callable[[], tuple[Any, Any]] | None = None
     """Makes the whole variance, and the distances by which an accumulator may shift the values, each [n] or a number.
     None: `variance` is the whole one, and nothing shifts."""
+    calm: float = 0.0
+    """Standard deviations from the cell up to which nobody asks `later`."""
 
     def at(self, places: Any) -> Values:
         """Some of the values.   places: integers [k]"""
-        names, later = ("found", "mid", "radius", "variance"), self.later
-        some = {name: _some(getattr(self, name), places) for name in names}
+        later, rest = self.later, None
         if later is not None:
-            some["later"] = lambda: tuple(_some(part, places) for part in later())
-        return replace(self, **some)
+            rest = lambda: tuple(_some(part, places) for part in later())  # noqa: E731
+        return self._replace(
+            found=_some(self.found, places), mid=_some(self.mid, places), radius=_some(self.radius, places),
+            variance=_some(self.variance, places), later=rest,
+        )  # fmt: skip
 
 
 def _some(array: Any, places: Any) -> Any:
     return array[places] if np.ndim(array) else array
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):
     """The values of which size and lean of errors are taken. Each is of shape [n], or a number for all."""
 
     error: Any
@@ -68,7 +67,7 @@ class Sizes:
     def first(self, count: int) -> Sizes:
         """The first values, none where the count is below 0."""
         part = slice(max(count, 0))
-        return Sizes(*(_some(each, part) for each in vars(self).values()))
+        return Sizes._make(_some(each, part) for each in self)
 
     def weighed(self, variance: Any) -> Weighed:
         """The sums over the values, each weighed by the inverse of a variance [n]."""
@@ -85,12 +84,11 @@ class Sizes:
         return Weighed(float(squares), count, float(leaning) / -2, float(reach) / 4)
 
 
-@dataclass(frozen=True)
-class Weighed:
+class Weighed(NamedTuple):
     """Sums over values: of squares of errors, of errors times those of truncation, and of squares of the latter."""
 
     squares: float
-    count: int
+    counted: int
     """The number of values that have a weight."""
     leaning: float
     reach: float
@@ -99,8 +97,7 @@ class Weighed:
 # ---- all figures
 
 
-@dataclass(frozen=True)
-class Judged:
+class Judged(NamedTuple):
     """The figures of values, [n] each."""
 
     outside: Any
@@ -183,9 +180,9 @@ def judged(values: Values, may_overflow: bool) -> Judged:
         return np.where(usable, np.maximum(beyond - shift, 0.0) / sigma, 0.0), sigma
 
     excess, sigma = distance(v, 0.0)
-    if values.later is not None and excess.max(initial=0.0) > CALM:
+    if values.later is not None and excess.max(initial=0.0) > values.calm:
         # value by value, so that a figure does not depend on what is tested with it
-        far, whole = excess > CALM, distance(*values.later())
+        far, whole = excess > values.calm, distance(*values.later())
         excess, sigma = (np.where(far, new, old) for new, old in zip(whole, (excess, sigma), strict=True))
     sizes = Sizes(error=error, mid=m, variance=v, spacing=spacing, usable=finite & spread)
     return Judged(
@@ -204,8 +201,7 @@ def pair(a: Any, b: Any) -> Any:
 # ---- finite values
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(NamedTuple):
     """The contribution of finite values to size and lean, and the values of which all figures are needed."""
 
     sizes: Sizes
@@ -232,7 +228,7 @@ def measured(values: Values, ratio: float, excess: float) -> Measured | None:
     if not np.isfinite(size.max() + r.max() + v.max()):
         return None
     half = ulp(np.minimum(np.abs(y), around), format)
-    half *= SPARE / 2
+    half *= 0.5
     legal = half + r
     # a value of another sign than m is farther from m than zero is
     suspect = size > np.minimum(legal * (min(ratio, 1.0) * SPARE), around)
@@ -240,13 +236,18 @@ def measured(values: Values, ratio: float, excess: float) -> Measured | None:
         share = size / legal
         at = int(share.argmax())
         reached = float(size[at]) / (_number(r, at) + float(ulp(around[at] + _number(r, at), format)) / 2)
-        suspect = (size > around) | (share > min(max(ratio, reached), 1.0) * SPARE)
+        least = min(max(ratio, reached), 1.0)
+        suspect = (size > around) | (share > least * SPARE)
+        if least == 1.0:
+            # a tie of exact values: size and half are exact, and it is no farther than the first one
+            suspect &= (r > 0) | (size > half)
+            suspect[at] |= reached > ratio
     beyond = np.subtract(size, half, out=half)
     beyond *= np.abs(beyond)  # the square, negative within the cell
     spread = v * (excess * excess * SPARE)
     above = beyond > spread
     if above.any():
-        if values.later is not None and ((size > around).any() or (beyond > v * CALM**2).any()):
+        if values.later is not None and ((size > around).any() or (beyond > v * values.calm**2).any()):
             return None
         if np.count_nonzero(above) > MANY:
             farthest = values.at(np.array([(beyond / np.maximum(v, UNDERFLOW)).argmax()]))

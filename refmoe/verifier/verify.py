@@ -71,7 +71,7 @@ def verify(
     coded = quantises(policy, named_weights(parameters).values())
 
     def judge(reading: Reading) -> tuple[Findings, list[Check]]:
-        findings = judge_all(trace, subject, policy, limits.excess, contents.present, reading, settings)
+        findings = judge_all(trace, subject, policy, limits, contents.present, reading, settings)
         checks = assemble(findings, contents, config, policy, limits, coded)
         # a code that flips is a switch too rare for replicas to show, and as large as a choice of experts
         return findings, checks if coded else against_noise(checks, findings, trace, subject, policy, limits)

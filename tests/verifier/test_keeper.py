@@ -19,8 +19,14 @@ TRIED = [
 ]
 
 
+@pytest.mark.parametrize("small", [True, False], ids=["late", "at once"])
 @pytest.mark.parametrize(("bug", "name", "dtype"), TRIED, ids=[each[0] for each in TRIED])
-def test_report_and_explanations_are_the_same_with_and_without_it(bug: str, name: str, dtype: str) -> None:
+def test_report_and_explanations_are_the_same_with_and_without_it(
+    bug: str, name: str, dtype: str, small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a small model, variances are made when a diagnosis asks for them."""
+    if not small:
+        monkeypatch.setattr(observed, "MATRIX_BYTES", 1000)
     used, parameters, case = policy_for(bug, dtype), reference(bug, name), case_named(name)
     trace = traced_under(bug, name, parameters, used)
     keeper = Keeper()
@@ -28,6 +34,7 @@ def test_report_and_explanations_are_the_same_with_and_without_it(bug: str, name
     report = verify(trace, name, *arguments, Settings(passes=keeper))
     assert repr(report) == repr(verify(trace, name, *arguments))  # figures that do not exist are NaN
     assert keeper.first is not None
+    assert keeper.first.late == small
     mutants = [MUTANTS[bug], MUTANTS["rope-theta-default"], MUTANTS["router-no-renorm"]]
     with_it = search(gather(trace, *arguments, report, keeper.first), mutants)
     assert repr(with_it) == repr(search(gather(trace, *arguments, report), mutants))

@@ -111,7 +111,7 @@ def assert_read_outs_pass(arrays: dict[str, Any], name: str, rules: str) -> None
     kept = {key: array for key, array in arrays.items() if key.partition("/")[2] in (last, "logits", LOGPROBS, IDS)}
     contents = take_in(held_trace(Header(runs), kept), case.config, None)
     limits = Limits(SIGNIFICANCE, contents.values, contents.tensors)
-    judging = Head(contents.trace, Subject(case.config, parameters_of(name), contents.runs), used, limits.excess)
+    judging = Head(contents.trace, Subject(case.config, parameters_of(name), contents.runs), used, limits)
     checks = [
         check for check in assemble(judging.go(), contents, case.config, used, limits) if check.step in (LOGPROBS, IDS)
     ]

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,10 +12,11 @@ from hypothesis import strategies as st
 
 from refmoe.arithmetic.enclosure.array import Enclosure, Partial
 from refmoe.arithmetic.formats import BFLOAT16, FLOAT16, FLOAT32, Format, nearest
-from refmoe.verifier.tally import PIECE, Tally
-from refmoe.verifier.values import CALM, Values, judged, measured
+from refmoe.verifier.tally import PIECE, Calm, Limits, Tally
+from refmoe.verifier.values import Values, judged, measured
 
 # as in a tally: what is divided by zero is not used
+CALM = 5.0
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 NARROW = (FLOAT32, BFLOAT16, FLOAT16)
 
@@ -27,7 +27,9 @@ def values(draw: st.DrawFn) -> Values:
     format, n = draw(st.sampled_from(NARROW)), draw(st.integers(1, 40))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     powers = np.ldexp(1.0, rng.integers(-3, 3, n)) * draw(st.sampled_from((1.0, format.tiny, 2.0**10)))
-    mid = powers * rng.choice([-1, 1], n) * (1 + rng.choice([0.0, 1.0, -1.0, rng.random()], n) * format.u * 4)
+    mid = (
+        powers * rng.choice([-1, 1], n) * (1 + rng.choice([0.0, 1.0, -1.0, 0.25, 0.75, rng.random()], n) * format.u * 4)
+    )
     mid[rng.random(n) < draw(st.sampled_from((0.0, 0.3)))] = 0.0
     radius = np.abs(mid) * rng.random(n) * draw(st.sampled_from((0.0, format.u / 16, format.u, 0.5)))
     variance = (radius / draw(st.sampled_from((1.0, 30.0)))) ** 2
@@ -58,7 +60,7 @@ def test_no_value_that_is_no_suspect_is_outside_or_exceeds_the_figures_so_far(
 def test_the_sums_of_finite_values_are_those_of_all(some: Values) -> None:
     found, whole = measured(some, 0.0, 0.0), judged(some, may_overflow=False)
     assert found is not None
-    for one, other in zip(vars(found.sizes).values(), vars(whole.sizes).values(), strict=True):
+    for one, other in zip(found.sizes, whole.sizes, strict=True):
         np.testing.assert_array_equal(one, other)
 
 
@@ -76,7 +78,7 @@ def test_a_value_that_is_not_finite_is_not_passed_over(where: str, strange: floa
 
 @given(values(), st.sampled_from((0.0, 2.0, 50.0)))
 def test_where_more_of_the_spread_may_count_all_values_are_computed_whole(some: Values, excess: float) -> None:
-    some = replace(some, later=lambda: (some.variance, 0.0))
+    some = some._replace(later=lambda: (some.variance, 0.0), calm=CALM)
     if measured(some, 0.0, excess) is not None:
         assert (judged(some, may_overflow=False).excess <= max(excess, CALM)).all()
 
@@ -84,12 +86,48 @@ def test_where_more_of_the_spread_may_count_all_values_are_computed_whole(some: 
 @given(values(), st.floats(1, 100), st.floats(0, 10))
 def test_far_values_have_their_distance_with_the_whole_spread(some: Values, more: float, shift: float) -> None:
     shifts = shift * np.sqrt(some.variance)
-    asked = judged(replace(some, later=lambda: (more * some.variance, shifts)), may_overflow=False)
-    known, whole = judged(some, may_overflow=False), judged(replace(some, variance=more * some.variance), False)
+    asked = judged(some._replace(later=lambda: (more * some.variance, shifts), calm=CALM), may_overflow=False)
+    known, whole = judged(some, may_overflow=False), judged(some._replace(variance=more * some.variance), False)
     far = known.excess > CALM
     np.testing.assert_array_equal(asked.excess[~far], known.excess[~far])
     np.testing.assert_array_equal(asked.sigma[far], whole.sigma[far])
     assert (asked.excess[far] <= whole.excess[far]).all()
+
+
+def test_ties_of_exact_values_are_no_suspects() -> None:
+    """An addition makes many of them: half a spacing from two values, and as far as a legal value can be."""
+    mid = 1 + (2 * np.arange(100) + 1) * FLOAT32.u
+    exact = Values(found=nearest(mid, FLOAT32), mid=mid, radius=0.0 * mid, variance=0.0 * mid, format=FLOAT32)
+    first, later = measured(exact, 0.0, 0.0), measured(exact, 1.0, 0.0)
+    assert first is not None
+    assert later is not None
+    assert first.suspects.tolist() == [0]
+    assert later.suspects.size == 0
+    wrong = exact._replace(found=exact.found + np.where(np.arange(100) == 7, 4 * FLOAT32.u, 0.0))
+    found = measured(wrong, 1.0, 0.0)
+    assert found is not None
+    assert found.suspects.tolist() == [7]
+
+
+@given(
+    st.floats(1e-100, 1 - 1e-9), st.integers(1, 10**12), st.integers(1, 10**5), st.floats(1, 1e4),
+    st.integers(1, 10**9),
+)  # fmt: skip
+def test_all_limits_are_above_what_is_calm(
+    significance: float, values: int, tensors: int, alike: float, counted: int
+) -> None:
+    limits = Limits(significance, values, tensors)
+    assert limits.calm.excess < limits.excess
+    assert counted + limits.calm.squares * np.sqrt(counted) < counted * limits.rms(counted, alike) ** 2
+
+
+def test_a_low_limit_accuses_nobody_by_a_part_of_the_spread() -> None:
+    """Of few values, with a large significance, the limit is 2 standard deviations."""
+    limits = Limits(0.9, 8, 1)
+    tally = Tally(calm=limits.calm)
+    x, y = deferring(np.array([3.0, *np.zeros(7)]), [], "whole")
+    tally.add(x, y, FLOAT32, FLOAT32, lambda at: (at,), may_overflow=False)
+    assert tally.excess < limits.excess < 3
 
 
 def deferring(errors: Any, asked: list[int], what: str) -> tuple[Enclosure, Any]:
@@ -115,7 +153,7 @@ def deferring(errors: Any, asked: list[int], what: str) -> tuple[Enclosure, Any]
 def test_what_is_deferred_is_computed_only_where_errors_are_too_large(size: float, used: bool, what: str) -> None:
     asked: list[int] = []
     errors = size * np.random.default_rng(1).standard_normal(3 * PIECE)
-    tally = Tally()
+    tally = Tally(calm=Calm(CALM, 2.0))
     x, y = deferring(np.clip(errors, -4.5, 4.5), asked, what)
     tally.add(x, y, FLOAT32, FLOAT32, lambda at: (at,), may_overflow=False)
     assert bool(asked) == used
@@ -128,7 +166,7 @@ def test_a_value_that_is_far_without_what_is_deferred_is_near_with_it(what: str)
     asked: list[int] = []
     errors = np.random.default_rng(1).standard_normal(3 * PIECE) / 4
     errors[PIECE + 5] = 20.0
-    tally = Tally()
+    tally = Tally(calm=Calm(CALM, 2.0))
     x, y = deferring(errors, asked, what)
     tally.add(x, y, FLOAT32, FLOAT32, lambda at: (at,), may_overflow=False)
     assert asked

@@ -198,9 +198,9 @@ def test_each_weight_is_prepared_once_for_all_replicas(monkeypatch: pytest.Monke
     name, prepared = "walking-skeleton", Counter[tuple[bytes, tuple[int, ...]]]()
     prepare = EnclosureOps._prepare
 
-    def counting(self: EnclosureOps, rows: Any, how: Any) -> Any:
+    def counting(self: EnclosureOps, rows: Any, *others: Any) -> Any:
         prepared[np.asarray(rows).tobytes()[:64], rows.shape] += 1
-        return prepare(self, rows, how)
+        return prepare(self, rows, *others)
 
     monkeypatch.setattr(EnclosureOps, "_prepare", counting)
     of = case(name)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -59,6 +59,14 @@ class Partial(NamedTuple):
     """Makes the variance, which is nowhere smaller than the known part."""
 
 
+class Most(NamedTuple):
+    """Upper bounds for all elements of an enclosure. NaN if one is not known."""
+
+    size: float
+    radius: float
+    least_variance: float
+
+
 class Enclosure:
     """An array of intervals mid +- radius, with a variance. None stands for zeros everywhere.
 
@@ -76,6 +84,9 @@ class Enclosure:
     """The known part."""
     _whole: Any
     """The variance, or a function that makes it; None where all is known."""
+
+    most: Most | None = None
+    """Set where bounds come with the values, so that nobody has to look for them."""
 
     __array_ufunc__ = None  # so that an ndarray on the left leaves the operation to this class
 
@@ -357,15 +368,15 @@ def overflow(format: Format) -> float:
 def unbounded_beyond(reach: Any, radius: Any, format: Format) -> Any:
     """The radius, made infinite where the format may not hold the value."""
     limit = overflow(format)
-    if np.asarray(reach).max(initial=0.0) < limit:
+    if np.maximum.reduce(reach, axis=None, initial=0.0) < limit:
         return radius
     return np.where(reach < limit, radius, np.inf)
 
 
 def bounded(x: Any) -> Any:
     """The radius or variance with infinity in place of NaN."""
-    unknown = np.isnan(x)
-    return np.where(unknown, np.inf, x) if unknown.any() else x
+    # the largest of some numbers is NaN if one of them is, and no array is made to see it
+    return np.where(np.isnan(x), np.inf, x) if math.isnan(np.maximum.reduce(x, axis=None, initial=0.0)) else x
 
 
 def stored(values: Any, format: Format, accumulation: Format) -> Enclosure:
@@ -426,8 +437,47 @@ def in_pieces(function: Callable[..., Enclosure], *arrays: Enclosure) -> Enclosu
     if size <= PIECE:
         return function(*arrays)
     flat = [each.reshape(-1) for each in arrays]
-    pieces = (slice(start, start + PIECE) for start in range(0, size, PIECE))
-    return concatenate([function(*(each[part] for each in flat)) for part in pieces], axis=0).reshape(shape)
+    places = [slice(start, start + PIECE) for start in range(0, size, PIECE)]
+    made = joined((function(*(each[place] for each in flat)) for place in places), [(place,) for place in places], size)
+    return made.reshape(shape)
+
+
+def joined(parts: Iterable[Enclosure], places: Sequence[Any], *shape: int) -> Enclosure:
+    """The enclosure of this shape whose parts are the results of one operation. Each is copied as it comes.
+
+    So no part is read from memory again, as `concatenate` does when it has all of them.
+    parts: without choices   places: the index of each part; together they cover the whole
+    """
+    found: dict[str, Any] = {}
+    deferring: list[tuple[Any, Enclosure]] = []
+    for i, (place, part) in enumerate(zip(places, parts, strict=True)):
+        arrays = {"mid": part.mid, "radius": part.radius, "variance": part.least_variance, "length": part.length}
+        for name, array in arrays.items():
+            if array is not None and name not in found:
+                found[name] = np.zeros(shape) if i else np.empty(shape)
+            if name in found:
+                found[name][place] = 0.0 if array is None else array
+        if part.defers:
+            deferring.append((place, part))
+
+    def filled(known: Any, name: str) -> Any:
+        made = np.zeros(shape) if known is None else known.copy()
+        for place, part in deferring:
+            array = getattr(part, name)
+            made[place] = 0.0 if array is None else array
+        return made
+
+    known = found.get("variance")
+    defers = any(part._whole is not None for _, part in deferring)
+    return Enclosure(
+        found["mid"],
+        found.get("radius"),
+        Partial(known, lambda: filled(known, "variance")) if defers else known,
+        accumulation=part.accumulation,
+        owed=part.owed,
+        bias=(lambda: filled(None, "bias")) if any(part.biased for _, part in deferring) else None,
+        length=found.get("length"),
+    )
 
 
 def _joined_choices(parts: Any, axis: int) -> Choices | None:

@@ -93,12 +93,16 @@ def silu(x: Enclosure, values: Any, budgets: Budgets, stored: Format) -> Enclosu
     x = x.settle()
     size = np.abs(x.mid)
     mid = x.mid * values
-    # the slope's own error is absolute: at most 40 * 2^-53 from x (1 - sigmoid), beyond which sigmoid is 1
-    slope = values * (1 + x.mid * (1 - values))
-    moved = np.minimum(np.abs(slope) + 64 * OWN + 0.25 * x.r, 1.1) * x.r
-    reach = np.abs(mid) + moved
-    radius = moved + _sigmoid_error(size + x.r, budgets) * reach + 4 * OWN * np.abs(mid)
-    variance = slope**2 * x.v + (_sigmoid_error(size, budgets) * mid) ** 2 / 3 + np.square(x.v) / 8
+    error = _sigmoid_error(size, budgets)
+    radius, variance = 4 * OWN * np.abs(mid), (error * mid) ** 2 / 3
+    if x.radius is None and x.variance is None:
+        radius = radius + error * np.abs(mid)
+    else:
+        # the slope's own error is absolute: at most 40 * 2^-53 from x (1 - sigmoid), beyond which sigmoid is 1
+        slope = values * (1 + x.mid * (1 - values))
+        moved = np.minimum(np.abs(slope) + 64 * OWN + 0.25 * x.r, 1.1) * x.r
+        radius = radius + moved + _sigmoid_error(size + x.r, budgets) * (np.abs(mid) + moved)
+        variance = variance + slope**2 * x.v + np.square(x.v) / 8
     # the absolute errors of the sigmoid: below the smallest normal value, and from its storage if it is stored
     lost = _sigmoid_lost(budgets)
     variance = variance + (size * lost) ** 2 / 3

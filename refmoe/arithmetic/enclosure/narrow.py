@@ -59,25 +59,28 @@ KEPT = 1 << 23
 """The most bytes of an array that a thread keeps for the next block."""
 
 
-def matrix_of(rows: Any, held: Format, fewest: int = LARGE) -> Matrix:
+def matrix_of(rows: Any, held: Format, fewest: int = LARGE, most: float | None = None) -> Matrix:
     """The matrix [n, m] of stored rows [m, n], as an engine holds them: rounded to nearest once.
 
     It is a `NarrowMatrix` unless its values, their size or their number are beyond float32, or it has less than
     `fewest` elements. It may refer to `rows`.
+
+    most: the largest magnitude of the rows, if it is known
     """
     stored = OF_DTYPE.get(rows.dtype)
     if stored is not None and FLOAT32.holds(stored):
         if not held.holds(stored):
             with np.errstate(over="ignore"):
                 rows = rows.astype(held.dtype)  # rounds once, because each stored value is a float32
+            most = None
         narrow = rows
     else:
         wide = nearest(rows, held)
         if not FLOAT32.holds(held):
             return Matrix(Enclosure(wide.T), held)
-        narrow = wide.astype(np.float32)
+        narrow, most = wide.astype(np.float32), None
     if narrow.size >= fewest and narrow.shape[1] <= MOST_TERMS:
-        most = largest(narrow)
+        most = largest(narrow) if most is None else most
         if MODERATE[0] <= most <= MODERATE[1]:  # NaN is no such number
             return NarrowMatrix(narrow, held, most)
     return Matrix(Enclosure(upcast(narrow, np.dtype(np.float32)).T), held)

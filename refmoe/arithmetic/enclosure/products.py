@@ -32,6 +32,7 @@ from refmoe.arithmetic.enclosure.array import (
     SLACK,
     UNDERFLOW,
     Enclosure,
+    Most,
     Partial,
     bounded,
     overflow,
@@ -119,7 +120,9 @@ class Accumulator:
         radius = sums.total * (of_total * own)
         radius += size * (of_size * own)
         radius += sums.inherited * ((1 + growth * rounds + product) * own) + (lost + flushed) * own
-        if not _largest(sums.total, size, sums.inherited) * rounds * (1 + growth) < overflow(self.format):
+        # no magnitude of a sum exceeds the sum of the magnitudes
+        most = 2 * float(sums.total.max(initial=0.0)) + float(np.maximum.reduce(sums.inherited, None, initial=0.0))
+        if not most * rounds * (1 + growth) < overflow(self.format):
             # only here a sum may be NaN or infinite
             largest = ((sums.total + size) / 2 + sums.inherited) * rounds
             radius = bounded(unbounded_beyond(largest * (1 + growth), radius, self.format))
@@ -164,11 +167,6 @@ class Accumulator:
         return lost + flushed**2 / 3
 
 
-def _largest(total: Any, size: Any, inherited: Any) -> float:
-    """A bound of all partial sums of products, NaN if one is not known."""
-    return float((total.max(initial=0.0) + size.max(initial=0.0)) / 2 + np.max(inherited, initial=0.0))
-
-
 @dataclass(frozen=True)
 class Terms:
     """The terms that each element of a product sums."""
@@ -203,21 +201,24 @@ def product(x: Enclosure, w: Matrix, how: Accumulator, exact_mid: Any = None) ->
 
     pieces = [(part, inputs[part] if np.ndim(inputs) else inputs) for part in _pieces(sums.mid.shape)]
 
-    @quiet
     def whole() -> Any:
         made = np.empty(sums.mid.shape)
-        for part, lost in pieces:
-            made[part] = how.variance(sums.mid[part], squares().rows(part), lost, terms)
+        with np.errstate(all="ignore"):
+            for part, lost in pieces:
+                made[part] = how.variance(sums.mid[part], squares().rows(part), lost, terms)
         return made
 
     # errors of factors are most of the spread, so that nothing is deferred where these have any
     defers = x.variance is None and w.variance is None
     radius, variance = np.empty(sums.mid.shape), np.empty(sums.mid.shape) if defers else whole()
+    most = np.zeros(3)
     for part, lost in pieces:
         rows = sums.rows(part)
         radius[part] = how.radius(rows, lost, terms)
         if defers:
             variance[part] = how.least_variance(rows, lost, terms)
+        # asked here, while the cache has them
+        np.maximum(most, [each.max(initial=0.0) for each in (rows.total, radius[part], variance[part])], out=most)
     bias: Callable[[], Any] | None = None
     if how.truncates:
         tiny = how.inputs.tiny
@@ -225,15 +226,18 @@ def product(x: Enclosure, w: Matrix, how: Accumulator, exact_mid: Any = None) ->
         apart = how.growth(n) * (SLACK + n * OWN) * apart
         radius = bounded(radius + apart)
 
-        @quiet
         def lost_one_way() -> Any:
             # the signs of turned elements are not known: at worst all terms are cut off in the same direction
             one_way, every = n if pairs else w.one_way(x), slice(None)
-            return bounded(how.bias(sums.rows(every), squares().rows(every), one_way, n) + apart)
+            with np.errstate(all="ignore"):
+                return bounded(how.bias(sums.rows(every), squares().rows(every), one_way, n) + apart)
 
         bias = lost_one_way
     spread = Partial(variance, whole) if defers else variance
-    return Enclosure(sums.mid, radius, spread, accumulation=x.accumulation, bias=bias)
+    made = Enclosure(sums.mid, radius, spread, accumulation=x.accumulation, bias=bias)
+    # twice covers that the sum of magnitudes may itself be too small by its roundings
+    made.most = Most(2 * float(most[0]), float(most[1]), float(most[2]))
+    return made
 
 
 def _pieces(shape: tuple[int, ...]) -> Iterator[slice]:

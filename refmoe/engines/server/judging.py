@@ -240,8 +240,8 @@ def one_position_off(said: Sequence[Said], model: Model) -> str:
 class LogitsPass(FreePass):
     """A pass over texts alone, which keeps the enclosure of their logits."""
 
-    def __init__(self, subject: Subject, policy: Policy, spreads: float) -> None:
-        super().__init__(subject, policy, spreads)
+    def __init__(self, subject: Subject, policy: Policy, limits: Limits) -> None:
+        super().__init__(subject, policy, limits)
         self._anchored = set()  # a server may count positions from any start
         self.kept: dict[str, list[Any]] = {}
         self.mid: dict[str, list[Any]] = {}
@@ -274,8 +274,9 @@ class Bounds:
         self._mid: dict[int, Any] = {}
         if runs:
             values = sum(map(len, self._texts)) * model.config.vocab
-            self._spreads = Limits(model.significance, values, len(runs)).excess
-            computed = LogitsPass(Subject(model.config, model.parameters, tuple(runs)), model.policy, self._spreads)
+            limits = Limits(model.significance, values, len(runs))
+            self._spreads = limits.excess
+            computed = LogitsPass(Subject(model.config, model.parameters, tuple(runs)), model.policy, limits)
             computed.go()
             for i, run in enumerate(runs):
                 blocks = computed.kept[run.run]

@@ -39,7 +39,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 """The dtypes that a pack judges, in the order of its arrays."""
 MOST_VALUES = 1 << 24
 """No pack has more values in a dtype."""
-DEVIATIONS = Limits(SIGNIFICANCE, values=MOST_VALUES, tensors=1).excess
+LIMITS = Limits(SIGNIFICANCE, values=MOST_VALUES, tensors=1)
+DEVIATIONS = LIMITS.excess
 """The standard deviations beyond which a value is improbable."""
 SLOTTED = ("router.weights", "expert.gate", "expert.up", "expert.hidden", "expert.output")
 """The taps whose second axis is the slots of the chosen experts."""
@@ -78,7 +79,7 @@ class FreeRun(FreePass):
     """
 
     def __init__(self, subject: Subject, policy: Policy) -> None:
-        super().__init__(subject, policy, DEVIATIONS)
+        super().__init__(subject, policy, LIMITS)
         self.legal = Legal()
         self._open: Any = None  # of the tokens of the block, booleans [T]
         self._cached: dict[tuple[int, int | None], Any] = {}  # per sequence and layer, booleans [S]

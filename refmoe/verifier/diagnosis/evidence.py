@@ -141,7 +141,7 @@ def gather(
     if judging is not None:
         evidence.weights[_preparation(policy)] = judging.ops.matrices
     else:
-        judging = Recording(contents.trace, replace(right, ops=ops_under(evidence, policy)), policy, limits.excess)
+        judging = Recording(contents.trace, replace(right, ops=ops_under(evidence, policy)), policy, limits)
         judging.go(evidence.whole.layers)
     checks = assemble(judging.findings, contents, config, policy, limits, makes_codes(policy, parameters))
     taps = observe(judging.recorded(), policy, limits.excess, checks, report.checks)
@@ -383,7 +383,7 @@ def judge_part(
     recorded: dict[Key, Recorded] = {}
 
     def checked(reading: Reading) -> list[Check]:
-        judging = judge(evidence.trace, subject, policy, evidence.limits.excess, reading)
+        judging = judge(evidence.trace, subject, policy, evidence.limits, reading)
         found = judging.go(part.layers)
         if not recorded:
             recorded.update(judging.recorded())

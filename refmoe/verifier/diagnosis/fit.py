@@ -44,7 +44,6 @@ from refmoe.spec.taps import layer_of, step_of
 from refmoe.verifier.diagnosis.observed import FARTHEST, Observed, Recorded
 from refmoe.verifier.passes import Key
 from refmoe.verifier.tally import LEAN, SNR
-from refmoe.verifier.values import CALM
 
 LEFT = math.sqrt(0.5)
 """The largest residual of an explanation."""
@@ -54,6 +53,8 @@ CLEAR = 0.125
 """The largest residual that suffices there by itself."""
 TWICE = 2.0
 """The most that may be left there above it, over what the change's own rounding makes."""
+CALM = 5.0
+"""Standard deviations that an effect has to exceed at a value, to be looked for there."""
 CHANCE = 27.0
 """The negative logarithm, to base 2, of the largest probability that a change explains such a trace by accident."""
 SIZE = 4.0

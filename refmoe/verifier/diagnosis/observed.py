@@ -4,20 +4,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
-from refmoe.arithmetic.enclosure.array import OWN, Enclosure
+from refmoe.arithmetic.enclosure.array import OWN, Enclosure, quiet
 from refmoe.arithmetic.formats import FLOAT64, Format, cell, nearest, representable, ulp
+from refmoe.checkpoints.size import total_parameters
 from refmoe.profiles.policy import Policy
 from refmoe.spec.taps import step_of
+from refmoe.steps.enclosure_ops import MATRIX_BYTES
 from refmoe.traces.trace import Trace
 from refmoe.verifier.findings import FAIL, PASS, Check
 from refmoe.verifier.passes import Key, Pass
+from refmoe.verifier.subject import Subject
 
 FARTHEST = 2.0**400
 """A distance counts as this many units at most, so that sums of squares of distances stay finite."""
@@ -114,33 +117,44 @@ class Observed:
         return np.where(np.isfinite(far) & ~self.gaps & self.read, np.clip(far, -FARTHEST, FARTHEST), 0.0)
 
 
+@quiet
+def parts_of(x: Enclosure, format: Format, dumped: Any, read: Any, size: int) -> tuple[Any, ...]:
+    """The arrays of `Recorded`, for one block of a tap.   format: of the tap   size: values of the whole tap"""
+    before = x if x.biased or (x.owed and format == x.accumulation) else x.settle()
+    values = np.where(read, np.asarray(dumped, np.float64), before.mid)
+    return tuple(
+        sampled((part if part.shape == x.shape else np.broadcast_to(part, x.shape)).reshape(-1), size)
+        for part in (before.mid, np.asarray(before.v), np.asarray(before.r), values, read)
+    )
+
+
 class Recording(Pass):
     """A pass that keeps the enclosures of all taps, beside the verdicts. A long tap is sampled."""
 
+    late = False
+    """Whether variances that are made on demand are made when somebody asks for the record. Until then the enclosures
+    hold the weights that they are made of."""
+
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._parts: dict[Key, list[tuple[Any, ...]]] = {}
+        self._parts: dict[Key, list[Callable[[], tuple[Any, ...]]]] = {}
 
     def _test(self, name: str, step: str, x: Enclosure, dumped: Any) -> int:
-        format = self.policy.at(step)
-        before = x if x.biased or (x.owed and format == x.accumulation) else x.settle()
-        values, read = np.asarray(dumped, np.float64), np.ones((), bool)
-        if step == "attention.scores":
-            read = self._visible()[None]
-            values = np.where(read, values, before.mid)
-        size = size_of(self.trace, (self._run.run, name))
-        parts = tuple(
-            sampled((part if part.shape == x.shape else np.broadcast_to(part, x.shape)).reshape(-1), size)
-            for part in (before.mid, np.asarray(before.v), np.asarray(before.r), values, read)
-        )
-        self._parts.setdefault((self._run.run, name), []).append(parts)
+        key = (self._run.run, name)
+        read = self._visible()[None] if step == "attention.scores" else np.ones((), bool)
+        part = partial(parts_of, x, self.policy.at(step), dumped, read, size_of(self.trace, key))
+        if not self.late:
+            made = part()
+            part = partial(lambda: made)
+        self._parts.setdefault(key, []).append(part)
         return super()._test(name, step, x, dumped)
 
     def recorded(self) -> dict[Key, Recorded]:
         """The enclosures of all taps so far."""
+        found = {key: [part() for part in parts] for key, parts in self._parts.items()}
         return {
             key: Recorded(*(np.concatenate(each) if len(parts) > 1 else each[0] for each in zip(*parts, strict=True)))
-            for key, parts in self._parts.items()
+            for key, parts in found.items()
         }
 
 
@@ -150,11 +164,13 @@ class Keeper:
     first: Recording | None = None
     """The first pass, in which each step reads the trace's values."""
 
-    def __call__(self, trace: Trace, *arguments: Any) -> Pass:
+    def __call__(self, trace: Trace, subject: Subject, *others: Any) -> Pass:
         small = sum(math.prod(tensor.shape) for tensor in trace.tensors.values()) <= MOST_KEPT
         if self.first is not None or not small:
-            return Pass(trace, *arguments)
-        self.first = Recording(trace, *arguments)
+            return Pass(trace, subject, *others)
+        self.first = Recording(trace, subject, *others)
+        # the pass keeps all prepared weights of such a model anyway
+        self.first.late = FLOAT64.dtype.itemsize * total_parameters(subject.config) <= MATRIX_BYTES
         return self.first
 
 

@@ -132,7 +132,7 @@ class Prediction(Pass):
 
     def __init__(self, trace: Trace, subject: Subject, policy: Policy, wanted: frozenset[str] | None = None) -> None:
         """wanted: the steps to keep, in the trace or not; None: all steps that the trace has"""
-        super().__init__(trace, subject, policy, 0.0)
+        super().__init__(trace, subject, policy, None)
         self.kept: dict[Key, list[Any]] = {}
         self._wanted = wanted
 

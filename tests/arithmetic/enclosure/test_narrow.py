@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -18,10 +19,11 @@ from hypothesis import strategies as st
 from refmoe.arithmetic.enclosure import narrow
 from refmoe.arithmetic.enclosure.array import OWN, UNDERFLOW, Enclosure, bounded
 from refmoe.arithmetic.enclosure.matrices import Matrix, Squares, Sums
+from refmoe.arithmetic.enclosure.products import Accumulator, product
 from refmoe.arithmetic.formats import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, FORMATS, largest, nearest
 from refmoe.checkpoints.weight import Weight
 from refmoe.profiles.load import policy
-from refmoe.steps.enclosure_ops import EnclosureOps
+from refmoe.steps.enclosure_ops import EnclosureOps, lasting
 from tests.arithmetic.enclosure.legal import KINDS, draw
 
 BOUNDS = ("total", "energy", "inherited", "variance")
@@ -183,14 +185,42 @@ def test_rows_are_rounded_to_nearest_once(stored: Any, held: Any) -> None:
     np.testing.assert_array_equal(narrow.matrix_of(rows, held, 0).mid, expected.T)
 
 
-def test_values_of_a_file_are_copied() -> None:
+def test_values_of_a_file_are_copied(tmp_path: Path) -> None:
     """The file may change or end while the verifier still has the matrix."""
-    rows, x = np.ones((512, 512), np.float32), Enclosure(np.ones((1, 512)))
-    weight = Weight("layers.0.attention.wq", rows.shape, rows.dtype, source=lambda: rows, origin="w")
+    rows, x = np.memmap(tmp_path / "w", np.float32, "w+", shape=(512, 512)), Enclosure(np.ones((1, 512)))
+    rows[:] = 1
+    weight = Weight("layers.0.attention.wq", rows.shape, rows.dtype, source=lambda: np.asarray(rows).T.T, origin="w")
     ops = EnclosureOps(policy("float32"))
     before = ops.linear(x, weight)
     rows[:] = 5
     np.testing.assert_array_equal(ops.linear(x, weight).mid, before.mid)
+
+
+def test_values_in_memory_of_their_own_are_not_copied() -> None:
+    rows = np.ones((4, 4), np.float32)
+    for values in (rows, rows.reshape(2, 8).T, np.frombuffer(rows.tobytes(), np.float32)):
+        assert lasting(values) is values
+
+
+@pytest.mark.parametrize("stored", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("held", [FLOAT32, FLOAT16, BFLOAT16], ids=str)
+def test_the_largest_magnitude_of_rows_may_be_known(stored: Any, held: Any) -> None:
+    """Rounding makes it another one: 1 + 2^-10 is 1 in bfloat16, and 1 + 2^-24 is 1 in float32."""
+    rows = np.full((300, 3), -(1 + 2.0**-10) * (1 + 2.0**-24)).astype(stored)
+    found, expected = narrow.matrix_of(rows, held, 0, largest(rows)), narrow.matrix_of(rows, held, 0)
+    assert isinstance(found, narrow.NarrowMatrix)
+    assert isinstance(expected, narrow.NarrowMatrix)
+    assert found.most == expected.most == np.abs(found.mid).max()
+
+
+@pytest.mark.parametrize("columns", [7, 600])
+def test_a_product_comes_with_bounds_of_all_its_elements(columns: int) -> None:
+    rng = np.random.default_rng(columns)
+    x, rows = rng.standard_normal((70, 300)), rng.standard_normal((columns, 300)).astype(np.float32)
+    made = product(Enclosure(x), narrow.matrix_of(rows, FLOAT32, 0), Accumulator(FLOAT32, FLOAT32))
+    assert made.most is not None
+    found = (np.abs(made.mid), made.radius, made.least_variance)
+    assert all((each <= most).all() for each, most in zip(found, made.most, strict=True))
 
 
 def test_a_narrow_matrix_answers_as_a_wide_one() -> None:

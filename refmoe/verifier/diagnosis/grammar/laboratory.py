@@ -318,7 +318,7 @@ class Laboratory:
         """The check of a tap against an enclosure, with the tests of a verification."""
         run, tap = key
         dumped = self.evidence.trace.get(run, tap)
-        step, tally = step_of(tap), Tally()
+        step, tally = step_of(tap), Tally(calm=self.evidence.limits.calm)
         flat, shape = None, dumped.shape
         if step == "attention.scores":
             seen = np.broadcast_to(self.mask(key)[None], shape)
