@@ -202,7 +202,9 @@ class Pass:
             self.ops.events.append(name)
         # an embedding is a stored row, so that no unrounded value of it exists
         if not self.reading.unrounded or step == "embedding":
-            return Enclosure(values, accumulation=self.policy.accumulation)
+            stored = Enclosure(values, accumulation=self.policy.accumulation)
+            stored.held = OF_DTYPE.get(dumped.dtype)
+            return stored
         spacing = ulp(values, self.policy.at(step))
         return Enclosure(values, spacing / 2, spacing**2 / 12, accumulation=self.policy.accumulation)
 

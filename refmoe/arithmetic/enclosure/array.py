@@ -63,8 +63,10 @@ class Most(NamedTuple):
     """Upper bounds for all elements of an enclosure. NaN if one is not known."""
 
     size: float
+    """Of the magnitude of the midpoint."""
     radius: float
     least_variance: float
+    """Of the part of the variance that is known."""
 
 
 class Enclosure:
@@ -87,6 +89,8 @@ class Enclosure:
 
     most: Most | None = None
     """Set where bounds come with the values, so that nobody has to look for them."""
+    held: Format | None = None
+    """A dtype that has all midpoints, where one is known: they are values that an engine stored."""
 
     __array_ufunc__ = None  # so that an ndarray on the left leaves the operation to this class
 
@@ -166,7 +170,7 @@ class Enclosure:
         radius, variance, length = (None if part is None else move(part) for part in parts)
         if self._whole is not None:
             variance = Partial(variance, lambda: move(self.variance))
-        return Enclosure(
+        moved = Enclosure(
             move(self.mid),
             radius,
             variance,
@@ -176,6 +180,12 @@ class Enclosure:
             length=length,
             choices=None if self.choices is None else self.choices.map(move),
         )
+        moved.held = self.held
+        return moved
+
+    def fits(self, format: Format) -> bool:
+        """Whether the format has all midpoints."""
+        return (self.held is not None and format.holds(self.held)) or bool(representable(self.mid, format).all())
 
     def __getitem__(self, index: Any) -> Enclosure:
         return self.map(lambda part: part[index])
@@ -332,8 +342,10 @@ class Enclosure:
         any_scale: whether the value may be rounded before it is divided by a number from 1 up, as the exponentials of
         flash attention are. Zero stays zero.
         """
-        if self.radius is None and not self.owed and not any_scale and representable(self.mid, format).all():
-            return Enclosure(self.mid, accumulation=self.accumulation)
+        if self.radius is None and not self.owed and not any_scale and self.fits(format):
+            kept = Enclosure(self.mid, accumulation=self.accumulation)
+            kept.held = self.held or format
+            return kept
         once = self.owed and not self.biased and format == self.accumulation
         x = self if once else self.settle()
         size = x.size

@@ -40,7 +40,7 @@ from refmoe.arithmetic.enclosure.array import (
     unbounded_beyond,
 )
 from refmoe.arithmetic.enclosure.matrices import Matrix, Squared, Squares, Sums, between
-from refmoe.arithmetic.formats import Format, representable
+from refmoe.arithmetic.formats import Format
 
 PIECE = 1 << 15
 """Elements of a product whose bounds are computed at once: their temporary arrays fit in the cache."""
@@ -100,7 +100,7 @@ class Accumulator:
         """Whether a product of two factors needs no rounding: both are stored values with short significands."""
         if 2 * self.inputs.precision > self.format.precision or x.radius is not None or w.radius is not None:
             return False
-        return w.fits(self.inputs) and bool(representable(x.mid, self.inputs).all())
+        return w.fits(self.inputs) and x.fits(self.inputs)
 
     def radius(self, sums: Sums, flushed: Any, terms: Terms) -> Any:
         """The radius of a product, [..., l, m].
@@ -235,8 +235,9 @@ def product(x: Enclosure, w: Matrix, how: Accumulator, exact_mid: Any = None) ->
         bias = lost_one_way
     spread = Partial(variance, whole) if defers else variance
     made = Enclosure(sums.mid, radius, spread, accumulation=x.accumulation, bias=bias)
-    # twice covers that the sum of magnitudes may itself be too small by its roundings
-    made.most = Most(2 * float(most[0]), float(most[1]), float(most[2]))
+    if not how.truncates:
+        # twice covers that the sum of magnitudes may itself be too small by its roundings
+        made.most = Most(size=2 * float(most[0]), radius=float(most[1]), least_variance=float(most[2]))
     return made
 
 
