@@ -2,9 +2,10 @@
 """The time of `refmoe conform` that is not the engine's, over the engine's own.
 
 The engine's time is from the start of its process to the answer, and from each request to its answer. All the rest is
-refmoe's: checkpoints, verdicts, results. The engine is transformers, in an environment that has it.
+refmoe's: checkpoints, verdicts, results. The engine is transformers, in an environment that has it. The median of
+several runs counts, since the machine's speed may change from run to run.
 
-    python -m bench.conform_cost
+    python -m bench.conform_cost --repeats 5
     python -m bench.conform_cost --dtype float32 --case square     options of `refmoe conform`
     python -m bench.conform_cost --json bench/results/conform_cost.json
 """
@@ -17,33 +18,12 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from bench.clock import Clock
 from refmoe.cli import commands
 from refmoe.engines.process import Process
-
-
-class Clock:
-    """Seconds spent in calls."""
-
-    def __init__(self) -> None:
-        self.spent = 0.0
-
-    def timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """The call, whose time is added."""
-
-        @wraps(call)
-        def within(*arguments: Any, **named: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return call(*arguments, **named)
-            finally:
-                self.spent += time.perf_counter() - start
-
-        return within
 
 
 def measure(options: list[str]) -> dict[str, float]:
@@ -51,7 +31,7 @@ def measure(options: list[str]) -> dict[str, float]:
     clock = Clock()
     start, ask = Process.__init__, Process.ask
     Process.__init__, Process.ask = clock.timed(start), clock.timed(ask)  # type: ignore[method-assign]
-    wall, own = time.perf_counter(), time.process_time()
+    wall, own, others = time.perf_counter(), time.process_time(), of_children()
     try:
         with tempfile.TemporaryDirectory() as folder:
             arguments = ["conform", "--adapter", "transformers", "--out", f"{folder}/results.json", *options]
@@ -59,22 +39,36 @@ def measure(options: list[str]) -> dict[str, float]:
     finally:
         Process.__init__, Process.ask = start, ask  # type: ignore[method-assign]
     wall, own = time.perf_counter() - wall, time.process_time() - own
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
         "status": float(status or 0), "wall": wall, "engine": clock.spent, "ratio": (wall - clock.spent) / clock.spent,
-        "own_processor": own, "engine_processor": children.ru_utime + children.ru_stime,
+        "own_processor": own, "engine_processor": of_children() - others,
     }  # fmt: skip
+
+
+def of_children() -> float:
+    """Seconds of a processor that all ended child processes of this one have used."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def middle(runs: list[dict[str, float]]) -> dict[str, Any]:
+    """The run with the median ratio, with the ratios of all runs."""
+    ratios = [each["ratio"] for each in runs]
+    found = sorted(runs, key=lambda each: each["ratio"])[(len(runs) - 1) // 2]
+    return {**found, "ratios": ratios}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures here as well")
+    parser.add_argument("--repeats", type=int, default=1)
     options, others = parser.parse_known_args()
-    found = measure(others)
-    print(
-        f"wall {found['wall']:.1f} s, engine {found['engine']:.1f} s, the rest over the engine {found['ratio']:.2f}",
-        file=sys.stderr,
-    )
+    runs = []
+    for _ in range(options.repeats):
+        runs.append(measure(others))
+        wall, engine, ratio = (runs[-1][name] for name in ("wall", "engine", "ratio"))
+        print(f"wall {wall:.1f} s, engine {engine:.1f} s, the rest over the engine {ratio:.2f}", file=sys.stderr)
+    found = middle(runs)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 

@@ -467,13 +467,16 @@ def conform_cost() -> str:
     if not _measured("conform_cost"):
         return "## Cost of a conformance run\n\nNot measured yet (`python -m bench.conform_cost`)."
     found = results("conform_cost")
+    ratios = found["ratios"]
     return f"""## Cost of a conformance run
 
 `refmoe conform` over all cases, with `transformers` in four dtypes. The engine goes on while a few answers wait for
-their verdict. The time that is not the engine's, over the engine's own: {found["ratio"]:.2f} (engine
-{found["engine"]:.0f} s, wall {found["wall"]:.0f} s). The wall is the time of refmoe's own process, which judges one
-answer at a time: {found["own_processor"]:.0f} s of a processor.
-Command: `python -m bench.conform_cost --json bench/results/conform_cost.json`; file: {link("conform_cost.json")}."""
+their verdict. The time that is not the engine's, over the engine's own: {found["ratio"]:.2f}, the median of
+{len(ratios)} runs from {min(ratios):.2f} to {max(ratios):.2f} (engine {found["engine"]:.0f} s, wall
+{found["wall"]:.0f} s). The wall is the time of refmoe's own process, which judges one answer at a time:
+{found["own_processor"]:.0f} s of a processor.
+Command: `python -m bench.conform_cost --repeats 5 --json bench/results/conform_cost.json`;
+file: {link("conform_cost.json")}."""
 
 
 def startup_cost() -> str:

@@ -45,6 +45,7 @@ import ml_dtypes
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from bench.clock import Clock
 from bench.verify_cost import MIDDLE, ideal_trace
 from refmoe.arithmetic.arrays import StoredWeight
 from refmoe.arithmetic.enclosure.array import Enclosure
@@ -139,37 +140,27 @@ def held(x: Any, dtype: Any) -> Any:
     return x
 
 
-class Clock:
-    """CPU seconds spent in calls."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def timed(self, work: Callable[[], Any]) -> Any:
-        began = time.process_time()
-        found = work()
-        self.seconds += time.process_time() - began
-        return found
-
-
-PRODUCTS_CLOCK, TESTS_CLOCK = Clock(), Clock()
+PRODUCTS_CLOCK, TESTS_CLOCK = Clock(time.process_time), Clock(time.process_time)
 
 
 class TimedOps(EnclosureOps):
     """Enclosures that count the time of their products."""
 
     def times_weight(self, x: Enclosure, weight: StoredWeight, how: Accumulator) -> Enclosure:
-        return PRODUCTS_CLOCK.timed(lambda: super(TimedOps, self).times_weight(x, weight, how))  # type: ignore[no-any-return]
+        made: Enclosure = PRODUCTS_CLOCK.timed(super().times_weight)(x, weight, how)
+        return made
 
     def _matmul(self, a: Enclosure, b: Enclosure, how: Accumulator) -> Enclosure:
-        return PRODUCTS_CLOCK.timed(lambda: super(TimedOps, self)._matmul(a, b, how))  # type: ignore[no-any-return]
+        made: Enclosure = PRODUCTS_CLOCK.timed(super()._matmul)(a, b, how)
+        return made
 
 
 class TimedPass(Pass):
     """A pass that counts the time of its tests of values."""
 
     def _test(self, name: str, step: str, x: Enclosure, dumped: Any) -> int:
-        return TESTS_CLOCK.timed(lambda: super(TimedPass, self)._test(name, step, x, dumped))  # type: ignore[no-any-return]
+        outside: int = TESTS_CLOCK.timed(super()._test)(name, step, x, dumped)
+        return outside
 
 
 def operations(config: Config, tokens: int) -> int:
@@ -192,9 +183,9 @@ def model_row(tokens: int, name: str, repeats: int, folder: Path) -> dict[str, A
         report = verify(trace, "bench", MIDDLE, parameters, runs, used, settings)
         assert report.verdict == CONFORMANT, report.headline
 
-    PRODUCTS_CLOCK.seconds = TESTS_CLOCK.seconds = 0.0
+    PRODUCTS_CLOCK.spent = TESTS_CLOCK.spent = 0.0
     found = compared(judge, lambda: forward(native, model, ids, np.arange(tokens), None), repeats)
-    products, tests = (each.seconds / (repeats + 1) for each in (PRODUCTS_CLOCK, TESTS_CLOCK))
+    products, tests = (each.spent / (repeats + 1) for each in (PRODUCTS_CLOCK, TESTS_CLOCK))
     judged, sums = found["judged_ms"] / 1e3, LEAST * operations(MIDDLE, tokens) / (1e9 * machine()["gflops"])
     what = f"model of dim 512, prefill {tokens}, {name}"
     return {"what": what, **found, "wall": products / judged, "tests": tests / judged, "arithmetic": sums / judged}

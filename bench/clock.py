@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A clock that runs during some calls alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+
+class Clock:
+    """Seconds spent in calls."""
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        """now: the time of some clock, in seconds"""
+        self.spent, self._now = 0.0, now
+
+    def timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The call, whose time is added."""
+
+        @wraps(call)
+        def within(*arguments: Any, **named: Any) -> Any:
+            start = self._now()
+            try:
+                return call(*arguments, **named)
+            finally:
+                self.spent += self._now() - start
+
+        return within
