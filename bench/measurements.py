@@ -547,7 +547,7 @@ def scaling() -> str:
         (
             f"`{name}`",
             f"{row['one_seconds']:.1f} s",
-            f"{row['busy_cores_of_one']:.2f}" if "busy_cores_of_one" in row else "not measured",
+            *(f"{row[key]:.2f}" if (key := f"busy_cores_of_{way}") in row else "" for way in ("one", "processes")),
             *(
                 text
                 for way in ("processes", "dask")
@@ -564,6 +564,7 @@ def scaling() -> str:
         "command",
         "one",
         "busy cores",
+        "busy with processes:2",
         "processes:2",
         "efficiency",
         "not shortened",
@@ -576,9 +577,10 @@ def scaling() -> str:
 Whole commands with one worker, with `--executor processes:2`, and on a Dask cluster of two workers on this machine,
 each process with one BLAS thread, medians of {found["repeats"]} on {found["cores"]} cores. The efficiency is the time
 with one worker over twice the time with two. What a second worker does not shorten is the start of Python, of the
-workers and of the engines, and what runs in one process. Busy cores are those that one worker and its engine use on
-average. Efficiency cannot be above the number of cores over twice the busy ones. In `conform` even one worker keeps
-more than one core busy, because the engine is another process. Each further engine needs a start of its own.
+workers and of the engines, and what runs in one process. Busy cores are those that the workers and their engines use on
+average. Efficiency cannot be above the number of cores over twice those that one worker keeps busy. In `conform` these
+are more than one, because the engine is another process. Each further engine needs a start of its own. Where two
+workers keep all cores busy, no other division of the work is faster.
 Command: `python -m bench.scaling --json bench/results/scaling.json`; file: {link("scaling.json")}.
 
 {table(head, rows)}"""

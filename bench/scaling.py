@@ -4,7 +4,8 @@
 Efficiency is T1 / (2 T2): the time in one process over twice the time with two workers, in turns in one run, medians.
 Each process has one BLAS thread. Times are those of commands as users start them, the start of Python and of the
 workers included. By Amdahl's law 2 T2 - T1 are the seconds that a second worker does not shorten. A command that keeps
-several cores busy with one worker already cannot reach an efficiency above cores / (2 x busy cores).
+several cores busy with one worker already cannot reach an efficiency above cores / (2 x busy cores). Where two workers
+keep all cores busy, no better division of the work is faster.
 
     verify    every tap of a model of dim 512 with 8 layers, prefill of 256: a piece of work is a layer
     conform   `transformers` in four dtypes on all small cases: two engines side by side, each with its judge
@@ -12,7 +13,7 @@ several cores busy with one worker already cannot reach an efficiency above core
     check     golden cases: a piece of work is a case
 
     python -m bench.scaling --json bench/results/scaling.json
-    python -m bench.scaling --only check --repeats 1
+    python -m bench.scaling --only check --repeats 1     with --json, other rows of the file stay
 """
 
 from __future__ import annotations
@@ -117,19 +118,21 @@ def two_workers() -> Iterator[str]:
 
 
 def measure(command: Command, one: tuple[str, ...], dask: str, repeats: int) -> dict[str, float]:
-    """Seconds with one worker and with two, in turns, the efficiencies, and the cores that one worker keeps busy."""
+    """Seconds with one worker and with two, in turns, the efficiencies, and the cores that are busy.
+
+    The workers of a cluster are no processes of the command, so that their busy cores are not known.
+    """
     ways = {"one": one, "processes": ("--executor", "processes:2"), "dask": ("--executor", dask)}
     times: dict[str, list[float]] = {name: [] for name in ways}
-    busy = []
+    busy: dict[str, list[float]] = {"one": [], "processes": []}
     for _ in range(repeats):
         for name, options in ways.items():
             seconds, used = spent([*command, *options])
             times[name].append(seconds)
-            if name == "one":
-                busy.append(used / seconds)
-    found = {"busy_cores_of_one": statistics.median(busy)} | {
-        f"{name}_seconds": statistics.median(each) for name, each in times.items()
-    }
+            if name in busy:
+                busy[name].append(used / seconds)
+    found = {f"busy_cores_of_{name}": statistics.median(each) for name, each in busy.items()}
+    found |= {f"{name}_seconds": statistics.median(each) for name, each in times.items()}
     for name in ("processes", "dask"):
         found[f"{name}_efficiency"] = found["one_seconds"] / (2 * found[f"{name}_seconds"])
         found[f"{name}_serial_seconds"] = 2 * found[f"{name}_seconds"] - found["one_seconds"]
@@ -144,6 +147,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     options = parser.parse_args()
     found: dict[str, Any] = {"cores": os.cpu_count(), "repeats": options.repeats, "rows": {}}
+    if options.only and options.json and options.json.exists():
+        found["rows"] = json.loads(options.json.read_text(encoding="utf-8"))["rows"]
     with two_workers() as dask:
         for name, command, one in subjects(options.only or names):
             row = found["rows"][name] = measure(command, one, dask, options.repeats)
