@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A clock that runs during some calls alone."""
+"""A clock that runs during some calls alone, and the time of child processes."""
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Callable
 from functools import wraps
@@ -28,3 +29,9 @@ class Clock:
                 self.spent += self._now() - start
 
         return within
+
+
+def of_children() -> float:
+    """Seconds of a processor that all ended child processes of this one have used."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from bench.clock import Clock
+from bench.clock import Clock, of_children
 from refmoe.cli import commands
 from refmoe.engines.process import Process
 
@@ -43,12 +42,6 @@ def measure(options: list[str]) -> dict[str, float]:
         "status": float(status or 0), "wall": wall, "engine": clock.spent, "ratio": (wall - clock.spent) / clock.spent,
         "own_processor": own, "engine_processor": of_children() - others,
     }  # fmt: skip
-
-
-def of_children() -> float:
-    """Seconds of a processor that all ended child processes of this one have used."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def middle(runs: list[dict[str, float]]) -> dict[str, Any]:

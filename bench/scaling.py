@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -35,6 +34,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.clock import of_children
 from bench.verify_cost import MIDDLE
 from refmoe.checkpoints.write import write_checkpoint
 from refmoe.jobs.source import Formula
@@ -86,7 +86,7 @@ def spent(command: Sequence[str]) -> tuple[float, float]:
 
     A verdict against an engine counts as success. SystemExit where the command fails.
     """
-    began, before = time.perf_counter(), children()
+    began, before = time.perf_counter(), of_children()
     done = subprocess.run(
         [sys.executable, "-m", "refmoe", *command],
         env={**os.environ, **ONE_THREAD},
@@ -97,13 +97,7 @@ def spent(command: Sequence[str]) -> tuple[float, float]:
     )
     if done.returncode not in (0, 1, 3):
         raise SystemExit(f"refmoe {' '.join(command)[:200]}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return time.perf_counter() - began, children() - before
-
-
-def children() -> float:
-    """Seconds of a processor that all ended child processes of this one have used."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    return time.perf_counter() - began, of_children() - before
 
 
 @contextmanager

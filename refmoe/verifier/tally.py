@@ -75,7 +75,7 @@ class Limits:
 
     @property
     def calm(self) -> Calm:
-        """What is far below these limits."""
+        """The figures that are far below these limits."""
         return Calm(excess=CALM * self.excess, squares=CALM * 3 * math.sqrt(math.log(1 / self._level) / 2))
 
     @property

@@ -12,6 +12,8 @@ from weakref import ref
 import numpy as np
 import pytest
 
+from refmoe.arithmetic.enclosure.array import Enclosure
+from refmoe.arithmetic.formats import Format, representable
 from refmoe.bugs.run_engine import run
 from refmoe.checkpoints.weight import Weight
 from refmoe.profiles.load import policy
@@ -65,6 +67,25 @@ def test_the_verdict_is_that_of_the_whole_spread(
         assert one.rms >= other.rms * (1 - 1e-12)
         if one.excess > OWN_LIMIT:
             assert one.excess == pytest.approx(other.excess, rel=1e-9), one.tap
+
+
+@pytest.mark.parametrize("rules", ["float32", "bfloat16", "float16"])
+def test_a_dtype_that_is_said_to_have_all_midpoints_has_them(rules: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each result of a step and of each value of a trace, also after it was moved."""
+    name, said = "dims-distinct", 0
+    make = Enclosure.fits
+
+    def fits(self: Enclosure, format: Format) -> bool:
+        nonlocal said
+        said += self.held is not None
+        assert make(self, format) == representable(self.mid, format).all()
+        return make(self, format)
+
+    monkeypatch.setattr(Enclosure, "fits", fits)
+    case = case_named(name)
+    trace = run(None, case.config, parameters_of(name), case.runs(), policy(rules))
+    assert judged(trace, name, rules).verdict == CONFORMANT
+    assert said
 
 
 def test_a_pass_is_freed_as_soon_as_nobody_holds_it() -> None:

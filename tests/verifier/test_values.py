@@ -15,8 +15,8 @@ from refmoe.arithmetic.formats import BFLOAT16, FLOAT16, FLOAT32, Format, neares
 from refmoe.verifier.tally import PIECE, Calm, Limits, Tally
 from refmoe.verifier.values import Values, judged, measured
 
-# as in a tally: what is divided by zero is not used
 CALM = 5.0
+# as in a tally: what is divided by zero is not used
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 NARROW = (FLOAT32, BFLOAT16, FLOAT16)
 
@@ -27,9 +27,8 @@ def values(draw: st.DrawFn) -> Values:
     format, n = draw(st.sampled_from(NARROW)), draw(st.integers(1, 40))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     powers = np.ldexp(1.0, rng.integers(-3, 3, n)) * draw(st.sampled_from((1.0, format.tiny, 2.0**10)))
-    mid = (
-        powers * rng.choice([-1, 1], n) * (1 + rng.choice([0.0, 1.0, -1.0, 0.25, 0.75, rng.random()], n) * format.u * 4)
-    )
+    steps = rng.choice([0.0, 4.0, -4.0, 1.0, 3.0, 4 * rng.random()], n)  # 1 and 3 are ties
+    mid = powers * rng.choice([-1, 1], n) * (1 + steps * format.u)
     mid[rng.random(n) < draw(st.sampled_from((0.0, 0.3)))] = 0.0
     radius = np.abs(mid) * rng.random(n) * draw(st.sampled_from((0.0, format.u / 16, format.u, 0.5)))
     variance = (radius / draw(st.sampled_from((1.0, 30.0)))) ** 2

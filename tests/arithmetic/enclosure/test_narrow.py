@@ -20,7 +20,7 @@ from refmoe.arithmetic.enclosure import narrow
 from refmoe.arithmetic.enclosure.array import OWN, UNDERFLOW, Enclosure, bounded
 from refmoe.arithmetic.enclosure.matrices import Matrix, Squares, Sums
 from refmoe.arithmetic.enclosure.products import Accumulator, product
-from refmoe.arithmetic.formats import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, FORMATS, largest, nearest
+from refmoe.arithmetic.formats import BFLOAT16, CACHED, FLOAT16, FLOAT32, FLOAT64, FORMATS, largest, nearest
 from refmoe.checkpoints.weight import Weight
 from refmoe.profiles.load import policy
 from refmoe.steps.enclosure_ops import EnclosureOps, lasting
@@ -213,14 +213,30 @@ def test_the_largest_magnitude_of_rows_may_be_known(stored: Any, held: Any) -> N
     assert found.most == expected.most == np.abs(found.mid).max()
 
 
+@pytest.mark.parametrize("truncates", [False, True])
 @pytest.mark.parametrize("columns", [7, 600])
-def test_a_product_comes_with_bounds_of_all_its_elements(columns: int) -> None:
+def test_a_product_comes_with_bounds_of_all_its_elements(columns: int, truncates: bool) -> None:
+    """Half of the factors are subnormal, which widens the radius where an accumulator cuts off."""
     rng = np.random.default_rng(columns)
     x, rows = rng.standard_normal((70, 300)), rng.standard_normal((columns, 300)).astype(np.float32)
-    made = product(Enclosure(x), narrow.matrix_of(rows, FLOAT32, 0), Accumulator(FLOAT32, FLOAT32))
-    assert made.most is not None
+    x[:, ::2] *= FLOAT16.tiny / 8
+    how = Accumulator(FLOAT32, FLOAT16, truncates=truncates)
+    made = product(Enclosure(x), narrow.matrix_of(rows, FLOAT32, 0), how)
+    assert (made.most is None) <= truncates
     found = (np.abs(made.mid), made.radius, made.least_variance)
-    assert all((each <= most).all() for each, most in zip(found, made.most, strict=True))
+    assert all((each <= most).all() for each, most in zip(found, made.most or found, strict=True))
+
+
+@pytest.mark.parametrize("at", [0, CACHED // 4, CACHED // 4 + 1, -1])
+@pytest.mark.parametrize("value", [-9.0, 9.0, np.nan])
+def test_the_largest_magnitude_is_found_in_each_part_of_a_long_array(value: float, at: int) -> None:
+    rows = np.linspace(-1, 1, CACHED // 2 + 3, dtype=np.float32)
+    rows[at] = value
+    np.testing.assert_equal(largest(rows), abs(value))
+    weight = Weight("w", rows.shape, rows.dtype, source=lambda: rows, origin="w")
+    if not math.isnan(value):
+        weight.read()
+        assert weight.most == 9
 
 
 def test_a_narrow_matrix_answers_as_a_wide_one() -> None:
