@@ -78,7 +78,7 @@ def test_a_dtype_that_is_said_to_have_all_midpoints_has_them(rules: str, monkeyp
     def fits(self: Enclosure, format: Format) -> bool:
         nonlocal said
         said += self.held is not None
-        assert make(self, format) == representable(self.mid, format).all()
+        assert self.held is None or representable(self.mid, self.held).all()
         return make(self, format)
 
     monkeypatch.setattr(Enclosure, "fits", fits)
