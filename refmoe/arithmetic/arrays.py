@@ -34,6 +34,10 @@ class StoredWeight(Protocol):
     """The grid of all elements, where one is known before they are read."""
     computed: bool
     """Whether the values are computed when they are read, so that there is no file to wait for."""
+    most: float | None
+    """The largest magnitude of all values, where it is known."""
+    read_block: Callable[[int, int], Any] | None
+    """Returns rows [start, stop) of a matrix, which may be no numbers. None: they cannot be read without the others."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...

@@ -95,7 +95,7 @@ class BlockTensor(RowTensor):
         """The bytes of all blocks of some rows: [blocks, bytes of a block]."""
         first, together = (int(rows[0]), len(rows)) if len(rows) else (0, 0)
         if np.array_equal(rows, np.arange(first, first + together)):
-            raw = self.raw.read_rows(whole, first, first + together)
+            raw = self.raw.rows_of(whole)(first, first + together)
         else:
             raw = self.raw.map()[rows]
         return raw.reshape(-1, self.format.nbytes)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from refmoe.checkpoints import layout
 from refmoe.checkpoints.foreign_fields import refuse_foreign, unknown_fields
-from refmoe.checkpoints.layout import Checkpoint, ConfigurationFile, Expected, Found, View, whole, whole_parameter
+from refmoe.checkpoints.layout import Checkpoint, ConfigurationFile, Expected, Found, whole, whole_parameter
 from refmoe.checkpoints.names import expert_names
 from refmoe.checkpoints.quantisation import FIELD as QUANTISATION
 from refmoe.checkpoints.quantisation import assembled, read_quantisation, refuse_cache_scales
@@ -17,7 +17,7 @@ from refmoe.checkpoints.rows import match_rows
 from refmoe.errors import InputError
 from refmoe.files.json_file import JsonFile, read_json
 from refmoe.files.reading import exists
-from refmoe.files.safetensors_file import StoredTensor
+from refmoe.files.safetensors_file import StoredTensor, View
 from refmoe.files.sentences import quoted
 from refmoe.spec.config import Config
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from refmoe.checkpoints.weight import Weight
 from refmoe.errors import InputError
 from refmoe.files.json_file import JsonFile, read_json
 from refmoe.files.reading import exists
-from refmoe.files.safetensors_file import DTYPES, StoredTensor, open_safetensors
+from refmoe.files.safetensors_file import DTYPES, StoredTensor, View, open_safetensors
 from refmoe.files.sentences import quoted, shown
 from refmoe.spec.config import Config
 from refmoe.spec.model import Parameters
@@ -30,8 +29,6 @@ LISTED = 1 << 16
 """How many expected names are listed to find an unknown tensor. No published model has a tenth of this number."""
 COMPARED = 1 << 22
 """How many elements of two matrices are compared at a time."""
-View = Callable[[NDArray[Any]], NDArray[Any]]
-"""From a stored tensor to one parameter."""
 
 
 @dataclass(frozen=True)
@@ -264,7 +261,7 @@ def _weight(name: str, shape: tuple[int, ...], tensor: StoredTensor, view: View)
         dtype=DTYPES[tensor.dtype],
         source=lambda: view(tensor.map()),
         origin=origin,
-        read_block=partial(tensor.read_rows, view),
+        read_block=tensor.rows_of(view),
     )
 
 

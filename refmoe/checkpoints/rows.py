@@ -10,16 +10,17 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from refmoe.arithmetic.codes import Factors
-from refmoe.checkpoints.layout import Checkpoint, Found, Listing, View, match
+from refmoe.checkpoints.layout import Checkpoint, Found, Listing, match
 from refmoe.checkpoints.names import build_parameters, named_weights
 from refmoe.checkpoints.weight import Weight
-from refmoe.files.safetensors_file import DTYPES, StoredTensor
+from refmoe.files.safetensors_file import DTYPES, RowReader, StoredTensor, View
 from refmoe.files.sentences import quoted
 
 Rows = NDArray[np.int64]
@@ -64,7 +65,10 @@ class RowTensor(StoredTensor, ABC):
     def map(self) -> NDArray[Any]:
         return self._in_parts(np.arange(self.height)).reshape(self.shape)
 
-    def read_rows(self, view: View, start: int, stop: int) -> NDArray[Any]:
+    def rows_of(self, view: View) -> RowReader:
+        return partial(self._rows, view)
+
+    def _rows(self, view: View, start: int, stop: int) -> NDArray[Any]:
         if len(self.shape) == 1:
             return view(self.map())[start:stop]
         return self._in_parts(self.seen(view)[start:stop])
@@ -100,9 +104,9 @@ class RowWeight(Weight):
     def __init__(self, name: str, shape: tuple[int, ...], tensor: RowTensor, view: View) -> None:
         super().__init__(
             name=name, shape=shape, dtype=DTYPES[tensor.dtype],
-            source=lambda: tensor.read_rows(view, 0, shape[0]),
+            source=partial(tensor.rows_of(view), 0, shape[0]),
             origin=f"{tensor.path}: tensor {quoted(tensor.name)}",
-            read_block=lambda start, stop: tensor.read_rows(view, start, stop),
+            read_block=tensor.rows_of(view),
         )  # fmt: skip
         self.format = tensor.stored.format
         """The name of the format that it is stored in."""

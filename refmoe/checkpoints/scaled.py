@@ -73,7 +73,7 @@ class PlainCodes(Codes):
         )  # fmt: skip
         first, together = (int(rows[0]), len(rows)) if len(rows) else (0, 0)
         if np.array_equal(rows, np.arange(first, first + together)):
-            raw = flat.read_rows(whole, first, first + together)
+            raw = flat.rows_of(whole)(first, first + together)
         else:
             raw = flat.map()[rows]
         return raw.view(NARROW[self.tensor.dtype]).astype(np.float32) if narrow else raw

@@ -38,14 +38,15 @@ class Weight:
     ) -> None:  # fmt: skip
         """name: the canonical name.   source: returns the stored values.   origin: file and tensor, for messages.
 
-        read_block: returns rows [start, stop) of the stored values, if it can do so without reading the others.
+        read_block: returns rows [start, stop) of the stored values, if it can do so without reading the others. It does
+        not check them.
         """
         self.name = name
         self.shape = shape
         self.dtype = np.dtype(dtype)
         self.origin = origin
         self._source = source
-        self._read_block = read_block
+        self.read_block = read_block
         self._checked = False
 
     def hold(self) -> None:
@@ -73,10 +74,10 @@ class Weight:
 
         Raises InputError when one of their values is NaN or infinite, or the file can no longer be read.
         """
-        if self._read_block is None:
+        if self.read_block is None:
             stored = self.rows(slice(start, stop))
         else:
-            stored = self._read_block(start, stop)
+            stored = self.read_block(start, stop)
             self._check(stored)
         return stored if dtype is None else upcast(stored, np.dtype(dtype))
 

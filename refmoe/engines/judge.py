@@ -24,7 +24,7 @@ from refmoe.engines.run_case import without_folders
 from refmoe.errors import InputError
 from refmoe.files.numbers import integer
 from refmoe.files.reading import read_bytes
-from refmoe.files.safetensors_file import DTYPES, StoredTensor
+from refmoe.files.safetensors_file import DTYPES, RowReader, StoredTensor, View
 from refmoe.files.sentences import one_line
 from refmoe.parallel import WorkerLost, cluster, open_executor, parse_executor, worker_deaths
 from refmoe.profiles.policy import Policy
@@ -201,8 +201,8 @@ class SentTensor(StoredTensor):
     def get(self, _file: bytes | None = None) -> NDArray[Any]:
         return self.map()
 
-    def read_rows(self, view: Callable[[NDArray[Any]], NDArray[Any]], start: int, stop: int) -> NDArray[Any]:
-        return view(self.map())[start:stop].copy()
+    def rows_of(self, view: View) -> RowReader:
+        return lambda start, stop: view(self.map())[start:stop].copy()
 
 
 def sent(trace: Trace) -> Trace:

@@ -15,6 +15,7 @@ import struct
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from io import RawIOBase
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,12 @@ _LOCK = threading.Lock()
 """Held by the thread that looks up or adds a mapped file."""
 
 
+View = Callable[[NDArray[Any]], NDArray[Any]]
+"""From a stored tensor to a part of it, or to its values in another order."""
+RowReader = Callable[[int, int], NDArray[Any]]
+"""From start and stop to rows [start, stop), as a copy."""
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """One tensor of a file: its place in the file, and on demand its values."""
@@ -74,7 +81,7 @@ class StoredTensor:
         try:
             return self._shaped(np.frombuffer(_mapping(self.path), np.uint8, self.nbytes, self.offset))
         except (OSError, ValueError) as error:
-            raise self._gone(error) from None
+            raise self.gone(error) from None
 
     def get(self, file: bytes | None = None) -> NDArray[Any]:
         """The values, read-only. Up to `SMALL` bytes are read, which is several times faster than to map them.
@@ -89,42 +96,18 @@ class StoredTensor:
         try:
             return self._shaped(self._read())
         except OSError as error:
-            raise self._gone(error) from None
+            raise self.gone(error) from None
 
-    def read_rows(self, view: Callable[[NDArray[Any]], NDArray[Any]], start: int, stop: int) -> NDArray[Any]:
-        """Rows [start, stop) of a view of the tensor, as a copy. Contiguous rows are read, not mapped.
+    def rows_of(self, view: View) -> RowReader:
+        """A function of start and stop that returns rows [start, stop) of a view of the tensor, as a copy.
 
-        view: cuts a part out of the tensor, or reorders it.
-        Reading takes only the memory of the rows, and reports a file that has vanished or was cut short.
-        Raises InputError when the rows can no longer be read.
+        view: cuts a part out of the tensor, or reorders it. It is called once, unless it reorders.
+        The function raises InputError when the rows can no longer be read.
         """
-        mapped = self.map()
-        rows = view(mapped)[start:stop]
-        offset = rows.__array_interface__["data"][0] - mapped.__array_interface__["data"][0]
-        if not (0 <= offset < mapped.nbytes and rows.flags.c_contiguous):
-            return np.ascontiguousarray(rows)  # reordered values have no contiguous place in the file
-        values = np.empty(rows.shape, rows.dtype)
-        try:
-            with open(self.path, "rb", buffering=0) as file:
-                # no read-ahead: it would fetch bytes that other readers want, or nobody
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM) if hasattr(os, "posix_fadvise") else None
-                file.seek(self.offset + offset)
-                self._fill(file, values.reshape(-1).view(np.uint8).data)
-        except OSError as error:
-            raise self._gone(error) from None
-        return values
+        return FileRows(self, view)
 
-    @staticmethod
-    def _fill(file: RawIOBase, target: memoryview) -> None:
-        """Read until the target is full, as one call may return less. Raises OSError when the file ends too early."""
-        done = 0
-        while done < len(target):
-            count = file.readinto(target[done:])
-            if not count:
-                raise OSError(f"the file has become too short: {done} of {len(target)} bytes are left")
-            done += count
-
-    def _gone(self, error: Exception) -> InputError:
+    def gone(self, error: Exception) -> InputError:
+        """The error for values that can no longer be read."""
         return InputError(f"{self.path}: tensor {quoted(self.name)} can no longer be read: {one_line(error)}")
 
     def _shaped(self, raw: NDArray[Any]) -> NDArray[Any]:
@@ -149,6 +132,54 @@ class StoredTensor:
     def nbytes(self) -> int:
         """Bytes of all elements."""
         return math.prod(self.shape) * self.itemsize
+
+
+class FileRows:
+    """Rows of a view of a tensor. Contiguous rows are read, not mapped.
+
+    Reading takes only the memory of the rows, and reports a file that has vanished or was cut short.
+    """
+
+    def __init__(self, tensor: StoredTensor, view: View) -> None:
+        self._tensor, self._view = tensor, view
+
+    def __call__(self, start: int, stop: int) -> NDArray[Any]:
+        """Rows [start, stop), as a copy. Raises InputError when they can no longer be read."""
+        if self._place is None:
+            return np.ascontiguousarray(self._view(self._tensor.map())[start:stop])
+        offset, shape, dtype = self._place
+        chosen = range(shape[0])[start:stop]
+        values = np.empty((len(chosen), *shape[1:]), dtype)
+        target = values.reshape(-1).view(np.uint8).data
+        try:
+            with open(self._tensor.path, "rb", buffering=0) as file:
+                # no read-ahead: it would fetch bytes that other readers want, or nobody
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM) if hasattr(os, "posix_fadvise") else None
+                file.seek(offset + chosen.start * math.prod(shape[1:]) * dtype.itemsize)
+                _fill(file, target)
+        except OSError as error:
+            raise self._tensor.gone(error) from None
+        return values
+
+    @cached_property
+    def _place(self) -> tuple[int, tuple[int, ...], np.dtype[Any]] | None:
+        """Where the rows begin in the file, their shape and dtype. None for values in another order than the file's."""
+        mapped = self._tensor.map()
+        rows = self._view(mapped)
+        offset = rows.__array_interface__["data"][0] - mapped.__array_interface__["data"][0]
+        if not (0 <= offset < mapped.nbytes and rows.flags.c_contiguous):
+            return None
+        return self._tensor.offset + offset, rows.shape, rows.dtype
+
+
+def _fill(file: RawIOBase, target: memoryview) -> None:
+    """Read until the target is full, as one call may return less. Raises OSError when the file ends too early."""
+    done = 0
+    while done < len(target):
+        count = file.readinto(target[done:])
+        if not count:
+            raise OSError(f"the file has become too short: {done} of {len(target)} bytes are left")
+        done += count
 
 
 def _mapping(path: Path) -> mmap.mmap:

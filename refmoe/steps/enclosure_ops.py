@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Self, cast
 
@@ -30,12 +31,13 @@ from refmoe.arithmetic.enclosure.array import (
 )
 from refmoe.arithmetic.enclosure.coded import in_codes
 from refmoe.arithmetic.enclosure.matrices import Matrix
-from refmoe.arithmetic.enclosure.narrow import matrix_of
+from refmoe.arithmetic.enclosure.narrow import NotHeld, matrix_of, unread
 from refmoe.arithmetic.enclosure.products import Accumulator, over_ranks, product, total
 from refmoe.arithmetic.enclosure.turned import turned as turned_enclosure
 from refmoe.arithmetic.exact import dot, elementary
 from refmoe.arithmetic.formats import FLOAT32, Format, nearest, ulp
-from refmoe.arithmetic.streaming import side_by_side
+from refmoe.arithmetic.memory import lasting
+from refmoe.arithmetic.streaming import UnreadRows, side_by_side
 from refmoe.arithmetic.weight_cache import WeightCache
 from refmoe.checkpoints.weight import Weight
 from refmoe.profiles.cut_points import PRODUCTS, PROJECTIONS, ROW_PARALLEL, STATISTICS, product_of
@@ -70,14 +72,6 @@ def read_in(format: Format, x: Enclosure) -> Enclosure:
     result = x.cut(format)
     result.accumulation = x.accumulation
     return result
-
-
-def lasting(values: Any) -> Any:
-    """The values, in memory that no file backs. A matrix is kept, and a file may change or end."""
-    owner = values
-    while isinstance(owner, np.ndarray) and owner.base is not None:
-        owner = owner.base
-    return values if isinstance(owner, np.ndarray | bytes) else np.array(values)
 
 
 def row_parallel(weight: Any, ranks: int) -> list[tuple[range, Weight]]:
@@ -182,12 +176,25 @@ class EnclosureOps(ArrayOps):
 
         def prepared() -> tuple[Matrix, Any]:
             values = lasting(weight.read())
-            return prepare(values, getattr(weight, "most", None))
+            return prepare(values, weight.most)
 
         if math.prod(weight.shape) * self.dtype.itemsize > self.matrices.limit:
-            return self._watch("linear", self._streamed(x.settle(), weight, prepare, how), how.format)
+            return self._watch("linear", self._unkept(x.settle(), weight, prepare, how), how.format)
         made = self.matrices.get(weight, prepared, nbytes)
         return self._watch("linear", self._times(x, made, how), how.format)
+
+    def _unkept(
+        self, x: Enclosure, weight: StoredWeight, prepare: Callable[[Any], tuple[Matrix, Any]], how: Accumulator
+    ) -> Enclosure:
+        """x times the transpose of a weight that is too large to be kept."""
+        held, read = self.policy.at("weights"), weight.read_block
+        # what is computed, not read, is computed once
+        if read is not None and not (weight.computed or self._exact) and how.format.holds(held):
+            matrix = unread(UnreadRows(weight.shape, weight.dtype, read), held)
+            if matrix is not None:
+                with suppress(NotHeld):  # also where a value is no number, which reading blocks tells
+                    return product(x, matrix, how)
+        return self._streamed(x, weight, prepare, how)
 
     def _streamed(
         self, x: Enclosure, weight: StoredWeight, prepare: Callable[[Any], tuple[Matrix, Any]], how: Accumulator

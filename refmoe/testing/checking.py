@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from refmoe.arithmetic.allocator import keep_memory
 from refmoe.arithmetic.enclosure.array import Enclosure
 from refmoe.arithmetic.formats import OF_DTYPE
+from refmoe.arithmetic.memory import keep_memory
 from refmoe.profiles.policy import Policy
 from refmoe.steps.enclosure_ops import EnclosureOps
 from refmoe.testing.call import Call, Output

@@ -19,6 +19,8 @@ class Matrix:
 
     grid: Grid | None = None
     computed = False
+    most: float | None = None
+    read_block: Any = None
     origin = "a matrix of the call"
 
     def __init__(self, name: str, values: NDArray[Any]) -> None:

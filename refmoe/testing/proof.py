@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from refmoe.arithmetic.allocator import keep_memory
 from refmoe.arithmetic.formats import FLOAT32, OF_DTYPE, upcast
+from refmoe.arithmetic.memory import keep_memory
 from refmoe.profiles.policy import Policy
 from refmoe.testing.call import EXPONENT, SPREADS, WIDE, Output, Provable, Room
 from refmoe.testing.checking import PIECE

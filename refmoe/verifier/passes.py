@@ -11,9 +11,9 @@ from weakref import WeakMethod
 
 import numpy as np
 
-from refmoe.arithmetic.allocator import keep_memory
 from refmoe.arithmetic.enclosure.array import Enclosure
 from refmoe.arithmetic.formats import OF_DTYPE, ulp
+from refmoe.arithmetic.memory import keep_memory
 from refmoe.profiles.cut_points import PROJECTIONS
 from refmoe.profiles.policy import Policy
 from refmoe.spec.model import Caches, Model, embed, head, run_layers

@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -14,14 +15,17 @@ from safetensors.numpy import save_file
 from refmoe.arithmetic import streaming
 from refmoe.arithmetic.enclosure.array import Enclosure
 from refmoe.arithmetic.exact.ops import ExactOps
+from refmoe.arithmetic.formats import OF_DTYPE
 from refmoe.arithmetic.native.lanes import Lanes
 from refmoe.arithmetic.native.ops import NativeOps
+from refmoe.checkpoints.layout import whole
 from refmoe.checkpoints.load import load_checkpoint
 from refmoe.checkpoints.synthetic import SyntheticWeight
 from refmoe.checkpoints.weight import Weight
 from refmoe.checkpoints.weight_edits import Edit
 from refmoe.checkpoints.write import write_checkpoint
 from refmoe.errors import InputError
+from refmoe.files.safetensors_file import open_safetensors, write_tensors
 from refmoe.profiles.load import policy
 from refmoe.steps.enclosure_ops import EnclosureOps
 from tests.checkpoints.models import UNEVEN
@@ -125,6 +129,102 @@ def test_blocks_side_by_side_are_used_once_and_come_in_order(lanes: int) -> None
     assert most[0] <= 1 + streaming.AHEAD
 
 
+def test_rows_of_a_file_are_read_once_each_a_few_at_a_time(lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "SMALL_BLOCK", 64)
+    w, read, used = np.arange(336.0).reshape(21, 16), [], []
+
+    def rows(start: int, stop: int) -> Any:
+        read.append((start, stop))
+        return w[start:stop]
+
+    streaming.UnreadRows(w.shape, w.dtype, rows).each(lambda first, each: used.append((first, each)))
+    assert sorted(read) == [(i, min(i + 4, 21)) for i in range(0, 21, 4)]
+    for first, each in used:
+        np.testing.assert_array_equal(each, w[first : first + 4])
+    assert sorted(first for first, _ in used) == [*range(0, 21, 4)]
+    assert lanes > 1 or [first for first, _ in used] == [*range(0, 21, 4)]
+
+
+def test_after_a_fault_no_other_rows_are_read(lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "SMALL_BLOCK", 16)
+    read = []
+
+    def rows(start: int, stop: int) -> Any:
+        read.append(start)
+        raise InputError(f"row {start}")
+
+    with pytest.raises(InputError, match="row"):
+        streaming.UnreadRows((200, 16), np.float32, rows).each(lambda first, each: None)
+    assert len(read) <= lanes + streaming.AHEAD
+
+
+def in_file(folder: Path, values: Any) -> Weight:
+    """A matrix of no step in a file."""
+    path = folder / "w.safetensors"
+    write_tensors(path, {"w": lambda: values}, {})
+    (tensor,) = open_safetensors(path)[0].values()
+    return Weight("w", values.shape, values.dtype, tensor.map, "w of a file", read_block=tensor.rows_of(whole))
+
+
+@pytest.fixture
+def streamed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The matrices of which whole blocks are read."""
+    seen: list[Any] = []
+    original = EnclosureOps._streamed
+
+    def recorded(self: Any, x: Any, weight: Any, *others: Any) -> Any:
+        seen.append(weight)
+        return original(self, x, weight, *others)
+
+    monkeypatch.setattr(EnclosureOps, "_streamed", recorded)
+    monkeypatch.setattr(streaming, "SMALL_BLOCK", 1 << 16)
+    monkeypatch.setattr(streaming, "BLOCK", 1 << 16)
+    return seen
+
+
+@pytest.mark.usefixtures("lanes")
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16", "hf-bfloat16", "float64"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("special", [0.0, 2.0**-24, 2.0**-133, 2.0**15])
+@pytest.mark.parametrize("known", [True, False])
+def test_an_enclosure_from_a_file_is_that_of_values_in_memory(
+    special: float, dtype: Any, name: str, known: bool, tmp_path: Path, streamed: list[Any]
+) -> None:
+    """Subnormal numbers, which some engines take for zero, and sums that may be truncated or overflow among them."""
+    rng, used = np.random.default_rng(2), policy(name)
+    w = (rng.standard_normal((530, 512)) / 16).astype(dtype)
+    w[::50, 3] = special
+    values = rng.standard_normal((3, 512)).astype(np.float32).astype(used.storage.dtype).astype(np.float64)
+    x = Enclosure(values) if known else Enclosure(values, np.abs(values) / 512, values**2 / 2**20)
+    x.accumulation = used.accumulation
+    found, expected = EnclosureOps(used, matrix_bytes=0), EnclosureOps(used)
+    streams, whole_matrix = found.linear(x, in_file(tmp_path, w)), expected.linear(x, rows_of(w))
+    assert bool(streamed) == (name == "float64" or not used.at("weights").holds(OF_DTYPE[w.dtype]))
+    for part in ("mid", "r", "v", "bias"):
+        if getattr(whole_matrix, part) is not None:
+            np.testing.assert_allclose(getattr(streams, part), getattr(whole_matrix, part), rtol=2e-3, atol=1e-12)
+    assert found.events == expected.events
+
+
+@pytest.mark.parametrize("value", [2.0**40, 2.0**-40])
+def test_an_enclosure_from_a_file_of_immoderate_numbers_is_that_of_its_blocks(
+    value: float, tmp_path: Path, streamed: list[Any]
+) -> None:
+    x, w = Enclosure(np.ones((2, 512))), np.full((520, 512), value, np.float32)
+    made = EnclosureOps(policy("float32"), matrix_bytes=0).linear(x, in_file(tmp_path, w))
+    np.testing.assert_array_equal(made.mid, np.full((2, 520), 512 * value))
+    assert len(streamed) == 1
+
+
+@pytest.mark.usefixtures("lanes", "streamed")
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_number_of_a_file_that_is_none_is_told(bad: float, tmp_path: Path) -> None:
+    w = np.ones((520, 512), np.float32)
+    w[411, 7] = bad
+    with pytest.raises(InputError, match="w of a file holds 1 value that is not finite"):
+        EnclosureOps(policy("float32"), matrix_bytes=0).linear(Enclosure(np.ones((2, 512))), in_file(tmp_path, w))
+
+
 @pytest.mark.usefixtures("small_blocks", "lanes")
 def test_a_streamed_enclosure_is_the_enclosure() -> None:
     rng = np.random.default_rng(2)
@@ -215,4 +315,4 @@ def test_a_file_cut_between_map_and_read_is_told(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(safetensors_file.StoredTensor, "map", lambda self: mapped)
     path.write_bytes(path.read_bytes()[:100_000])
     with pytest.raises(InputError, match="the file has become too short"):
-        tensor.read_rows(lambda stored: stored, 10, 256)
+        tensor.rows_of(lambda stored: stored)(10, 256)

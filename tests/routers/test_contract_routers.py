@@ -27,6 +27,8 @@ class Matrix:
 
     grid = None
     computed = False
+    most = None
+    read_block = None
 
     def __init__(self, values: Any) -> None:
         self.values = np.array(values)

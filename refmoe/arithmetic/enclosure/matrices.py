@@ -120,6 +120,20 @@ class Matrix:
         small = self.below(tiny)
         return None if small is None else np.where(small > 0, tiny - small, 0.0)
 
+    def times_size(self, left: Any) -> Any:
+        """left [..., l, n], from zero up, times the magnitudes of the elements: [..., l, m]"""
+        return left @ self.size
+
+    def times_below(self, left: Any, tiny: float) -> Any:
+        """As `times_size`, with zero for the elements that are not below `tiny`; 0.0 if these are all."""
+        small = self.below(tiny)
+        return 0.0 if small is None else left @ small
+
+    def times_lacking(self, left: Any, tiny: float) -> Any:
+        """As `times_below`, with what the elements between zero and `tiny` lack to it."""
+        lacking = self.lacking(tiny)
+        return 0.0 if lacking is None else left @ lacking
+
     def fits(self, format: Format) -> bool:
         """Whether the format holds all elements."""
         if format not in self._fits:

@@ -24,14 +24,14 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import pairwise
 from threading import local
-from typing import Any
+from typing import Any, Protocol
 from weakref import ref
 
 import numpy as np
 
-from refmoe.arithmetic.enclosure.array import SLACK, Enclosure
+from refmoe.arithmetic.enclosure.array import SLACK, Enclosure, quiet
 from refmoe.arithmetic.enclosure.matrices import Matrix, Squared, Squares, Summed, Sums, between, checkpoints
-from refmoe.arithmetic.formats import FLOAT32, OF_DTYPE, Format, largest, nearest, upcast
+from refmoe.arithmetic.formats import FLOAT32, OF_DTYPE, Format, largest, nearest, representable, upcast
 
 LARGE = 1 << 18
 """The fewest elements for which sums in float32 save more time than the calls for their bounds take."""
@@ -59,6 +59,26 @@ KEPT = 1 << 23
 """The most bytes of an array that a thread keeps for the next block."""
 
 
+class Rows(Protocol):
+    """Stored rows of a matrix that are read a few at a time."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> Any: ...
+
+    def each(self, use: Callable[[int, Any], None]) -> None:
+        """`use` of the number of a row, and of this and the rows after it, until all have been used.
+
+        Several threads may call it.
+        """
+
+
+class NotHeld(Exception):
+    """The error for a question about all rows of a matrix at once, where they are not in memory."""
+
+
 def matrix_of(rows: Any, held: Format, fewest: int = LARGE, most: float | None = None) -> Matrix:
     """The matrix [n, m] of stored rows [m, n], as an engine holds them: rounded to nearest once.
 
@@ -81,9 +101,25 @@ def matrix_of(rows: Any, held: Format, fewest: int = LARGE, most: float | None =
         narrow, most = wide.astype(np.float32), None
     if narrow.size >= fewest and narrow.shape[1] <= MOST_TERMS:
         most = largest(narrow) if most is None else most
-        if MODERATE[0] <= most <= MODERATE[1]:  # NaN is no such number
+        if moderate(most):
             return NarrowMatrix(narrow, held, most)
     return Matrix(Enclosure(upcast(narrow, np.dtype(np.float32)).T), held)
+
+
+def moderate(most: float) -> bool:
+    """Whether sums over a matrix with this largest magnitude can be in float32."""
+    return MODERATE[0] <= most <= MODERATE[1]  # NaN is no such number
+
+
+def unread(rows: Rows, held: Format) -> NarrowMatrix | None:
+    """The matrix [n, m] of stored rows [m, n] that are read in each pass over them, as an engine holds them.
+
+    None if it is too small or too large for a `NarrowMatrix`, or an engine rounds it.
+    """
+    stored, (height, width) = OF_DTYPE.get(rows.dtype), rows.shape
+    if stored is None or not (FLOAT32.holds(stored) and held.holds(stored)):
+        return None
+    return NarrowMatrix(rows, held) if height * width >= LARGE and width <= MOST_TERMS else None
 
 
 def _blocks(shape: tuple[int, int], rows: int = 1) -> Iterator[slice]:
@@ -152,10 +188,16 @@ def scaled(rows: Any) -> Scaled:
 
 
 class NarrowMatrix(Matrix):
-    """A `Matrix` [n, m] of float32 values that are known exactly, of moderate size."""
+    """A `Matrix` [n, m] of float32 values that are known exactly, of moderate size.
 
-    def __init__(self, rows: Any, held: Format, most: float) -> None:
-        """rows: the transpose [m, n], as stored   held: a dtype that holds all of it   most: the largest magnitude"""
+    Its rows may be read anew in each pass over them. Then what needs all of them at once raises NotHeld.
+    """
+
+    def __init__(self, rows: Any, held: Format, most: float = math.nan) -> None:
+        """rows: the transpose [m, n], as stored: an array, or `Rows`   held: a dtype that holds all of it
+
+        most: the largest magnitude. Where it is not given, the first pass over the rows finds it.
+        """
         self._rows = rows
         self.radius = self.variance = self.length = None
         self._below: dict[float, Any] = {}
@@ -164,7 +206,7 @@ class NarrowMatrix(Matrix):
 
     @property
     def columns(self) -> int:
-        return len(self._rows)
+        return int(self._rows.shape[0])
 
     @property
     def nbytes(self) -> int:
@@ -173,7 +215,7 @@ class NarrowMatrix(Matrix):
     @property
     def mid(self) -> Any:  # type: ignore[override]
         """The elements in binary64, made anew each time. So are the next ones."""
-        return upcast(self._rows, np.dtype(np.float64)).T
+        return upcast(self._whole, np.dtype(np.float64)).T
 
     @property
     def size(self) -> Any:  # type: ignore[override]
@@ -185,22 +227,93 @@ class NarrowMatrix(Matrix):
 
     @property
     def signs(self) -> Any:
-        return signs_of(self._rows).astype(np.float32).T
+        return signs_of(self._whole).astype(np.float32).T
+
+    @property
+    def _held(self) -> bool:
+        """Whether all rows are in memory."""
+        return isinstance(self._rows, np.ndarray)
+
+    @property
+    def _whole(self) -> Any:
+        """All rows. Raises NotHeld where they are not in memory."""
+        if self._held:
+            return self._rows
+        raise NotHeld
+
+    def _each(self, rows: int, use: Callable[[slice, Any], None]) -> None:
+        """`use` of blocks of columns, and of the stored rows there. Several threads may call it.
+
+        rows: of the left factor.   Raises NotHeld where the largest magnitude turns out not to be moderate.
+        """
+
+        def in_blocks(first: int, stored: Any) -> None:
+            for part in _blocks(stored.shape, rows):
+                use(slice(first + part.start, first + part.stop), stored[part])
+
+        if self._held:
+            in_blocks(0, self._rows)
+            return
+        found = [] if math.isnan(self.most) else [self.most]
+
+        @quiet  # in the thread that calls it
+        def measured(first: int, stored: Any) -> None:
+            if math.isnan(self.most):
+                found.append(largest(stored))
+            in_blocks(first, stored)
+
+        self._rows.each(measured)
+        self.most = float(np.max(found))
+        if not moderate(self.most):
+            raise NotHeld
 
     def one_way(self, x: Enclosure) -> Any:
         if x.mid.ndim != 2:
             return super().one_way(x)
         left = left_of(x)
         surplus = np.empty((left.rows, self.columns), np.float32)
-        for columns in _blocks(self._rows.shape, left.rows):
-            made = _scratch.array("float32", self._rows[columns].shape, np.float32)
-            np.copyto(made, signs_of(self._rows[columns]))
+
+        def add(columns: slice, stored: Any) -> None:
+            made = _scratch.array("float32", stored.shape, np.float32)
+            np.copyto(made, signs_of(stored))
             for tile, signs in zip(left.tiles, left.signs, strict=True):
                 np.abs(summed(made, signs), out=surplus[tile.part, columns])
+
+        self._each(left.rows, add)
         return surplus
+
+    def fits(self, format: Format) -> bool:
+        if format not in self._fits:
+            found: list[bool] = []
+            self._each(1, lambda _, stored: found.append(bool(representable(stored, format).all())))
+            self._fits[format] = all(found)
+        return self._fits[format]
 
     def below(self, tiny: float) -> Any:
         return super().below(tiny) if self._least < tiny else None
+
+    def times_size(self, left: Any) -> Any:
+        return super().times_size(left) if self._held else self._times(left, lambda size: size)
+
+    def times_below(self, left: Any, tiny: float) -> Any:
+        if self._held or self._least >= tiny:
+            return super().times_below(left, tiny)
+        return self._times(left, lambda size: np.where(size < tiny, size, 0.0))
+
+    def times_lacking(self, left: Any, tiny: float) -> Any:
+        if self._held or self._least >= tiny:
+            return super().times_lacking(left, tiny)
+        return self._times(left, lambda size: np.where((size > 0) & (size < tiny), tiny - size, 0.0))
+
+    def _times(self, left: Any, of: Callable[[Any], Any]) -> Any:
+        """left [l, n] times a function of the magnitudes of the elements, block by block: [l, m]"""
+        made = np.empty((len(left), self.columns))
+
+        def add(columns: slice, stored: Any) -> None:
+            made[:, columns] = left @ of(np.abs(upcast(stored, np.dtype(np.float64)))).T
+
+        self._each(len(left), add)
+        return made
 
     @cached_property
     def _least(self) -> float:
@@ -208,27 +321,25 @@ class NarrowMatrix(Matrix):
 
         Without their sign, the bits of the values have the order of the values. Zero less 1 is the largest integer.
         """
-        bits = self._rows.view(f"u{self._rows.itemsize}")
-        one, most = bits.dtype.type(1), bits.dtype.type(np.iinfo(bits.dtype).max)
-        least = most
-        for columns in _blocks(self._rows.shape):
-            least = min(least, ((bits[columns] & (most >> one)) - one).min())
+        integer = np.dtype(f"u{np.dtype(self._rows.dtype).itemsize}").type
+        one, most = integer(1), integer(np.iinfo(integer).max)
+        found = [most]
+        self._each(1, lambda _, stored: found.append(((stored.view(integer) & (most >> one)) - one).min()))
+        least = min(found)
         return math.inf if least == most else float((least + one).view(self._rows.dtype))
 
     def sums(self, x: Enclosure, exact_mid: Any) -> Summed:
         if x.mid.ndim != 2:
             return Matrix(Enclosure(self.mid)).sums(x, exact_mid)
         found = NarrowSums(left_of(x), self, exact_mid)
-        for columns in _blocks(self._rows.shape, len(x.mid)):
-            found.add(self._rows[columns], columns)
+        self._each(len(x.mid), found.add)
         return found
 
     def squares(self, x: Enclosure) -> Squared:
         if x.mid.ndim != 2:
             return Matrix(Enclosure(self.mid)).squares(x)
         found = NarrowSquares(left_of(x), self)
-        for columns in _blocks(self._rows.shape, len(x.mid)):
-            found.add(self._rows[columns], columns)
+        self._each(len(x.mid), found.add)
         return found
 
 
@@ -355,7 +466,7 @@ class _NarrowBounds:
 
     def __init__(self, left: Left, matrix: NarrowMatrix, powers: list[Any], inexact: str) -> None:
         """powers: of the rows of each sum, [l, 1] each   inexact: the part of `left` that the second sum has"""
-        self._left, self._most, self._powers, self._inexact = left, matrix.most, powers, inexact
+        self._left, self._matrix, self._powers, self._inexact = left, matrix, powers, inexact
         self._shape = (left.rows, matrix.columns)
         self._sums = np.empty((len(powers), *self._shape), np.float32)
         self._endless = np.empty(self._shape, bool) if inexact in left.endless else None
@@ -391,7 +502,7 @@ class NarrowSums(_NarrowBounds):
         self._exact = exact_mid is not None
         self.mid = exact_mid if self._exact else np.empty(self._shape)
 
-    def add(self, rows: Any, columns: slice) -> None:
+    def add(self, columns: slice, rows: Any) -> None:
         """Compute the sums for these columns.   rows: [columns, n], the transpose of the matrix there, as stored"""
         made = _scratch.array("float32", rows.shape, np.float32)
         np.copyto(made, rows)
@@ -406,7 +517,7 @@ class NarrowSums(_NarrowBounds):
         """The bounds of some rows."""
         n = self._left.terms
         # the products and additions lose `FLUSHED` each, and so does each factor, times the other one
-        lost = n * FLUSHED * (self._most + 4)
+        lost = n * FLUSHED * (self._matrix.most + 4)
         return Sums(
             mid=self.mid[part],
             total=self._bound(0, lost, part),
@@ -424,7 +535,7 @@ class NarrowSquares(_NarrowBounds):
         self._ends = checkpoints(left.terms)
         self._path = np.empty(self._shape) if len(self._ends) > 1 else None
 
-    def add(self, rows: Any, columns: slice) -> None:
+    def add(self, columns: slice, rows: Any) -> None:
         """Compute the sums for these columns.   rows: [columns, n], the transpose of the matrix there, as stored"""
         made = _scratch.array("float32", rows.shape, np.float32)
         np.copyto(made, rows)
@@ -438,7 +549,7 @@ class NarrowSquares(_NarrowBounds):
     def rows(self, part: slice) -> Squares:
         """The bounds of some rows."""
         n = self._left.terms
-        lost = n * FLUSHED * (2 * self._most**2 + 10)
+        lost = n * FLUSHED * (2 * self._matrix.most**2 + 10)
         return Squares(
             energy=self._bound(0, lost, part),
             path=0.0 if self._path is None else self._path[part] * between(n),

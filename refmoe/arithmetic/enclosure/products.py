@@ -260,9 +260,8 @@ def flushed(size: Any, w: Matrix, format: Format) -> Any:
     lost: Any = 0.0
     small = np.where(size < format.tiny, size, 0.0)
     if small.any():
-        lost = lost + small @ w.size
-    below = w.below(format.tiny)
-    return lost if below is None else lost + size @ below
+        lost = w.times_size(small)
+    return lost + w.times_below(size, format.tiny)
 
 
 def misaligned(size: Any, w: Matrix, tiny: float) -> Any:
@@ -273,9 +272,8 @@ def misaligned(size: Any, w: Matrix, tiny: float) -> Any:
     apart: Any = 0.0
     lacks = np.where((size > 0) & (size < tiny), tiny - size, 0.0)
     if lacks.any():
-        apart, size = lacks @ w.size, size + lacks
-    lacking = w.lacking(tiny)
-    return apart if lacking is None else apart + size @ lacking
+        apart, size = w.times_size(lacks), size + lacks
+    return apart + w.times_lacking(size, tiny)
 
 
 @quiet

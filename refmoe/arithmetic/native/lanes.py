@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
+from typing import TypeVar
 
 from threadpoolctl import ThreadpoolController
+
+Item = TypeVar("Item")
 
 
 class Lanes:
@@ -54,6 +57,27 @@ class Lanes:
                 self.busy = 1
         for other in others:
             other.result()
+
+    def each(self, items: Iterable[Item], use: Callable[[Item], None], most: int | None = None) -> None:
+        """Call `use` once for each item, started in this order. After an exception no other call starts.
+
+        most: the most lanes
+        """
+        left = deque(items)
+
+        def work() -> None:
+            while left:
+                try:
+                    item = left.popleft()
+                except IndexError:  # another lane took the last one
+                    return
+                try:
+                    use(item)
+                except BaseException:
+                    left.clear()
+                    raise
+
+        self.run([work] * min(self.count, len(left), most or self.count))
 
 
 @cache

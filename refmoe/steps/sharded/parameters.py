@@ -60,7 +60,7 @@ class SplitTable:
              are added, which is exact. Output: the logits of a rank's own rows, one rank after another (SHARD-5).
     """
 
-    grid, computed = None, False
+    grid, computed, most, read_block = None, False, None, None
 
     def __init__(self, table: Any, ranks: int) -> None:
         self.blocks = [block(table.shape[0], ranks, rank) for rank in range(ranks)]

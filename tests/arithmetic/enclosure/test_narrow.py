@@ -21,9 +21,10 @@ from refmoe.arithmetic.enclosure.array import OWN, UNDERFLOW, Enclosure, bounded
 from refmoe.arithmetic.enclosure.matrices import Matrix, Squares, Sums
 from refmoe.arithmetic.enclosure.products import Accumulator, product
 from refmoe.arithmetic.formats import BFLOAT16, CACHED, FLOAT16, FLOAT32, FLOAT64, FORMATS, largest, nearest
+from refmoe.arithmetic.memory import lasting
 from refmoe.checkpoints.weight import Weight
 from refmoe.profiles.load import policy
-from refmoe.steps.enclosure_ops import EnclosureOps, lasting
+from refmoe.steps.enclosure_ops import EnclosureOps
 from tests.arithmetic.enclosure.legal import KINDS, draw
 
 BOUNDS = ("total", "energy", "inherited", "variance")

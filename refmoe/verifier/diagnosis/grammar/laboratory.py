@@ -51,6 +51,8 @@ class Held:
     kept: dict[Format, Any] = field(default_factory=dict)
     grid = None
     computed = False
+    most = None
+    read_block = None
 
     @property
     def shape(self) -> tuple[int, ...]:

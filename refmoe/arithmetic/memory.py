@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The allocator of the C library, which decides whether the next array gets memory that the last one had."""
+"""The memory of arrays: the allocator of the C library, and files that are mapped."""
 
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -21,3 +22,11 @@ def keep_memory() -> None:
     block is never touched, so it takes none.
     """
     np.empty(KEPT, np.uint8)
+
+
+def lasting(values: Any) -> Any:
+    """The values, in memory that no file backs, for one who keeps them: a file may change or end."""
+    owner = values
+    while isinstance(owner, np.ndarray) and owner.base is not None:
+        owner = owner.base
+    return values if isinstance(owner, np.ndarray | bytes) else np.array(values)
