@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A clock that runs during some calls alone, and the time of child processes."""
+"""A clock that runs during some calls alone, the time of child processes, and their start as users have it."""
 
 from __future__ import annotations
 
+import os
 import resource
 import time
 from collections.abc import Callable
@@ -35,3 +36,8 @@ def of_children() -> float:
     """Seconds of a processor that all ended child processes of this one have used."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
+
+
+def keep_bytecode() -> None:
+    """Let child processes keep the bytecode of modules, as Python does for users. Some developers forbid it."""
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.clock import Clock, of_children
+from bench.clock import Clock, keep_bytecode, of_children
 from refmoe.cli import commands
 from refmoe.engines.process import Process
 
@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     options, others = parser.parse_known_args()
     runs = []
+    keep_bytecode()
     for _ in range(options.repeats):
         runs.append(measure(others))
         wall, engine, ratio = (runs[-1][name] for name in ("wall", "engine", "ratio"))

@@ -433,7 +433,8 @@ The wall is a ratio that a part of the work alone has:
   and can be faster.
 - Of a model it is all its products. To these come the tests of all values, and the other steps.
 - Of bfloat16 files it is the start of a command, and the calls of NumPy for each weight. It is read, tested for NaN,
-  made float32 and float64, and multiplied in both. Of other rows it is 1.
+  made float32 and float64, and multiplied in both. The calls are timed on blocks in the caches of all cores at once.
+  Cores share caches, and threads of Python wait for each other. Of other rows it is 1.
 
 The operations alone are those of the sums behind the enclosures, at this machine's rate of large products. They are as
 many as three products in float32 have: two for the midpoint in float64, and one for the magnitudes of terms. Squares
@@ -547,40 +548,31 @@ def scaling() -> str:
         (
             f"`{name}`",
             f"{row['one_seconds']:.1f} s",
-            *(f"{row[key]:.2f}" if (key := f"busy_cores_of_{way}") in row else "" for way in ("one", "processes")),
+            f"{row['busy_cores_of_one']:.2f}",
             *(
                 text
                 for way in ("processes", "dask")
                 for text in (
                     f"{row[f'{way}_seconds']:.1f} s",
+                    f"{row[f'busy_cores_of_{way}']:.2f}",
                     f"{row[f'{way}_efficiency']:.2f}",
-                    f"{max(0.0, row[f'{way}_serial_seconds']):.1f} s",
+                    f"{row[f'{way}_most']:.2f}",
                 )
             ),
         )
         for name, row in found["rows"].items()
     ]
-    head = (
-        "command",
-        "one",
-        "busy cores",
-        "busy with processes:2",
-        "processes:2",
-        "efficiency",
-        "not shortened",
-        "Dask",
-        "efficiency",
-        "not shortened",
-    )
+    head = ("command", "one", "busy cores", *(
+        text for way in ("processes:2", "Dask") for text in (way, "busy cores", "efficiency", "wall")
+    ))  # fmt: skip
     return f"""## A second worker
 
 Whole commands with one worker, with `--executor processes:2`, and on a Dask cluster of two workers on this machine,
 each process with one BLAS thread, medians of {found["repeats"]} on {found["cores"]} cores. The efficiency is the time
-with one worker over twice the time with two. What a second worker does not shorten is the start of Python, of the
-workers and of the engines, and what runs in one process. Busy cores are those that the workers and their engines use on
-average. Efficiency cannot be above the number of cores over twice those that one worker keeps busy. In `conform` these
-are more than one, because the engine is another process. Each further engine needs a start of its own. Where two
-workers keep all cores busy, no other division of the work is faster.
+with one worker over twice the time with two. Busy cores are those that the command, the workers and their engines use
+on average. The wall is the efficiency if all of this work kept all cores busy from the first to the last second. In
+`conform` it is low. One worker keeps more than one core busy, because the engine is another process. A second engine
+needs a start of its own, which takes several seconds of a core.
 Command: `python -m bench.scaling --json bench/results/scaling.json`; file: {link("scaling.json")}.
 
 {table(head, rows)}"""

@@ -3,9 +3,9 @@
 
 Efficiency is T1 / (2 T2): the time in one process over twice the time with two workers, in turns in one run, medians.
 Each process has one BLAS thread. Times are those of commands as users start them, the start of Python and of the
-workers included. By Amdahl's law 2 T2 - T1 are the seconds that a second worker does not shorten. A command that keeps
-several cores busy with one worker already cannot reach an efficiency above cores / (2 x busy cores). Where two workers
-keep all cores busy, no better division of the work is faster.
+workers included. By Amdahl's law 2 T2 - T1 are the seconds that a second worker does not shorten. The wall is the
+efficiency if the same work of two workers kept all cores busy from the first to the last second. It is low where a
+worker keeps several cores busy already, and where a second worker has work of its own, such as the start of an engine.
 
     verify    every tap of a model of dim 512 with 8 layers, prefill of 256: a piece of work is a layer
     conform   `transformers` in four dtypes on all small cases: two engines side by side, each with its judge
@@ -26,15 +26,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.clock import of_children
+from bench.clock import keep_bytecode, of_children
 from bench.verify_cost import MIDDLE
 from refmoe.checkpoints.write import write_checkpoint
 from refmoe.jobs.source import Formula
@@ -100,36 +100,45 @@ def spent(command: Sequence[str]) -> tuple[float, float]:
     return time.perf_counter() - began, of_children() - before
 
 
+@dataclass(frozen=True)
+class TwoWorkers:
+    """A Dask cluster of two workers on this machine."""
+
+    executor: str
+    used: Callable[[], float]
+    """Seconds of a processor that the workers have used so far."""
+
+
 @contextmanager
-def two_workers() -> Iterator[str]:
-    """The executor of a Dask cluster of two workers on this machine."""
-    from distributed import LocalCluster
+def two_workers() -> Iterator[TwoWorkers]:
+    from distributed import Client, LocalCluster
 
-    with LocalCluster(  # type: ignore[no-untyped-call]
-        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
-    ) as cluster:
-        yield f"dask:{cluster.scheduler_address}"
+    with (
+        LocalCluster(  # type: ignore[no-untyped-call]
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+        ) as cluster,
+        Client(cluster) as client,  # type: ignore[no-untyped-call]
+    ):
+        yield TwoWorkers(f"dask:{cluster.scheduler_address}", lambda: sum(client.run(time.process_time).values()))
 
 
-def measure(command: Command, one: tuple[str, ...], dask: str, repeats: int) -> dict[str, float]:
-    """Seconds with one worker and with two, in turns, the efficiencies, and the cores that are busy.
-
-    The workers of a cluster are no processes of the command, so that their busy cores are not known.
-    """
-    ways = {"one": one, "processes": ("--executor", "processes:2"), "dask": ("--executor", dask)}
+def measure(command: Command, one: tuple[str, ...], dask: TwoWorkers, repeats: int) -> dict[str, float]:
+    """Seconds with one worker and with two, in turns, the efficiencies, and the cores that are busy."""
+    ways = {"one": one, "processes": ("--executor", "processes:2"), "dask": ("--executor", dask.executor)}
     times: dict[str, list[float]] = {name: [] for name in ways}
-    busy: dict[str, list[float]] = {"one": [], "processes": []}
+    busy: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, options in ways.items():
+            before = dask.used()
             seconds, used = spent([*command, *options])
             times[name].append(seconds)
-            if name in busy:
-                busy[name].append(used / seconds)
+            busy[name].append((used + dask.used() - before) / seconds)
     found = {f"busy_cores_of_{name}": statistics.median(each) for name, each in busy.items()}
     found |= {f"{name}_seconds": statistics.median(each) for name, each in times.items()}
     for name in ("processes", "dask"):
         found[f"{name}_efficiency"] = found["one_seconds"] / (2 * found[f"{name}_seconds"])
         found[f"{name}_serial_seconds"] = 2 * found[f"{name}_seconds"] - found["one_seconds"]
+        found[f"{name}_most"] = found[f"{name}_efficiency"] * (os.cpu_count() or 1) / found[f"busy_cores_of_{name}"]
     return found
 
 
@@ -143,6 +152,7 @@ def main() -> None:
     found: dict[str, Any] = {"cores": os.cpu_count(), "repeats": options.repeats, "rows": {}}
     if options.only and options.json and options.json.exists():
         found["rows"] = json.loads(options.json.read_text(encoding="utf-8"))["rows"]
+    keep_bytecode()
     with two_workers() as dask:
         for name, command, one in subjects(options.only or names):
             row = found["rows"][name] = measure(command, one, dask, options.repeats)

@@ -12,8 +12,8 @@
 Preparation of the weights counts for the verdict. Times of the first three are CPU seconds, since other processes
 change them less than seconds of a clock. The others are whole commands, with all threads, by the clock. The wall is
 the least work: the float64 product counts twice a float32 one, and the sum of magnitudes once. Of `files` it is the
-start of a command, and the calls of NumPy for each weight, on all cores. Each weight is read, tested, made float32 and
-float64, and multiplied in both. The calls are timed on a block in the cache. Of `model` it is the time of the
+start of a command, and the calls of NumPy for each weight. Each weight is read, tested, made float32 and float64, and
+multiplied in both. The calls are timed on blocks in the caches of all cores at once. Of `model` it is the time of the
 enclosures of products alone, to which sums, functions and the test of every value are added; `tests` is that of these
 tests. Of both, `arithmetic` is the time of the operations of all sums at the measured rate of float32 products: of one
 core for `model`, of all for `files`.
@@ -36,6 +36,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -45,7 +46,7 @@ import ml_dtypes
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from bench.clock import Clock
+from bench.clock import Clock, keep_bytecode
 from bench.verify_cost import MIDDLE, ideal_trace
 from refmoe.arithmetic.arrays import StoredWeight
 from refmoe.arithmetic.enclosure.array import Enclosure
@@ -311,28 +312,41 @@ def files_row(repeats: int, folder: Path) -> Iterator[dict[str, Any]]:
     row = in_turns(what, lambda: clocked(*layer.verify), read, repeats, 0.0)
     tokens, weights, reading = len(EIGHT.split(",")), needed / BYTES, row["judged_ms"] / 1e3
     start = statistics.median(clocked("--version") for _ in range(repeats))
-    calls = weights * seconds_for_a_weight(tokens) + reading
-    operations = LEAST * 2 * tokens * weights / rate_of_all_cores()
-    yield row | {"wall": (start + calls / (os.cpu_count() or 1)) / reading, "arithmetic": operations / reading}
+    rows = tokens * ONE_LAYER.experts_per_token // ONE_LAYER.experts  # of an expert on average
+    calls = weights * seconds_for_a_weight(rows) + reading / (os.cpu_count() or 1)
+    operations = LEAST * 2 * rows * weights / rate_of_all_cores()
+    yield row | {"wall": (start + calls) / reading, "arithmetic": operations / reading}
 
 
 def seconds_for_a_weight(tokens: int) -> float:
-    """CPU seconds of the calls of NumPy that a bfloat16 weight goes through, on a block in the cache."""
-    rng, (columns, terms), parts = np.random.default_rng(1), (64, 4096), 32
-    stored = rng.standard_normal((columns, terms)).astype(ml_dtypes.bfloat16)
-    narrow, wide = np.empty(stored.shape, np.float32), np.empty(stored.shape)
-    x = rng.standard_normal((terms, tokens))
+    """Seconds of the calls of NumPy that a bfloat16 weight goes through, on blocks in the cache, with all cores.
+
+    Cores share caches, and threads of Python wait for each other. So two are not twice as fast as one.
+    """
+    (columns, terms), parts, times = (64, 4096), 32, 200
+    cores = os.cpu_count() or 1
 
     def product(w: Any, x: Any) -> Any:
         return w.reshape(columns, parts, -1).transpose(1, 0, 2) @ x.reshape(parts, -1, tokens)
 
-    works: Sequence[Work] = (
-        lambda: stored.view(np.int16).max(), lambda: stored.view(np.uint16).max(), lambda: np.copyto(narrow, stored),
-        lambda: np.copyto(wide, narrow), lambda: np.abs(narrow, out=narrow), lambda: product(wide, x),
-        lambda: product(narrow, x.astype(np.float32)),
-    )  # fmt: skip
-    with threadpool_limits(1):
-        return sum(statistics.median(spent(work) for _ in range(100)) for work in works) / stored.size
+    def work(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        stored = rng.standard_normal((columns, terms)).astype(ml_dtypes.bfloat16)
+        narrow, wide = np.empty(stored.shape, np.float32), np.empty(stored.shape)
+        x = rng.standard_normal((terms, tokens))
+        short = x.astype(np.float32)
+        for _ in range(times):
+            stored.view(np.int16).max(), stored.view(np.uint16).max()
+            np.copyto(narrow, stored), np.copyto(wide, narrow)
+            product(wide, x), product(np.abs(narrow, out=narrow), short)
+
+    with threadpool_limits(1), ThreadPoolExecutor(cores) as threads:
+        found = []
+        for _ in range(5):
+            began = time.perf_counter()
+            [*threads.map(work, range(cores))]
+            found.append(time.perf_counter() - began)
+    return statistics.median(found) / (times * cores * columns * terms)
 
 
 def busy_row(repeats: int, folder: Path) -> Iterator[dict[str, Any]]:
@@ -424,6 +438,7 @@ def main() -> None:
         timed = not options.only or {"product", "model"} & {*options.only}
         found = {"machine": found["machine"] if timed else before["machine"], "rows": before["rows"]}
     print(found["machine"], flush=True)
+    keep_bytecode()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for kind in options.only or KINDS:
             for row in KINDS[kind](options.repeats, Path(folder)):

@@ -16,7 +16,7 @@ from refmoe.engines.adapters import SHIPPED
 from refmoe.engines.conform import Suite, Watch
 from refmoe.engines.conform import conform as run_suite
 from refmoe.engines.harness import Harness, HarnessUnusable
-from refmoe.engines.judge import Judge
+from refmoe.engines.judge import Judge, engines
 from refmoe.engines.known import (
     CANNOT,
     FAILED,
@@ -210,7 +210,8 @@ def conform(
             label, identity = f"adapter '{asked.adapter}'", options_of(asked.options)
         if asked.executor is not None:
             stack.enter_context(environment(ONE_THREAD))
-        harness = Harness(command, asked.timeout, variables, label)
+        more = engines(asked.executor, len(suite.cases)) - 1
+        harness = Harness(command, asked.timeout, variables, label, more)
         dtypes = suite.dtypes or harness.description.dtypes
         advance = stack.enter_context(bars("conform", len(suite.cases) * len(dtypes)))
 

@@ -17,7 +17,7 @@ from time import monotonic
 from typing import TypeVar
 
 from refmoe import __version__
-from refmoe.engines.harness import Description, Harness, HarnessUnusable, Refused
+from refmoe.engines.harness import Description, Harness, HarnessUnusable, Refused, end
 from refmoe.engines.judge import Judge, Question, Seat, about_its_file, in_words, not_judged, seats
 from refmoe.engines.observations import golden_bits_notes, is_wider
 from refmoe.engines.process import CRASHED, HarnessError
@@ -148,11 +148,6 @@ def conform(
 def more(harness: Harness, count: int) -> Iterator[list[Future[Harness]]]:
     """More processes of a harness, which start in the background. They are ended, even where they start later."""
     started = [in_background(harness.another) for _ in range(count)]
-
-    def end(future: Future[Harness]) -> None:
-        if future.exception() is None:
-            future.result().kill()
-
     try:
         yield started
     finally:

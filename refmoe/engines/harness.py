@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Lock
 
@@ -24,6 +27,7 @@ from refmoe.engines.protocol import (
     wrong_field,
 )
 from refmoe.errors import InputError
+from refmoe.parallel import in_background
 from refmoe.profiles.load import policy as named_policy
 from refmoe.spec.taps import IDS, LOGPROBS
 from refmoe.traces.trace import Run
@@ -73,12 +77,17 @@ class Harness:
     """One harness over several lives of its process: after a crash or a hang it is started again."""
 
     def __init__(
-        self, command: Sequence[str], limit: float, environment: Mapping[str, str] | None = None, label: str = "harness"
+        self,
+        command: Sequence[str],
+        limit: float,
+        environment: Mapping[str, str] | None = None,
+        label: str = "harness",
+        more: int = 0,
     ) -> None:
         """Start it. Raises HarnessUnusable, or InputError when there is no such program.
 
         limit: seconds for each request.   environment: variables besides those of this process.
-        label: its name in messages.
+        label: its name in messages.   more: how many more processes start at the same time, for `another`
         """
         self._command, self._limit, self._environment, self._label = command, limit, environment, label
         self.log = ""
@@ -86,14 +95,21 @@ class Harness:
         self._process: Process | None = None
         self._taken = Lock()
         """Held by the thread that takes the process away, to end it."""
+        start = partial(Harness, command, limit, environment, label)
+        self._more = deque(in_background(start) for _ in range(more))
         try:
             self.description = self._started()
         except HarnessError as error:
             raise HarnessUnusable(f"{label} cannot be used: {error.reason}", self.log) from None
 
     def another(self) -> Harness:
-        """Start one more process of the same harness. Raises HarnessUnusable, also for another description."""
-        other = Harness(self._command, self._limit, self._environment, self._label)
+        """One more process of the same harness. Raises HarnessUnusable, also for another description."""
+        try:
+            starting = self._more.popleft()
+        except IndexError:
+            other = Harness(self._command, self._limit, self._environment, self._label)
+        else:
+            other = starting.result()
         if other.description != self.description:
             other.kill()
             raise HarnessUnusable(f"{self._label} cannot be used: {OTHERWISE}", other.log)
@@ -114,7 +130,9 @@ class Harness:
         return None if process is None else process.stop(self._limit)
 
     def kill(self) -> None:
-        """End it at once, from any thread; the next request starts it again."""
+        """End it at once, from any thread; the next request starts it again. Nobody asked for the others of `more`."""
+        while self._more:
+            self._more.popleft().add_done_callback(end)
         process = self._take()
         if process is not None:
             process.kill()
@@ -157,6 +175,12 @@ class Harness:
         except BaseException:
             self.kill()
             raise
+
+
+def end(started: Future[Harness]) -> None:
+    """End a harness that has been started in the background, if it could be."""
+    if started.exception() is None:
+        started.result().kill()
 
 
 def _refuse_error(answer: Message, command: str) -> None:

@@ -259,6 +259,10 @@ class SeatElsewhere(Seat):
         self._open = None if isinstance(executor, str) else executor
         self._stack = ExitStack()
 
+    def __enter__(self) -> SeatElsewhere:
+        self.ready()  # it starts during the smoke test
+        return self
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stack.__exit__(kind, error, at)
 
@@ -284,22 +288,37 @@ class SeatElsewhere(Seat):
         return outcome
 
 
+def engines(executor: str | None, most: int) -> int:
+    """How many engines run side by side: one per worker of the executor, on a cluster at most one per core.
+
+    executor: as `parse_executor` reads it; None: one engine.   most: the most that are of use
+    Raises InputError where a cluster does not answer.
+    """
+    if executor is None:
+        return 1
+    kind, rest = parse_executor(executor)
+    workers = cores = os.cpu_count() or 1
+    if kind == "dask":
+        with cluster(rest) as client:
+            workers = min(len(client.nthreads()), cores)
+    elif rest:
+        workers = integer(rest) or cores
+    return max(1, min(workers, most))
+
+
 @contextmanager
 def seats(judge: Judge, executor: str | None, most: int) -> Iterator[list[Seat]]:
-    """A seat for each engine that runs side by side: one per worker of the executor, on a cluster at most one per core.
+    """A seat for each of the `engines`.
 
     executor: as `parse_executor` reads it; None: one seat, in this process.   most: the most seats that are of use
     Raises InputError where a cluster does not answer.
     """
+    if executor is None:
+        yield [Seat(judge)]
+        return
+    count, where = engines(executor, most), cast("str | Executor", "processes:1")
+    kind, rest = parse_executor(executor)
     with ExitStack() as stack:
-        if executor is None:
-            yield [Seat(judge)]
-            return
-        kind, rest = parse_executor(executor)
-        cores, where = os.cpu_count() or 1, cast("str | Executor", "processes:1")
         if kind == "dask":
-            client = stack.enter_context(cluster(rest))
-            count, where = min(len(client.nthreads()), cores), client.get_executor(pure=False)
-        else:
-            count = integer(rest) or cores
-        yield [stack.enter_context(SeatElsewhere(judge, where)) for _ in range(max(1, min(count, most)))]
+            where = stack.enter_context(cluster(rest)).get_executor(pure=False)
+        yield [stack.enter_context(SeatElsewhere(judge, where)) for _ in range(count)]

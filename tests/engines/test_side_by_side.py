@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 
 from refmoe.engines.conform import Suite, Watch, conform
-from refmoe.engines.harness import Harness
+from refmoe.engines.harness import Harness, HarnessUnusable
 from refmoe.engines.judge import Judge, Question, Seat
 from refmoe.engines.results import Outcome, Results, read_results
 from refmoe.spec.model import Parameters
 from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT
 from tests.clusters import cluster
 from tests.command_line import Refmoe
-from tests.engines.running import HONEST, LIMIT, case_named, hostile
+from tests.engines.running import HONEST, LIMIT, case_named, hostile, says
 from tests.engines.test_ends import alive, judged, linux, wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -166,7 +166,10 @@ from tests.engines.harnesses import honest
 
 def answer(request):
     if request["command"] == "load":
-        if second:
+        if not loads and not hung:  # only the engine of the smoke test loads before the other one
+            hung.append(os.path.exists(sys.argv[2]))
+            open(sys.argv[2], "w").close()
+        if hung[0]:
             open(sys.argv[1], "w").write("here")
             time.sleep(600)
         while len(loads) == 2 and not os.path.exists(sys.argv[1]):  # after the smoke test
@@ -174,10 +177,51 @@ def answer(request):
         loads.append(request)
     return honest.answer(request)
 
-loads, second = [], os.path.exists(sys.argv[2])
-open(sys.argv[2], "w").close()
+loads, hung = [], []
 honest.converse(answer)
 """
+
+MEETS = f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from tests.engines.harnesses import honest
+
+open(os.path.join(sys.argv[1], str(os.getpid())), "w").close()
+while len(os.listdir(sys.argv[1])) < 2:
+    time.sleep(0.01)
+honest.converse(honest.answer)
+"""
+"""A harness that starts only beside another one."""
+
+
+@linux
+def test_more_engines_start_at_the_same_time(tmp_path: Path) -> None:
+    script, place, marker = tmp_path / "meets.py", tmp_path / "started", f"REFMOE_MEETS_{os.getpid()}"
+    script.write_text(MEETS)
+    place.mkdir()
+    harness = Harness([sys.executable, str(script), str(place)], LIMIT, {marker: "1"}, more=1)
+    try:
+        other = harness.another()
+        assert len([*place.iterdir()]) == 2
+        third = harness.another()
+        assert len([*place.iterdir()]) == 3
+        for each in (other, third):
+            assert each.stop() is None
+    finally:
+        harness.kill()
+    wait_for(lambda: not alive(marker))
+
+
+@linux
+@pytest.mark.parametrize("usable", [True, False])
+def test_engines_that_are_not_asked_for_are_ended(usable: bool) -> None:
+    marker = f"REFMOE_SPARE_{os.getpid()}_{usable}"
+    if usable:
+        Harness(HONEST, LIMIT, {marker: "1"}, more=2).kill()
+    else:
+        with pytest.raises(HarnessUnusable):
+            Harness(says("nonsense", rest="time.sleep(600)"), LIMIT, {marker: "1"}, more=2)
+    wait_for(lambda: not alive(marker))
 
 
 @linux
