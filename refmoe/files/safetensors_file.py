@@ -146,7 +146,7 @@ class FileRows:
     def __call__(self, start: int, stop: int) -> NDArray[Any]:
         """Rows [start, stop), as a copy. Raises InputError when they can no longer be read."""
         if self._place is None:
-            return np.ascontiguousarray(self._view(self._tensor.map())[start:stop])
+            return self._view(self._tensor.map())[start:stop].copy()
         offset, shape, dtype = self._place
         chosen = range(shape[0])[start:stop]
         values = np.empty((len(chosen), *shape[1:]), dtype)

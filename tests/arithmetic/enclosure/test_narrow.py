@@ -252,6 +252,64 @@ def test_a_narrow_matrix_answers_as_a_wide_one() -> None:
         assert matrix.fits(format) == wide.fits(format)
 
 
+@dataclass(frozen=True)
+class InPieces:
+    """Rows that are read seven at a time, the last ones first."""
+
+    values: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.values.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.values.dtype
+
+    def each(self, use: Callable[[int, Any], None]) -> None:
+        for first in reversed(range(0, len(self.values), 7)):
+            use(first, self.values[first : first + 7].copy())
+
+
+@pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("least", [0.0, 2.0**-24, 2.0**-133])
+def test_a_matrix_that_is_read_in_pieces_answers_as_one_in_memory(
+    stored: Any, least: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(narrow, "LARGE", 0)
+    rng = np.random.default_rng(1)
+    rows = np.where(rng.random((131, 40)) < 0.1, least, rng.standard_normal((131, 40))).astype(stored)
+    x, left = Enclosure(rng.standard_normal((5, 40)), np.full((5, 40), 0.1)), rng.random((5, 40))
+    matrix, held = narrow.unread(InPieces(rows), FLOAT32), narrow.matrix_of(rows, FLOAT32, 0)
+    assert matrix is not None
+    assert isinstance(held, narrow.NarrowMatrix)
+    for found, expected in (
+        (matrix.times_size(left), held.times_size(left)),
+        (matrix.one_way(x), held.one_way(x)),
+        *((matrix.times_below(left, tiny), held.times_below(left, tiny)) for tiny in (2.0**-126, 2.0**-14, 0.3)),
+        *((matrix.times_lacking(left, tiny), held.times_lacking(left, tiny)) for tiny in (2.0**-126, 2.0**-14, 0.3)),
+        *zip(*(vars(each.sums(x, None).rows(slice(None))).values() for each in (matrix, held)), strict=True),
+        *zip(*(vars(each.squares(x).rows(slice(None))).values() for each in (matrix, held)), strict=True),
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-13)
+    assert matrix.most == held.most
+    for format in FORMATS.values():
+        assert matrix.fits(format) == held.fits(format)
+
+
+@pytest.mark.parametrize("value", [0.0, 2.0**40, np.inf, -np.inf, np.nan])
+def test_a_matrix_that_is_read_in_pieces_says_where_float32_does_not_serve(
+    value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(narrow, "LARGE", 0)
+    rows = np.full((20, 40), value and 1.0, np.float32)
+    rows[3, 3] = value
+    x, asks = Enclosure(np.ones((2, 40))), (lambda m: m.sums(x, None), lambda m: m.squares(x), lambda m: m.mid)
+    for ask in asks:
+        with pytest.raises(narrow.NotHeld):
+            ask(narrow.unread(InPieces(rows), FLOAT32))
+
+
 @pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("n", [1, 300, 512])
 def test_terms_of_one_sign_are_counted(stored: Any, n: int) -> None:
