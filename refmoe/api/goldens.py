@@ -19,7 +19,7 @@ from refmoe.suite import Case
 from refmoe.suite.certify import Certificate, certify
 from refmoe.suite.digests import renew_digests
 from refmoe.suite.golden_folder import case_folder, golden_folder
-from refmoe.suite.work import work
+from refmoe.suite.work import work_in
 
 Names = Sequence[str]
 Done = TypeVar("Done")
@@ -125,14 +125,6 @@ def on_each(
         except WorkerDied as death:
             unchecked.append(str(death))
     return found
-
-
-def work_in(folder: Path) -> int:
-    """The work for the case in a folder, as `refmoe.suite.work` has it; 0 where the case cannot be read."""
-    try:
-        return work(suite.read_case(folder))
-    except InputError:
-        return 0  # recomputing it says what is wrong
 
 
 # ---- certify

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from refmoe import suite
-from refmoe.api.goldens import Names, chosen, on_each, work_in
+from refmoe.api.goldens import Names, chosen, on_each
 from refmoe.api.progress import Bars, silent
 from refmoe.cuda.place import CPU
 from refmoe.errors import InputError
@@ -21,6 +21,7 @@ from refmoe.suite.digests import digest_faults, read_digests
 from refmoe.suite.golden_folder import golden_folder
 from refmoe.suite.manifest import DIGESTS
 from refmoe.suite.rebuild import Rebuilt, rebuild
+from refmoe.suite.work import work_in
 
 
 @dataclass(frozen=True)

@@ -235,7 +235,8 @@ class _Lane:
 def _go(lanes: Sequence[_Lane], chosen: Sequence[Case], finish: _Finish) -> None:
     """Run the cases on all engines. Each takes the next case as soon as it is free."""
     cases: SimpleQueue[Case] = SimpleQueue()
-    for case in chosen:
+    # the longest first, so that no engine is left alone with one at the end
+    for case in chosen if len(lanes) == 1 else sorted(chosen, key=work, reverse=True):
         cases.put(case)
     if len(lanes) == 1:
         try:

@@ -15,7 +15,7 @@ from refmoe.errors import InputError
 from refmoe.suite.matrix import surroundings as outside_module
 from refmoe.suite.matrix.compute import compute
 from refmoe.suite.matrix.file import MATRIX_FILE, read_matrix, to_matrix, write_matrix
-from refmoe.suite.matrix.outcomes import INERT, POLICIES, SPECIFICATION, Outcome, runnable, whole
+from refmoe.suite.matrix.outcomes import INERT, POLICIES, SPECIFICATION, Outcome, Work, runnable, whole
 from refmoe.suite.matrix.summary import summarise
 from refmoe.suite.matrix.surroundings import broken_laws, judge_outside, outside
 from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT, LOCAL, NOT_CONFORMANT
@@ -40,6 +40,19 @@ def test_a_case_is_judged_as_a_foreign_engine_would_be(golden: Path) -> None:
         Outcome("attn-swa-off-by-one", "tiny", "bfloat16", INERT),
         Outcome("emb-scale-sqrt-d", "tiny", "bfloat16", NOT_CONFORMANT, step="embedding", by="impossible", rung=LOCAL),
     ]
+
+
+def test_the_longest_work_begins_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[tuple[str, int]] = []
+
+    def judged(work: Work) -> list[Outcome]:
+        begun.append((work.case.name, len(work.mutants)))
+        return []
+
+    monkeypatch.setattr("refmoe.suite.matrix.compute.judge_case", judged)
+    cases = [GOLDEN / name for name in ("one-pair", "mini-8x7b", "four-layers")]
+    compute([*whole(cases, ["a"], ["float32"]), *whole(cases[1:2], ["a", "b"], ["float32"])], "processes:1")
+    assert begun == [("mini-8x7b", 2), ("mini-8x7b", 1), ("four-layers", 1), ("one-pair", 1)]
 
 
 @pytest.mark.parametrize(("name", "policy"), [(each.id, p) for each in MUTANTS.values() for p in each.unseen])

@@ -10,12 +10,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from queue import Empty
+from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from refmoe.engines.conform import Suite, Watch, conform
+from refmoe.engines.conform import _go as run_on
 from refmoe.engines.harness import Harness, HarnessUnusable
 from refmoe.engines.judge import Judge, Question, Seat
 from refmoe.engines.results import Outcome, Results, read_results
@@ -116,6 +121,24 @@ def test_the_results_are_those_of_one_engine(way: str) -> None:
     assert sorted(seen) == sorted((each.case, each.dtype) for each in alone.outcomes)
     verdicts = {each.verdict for each in alone.outcomes}
     assert verdicts == {CONFORMANT} if not way else len(verdicts) == 2
+
+
+@pytest.mark.parametrize(("count", "first"), [(1, "one-pair"), (2, "mini-8x7b")])
+def test_several_engines_begin_with_the_longest_case(count: int, first: str) -> None:
+    """None is left alone with it at the end."""
+
+    class Lane:
+        def go(self, cases: Any, _finish: Any) -> None:
+            with suppress(Empty):
+                while True:
+                    begun.append(cases.get_nowait().name)
+
+    begun: list[str] = []
+    chosen = [case_named(name) for name in ("one-pair", "mini-8x7b", "top-1")]
+    lanes: Any = [Lane() for _ in range(count)]
+    run_on(lanes, chosen, SimpleNamespace(given_up=Event()))
+    assert begun[0] == first
+    assert sorted(begun) == sorted(each.name for each in chosen)
 
 
 @pytest.mark.slow

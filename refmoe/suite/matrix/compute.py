@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from refmoe.bugs.catalogue import MUTANTS
 from refmoe.parallel import results
 from refmoe.suite.matrix.outcomes import SPECIFICATION, Outcome, Work, judge_case
+from refmoe.suite.work import work_in
 
 
 def compute(
@@ -19,7 +20,9 @@ def compute(
     progress: called after each piece of work.
     """
     found: list[Outcome] = []
-    with results(judge_case, work, executor) as judged:
+    # the longest first, so that no worker is left alone with one at the end
+    ordered = sorted(work, key=lambda each: work_in(each.case) * len(each.mutants), reverse=True)
+    with results(judge_case, ordered, executor) as judged:
         for _, outcomes in judged:
             found += outcomes
             if progress is not None:
