@@ -556,23 +556,23 @@ def scaling() -> str:
                     f"{row[f'{way}_seconds']:.1f} s",
                     f"{row[f'busy_cores_of_{way}']:.2f}",
                     f"{row[f'{way}_efficiency']:.2f}",
-                    f"{row[f'{way}_most']:.2f}",
                 )
             ),
+            f"{row['wall']:.2f}",
         )
         for name, row in found["rows"].items()
     ]
     head = ("command", "one", "busy cores", *(
-        text for way in ("processes:2", "Dask") for text in (way, "busy cores", "efficiency", "wall")
-    ))  # fmt: skip
+        text for way in ("processes:2", "Dask") for text in (way, "busy cores", "efficiency")
+    ), "wall")  # fmt: skip
     return f"""## A second worker
 
 Whole commands with one worker, with `--executor processes:2`, and on a Dask cluster of two workers on this machine,
 each process with one BLAS thread, medians of {found["repeats"]} on {found["cores"]} cores. The efficiency is the time
 with one worker over twice the time with two. Busy cores are those that the command, the workers and their engines use
-on average. The wall is the efficiency if all of this work kept all cores busy from the first to the last second. In
-`conform` it is low. One worker keeps more than one core busy, because the engine is another process. A second engine
-needs a start of its own, which takes several seconds of a core.
+on average. The wall is the time of one command over that of two, both with one worker, side by side: work that is
+divided without any cost. It is below 1, because the two cores of this machine share caches. In `conform` it is low: one
+worker keeps more than one core busy, because the engine is another process.
 Command: `python -m bench.scaling --json bench/results/scaling.json`; file: {link("scaling.json")}.
 
 {table(head, rows)}"""

@@ -3,11 +3,11 @@
 
 Efficiency is T1 / (2 T2): the time in one process over twice the time with two workers, in turns in one run, medians.
 Each process has one BLAS thread. Times are those of commands as users start them, the start of Python and of the
-workers included. By Amdahl's law 2 T2 - T1 are the seconds that a second worker does not shorten. The wall is the
-efficiency if the same work of two workers kept all cores busy from the first to the last second. It is low where a
-worker keeps several cores busy already, and where a second worker has work of its own, such as the start of an engine.
+workers included. By Amdahl's law 2 T2 - T1 are the seconds that a second worker does not shorten. The wall is T1 over
+the time of two such commands of one worker side by side: work that is divided without any cost. It is below 1 where two
+cores share caches, and where one worker keeps several cores busy already.
 
-    verify    every tap of a model of dim 512 with 8 layers, prefill of 256: a piece of work is a layer
+    verify    every tap of a model of dim 512 with 16 layers, prefill of 256: a piece of work is a layer
     conform   `transformers` in four dtypes on all small cases: two engines side by side, each with its judge
     matrix    a few mutants on a few cases: a piece of work is a case at a dtype
     check     golden cases: a piece of work is a case
@@ -27,8 +27,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ from refmoe.jobs.source import Formula
 from refmoe.parallel import ONE_THREAD
 
 ROOT = Path(__file__).parents[1]
-DEEP = replace(MIDDLE, layers=8)
+DEEP = replace(MIDDLE, layers=16)
 TOKENS = 256
 CASES = (
     "batch-ragged", "edge-tokens", "four-layers", "mini-8x7b", "near-tie", "one-pair", "packed", "walking-skeleton"
@@ -109,8 +111,15 @@ class TwoWorkers:
     """Seconds of a processor that the workers have used so far."""
 
 
+def warm() -> None:
+    """Import what the commands need, as workers have done that worked before."""
+    for name in ("verify", "conform", "mutants", "suite"):
+        import_module(f"refmoe.cli.{name}")
+
+
 @contextmanager
 def two_workers() -> Iterator[TwoWorkers]:
+    """A new cluster, as long as it is used: idle workers take a tenth of a core."""
     from distributed import Client, LocalCluster
 
     with (
@@ -119,27 +128,35 @@ def two_workers() -> Iterator[TwoWorkers]:
         ) as cluster,
         Client(cluster) as client,  # type: ignore[no-untyped-call]
     ):
+        client.run(warm)
         yield TwoWorkers(f"dask:{cluster.scheduler_address}", lambda: sum(client.run(time.process_time).values()))
 
 
-def measure(command: Command, one: tuple[str, ...], dask: TwoWorkers, repeats: int) -> dict[str, float]:
-    """Seconds with one worker and with two, in turns, the efficiencies, and the cores that are busy."""
-    ways = {"one": one, "processes": ("--executor", "processes:2"), "dask": ("--executor", dask.executor)}
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    busy: dict[str, list[float]] = {name: [] for name in ways}
+def measure(command: Command, one: tuple[str, ...], repeats: int) -> dict[str, float]:
+    """Seconds with one worker and with two, in turns, the efficiencies, the wall, and the cores that are busy."""
+    times: dict[str, list[float]] = {name: [] for name in ("one", "processes", "dask", "side_by_side")}
+    busy: dict[str, list[float]] = {name: [] for name in ("one", "processes", "dask")}
+
+    def note(name: str, seconds: float, used: float) -> None:
+        times[name].append(seconds)
+        busy[name].append(used / seconds)
+
     for _ in range(repeats):
-        for name, options in ways.items():
+        note("one", *spent([*command, *one]))
+        note("processes", *spent([*command, "--executor", "processes:2"]))
+        with two_workers() as dask:
             before = dask.used()
-            seconds, used = spent([*command, *options])
-            times[name].append(seconds)
-            busy[name].append((used + dask.used() - before) / seconds)
+            seconds, used = spent([*command, "--executor", dask.executor])
+            note("dask", seconds, used + dask.used() - before)
+        with ThreadPoolExecutor(2) as threads:
+            both = [threads.submit(spent, [*command, *one]) for _ in range(2)]
+            times["side_by_side"].append(max(each.result()[0] for each in both))
     found = {f"busy_cores_of_{name}": statistics.median(each) for name, each in busy.items()}
     found |= {f"{name}_seconds": statistics.median(each) for name, each in times.items()}
     for name in ("processes", "dask"):
         found[f"{name}_efficiency"] = found["one_seconds"] / (2 * found[f"{name}_seconds"])
         found[f"{name}_serial_seconds"] = 2 * found[f"{name}_seconds"] - found["one_seconds"]
-        found[f"{name}_most"] = found[f"{name}_efficiency"] * (os.cpu_count() or 1) / found[f"busy_cores_of_{name}"]
-    return found
+    return found | {"wall": found["one_seconds"] / found["side_by_side_seconds"]}
 
 
 def main() -> None:
@@ -153,10 +170,9 @@ def main() -> None:
     if options.only and options.json and options.json.exists():
         found["rows"] = json.loads(options.json.read_text(encoding="utf-8"))["rows"]
     keep_bytecode()
-    with two_workers() as dask:
-        for name, command, one in subjects(options.only or names):
-            row = found["rows"][name] = measure(command, one, dask, options.repeats)
-            print(name, "  ".join(f"{key} {value:.2f}" for key, value in row.items()), flush=True)
+    for name, command, one in subjects(options.only or names):
+        row = found["rows"][name] = measure(command, one, options.repeats)
+        print(name, "  ".join(f"{key} {value:.2f}" for key, value in row.items()), flush=True)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
