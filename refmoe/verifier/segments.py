@@ -171,10 +171,13 @@ def judge_all(
         )
         for each in pieces
     ]
+    # the longest first, so that no process is left alone with one at the end; the head makes the last one longer
+    order = sorted(range(len(items)), key=lambda i: (len(pieces[i]), i), reverse=True)
+    futures = {i: spread.executor.submit(judge_segment, items[i]) for i in order}
     found = []
-    for future, each in [(spread.executor.submit(judge_segment, item), item) for item in items]:
-        found.append(result_of(future))
+    for i, piece in enumerate(pieces):
+        found.append(result_of(futures[i]))
         if progress is not None:
-            for _ in range(len(each.layers) * len(subject.runs)):
+            for _ in range(len(piece) * len(subject.runs)):
                 progress()
     return merge(found, subject.runs)

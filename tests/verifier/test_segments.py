@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Executor, Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,37 @@ def test_side_by_side_is_the_report_of_one_pass(tmp_path: Path, two_processes: A
     assert repr(beside.checks) == repr(alone.checks)
     assert sorted(map(repr, beside.decisions)) == sorted(map(repr, alone.decisions))
     assert (beside.headline, beside.notes) == (alone.headline, alone.notes)
+
+
+class Here(Executor):
+    """Calls at once, in this process."""
+
+    def __init__(self) -> None:
+        self.layers: list[range] = []
+
+    def submit(self, function: Any, /, *given: Any, **named: Any) -> Future[Any]:
+        self.layers.append(given[0].layers)
+        made: Future[Any] = Future()
+        made.set_result(function(*given, **named))
+        return made
+
+
+@pytest.mark.parametrize(
+    ("left_out", "begun"),
+    [
+        ((), [range(3, 4), range(2, 3), range(1, 2), range(1)]),
+        (("layers.1.residual",), [range(1, 3), range(3, 4), range(1)]),
+    ],
+)
+def test_the_longest_segment_begins_first(left_out: tuple[str, ...], begun: list[range], tmp_path: Path) -> None:
+    """The head, which belongs to the last segment, may take as long as several layers."""
+    opened = read_trace(trace_path(GOLDEN / "four-layers"))
+    arrays = {key: np.array(each.map()) for key, each in opened.tensors.items() if not key.endswith(left_out or " ")}
+    write_trace(tmp_path / "t.safetensors", opened.header, arrays)
+    trace, executor = read_trace(tmp_path / "t.safetensors"), Here()
+    beside = judged(trace, "four-layers", Spread(executor, case_source(read_case(GOLDEN / "four-layers"))))
+    assert executor.layers == begun
+    assert repr(beside.checks) == repr(judged(trace, "four-layers").checks)
 
 
 def test_where_a_trace_is_cut() -> None:
