@@ -23,7 +23,9 @@ from concurrent.futures import (
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
+from functools import partial
 from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -174,8 +176,8 @@ def open_executor(spec: str) -> Iterator[Executor]:
         with process_pool(integer(rest)) as pool, worker_deaths():
             yield pool
     else:
-        with cluster(rest) as client, worker_deaths():
-            yield client.get_executor(pure=False)
+        with cluster(rest) as client, worker_deaths(), ByTurns(client) as turns:
+            yield turns
 
 
 @contextmanager
@@ -204,6 +206,83 @@ def _workers(client: Any, address: str) -> int:
 
 def _no_worker(address: str) -> InputError:
     return InputError(f"--executor dask:{address}: the cluster had no worker for {LONELY:g} seconds")
+
+
+class ByTurns(Executor):
+    """Calls on a cluster: as many at a time as its workers have threads, and the next as soon as one has ended.
+
+    A cluster deals out at once all that it has, by times that it does not know. So one worker would wait for another.
+    Leaving the context drops the calls that have not begun.
+    """
+
+    def __init__(self, client: Any) -> None:
+        self._client, self._inner = client, client.get_executor(pure=False)
+        self._waiting: SimpleQueue[tuple[Future[Any], Callable[[], Future[Any]]] | None] = SimpleQueue()
+        self._running = 0
+        self._ended = threading.Condition()
+        self._left = False
+        in_background(self._deal)
+
+    def submit(self, function: Callable[..., Result], /, *given: Any, **named: Any) -> Future[Result]:
+        future: Future[Result] = Future()
+        self._waiting.put((future, partial(self._inner.submit, function, *given, **named)))
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Drop the calls that have not begun."""
+        self._left = True
+        self._waiting.put(None)
+        with self._ended:
+            self._ended.notify()
+
+    def _deal(self) -> None:
+        """Hand calls to the cluster. This has a thread of its own: only there may it ask for the number of threads."""
+        while (each := self._waiting.get()) is not None:
+            future, begin = each
+            self._wait_for_a_thread()
+            if self._left:
+                future.cancel()
+            if future.set_running_or_notify_cancel():
+                try:
+                    begin().add_done_callback(partial(self._hand_over, future))
+                except BaseException as error:
+                    future.set_exception(error)
+                    self._one_less()
+            else:
+                self._one_less()
+
+    def _wait_for_a_thread(self) -> None:
+        """Return when the cluster can begin another call, which counts from now on, or the context has been left."""
+        while True:
+            threads = self._threads()  # without the lock, which the thread may want that brings the answer
+            with self._ended:
+                if self._left or self._running < threads:
+                    self._running += 1
+                    return
+                self._ended.wait(PATIENCE)  # and then ask again: a worker may have come
+
+    def _threads(self) -> int:
+        """How many calls the cluster can work on now, at least one: a worker may come for it."""
+        try:
+            threads: int = sum(self._client.nthreads().values())
+        except Exception:  # of the connection; the call that is handed in next has the same one and raises it
+            threads = 1
+        return max(1, threads)
+
+    def _hand_over(self, future: Future[Any], inner: Future[Any]) -> None:
+        """Give the result of a call to who waits for it."""
+        self._one_less()
+        if inner.cancelled():
+            future.set_exception(CancelledError())
+        elif (error := inner.exception()) is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(inner.result())
+
+    def _one_less(self) -> None:
+        with self._ended:
+            self._running -= 1
+            self._ended.notify()
 
 
 @contextmanager
@@ -257,14 +336,13 @@ def results(
 def _on_cluster(function: Callable[[Item], Result], items: list[Item], address: str) -> Pairs[Item, Result, None]:
     """The pairs of `results`, from a cluster. Its scheduler gives the items of a dead worker to others, a few times."""
     dead: list[Item] = []
-    with cluster(address) as client:
-        executor = client.get_executor(pure=False)
+    with cluster(address) as client, ByTurns(client) as executor:
         futures = {executor.submit(function, item): item for item in items}
         left, alone_since = {*futures}, monotonic()
         while left:
             done, left = wait(left, PATIENCE, FIRST_COMPLETED)
             for future in done:
-                if not future.cancelled() and type(future.exception()).__name__ == "KilledWorker":
+                if type(future.exception()).__name__ == "KilledWorker":
                     dead.append(futures[future])
                     continue
                 with worker_deaths():

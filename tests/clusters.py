@@ -26,7 +26,8 @@ def cluster(workers: int) -> Iterator[tuple[str, list[Worker]]]:
     started += [_start("dask_worker", address, "--nthreads", "1", "--no-nanny") for _ in range(workers)]
     try:
         with distributed.Client(address, timeout="60s") as client:
-            client.wait_for_workers(workers, timeout=60)
+            if workers:
+                client.wait_for_workers(workers, timeout=60)
         yield address, started[1:]
     finally:
         for process in started:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 
 from refmoe import parallel
 from refmoe.errors import InputError
-from refmoe.parallel import WorkerDied, results
+from refmoe.parallel import WorkerDied, open_executor, results
 from tests.clusters import cluster
 from tests.command_line import Refmoe
 
@@ -59,6 +60,35 @@ def test_every_item_has_its_result(two: str) -> None:
         assert {**dict(pairs)} == {i: i * i for i in range(20)}
 
 
+def test_a_cluster_gets_as_many_calls_as_it_has_threads(two: str) -> None:
+    """What waits is begun in its order, each as soon as one before it has ended."""
+    with results(span, range(6), two) as pairs:
+        spans = [times for _, times in sorted(pairs)]
+    for i, (start, _) in enumerate(spans):
+        assert sum(began <= start < ended for began, ended in spans) <= 2
+        assert i < 2 or start >= max(began for began, _ in spans[: i - 1])
+
+
+def span(_number: int) -> tuple[float, float]:
+    """When a call of some time began and ended, by a clock that all processes have."""
+    began = time.monotonic()
+    time.sleep(0.2)
+    return began, time.monotonic()
+
+
+def test_calls_that_have_not_begun_are_dropped(two: str, tmp_path: Path) -> None:
+    with open_executor(two) as executor:
+        futures = [executor.submit(leaves_a_file, tmp_path / str(i)) for i in range(8)]
+        futures[0].result()
+    assert all(each.cancelled() for each in futures[4:])
+    assert len([*tmp_path.iterdir()]) <= 4
+
+
+def leaves_a_file(place: Path) -> None:
+    place.touch()
+    time.sleep(0.2)
+
+
 def test_an_error_of_an_item_is_raised_as_it_is(two: str) -> None:
     with pytest.raises(InputError, match="3 is refused"), results(refuses_three, range(6), two) as pairs:
         assert 3 not in dict(pairs)
@@ -86,9 +116,9 @@ def test_a_cluster_without_workers_is_one_sentence(monkeypatch: pytest.MonkeyPat
     with (
         cluster(0) as (address, _),
         pytest.raises(InputError, match="had no worker for 1 seconds"),
-        results(square, [1], f"dask:{address}"),
+        results(square, [1], f"dask:{address}") as pairs,
     ):
-        raise AssertionError
+        next(pairs)
 
 
 def test_a_cluster_that_loses_all_workers_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,8 +142,6 @@ def test_a_scheduler_that_ends_is_one_sentence(tmp_path: Path, monkeypatch: pyte
 
 def sleeps(port: int) -> None:
     """Ends the scheduler that listens on a port, and goes on."""
-    import time
-
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             words = (folder / "cmdline").read_bytes().split(b"\0")
