@@ -571,8 +571,8 @@ Whole commands with one worker, with `--executor processes:2`, and on a Dask clu
 each process with one BLAS thread, medians of {found["repeats"]} on {found["cores"]} cores. The efficiency is the time
 with one worker over twice the time with two. Busy cores are those that the command, the workers and their engines use
 on average. The wall is the time of one command over that of two, both with one worker, side by side: work that is
-divided without any cost. It is below 1, because the two cores of this machine share caches. In `conform` it is low: one
-worker keeps more than one core busy, because the engine is another process.
+divided without any cost. It is below 1 where the two cores of this machine, which share caches and memory, slow each
+other down. In `conform` one worker keeps more than one core busy, because the engine is another process.
 Command: `python -m bench.scaling --json bench/results/scaling.json`; file: {link("scaling.json")}.
 
 {table(head, rows)}"""
