@@ -20,7 +20,7 @@ from refmoe.engines.process import BROKEN
 from refmoe.engines.protocol import EVERY_TAP
 from refmoe.engines.quantised import Quantised
 from refmoe.engines.results import NOT_JUDGED, Cause, Outcome
-from refmoe.engines.run_case import without_folders
+from refmoe.engines.run_case import held_parameters, without_folders
 from refmoe.errors import InputError
 from refmoe.files.numbers import integer
 from refmoe.files.reading import read_bytes
@@ -219,8 +219,23 @@ def sent(trace: Trace) -> Trace:
 
 def judge_sent(judge: Judge, question: Question) -> tuple[Outcome, set[str]]:
     """The outcome, and all names given so far. Any process can call it."""
-    with question.weights(lambda: question.case.checkpoint().parameters) as parameters:
+    with question.weights(lambda: recent_parameters(question.case)) as parameters:
         return judge.judge(question, parameters), judge.named
+
+
+RECENT = 2
+"""Cases whose weights a judge in another process keeps: an engine runs the dtypes of a case one after the other."""
+_recent: list[tuple[Case, Parameters]] = []
+
+
+def recent_parameters(case: Case) -> Parameters:
+    """The weights of a case, kept for its next dtype."""
+    for known, parameters in [*_recent]:
+        if known == case:
+            return parameters
+    made = held_parameters(case)
+    _recent[:] = [(case, made), *_recent[: RECENT - 1]]
+    return made
 
 
 class Seat:

@@ -79,6 +79,15 @@ def places() -> Iterator[Places]:
         yield Places(engine, own)
 
 
+def held_parameters(case: Case) -> Parameters:
+    """The weights of a case, made once where they are few. Raises InputError for edits that cannot be made."""
+    parameters = case.checkpoint().parameters
+    if total_parameters(case.config) <= HELD:
+        for weight in named_weights(parameters).values():
+            weight.hold()
+    return parameters
+
+
 class Materialised:
     """The checkpoint of a case in a folder of its name. Use it as a context manager."""
 
@@ -92,11 +101,7 @@ class Materialised:
     @cached_property
     def parameters(self) -> Parameters:
         """The weights of the case, made once where they are few. Raises InputError for edits that cannot be made."""
-        parameters = self.case.checkpoint().parameters
-        if total_parameters(self.case.config) <= HELD:
-            for weight in named_weights(parameters).values():
-                weight.hold()
-        return parameters
+        return held_parameters(self.case)
 
     def __enter__(self) -> Materialised:
         return self

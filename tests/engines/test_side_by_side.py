@@ -22,7 +22,7 @@ import pytest
 from refmoe.engines.conform import Suite, Watch, conform
 from refmoe.engines.conform import _go as run_on
 from refmoe.engines.harness import Harness, HarnessUnusable
-from refmoe.engines.judge import Judge, Question, Seat
+from refmoe.engines.judge import Judge, Question, Seat, recent_parameters
 from refmoe.engines.results import Outcome, Results, read_results
 from refmoe.spec.model import Parameters
 from refmoe.verifier.findings import CANNOT_JUDGE, CONFORMANT
@@ -139,6 +139,14 @@ def test_several_engines_begin_with_the_longest_case(count: int, first: str) -> 
     run_on(lanes, chosen, SimpleNamespace(given_up=Event()))
     assert begun[0] == first
     assert sorted(begun) == sorted(each.name for each in chosen)
+
+
+def test_the_weights_of_a_case_are_made_once_for_its_dtypes() -> None:
+    first, second, third = (case_named(name) for name in CASES)
+    made = [recent_parameters(case) for case in (first, case_named(CASES[0]), second, first, third, first)]
+    assert made[0] is made[1] is made[3]
+    assert len({*map(id, made)}) == 4  # those of the first case are made again after two others
+    assert made[0].embedding.read() is made[0].embedding.read()
 
 
 @pytest.mark.slow
