@@ -211,7 +211,7 @@ def conform(
         if asked.executor is not None:
             stack.enter_context(environment(ONE_THREAD))
         more = engines(asked.executor, len(suite.cases)) - 1
-        harness = Harness(command, asked.timeout, variables, label, more)
+        harness = Harness(command, asked.timeout, variables, label=label, more=more)
         dtypes = suite.dtypes or harness.description.dtypes
         advance = stack.enter_context(bars("conform", len(suite.cases) * len(dtypes)))
 
