@@ -39,5 +39,5 @@ def of_children() -> float:
 
 
 def keep_bytecode() -> None:
-    """Let child processes keep the bytecode of modules, as Python does for users. Some developers forbid it."""
+    """Let child processes keep the bytecode of modules, as Python does for users. Some environments forbid it."""
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

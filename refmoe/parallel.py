@@ -211,7 +211,7 @@ def _no_worker(address: str) -> InputError:
 class ByTurns(Executor):
     """Calls on a cluster: as many at a time as its workers have threads, and the next as soon as one has ended.
 
-    A cluster deals out at once all that it has, by times that it does not know. So one worker would wait for another.
+    A cluster gives all calls to its workers at once, and does not know how long each takes. So some workers would wait.
     Leaving the context drops the calls that have not begun.
     """
 
@@ -236,7 +236,7 @@ class ByTurns(Executor):
             self._ended.notify()
 
     def _deal(self) -> None:
-        """Hand calls to the cluster. This has a thread of its own: only there may it ask for the number of threads."""
+        """Hand calls to the cluster, in a thread of its own: the one that gets results cannot ask for workers."""
         while (each := self._waiting.get()) is not None:
             future, begin = each
             self._wait_for_a_thread()
@@ -254,7 +254,7 @@ class ByTurns(Executor):
     def _wait_for_a_thread(self) -> None:
         """Return when the cluster can begin another call, which counts from now on, or the context has been left."""
         while True:
-            threads = self._threads()  # without the lock, which the thread may want that brings the answer
+            threads = self._threads()  # without the lock: the thread that brings the answer may wait for it
             with self._ended:
                 if self._left or self._running < threads:
                     self._running += 1

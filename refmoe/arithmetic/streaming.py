@@ -25,7 +25,7 @@ BLOCK = 1 << 21
 COMPUTED_BLOCK = 1 << 17
 """Elements of a weight computed at a time: few enough that the second-level cache holds them as float64."""
 SMALL_BLOCK = 1 << 20
-"""Elements read at a time where few are multiplied at a time. The cache of all cores holds them until then."""
+"""Elements of a file read at a time where they are not kept: few enough that the third-level cache holds them."""
 AHEAD = 2
 """Blocks in memory besides the block that is multiplied: one being read, one waiting."""
 
